@@ -1,0 +1,24 @@
+# Two commands do everything: `make quickstart` and `make test`. Both create .venv first.
+PYTHON ?= python3.11
+BIN := .venv/bin
+
+.PHONY: quickstart test check clean
+
+quickstart: .venv/ready  ## corpus -> shards -> stage visual -> stage llm -> scores -> a translated video
+	$(BIN)/python launch/quickstart.py
+
+test: .venv/ready  ## every test that this machine can run
+	$(BIN)/python -m pytest
+
+check: .venv/ready  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.venv/ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $$(command -v $(PYTHON) || command -v python3) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch .venv/ready
+
+clean:
+	rm -rf .venv data runs build *.egg-info

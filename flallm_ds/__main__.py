@@ -1,0 +1,3 @@
+from flallm_ds.cli import run
+
+run()

@@ -1,0 +1,225 @@
+"""RunConfig: everything that names a run, in frozen dataclasses; unknown or mistyped options never pass.
+
+Ownership: this file owns batch sizes, accumulation, clipping, rates and steps. The DeepSpeed JSON named by
+`train.deepspeed` owns ZeRO, precision, offload and communication. A number given in both is an error.
+"""
+
+import dataclasses
+import json
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from flallm_ds.command import coerce, nearest
+from flallm_ds.errors import UserError
+
+Stage = Literal["visual", "llm"]
+
+
+def _must(holds: bool, sentence: str) -> None:
+    if not holds:
+        raise UserError(sentence)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which clips, which of their frames, and how many at a time."""
+
+    shards: str = "data/signsim/shards"  # folder made by shards/build.py
+    keep_every: int = 4  # one frame of each group of this many is kept, before decoding
+    max_frames: int = 512  # kept frames of a clip at most, the rest spread evenly over it
+    frame_size: int = 256  # px; frames are squashed to this square on the device
+    crop_size: int = 224  # px; side of the crop that the backbone sees
+    augment: bool = True  # rotation, scale and shift of whole clips in training
+    batch_clips: int = 8  # clips of one optimizer step, over all ranks
+    micro_batches: int = 2  # slices of that batch; world size must divide it; the rest is accumulation
+    threads: int = 0  # decode threads a rank; 0: the cores of the machine shared among its ranks
+    max_broken: int = 16  # clips that may fail to decode in a run before it stops
+
+    def __post_init__(self) -> None:
+        for name in ("keep_every", "max_frames", "batch_clips", "micro_batches", "crop_size", "frame_size"):
+            _must(getattr(self, name) >= 1, f"data.{name} must be at least 1, but is {getattr(self, name)}.")
+        _must(
+            self.crop_size <= self.frame_size,
+            f"data.crop_size must be at most data.frame_size ({self.frame_size}), but is {self.crop_size}.",
+        )
+        _must(
+            self.batch_clips >= self.micro_batches,
+            f"data.batch_clips must be at least data.micro_batches ({self.micro_batches}), "
+            f"but is {self.batch_clips}.",
+        )
+
+
+@dataclass(frozen=True)
+class VisualConfig:
+    """The visual encoder: a per-frame ResNet-18 and the local temporal module."""
+
+    weights: str = "microsoft/resnet-18"  # hub id or folder, a torchvision .pth file, or "none"
+    width: int = 64  # channels of the first stage: 64 is ResNet-18, whose features have 8 * width numbers
+    temporal_kernel: int = 3  # frames seen by the local temporal module
+
+    def __post_init__(self) -> None:
+        _must(self.width >= 1, f"visual.width must be at least 1, but is {self.width}.")
+        _must(
+            self.temporal_kernel % 2 == 1,
+            f"visual.temporal_kernel must be odd (so that length is kept), but is {self.temporal_kernel}.",
+        )
+
+
+@dataclass(frozen=True)
+class LightTranslatorConfig:
+    """Light-T, the randomly initialised translator of stage 1."""
+
+    size: Literal["tiny", "small", "base", "large"] = "base"
+    dropout: float = 0.1
+
+
+@dataclass(frozen=True)
+class LlmConfig:
+    """The pretrained LLM of stage 2; stage 1 uses its tokenizer."""
+
+    name: str = "facebook/mbart-large-cc25"  # hub id or folder
+    language: str = "de_DE"  # the tokenizer's id of the spoken language: the decoder starts with it
+    trim_vocabulary: bool = True  # keep the pieces of the training text, specials and language ids
+    dropout: float = 0.3
+    attention_dropout: float = 0.1
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimizer and rates."""
+
+    name: Literal["sgd", "adamw"] = "adamw"
+    lr: float = 1e-3  # of all that is new: the whole of stage 1; the LLM-Adapter in stage 2
+    llm_lr: float = 1e-5  # of the LLM in stage 2
+    weight_decay: float = 1e-3
+    momentum: float = 0.9  # sgd
+    betas: tuple[float, ...] = (0.9, 0.998)  # adamw
+    warmup: float = 0.0  # fraction of the run over which rates rise from 0; then a cosine to 0
+    clip: float = 1.0  # gradient norm at most; 0 leaves it alone
+
+    def __post_init__(self) -> None:
+        _must(self.lr >= 0 and self.llm_lr >= 0, f"rates must not be negative, but are {self.lr}, {self.llm_lr}.")
+        _must(len(self.betas) == 2, f"optim.betas must be two numbers, but are {self.betas}.")
+        _must(0 <= self.warmup < 1, f"optim.warmup must be in [0, 1), but is {self.warmup}.")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, on what engine, and what is kept."""
+
+    epochs: int = 75
+    max_steps: int | None = None  # stop here even if epochs are left; the rates still follow `epochs`
+    seed: int = 0
+    label_smoothing: float = 0.2
+    deepspeed: str = ""  # a DeepSpeed JSON; empty: ds_configs/zero2.json in stage visual, zero3_offload in llm
+    save_every_steps: int | None = None  # besides the checkpoint at the end of each epoch
+    keep_checkpoints: int = 2
+    log_every_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        _must(self.epochs >= 1, f"train.epochs must be at least 1, but is {self.epochs}.")
+        _must(self.keep_checkpoints >= 1, "train.keep_checkpoints must be at least 1.")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Dev scores during training, and how sentences are generated."""
+
+    every_epochs: int = 1
+    split: str = "dev"
+    num_beams: int = 5
+    length_penalty: float = 1.0
+    max_new_tokens: int = 100
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run of one stage."""
+
+    stage: Stage
+    run: str  # the run's folder: started anew where there is none, resumed where there is one
+    visual_run: str | None = None  # stage llm: the run folder of stage 1 (or its export)
+    data: DataConfig = field(default_factory=DataConfig)
+    visual: VisualConfig = field(default_factory=VisualConfig)
+    light_t: LightTranslatorConfig = field(default_factory=LightTranslatorConfig)
+    llm: LlmConfig = field(default_factory=LlmConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        _must(
+            self.stage != "llm" or bool(self.visual_run),
+            "visual_run must name the run folder of stage visual in stage llm, but is empty. "
+            "Give --visual_run=FOLDER.",
+        )
+
+    def with_overrides(self, overrides: Mapping[str, str]) -> "RunConfig":
+        """A copy with dotted options set, e.g. {"optim.lr": "3e-4"}; strings are read by each field's type.
+
+        Raises UserError that names the nearest options where one does not exist.
+        """
+        config = self
+        valid = list(self.options())
+        for name, value in overrides.items():
+            if name not in valid:
+                raise UserError(f"there is no option --{name}: {nearest(name, [*valid, 'recipe'])}")
+            config = _set(config, name.split("."), value, name)
+        return config
+
+    def options(self) -> dict[str, Any]:
+        """Every option by its dotted name, with its value."""
+        flat: dict[str, Any] = {}
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if dataclasses.is_dataclass(value):
+                flat |= {f"{f.name}.{g.name}": getattr(value, g.name) for g in dataclasses.fields(value)}
+            else:
+                flat[f.name] = value
+        return flat
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def load(cls, path: Path) -> "RunConfig":
+        """Read what `to_json` wrote. Raises UserError where a field is unknown."""
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        hints = typing.get_type_hints(cls)
+        arguments: dict[str, Any] = {}
+        for name, value in saved.items():
+            hint = hints.get(name)
+            if hint is None:
+                raise UserError(f"{path} has an unknown field {name!r}: it comes from another version.")
+            arguments[name] = _section(hint, value, path) if isinstance(value, dict) else value
+        return cls(**arguments)
+
+
+# What may differ between a run and its resumption without changing a number of it.
+FREE_TO_CHANGE = (
+    "run",
+    "visual_run",
+    "data.threads",
+    "train.save_every_steps",
+    "train.keep_checkpoints",
+    "train.log_every_s",
+    "train.max_steps",
+)
+
+
+def _section(cls: Any, values: dict[str, Any], path: Path) -> Any:
+    names = {f.name for f in dataclasses.fields(cls)}
+    unknown = set(values) - names
+    if unknown:
+        raise UserError(f"{path} has an unknown field {unknown.pop()!r}: it comes from another version.")
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def _set(config: Any, path: list[str], value: str, name: str) -> Any:
+    hints = typing.get_type_hints(type(config))
+    head, *rest = path
+    new = _set(getattr(config, head), rest, value, name) if rest else coerce(value, hints[head], name)
+    return dataclasses.replace(config, **{head: new})

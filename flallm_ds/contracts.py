@@ -1,0 +1,37 @@
+"""Way-stations of the data: what one room hands to the next.
+
+Shape letters, here and in every file: B clips, N frames packed over a batch (no padding frames), S visual
+tokens of the longest clip, L text tokens of the longest text, C channels, H and W pixels, D width of visual
+features, E width of the language model.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of one rank: B clips, their kept frames packed one after another."""
+
+    frames_NHWC: torch.Tensor  # uint8; a clip's frame fills the top left corner of the canvas
+    num_frames_B: torch.Tensor  # int64, on the host; sums to N
+    size_B2: torch.Tensor  # float32: height and width of each clip's frames within the canvas, pixels
+    draws_B9: torch.Tensor  # float32 in [0, 1): the clip's random numbers, from (seed, epoch, sample)
+    target_ids_BL: torch.Tensor  # int64, padded with -100; pieces and end of sentence, no start token
+    keys: tuple[str, ...]
+    texts: tuple[str, ...]
+    real_B: tuple[bool, ...]  # False: a dummy that keeps ranks in step; it weighs nothing and is not scored
+
+    @property
+    def num_target_tokens(self) -> int:
+        return int((self.target_ids_BL != -100).sum())
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """What the model said of one clip."""
+
+    key: str
+    hypothesis: str
+    reference: str

@@ -1,0 +1,310 @@
+"""Frames of a video file, or of a folder of images, as RGB arrays in presentation order.
+
+Shards are built and a user's own video is translated from these same pixels. Containers lie about counts,
+rates and lengths, so only what decodes is believed.
+"""
+
+import contextlib
+import heapq
+import re
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import av
+import cv2
+import numpy as np
+from av.video.reformatter import VideoReformatter
+
+from flallm_ds.errors import UserError
+
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
+VIDEO_SUFFIXES = frozenset(
+    {".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".gif"}
+)
+
+# A playlist or a concatenation script disguised as a video would have FFmpeg open files and addresses of its
+# choice; real containers only, read from the disk only.
+_OPEN_OPTIONS = {
+    "protocol_whitelist": "file",
+    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,"
+    "h264,hevc,m4v,obu,ivf,mjpeg,mxf,dv",
+}
+_REORDER = 8  # frames held back to put unordered timestamps in order (decoders reorder B-frames themselves)
+_EDGE_S = 1e-6  # a frame that begins at the span's start is in, one at its end is out
+_DEFAULT_FPS = 25.0
+
+Box = tuple[float, float, float, float]  # x0, y0, x1, y1, each 0 to 1 of width or height
+
+
+class BrokenVideo(UserError):
+    """A video that cannot be decoded, or not to its end."""
+
+
+class Video:
+    """One video file or folder of frame images.
+
+    image_fps: frames a second of a folder of images (a file has its own).
+    num_threads: decoding threads, 0 for one a core.
+
+    After `frames()` has run out: `fps`, as the frames' timestamps say (before, as the container says; 0.0 if
+    nothing was read yet), and `past_end_s`, by how many seconds the asked span went past the last frame.
+    """
+
+    def __init__(self, path: str | Path, image_fps: float = _DEFAULT_FPS, num_threads: int = 0) -> None:
+        self.path = Path(path)
+        self.fps = 0.0
+        self.past_end_s = 0.0
+        self._image_fps = image_fps
+        self._num_threads = num_threads
+
+    def frames(
+        self,
+        start_s: float | None = None,
+        end_s: float | None = None,
+        *,
+        short_side: int | None = None,
+        box: Box | None = None,
+    ) -> Iterator[np.ndarray]:
+        """uint8 frames of shape (height, width, 3), RGB, upright, all of the first one's size.
+
+        With a span: those shown at start_s <= time < end_s, from the video's beginning. With a box: that part
+        of the picture. With short_side: scaled down to it, never up; a file's frames are scaled while their
+        colours are converted, which takes a quarter of the time of doing one after the other.
+        Raises BrokenVideo if the video is missing, is no video, breaks, or has no frame in the span.
+        """
+        timed = self._timed_images() if self.path.is_dir() else self._timed_frames(start_s)
+        begin_s = -np.inf if start_s is None else start_s - _EDGE_S
+        stop_s = np.inf if end_s is None else end_s - _EDGE_S
+        times: list[float] = []
+        last_s = 0.0
+        shape: tuple[int, ...] = ()
+        self.past_end_s = 0.0
+        for time_s, picture in timed:
+            last_s = time_s
+            if time_s >= stop_s:
+                break
+            if time_s < begin_s:
+                continue
+            if isinstance(picture, Path):
+                frame = read_image(picture)
+            else:
+                frame = picture.read(None if box else short_side)
+            frame = crop_box(frame, box) if box else frame
+            frame = fit_short_side(frame, short_side) if short_side else frame
+            shape = shape or frame.shape
+            times.append(time_s)
+            yield frame if frame.shape == shape else cv2.resize(frame, shape[1::-1])
+        else:
+            if end_s is not None and self.fps:
+                self.past_end_s = max(0.0, end_s - last_s - 1 / self.fps)
+        if not times:
+            span = (
+                ""
+                if start_s is None and end_s is None
+                else f" from {start_s or 0} s to {end_s or 'its end'} s"
+            )
+            raise BrokenVideo(f"a video must hold frames{span}, but none is there: {self.path}.")
+        self.fps = _measured_fps(times, self.fps)
+
+    def _timed_images(self) -> "Iterator[tuple[float, Path | _Picture]]":
+        self.fps = self._image_fps
+        for number, path in enumerate(image_paths(self.path)):
+            yield number / self.fps, path
+
+    def _timed_frames(self, start_s: float | None) -> "Iterator[tuple[float, Path | _Picture]]":
+        """(seconds, frame) in order of time, from the first frame or from one before start_s."""
+        if start_s is not None and start_s > 0:
+            jumped = self._decode(start_s)
+            first = next(jumped, None)
+            # Broken seek tables land too late: then read from the beginning.
+            if first is not None and first[0] <= start_s + _EDGE_S:
+                yield first
+                yield from jumped
+                return
+        yield from self._decode(None)
+
+    def _decode(self, seek_s: float | None) -> "Iterator[tuple[float, Path | _Picture]]":
+        num_decoded = 0
+        try:
+            check_whole(self.path)
+            # An absolute path cannot be taken for an address such as `pipe:`.
+            with av.open(
+                str(self.path.absolute()), container_options=_OPEN_OPTIONS, metadata_errors="replace"
+            ) as container:
+                stream = _video_stream(container, self.path)
+                stream.codec_context.thread_count = self._num_threads
+                stream.thread_type = "AUTO"
+                nominal = float(stream.average_rate or stream.guessed_rate or 0)
+                self.fps = nominal if 1 <= nominal <= 480 else _DEFAULT_FPS
+                begin_s = (container.start_time or 0) / av.time_base
+                if seek_s is not None:
+                    container.seek(int((seek_s + begin_s) * av.time_base), backward=True)
+                reformatter = VideoReformatter()
+                waiting: list[tuple[float, int, _Picture]] = []
+                for frame in container.decode(stream):
+                    time_s = num_decoded / self.fps if frame.time is None else frame.time - begin_s
+                    heapq.heappush(waiting, (time_s, num_decoded, _Picture(frame, reformatter, self.path)))
+                    num_decoded += 1
+                    if len(waiting) > _REORDER:
+                        time_s, _, picture = heapq.heappop(waiting)
+                        yield time_s, picture
+                while waiting:
+                    time_s, _, picture = heapq.heappop(waiting)
+                    yield time_s, picture
+        except (av.FFmpegError, OSError, ValueError) as error:
+            what = f"breaks after {num_decoded} frames" if num_decoded else "cannot be opened"
+            reason = getattr(error, "strerror", None) or str(error)
+            raise BrokenVideo(
+                f"a video must decode to its end, but this one {what} ({reason}): {self.path}."
+            ) from error
+
+
+class _Picture:
+    """A decoded frame that is not yet RGB: what the span leaves out is never converted."""
+
+    def __init__(self, frame: av.VideoFrame, reformatter: VideoReformatter, path: Path) -> None:
+        self._frame, self._reformatter, self._path = frame, reformatter, path
+
+    def read(self, short_side: int | None) -> np.ndarray:
+        """The frame as RGB, scaled down to short_side, turned and mirrored as the container's matrix asks."""
+        frame = self._frame
+        if frame.is_corrupt:
+            raise BrokenVideo(
+                f"a video must decode to its end, but a frame at {frame.time} s is damaged: {self._path}."
+            )
+        height, width = fitted_size(frame.height, frame.width, short_side or 2**31)
+        # The reformatter reads the frame's own colour matrix and range.
+        rgb = self._reformatter.reformat(
+            frame, width, height, format="rgb24", interpolation="AREA", threads=1
+        ).to_ndarray()
+        matrix = next((bytes(d) for d in frame.side_data if d.type.name == "DISPLAYMATRIX"), b"")
+        if len(matrix) < 36:
+            return rgb
+        a, b, _, c, d, *_ = struct.unpack_from("<9i", matrix)  # x' = a x + c y, y' = b x + d y
+        if abs(a) + abs(d) < abs(b) + abs(c):
+            rgb, a, d = rgb.transpose(1, 0, 2), c, b
+        return np.ascontiguousarray(rgb[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
+
+
+def read_frames(path: Path, start_s: float | None = None, end_s: float | None = None) -> Iterator[np.ndarray]:
+    """The frames of a video file or of a folder of images: see `Video.frames`."""
+    return Video(path).frames(start_s, end_s)
+
+
+def fitted_size(height: int, width: int, short_side: int) -> tuple[int, int]:
+    """(height, width) with the shorter one scaled down to `short_side`; never up."""
+    scale = short_side / min(height, width)
+    if scale >= 1:
+        return height, width  # enlarging adds bytes and no information
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def fit_short_side(frame: np.ndarray, short_side: int) -> np.ndarray:
+    """The frame with its shorter side scaled down to `short_side` pixels, never up."""
+    height, width = fitted_size(frame.shape[0], frame.shape[1], short_side)
+    if (height, width) == frame.shape[:2]:
+        return frame
+    scaled: np.ndarray = cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA)
+    return scaled
+
+
+def crop_box(frame: np.ndarray, box: Box) -> np.ndarray:
+    """The part of the frame within x0, y0, x1, y1 (each 0 to 1 of width or height), at least one pixel."""
+    height, width = frame.shape[:2]
+    left, top = min(int(box[0] * width), width - 1), min(int(box[1] * height), height - 1)
+    right, bottom = max(round(box[2] * width), left + 1), max(round(box[3] * height), top + 1)
+    return frame[top:bottom, left:right]
+
+
+def image_paths(folder: Path) -> list[Path]:
+    """The frame images of a folder, in natural order (frame2 before frame10)."""
+    found = (p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+    return sorted((p for p in found if not p.name.startswith(".")), key=_natural)
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    words = re.findall(r"[0-9]+|[^0-9]+", path.name)
+    return [(int(word), "") if word[0] in "0123456789" else (-1, word) for word in words]
+
+
+def check_whole(path: Path) -> None:
+    """Raise ValueError if the container says that it is longer than the file, as after a broken download.
+
+    Decoders often end such a file without a word.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(64)
+        if head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"):
+            needed = _mp4_bytes(file, size)
+        elif head[:4] == b"\x1aE\xdf\xa3":
+            needed = _matroska_bytes(head)
+        elif head[:4] == b"RIFF":
+            needed = 8 + int.from_bytes(head[4:8], "little")
+        else:
+            return
+    if needed > size:
+        raise ValueError(f"it must hold {needed:,} bytes as it says, but holds {size:,}")
+
+
+def _mp4_bytes(file: BinaryIO, size: int) -> int:
+    """Where the last box that matters ends; bytes that are no box may follow it."""
+    position = needed = 0
+    while position + 8 <= size:
+        file.seek(position)
+        head = file.read(16)
+        length, name = struct.unpack_from(">I4s", head)
+        if length == 1 and len(head) == 16:
+            (length,) = struct.unpack_from(">Q", head, 8)
+        if name in (b"moov", b"mdat", b"moof"):
+            needed = position + length
+        if length < 8:  # 0 means: to the end of the file
+            break
+        position += length
+    return needed
+
+
+def _matroska_bytes(head: bytes) -> int:
+    """Where the segment ends, 0 where the file does not say (a live recording)."""
+    position, length = _ebml_length(head, 4)  # the header element
+    position, length = _ebml_length(head, position + length + 4)  # the segment element
+    return position + length if length else 0
+
+
+def _ebml_length(head: bytes, position: int) -> tuple[int, int]:
+    """(where the element's content begins, its length or 0 where it is unknown or lies beyond `head`)."""
+    if position >= len(head) or head[position] == 0:
+        return position, 0
+    num_bytes = 9 - head[position].bit_length()
+    mask = (1 << 7 * num_bytes) - 1
+    length = int.from_bytes(head[position : position + num_bytes], "big") & mask
+    return position + num_bytes, 0 if length == mask else length
+
+
+def _video_stream(container: "av.container.InputContainer", path: Path) -> "av.video.stream.VideoStream":
+    cover = av.stream.Disposition.attached_pic
+    streams = [s for s in container.streams.video if not s.disposition & cover]
+    if not streams:
+        raise BrokenVideo(f"a video file must hold a video stream, but has none: {path}.")
+    return streams[0]
+
+
+def read_image(path: Path) -> np.ndarray:
+    image: np.ndarray | None = None
+    with contextlib.suppress(OSError):
+        encoded = np.fromfile(path, np.uint8)
+        image = cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB) if len(encoded) else None
+    if image is None:
+        raise BrokenVideo(f"a frame must be a whole PNG or JPEG image, but this one is not: {path}.")
+    return image
+
+
+def _measured_fps(times: list[float], nominal: float) -> float:
+    """The nominal rate if the timestamps agree with it within 1 %, else theirs."""
+    span_s = times[-1] - times[0]
+    if len(times) < 2 or span_s <= 0:
+        return nominal
+    measured = (len(times) - 1) / span_s
+    return nominal if abs(measured / nominal - 1) < 0.01 else measured

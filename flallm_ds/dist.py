@@ -1,0 +1,137 @@
+"""Ranks: who this process is under any launcher, and the few collectives outside DeepSpeed."""
+
+import os
+import socket
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from flallm_ds.errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all of them."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def rank_environment(env: Mapping[str, str]) -> dict[str, str]:
+    """RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT under any launcher.
+
+    deepspeed and torchrun set the first ones themselves; `srun python` tells them as SLURM_*, with the
+    rendezvous exported by launch/slurm/train.sbatch; a plain `python` is a world of one.
+    Raises UserError where a launcher told only half of it.
+    """
+    if "RANK" in env and "WORLD_SIZE" in env:
+        found = {"RANK": env["RANK"], "WORLD_SIZE": env["WORLD_SIZE"], "LOCAL_RANK": env.get("LOCAL_RANK", "0")}
+        found["LOCAL_WORLD_SIZE"] = env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or found["WORLD_SIZE"]
+    elif "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        found = {
+            "RANK": env["SLURM_PROCID"],
+            "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"],
+            "LOCAL_RANK": env["SLURM_LOCALID"],
+            "LOCAL_WORLD_SIZE": env.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0],
+        }
+    else:
+        port = str(free_port()) if "MASTER_PORT" not in env else env["MASTER_PORT"]
+        return {
+            "RANK": "0",
+            "WORLD_SIZE": "1",
+            "LOCAL_RANK": "0",
+            "LOCAL_WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if name not in env:
+            raise UserError(
+                f"{name} must be set where there are {found['WORLD_SIZE']} ranks, but is not. "
+                "Start with deepspeed, torchrun, or launch/slurm/train.sbatch."
+            )
+        found[name] = env[name]
+    return found
+
+
+def start(timeout: timedelta = timedelta(minutes=30)) -> World:
+    """Join the process group (nccl where there are GPUs, gloo elsewhere) and return this process's World."""
+    os.environ.update(rank_environment(os.environ))
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    rank, size, local_rank, local_size = (int(os.environ[name]) for name in names)
+    world = World(rank, size, local_rank, local_size)
+    if world.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        # Threads that wait for one another spin: with more of them than cores, a step takes 30 times as long.
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+    if not dist.is_initialized():
+        if world.device.type == "cuda":
+            torch.cuda.set_device(world.device)
+        backend = "nccl" if world.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timeout, rank=rank, world_size=size)
+    return world
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on now."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def all_reduce_sum(values: Iterable[float], world: World) -> list[float]:
+    """Element-wise sum over ranks, in float64."""
+    tensor = torch.tensor(list(values), dtype=torch.float64, device=world.device)
+    if world.size > 1:
+        dist.all_reduce(tensor)
+    return list(tensor.tolist())
+
+
+def gather_objects(local: Any, world: World) -> list[Any]:
+    """What each rank holds, on every rank, in the order of ranks (plain lists of our own making only)."""
+    if world.size == 1:
+        return [local]
+    gathered: list[Any] = [None] * world.size
+    dist.all_gather_object(gathered, local)
+    return gathered
+
+
+def broadcast_object(value: Any, world: World) -> Any:
+    """Rank 0's value, on every rank."""
+    box = [value]
+    if world.size > 1:
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def main_first(action: Any, world: World) -> Any:
+    """Run `action()` on rank 0 alone and return its value on all; an error of rank 0 is raised by every rank."""
+    outcome: tuple[Any, str | None] = (None, None)
+    if world.is_main:
+        try:
+            outcome = (action(), None)
+        except UserError as error:
+            outcome = (None, str(error))
+    value, sentence = broadcast_object(outcome, world)
+    if sentence is not None:
+        raise UserError(sentence)
+    return value

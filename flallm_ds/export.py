@@ -1,0 +1,147 @@
+"""The export folder: a trained translator that loads without DeepSpeed.
+
+    flallm.json                  stage, widths, frame picking, preprocessing, scores
+    visual_encoder.safetensors   the hand-over from stage 1 to stage 2
+    adapter.safetensors
+    language_model/              Light-T or the LLM in the Hugging Face layout, tokenizer and vocabulary.json
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
+
+from flallm_ds.config import RunConfig
+from flallm_ds.data.text import TextCodec
+from flallm_ds.errors import UserError
+from flallm_ds.models.adapters import Adapter
+from flallm_ds.models.light_translator import light_translator_from_config
+from flallm_ds.models.llm import load_llm
+from flallm_ds.models.sign_translator import SignTranslator
+from flallm_ds.models.visual_encoder import VisualEncoder
+
+FORMAT = "flallm_ds export 1"
+SETTINGS_FILE = "flallm.json"
+VISUAL_FILE = "visual_encoder.safetensors"
+ADAPTER_FILE = "adapter.safetensors"
+LANGUAGE_MODEL = "language_model"
+
+
+@dataclass(frozen=True)
+class Export:
+    """What an export folder holds, in eval mode on the host."""
+
+    settings: dict[str, Any]
+    visual: VisualEncoder
+    translator: SignTranslator
+    codec: TextCodec
+
+
+def settings_of(config: RunConfig, short_side: int, scores: dict[str, Any]) -> dict[str, Any]:
+    """The content of flallm.json. short_side: of the stored frames, px; a user's video is scaled to it."""
+    return {
+        "format": FORMAT,
+        "stage": config.stage,
+        "visual": {"width": config.visual.width, "temporal_kernel": config.visual.temporal_kernel},
+        "frames": {
+            "short_side": short_side,
+            "keep_every": config.data.keep_every,
+            "max_frames": config.data.max_frames,
+            "frame_size": config.data.frame_size,
+            "crop_size": config.data.crop_size,
+        },
+        "generation": {
+            "num_beams": 5,
+            "length_penalty": config.eval.length_penalty,
+            "max_new_tokens": config.eval.max_new_tokens,
+        },
+        "scores": scores,
+    }
+
+
+def write(
+    folder: Path,
+    settings: dict[str, Any],
+    state: dict[str, torch.Tensor],
+    language_model: Any,
+    codec: TextCodec,
+) -> None:
+    """Fill an empty folder. state: parameters named visual.*, adapter.* and language_model.*."""
+    parts: dict[str, dict[str, torch.Tensor]] = {"visual": {}, "adapter": {}, "language_model": {}}
+    for name, tensor in state.items():
+        part, _, rest = name.partition(".")
+        parts[part][rest] = tensor
+    lm_folder = folder / LANGUAGE_MODEL
+    lm_folder.mkdir()
+    save_file(parts["visual"], folder / VISUAL_FILE)
+    save_file(parts["adapter"], folder / ADAPTER_FILE)
+    save_file(parts["language_model"], lm_folder / "model.safetensors", metadata={"format": "pt"})
+    language_model.config.save_pretrained(lm_folder)
+    language_model.generation_config.save_pretrained(lm_folder)
+    codec.save(lm_folder)
+    (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def find(folder: str | Path) -> Path:
+    """The export folder itself, or `best` of a run folder. Raises UserError where there is neither."""
+    folder = Path(folder)
+    for candidate in (folder, folder / "best"):
+        if (candidate / SETTINGS_FILE).is_file():
+            return candidate
+    raise UserError(f"there must be an export ({SETTINGS_FILE}) in {folder} or {folder / 'best'}, but there is none.")
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """flallm.json. Raises UserError for another format."""
+    try:
+        settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{folder / SETTINGS_FILE} must be JSON, but {error}.") from error
+    if settings.get("format") != FORMAT:
+        raise UserError(f"{folder} must be of format {FORMAT!r}, but is {settings.get('format')!r}.")
+    return dict(settings)
+
+
+def read_visual(folder: Path) -> VisualEncoder:
+    """The visual encoder alone, in eval mode, without gradients: what stage 2 takes from stage 1."""
+    settings = read_settings(folder)
+    visual = VisualEncoder(**settings["visual"])
+    visual.load_state_dict(_load(folder / VISUAL_FILE))
+    return visual.eval().requires_grad_(False)
+
+
+def read(folder: Path) -> Export:
+    """Everything, ready to translate. Raises UserError where the folder is not whole."""
+    settings = read_settings(folder)
+    visual = read_visual(folder)
+    lm_folder = folder / LANGUAGE_MODEL
+    codec = TextCodec.load(lm_folder)
+    if settings["stage"] == "visual":
+        language_model = light_translator_from_config(AutoConfig.from_pretrained(lm_folder))
+        language_model.load_state_dict(_load(lm_folder / "model.safetensors"), strict=False)  # aliases are left out
+    else:
+        language_model = load_llm(str(lm_folder))
+    state = _load(folder / ADAPTER_FILE)
+    out_width, in_width = state["0.weight"].shape
+    adapter = Adapter(in_width, out_width, adapter_scale(language_model))
+    adapter.load_state_dict(state)
+    translator = SignTranslator(None, adapter, language_model, codec.start_id).eval().requires_grad_(False)
+    return Export(settings, visual, translator, codec)
+
+
+def adapter_scale(language_model: Any) -> float:
+    """sqrt(E) where the language model scales its word embeddings, so that visual tokens are of their size."""
+    config = language_model.config
+    return float(config.d_model) ** 0.5 if getattr(config, "scale_embedding", False) else 1.0
+
+
+def _load(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return dict(load_file(path))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} must be a whole safetensors file, but is not ({error}).") from error

@@ -1,0 +1,103 @@
+"""Results to look at: the table of scores, the file of hypotheses, strips of frames with what was said."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from flallm_ds.config import RunConfig
+from flallm_ds.contracts import Hypothesis
+from flallm_ds.data.index import load_index
+from flallm_ds.data.loader import ClipReader
+from flallm_ds.errors import UserError
+from flallm_ds.metrics import Scores, score
+
+
+def blind_scores(hypotheses: Sequence[Hypothesis], language: str, seed: int = 0) -> Scores:
+    """Scores of the same model with the videos shuffled among the samples: what it guesses without looking.
+
+    A hypothesis depends on its video alone, so each reference meets the hypothesis of another clip; no clip
+    keeps its own.
+    """
+    order = np.random.default_rng(seed).permutation(len(hypotheses))
+    other = np.empty_like(order)
+    other[order] = np.roll(order, 1)
+    return score(
+        [hypotheses[i].hypothesis for i in other], [h.reference for h in hypotheses], language=language
+    )
+
+
+def write_hypotheses(path: Path, hypotheses: Sequence[Hypothesis]) -> None:
+    """JSON lines: key, hypothesis, reference."""
+    lines = [
+        json.dumps({"key": h.key, "hypothesis": h.hypothesis, "reference": h.reference}, ensure_ascii=False)
+        for h in hypotheses
+    ]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def read_hypotheses(path: Path) -> list[Hypothesis]:
+    """What `write_hypotheses` wrote."""
+    return [Hypothesis(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def table(rows: Mapping[str, Mapping[str, float]]) -> str:
+    """Scores by name of system, one row each, as text that is also Markdown."""
+    columns = {"bleu1": "BLEU-1", "bleu2": "BLEU-2", "bleu3": "BLEU-3", "bleu4": "BLEU-4", "rouge_l": "ROUGE-L"}
+    columns["chrf"] = "chrF"
+    width = max(map(len, rows))
+    lines = [f"| {'':{width}} | " + " | ".join(f"{c:>7}" for c in columns.values()) + " |"]
+    lines.append(f"|{'-' * (width + 2)}|" + "|".join("-" * 8 + ":" for _ in columns) + "|")
+    for name, scores in rows.items():
+        cells = " | ".join(f"{scores[c]:7.2f}" for c in columns)
+        lines.append(f"| {name:{width}} | {cells} |")
+    return "\n".join(lines)
+
+
+def draw_strip(
+    path: Path, clips: Sequence[tuple[Sequence[np.ndarray], Hypothesis]], frames_a_clip: int = 10
+) -> None:
+    """A PNG: one row of evenly spaced frames a clip, its hypothesis and reference below.
+
+    clips: (frames, each uint8 (H, W, 3); what was said).
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(len(clips), 1, figsize=(11, 2.35 * len(clips)), squeeze=False)
+    for axis, (frames, said) in zip(axes[:, 0], clips, strict=True):
+        picks = np.linspace(0, len(frames) - 1, frames_a_clip).round().astype(int)
+        axis.imshow(np.concatenate([frames[i] for i in picks], axis=1))
+        axis.set_axis_off()
+        axis.set_title(
+            f"hypothesis   {said.hypothesis}\nreference    {said.reference}", y=-0.02, va="top", loc="left", fontsize=11
+        )
+    figure.tight_layout(h_pad=3.0)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def strip_of_run(run: Path, out: Path, split: str, num_clips: int) -> None:
+    """Draw clips of an evaluated split of a run, evenly spaced over its hypotheses.
+
+    Raises UserError where the split has not been evaluated.
+    """
+    path = run / "evaluation" / f"{split}.hypotheses.jsonl"
+    if not path.is_file():
+        raise UserError(
+            f"{split} must have been evaluated, but there is no {path}. "
+            f"Run deepspeed launch/evaluate.py --run {run} --split {split} first."
+        )
+    hypotheses = {h.key: h for h in read_hypotheses(path)}
+    index = load_index(RunConfig.load(run / "config.json").data.shards, split)
+    reader = ClipReader(index, keep_every=1, max_frames=10**9, seed=0, train=False)
+    clips = []
+    for row in np.linspace(0, len(index) - 1, num_clips).round().astype(int).tolist():
+        num_frames, height, width = (int(index.arrays[c][row]) for c in ("num_frames", "height", "width"))
+        frames = np.empty((num_frames, height, width, 3), np.uint8)
+        reader.read_into(frames, row, np.arange(num_frames))
+        clips.append((list(frames), hypotheses[index.strings("key")[row]]))
+    draw_strip(out, clips)

@@ -1,0 +1,79 @@
+"""An export folder as an object that turns videos into sentences, without DeepSpeed."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from flallm_ds import export
+from flallm_ds.contracts import Batch
+from flallm_ds.data import sampling
+from flallm_ds.data.loader import NUM_DRAWS
+from flallm_ds.data.video import Video
+from flallm_ds.errors import UserError
+from flallm_ds.models.sign_translator import Beam
+from flallm_ds.preprocess import Preprocess
+
+
+@dataclass(frozen=True)
+class Translator:
+    """`Translator.from_pretrained(folder).translate("video.mp4")` -> a sentence."""
+
+    export: export.Export
+    preprocess: Preprocess
+    beam: Beam
+    device: torch.device
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, device: str | torch.device | None = None) -> "Translator":
+        """Load an export folder, or the best export of a run folder. device: default a GPU where there is one.
+
+        Raises UserError where the folder holds no whole export.
+        """
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        loaded = export.read(export.find(folder))
+        loaded.visual.to(chosen)
+        loaded.translator.to(chosen)
+        frames = loaded.settings["frames"]
+        preprocess = Preprocess(frames["frame_size"], frames["crop_size"])
+        return cls(loaded, preprocess, Beam(**loaded.settings["generation"]), chosen)
+
+    def translate(self, video: str | Path) -> str:
+        """The sentence signed in a video file or a folder of frames.
+
+        Frames are scaled and picked as in training's evaluation. Raises UserError if nothing can be decoded.
+        """
+        path = Path(video)
+        if not path.exists():
+            raise UserError(f"there must be a video file or a folder of frames at {path}, but there is nothing.")
+        kept = self.kept_frames(path)
+        batch = Batch(
+            frames_NHWC=torch.from_numpy(kept),
+            num_frames_B=torch.tensor([len(kept)]),
+            size_B2=torch.tensor([kept.shape[1:3]], dtype=torch.float32),
+            draws_B9=torch.zeros(1, NUM_DRAWS),
+            target_ids_BL=torch.full((1, 1), -100),
+            keys=(path.name,),
+            texts=("",),
+            real_B=(True,),
+        )
+        return self.export.codec.decode(self.generate(batch)[0])
+
+    def kept_frames(self, path: Path) -> np.ndarray:
+        """The frames that the model sees of a video, uint8 (T, H, W, 3)."""
+        frames = self.export.settings["frames"]
+        stored = Video(path).frames(short_side=frames["short_side"])
+        first_of_group = [frame for i, frame in enumerate(stored) if i % frames["keep_every"] == 0]
+        picks = sampling.cap(np.arange(len(first_of_group)), frames["max_frames"])
+        return np.stack([first_of_group[i] for i in picks])
+
+    @torch.no_grad()
+    def generate(self, batch: Batch) -> list[list[int]]:
+        """Token ids of the best hypothesis of each clip of a batch."""
+        half = self.device.type == "cuda"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+            pixels_NCHW = self.preprocess(batch, train=False, device=self.device)
+            features_ND = self.export.visual(pixels_NCHW, batch.num_frames_B)
+            ids: list[list[int]] = self.export.translator.generate(features_ND, batch.num_frames_B, self.beam)
+        return ids

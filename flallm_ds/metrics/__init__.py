@@ -1,0 +1,78 @@
+"""Scores of translations, each beside the rule it was computed by.
+
+`score` is the `sacrebleu` rule of docs; another published lineage is another choice of tokenizer, smoothing
+and ROUGE tokens made from the same parts (bleu.py, rouge.py).
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flallm_ds.errors import UserError
+from flallm_ds.metrics.bleu import corpus_bleu, corpus_chrf
+from flallm_ds.metrics.rouge import BETA, rouge_l
+
+__all__ = ["Scores", "is_chinese", "rouge_tokens", "score"]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of one system over one test set, in percent."""
+
+    bleu1: float
+    bleu2: float
+    bleu3: float
+    bleu4: float
+    rouge_l: float
+    chrf: float
+    length_ratio: float
+    """Hypothesis tokens over reference tokens, as BLEU counts them: 1 is equal length."""
+    num_sentences: int
+    bleu_signature: str
+    chrf_signature: str
+    rouge_signature: str
+
+    def as_dict(self) -> dict[str, float | int | str]:
+        """Plain values by name, for a log line or a JSON file."""
+        return dataclasses.asdict(self)
+
+
+def score(hypotheses: Sequence[str], references: Sequence[str], language: str) -> Scores:
+    """Scores of hypotheses against one reference each, in the same order.
+
+    language: of the text, as `de`, `de_DE`, `zh` or `zh-CN`; Chinese is scored by characters.
+    Raises UserError where the numbers of sentences differ, or where there are none.
+    """
+    if len(hypotheses) != len(references):
+        raise UserError(
+            "hypotheses and references must be equally many, but are "
+            f"{len(hypotheses)} and {len(references)}: give one hypothesis for each reference, in its order."
+        )
+    if not references:
+        raise UserError("there must be at least one sentence to score, but there is none.")
+    chinese = is_chinese(language)
+    bleu = corpus_bleu(hypotheses, references, tokenize="zh" if chinese else "13a")
+    chrf, chrf_signature = corpus_chrf(hypotheses, references)
+    return Scores(
+        *bleu.orders,
+        rouge_l=rouge_l(
+            [rouge_tokens(h, chinese) for h in hypotheses], [rouge_tokens(r, chinese) for r in references]
+        ),
+        chrf=chrf,
+        length_ratio=bleu.length_ratio,
+        num_sentences=len(references),
+        bleu_signature=bleu.signature,
+        chrf_signature=chrf_signature,
+        rouge_signature=f"F|beta:{BETA}|tok:{'char' if chinese else 'whitespace'}|mean:sentences",
+    )
+
+
+def is_chinese(language: str) -> bool:
+    """Whether a language code (`zh`, `zh_CN`, `zh-Hans`, `zho`, ...) means Chinese."""
+    return language.lower().replace("-", "_").split("_")[0] in ("zh", "zho", "chi", "cmn", "yue")
+
+
+def rouge_tokens(sentence: str, chinese: bool) -> list[str]:
+    """Whitespace tokens, or for Chinese the characters that are not whitespace."""
+    words = sentence.split()
+    return list("".join(words)) if chinese else words

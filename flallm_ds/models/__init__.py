@@ -1,0 +1,1 @@
+"""The two-stage model: visual encoder, adapters, Light-T, LLM."""

@@ -1,0 +1,20 @@
+"""The MLPs between the visual encoder and a translator: VL-Adapter (stage 1) and LLM-Adapter (stage 2)."""
+
+import torch
+from torch import nn
+
+
+class Adapter(nn.Sequential):
+    """Linear-ReLU-Linear, one hidden layer as wide as the output (FLa-LLM; the hidden width is our fill-in).
+
+    scale: what the output is multiplied by, sqrt(E) where the language model scales its word embeddings.
+    """
+
+    def __init__(self, in_width: int, out_width: int, scale: float = 1.0) -> None:
+        super().__init__(nn.Linear(in_width, out_width), nn.ReLU(), nn.Linear(out_width, out_width))
+        self.scale = scale
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """(..., D) -> (..., E)."""
+        adapted: torch.Tensor = super().forward(features)
+        return adapted * self.scale

@@ -1,0 +1,60 @@
+"""Light-T: the small, randomly initialised translator of stage 1, in the paper's four sizes."""
+
+from dataclasses import dataclass
+
+from transformers import MBartConfig, MBartForConditionalGeneration
+
+from flallm_ds.data.text import TextCodec
+
+
+@dataclass(frozen=True)
+class Size:
+    layers: int  # of the encoder, and as many of the decoder
+    heads: int
+    width: int
+    ffn: int
+
+
+# FLa-LLM, Table 7; parameters at a vocabulary of about 2,430: 3.61 M, 18.25 M, 25.61 M, 124.66 M
+SIZES = {
+    "tiny": Size(1, 4, 256, 1024),
+    "small": Size(2, 4, 512, 2048),
+    "base": Size(3, 8, 512, 2048),
+    "large": Size(4, 8, 1024, 4096),
+}
+
+
+def build_light_translator(size: str, codec: TextCodec, dropout: float) -> MBartForConditionalGeneration:
+    """A Transformer encoder-decoder with random weights, learned positions, untied embedding and output head."""
+    s = SIZES[size]
+    config = MBartConfig(
+        vocab_size=codec.vocab_size,
+        d_model=s.width,
+        encoder_layers=s.layers,
+        decoder_layers=s.layers,
+        encoder_attention_heads=s.heads,
+        decoder_attention_heads=s.heads,
+        encoder_ffn_dim=s.ffn,
+        decoder_ffn_dim=s.ffn,
+        dropout=dropout,
+        attention_dropout=dropout,
+        activation_dropout=0.0,
+        max_position_embeddings=1024,
+        scale_embedding=False,
+        tie_word_embeddings=False,
+        pad_token_id=codec.pad_id,
+        bos_token_id=codec.start_id,
+        eos_token_id=codec.eos_id,
+        decoder_start_token_id=codec.start_id,
+        forced_eos_token_id=None,
+    )
+    return light_translator_from_config(config)
+
+
+def light_translator_from_config(config: MBartConfig) -> MBartForConditionalGeneration:
+    """Light-T as an export's config.json describes it, with random weights."""
+    model = MBartForConditionalGeneration(config)
+    # The encoder reads visual tokens: the decoder's word embedding is the only one there is.
+    model.model.shared = model.model.decoder.embed_tokens
+    model.model.encoder.embed_tokens = model.model.decoder.embed_tokens
+    return model

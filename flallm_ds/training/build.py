@@ -1,0 +1,239 @@
+"""The only place that turns a RunConfig into objects."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from flallm_ds import export
+from flallm_ds.config import RunConfig
+from flallm_ds.contracts import Batch
+from flallm_ds.data import sampling
+from flallm_ds.data.index import Index, load_index
+from flallm_ds.data.loader import BrokenClips, ClipReader, Loader
+from flallm_ds.data.plan import Plan, slices_of_rank
+from flallm_ds.data.text import TextCodec
+from flallm_ds.dist import World, main_first
+from flallm_ds.errors import UserError
+from flallm_ds.models.adapters import Adapter
+from flallm_ds.models.light_translator import build_light_translator
+from flallm_ds.models.llm import load_llm, trim_llm
+from flallm_ds.models.sign_translator import Beam, SignTranslator
+from flallm_ds.models.visual_encoder import VisualEncoder
+from flallm_ds.preprocess import Preprocess
+from flallm_ds.training import engine as ds
+from flallm_ds.training.batch_statistics import BatchStatistics
+from flallm_ds.training.checkpoint import replace_folder
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One stage, ready to run on this rank.
+
+    frozen: stage 2's visual encoder, outside the engine; None in stage 1. rates: each group's base rate.
+    """
+
+    config: RunConfig
+    world: World
+    train_index: Index
+    dev_index: Index
+    codec: TextCodec
+    preprocess: Preprocess
+    frozen: VisualEncoder | None
+    engine: ds.Engine
+    rates: tuple[float, ...]
+    statistics: BatchStatistics
+    broken: BrokenClips
+
+    def plan(self, index: Index) -> Plan:
+        return make_plan(index, self.config)
+
+    def train_loader(self, epoch: int) -> Loader:
+        return make_loader(self, self.train_index, self.plan(self.train_index).epoch(epoch), epoch, self.broken)
+
+    def dev_loader(self) -> Loader:
+        return make_loader(self, self.dev_index, self.plan(self.dev_index).in_length_order(), None, None)
+
+    def inputs(self, batch: Batch, train: bool) -> torch.Tensor:
+        """What the engine's module reads: pixels_NCHW in stage 1, the frozen encoder's features_ND in stage 2."""
+        device = self.world.device
+        pixels_NCHW = self.preprocess(batch, train, device)
+        if self.frozen is None:
+            return pixels_NCHW
+        assert not self.frozen.training, "a frozen encoder in train mode would change its BatchNorm statistics"
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            features_ND: torch.Tensor = self.frozen(pixels_NCHW, batch.num_frames_B)
+        return features_ND.float()
+
+    def generate(self, batch: Batch) -> list[list[int]]:
+        """Token ids of the dev search."""
+        beam = Beam(self.config.eval.num_beams, self.config.eval.length_penalty, self.config.eval.max_new_tokens)
+        synced = self.engine.partitions_parameters and self.world.size > 1
+        ids: list[list[int]] = self.engine.module.generate(
+            self.inputs(batch, train=False), batch.num_frames_B, beam, synced
+        )
+        return ids
+
+
+def build_task(config: RunConfig, folder: Path, world: World) -> Task:
+    """Load the index, the texts' codec, the models and the engine of a run whose folder is open."""
+    ds.prepare()
+    transformers_logging.disable_progress_bar()
+    slices_of_rank(config.data.micro_batches, world.rank, world.size)
+    train_index, dev_index = (load_index(config.data.shards, s) for s in ("train", config.eval.split))
+    for index in (train_index, dev_index):
+        index.check_files()
+    json_path = Path(config.train.deepspeed or REPOSITORY / "ds_configs" / f"{default_json(config)}.json")
+    accumulation = config.data.micro_batches // world.size
+    ds_config = ds.complete(ds.read_deepspeed_config(json_path), world.device, accumulation, config.optim.clip)
+    if world.device.type == "cuda" and "offload_optimizer" in ds_config["zero_optimization"]:
+        ds.check_compilation_locks()
+    torch.manual_seed(config.train.seed)  # the same initial weights on every rank
+    codec = _open_codec(config, folder, train_index, world)
+    frozen = _frozen_encoder(config, world) if config.stage == "llm" else None
+    model = _visual_model(config, codec, world) if frozen is None else _llm_model(
+        config, codec, folder, frozen, ds_config, world
+    )
+    groups = [{"params": [p for n, p in model.named_parameters() if not n.startswith("language_model.")]}]
+    groups.append({"params": list(model.language_model.parameters())})
+    rates = (config.optim.lr, config.optim.llm_lr if config.stage == "llm" else config.optim.lr)
+    for group, rate in zip(groups, rates, strict=True):
+        group["lr"] = rate  # type: ignore[assignment]
+    engine = ds.Engine(model, groups, config.optim, ds_config, world)
+    return Task(
+        config=config,
+        world=world,
+        train_index=train_index,
+        dev_index=dev_index,
+        codec=codec,
+        preprocess=Preprocess(config.data.frame_size, config.data.crop_size, config.data.augment),
+        frozen=frozen,
+        engine=engine,
+        rates=rates,
+        statistics=BatchStatistics(engine.module, world),
+        broken=BrokenClips(config.data.max_broken),
+    )
+
+
+def default_json(config: RunConfig) -> str:
+    return "zero2" if config.stage == "visual" else "zero3_offload"
+
+
+def make_plan(index: Index, config: RunConfig) -> Plan:
+    data = config.data
+    num_kept = sampling.num_kept(index.num_frames, data.keep_every, data.max_frames)
+    return Plan(
+        index.fingerprint, num_kept, index.arrays["shard"], config.train.seed, data.batch_clips, data.micro_batches
+    )
+
+
+def make_loader(
+    task: Task, index: Index, epoch_plan: Any, epoch: int | None, broken: BrokenClips | None
+) -> Loader:
+    """epoch: None for evaluation, which keeps the first frame of each group and crops the centre."""
+    data, world = task.config.data, task.world
+    reader = ClipReader(index, data.keep_every, data.max_frames, task.config.train.seed, train=epoch is not None)
+    threads = data.threads or decode_threads(world)
+    return Loader(
+        reader,
+        epoch_plan,
+        task.codec,
+        epoch=epoch or 0,
+        rank=world.rank,
+        world_size=world.size,
+        threads=threads,
+        broken=broken,
+    )
+
+
+def decode_threads(world: World) -> int:
+    """The machine's cores shared among its ranks; more than 8 a rank has no use."""
+    return max(1, min(8, len(os.sched_getaffinity(0)) // world.local_size))
+
+
+def _open_codec(config: RunConfig, folder: Path, train_index: Index, world: World) -> TextCodec:
+    """The codec of this run's training text, made by rank 0 once and read by all."""
+    path = folder / "tokenizer"
+
+    def make() -> None:
+        if not path.is_dir():
+            codec = TextCodec.for_training_text(
+                config.llm.name, config.llm.language, train_index.strings("text"), config.llm.trim_vocabulary
+            )
+            replace_folder(path, codec.save)
+
+    main_first(make, world)
+    return TextCodec.load(path)
+
+
+def _visual_model(config: RunConfig, codec: TextCodec, world: World) -> SignTranslator:
+    visual = VisualEncoder(config.visual.width, config.visual.temporal_kernel)
+    if config.visual.weights != "none":
+        main_first(lambda: _load_imagenet(visual, config.visual.weights, world), world)
+        if not world.is_main:
+            _load_imagenet(visual, config.visual.weights, world)
+    light_t = build_light_translator(config.light_t.size, codec, config.light_t.dropout)
+    adapter = Adapter(visual.feature_width, light_t.config.d_model, export.adapter_scale(light_t))
+    return SignTranslator(visual, adapter, light_t, codec.start_id).to(world.device)
+
+
+def _load_imagenet(visual: VisualEncoder, weights: str, world: World) -> None:
+    try:
+        visual.load_backbone(weights)
+    except OSError as error:
+        if world.is_main:
+            print(
+                f"warning: the ImageNet weights {weights} are out of reach ({str(error).splitlines()[0]}); the "
+                "backbone starts from random weights, which costs accuracy. Give --visual.weights=FILE, or "
+                "--visual.weights=none to say that this is meant.",
+                flush=True,
+            )
+
+
+def _frozen_encoder(config: RunConfig, world: World) -> VisualEncoder:
+    """Stage 1's visual encoder. Raises UserError where there is none or it is of another width."""
+    try:
+        folder = export.find(config.visual_run or "")
+    except UserError as error:
+        raise UserError(
+            f"stage llm needs a result of stage visual: {error} Make one with: "
+            f"deepspeed launch/train.py --stage visual --run={config.visual_run}"
+        ) from error
+    settings = export.read_settings(folder)
+    if settings["visual"]["width"] != config.visual.width:
+        raise UserError(
+            f"visual.width must be {settings['visual']['width']} as in the stage-1 result {folder}, but is "
+            f"{config.visual.width}. Give --visual.width={settings['visual']['width']}, or another --visual_run."
+        )
+    return export.read_visual(folder).to(world.device)
+
+
+def _llm_model(
+    config: RunConfig,
+    codec: TextCodec,
+    folder: Path,
+    frozen: VisualEncoder,
+    ds_config: dict[str, Any],
+    world: World,
+) -> SignTranslator:
+    name = config.llm.name
+    if config.llm.trim_vocabulary:
+        trimmed = folder / "llm_trimmed"
+
+        def trim() -> None:
+            if not trimmed.is_dir():
+                replace_folder(trimmed, lambda out: trim_llm(name, codec, out))
+
+        main_first(trim, world)
+        name = str(trimmed)
+    partitioning = ds.model_loading(ds_config)  # held until the model is loaded
+    llm = load_llm(name, config.llm.dropout, config.llm.attention_dropout)
+    del partitioning
+    adapter = Adapter(frozen.feature_width, llm.config.d_model, export.adapter_scale(llm))
+    model = SignTranslator(None, adapter, llm, codec.start_id)
+    return model if ds.zero_stage(ds_config) == 3 else model.to(world.device)

@@ -1,0 +1,119 @@
+"""Checkpoints that are whole or absent: every rank writes, all agree, then one rename commits.
+
+    checkpoints/step-00001200/  engine/ (DeepSpeed's shards)  state.json  manifest.json (sha256 of each file)
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from flallm_ds.data.index import file_sha256
+from flallm_ds.dist import World, broadcast_object, gather_objects
+from flallm_ds.errors import UserError
+
+MANIFEST = "manifest.json"
+STATE = "state.json"
+
+
+def save(
+    folder: Path, step: int, state: dict[str, Any], write: Callable[[Path], None], world: World, keep: int
+) -> Path:
+    """Commit `checkpoints/step-…`: `write(folder)` runs on every rank, then rank 0 adds `state` and renames.
+
+    keep: how many committed checkpoints stay. Raises UserError on every rank if any rank could not write.
+    """
+    final = folder / f"step-{step:08d}"
+    partial = folder / f".partial-{final.name}"
+    if world.is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    broadcast_object(None, world)
+    problem = None
+    try:
+        write(partial)
+    except OSError as error:
+        problem = f"rank {world.rank}: {error}"
+    problems = [p for p in gather_objects(problem, world) if p]
+    if problems:
+        raise UserError(
+            f"the checkpoint {final} could not be written ({problems[0]}). Earlier checkpoints are whole; free "
+            "some space and run the same command again."
+        )
+    if world.is_main:
+        _write_synced(partial / STATE, state)
+        names = sorted(p.relative_to(partial).as_posix() for p in partial.rglob("*") if p.is_file())
+        _write_synced(partial / MANIFEST, {name: file_sha256(partial / name) for name in names})
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        _sync_folder(folder)
+        for old in committed(folder)[:-keep]:
+            shutil.rmtree(old)
+    broadcast_object(None, world)
+    return final
+
+
+def committed(folder: Path) -> list[Path]:
+    """Committed checkpoints, oldest first."""
+    return sorted(p for p in folder.glob("step-*") if (p / MANIFEST).is_file())
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The state saved beside the engine's shards, after every file was checked against its checksum.
+
+    Raises UserError that names a missing or changed file.
+    """
+    manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+    for name, sha256 in manifest.items():
+        path = checkpoint / name
+        if not path.is_file() or file_sha256(path) != sha256:
+            what = "was changed" if path.is_file() else "is missing"
+            raise UserError(
+                f"the checkpoint must be as it was written, but {name} {what}: {checkpoint}. "
+                "Delete that folder to resume from the checkpoint before it."
+            )
+    return dict(json.loads((checkpoint / STATE).read_text(encoding="utf-8")))
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(f".partial-{path.name}")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a folder whole or not at all; one that is there gives way only when the new one is complete."""
+    partial, old = path.with_name(f".partial-{path.name}"), path.with_name(f".old-{path.name}")
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True)
+    write(partial)
+    if path.exists():
+        path.rename(old)
+    partial.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover_folder(path: Path) -> None:
+    """Put the old folder back if `replace_folder` was killed between its two renames."""
+    old = path.with_name(f".old-{path.name}")
+    if old.is_dir() and not path.exists():
+        old.rename(path)
+
+
+def _write_synced(path: Path, content: dict[str, Any]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

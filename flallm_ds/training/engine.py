@@ -1,0 +1,245 @@
+"""The only place that knows DeepSpeed: its configuration, initialisation, steps, checkpoints and gathers."""
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns in every process that it had to guess
+
+import deepspeed
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from torch import nn
+
+from flallm_ds.command import nearest
+from flallm_ds.config import OptimConfig
+from flallm_ds.dist import World
+from flallm_ds.errors import UserError
+
+# Numbers that RunConfig owns: a second value in the JSON would be a second truth.
+OWNED_BY_RUN = {
+    "train_batch_size": "data.batch_clips",
+    "train_micro_batch_size_per_gpu": "data.batch_clips and data.micro_batches",
+    "gradient_accumulation_steps": "data.micro_batches",
+    "gradient_clipping": "optim.clip",
+    "optimizer": "optim.name",
+    "scheduler": "optim.warmup",
+    "steps_per_print": "train.log_every_s",
+}
+OWNED_BY_JSON = (
+    "zero_optimization",
+    "bf16",
+    "fp16",
+    "torch_autocast",
+    "data_types",
+    "communication_data_type",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "activation_checkpointing",
+    "aio",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "checkpoint",
+    "wall_clock_breakdown",
+    "comms_logger",
+)
+
+
+def read_deepspeed_config(path: Path) -> dict[str, Any]:
+    """A DeepSpeed JSON whose every key is known and none is RunConfig's.
+
+    DeepSpeed accepts an unknown top-level key in silence, so the check is ours. Raises UserError.
+    """
+    if not path.is_file():
+        raise UserError(f"train.deepspeed must be a DeepSpeed JSON, but there is no file {path}.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} must be JSON, but {error}.") from error
+    for name in config:
+        if name in OWNED_BY_RUN:
+            raise UserError(f"{name} must not be in {path}: set --{OWNED_BY_RUN[name].split()[0]} instead.")
+        if name not in OWNED_BY_JSON:
+            raise UserError(f"{path} has an unknown key {name!r}: {nearest(name, OWNED_BY_JSON)}")
+    zero_fields = [f.alias or n for n, f in DeepSpeedZeroConfig.model_fields.items()]
+    zero_fields += list(DeepSpeedZeroConfig.model_fields)
+    for name in config.get("zero_optimization", {}):
+        if name not in zero_fields:
+            raise UserError(f"{path} has an unknown key zero_optimization.{name}: {nearest(name, zero_fields)}")
+    return dict(config)
+
+
+def for_cpu(config: dict[str, Any]) -> dict[str, Any]:
+    """The same ZeRO on a machine without a GPU: fp32, no pinned memory, tiny models really partitioned."""
+    twin = {k: v for k, v in config.items() if k not in ("bf16", "fp16", "torch_autocast", "data_types")}
+    zero = dict(twin.get("zero_optimization", {}))
+    zero["overlap_comm"] = False
+    for part in ("offload_optimizer", "offload_param"):
+        if part in zero:
+            zero[part] = {**zero[part], "pin_memory": False}
+    if zero.get("stage") == 3:
+        zero["stage3_param_persistence_threshold"] = 0
+    twin["zero_optimization"] = zero
+    # A CPU op is compiled at first use, for minutes, with a lock that outlives a killed build.
+    twin["zero_force_ds_cpu_optimizer"] = False
+    return twin
+
+
+def complete(config: dict[str, Any], device: torch.device, accumulation: int, clip: float) -> dict[str, Any]:
+    """The JSON with what RunConfig owns filled in, for this device."""
+    config = config if device.type == "cuda" else for_cpu(config)
+    return {
+        **config,
+        "train_micro_batch_size_per_gpu": 1,  # a micro-batch is one packed batch, whatever its clips
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": clip,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+
+
+def zero_stage(config: dict[str, Any]) -> int:
+    return int(config.get("zero_optimization", {}).get("stage", 0))
+
+
+def model_loading(config: dict[str, Any]) -> Any:
+    """Keep the returned object alive while `from_pretrained` runs: under ZeRO-3 it partitions as it reads."""
+    if zero_stage(config) != 3:
+        return None
+    from transformers.integrations import HfDeepSpeedConfig
+
+    return HfDeepSpeedConfig(config)
+
+
+def _optimizer(groups: list[dict[str, Any]], optim: OptimConfig, config: dict[str, Any]) -> torch.optim.Optimizer:
+    if optim.name == "sgd":
+        return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay)
+    betas = (optim.betas[0], optim.betas[1])
+    offloaded = "offload_optimizer" in config.get("zero_optimization", {})
+    if offloaded and torch.cuda.is_available():
+        return deepspeed.ops.adam.DeepSpeedCPUAdam(
+            groups, lr=optim.lr, betas=betas, weight_decay=optim.weight_decay, adamw_mode=True
+        )
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=betas, weight_decay=optim.weight_decay)
+
+
+def prepare() -> None:
+    """Quieten DeepSpeed and, on a CPU, keep it from compiling its shared-memory collective (gloo serves as well).
+
+    Call before any other function here: the first one that partitions a model decides.
+    """
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    operators = getattr(deepspeed.ops, "__compatible_ops__", None)  # a private name, so only if it is there
+    if isinstance(operators, dict) and not torch.cuda.is_available():
+        operators["deepspeed_shm_comm"] = False
+
+
+def check_compilation_locks() -> None:
+    """Raise UserError for a lock left by a killed build, on which the next build would wait for ever."""
+    root = os.environ.get("TORCH_EXTENSIONS_DIR")
+    folder = Path(root) if root else Path.home() / ".cache" / "torch_extensions"
+    locks = sorted(folder.glob("**/lock")) if folder.is_dir() else []
+    if locks:
+        raise UserError(
+            f"no compilation of a DeepSpeed operator may be under way, but there is a lock: {locks[0]}. "
+            "If no other run is compiling now, a killed one left it: delete that file."
+        )
+
+
+class Engine:
+    """A module under DeepSpeed.
+
+    groups: one dict a parameter group with "params", "lr" and "name". config: what `complete` returned.
+    """
+
+    def __init__(
+        self, module: nn.Module, groups: list[dict[str, Any]], optim: OptimConfig, config: dict[str, Any], world: World
+    ) -> None:
+        self.world, self.config = world, config
+        self.weight_decay = optim.weight_decay
+        self._engine, self._optimizer, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=_optimizer(groups, optim, config),
+            config=config,
+            dist_init_required=False,
+        )
+
+    @property
+    def module(self) -> Any:
+        return self._engine.module
+
+    @property
+    def partitions_parameters(self) -> bool:
+        return zero_stage(self.config) == 3
+
+    def __call__(self, *inputs: Any) -> torch.Tensor:
+        loss: torch.Tensor = self._engine(*inputs)
+        return loss
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add this micro-batch's gradients; DeepSpeed averages them over ranks, so scale by the world size."""
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def micro_step_done(self, rates: Sequence[float]) -> None:
+        """Close a micro-batch; at the last one of a step the optimizer moves at these rates, one a group."""
+        for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
+            group["lr"], group["weight_decay"] = rate, self.weight_decay  # a universal load confuses groups
+        self._engine.step()
+
+    def grad_norm(self) -> float:
+        """Norm of the last step's gradient over all parameters, before clipping."""
+        norm = self._engine.get_global_grad_norm()
+        return float(norm) if norm is not None else float("nan")
+
+    @property
+    def skipped_steps(self) -> int:
+        return int(self._engine.skipped_steps)
+
+    def save(self, folder: Path) -> None:
+        """Every rank writes its shards into `folder`; nothing is committed (see training/checkpoint.py)."""
+        self._engine.save_checkpoint(str(folder), tag="engine", save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Restore parameters, optimizer and counters that `save` wrote, unpickling nothing but plain data."""
+        before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
+        os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # DeepSpeed asks torch.load for full unpickling
+        try:
+            with torch.serialization.safe_globals(_checkpoint_classes()):
+                path, _ = self._engine.load_checkpoint(str(folder), tag="engine")
+        finally:
+            if before is None:
+                del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
+            else:
+                os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before
+        if path is None:
+            raise UserError(f"the checkpoint must hold DeepSpeed's files, but does not: {folder}.")
+
+    def whole_state(self) -> dict[str, torch.Tensor]:
+        """All parameters and persistent buffers on rank 0's host memory, fp32; empty on the other ranks.
+
+        Every rank must call it. Parameters are gathered one at a time; tied ones appear once.
+        """
+        state: dict[str, torch.Tensor] = {}
+        for name, parameter in self.module.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter], enabled=self.partitions_parameters):
+                if self.world.is_main:
+                    state[name] = parameter.detach().float().cpu().clone().contiguous()
+        if self.world.is_main:
+            persistent = self.module.state_dict().keys()
+            buffers = {n: b for n, b in self.module.named_buffers() if n in persistent}
+            state |= {n: b.detach().cpu().clone().contiguous() for n, b in buffers.items()}
+        return state
+
+
+def _checkpoint_classes() -> list[Any]:
+    """What DeepSpeed's own checkpoint files hold besides tensors and plain containers."""
+    from deepspeed.runtime.fp16 import loss_scaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [ZeroStageEnum, fragment_address, loss_scaler.LossScaler, loss_scaler.DynamicLossScaler]

@@ -1,0 +1,52 @@
+"""Hypotheses for a whole split on all ranks, each clip exactly once."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from flallm_ds.contracts import Batch, Hypothesis
+from flallm_ds.data.loader import Loader
+from flallm_ds.data.text import TextCodec
+from flallm_ds.dist import World, gather_objects
+from flallm_ds.errors import UserError
+
+# Token ids of the best hypothesis of each clip of a batch.
+Generate = Callable[[Batch], list[list[int]]]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A loader over a split in length order, and how its batches become token ids."""
+
+    loader: Loader
+    generate: Generate
+    codec: TextCodec
+    world: World
+
+    def hypotheses(self, report: Callable[[int, int], None] | None = None) -> list[Hypothesis]:
+        """Every clip's hypothesis, sorted by key, the same list on every rank.
+
+        Every rank makes the same number of `generate` calls. report(done, all): called after each step.
+        """
+        found: list[Hypothesis] = []
+        for step, batches in enumerate(self.loader.steps()):
+            for batch in batches:
+                for key, text, real, ids in zip(
+                    batch.keys, batch.texts, batch.real_B, self.generate(batch), strict=True
+                ):
+                    if real:
+                        found.append(Hypothesis(key, self.codec.decode(ids), text))
+            if report is not None and self.world.is_main:
+                report(step + 1, len(self.loader))
+        gathered = [h for part in gather_objects(found, self.world) for h in part]
+        by_key = {h.key: h for h in gathered}
+        if not len(by_key) == len(gathered) == len(self.loader.reader.index):
+            raise UserError(
+                f"each of {len(self.loader.reader.index)} clips must be scored once, but {len(gathered)} "
+                f"hypotheses came for {len(by_key)} clips. Run shards/verify.py on the shards."
+            )
+        return [by_key[key] for key in sorted(by_key)]
+
+
+def texts_of(hypotheses: Sequence[Hypothesis]) -> tuple[list[str], list[str]]:
+    """(hypotheses, references) in the same order, for metrics."""
+    return [h.hypothesis for h in hypotheses], [h.reference for h in hypotheses]

@@ -1,0 +1,61 @@
+"""What a person sees while a run goes on: loss, rate, waiting for data, time left."""
+
+import time
+
+
+class Progress:
+    """Prints a line every `every_s` seconds, on rank 0 alone."""
+
+    def __init__(self, every_s: float, enabled: bool) -> None:
+        self.every_s, self.enabled = every_s, enabled
+        self._epochs = 0
+        self._reset()
+        self._last_print = time.perf_counter()
+        self._fraction_done = 0.0
+        self._first_fraction: float | None = None
+        self._busy_s = 0.0
+
+    def _reset(self) -> None:
+        self._frames = self._seconds = self._waited = self._loss = 0.0
+        self._steps = 0
+
+    def start(self, epochs: int) -> None:
+        self._epochs = epochs
+
+    def say(self, line: str) -> None:
+        if self.enabled:
+            print(line, flush=True)
+
+    def pause(self, seconds: float) -> None:
+        """Count time that was spent on scores or checkpoints, for the time left."""
+        self._busy_s += seconds
+
+    def step(
+        self, epoch: int, step: int, num_steps: int, loss: float, frames: float, seconds: float, waited: float
+    ) -> None:
+        """One step is done: `frames` kept frames over all ranks in `seconds`, `waited` of them for data."""
+        if self._first_fraction is None:
+            self._first_fraction = (epoch + (step - 1) / num_steps) / self._epochs
+        self._fraction_done = (epoch + step / num_steps) / self._epochs
+        self._busy_s += seconds
+        self._frames, self._seconds = self._frames + frames, self._seconds + seconds
+        self._waited, self._loss, self._steps = self._waited + waited, self._loss + loss, self._steps + 1
+        now = time.perf_counter()
+        last = step == num_steps and epoch == self._epochs - 1
+        if now - self._last_print >= self.every_s or last:
+            done = self._fraction_done - self._first_fraction
+            left = self._busy_s * (1 - self._fraction_done) / done if done else 0.0
+            self.say(
+                f"epoch {epoch + 1}/{self._epochs}  step {step}/{num_steps}  loss {self._loss / self._steps:.3f}  "
+                f"{self._frames / self._seconds:,.0f} frames/s  waiting {100 * self._waited / self._seconds:.1f} %  "
+                f"left {clock(left)}"
+            )
+            self._last_print = now
+            self._reset()
+
+
+def clock(seconds: float) -> str:
+    """h:mm:ss or m:ss."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"

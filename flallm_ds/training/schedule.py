@@ -1,0 +1,13 @@
+"""Rates as a pure function of how much of the run is done."""
+
+import math
+
+
+def rate_factor(progress: float, warmup: float) -> float:
+    """What base rates are multiplied by: a linear rise over the fraction `warmup`, then a cosine to 0.
+
+    progress: fraction of the run that is done, in [0, 1].
+    """
+    if progress < warmup:
+        return progress / warmup
+    return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))

@@ -1,0 +1,227 @@
+"""The loop: steps, progress, dev scores, checkpoints, and going on where a run was."""
+
+import os
+import signal
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+
+from flallm_ds import export
+from flallm_ds.contracts import Batch
+from flallm_ds.data.plan import PlanState
+from flallm_ds.dist import all_reduce_sum
+from flallm_ds.errors import Preempted, UserError
+from flallm_ds.metrics import score
+from flallm_ds.training import checkpoint
+from flallm_ds.training.build import Task
+from flallm_ds.training.evaluate import Evaluation, texts_of
+from flallm_ds.training.progress import Progress
+from flallm_ds.training.run_folder import Metrics
+from flallm_ds.training.schedule import rate_factor
+
+
+@dataclass
+class Position:
+    """Where a run is, between two steps."""
+
+    epoch: int = 0
+    step: int = 0  # within the epoch
+    global_step: int = 0
+    best_bleu4: float = -1.0
+
+
+class StopRequest:
+    """Set by SIGTERM, SIGUSR1 or the launcher's death; ranks agree on it at the next step."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._parent = os.getppid()
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True
+
+    def __bool__(self) -> bool:
+        return self._asked or os.getppid() != self._parent
+
+
+class Trainer:
+    """Runs a task to its end, or to a stop that the next start goes on from."""
+
+    def __init__(self, task: Task, folder: Path) -> None:
+        self.task, self.folder = task, folder
+        self.config, self.world = task.config, task.world
+        self.at = Position()
+        self.stop = StopRequest()
+        self.progress = Progress(self.config.train.log_every_s, enabled=self.world.is_main)
+        self.metrics: Metrics | None = None
+
+    def run(self) -> None:
+        """Train what is left. Raises Preempted when asked to stop, after saving."""
+        self._resume()
+        config = self.config
+        if self.world.is_main:
+            self.metrics = Metrics(self.folder, self.at.global_step)
+        self.progress.start(config.train.epochs)
+        while self.at.epoch < config.train.epochs and not self._out_of_steps():
+            loader = self.task.train_loader(self.at.epoch)
+            self._epoch(loader)
+            if self.at.step == len(loader):
+                self.at.epoch, self.at.step = self.at.epoch + 1, 0
+                self._end_of_epoch()
+        if self.metrics is not None:
+            self.metrics.close()
+
+    def _epoch(self, loader: Any) -> None:
+        """Steps from where the run is to the epoch's end, the step limit or a stop."""
+        self.task.engine.module.train()
+        num_steps = len(loader)
+        waiting_since = time.perf_counter()
+        for batches in loader.steps(self.at.step):
+            waited = time.perf_counter() - waiting_since
+            stop = self._step(batches, num_steps, waited)
+            every = self.config.train.save_every_steps
+            if stop or self._out_of_steps() or (every and self.at.global_step % every == 0):
+                if self.at.step < num_steps:
+                    self._save()
+            if stop:
+                raise Preempted(
+                    f"stopped after step {self.at.global_step}; the same command goes on from there ({self.folder})."
+                )
+            if self._out_of_steps():
+                return
+            waiting_since = time.perf_counter()
+
+    def _step(self, batches: list[Batch], num_steps: int, waited: float) -> bool:
+        """One optimizer step on this rank's micro-batches; True if any rank was asked to stop."""
+        begin = time.perf_counter()
+        task, train, at = self.task, self.config.train, self.at
+        counts = [sum(b.num_target_tokens for b in batches), sum(len(b.frames_NHWC) for b in batches), bool(self.stop)]
+        tokens, frames, stops = all_reduce_sum(counts, self.world)
+        factor = rate_factor((at.epoch + at.step / num_steps) / train.epochs, self.config.optim.warmup)
+        rates = [rate * factor for rate in task.rates]
+        loss_sum = 0.0
+        with task.statistics:
+            for place, batch in enumerate(batches):
+                slice_number = self.world.rank * len(batches) + place
+                seed_micro_batch(train.seed, at.epoch, at.step, slice_number)
+                inputs = task.inputs(batch, train=True)
+                target_ids_BL = batch.target_ids_BL.to(self.world.device)
+                loss = task.engine(inputs, batch.num_frames_B, target_ids_BL, train.label_smoothing)
+                loss_sum += loss.item()
+                task.engine.backward(loss * (self.world.size / tokens))
+                task.engine.micro_step_done(rates)
+        loss_mean = all_reduce_sum([loss_sum], self.world)[0] / tokens
+        if not np.isfinite(loss_mean):
+            raise UserError(
+                f"the loss must be finite, but is {loss_mean} at step {at.global_step + 1}. The last checkpoint is "
+                "from before; try a lower --optim.lr or a lower --optim.clip in a new run."
+            )
+        at.step, at.global_step = at.step + 1, at.global_step + 1
+        seconds = waited + time.perf_counter() - begin
+        if self.metrics is not None:
+            self.metrics.write(
+                "train",
+                at.global_step,
+                {
+                    "epoch": at.epoch,
+                    "step": at.step,
+                    "loss": loss_mean,
+                    "lr": rates[0],
+                    "grad_norm": task.engine.grad_norm(),
+                    "skipped_steps": task.engine.skipped_steps,
+                    "frames": int(frames),
+                    "seconds": seconds,
+                    "waiting_s": waited,
+                    "broken_clips": len(task.broken.reasons),
+                },
+            )
+        self.progress.step(at.epoch, at.step, num_steps, loss_mean, frames, seconds, waited)
+        return stops > 0
+
+    def _end_of_epoch(self) -> None:
+        every, epochs = self.config.eval.every_epochs, self.config.train.epochs
+        if self.at.epoch % every == 0 or self.at.epoch == epochs:
+            self._evaluate()
+        self._save()
+
+    def _evaluate(self) -> None:
+        """Score the dev split and keep the export if it is the best so far."""
+        task = self.task
+        begin = time.perf_counter()
+        task.engine.module.eval()
+        evaluation = Evaluation(task.dev_loader(), task.generate, task.codec, self.world)
+        hypotheses = evaluation.hypotheses()
+        scores = score(*texts_of(hypotheses), language=task.codec.language)
+        seconds = time.perf_counter() - begin
+        self.progress.pause(seconds)
+        values = {"bleu4": scores.bleu4, "rouge_l": scores.rouge_l, "chrf": scores.chrf, "seconds": seconds}
+        if self.metrics is not None:
+            self.metrics.write(self.config.eval.split, self.at.global_step, {"epoch": self.at.epoch, **values})
+        self.progress.say(f"epoch {self.at.epoch} {self.config.eval.split}: BLEU-4 {scores.bleu4:.2f}")
+        if scores.bleu4 > self.at.best_bleu4:
+            self.at.best_bleu4 = scores.bleu4
+            self._export({self.config.eval.split: scores.as_dict(), "epoch": self.at.epoch})
+
+    def _export(self, scores: dict[str, Any]) -> None:
+        task = self.task
+        state = task.engine.whole_state()
+        if not self.world.is_main:
+            return
+        if task.frozen is not None:
+            state |= {f"visual.{n}": t.detach().cpu() for n, t in task.frozen.state_dict().items()}
+        settings = export.settings_of(self.config, min(task.train_index.frame_hw), scores)
+        language_model = task.engine.module.language_model
+        checkpoint.replace_folder(
+            self.folder / "best", lambda out: export.write(out, settings, state, language_model, task.codec)
+        )
+
+    def _save(self) -> None:
+        begin = time.perf_counter()
+        plan_state = self.task.plan(self.task.train_index).state(self.at.epoch, self.at.step)
+        state = {"position": asdict(self.at), "plan": asdict(plan_state), "world_size": self.world.size}
+        checkpoint.save(
+            self.folder / "checkpoints",
+            self.at.global_step,
+            state,
+            self.task.engine.save,
+            self.world,
+            self.config.train.keep_checkpoints,
+        )
+        self.progress.pause(time.perf_counter() - begin)
+
+    def _resume(self) -> None:
+        """Go on from the newest committed checkpoint, if there is one."""
+        if self.world.is_main:
+            checkpoint.recover_folder(self.folder / "best")
+        found = checkpoint.committed(self.folder / "checkpoints")
+        if not found:
+            return
+        state = checkpoint.read_state(found[-1])
+        position = Position(**state["position"])
+        saved = PlanState(**state["plan"])
+        self.task.plan(self.task.train_index).state(saved.epoch, saved.step).check_same_plan(saved)
+        if state["world_size"] != self.world.size:
+            raise UserError(
+                f"a run must be resumed with the ranks it was saved by ({state['world_size']}), but there are "
+                f"{self.world.size}: {found[-1]}. Start that many ranks, or another run folder."
+            )
+        self.task.engine.load(found[-1])
+        self.at = position
+        self.progress.say(f"resumed at epoch {position.epoch}, step {position.step} from {found[-1]}")
+
+    def _out_of_steps(self) -> bool:
+        limit = self.config.train.max_steps
+        return limit is not None and self.at.global_step >= limit
+
+
+def seed_micro_batch(seed: int, epoch: int, step: int, slice_number: int) -> None:
+    """Dropout of a micro-batch depends on its place in the run alone, so a resume needs no RNG states."""
+    state = np.random.SeedSequence([seed, epoch, step, slice_number]).generate_state(1, np.uint64)[0]
+    torch.manual_seed(int(state) & (2**63 - 1))

@@ -1,0 +1,86 @@
+"""`make quickstart`: corpus -> shards -> stage visual -> stage llm -> scores -> a translated video, on anything.
+
+Each step is an ordinary command, printed as it runs, and is left out where its result is there already.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from flallm_ds.command import main
+from flallm_ds.dist import free_port
+from flallm_ds.errors import UserError
+from flallm_ds.recipes import quickstart_llm, quickstart_visual
+
+ROOT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+NUM_CLIPS = 1200
+DATA = Path("data/signsim")
+
+
+def prepare() -> None:
+    """The embedded default's corpus, shards and stand-in LLM, where they are not there yet."""
+    corpus, shards, llm = DATA / "corpus", DATA / "shards", DATA / "llm"
+    python = str(BIN / "python")
+    _step(corpus, [python, "shards/signsim/make.py", f"--out={corpus}", f"--clips={NUM_CLIPS}"])
+    _step(
+        shards, [python, "shards/build.py", "phoenix14t", f"--source={corpus}", f"--out={shards}", "--short_side=64"]
+    )
+    _step(llm, [str(BIN / "flallm"), "standin_llm", f"--texts={corpus / 'monolingual.txt'}", f"--out={llm}"])
+
+
+def quickstart() -> None:
+    """Everything from nothing to scores and a translated video; run again, it goes on where it was."""
+    os.chdir(ROOT)
+    begin = time.perf_counter()
+    prepare()
+    runs = [Path(quickstart_visual().run), Path(quickstart_llm().run)]
+    for run, stage in zip(runs, ("visual", "llm"), strict=True):
+        _step(run / "done", [*_launcher(), "launch/train.py", "--stage", stage])
+        (run / "done").touch()
+        _step(run / "evaluation" / "test.json", [*_launcher(), "launch/evaluate.py", "--run", str(run)])
+    _show(*runs)
+    print(f"\nThe whole took {(time.perf_counter() - begin) / 60:.1f} minutes (without installation).")
+
+
+def _launcher() -> list[str]:
+    """deepspeed with as many ranks as there are GPUs, or cores on a machine without one; two at most."""
+    import torch
+
+    ranks = min(2, torch.cuda.device_count() or len(os.sched_getaffinity(0)))
+    return [str(BIN / "deepspeed"), f"--num_gpus={ranks}", f"--master_port={free_port()}"]
+
+
+def _step(result: Path, command: list[str]) -> None:
+    if result.exists():
+        print(f"\n== {result} is there already", flush=True)
+        return
+    print(f"\n== {' '.join(Path(c).name if c.startswith('/') else c for c in command)}", flush=True)
+    code = subprocess.run(command, cwd=ROOT, check=False).returncode
+    if code:
+        raise UserError(f"the step above must end well, but ended with code {code}. Mend it and run again.")
+
+
+def _show(visual: Path, llm: Path) -> None:
+    """The table, three sentences, a strip of frames, and one video translated by the finished model."""
+    from flallm_ds.inference.report import read_hypotheses, strip_of_run, table
+
+    results = [json.loads((run / "evaluation" / "test.json").read_text(encoding="utf-8")) for run in (visual, llm)]
+    rows = {"stage 1 alone": results[0]["scores"], "both stages": results[1]["scores"]}
+    print("\n" + table({**rows, "blind control": results[1]["blind"]}))
+    print(f"signature: {results[1]['scores']['bleu_signature']}\n")
+    hypotheses = read_hypotheses(llm / "evaluation" / "test.hypotheses.jsonl")
+    for said in hypotheses[:: max(1, len(hypotheses) // 3)][:3]:
+        print(f"  hypothesis  {said.hypothesis}\n  reference   {said.reference}\n")
+    strip_of_run(llm, llm / "strip.png", "test", num_clips=2)
+    print(f"a strip of frames with hypothesis and reference: {llm / 'strip.png'}")
+    video = next((DATA / "corpus").glob("**/fullFrame-210x260px/test/*"))
+    print(f"\n== flallm translate {video} --model {llm}", flush=True)
+    subprocess.run([str(BIN / "flallm"), "translate", str(video), f"--model={llm}"], cwd=ROOT, check=True)
+
+
+if __name__ == "__main__":
+    main(quickstart)

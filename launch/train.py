@@ -1,0 +1,31 @@
+"""Train one stage: `deepspeed launch/train.py --stage visual`, then `deepspeed launch/train.py --stage llm`.
+
+Also `python launch/train.py …` for one process, `torchrun launch/train.py …`, and launch/slurm/train.sbatch.
+Running the same command again goes on where the run was.
+"""
+
+from flallm_ds import dist
+from flallm_ds.command import main
+from flallm_ds.recipes import resolve
+
+
+def train(*, stage: str | None = None, recipe: str | None = None, **overrides: str) -> None:
+    """Train a stage (visual or llm) by a recipe (default: quickstart) with dotted overrides.
+
+    deepspeed launch/train.py --stage llm --recipe phoenix14t --data.shards=FOLDER --optim.llm_lr=2e-5
+    """
+    config = resolve(stage, recipe).with_overrides(overrides)
+    from flallm_ds.training.build import build_task  # slow imports come after the options are known to be right
+    from flallm_ds.training.run_folder import open_run_folder
+    from flallm_ds.training.trainer import Trainer
+
+    world = dist.start()
+    try:
+        folder = dist.main_first(lambda: open_run_folder(config), world)
+        Trainer(build_task(config, folder, world), folder).run()
+    finally:
+        dist.stop()
+
+
+if __name__ == "__main__":
+    main(train)

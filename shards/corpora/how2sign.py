@@ -1,0 +1,111 @@
+"""How2Sign: American sign language, instructional speech, front camera.
+
+The right clips are cut from the raw videos by the re-aligned times. The ready-made sentence clips were cut
+with the original, misaligned times: they are used where they cover more rows of a split, and a note says so.
+"""
+
+import re
+from pathlib import Path
+
+from flallm_ds.errors import UserError
+from shards.corpora import Corpus, Row, first_line, read_seconds, read_table, videos_below
+
+_COLUMNS = ("VIDEO_ID", "VIDEO_NAME", "SENTENCE_NAME", "START_REALIGNED", "END_REALIGNED", "SENTENCE")
+_OWN_SPLITS = {"train": "train", "dev": "val", "test": "test"}
+
+
+def read(source: Path, splits: tuple[str, ...], *, repair_mojibake: bool = False) -> Corpus:
+    """How2Sign. --source: the folder that holds sentence_level (and video_level, if you have the raw videos).
+
+    --repair_mojibake=true mends texts such as "horseâ€™s" (163 sentences of train, 23 of test).
+    """
+    if not source.is_dir():
+        raise UserError(f"--source must be the How2Sign folder, but is no folder: {source}. Check --source.")
+    videos = videos_below(source)
+    rows, notes = {}, []
+    for split in splits:
+        table = _find_table(source, _OWN_SPLITS[split])
+        rows[split], said = read_rows(table, videos, source, repair_mojibake)
+        notes += [f"{split}: {note}" for note in said]
+    return Corpus("how2sign", "en", rows, notes)
+
+
+def read_rows(
+    table: Path, videos: dict[str, Path], source: Path, repair: bool
+) -> tuple[list[Row], list[str]]:
+    """The rows of one re-aligned table (TAB- or comma-separated) and notes on how they were read."""
+    delimiter = "\t" if "\t" in first_line(table) else ","
+    lines = list(read_table(table, delimiter, _COLUMNS))
+    num_raw = sum(fields["VIDEO_NAME"] in videos for _, fields in lines)
+    num_ready = sum(fields["SENTENCE_NAME"] in videos for _, fields in lines)
+    raw = num_raw > 0 and num_raw >= num_ready
+    kind = (
+        "cut from the raw videos by the re-aligned times" if raw else "ready-made, cut by the original times"
+    )
+    num_there = num_raw if raw else num_ready
+    notes = [f"clips {kind} ({num_there:,} of {len(lines):,} rows have a video)"]
+    rows, num_garbled = [], 0
+    for line, fields in lines:
+        what = f"{table}, line {line}:"
+        text = fields["SENTENCE"]
+        if "\n" in text or "\t" in text:
+            raise UserError(f"{what} a sentence must be on one line, but a quote is never closed.")
+        mended = mend_mojibake(text)
+        num_garbled += mended != text
+        start_s = read_seconds(fields["START_REALIGNED"], f"{what} START_REALIGNED")
+        end_s = read_seconds(fields["END_REALIGNED"], f"{what} END_REALIGNED")
+        name = fields["VIDEO_NAME"] if raw else fields["SENTENCE_NAME"]
+        signer = re.search(r"-([0-9]+)-rgb_", fields["VIDEO_NAME"])
+        rows.append(
+            Row(
+                id=fields["SENTENCE_NAME"],
+                path=videos.get(name, source / f"{name}.mp4"),
+                text=(mended if repair else text).strip(),
+                language="en",
+                signer=signer[1] if signer else "",
+                video=fields["VIDEO_ID"],
+                start_s=start_s if raw else None,
+                end_s=end_s if raw else None,
+            )
+        )
+    if num_garbled:
+        done = "repaired" if repair else "kept as they are (--repair_mojibake=true mends them)"
+        notes.append(f"{num_garbled:,} texts with garbled characters, {done}")
+    return rows, notes
+
+
+_GARBLED = re.compile(r"[\u00c2-\u00f4][^\x00-\x7f]{1,3}")
+
+
+def mend_mojibake(text: str) -> str:
+    """UTF-8 that was read as Windows-1252 or Latin-1, read aright ("horseâ€™s"); any other text unchanged."""
+
+    def mend(match: re.Match[str]) -> str:
+        for length in range(len(match[0]), 1, -1):
+            try:
+                return b"".join(map(_byte, match[0][:length])).decode("utf-8") + match[0][length:]
+            except (UnicodeError, ValueError):
+                continue
+        return match[0]
+
+    return _GARBLED.sub(mend, text)
+
+
+def _byte(character: str) -> bytes:
+    """The byte that was shown as this character; Windows-1252 has five holes, which Latin-1 fills."""
+    try:
+        return character.encode("cp1252")
+    except UnicodeEncodeError:
+        return bytes([ord(character)])  # ValueError above 255
+
+
+def _find_table(source: Path, split: str) -> Path:
+    name = f"how2sign_realigned_{split}.csv"
+    usual = source / "sentence_level" / split / "text" / "en" / "raw_text" / "re_aligned" / name
+    found = usual if usual.is_file() else min(source.rglob(name), default=None)
+    if found is None:
+        raise UserError(
+            f"the re-aligned table of every split must be there, but {name} is not below {source}. "
+            "Fetch it, or name the splits that you have with --splits."
+        )
+    return found

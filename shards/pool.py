@@ -1,0 +1,140 @@
+"""Jobs on all cores with one progress bar. A job is a whole shard: clips never travel between processes."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+from flallm_ds.errors import UserError
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+_POLL_S = 0.2
+
+
+class Stopped(Exception):
+    """Another worker failed, so this one leaves."""
+
+
+class _Shared:
+    """What all workers see: how many clips are done, and whether to stop."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.num_done = context.Value("q", 0)
+        self.stop = context.Event()
+
+
+_shared: _Shared | None = None
+
+
+def tick() -> None:
+    """Count one clip as done."""
+    if _shared is not None:
+        with _shared.num_done.get_lock():
+            _shared.num_done.value += 1
+
+
+def check_stop() -> None:
+    """Raise Stopped if another worker has failed or the user wants to end; cheap enough for every frame."""
+    if _shared is not None and _shared.stop.is_set():
+        raise Stopped
+
+
+def run(
+    function: Callable[[Job], Result], jobs: Sequence[Job], *, num_workers: int, num_clips: int, title: str
+) -> Iterator[tuple[int, Result]]:
+    """(position of the job, its result), as they finish. function: of a module, calling `tick()` once a clip and `check_stop()` often.
+
+    num_workers: processes, 0 for one a core; with 1 the jobs run in this process.
+    The first exception of a job stops the others and is raised here.
+    """
+    num_workers = min(num_workers or num_cores(), len(jobs))
+    with tqdm(total=num_clips, unit="clip", desc=title, smoothing=0.05, mininterval=_bar_s()) as bar:
+        if num_workers <= 1:
+            yield from _run_here(function, jobs, bar)
+        else:
+            yield from _run_in_processes(function, jobs, num_workers, bar)
+
+
+def _run_here(function: Callable[[Any], Any], jobs: Sequence[Any], bar: tqdm) -> Iterator[tuple[int, Any]]:
+    global _shared
+    _shared = _Shared()
+    watcher_done = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(_shared, bar, watcher_done), daemon=True)
+    watcher.start()
+    try:
+        for position, job in enumerate(jobs):
+            yield position, function(job)
+    finally:
+        watcher_done.set()
+        watcher.join()
+        _shared = None
+
+
+def _watch(shared: _Shared, bar: tqdm, done: threading.Event) -> None:
+    while not done.wait(_POLL_S):
+        _show(shared, bar)
+    _show(shared, bar)
+
+
+def _run_in_processes(
+    function: Callable[[Any], Any], jobs: Sequence[Any], num_workers: int, bar: tqdm
+) -> Iterator[tuple[int, Any]]:
+    shared = _Shared()
+    # Spawn: forking a process whose libraries run threads can hang it.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_begin_worker, initargs=(shared,))
+    try:
+        positions: dict[Future[Any], int] = {pool.submit(function, job): n for n, job in enumerate(jobs)}
+        waiting = set(positions)
+        while waiting:
+            done, waiting = wait(waiting, timeout=_POLL_S, return_when=FIRST_COMPLETED)
+            _show(shared, bar)
+            # A real fault before the Stopped that it may have caused.
+            for future in sorted(done, key=lambda f: isinstance(f.exception(), Stopped)):
+                yield positions[future], future.result()
+    except BrokenProcessPool as error:
+        raise UserError(
+            "every worker must live to the end, but one was killed, most often for want of memory. "
+            "Use fewer with --workers."
+        ) from error
+    finally:
+        shared.stop.set()
+        pool.shutdown(cancel_futures=True)
+
+
+def _bar_s() -> float:
+    """Seconds between two lines of progress: a log file keeps every one of them."""
+    return 0.2 if sys.stderr.isatty() else 10.0
+
+
+def _show(shared: _Shared, bar: tqdm) -> None:
+    bar.update(shared.num_done.value - bar.n)
+
+
+def _begin_worker(shared: _Shared) -> None:
+    global _shared
+    _shared = shared
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the workers
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _leave_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    while parent is not None and parent.is_alive():
+        time.sleep(1.0)
+    os._exit(1)
+
+
+def num_cores() -> int:
+    """Cores that this process may use, which a container or SLURM may have limited."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

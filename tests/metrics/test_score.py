@@ -1,0 +1,70 @@
+import dataclasses
+
+import pytest
+from sacrebleu.metrics import BLEU
+
+from flallm_ds.errors import UserError
+from flallm_ds.metrics import is_chinese, rouge_tokens, score
+
+REFERENCES = ["am tag regnet es im norden .", "morgen scheint die sonne im süden ."]
+
+
+def test_perfect_output_scores_hundred():
+    scores = score(REFERENCES, REFERENCES, "de_DE")
+    for value in (scores.bleu1, scores.bleu2, scores.bleu3, scores.bleu4, scores.rouge_l, scores.chrf):
+        assert value == pytest.approx(100)
+    assert scores.length_ratio == 1
+    assert scores.num_sentences == 2
+
+
+def test_scores_are_frozen_plain_values():
+    scores = score(REFERENCES, REFERENCES, "de")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        scores.bleu4 = 0.0
+    assert all(isinstance(value, float | int | str) for value in scores.as_dict().values())
+    assert scores.rouge_signature == "F|beta:1.2|tok:whitespace|mean:sentences"
+
+
+def test_empty_hypotheses_score_zero():
+    scores = score(["", ""], REFERENCES, "de")
+    assert (scores.bleu1, scores.bleu4, scores.rouge_l, scores.chrf, scores.length_ratio) == (0, 0, 0, 0, 0)
+
+
+def test_one_empty_hypothesis_among_others_shortens():
+    assert 0 < score([REFERENCES[0], ""], REFERENCES, "de").bleu4 < 100
+
+
+def test_chinese_is_scored_by_characters():
+    hypotheses, references = ["明天北部有大雨。"], ["明天北部地区有雨。"]
+    scores = score(hypotheses, references, "zh_CN")
+    assert scores.bleu1 == pytest.approx(
+        BLEU(tokenize="zh", max_ngram_order=1).corpus_score(hypotheses, [references]).score
+    )
+    # 7 characters in common of 8 and of 9.
+    precision, recall = 7 / 8, 7 / 9
+    assert scores.rouge_l == pytest.approx(100 * 2.44 * precision * recall / (recall + 1.44 * precision))
+    assert "tok:zh" in scores.bleu_signature and "tok:char" in scores.rouge_signature
+    assert scores.bleu4 > score(hypotheses, references, "de").bleu4  # unsplit Chinese is one wrong word
+
+
+def test_spaces_do_not_matter_in_chinese():
+    assert rouge_tokens("明天 有雨 。", chinese=True) == ["明", "天", "有", "雨", "。"]
+    spaced, unspaced = (score([text], ["明天有雨。"], "zh") for text in ("明天 有 雨 。", "明天有雨。"))
+    assert spaced == unspaced
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"), [("zh", True), ("zh_CN", True), ("zh-Hans", True), ("de_DE", False), ("en", False)]
+)
+def test_language_codes(code, expected):
+    assert is_chinese(code) is expected
+
+
+def test_unequal_numbers_are_an_error_that_names_both():
+    with pytest.raises(UserError, match="1 and 2"):
+        score(["a"], ["a", "b"], "de")
+
+
+def test_nothing_to_score_is_an_error():
+    with pytest.raises(UserError, match="at least one sentence"):
+        score([], [], "de")

@@ -1,0 +1,187 @@
+import json
+
+import pytest
+from conftest import PHOENIX_HEADER, make_how2sign, make_phoenix
+
+from flallm_ds.errors import UserError
+from shards.corpora import how2sign, manifest, phoenix14t
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("with_1", [False, True])
+def test_phoenix_is_read_with_either_line_end_and_either_folder_layout(tmp_path, newline, with_1):
+    release = make_phoenix(tmp_path, newline=newline, with_1=with_1)
+    rows = phoenix14t.read(release, ("train", "dev")).rows
+    assert [len(table) for table in rows.values()] == [7, 2]
+    row = rows["train"][3]
+    assert (row.id, row.signer, row.video) == (
+        "01April_2010_train_tagesschau-4",
+        "Signer01",
+        "01April_2010_train_tagesschau",
+    )
+    assert (row.text, row.gloss, row.language) == ('am tag 3 "schönes" wetter', "TAG 3 WETTER", "de")
+    assert len(list(row.path.glob("*.png"))) == 4
+
+
+def test_phoenix_is_found_from_its_folder_its_release_or_the_folder_above(tmp_path):
+    release = make_phoenix(tmp_path)
+    roots = {phoenix14t.find_root(place) for place in (tmp_path, release, release / "PHOENIX-2014-T")}
+    assert roots == {release / "PHOENIX-2014-T"}
+    with pytest.raises(UserError, match="annotations/manual"):
+        phoenix14t.find_root(tmp_path / "elsewhere")
+
+
+def test_the_real_phoenix_test_table_has_642_rows(shared):
+    table = shared / "phoenix14t" / "full-test-split.PHOENIX-2014-T.test.corpus.csv"
+    rows = phoenix14t.read_rows(table, shared)
+    assert len(rows) == 642 and len({row.id for row in rows}) == 642
+    assert all(row.text and row.text == row.text.strip() and row.gloss and row.signer for row in rows)
+    assert not any("\r" in row.text for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (PHOENIX_HEADER + "\na|b|c", "line 2"),
+        ("name|video\na|b", "'speaker'"),
+        ("", "'name'"),
+        (PHOENIX_HEADER.encode() + b"\n\xff\xfe|||||||", "UTF-8"),
+    ],
+)
+def test_a_broken_table_is_one_sentence_with_its_place(tmp_path, content, message):
+    table = tmp_path / "x.csv"
+    table.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=message):
+        phoenix14t.read_rows(table, tmp_path)
+
+
+@pytest.mark.parametrize("delimiter", ["\t", ","])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_how2sign_tables_are_read_with_tab_or_comma(tmp_path, delimiter, newline):
+    corpus = how2sign.read(
+        make_how2sign(tmp_path, raw=False, delimiter=delimiter, newline=newline), ("train",)
+    )
+    rows = corpus.rows["train"]
+    assert [row.id for row in rows] == [
+        "-aB_0-5-rgb_front",
+        "-aB_1-5-rgb_front",
+        "-ab_0-8-rgb_front",
+        "-ab_1-8-rgb_front",
+    ]
+    assert [row.signer for row in rows] == ["5", "5", "8", "8"] and rows[0].video == "-aB"
+    assert rows[0].text == "Hello, you." and rows[2].text == '"Painting" the wall.'
+    assert rows[1].text == "My horseâ\x80\x99s nose."
+    assert any("1 texts with garbled characters, kept" in note for note in corpus.notes)
+
+
+def test_how2sign_cuts_raw_videos_where_they_are_there_else_takes_ready_clips(tmp_path):
+    raw = how2sign.read(make_how2sign(tmp_path / "raw", raw=True), ("train",))
+    ready = how2sign.read(make_how2sign(tmp_path / "ready", raw=False), ("train",))
+    assert "re-aligned times (4 of 4" in raw.notes[0] and "original times (4 of 4" in ready.notes[0]
+    assert (raw.rows["train"][0].start_s, raw.rows["train"][0].end_s) == (0.5, 1.0)
+    assert raw.rows["train"][0].path.name == "-aB-5-rgb_front.mp4"
+    assert ready.rows["train"][0].start_s is None and ready.rows["train"][0].path.is_file()
+
+
+@pytest.mark.parametrize(
+    ("garbled", "mended"),
+    [
+        ("horseâ€™s", "horse’s"),
+        ("horseâ\x80\x99s", "horse’s"),
+        ("â€œso\u00e2\u20ac\u009d", "“so”"),
+        ("cafÃ©", "café"),
+        ("café, naïve, 5 °C, â la carte", "café, naïve, 5 °C, â la carte"),
+        ("天气", "天气"),
+    ],
+)
+def test_mojibake_is_mended_and_nothing_else_is_touched(garbled, mended):
+    assert how2sign.mend_mojibake(garbled) == mended
+
+
+def test_the_real_how2sign_tables_are_read(shared):
+    corpus = how2sign.read(shared / "how2sign", ("train", "dev"), repair_mojibake=True)
+    assert [len(table) for table in corpus.rows.values()] == [36, 1741]
+    assert all(row.path.is_file() for row in corpus.rows["train"])
+    assert {row.signer for row in corpus.rows["train"]} == {"5", "8"}
+    assert any("2 texts with garbled characters, repaired" in note for note in corpus.notes)
+    assert any("0 of 1,741" in note for note in corpus.notes)
+
+
+def test_a_missing_how2sign_table_names_the_option(tmp_path):
+    with pytest.raises(UserError, match=r"how2sign_realigned_val\.csv.*--splits"):
+        how2sign.read(make_how2sign(tmp_path, raw=False), ("dev",))
+
+
+def write_manifest(path, rows):
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    else:
+        delimiter = "," if path.suffix == ".csv" else "\t"
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        cells = [names] + [[f'"{row.get(name, "")}"' for name in names] for row in rows]
+        path.write_text("".join(delimiter.join(line) + "\n" for line in cells), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
+def test_a_manifest_is_read_from_csv_tsv_and_json_lines(tmp_path, suffix):
+    rows = [
+        {
+            "video": "a.mp4",
+            "text": "eins, zwei",
+            "start": 1.5,
+            "end": 2,
+            "split": "val",
+            "bbox": "0,0,0.5,1",
+            "mood": 1,
+        },
+        {"video": "b.mp4", "text": "drei", "split": "train", "signer": "S1", "language": "gsg", "id": "x.1"},
+    ]
+    corpus = manifest.read(write_manifest(tmp_path / f"m{suffix}", rows), ("train", "dev"), language="de")
+    (dev,), (train,) = corpus.rows["dev"], corpus.rows["train"]
+    assert (dev.start_s, dev.end_s, dev.bbox, dev.text) == (1.5, 2.0, (0.0, 0.0, 0.5, 1.0), "eins, zwei")
+    assert (dev.path, dev.id, dev.language) == (tmp_path / "a.mp4", "a.mp4:1.5-2.0", "de")
+    assert (train.id, train.signer, train.language) == ("x.1", "S1", "gsg")
+    assert corpus.language == "mixed" and corpus.notes == ["columns that are not used: mood"]
+
+
+def test_without_a_split_column_a_source_video_goes_to_one_split(tmp_path):
+    rows = [{"video": f"{n // 2}.mp4", "text": "x", "start": n % 2, "end": n % 2 + 1} for n in range(400)]
+    source = write_manifest(tmp_path / "m.jsonl", rows)
+    split = manifest.read(source, ("train", "dev", "test"), language="en").rows
+    videos = [{row.video for row in table} for table in split.values()]
+    assert sum(map(len, videos)) == 200 and all(videos)
+    assert 140 < len(videos[0]) < 180
+    assert manifest.split_of("0.mp4") == manifest.split_of("0.mp4")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"video": "", "text": "x"}, "line 1: video"),
+        ({"video": "a", "text": "x", "start": "2", "end": "1"}, "end must be above start"),
+        ({"video": "a", "text": "x", "start": "nan"}, "start must be seconds"),
+        ({"video": "a", "text": "x", "split": "tran"}, "split must be one of"),
+        ({"video": "a", "text": "x", "bbox": [0, 0, 2, 1]}, "bbox"),
+        (["a", "x"], "object"),
+    ],
+)
+def test_a_wrong_manifest_row_is_one_sentence_with_its_line(tmp_path, row, message):
+    with pytest.raises(UserError, match=message):
+        manifest.read(write_manifest(tmp_path / "m.jsonl", [row]), ("train",), language="de")
+
+
+def test_a_manifest_needs_a_language_and_a_known_suffix(tmp_path):
+    source = write_manifest(tmp_path / "m.jsonl", [{"video": "a", "text": "x"}])
+    with pytest.raises(UserError, match="--language"):
+        manifest.read(source, ("train",))
+    with pytest.raises(UserError, match=r"\.csv, \.tsv or \.jsonl"):
+        manifest.read(tmp_path / "m.xlsx", ("train",))
+
+
+def test_a_table_with_an_open_quote_is_refused(tmp_path):
+    root = make_how2sign(tmp_path, raw=False)
+    table = next(root.rglob("*.csv"))
+    table.write_text(table.read_text().replace("Hello, you.", '"Hello, you.'))
+    with pytest.raises(UserError):
+        how2sign.read(root, ("train",))
