@@ -162,13 +162,18 @@ class RunConfig:
 
         Raises UserError that names the nearest options where one does not exist.
         """
-        config = self
-        valid = list(self.options())
+        valid = self.options()
+        sections: dict[str, dict[str, Any]] = {"": {}}
         for name, value in overrides.items():
             if name not in valid:
                 raise UserError(f"there is no option --{name}: {nearest(name, [*valid, 'recipe'])}")
-            config = _set(config, name.split("."), value, name)
-        return config
+            section, _, option = name.rpartition(".")
+            owner = getattr(self, section) if section else self
+            hint = typing.get_type_hints(type(owner))[option]
+            sections.setdefault(section, {})[option] = coerce(value, hint, name)
+        top = sections.pop("")
+        changed = {s: dataclasses.replace(getattr(self, s), **values) for s, values in sections.items()}
+        return dataclasses.replace(self, **top, **changed)
 
     def options(self) -> dict[str, Any]:
         """Every option by its dotted name, with its value."""
@@ -216,10 +221,3 @@ def _section(cls: Any, values: dict[str, Any], path: Path) -> Any:
     if unknown:
         raise UserError(f"{path} has an unknown field {unknown.pop()!r}: it comes from another version.")
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-
-
-def _set(config: Any, path: list[str], value: str, name: str) -> Any:
-    hints = typing.get_type_hints(type(config))
-    head, *rest = path
-    new = _set(getattr(config, head), rest, value, name) if rest else coerce(value, hints[head], name)
-    return dataclasses.replace(config, **{head: new})

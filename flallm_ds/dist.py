@@ -24,7 +24,10 @@ class World:
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        # Under `srun --gpus-per-task=1` each rank sees one GPU, whatever its local rank.
+        return torch.device("cuda", self.local_rank % torch.cuda.device_count())
 
     @property
     def is_main(self) -> bool:

@@ -4,9 +4,12 @@ Also `python launch/train.py …` for one process, `torchrun launch/train.py …
 Running the same command again goes on where the run was.
 """
 
+from quickstart import prepare
+
 from flallm_ds import dist
 from flallm_ds.command import main
-from flallm_ds.recipes import resolve
+from flallm_ds.recipes import quickstart_visual, resolve
+from flallm_ds.training.stop import StopRequest
 
 
 def train(*, stage: str | None = None, recipe: str | None = None, **overrides: str) -> None:
@@ -15,14 +18,17 @@ def train(*, stage: str | None = None, recipe: str | None = None, **overrides: s
     deepspeed launch/train.py --stage llm --recipe phoenix14t --data.shards=FOLDER --optim.llm_lr=2e-5
     """
     config = resolve(stage, recipe).with_overrides(overrides)
+    stop = StopRequest()
     from flallm_ds.training.build import build_task  # slow imports come after the options are known to be right
     from flallm_ds.training.run_folder import open_run_folder
     from flallm_ds.training.trainer import Trainer
 
     world = dist.start()
     try:
+        if config.data.shards == quickstart_visual().data.shards:
+            dist.main_first(prepare, world)
         folder = dist.main_first(lambda: open_run_folder(config), world)
-        Trainer(build_task(config, folder, world), folder).run()
+        Trainer(build_task(config, folder, world), folder, stop).run()
     finally:
         dist.stop()
 

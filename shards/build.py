@@ -92,7 +92,8 @@ class Job:
     number: int
     clips: list[tuple[str, Row]]  # key, row
     options: Options
-    num_skippable: int
+    num_skippable: int  # of all jobs together; one job alone may not pass it either
+    num_rows: int  # of the whole corpus
 
 
 @dataclass
@@ -114,10 +115,11 @@ def build(corpus_name: str, source: Path, out: Path, options: Options, **own: An
     rows = {split: table[: options.limit] for split, table in corpus.rows.items()}
     notes = corpus.notes + [f"{split}: has no rows, left out" for split, table in rows.items() if not table]
     numbered, faults = check_rows(rows)
-    check_budget(faults, options.max_skipped, sum(map(len, rows.values())))
+    num_rows = sum(map(len, rows.values()))
+    check_budget(faults, options.max_skipped, num_rows)
 
     with new_folder(out) as folder:
-        jobs = plan(numbered, folder, options, options.max_skipped - len(faults))
+        jobs = plan(numbered, folder, options, options.max_skipped - len(faults), num_rows)
         if not jobs:
             raise UserError(f"a corpus must have rows, but {', '.join(rows)} of {source} have none.")
         done: dict[int, Done] = {}
@@ -127,7 +129,7 @@ def build(corpus_name: str, source: Path, out: Path, options: Options, **own: An
         ):
             done[position] = result
             faults += result.faults
-            check_budget(faults, options.max_skipped, num_clips)
+            check_budget(faults, options.max_skipped, num_rows)
         results = [done[position] for position in range(len(jobs))]
         splits = collect(jobs, results)
         notes += clamp_notes(jobs, results)
@@ -171,18 +173,26 @@ def has_frames(path: Path) -> bool:
 
 
 def check_budget(faults: Sequence[Fault], max_skipped: int, num_rows: int) -> None:
-    """Raise UserError if more rows are faulty than may be skipped; it names the first, and says how many."""
-    if len(faults) <= max_skipped:
-        return
+    """Raise UserError if more rows are faulty than may be skipped."""
+    if len(faults) > max_skipped:
+        raise over_budget(faults, max_skipped, num_rows)
+
+
+def over_budget(faults: Sequence[Fault], max_skipped: int, num_rows: int) -> UserError:
+    """Too many faults, as one sentence that counts them by kind and names the first."""
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in Counter(fault.kind for fault in faults).items())
-    raise UserError(
+    return UserError(
         f"every row must give a clip, but of {num_rows:,} rows {kinds}: {faults[0].sentence.rstrip('.')}. "
-        f"Mend them, skip up to N with --max_skipped=N (N from {len(faults)} up), or build other --splits."
+        f"Mend them, let more than {max_skipped} be skipped with --max_skipped, or build other --splits."
     )
 
 
 def plan(
-    numbered: dict[str, list[tuple[str, Row]]], folder: Path, options: Options, num_skippable: int
+    numbered: dict[str, list[tuple[str, Row]]],
+    folder: Path,
+    options: Options,
+    num_skippable: int,
+    num_rows: int,
 ) -> list[Job]:
     """One job for each shard: training clips in a fixed shuffled order, dev and test in the table's."""
     jobs = []
@@ -193,7 +203,7 @@ def plan(
         for n in range(num_shards):
             some = clips[n * len(clips) // num_shards : (n + 1) * len(clips) // num_shards]
             path = folder / SHARD_NAME.format(split=split, number=n)
-            jobs.append(Job(path, split, n, some, options, num_skippable))
+            jobs.append(Job(path, split, n, some, options, num_skippable, num_rows))
     return jobs
 
 
@@ -214,7 +224,8 @@ def write_shard(job: Job) -> Done:
                 jpegs, video, (height, width) = encode_clip(row, job.options)
             except BrokenVideo as error:
                 done.faults.append(Fault("cannot be decoded", f"{job.split} {row.id}: {error}"))
-                check_budget(done.faults, job.num_skippable, len(job.clips))
+                if len(done.faults) > job.num_skippable:
+                    raise over_budget(done.faults, job.options.max_skipped, job.num_rows) from error
                 continue
             finally:
                 pool.tick()

@@ -52,8 +52,9 @@ def check_stop() -> None:
 def run(
     function: Callable[[Job], Result], jobs: Sequence[Job], *, num_workers: int, num_clips: int, title: str
 ) -> Iterator[tuple[int, Result]]:
-    """(position of the job, its result), as they finish. function: of a module, calling `tick()` once a clip and `check_stop()` often.
+    """(position of the job, its result), as they finish.
 
+    function: of a module; it calls `tick()` once a clip and `check_stop()` often.
     num_workers: processes, 0 for one a core; with 1 the jobs run in this process.
     The first exception of a job stops the others and is raised here.
     """

@@ -1,11 +1,8 @@
 """The loop: steps, progress, dev scores, checkpoints, and going on where a run was."""
 
-import os
-import signal
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -23,6 +20,7 @@ from flallm_ds.training.evaluate import Evaluation, texts_of
 from flallm_ds.training.progress import Progress
 from flallm_ds.training.run_folder import Metrics
 from flallm_ds.training.schedule import rate_factor
+from flallm_ds.training.stop import StopRequest
 
 
 @dataclass
@@ -35,30 +33,14 @@ class Position:
     best_bleu4: float = -1.0
 
 
-class StopRequest:
-    """Set by SIGTERM, SIGUSR1 or the launcher's death; ranks agree on it at the next step."""
-
-    def __init__(self) -> None:
-        self._asked = False
-        self._parent = os.getppid()
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._ask)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self._asked = True
-
-    def __bool__(self) -> bool:
-        return self._asked or os.getppid() != self._parent
-
-
 class Trainer:
     """Runs a task to its end, or to a stop that the next start goes on from."""
 
-    def __init__(self, task: Task, folder: Path) -> None:
+    def __init__(self, task: Task, folder: Path, stop: StopRequest) -> None:
         self.task, self.folder = task, folder
         self.config, self.world = task.config, task.world
         self.at = Position()
-        self.stop = StopRequest()
+        self.stop = stop
         self.progress = Progress(self.config.train.log_every_s, enabled=self.world.is_main)
         self.metrics: Metrics | None = None
 

@@ -60,9 +60,15 @@ def make_phoenix(root: Path, *, counts=(7, 2, 2), newline: str = "\n", with_1: b
     return inner.parent
 
 
-HOW2SIGN_HEADER = (
-    ["VIDEO_ID", "VIDEO_NAME", "SENTENCE_ID", "SENTENCE_NAME", "START_REALIGNED", "END_REALIGNED", "SENTENCE"]
-)
+HOW2SIGN_HEADER = [
+    "VIDEO_ID",
+    "VIDEO_NAME",
+    "SENTENCE_ID",
+    "SENTENCE_NAME",
+    "START_REALIGNED",
+    "END_REALIGNED",
+    "SENTENCE",
+]
 
 
 def make_how2sign(root: Path, *, raw: bool, delimiter: str = "\t", newline: str = "\n") -> Path:
