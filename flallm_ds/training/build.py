@@ -96,7 +96,7 @@ def build_task(config: RunConfig, folder: Path, world: World) -> Task:
     torch.manual_seed(config.train.seed)  # the same initial weights on every rank
     codec = _open_codec(config, folder, train_index, world)
     frozen = _frozen_encoder(config, world) if config.stage == "llm" else None
-    model = _visual_model(config, codec, world) if frozen is None else _llm_model(
+    model = visual_model(config, codec, world) if frozen is None else llm_model(
         config, codec, folder, frozen, ds_config, world
     )
     groups = [{"params": [p for n, p in model.named_parameters() if not n.startswith("language_model.")]}]
@@ -171,7 +171,7 @@ def _open_codec(config: RunConfig, folder: Path, train_index: Index, world: Worl
     return TextCodec.load(path)
 
 
-def _visual_model(config: RunConfig, codec: TextCodec, world: World) -> SignTranslator:
+def visual_model(config: RunConfig, codec: TextCodec, world: World) -> SignTranslator:
     visual = VisualEncoder(config.visual.width, config.visual.temporal_kernel)
     if config.visual.weights != "none":
         main_first(lambda: _load_imagenet(visual, config.visual.weights, world), world)
@@ -213,7 +213,7 @@ def _frozen_encoder(config: RunConfig, world: World) -> VisualEncoder:
     return export.read_visual(folder).to(world.device)
 
 
-def _llm_model(
+def llm_model(
     config: RunConfig,
     codec: TextCodec,
     folder: Path,

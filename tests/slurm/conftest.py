@@ -1,5 +1,4 @@
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from cluster import Cluster, why_unavailable
@@ -12,9 +11,3 @@ def cluster() -> Iterator[Cluster]:
         pytest.skip(reason)
     with Cluster() as running:
         yield running
-
-
-@pytest.fixture(scope="session")
-def tiny_corpus() -> Path:
-    """A folder with `shards` (40 short clips to train on, some of dev) and `llm` (a stand-in for mBART)."""
-    pytest.skip("there is no tiny corpus yet")

@@ -1,0 +1,167 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from flallm_ds.data.plan import EpochPlan, Plan, PlanState, slices_of_rank
+from flallm_ds.errors import UserError
+
+SIZES = [1, 2, 3, 7, 8, 9, 64, 257, 1000]
+
+
+def plan_of(num_clips: int, batch_clips: int = 8, slices: int = 2, seed: int = 0) -> Plan:
+    rng = np.random.default_rng(num_clips)
+    return Plan(
+        fingerprint="00112233445566aa",
+        num_kept=rng.integers(4, 120, num_clips).astype(np.int32),
+        shard=np.sort(rng.integers(0, 1 + num_clips // 20, num_clips)).astype(np.int32),
+        seed=seed,
+        batch_clips=batch_clips,
+        slices=slices,
+    )
+
+
+def micro_batches(epoch: EpochPlan) -> list[list[list[int]]]:
+    return [[s.tolist() for s in epoch.slices_of(step)] for step in range(epoch.num_steps)]
+
+
+def padding(batches: list[np.ndarray], num_kept: np.ndarray) -> float:
+    """Padding places for each real one, if each batch were padded to its longest clip."""
+    real = sum(num_kept[b].sum() for b in batches)
+    return sum(len(b) * num_kept[b].max() for b in batches) / real - 1
+
+
+@pytest.mark.parametrize("num_clips", SIZES)
+@pytest.mark.parametrize("epoch", [0, 1, 5])
+def test_an_epoch_holds_every_clip_exactly_once(num_clips, epoch):
+    plan = plan_of(num_clips).epoch(epoch)
+    dealt = [clip for step in micro_batches(plan) for part in step for clip in part]
+    assert sorted(dealt) == list(range(num_clips))
+    assert plan.num_steps == -(-num_clips // 8)
+
+
+@pytest.mark.parametrize("num_clips", SIZES)
+def test_evaluation_holds_every_clip_exactly_once_longest_first(num_clips):
+    plan = plan_of(num_clips)
+    order = plan.in_length_order()
+    batches = [order.batch(step) for step in range(order.num_steps)]
+    assert sorted(np.concatenate(batches)) == list(range(num_clips))
+    assert (np.diff(plan.num_kept[np.concatenate(batches)]) <= 0).all()
+    assert all(len(b) <= 8 for b in batches)
+    assert sorted(c for step in micro_batches(order) for part in step for c in part) == list(range(num_clips))
+
+
+def test_only_one_batch_of_an_epoch_is_short():
+    plan = plan_of(100).epoch(0)
+    assert sorted(len(plan.batch(step)) for step in range(plan.num_steps)) == [4] + [8] * 12
+
+
+def test_the_order_is_a_pure_function():
+    assert micro_batches(plan_of(300).epoch(3)) == micro_batches(plan_of(300).epoch(3))
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"fingerprint": "00112233445566ab"}])
+def test_another_seed_or_another_corpus_has_another_order(change):
+    plan = plan_of(300)
+    assert micro_batches(plan.epoch(0)) != micro_batches(replace(plan, **change).epoch(0))
+
+
+def test_epochs_differ_in_their_batches_not_only_in_their_order():
+    plan = plan_of(300)
+    first, second = (
+        {frozenset(e.batch(step).tolist()) for step in range(e.num_steps)}
+        for e in (plan.epoch(0), plan.epoch(1))
+    )
+    assert len(first & second) <= 2
+
+
+def test_clips_of_different_shards_are_mixed():
+    """A pool of batches draws from a window of shards, so a batch is not the clips of one tar."""
+    plan = plan_of(1000)
+    epoch = plan.epoch(0)
+    num_shards = [len(set(plan.shard[epoch.batch(s)].tolist())) for s in range(epoch.num_steps)]
+    assert np.mean(num_shards) > 5
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+@pytest.mark.parametrize("num_clips", [1, 5, 100])
+def test_every_rank_has_the_same_number_of_steps_and_micro_batches(world_size, num_clips):
+    slices = 2 * world_size
+    epoch = plan_of(num_clips, batch_clips=2 * slices, slices=slices).epoch(0)
+    shares = [slices_of_rank(slices, rank, world_size) for rank in range(world_size)]
+    assert {len(share) for share in shares} == {2}
+    assert [s for share in shares for s in share] == list(range(slices))
+    for step in range(epoch.num_steps):
+        assert len(epoch.slices_of(step)) == slices
+
+
+def test_one_two_and_four_ranks_see_the_same_micro_batches():
+    epoch = plan_of(100, slices=4).epoch(0)
+    whole = micro_batches(epoch)
+    for world_size in (1, 2, 4):
+        dealt = [
+            [
+                step[s]
+                for rank in range(world_size)
+                for s in slices_of_rank(epoch.slices, rank, world_size)
+            ]
+            for step in whole
+        ]
+        assert dealt == whole
+
+
+def test_the_global_batches_do_not_depend_on_the_number_of_micro_batches():
+    two, four = plan_of(100, slices=2).epoch(0), plan_of(100, slices=4).epoch(0)
+    assert two.num_steps == four.num_steps
+    for step in range(two.num_steps):
+        assert two.batch(step).tolist() == four.batch(step).tolist()
+
+
+def test_slices_that_ranks_cannot_share_equally_are_refused_with_one_that_they_can():
+    with pytest.raises(UserError, match=r"multiple of the number of ranks \(3\), but is 4.*micro_batches=6"):
+        slices_of_rank(4, 0, 3)
+
+
+def test_buckets_pad_far_less_than_a_shuffle():
+    plan = plan_of(1000)
+    epoch = plan.epoch(0)
+    shuffled = np.random.default_rng(0).permutation(1000)
+    bucketed = padding([epoch.batch(s) for s in range(epoch.num_steps)], plan.num_kept)
+    assert bucketed < 0.3 * padding(np.split(shuffled, 125), plan.num_kept)
+
+
+def test_micro_batches_of_a_step_hold_nearly_equal_frames():
+    plan = plan_of(1000, batch_clips=16, slices=4)
+    epoch = plan.epoch(0)
+    for step in range(epoch.num_steps - 1):
+        frames = [plan.num_kept[part].sum() for part in epoch.slices_of(step) if len(epoch.batch(step)) == 16]
+        if frames:
+            assert max(frames) - min(frames) <= plan.num_kept[epoch.batch(step)].max()
+
+
+def test_fewer_clips_than_slices_leave_the_last_slices_empty():
+    assert [len(part) for part in plan_of(3, slices=4).epoch(0).slices_of(0)] == [1, 1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("fingerprint", {"fingerprint": "ffff"}),
+        ("seed", {"seed": 5}),
+        ("batch_clips", {"batch_clips": 16}),
+        ("slices", {"slices": 4}),
+    ],
+)
+def test_a_state_of_another_plan_is_refused_and_the_error_says_what_differs(name, change):
+    saved, now = plan_of(100).state(2, 7), replace(plan_of(100), **change).state(0, 0)
+    with pytest.raises(UserError) as caught:
+        now.check_same_plan(saved)
+    assert f"data's {name} must be {getattr(saved, name)!r}" in str(caught.value)
+    assert f"but is {change[name]!r} now" in str(caught.value)
+
+
+def test_a_state_of_the_same_plan_at_another_step_is_accepted():
+    plan = plan_of(100)
+    state = plan.state(2, 7)
+    plan.state(0, 0).check_same_plan(state)
+    assert state == PlanState(1, "00112233445566aa", 0, 8, 2, 2, 7)

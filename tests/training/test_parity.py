@@ -1,0 +1,117 @@
+"""The same numbers on any number of ranks, under any ZeRO, stopped or not. fp32, CPU, two gloo ranks."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from launching import losses, run_scenarios, tiny_options
+from safetensors.torch import load_file
+
+from flallm_ds.dist import World
+
+STOPS = (1, 4, 5, 7)  # 5 is the end of an epoch
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders two/ and one/ (ranks), each with runs visual and llm; two/ also stopped and resumed ones."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, ranks in (("two", 2), ("one", 1)):
+        (folder / name).mkdir()
+        scenarios: list[dict[str, object]] = []
+        for stage in ("visual", "llm"):
+            whole = tiny_options(tiny_corpus, stage, folder / name / stage)
+            scenarios.append({"stage": stage, "options": whole})
+            for stop in STOPS if ranks == 2 else ():
+                stopped = {**whole, "run": str(folder / name / f"{stage}_stopped_{stop}")}
+                scenarios.append({"stage": stage, "options": {**stopped, "train.max_steps": str(stop)}})
+                scenarios.append({"stage": stage, "options": stopped})
+        run_scenarios(scenarios, folder / f"{name}.json", ranks)
+    return folder
+
+
+@pytest.mark.parametrize("stage", ["visual", "llm"])
+def test_two_ranks_give_the_losses_of_a_single_process(runs: Path, stage: str) -> None:
+    """1 rank x 4 micro-batches equals 2 x 2, under ZeRO-2 (visual) and ZeRO-3 with offload (llm)."""
+    one, two = losses(runs / "one" / stage), losses(runs / "two" / stage)
+    assert len(one) == len(two) == 10
+    assert one[0] != one[9]
+    np.testing.assert_allclose(two, one, atol=1e-4)
+
+
+@pytest.mark.parametrize("stage", ["visual", "llm"])
+@pytest.mark.parametrize("stop", STOPS)
+def test_a_stopped_and_resumed_run_gives_the_same_losses(runs: Path, stage: str, stop: int) -> None:
+    assert losses(runs / "two" / f"{stage}_stopped_{stop}") == losses(runs / "two" / stage)
+
+
+@pytest.mark.parametrize("stop", STOPS)
+@pytest.mark.parametrize("stage", ["visual", "llm"])
+def test_a_resumed_run_ends_with_the_same_export(runs: Path, stage: str, stop: int) -> None:
+    for file in ("visual_encoder.safetensors", "adapter.safetensors", "language_model/model.safetensors"):
+        whole = load_file(runs / "two" / stage / "best" / file)
+        resumed = load_file(runs / "two" / f"{stage}_stopped_{stop}" / "best" / file)
+        assert whole.keys() == resumed.keys()
+        assert all(torch.equal(whole[name], resumed[name]) for name in whole), file
+
+
+@pytest.mark.parametrize("ranks", ["one", "two"])
+def test_stage_2_leaves_the_visual_encoder_bit_identical(runs: Path, ranks: str) -> None:
+    before = load_file(runs / ranks / "visual" / "best" / "visual_encoder.safetensors")
+    after = load_file(runs / ranks / "llm" / "best" / "visual_encoder.safetensors")
+    assert any(name.endswith("running_var") for name in before)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_batch_norm_statistics_do_not_depend_on_the_number_of_ranks(runs: Path) -> None:
+    one, two = (load_file(runs / r / "visual" / "best" / "visual_encoder.safetensors") for r in ("one", "two"))
+    names = [name for name in one if "running_" in name]
+    assert names
+    for name in names:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4)
+
+
+def test_the_engine_gives_the_losses_of_a_plain_pytorch_loop(runs: Path, tiny_corpus: Path) -> None:
+    """Stage visual against a loop without DeepSpeed: token mean over the global batch, AdamW, clipping, cosine."""
+    from flallm_ds.data.index import load_index
+    from flallm_ds.data.loader import ClipReader, Loader
+    from flallm_ds.data.text import TextCodec
+    from flallm_ds.preprocess import Preprocess
+    from flallm_ds.recipes import resolve
+    from flallm_ds.training.build import make_plan, visual_model
+    from flallm_ds.training.schedule import rate_factor
+    from flallm_ds.training.trainer import seed_micro_batch
+
+    run = runs / "one" / "visual"
+    config = resolve("visual", None).with_overrides(tiny_options(tiny_corpus, "visual", run))
+    torch.manual_seed(config.train.seed)
+    codec = TextCodec.load(run / "tokenizer")
+    model = visual_model(config, codec, World(0, 1, 0, 1)).train()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=config.optim.weight_decay
+    )
+    index = load_index(tiny_corpus / "shards", "train")
+    reader = ClipReader(index, config.data.keep_every, config.data.max_frames, config.train.seed, train=True)
+    preprocess = Preprocess(config.data.frame_size, config.data.crop_size)
+    found = []
+    for epoch in range(2):
+        loader = Loader(reader, make_plan(index, config).epoch(epoch), codec, epoch=epoch)
+        for step, batches in enumerate(loader.steps()):
+            tokens = sum(b.num_target_tokens for b in batches)
+            total = 0.0
+            optimizer.zero_grad()
+            for number, batch in enumerate(batches):
+                seed_micro_batch(config.train.seed, epoch, step, number)
+                pixels = preprocess(batch, train=True, device=torch.device("cpu"))
+                loss = model(pixels, batch.num_frames_B, batch.target_ids_BL, config.train.label_smoothing)
+                (loss / tokens).backward()
+                total += loss.item()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
+            rate = config.optim.lr * rate_factor((epoch + step / len(loader)) / 2, config.optim.warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            found.append(total / tokens)
+    np.testing.assert_allclose(losses(run), found, atol=1e-4)
