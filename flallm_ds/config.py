@@ -7,7 +7,7 @@ Ownership: this file owns batch sizes, accumulation, clipping, rates and steps. 
 import dataclasses
 import json
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -162,11 +162,9 @@ class RunConfig:
 
         Raises UserError that names the nearest options where one does not exist.
         """
-        valid = self.options()
+        check_names(overrides)
         sections: dict[str, dict[str, Any]] = {"": {}}
         for name, value in overrides.items():
-            if name not in valid:
-                raise UserError(f"there is no option --{name}: {nearest(name, [*valid, 'recipe'])}")
             section, _, option = name.rpartition(".")
             owner = getattr(self, section) if section else self
             hint = typing.get_type_hints(type(owner))[option]
@@ -201,6 +199,14 @@ class RunConfig:
                 raise UserError(f"{path} has an unknown field {name!r}: it comes from another version.")
             arguments[name] = _section(hint, value, path) if isinstance(value, dict) else value
         return cls(**arguments)
+
+
+def check_names(options: Iterable[str]) -> None:
+    """Raise UserError that names the nearest options where one does not exist."""
+    valid = RunConfig(stage="visual", run="").options()
+    for name in options:
+        if name not in valid:
+            raise UserError(f"there is no option --{name}: {nearest(name, [*valid, 'recipe'])}")
 
 
 # What may differ between a run and its resumption without changing a number of it.

@@ -5,7 +5,7 @@
 A docstring gives the paper's figure (FLa-LLM, arXiv 2403.12556; test BLEU-4) beside ours.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from flallm_ds.command import nearest
 from flallm_ds.config import (
@@ -17,6 +17,7 @@ from flallm_ds.config import (
     RunConfig,
     TrainConfig,
     VisualConfig,
+    check_names,
 )
 from flallm_ds.errors import UserError
 
@@ -122,11 +123,13 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
 }
 
 
-def resolve(stage: str | None, recipe: str | None) -> RunConfig:
-    """The recipe's config; `--recipe phoenix14t --stage llm` means phoenix14t_llm, no recipe the quickstart's.
+def resolve(stage: str | None, recipe: str | None, overrides: Mapping[str, str]) -> RunConfig:
+    """The recipe's config with dotted overrides.
 
-    Raises UserError for an unknown recipe or stage, or where the two disagree.
+    `--recipe phoenix14t --stage llm` means phoenix14t_llm; without a recipe it is the quickstart's.
+    Raises UserError for an unknown option, recipe or stage, or where stage and recipe disagree.
     """
+    check_names(overrides)
     if stage not in (None, "visual", "llm"):
         raise UserError(f"--stage must be visual or llm, but is {stage!r}.")
     if stage is None and recipe is None:
@@ -139,4 +142,4 @@ def resolve(stage: str | None, recipe: str | None) -> RunConfig:
     config = RECIPES[name]()
     if stage is not None and config.stage != stage:
         raise UserError(f"--stage must be {config.stage} for the recipe {name}, but is {stage}.")
-    return config
+    return config.with_overrides(overrides)

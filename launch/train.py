@@ -17,7 +17,7 @@ def train(*, stage: str | None = None, recipe: str | None = None, **overrides: s
 
     deepspeed launch/train.py --stage llm --recipe phoenix14t --data.shards=FOLDER --optim.llm_lr=2e-5
     """
-    config = resolve(stage, recipe).with_overrides(overrides)
+    config = resolve(stage, recipe, overrides)
     stop = StopRequest()
     from flallm_ds.training.build import build_task  # slow imports come after the options are known to be right
     from flallm_ds.training.run_folder import open_run_folder

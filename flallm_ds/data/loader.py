@@ -185,10 +185,12 @@ class Loader:
 
     def _replace(self, pending: _Pending, position: int, reason: str) -> None:
         """Put the next clip of the index that decodes in the broken one's place."""
-        row = pending.rows[position]
+        first = row = pending.rows[position]
         while True:
             shard = self.reader.index.shards[int(self.reader.index.arrays["shard"][row])].file
             self.broken.add(shard, self._keys[row], reason)
+            if (row + 1) % len(self.reader.index) == first:
+                raise RankError(f"a clip of {self.reader.index.root} must decode, but none of them does: {reason}.")
             row = (row + 1) % len(self.reader.index)
             draws, picks = self.reader.draws(row, self.epoch)
             frames = np.empty((len(picks), *pending.frames.shape[1:]), dtype=np.uint8)

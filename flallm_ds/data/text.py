@@ -59,7 +59,11 @@ class TextCodec:
 
     @classmethod
     def load(cls, folder: Path) -> "TextCodec":
-        content = json.loads((folder / VOCABULARY_FILE).read_text(encoding="utf-8"))
+        """What `save` wrote. Raises UserError where the folder is not whole."""
+        try:
+            content = json.loads((folder / VOCABULARY_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder / VOCABULARY_FILE} must be a codec's file, but is not ({error}).") from error
         return cls(load_tokenizer(str(folder)), content["language"], content["kept_ids"])
 
     @classmethod

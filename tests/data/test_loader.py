@@ -1,0 +1,340 @@
+"""The loader against the shards that the real builder wrote, damaged by hand where a test needs it."""
+
+import io
+import pickle
+import tarfile
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import simplejpeg
+import torch
+
+from flallm_ds.contracts import Batch
+from flallm_ds.data import sampling
+from flallm_ds.data.clip_format import frame_spans, pack_frames
+from flallm_ds.data.index import Index, Shard, StringColumn, load_index
+from flallm_ds.data.loader import BrokenClips, ClipReader, Loader
+from flallm_ds.data.plan import Plan
+from flallm_ds.data.text import TextCodec
+from flallm_ds.errors import RankError
+
+SEED = 3
+
+
+@pytest.fixture(scope="module")
+def codec(tiny_corpus):
+    texts = load_index(tiny_corpus / "shards", "train").strings("text")
+    return TextCodec.for_training_text(str(tiny_corpus / "llm"), "de_DE", texts, trim=True)
+
+
+@pytest.fixture
+def train(tiny_corpus):
+    return load_index(tiny_corpus / "shards", "train")
+
+
+def loader_of(index: Index, codec: TextCodec, *, batch_clips=8, slices=2, train=True, epoch=0, **options):
+    num_kept = sampling.num_kept(index.num_frames, 4, 512)
+    plan = Plan(index.fingerprint, num_kept, index.arrays["shard"], SEED, batch_clips, slices)
+    reader = ClipReader(index, keep_every=4, max_frames=512, seed=SEED, train=train)
+    order = plan.epoch(epoch) if train else plan.in_length_order()
+    return Loader(reader, order, codec, epoch=epoch, **options)
+
+
+def same(a: Batch, b: Batch) -> bool:
+    pairs = [(getattr(a, f.name), getattr(b, f.name)) for f in fields(Batch)]
+    return all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in pairs)
+
+
+def all_same(first: list[list[Batch]], second: list[list[Batch]]) -> bool:
+    return len(first) == len(second) and all(
+        len(a) == len(b) and all(map(same, a, b)) for a, b in zip(first, second, strict=True)
+    )
+
+
+def row_of(index: Index, key: str) -> int:
+    return list(index.strings("key")).index(key)
+
+
+def clip_bytes(index: Index, row: int) -> bytes:
+    begin, size = int(index.arrays["offset"][row]), int(index.arrays["size"][row])
+    return index.shard_path(int(index.arrays["shard"][row])).read_bytes()[begin : begin + size]
+
+
+def break_clip(index: Index, row: int, at: int = 0) -> None:
+    """Overwrite 64 bytes of a clip in its tar."""
+    path = index.shard_path(int(index.arrays["shard"][row]))
+    content = bytearray(path.read_bytes())
+    begin = int(index.arrays["offset"][row]) + at
+    content[begin : begin + 64] = bytes(64)
+    path.write_bytes(content)
+
+
+def write_clips(root: Path, clips: list[list[np.ndarray]]) -> Index:
+    """A tar and the index of it, for clips of any sizes."""
+    members, offsets = [], []
+    with tarfile.open(root / "train-000000.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        for number, clip in enumerate(clips):
+            jpegs = [simplejpeg.encode_jpeg(np.ascontiguousarray(frame), quality=95) for frame in clip]
+            members.append(pack_frames(jpegs, 25.0, clip[0].shape[1], clip[0].shape[0]))
+            info = tarfile.TarInfo(f"clip{number}.avi")
+            info.size = len(members[-1])
+            offsets.append(tar.offset + 512)
+            tar.addfile(info, io.BytesIO(members[-1]))
+    arrays = {
+        "shard": np.zeros(len(clips), np.int32),
+        "offset": np.array(offsets, np.int64),
+        "size": np.array([len(m) for m in members], np.int64),
+        "num_frames": np.array([len(c) for c in clips], np.int32),
+        "height": np.array([c[0].shape[0] for c in clips], np.int32),
+        "width": np.array([c[0].shape[1] for c in clips], np.int32),
+    }
+    arrays |= StringColumn.columns("key", [f"clip{number}" for number in range(len(clips))])
+    arrays |= StringColumn.columns("text", ["regen morgen"] * len(clips))
+    shard = Shard("train-000000.tar", (root / "train-000000.tar").stat().st_size, "", len(clips))
+    return Index(root, "toy", "train", "ab", (shard,), arrays)
+
+
+# --- what a batch holds
+
+
+@pytest.mark.parametrize("mode", ["train", "evaluation"])
+def test_packed_frames_are_the_stored_ones_at_the_picked_places(train, codec, mode):
+    loader = loader_of(train, codec, train=mode == "train")
+    num_checked = 0
+    for batch in (b for step in loader.steps() for b in step):
+        begins = np.cumsum([0, *batch.num_frames_B.tolist()])
+        assert batch.frames_NHWC.shape == (begins[-1], 79, 64, 3) and batch.frames_NHWC.dtype == torch.uint8
+        for place, key in enumerate(batch.keys):
+            row = row_of(train, key)
+            draws, picks = loader.reader.draws(row, epoch=0)
+            member = clip_bytes(train, row)
+            jpegs = [member[begin : begin + size] for begin, size in frame_spans(member)[picks]]
+            expected = np.stack([simplejpeg.decode_jpeg(jpeg, "RGB") for jpeg in jpegs])
+            got = batch.frames_NHWC[begins[place] : begins[place + 1]].numpy()
+            assert (got == expected).all()
+            assert batch.draws_B9[place].tolist() == draws.tolist()
+            num_checked += 1
+    assert num_checked == 40
+
+
+def test_texts_and_targets_are_those_of_the_clips(train, codec):
+    for batch in (b for step in loader_of(train, codec).steps() for b in step):
+        for key, text, ids in zip(batch.keys, batch.texts, batch.target_ids_BL.tolist(), strict=True):
+            assert text == train.strings("text")[row_of(train, key)]
+            assert [i for i in ids if i != -100] == codec.encode(text)
+        assert batch.num_target_tokens == sum(len(codec.encode(text)) for text in batch.texts)
+        assert all(batch.real_B)
+
+
+def test_evaluation_keeps_the_first_frame_of_each_group_and_draws_nothing(train, codec):
+    reader = loader_of(train, codec, train=False).reader
+    draws, picks = reader.draws(5, epoch=0)
+    assert picks.tolist() == list(range(0, int(train.num_frames[5]), 4)) and not draws.any()
+
+
+def test_training_draws_anew_in_each_epoch(train, codec):
+    reader = loader_of(train, codec).reader
+    (first, first_picks), (second, second_picks) = reader.draws(5, 0), reader.draws(5, 1)
+    assert first.tolist() != second.tolist() and first_picks.tolist() != second_picks.tolist()
+    assert ((first >= 0) & (first < 1)).all()
+
+
+def test_a_long_clip_is_cut_to_max_frames(train):
+    reader = ClipReader(train, keep_every=1, max_frames=5, seed=0, train=False)
+    _, picks = reader.draws(0, 0)
+    assert len(picks) == 5 and picks[0] == 0
+
+
+def test_clips_of_mixed_sizes_share_a_canvas_and_the_rest_of_it_is_black(codec, tmp_path):
+    sizes = [(40, 30), (24, 48), (40, 48)]
+    clips = [[np.full((h, w, 3), 90 + 40 * i, np.uint8)] * (6 + i) for i, (h, w) in enumerate(sizes)]
+    index = write_clips(tmp_path, clips)
+    (step,) = loader_of(index, codec, batch_clips=3, slices=1, train=False).steps()
+    (batch,) = step
+    assert batch.frames_NHWC.shape == (6, 40, 48, 3)
+    begins = np.cumsum([0, *batch.num_frames_B.tolist()])
+    for place, key in enumerate(batch.keys):
+        clip = int(key[-1])
+        height, width = sizes[clip]
+        assert batch.size_B2[place].tolist() == [height, width]
+        frames = batch.frames_NHWC[begins[place] : begins[place + 1]].numpy().astype(int)
+        assert abs(frames[:, :height, :width] - (90 + 40 * clip)).max() <= 2
+        assert not frames[:, height:].any() and not frames[:, :, width:].any()
+
+
+# --- the same data everywhere
+
+
+def test_threads_change_nothing(train, codec):
+    one, four = (list(loader_of(train, codec, threads=n).steps()) for n in (1, 4))
+    assert all_same(one, four)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_share_the_micro_batches_of_one_rank(train, codec, world_size):
+    whole = list(loader_of(train, codec, slices=4).steps())
+    shares = [
+        list(loader_of(train, codec, slices=4, rank=rank, world_size=world_size).steps())
+        for rank in range(world_size)
+    ]
+    assert {len(share) for share in shares} == {len(whole)}
+    joined = [[b for rank in range(world_size) for b in shares[rank][step]] for step in range(len(whole))]
+    assert all_same(joined, whole)
+
+
+def test_resume_at_every_step_yields_the_same_next_batches(train, codec):
+    whole = list(loader_of(train, codec, epoch=1).steps())
+    assert len(whole) == 5
+    for step in range(6):
+        fresh = loader_of(load_index(train.root, "train"), codec, epoch=1, threads=2)
+        assert all_same(list(fresh.steps(step)), whole[step:])
+
+
+def test_epochs_hold_the_same_clips_with_other_frames(train, codec):
+    first, second = (
+        {k for step in loader_of(train, codec, epoch=e).steps() for b in step for k in b.keys} for e in (0, 1)
+    )
+    assert first == second and len(first) == 40
+
+
+def test_an_abandoned_loader_leaves_no_threads(train, codec):
+    import threading
+
+    steps = loader_of(train, codec, threads=2).steps()
+    next(steps)
+    steps.close()
+    assert not [t for t in threading.enumerate() if t.name.startswith("decode")]
+
+
+# --- dummies
+
+
+def test_a_rank_without_clips_gets_a_dummy_that_weighs_nothing(train, codec):
+    """40 clips in batches of 12: the last step has 4 clips for 6 slices."""
+    steps = [list(loader_of(train, codec, batch_clips=12, slices=6, rank=r, world_size=3).steps()) for r in range(3)]
+    assert {len(share) for share in steps} == {4} and {len(s) for share in steps for s in share} == {2}
+    batches = [b for share in steps for step in share for b in step]
+    dummies = [b for b in batches if not any(b.real_B)]
+    assert len(dummies) == 2
+    for dummy in dummies:
+        assert dummy.num_target_tokens == 0 and (dummy.target_ids_BL == -100).all()
+        assert len(dummy.frames_NHWC) == dummy.num_frames_B.sum() > 0
+    keys = [k for b in batches for k, real in zip(b.keys, b.real_B, strict=True) if real]
+    assert sorted(keys) == sorted(train.strings("key"))
+
+
+# --- broken clips
+
+
+def test_a_broken_clip_is_replaced_by_the_next_one_and_counted_by_shard_and_key(tiny_shards, codec):
+    index = load_index(tiny_shards, "train")
+    healthy = list(loader_of(index, codec).steps())
+    break_clip(index, 11)
+    key, follower = index.strings("key")[11], index.strings("key")[12]
+    for threads in (1, 3):
+        broken = BrokenClips(budget=1)
+        steps = list(loader_of(index, codec, threads=threads, broken=broken).steps())
+        assert list(broken.reasons) == [f"train-000001.tar:{key}"]
+        assert "AVI" in broken.reasons[f"train-000001.tar:{key}"]
+        for before, after in zip((b for s in healthy for b in s), (b for s in steps for b in s), strict=True):
+            assert after.keys == tuple(follower if k == key else k for k in before.keys)
+            if key not in before.keys:
+                assert same(before, after)
+                continue
+            alone = loader_of(index, codec).reader
+            draws, picks = alone.draws(12, 0)
+            frames = np.empty((len(picks), 79, 64, 3), np.uint8)
+            alone.read_into(frames, 12, picks)
+            place = before.keys.index(key)
+            parts = after.frames_NHWC.split(after.num_frames_B.tolist())
+            assert (parts[place].numpy() == frames).all()
+            assert after.draws_B9[place].tolist() == draws.tolist()
+            assert after.texts[place] == index.strings("text")[12]
+            assert len(after.frames_NHWC) == int(after.num_frames_B.sum())
+
+
+def test_neighbours_that_are_broken_too_are_passed_over(tiny_shards, codec):
+    index = load_index(tiny_shards, "train")
+    for row in (38, 39, 0):  # past the end of the index it goes on at the start
+        break_clip(index, row)
+    broken = BrokenClips(budget=3)
+    keys = [k for s in loader_of(index, codec, broken=broken).steps() for b in s for k in b.keys]
+    assert len(broken.reasons) == 3 and keys.count(index.strings("key")[1]) == 4 and len(keys) == 40
+
+
+@pytest.mark.parametrize("damage", ["frame", "truncated shard", "missing shard"])
+def test_other_kinds_of_damage_are_replaced_too(tiny_shards, codec, damage):
+    index = load_index(tiny_shards, "train")
+    shard = index.shard_path(4)
+    num_broken = 8
+    if damage == "frame":  # the container is whole, the first frames' heads are not
+        for begin, _ in frame_spans(clip_bytes(index, 39))[:4]:
+            break_clip(index, 39, at=int(begin) + 2)
+        num_broken = 1
+    elif damage == "truncated shard":
+        shard.write_bytes(shard.read_bytes()[: int(index.arrays["offset"][39]) + 100])
+        num_broken = 1
+    else:
+        shard.unlink()
+    broken = BrokenClips(budget=8)
+    keys = [k for s in loader_of(index, codec, broken=broken).steps() for b in s for k in b.keys]
+    assert len(keys) == 40 and len(broken.reasons) == num_broken
+    assert all(name.startswith("train-000004.tar:") for name in broken.reasons)
+
+
+def test_more_broken_clips_than_the_budget_stop_the_run_and_name_the_last(tiny_shards, codec):
+    index = load_index(tiny_shards, "train")
+    for row in (3, 20):
+        break_clip(index, row)
+    with pytest.raises(RankError, match=r"at most 1 clips may be broken, but 2 are; the last is .* in train-00000") as e:
+        list(loader_of(index, codec, broken=BrokenClips(budget=1)).steps())
+    assert any(index.strings("key")[row] in str(e.value) for row in (3, 20))
+
+
+def test_a_split_without_one_whole_clip_is_an_error_whatever_the_budget(tiny_shards, codec):
+    index = load_index(tiny_shards, "test")
+    for row in range(len(index)):
+        break_clip(index, row)
+    with pytest.raises(RankError, match="none of them does"):
+        list(loader_of(index, codec, broken=BrokenClips(budget=100)).steps())
+
+
+def test_evaluation_stops_at_a_broken_clip(tiny_shards, codec):
+    index = load_index(tiny_shards, "dev")
+    break_clip(index, 4)
+    with pytest.raises(RankError, match=index.strings("key")[4]):
+        list(loader_of(index, codec, train=False).steps())
+
+
+def test_pickles_in_a_shard_are_never_read(tiny_shards, codec, tmp_path):
+    """A member that webdataset would unpickle, and video bytes that are a pickle, stay bytes."""
+    witness = tmp_path / "executed"
+
+    class Payload:
+        def __reduce__(self):
+            return Path.touch, (witness,)
+
+    evil = pickle.dumps(Payload())
+    index = load_index(tiny_shards, "train")
+    with tarfile.open(index.shard_path(0), "a") as tar:
+        for name in ("train_0000.pyd", "train_0000.pickle", "train_0000.pth"):
+            info = tarfile.TarInfo(name)
+            info.size = len(evil)
+            tar.addfile(info, io.BytesIO(evil))
+    path, begin = index.shard_path(1), int(index.arrays["offset"][8])
+    content = bytearray(path.read_bytes())
+    content[begin : begin + len(evil)] = evil
+    path.write_bytes(content)
+    broken = BrokenClips(budget=1)
+    assert len(list(loader_of(index, codec, broken=broken).steps())) == 5
+    assert len(broken.reasons) == 1 and not witness.exists()
+
+
+def test_a_fault_of_ours_is_not_taken_for_a_broken_clip(train, codec):
+    loader = loader_of(train, codec, broken=BrokenClips(budget=100))
+    columns = {name: column for name, column in train.arrays.items() if name != "offset"}
+    loader.reader = replace(loader.reader, index=replace(train, arrays=columns))
+    with pytest.raises(KeyError):
+        list(loader.steps())

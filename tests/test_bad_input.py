@@ -1,0 +1,183 @@
+"""Wrong input: one clear sentence, a non-zero exit, nothing half-written. Each through its real command line."""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "launch"))
+
+import evaluate
+import train
+
+from flallm_ds import cli, command
+from shards.build import CORPORA, verb
+from shards.verify import verify
+
+Run = Callable[..., str]
+BUILD = {name: verb(name) for name in CORPORA}
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command line that must be refused; its one sentence."""
+
+    def run(target: Any, *arguments: str) -> str:
+        for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            command.main(target)
+        captured = capsys.readouterr()
+        sentences = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+        assert stop.value.code not in (0, None)
+        assert len(sentences) == 1, captured.err
+        assert "Traceback" not in captured.err
+        return sentences[0]
+
+    return run
+
+
+def options(corpus: Path, run: Path, **more: object) -> list[str]:
+    """A run that would be short if it were to start."""
+    given = {"run": run, "data.shards": corpus / "shards", "llm.name": corpus / "llm", "train.epochs": 1}
+    return [f"--{name}={value}" for name, value in (given | more).items()]
+
+
+def test_a_misspelt_option_names_the_nearest(refused: Run, tmp_path: Path) -> None:
+    assert "optim.lr" in refused(train.train, "--stage=visual", f"--run={tmp_path / 'run'}", "--optim.lrr=1")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_misspelt_stage_option(refused: Run) -> None:
+    assert "--stge" in refused(train.train, "--stge", "visual")
+    assert "did you mean stage" in refused(train.train, "--stage=visual", "--stge", "visual")
+
+
+def test_a_word_too_many(refused: Run) -> None:
+    assert "one word too many" in refused(train.train, "visual")
+
+
+def test_a_value_of_another_type(refused: Run) -> None:
+    assert "whole number" in refused(train.train, "--stage=visual", "--train.epochs=many")
+
+
+def test_an_unknown_recipe(refused: Run) -> None:
+    assert "phoenix14t_visual" in refused(train.train, "--recipe=phoenix14_visual")
+
+
+def test_an_unknown_corpus_of_build(refused: Run, tmp_path: Path) -> None:
+    sentence = refused(BUILD, "phoenix", f"--source={tmp_path}", f"--out={tmp_path / 'o'}")
+    assert "phoenix14t" in sentence
+
+
+def test_a_missing_source_folder(refused: Run, tmp_path: Path) -> None:
+    sentence = refused(BUILD, "phoenix14t", f"--source={tmp_path / 'no'}", f"--out={tmp_path / 'o'}")
+    assert str(tmp_path / "no") in sentence
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_shards_that_are_not_there(refused: Run, tmp_path: Path, tiny_corpus: Path) -> None:
+    given = options(tiny_corpus, tmp_path / "run", **{"data.shards": tmp_path / "none"})
+    assert "index.json" in refused(train.train, "--stage=visual", *given)
+
+
+def test_a_truncated_shard_is_found_before_the_first_step(
+    refused: Run, tmp_path: Path, tiny_shards: Path, tiny_corpus: Path
+) -> None:
+    tar = sorted(tiny_shards.glob("train-*.tar"))[0]
+    tar.write_bytes(tar.read_bytes()[:-700])
+    given = options(tiny_corpus, tmp_path / "run", **{"data.shards": tiny_shards})
+    assert tar.name in refused(train.train, "--stage=visual", *given)
+    assert tar.name in refused(verify, str(tiny_shards))
+
+
+def test_stage_llm_without_stage_1_says_which_command_makes_it(
+    refused: Run, tmp_path: Path, tiny_corpus: Path
+) -> None:
+    given = options(tiny_corpus, tmp_path / "run", visual_run=tmp_path / "visual")
+    sentence = refused(train.train, "--stage=llm", *given)
+    assert "launch/train.py --stage visual" in sentence
+
+
+def test_a_stage_1_export_of_another_width(refused: Run, tmp_path: Path, tiny_corpus: Path) -> None:
+    best = tmp_path / "visual" / "best"
+    best.mkdir(parents=True)
+    settings = {"format": "flallm_ds export 1", "visual": {"width": 32, "temporal_kernel": 3}}
+    (best / "flallm.json").write_text(json.dumps(settings))
+    given = options(tiny_corpus, tmp_path / "run", visual_run=tmp_path / "visual")
+    sentence = refused(train.train, "--stage=llm", *given)
+    assert "visual.width must be 32" in sentence
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        ({"gradient_cliping": 1.0}, "gradient_cliping"),
+        ({"zero_optimization": {"stage": 2, "overlap_com": True}}, "overlap_com"),
+        ({"gradient_clipping": 1.0}, "optim.clip"),
+        ({"train_batch_size": 8}, "data.batch_clips"),
+    ],
+)
+def test_a_deepspeed_json_with_a_misspelt_or_doubly_owned_key(
+    refused: Run, tmp_path: Path, tiny_corpus: Path, content: dict[str, Any], word: str
+) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(content))
+    given = options(tiny_corpus, tmp_path / "run", **{"train.deepspeed": path})
+    assert word in refused(train.train, "--stage=visual", *given)
+
+
+def test_a_run_folder_that_is_not_ours(refused: Run, tmp_path: Path, tiny_corpus: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    assert str(tmp_path) in refused(train.train, "--stage=visual", *options(tiny_corpus, tmp_path))
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_an_out_folder_that_is_not_ours(refused: Run, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    given = ["phoenix14t", f"--source={tmp_path}", f"--out={tmp_path}"]
+    assert str(tmp_path) in refused(BUILD, *given)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_stale_compilation_lock(
+    refused: Run, tmp_path: Path, tiny_corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = tmp_path / "extensions" / "py311_cpu" / "cpu_adam" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    os.utime(lock, (0, 0))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    assert str(lock) in refused(train.train, "--stage=visual", *options(tiny_corpus, tmp_path / "run"))
+
+
+def test_an_llm_that_is_not_there(refused: Run, tmp_path: Path, tiny_corpus: Path) -> None:
+    given = options(tiny_corpus, tmp_path / "run", **{"llm.name": tmp_path / "none"})
+    assert "llm.name" in refused(train.train, "--stage=visual", *given)
+
+
+def test_a_language_that_the_tokenizer_does_not_know(refused: Run, tmp_path: Path, tiny_corpus: Path) -> None:
+    given = options(tiny_corpus, tmp_path / "run", **{"llm.language": "de_DF"})
+    assert "de_DE" in refused(train.train, "--stage=visual", *given)
+
+
+def test_a_video_that_is_not_there_or_cannot_be_decoded(refused: Run, tmp_path: Path) -> None:
+    assert "no" in refused(cli.translate, str(tmp_path / "no.mp4"), f"--model={tmp_path}")
+
+
+def test_evaluating_a_folder_without_an_export(refused: Run, tmp_path: Path) -> None:
+    assert "flallm.json" in refused(evaluate.evaluate, f"--run={tmp_path}")
+
+
+def test_a_corrupted_video_of_a_corpus_leaves_nothing(refused: Run, tmp_path: Path, shared_data: Path) -> None:
+    shutil.copy(shared_data / "edge_videos" / "corrupted.mp4", tmp_path)
+    (tmp_path / "m.csv").write_text("video,text,split\ncorrupted.mp4,hello,train\n")
+    given = ["manifest", f"--source={tmp_path / 'm.csv'}", f"--out={tmp_path / 'o'}", "--language=en"]
+    assert "corrupted.mp4" in refused(BUILD, *given)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["corrupted.mp4", "m.csv"]

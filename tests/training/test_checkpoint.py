@@ -1,0 +1,189 @@
+"""Checkpoints of a world of one; two ranks and kills at every point are in test_parity and its scenarios."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from flallm_ds.dist import World
+from flallm_ds.errors import UserError
+from flallm_ds.training import checkpoint
+
+ALONE = World(rank=0, size=1, local_rank=0, local_size=1)
+
+
+def write_weights(folder: Path, value: float = 1.0) -> None:
+    (folder / "engine").mkdir()
+    torch.save(torch.full((50,), value), folder / "engine" / "model.pt")
+
+
+def save(folder: Path, step: int, keep: int = 2, write=write_weights) -> Path:
+    return checkpoint.save(folder, step, {"step": step, "text": "ä"}, write, ALONE, keep)
+
+
+def test_a_committed_checkpoint_holds_what_was_written(tmp_path):
+    path = save(tmp_path, 1200)
+    assert path == tmp_path / "step-00001200" and checkpoint.committed(tmp_path) == [path]
+    assert checkpoint.read_state(path) == {"step": 1200, "text": "ä"}
+    assert torch.load(path / "engine" / "model.pt").tolist() == [1.0] * 50
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00001200"]
+
+
+def test_only_the_newest_are_kept_in_the_order_of_steps(tmp_path):
+    for step in (5, 90, 100, 1000):
+        save(tmp_path, step, keep=3)
+    assert [p.name for p in checkpoint.committed(tmp_path)] == [f"step-{s:08d}" for s in (90, 100, 1000)]
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_step_saved_again_is_replaced(tmp_path):
+    save(tmp_path, 7)
+    path = save(tmp_path, 7, write=lambda folder: write_weights(folder, 2.0))
+    assert torch.load(path / "engine" / "model.pt")[0] == 2.0 and checkpoint.read_state(path)["step"] == 7
+
+
+def test_a_folder_without_checkpoints_has_none_committed(tmp_path):
+    assert checkpoint.committed(tmp_path / "none") == []
+
+
+def test_a_checkpoint_without_a_commit_is_never_taken_and_the_next_save_clears_it_away(tmp_path):
+    save(tmp_path, 1)
+
+    def killed(folder: Path) -> None:
+        write_weights(folder)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, 2, write=killed)
+    assert (tmp_path / ".partial-step-00000002" / "engine" / "model.pt").is_file()
+    (tmp_path / "step-00000009" / "engine").mkdir(parents=True)  # someone's copy that was cut off
+    assert [p.name for p in checkpoint.committed(tmp_path)] == ["step-00000001"]
+    save(tmp_path, 2)
+    assert [p.name for p in checkpoint.committed(tmp_path)] == ["step-00000001", "step-00000002"]
+    assert not (tmp_path / ".partial-step-00000002").exists()
+
+
+def test_a_flipped_bit_is_named(tmp_path):
+    path = save(tmp_path, 3)
+    file = path / "engine" / "model.pt"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"engine/model\.pt was changed: .*step-00000003.*the checkpoint before"):
+        checkpoint.read_state(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    path = save(tmp_path, 3)
+    (path / "engine" / "model.pt").unlink()
+    with pytest.raises(UserError, match=r"engine/model\.pt is missing"):
+        checkpoint.read_state(path)
+
+
+def test_a_changed_state_is_named(tmp_path):
+    path = save(tmp_path, 3)
+    (path / "state.json").write_text('{"step": 4}')
+    with pytest.raises(UserError, match=r"state\.json was changed"):
+        checkpoint.read_state(path)
+
+
+def no_space(folder: Path) -> None:
+    write_weights(folder)
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def full_disk(folder: Path) -> None:
+    """What torch.save does on a full disk: a RuntimeError, not an OSError."""
+    torch.save(torch.zeros(1_000_000), "/dev/full")
+
+
+@pytest.mark.parametrize("write", [no_space, full_disk])
+def test_a_disk_that_is_full_is_an_error_and_leaves_earlier_checkpoints_whole(tmp_path, write):
+    earlier = save(tmp_path, 1, keep=1)
+    with pytest.raises(UserError, match=r"step-00000002 could not be written \(rank 0: .*Earlier .* whole"):
+        save(tmp_path, 2, keep=1, write=write)
+    assert checkpoint.committed(tmp_path) == [earlier] and checkpoint.read_state(earlier)["step"] == 1
+
+
+def test_a_commit_that_cannot_be_written_is_an_error_too(tmp_path):
+    """The disk fills between the shards and the manifest: every rank must hear of it, or the others wait."""
+    earlier = save(tmp_path, 1)
+
+    def blocked(folder: Path) -> None:
+        write_weights(folder)
+        (folder / "state.json").mkdir()
+
+    with pytest.raises(UserError, match="could not be written"):
+        save(tmp_path, 2, write=blocked)
+    assert checkpoint.committed(tmp_path) == [earlier]
+
+
+def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
+    (tmp_path / "checkpoints").write_text("a file in the way")
+    with pytest.raises(UserError, match="could not be written"):
+        save(tmp_path / "checkpoints", 1)
+
+
+# --- files and folders, whole or not at all
+
+
+def test_a_replaced_file_is_whole(tmp_path):
+    path = tmp_path / "config.json"
+    checkpoint.replace_file(path, "one")
+    checkpoint.replace_file(path, "zwei ä")
+    assert path.read_text(encoding="utf-8") == "zwei ä" and list(tmp_path.iterdir()) == [path]
+
+
+def write_word(word: str):
+    return lambda folder: (folder / "word").write_text(word)
+
+
+def test_a_replaced_folder_holds_the_new_content_alone(tmp_path):
+    path = tmp_path / "run" / "best"
+    checkpoint.replace_folder(path, lambda folder: [write_word("old")(folder), (folder / "more").touch()])
+    checkpoint.replace_folder(path, write_word("new"))
+    assert [p.name for p in path.iterdir()] == ["word"] and (path / "word").read_text() == "new"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_an_old_folder_stays_when_the_new_one_cannot_be_written(tmp_path):
+    path = tmp_path / "best"
+    checkpoint.replace_folder(path, write_word("old"))
+    with pytest.raises(OSError):
+        checkpoint.replace_folder(path, no_space)
+    assert (path / "word").read_text() == "old"
+    checkpoint.replace_folder(path, write_word("new"))
+    assert (path / "word").read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_kill_between_the_two_renames_is_recovered_from(tmp_path, monkeypatch):
+    path = tmp_path / "best"
+    checkpoint.replace_folder(path, write_word("old"))
+    rename, renamed = Path.rename, []
+
+    def killed(self: Path, target: Path) -> Path:
+        if renamed:
+            raise KeyboardInterrupt
+        renamed.append(self)
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.replace_folder(path, write_word("new"))
+    assert not path.exists()
+    checkpoint.recover_folder(path)
+    assert (path / "word").read_text() == "old"
+    checkpoint.recover_folder(path)  # with nothing to recover it changes nothing
+    assert (path / "word").read_text() == "old"
+
+
+def test_a_folder_that_is_there_is_not_overwritten_by_its_past(tmp_path):
+    path = tmp_path / "best"
+    for folder, word in ((path, "new"), (tmp_path / ".old-best", "old")):
+        folder.mkdir()
+        (folder / "word").write_text(word)
+    checkpoint.recover_folder(path)
+    assert (path / "word").read_text() == "new"

@@ -1,0 +1,108 @@
+"""A run that is signalled or killed under the real launcher goes on to the losses of an undisturbed one."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from launching import REPOSITORY, command, environment, flags, losses, tiny_options
+
+DEADLINE_S = 240
+
+
+def options(corpus: Path, run: Path) -> list[str]:
+    """Some hundred steps of stage visual, a checkpoint every 5."""
+    more = {"train.epochs": 12, "eval.every_epochs": 12, "train.save_every_steps": 5}
+    return flags("visual", tiny_options(corpus, "visual", run, **more))
+
+
+def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            command("launch/train.py", *arguments),
+            cwd=REPOSITORY,
+            env=environment(),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def ranks_of(launcher: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """The trainer's processes, rank 0 first."""
+    children = psutil.Process(launcher.pid).children(recursive=True)
+    found = [p for p in children if any(a.startswith("--local_rank") for a in p.cmdline())]
+    return sorted(found, key=lambda p: next(a for a in p.cmdline() if a.startswith("--local_rank")))
+
+
+def wait_for_steps(run: Path, steps: int) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while time.monotonic() < deadline:
+        path = run / "metrics.jsonl"
+        if path.is_file() and path.read_text().count('"kind": "train"') >= steps:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"no {steps} steps within {DEADLINE_S} s")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert start(options(tiny_corpus, run), run.parent / "log").wait(DEADLINE_S) == 0
+    return losses(run)
+
+
+@pytest.fixture
+def launchers() -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Whatever a failing test leaves running is ended."""
+    started: list[subprocess.Popen[bytes]] = []
+    yield started
+    for launcher in started:
+        if launcher.poll() is None:
+            os.killpg(launcher.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGKILL], ids=["signalled", "killed"])
+def test_one_rank_signalled_or_killed(
+    number: signal.Signals,
+    undisturbed: list[float],
+    tiny_corpus: Path,
+    tmp_path: Path,
+    launchers: list[subprocess.Popen[bytes]],
+) -> None:
+    """SIGUSR1 to rank 1 alone saves at the next step (code 75); after kill -9 the last checkpoint counts."""
+    run = tmp_path / "run"
+    launchers.append(start(options(tiny_corpus, run), tmp_path / "log"))
+    wait_for_steps(run, 8)
+    ranks_of(launchers[0])[1].send_signal(number)
+    code = launchers[0].wait(DEADLINE_S)
+    assert code != 0
+    reached = [json.loads(line)["global_step"] for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
+    assert 8 <= reached < len(undisturbed), "the run must have been disturbed before its end"
+    if number == signal.SIGUSR1:
+        assert code == 75
+        assert (run / "checkpoints" / f"step-{reached:08d}").is_dir()
+    launchers.append(start(options(tiny_corpus, run), tmp_path / "log"))
+    assert launchers[1].wait(DEADLINE_S) == 0, (tmp_path / "log").read_text()[-4000:]
+    assert losses(run) == undisturbed
+
+
+def test_ranks_whose_launcher_is_killed_stop_and_save(
+    tiny_corpus: Path, tmp_path: Path, launchers: list[subprocess.Popen[bytes]]
+) -> None:
+    """The deepspeed launcher forwards no signals: killed, it would leave its ranks training for ever."""
+    run = tmp_path / "run"
+    launchers.append(start(options(tiny_corpus, run), tmp_path / "log"))
+    wait_for_steps(run, 8)
+    ranks = ranks_of(launchers[0])
+    for process in {rank.parent() for rank in ranks} - {None}:
+        process.kill()
+    gone, alive = psutil.wait_procs(ranks, timeout=60)
+    assert not alive
+    reached = [json.loads(line)["global_step"] for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
+    assert (run / "checkpoints" / f"step-{reached:08d}").is_dir()
