@@ -25,7 +25,7 @@ def standin_llm(
 ) -> None:
     """Make a small mBART where no hub can be reached: flallm standin_llm --texts FILE[,FILE] --out FOLDER.
 
-    It is pretrained on the files' sentences (one a line) and loads by the same path as facebook/mbart-large-cc25.
+    It is pretrained on the files' sentences (one a line) and loads as facebook/mbart-large-cc25 does.
     """
     from flallm_ds.standin_llm import standin_llm as make
 

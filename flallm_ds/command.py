@@ -25,7 +25,7 @@ def read_words(argv: list[str]) -> tuple[list[str], dict[str, str]]:
     words: list[str] = []
     options: dict[str, str] = {}
 
-    @fire.decorators.SetParseFn(str)
+    @fire.decorators.SetParseFn(str)  # type: ignore[untyped-decorator]
     def collect(*args: str, **kwargs: str) -> None:
         words.extend(args)
         options.update(kwargs)
@@ -37,7 +37,8 @@ def read_words(argv: list[str]) -> tuple[list[str], dict[str, str]]:
 def nearest(name: str, valid: Iterable[str]) -> str:
     """`Did you mean …?` with the closest valid names, or the list of all where nothing is close."""
     valid = list(valid)
-    close = difflib.get_close_matches(name, valid, n=3, cutoff=0.5)
+    close = [v for v in valid if v.endswith(f".{name}")]  # the section was left out
+    close = close or difflib.get_close_matches(name, valid, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(close)}?" if close else f"valid: {', '.join(valid)}."
 
 
@@ -56,7 +57,9 @@ def coerce(value: str, hint: Any, name: str) -> Any:
             raise UserError(f"--{name} must be one of {', '.join(map(str, args))}, but is {value!r}.")
         return value
     if origin is tuple:
-        return tuple(coerce(part.strip(), args[0], name) for part in value.strip("()[]").split(",") if part.strip())
+        return tuple(
+            coerce(part.strip(), args[0], name) for part in value.strip("()[]").split(",") if part.strip()
+        )
     if hint is bool:
         lowered = value.lower()
         if lowered not in ("true", "false", "1", "0", "yes", "no"):
@@ -64,7 +67,10 @@ def coerce(value: str, hint: Any, name: str) -> Any:
         return lowered in ("true", "1", "yes")
     if hint in (int, float):
         try:
-            return hint(value)
+            number = hint(value)
+            if number != number:
+                raise ValueError("not a number")
+            return number
         except ValueError:
             kind = "a whole number" if hint is int else "a number"
             raise UserError(f"--{name} must be {kind}, but is {value!r}.") from None

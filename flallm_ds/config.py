@@ -23,6 +23,10 @@ def _must(holds: bool, sentence: str) -> None:
         raise UserError(sentence)
 
 
+def _must_be_fraction(section: str, name: str, value: float) -> None:
+    _must(0 <= value < 1, f"{section}.{name} must be in [0, 1), but is {value}.")
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Which clips, which of their frames, and how many at a time."""
@@ -36,7 +40,7 @@ class DataConfig:
     batch_clips: int = 8  # clips of one optimizer step, over all ranks
     micro_batches: int = 2  # slices of that batch; world size must divide it; the rest is accumulation
     threads: int = 0  # decode threads a rank; 0: the cores of the machine shared among its ranks
-    max_broken: int = 16  # clips that may fail to decode in a run before it stops
+    max_broken: int = 16  # clips that a rank may fail to decode before the run stops
 
     def __post_init__(self) -> None:
         for name in ("keep_every", "max_frames", "batch_clips", "micro_batches", "crop_size", "frame_size"):
@@ -75,6 +79,9 @@ class LightTranslatorConfig:
     size: Literal["tiny", "small", "base", "large"] = "base"
     dropout: float = 0.1
 
+    def __post_init__(self) -> None:
+        _must_be_fraction("light_t", "dropout", self.dropout)
+
 
 @dataclass(frozen=True)
 class LlmConfig:
@@ -85,6 +92,10 @@ class LlmConfig:
     trim_vocabulary: bool = True  # keep the pieces of the training text, specials and language ids
     dropout: float = 0.3
     attention_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        _must_be_fraction("llm", "dropout", self.dropout)
+        _must_be_fraction("llm", "attention_dropout", self.attention_dropout)
 
 
 @dataclass(frozen=True)
@@ -101,9 +112,12 @@ class OptimConfig:
     clip: float = 1.0  # gradient norm at most; 0 leaves it alone
 
     def __post_init__(self) -> None:
-        _must(self.lr >= 0 and self.llm_lr >= 0, f"rates must not be negative, but are {self.lr}, {self.llm_lr}.")
+        _must(
+            self.lr >= 0 and self.llm_lr >= 0,
+            f"rates must not be negative, but are {self.lr}, {self.llm_lr}.",
+        )
         _must(len(self.betas) == 2, f"optim.betas must be two numbers, but are {self.betas}.")
-        _must(0 <= self.warmup < 1, f"optim.warmup must be in [0, 1), but is {self.warmup}.")
+        _must_be_fraction("optim", "warmup", self.warmup)
 
 
 @dataclass(frozen=True)
@@ -111,10 +125,12 @@ class TrainConfig:
     """How long, on what engine, and what is kept."""
 
     epochs: int = 75
-    max_steps: int | None = None  # stop here even if epochs are left; the rates still follow `epochs`
+    max_steps: int | None = None  # save and stop here; without it, the same command goes on to the last epoch
     seed: int = 0
     label_smoothing: float = 0.2
-    deepspeed: str = ""  # a DeepSpeed JSON; empty: ds_configs/zero2.json in stage visual, zero3_offload in llm
+    deepspeed: str = (
+        ""  # a DeepSpeed JSON; empty: ds_configs/zero2.json in stage visual, zero3_offload in llm
+    )
     save_every_steps: int | None = None  # besides the checkpoint at the end of each epoch
     keep_checkpoints: int = 2
     log_every_s: float = 10.0
@@ -122,6 +138,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _must(self.epochs >= 1, f"train.epochs must be at least 1, but is {self.epochs}.")
         _must(self.keep_checkpoints >= 1, "train.keep_checkpoints must be at least 1.")
+        _must(self.seed >= 0, f"train.seed must not be negative, but is {self.seed}.")
+        _must_be_fraction("train", "label_smoothing", self.label_smoothing)
 
 
 @dataclass(frozen=True)
@@ -133,6 +151,10 @@ class EvalConfig:
     num_beams: int = 5
     length_penalty: float = 1.0
     max_new_tokens: int = 100
+
+    def __post_init__(self) -> None:
+        for name in ("every_epochs", "num_beams", "max_new_tokens"):
+            _must(getattr(self, name) >= 1, f"eval.{name} must be at least 1, but is {getattr(self, name)}.")
 
 
 @dataclass(frozen=True)
@@ -189,8 +211,11 @@ class RunConfig:
 
     @classmethod
     def load(cls, path: Path) -> "RunConfig":
-        """Read what `to_json` wrote. Raises UserError where a field is unknown."""
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        """Read what `to_json` wrote. Raises UserError where it is not JSON or a field is unknown."""
+        try:
+            saved = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path} must be JSON, but {error}.") from error
         hints = typing.get_type_hints(cls)
         arguments: dict[str, Any] = {}
         for name, value in saved.items():

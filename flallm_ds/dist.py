@@ -41,14 +41,18 @@ def rank_environment(env: Mapping[str, str]) -> dict[str, str]:
     rendezvous exported by launch/slurm/train.sbatch; a plain `python` is a world of one.
     Raises UserError where a launcher told only half of it.
     """
-    if "RANK" in env and "WORLD_SIZE" in env:
-        found = {"RANK": env["RANK"], "WORLD_SIZE": env["WORLD_SIZE"], "LOCAL_RANK": env.get("LOCAL_RANK", "0")}
-        found["LOCAL_WORLD_SIZE"] = env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or found["WORLD_SIZE"]
+    if "RANK" in env or "WORLD_SIZE" in env:
+        found = {
+            name: _told(env, name, "RANK or WORLD_SIZE") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        }
+        found["LOCAL_WORLD_SIZE"] = (
+            env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or found["WORLD_SIZE"]
+        )
     elif "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         found = {
             "RANK": env["SLURM_PROCID"],
             "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"],
-            "LOCAL_RANK": env["SLURM_LOCALID"],
+            "LOCAL_RANK": _told(env, "SLURM_LOCALID", "SLURM_PROCID"),
             "LOCAL_WORLD_SIZE": env.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0],
         }
     else:
@@ -69,6 +73,16 @@ def rank_environment(env: Mapping[str, str]) -> dict[str, str]:
             )
         found[name] = env[name]
     return found
+
+
+def _told(env: Mapping[str, str], name: str, because: str) -> str:
+    """A launcher's variable: a rank that lacks one would take itself for the only one, or for the first."""
+    if name not in env:
+        raise UserError(
+            f"{name} must be set where {because} is, but is not. "
+            "Start with deepspeed, torchrun, or launch/slurm/train.sbatch."
+        )
+    return env[name]
 
 
 def start(timeout: timedelta = timedelta(minutes=30)) -> World:
@@ -127,7 +141,7 @@ def broadcast_object(value: Any, world: World) -> Any:
 
 
 def main_first(action: Any, world: World) -> Any:
-    """Run `action()` on rank 0 alone and return its value on all; an error of rank 0 is raised by every rank."""
+    """Run `action()` on rank 0 alone and return its value on all; its UserError is raised by every rank."""
     outcome: tuple[Any, str | None] = (None, None)
     if world.is_main:
         try:

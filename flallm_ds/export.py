@@ -1,9 +1,9 @@
 """The export folder: a trained translator that loads without DeepSpeed.
 
-    flallm.json                  stage, widths, frame picking, preprocessing, scores
-    visual_encoder.safetensors   the hand-over from stage 1 to stage 2
-    adapter.safetensors
-    language_model/              Light-T or the LLM in the Hugging Face layout, tokenizer and vocabulary.json
+flallm.json                  stage, widths, frame picking, preprocessing, scores
+visual_encoder.safetensors   the hand-over from stage 1 to stage 2
+adapter.safetensors
+language_model/              Light-T or the LLM in the Hugging Face layout, tokenizer and vocabulary.json
 """
 
 import json
@@ -93,7 +93,9 @@ def find(folder: str | Path) -> Path:
     for candidate in (folder, folder / "best"):
         if (candidate / SETTINGS_FILE).is_file():
             return candidate
-    raise UserError(f"there must be an export ({SETTINGS_FILE}) in {folder} or {folder / 'best'}, but there is none.")
+    raise UserError(
+        f"there must be an export ({SETTINGS_FILE}) in {folder} or {folder / 'best'}, but there is none."
+    )
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -111,7 +113,7 @@ def read_visual(folder: Path) -> VisualEncoder:
     """The visual encoder alone, in eval mode, without gradients: what stage 2 takes from stage 1."""
     settings = read_settings(folder)
     visual = VisualEncoder(**settings["visual"])
-    visual.load_state_dict(_load(folder / VISUAL_FILE))
+    _load_into(visual, folder / VISUAL_FILE)
     return visual.eval().requires_grad_(False)
 
 
@@ -122,22 +124,50 @@ def read(folder: Path) -> Export:
     lm_folder = folder / LANGUAGE_MODEL
     codec = TextCodec.load(lm_folder)
     if settings["stage"] == "visual":
-        language_model = light_translator_from_config(AutoConfig.from_pretrained(lm_folder))
-        language_model.load_state_dict(_load(lm_folder / "model.safetensors"), strict=False)  # aliases are left out
+        language_model = light_translator_from_config(_read_config(lm_folder))
+        _load_into(language_model, lm_folder / "model.safetensors")
     else:
-        language_model = load_llm(str(lm_folder))
-    state = _load(folder / ADAPTER_FILE)
-    out_width, in_width = state["0.weight"].shape
-    adapter = Adapter(in_width, out_width, adapter_scale(language_model))
-    adapter.load_state_dict(state)
+        state = _load(lm_folder / "model.safetensors")
+        language_model = load_llm(str(lm_folder))  # transformers fills what is missing with random numbers
+        _must_hold(language_model, state, lm_folder / "model.safetensors")
+    adapter = Adapter(visual.feature_width, language_model.config.d_model, adapter_scale(language_model))
+    _load_into(adapter, folder / ADAPTER_FILE)
     translator = SignTranslator(None, adapter, language_model, codec.start_id).eval().requires_grad_(False)
     return Export(settings, visual, translator, codec)
 
 
 def adapter_scale(language_model: Any) -> float:
-    """sqrt(E) where the language model scales its word embeddings, so that visual tokens are of their size."""
+    """sqrt(E) where the language model scales its word embeddings, so that visual tokens are as large."""
     config = language_model.config
     return float(config.d_model) ** 0.5 if getattr(config, "scale_embedding", False) else 1.0
+
+
+def _read_config(folder: Path) -> Any:
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{folder} must hold a config.json, but does not: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _load_into(module: torch.nn.Module, path: Path) -> None:
+    state = _load(path)
+    _must_hold(module, state, path)
+    try:
+        module.load_state_dict(state, strict=False)  # second names of tied parameters are left out
+    except RuntimeError as error:
+        raise UserError(
+            f"{path} must fit its settings, but does not: {str(error).splitlines()[-1].strip()}"
+        ) from error
+
+
+def _must_hold(module: torch.nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
+    """Raise UserError if a parameter or a running statistic would keep the value it was made with."""
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    missing = [n for n, _ in tensors if n not in state and n in module.state_dict()]
+    if missing:
+        raise UserError(f"{path} must hold {missing[0]}, but does not: it is of another model or not whole.")
 
 
 def _load(path: Path) -> dict[str, torch.Tensor]:

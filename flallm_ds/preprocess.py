@@ -1,4 +1,4 @@
-"""Frames to pixels on the device: squash to a square, crop, rotate, scale, shift, normalise, in one resampling.
+"""Frames to pixels on the device: squash to a square, crop, rotate, scale, shift, normalise; one resampling.
 
 One random draw per clip, never per frame: jitter between frames reads as motion. Never a horizontal flip:
 handedness is meaning.
@@ -23,7 +23,7 @@ MAX_SHIFT = 10 / 256  # of the frame's side
 
 @dataclass(frozen=True)
 class Preprocess:
-    """frame_size: side of the square that frames are squashed to. crop_size: side of what the backbone sees, px.
+    """frame_size: side of the square that frames are squashed to. crop_size: of what the backbone sees, px.
 
     augment: rotate, scale and shift in training. Without `train` the crop is the centre one.
     """
@@ -70,7 +70,7 @@ class Preprocess:
     def _augmentation(
         self, draws_B9: torch.Tensor, train: bool
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(angle in radians, scale, shift in sides) of each clip; a draw below PROBABILITY is used, rescaled."""
+        """(angle in radians, scale, shift in sides) of each clip; each with PROBABILITY."""
         num_clips = len(draws_B9)
         if not (train and self.augment):
             return torch.zeros(num_clips), torch.ones(num_clips), torch.zeros(num_clips, 2)

@@ -71,7 +71,9 @@ def evaluate(
                 rate, left = done * CLIPS_A_BATCH * world.size / seconds, seconds * (steps / done - 1)
                 print(f"{split}: batch {done}/{steps}  {rate:.1f} clips/s  left {clock(left)}", flush=True)
 
-        hypotheses = Evaluation(loader, translator.generate, translator.export.codec, world).hypotheses(progress)
+        hypotheses = Evaluation(loader, translator.generate, translator.export.codec, world).hypotheses(
+            progress
+        )
         if world.is_main:
             language = translator.export.codec.language
             scores = score(*texts_of(hypotheses), language=language).as_dict()
@@ -82,7 +84,9 @@ def evaluate(
             content = {"split": split, "beams": beams, "scores": scores, "blind": blind}
             replace_file(folder / f"{split}.json", json.dumps(content, indent=2) + "\n")
             print(report.table({"model": scores, "blind control": blind}))
-            print(f"signature: {scores['bleu_signature']}\nhypotheses: {folder / f'{split}.hypotheses.jsonl'}")
+            print(
+                f"signature: {scores['bleu_signature']}\nhypotheses: {folder / f'{split}.hypotheses.jsonl'}"
+            )
     finally:
         dist.stop()
 

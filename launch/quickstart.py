@@ -1,4 +1,4 @@
-"""`make quickstart`: corpus -> shards -> stage visual -> stage llm -> scores -> a translated video, on anything.
+"""`make quickstart`: corpus -> shards -> stage visual -> stage llm -> scores -> a translated video.
 
 Each step is an ordinary command, printed as it runs, and is left out where its result is there already.
 """
@@ -17,7 +17,7 @@ from flallm_ds.recipes import quickstart_llm, quickstart_visual
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
-NUM_CLIPS = 1200
+NUM_CLIPS = 1500
 DATA = Path("data/signsim")
 
 
@@ -27,7 +27,8 @@ def prepare() -> None:
     python = str(BIN / "python")
     _step(corpus, [python, "shards/signsim/make.py", f"--out={corpus}", f"--clips={NUM_CLIPS}"])
     _step(
-        shards, [python, "shards/build.py", "phoenix14t", f"--source={corpus}", f"--out={shards}", "--short_side=64"]
+        shards,
+        [python, "shards/build.py", "phoenix14t", f"--source={corpus}", f"--out={shards}", "--short_side=64"],
     )
     _step(llm, [str(BIN / "flallm"), "standin_llm", f"--texts={corpus / 'monolingual.txt'}", f"--out={llm}"])
 
@@ -68,7 +69,9 @@ def _show(visual: Path, llm: Path) -> None:
     """The table, three sentences, a strip of frames, and one video translated by the finished model."""
     from flallm_ds.inference.report import read_hypotheses, strip_of_run, table
 
-    results = [json.loads((run / "evaluation" / "test.json").read_text(encoding="utf-8")) for run in (visual, llm)]
+    results = [
+        json.loads((run / "evaluation" / "test.json").read_text(encoding="utf-8")) for run in (visual, llm)
+    ]
     rows = {"stage 1 alone": results[0]["scores"], "both stages": results[1]["scores"]}
     print("\n" + table({**rows, "blind control": results[1]["blind"]}))
     print(f"signature: {results[1]['scores']['bleu_signature']}\n")

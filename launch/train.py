@@ -4,7 +4,7 @@ Also `python launch/train.py …` for one process, `torchrun launch/train.py …
 Running the same command again goes on where the run was.
 """
 
-from quickstart import prepare
+from quickstart import prepare  # type: ignore[import-not-found]  # beside this file
 
 from flallm_ds import dist
 from flallm_ds.command import main
@@ -19,7 +19,9 @@ def train(*, stage: str | None = None, recipe: str | None = None, **overrides: s
     """
     config = resolve(stage, recipe, overrides)
     stop = StopRequest()
-    from flallm_ds.training.build import build_task  # slow imports come after the options are known to be right
+    from flallm_ds.training.build import (
+        build_task,  # slow imports come after the options are known to be right
+    )
     from flallm_ds.training.run_folder import open_run_folder
     from flallm_ds.training.trainer import Trainer
 

@@ -81,7 +81,8 @@ def verify(folder: Path, *, workers: int = 0) -> None:
     if faults:
         print("\n".join(sorted(faults)))
         raise ShardFault(
-            f"shards must be as their index says, but {folder} has {len(faults):,} fault(s), the first: {faults[0]}"
+            f"shards must be as their index says, but {folder} has {len(faults):,} fault(s), the "
+            f"first: {faults[0]}"
         )
     num_frames = sum(entry["frames"] for entry in manifest["splits"].values())
     size = sum(job.shard.bytes for job in jobs)

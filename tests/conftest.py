@@ -2,7 +2,9 @@
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run beside other processes: spinning threads starve them
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # tests run beside other processes: spinning threads starve them
 
 import shutil
 from pathlib import Path
@@ -41,7 +43,7 @@ def write_phoenix(release: Path, clips: dict[str, int], seed: int = 0) -> None:
 
 
 def _bar(word: int, rng: np.random.Generator) -> np.ndarray:
-    """With noise, as a camera's: equal frames leave BatchNorm channels without variance, and chaos follows."""
+    """With a camera's noise: equal frames leave BatchNorm channels without variance, and chaos follows."""
     frame = np.full((26, 21, 3), 60, np.int64)
     frame[2 + 3 * word : 6 + 3 * word, 3:17] = COLOURS[word]
     noisy = (frame + rng.normal(0, 25, frame.shape)).clip(0, 255).astype(np.uint8)

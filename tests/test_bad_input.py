@@ -1,4 +1,4 @@
-"""Wrong input: one clear sentence, a non-zero exit, nothing half-written. Each through its real command line."""
+"""Wrong input: one clear sentence, a non-zero exit, nothing half-written; by real command lines."""
 
 import json
 import os
@@ -175,7 +175,9 @@ def test_evaluating_a_folder_without_an_export(refused: Run, tmp_path: Path) -> 
     assert "flallm.json" in refused(evaluate.evaluate, f"--run={tmp_path}")
 
 
-def test_a_corrupted_video_of_a_corpus_leaves_nothing(refused: Run, tmp_path: Path, shared_data: Path) -> None:
+def test_a_corrupted_video_of_a_corpus_leaves_nothing(
+    refused: Run, tmp_path: Path, shared_data: Path
+) -> None:
     shutil.copy(shared_data / "edge_videos" / "corrupted.mp4", tmp_path)
     (tmp_path / "m.csv").write_text("video,text,split\ncorrupted.mp4,hello,train\n")
     given = ["manifest", f"--source={tmp_path / 'm.csv'}", f"--out={tmp_path / 'o'}", "--language=en"]

@@ -118,7 +118,7 @@ def read_manifest(root: Path) -> dict[str, Any]:
             "Make shards with python shards/build.py, or name another folder."
         )
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"index.json must be JSON, but {error}: {path}. Build the shards again.") from error
     if manifest.get("format") != FORMAT:
@@ -138,7 +138,7 @@ def load_index(root: str | Path, split: str) -> Index:
     manifest = read_manifest(root)
     if split not in manifest["splits"]:
         raise UserError(
-            f"split must be one of {', '.join(manifest['splits'])}, but is {split!r} for the shards in {root}."
+            f"split must be one of {', '.join(manifest['splits'])}, but is {split!r} for shards in {root}."
         )
     entry = manifest["splits"][split]
     path = root / entry["table"]
@@ -162,10 +162,8 @@ def load_index(root: str | Path, split: str) -> Index:
 
 
 def write_table(path: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Write one split's rows (a dict of every column each) and return what index.json must say of the table."""
-    arrays = {
-        name: np.asarray([row[name] for row in rows], dtype=dtype) for name, dtype in COLUMNS.items()
-    }
+    """Write one split's rows (a dict of every column each) and return what index.json must say of it."""
+    arrays = {name: np.asarray([row[name] for row in rows], dtype=dtype) for name, dtype in COLUMNS.items()}
     for name in STRING_COLUMNS:
         arrays |= StringColumn.columns(name, [row[name] for row in rows])
     save_file(arrays, path)

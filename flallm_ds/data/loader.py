@@ -28,17 +28,19 @@ STEPS_AHEAD = 2
 
 @dataclass
 class BrokenClips:
-    """Clips that could not be decoded, by name; past `budget` of them the run stops."""
+    """Clips that this rank could not decode, by name; past `budget` of them the run stops."""
 
     budget: int
     reasons: dict[str, str] = field(default_factory=dict)
 
     def add(self, shard: str, key: str, reason: str) -> None:
+        if f"{shard}:{key}" not in self.reasons:
+            print(f"warning: clip {key} in {shard} is broken ({reason}); another takes its place", flush=True)
         self.reasons[f"{shard}:{key}"] = reason
         if len(self.reasons) > self.budget:
             raise RankError(
-                f"at most {self.budget} clips may be broken, but {len(self.reasons)} are; the last is {key} in "
-                f"{shard}: {reason}. Run shards/verify.py on the shards, or raise --data.max_broken."
+                f"at most {self.budget} clips may be broken, but {len(self.reasons)} are; the last is {key} "
+                f"in {shard}: {reason}. Run shards/verify.py on the shards, or raise --data.max_broken."
             )
 
 
@@ -63,7 +65,7 @@ class ClipReader:
         return draws.astype(np.float32), sampling.cap(picks, self.max_frames)
 
     def read_into(self, frames_THWC: np.ndarray, row: int, picks: np.ndarray) -> None:
-        """Decode the picked frames into the top left corner of each canvas. Raises ValueError if it cannot."""
+        """Decode the picked frames into the canvases' top left corners. Raises ValueError if it cannot."""
         arrays = self.index.arrays
         size, offset = int(arrays["size"][row]), int(arrays["offset"][row])
         height, width = int(arrays["height"][row]), int(arrays["width"][row])
@@ -81,7 +83,9 @@ class ClipReader:
             jpeg = view[begin : begin + length]
             frame = simplejpeg.decode_jpeg(jpeg, "RGB", buffer=place if whole else None)
             if frame.shape[:2] != (height, width):
-                raise ValueError(f"frames must be {width}x{height}, but one is {frame.shape[1]}x{frame.shape[0]}")
+                raise ValueError(
+                    f"frames must be {width}x{height}, but one is {frame.shape[1]}x{frame.shape[0]}"
+                )
             if not whole:
                 place[:] = 0
                 place[:height, :width] = frame
@@ -100,7 +104,7 @@ class _Pending:
 
 
 class Loader:
-    """One pass over an epoch plan: `for micro_batches in loader.steps(start)` yields a rank's share of a step.
+    """One pass over an epoch plan: `for micro_batches in loader.steps(start)` yields a rank's share of steps.
 
     Every rank yields the same number of steps with the same number of micro-batches. A broken clip is
     replaced by the next one of the index, the same on any rank, and counted in `broken`.
@@ -190,7 +194,9 @@ class Loader:
             shard = self.reader.index.shards[int(self.reader.index.arrays["shard"][row])].file
             self.broken.add(shard, self._keys[row], reason)
             if (row + 1) % len(self.reader.index) == first:
-                raise RankError(f"a clip of {self.reader.index.root} must decode, but none of them does: {reason}.")
+                raise RankError(
+                    f"a clip of {self.reader.index.root} must decode, but none of them does: {reason}."
+                )
             row = (row + 1) % len(self.reader.index)
             draws, picks = self.reader.draws(row, self.epoch)
             frames = np.empty((len(picks), *pending.frames.shape[1:]), dtype=np.uint8)
@@ -199,7 +205,7 @@ class Loader:
                 break
             except (ValueError, OSError) as error:
                 reason = str(error)
-        parts = list(pending.frames.split([len(p) for p in pending.picks]))
+        parts = list(torch.split(pending.frames, [len(p) for p in pending.picks]))
         parts[position] = torch.from_numpy(frames)
         pending.frames = torch.cat(parts)
         pending.rows[position], pending.draws[position], pending.picks[position] = row, draws, picks

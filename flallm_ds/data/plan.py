@@ -35,8 +35,8 @@ class PlanState:
         for name in ("version", "fingerprint", "seed", "batch_clips", "slices"):
             if mine[name] != its[name]:
                 raise UserError(
-                    f"the data's {name} must be {its[name]!r} as in the checkpoint, but is {mine[name]!r} now. "
-                    "Use the shards and options the run began with, or start another run folder."
+                    f"the data's {name} must be {its[name]!r} as in the checkpoint, but is {mine[name]!r} "
+                    "now. Use the shards and options the run began with, or start another run folder."
                 )
 
 

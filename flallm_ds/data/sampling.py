@@ -28,7 +28,8 @@ def cap(indices: np.ndarray, max_frames: int) -> np.ndarray:
 
 def num_kept(num_frames: np.ndarray, stride: int, max_frames: int) -> np.ndarray:
     """How many frames `keep_every` and `cap` keep of clips of these lengths."""
-    return np.minimum(-(-num_frames // stride), max_frames)
+    kept: np.ndarray = np.minimum(-(-num_frames // stride), max_frames)
+    return kept
 
 
 def sample_rng(seed: int, epoch: int, sample: int) -> np.random.Generator:

@@ -63,8 +63,15 @@ class TextCodec:
         try:
             content = json.loads((folder / VOCABULARY_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise UserError(f"{folder / VOCABULARY_FILE} must be a codec's file, but is not ({error}).") from error
-        return cls(load_tokenizer(str(folder)), content["language"], content["kept_ids"])
+            raise UserError(
+                f"{folder / VOCABULARY_FILE} must be a codec's file, but is not ({error})."
+            ) from error
+        tokenizer = load_tokenizer(str(folder))
+        if max(content["kept_ids"]) >= len(tokenizer):
+            raise UserError(
+                f"the tokenizer in {folder} must hold the pieces of {VOCABULARY_FILE}, but holds fewer."
+            )
+        return cls(tokenizer, content["language"], content["kept_ids"])
 
     @classmethod
     def for_training_text(cls, name: str, language: str, texts: Iterable[str], trim: bool) -> "TextCodec":
@@ -103,5 +110,7 @@ def language_id(tokenizer: Any, language: str) -> int:
     vocabulary = tokenizer.get_vocab()
     if language not in vocabulary:
         known = [t for t in tokenizer.all_special_tokens if "_" in t] or list(tokenizer.all_special_tokens)
-        raise UserError(f"llm.language {language!r} is not an id of the tokenizer: {nearest(language, known)}")
+        raise UserError(
+            f"llm.language {language!r} is not an id of the tokenizer: {nearest(language, known)}"
+        )
     return int(vocabulary[language])

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -42,9 +43,15 @@ def read_hypotheses(path: Path) -> list[Hypothesis]:
     return [Hypothesis(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def table(rows: Mapping[str, Mapping[str, float]]) -> str:
+def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """Scores by name of system, one row each, as text that is also Markdown."""
-    columns = {"bleu1": "BLEU-1", "bleu2": "BLEU-2", "bleu3": "BLEU-3", "bleu4": "BLEU-4", "rouge_l": "ROUGE-L"}
+    columns = {
+        "bleu1": "BLEU-1",
+        "bleu2": "BLEU-2",
+        "bleu3": "BLEU-3",
+        "bleu4": "BLEU-4",
+        "rouge_l": "ROUGE-L",
+    }
     columns["chrf"] = "chrF"
     width = max(map(len, rows))
     lines = [f"| {'':{width}} | " + " | ".join(f"{c:>7}" for c in columns.values()) + " |"]
@@ -73,7 +80,11 @@ def draw_strip(
         axis.imshow(np.concatenate([frames[i] for i in picks], axis=1))
         axis.set_axis_off()
         axis.set_title(
-            f"hypothesis   {said.hypothesis}\nreference    {said.reference}", y=-0.02, va="top", loc="left", fontsize=11
+            f"hypothesis   {said.hypothesis}\nreference    {said.reference}",
+            y=-0.02,
+            va="top",
+            loc="left",
+            fontsize=11,
         )
     figure.tight_layout(h_pad=3.0)
     figure.savefig(path, dpi=110)

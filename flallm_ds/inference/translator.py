@@ -27,7 +27,7 @@ class Translator:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | torch.device | None = None) -> "Translator":
-        """Load an export folder, or the best export of a run folder. device: default a GPU where there is one.
+        """Load an export folder, or the best export of a run folder. device: a GPU where there is one.
 
         Raises UserError where the folder holds no whole export.
         """
@@ -46,7 +46,9 @@ class Translator:
         """
         path = Path(video)
         if not path.exists():
-            raise UserError(f"there must be a video file or a folder of frames at {path}, but there is nothing.")
+            raise UserError(
+                f"there must be a video file or a folder of frames at {path}, but there is nothing."
+            )
         kept = self.kept_frames(path)
         batch = Batch(
             frames_NHWC=torch.from_numpy(kept),

@@ -16,5 +16,5 @@ class Adapter(nn.Sequential):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """(..., D) -> (..., E)."""
-        adapted: torch.Tensor = super().forward(features)
+        adapted: torch.Tensor = super().forward(features)  # type: ignore[no-untyped-call]
         return adapted * self.scale

@@ -5,7 +5,7 @@ import torch
 
 def pad_packed(packed_ND: torch.Tensor, num_frames_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(padded_BSD with zeros after each clip's end, mask_BS of 1 where there is a token)."""
-    parts = packed_ND.split(num_frames_B.tolist())
+    parts = torch.split(packed_ND, num_frames_B.tolist())
     padded_BSD = torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True)
     steps_S = torch.arange(padded_BSD.shape[1])
     mask_BS = (steps_S < num_frames_B.cpu().unsqueeze(1)).long().to(packed_ND.device)

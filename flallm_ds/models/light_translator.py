@@ -25,7 +25,7 @@ SIZES = {
 
 
 def build_light_translator(size: str, codec: TextCodec, dropout: float) -> MBartForConditionalGeneration:
-    """A Transformer encoder-decoder with random weights, learned positions, untied embedding and output head."""
+    """A Transformer encoder-decoder with random weights, learned positions, untied embedding and head."""
     s = SIZES[size]
     config = MBartConfig(
         vocab_size=codec.vocab_size,

@@ -1,16 +1,17 @@
-"""The pretrained LLM: loaded by `from_pretrained` from a hub id or a folder, its vocabulary trimmed offline."""
+"""The pretrained LLM: loaded by `from_pretrained` from a hub id or folder, its vocabulary trimmed offline."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from flallm_ds.data.text import TextCodec
 from flallm_ds.errors import UserError
 
 # What transformers raises for a folder or hub id that does not hold a model it can load.
-_LOAD_ERRORS = (OSError, ValueError, KeyError)
+_LOAD_ERRORS = (OSError, ValueError, KeyError, SafetensorError)
 
 
 def load_llm(name: str, dropout: float | None = None, attention_dropout: float | None = None) -> Any:
@@ -25,12 +26,19 @@ def load_llm(name: str, dropout: float | None = None, attention_dropout: float |
         for field, value in given.items():
             if value is not None and hasattr(config, field):
                 setattr(config, field, value)
-        return AutoModelForSeq2SeqLM.from_pretrained(name, config=config, dtype=torch.float32)
+        model = AutoModelForSeq2SeqLM.from_pretrained(name, config=config, dtype=torch.float32)
     except _LOAD_ERRORS as error:
         raise UserError(
-            f"the LLM {name} must load as an encoder-decoder model, but did not: {str(error).splitlines()[0]} "
-            "Check --llm.name."
+            f"the LLM {name} must load as an encoder-decoder model, but did not: "
+            f"{str(error).splitlines()[0]} Check --llm.name."
         ) from error
+    for stored in (model.config, model.generation_config):
+        for field in ("forced_bos_token_id", "forced_eos_token_id"):
+            if getattr(stored, field, None) is not None:
+                setattr(
+                    stored, field, None
+                )  # our decoder starts with the language, and sentences end themselves
+    return model
 
 
 def trim_llm(name: str, codec: TextCodec, out: Path) -> None:
@@ -62,5 +70,3 @@ def _renumber(config: Any, codec: TextCodec) -> None:
             setattr(config, field, codec.trimmed_id(value))
     config.decoder_start_token_id = codec.start_id
     config.eos_token_id = codec.eos_id
-    if hasattr(config, "forced_eos_token_id"):
-        config.forced_eos_token_id = None  # it would close sentences at max length; ours end themselves

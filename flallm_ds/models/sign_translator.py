@@ -1,4 +1,4 @@
-"""From frames or visual features to a sentence: [visual encoder ->] adapter -> encoder-decoder language model.
+"""From frames or visual features to a sentence: [visual encoder ->] adapter -> encoder-decoder model.
 
 B clips, N packed frames, S visual tokens, L text tokens, D visual width, E language width.
 """
@@ -47,7 +47,9 @@ class SignTranslator(nn.Module):
         """
         features_ND = self.visual(inputs, num_frames_B) if self.visual is not None else inputs
         if not torch.is_autocast_enabled(features_ND.device.type):
-            features_ND = features_ND.to(self.adapter[0].weight.dtype)  # a bf16 engine, an fp32 encoder
+            features_ND = features_ND.to(
+                next(self.adapter.parameters()).dtype
+            )  # a bf16 engine, an fp32 encoder
         return pad_packed(self.adapter(features_ND), num_frames_B)
 
     def forward(
@@ -61,7 +63,9 @@ class SignTranslator(nn.Module):
         memory_BSE, mask_BS = self.memory(inputs, num_frames_B)
         start_B1 = target_ids_BL.new_full((len(target_ids_BL), 1), self.start_id)
         pad_id = self.language_model.config.pad_token_id
-        shifted_BL = torch.cat([start_B1, target_ids_BL[:, :-1].masked_fill(target_ids_BL[:, :-1] == -100, pad_id)], 1)
+        shifted_BL = torch.cat(
+            [start_B1, target_ids_BL[:, :-1].masked_fill(target_ids_BL[:, :-1] == -100, pad_id)], 1
+        )
         logits_BLV = self.language_model(
             inputs_embeds=memory_BSE, attention_mask=mask_BS, decoder_input_ids=shifted_BL, use_cache=False
         ).logits
@@ -92,4 +96,4 @@ class SignTranslator(nn.Module):
             do_sample=False,
             synced_gpus=synced,
         )
-        return [row for row in ids.tolist()]
+        return list(ids.tolist())

@@ -1,5 +1,6 @@
 """The visual encoder: a per-frame ResNet-18 and the local temporal module (FLa-LLM, section 3.2)."""
 
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,9 @@ class VisualEncoder(nn.Module):
     def __init__(self, width: int = 64, temporal_kernel: int = 3) -> None:
         super().__init__()
         stages = [width, 2 * width, 4 * width, 8 * width]
-        config = ResNetConfig(embedding_size=width, hidden_sizes=stages, depths=[2, 2, 2, 2], layer_type="basic")
+        config = ResNetConfig(
+            embedding_size=width, hidden_sizes=stages, depths=[2, 2, 2, 2], layer_type="basic"
+        )
         self.backbone = ResNetModel(config)
         self.temporal = LocalTemporalModule(8 * width, temporal_kernel)
 
@@ -52,7 +55,10 @@ class VisualEncoder(nn.Module):
 
     def frame_features(self, pixels_NCHW: torch.Tensor) -> torch.Tensor:
         """Frame-wise features_ND: each frame alone, after average pooling."""
-        pixels_NCHW = pixels_NCHW.contiguous(memory_format=torch.channels_last)  # 1.3x faster on one CPU thread
+        # Channels last is 1.3x faster on one CPU thread, but below 16 channels the backward pass of oneDNN's
+        # strided 1x1 convolution writes past its workspace (its issue 6035: "free(): invalid next size").
+        if pixels_NCHW.is_cuda or self.feature_width >= 8 * 16:
+            pixels_NCHW = pixels_NCHW.contiguous(memory_format=torch.channels_last)
         pooled: torch.Tensor = self.backbone(pixels_NCHW).pooler_output
         return pooled.flatten(1)
 
@@ -69,17 +75,28 @@ class VisualEncoder(nn.Module):
         if weights.endswith(".pth") and not path.is_file():
             raise UserError(f"visual.weights must be a file, but there is none at {weights}.")
         if path.is_file():
-            state = _from_torchvision(torch.load(path, map_location="cpu", weights_only=True))
+            state = _from_torchvision(_read_pth(path))
         else:
             state = ResNetModel.from_pretrained(weights).state_dict()
-        own = self.backbone.state_dict()
+        # Files from before 2018 lack BatchNorm's counter, which nothing reads.
+        own = {n: t for n, t in self.backbone.state_dict().items() if not n.endswith("num_batches_tracked")}
         wrong = [n for n in own if n not in state or state[n].shape != own[n].shape]
         if wrong:
             raise UserError(
-                f"the weights {weights} must fit visual.width={self.feature_width // 8}, but {wrong[0]} does not. "
-                "ImageNet weights are for --visual.width=64; use --visual.weights=none for other widths."
+                f"the weights {weights} must fit visual.width={self.feature_width // 8}, but {wrong[0]} does "
+                "not. ImageNet weights are for --visual.width=64; use --visual.weights=none for other widths."
             )
-        self.backbone.load_state_dict({n: state[n] for n in own})
+        self.backbone.load_state_dict({n: state[n] for n in own}, strict=False)
+
+
+def _read_pth(path: Path) -> dict[str, Any]:
+    try:
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, TypeError, ValueError) as error:
+        raise UserError(
+            f"visual.weights must be a torchvision state dict, but {path} cannot be read as one "
+            f"({str(error).splitlines()[0]})."
+        ) from error
 
 
 def _from_torchvision(state: dict[str, Any]) -> dict[str, Any]:

@@ -39,9 +39,13 @@ class BatchStatistics:
         if buffers and kind is None and self.world.size > 1:
             flat = torch.cat([b.flatten() for b in buffers])
             dist.all_reduce(flat)
-            for buffer, mean in zip(buffers, flat.div_(self.world.size).split([b.numel() for b in buffers]), strict=True):
+            for buffer, mean in zip(
+                buffers, torch.split(flat.div_(self.world.size), [b.numel() for b in buffers]), strict=True
+            ):
                 buffer.copy_(mean)
         for place, norm in enumerate(self.norms):
             norm.momentum = self.momentum[place]
-            for buffer, before in zip(buffers[2 * place :], self._before[2 * place : 2 * place + 2], strict=False):
+            for buffer, before in zip(
+                buffers[2 * place :], self._before[2 * place : 2 * place + 2], strict=False
+            ):
                 buffer.copy_(torch.lerp(before, buffer, self.momentum[place]) if kind is None else before)

@@ -54,25 +54,31 @@ class Task:
         return make_plan(index, self.config)
 
     def train_loader(self, epoch: int) -> Loader:
-        return make_loader(self, self.train_index, self.plan(self.train_index).epoch(epoch), epoch, self.broken)
+        return make_loader(
+            self, self.train_index, self.plan(self.train_index).epoch(epoch), epoch, self.broken
+        )
 
     def dev_loader(self) -> Loader:
         return make_loader(self, self.dev_index, self.plan(self.dev_index).in_length_order(), None, None)
 
     def inputs(self, batch: Batch, train: bool) -> torch.Tensor:
-        """What the engine's module reads: pixels_NCHW in stage 1, the frozen encoder's features_ND in stage 2."""
+        """What the engine's module reads: pixels_NCHW in stage 1, frozen features_ND in stage 2."""
         device = self.world.device
         pixels_NCHW = self.preprocess(batch, train, device)
         if self.frozen is None:
             return pixels_NCHW
-        assert not self.frozen.training, "a frozen encoder in train mode would change its BatchNorm statistics"
+        assert not self.frozen.training, (
+            "a frozen encoder in train mode would change its BatchNorm statistics"
+        )
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             features_ND: torch.Tensor = self.frozen(pixels_NCHW, batch.num_frames_B)
         return features_ND.float()
 
     def generate(self, batch: Batch) -> list[list[int]]:
         """Token ids of the dev search."""
-        beam = Beam(self.config.eval.num_beams, self.config.eval.length_penalty, self.config.eval.max_new_tokens)
+        beam = Beam(
+            self.config.eval.num_beams, self.config.eval.length_penalty, self.config.eval.max_new_tokens
+        )
         synced = self.engine.partitions_parameters and self.world.size > 1
         ids: list[list[int]] = self.engine.module.generate(
             self.inputs(batch, train=False), batch.num_frames_B, beam, synced
@@ -90,13 +96,17 @@ def build_task(config: RunConfig, folder: Path, world: World) -> Task:
         index.check_files()
     json_path = Path(config.train.deepspeed or REPOSITORY / "ds_configs" / f"{default_json(config)}.json")
     accumulation = config.data.micro_batches // world.size
-    ds_config = ds.complete(ds.read_deepspeed_config(json_path), world.device, accumulation, config.optim.clip)
+    ds_config = ds.complete(
+        ds.read_deepspeed_config(json_path), world.device, accumulation, config.optim.clip
+    )
     ds.check_compilation_locks()
     torch.manual_seed(config.train.seed)  # the same initial weights on every rank
     codec = _open_codec(config, folder, train_index, world)
     frozen = _frozen_encoder(config, world) if config.stage == "llm" else None
-    model = visual_model(config, codec, world) if frozen is None else llm_model(
-        config, codec, folder, frozen, ds_config, world
+    model = (
+        visual_model(config, codec, world)
+        if frozen is None
+        else llm_model(config, codec, folder, frozen, ds_config, world)
     )
     groups = [{"params": [p for n, p in model.named_parameters() if not n.startswith("language_model.")]}]
     groups.append({"params": list(model.language_model.parameters())})
@@ -127,7 +137,12 @@ def make_plan(index: Index, config: RunConfig) -> Plan:
     data = config.data
     num_kept = sampling.num_kept(index.num_frames, data.keep_every, data.max_frames)
     return Plan(
-        index.fingerprint, num_kept, index.arrays["shard"], config.train.seed, data.batch_clips, data.micro_batches
+        index.fingerprint,
+        num_kept,
+        index.arrays["shard"],
+        config.train.seed,
+        data.batch_clips,
+        data.micro_batches,
     )
 
 
@@ -136,7 +151,9 @@ def make_loader(
 ) -> Loader:
     """epoch: None for evaluation, which keeps the first frame of each group and crops the centre."""
     data, world = task.config.data, task.world
-    reader = ClipReader(index, data.keep_every, data.max_frames, task.config.train.seed, train=epoch is not None)
+    reader = ClipReader(
+        index, data.keep_every, data.max_frames, task.config.train.seed, train=epoch is not None
+    )
     threads = data.threads or decode_threads(world)
     return Loader(
         reader,
@@ -187,9 +204,9 @@ def _load_imagenet(visual: VisualEncoder, weights: str, world: World) -> None:
     except OSError as error:
         if world.is_main:
             print(
-                f"warning: the ImageNet weights {weights} are out of reach ({str(error).splitlines()[0]}); the "
-                "backbone starts from random weights, which costs accuracy. Give --visual.weights=FILE, or "
-                "--visual.weights=none to say that this is meant.",
+                f"warning: the ImageNet weights {weights} are out of reach ({str(error).splitlines()[0]}); "
+                "the backbone starts from random weights, which costs accuracy. Give --visual.weights=FILE, "
+                "or --visual.weights=none to say that this is meant.",
                 flush=True,
             )
 
@@ -207,7 +224,7 @@ def _frozen_encoder(config: RunConfig, world: World) -> VisualEncoder:
     if settings["visual"]["width"] != config.visual.width:
         raise UserError(
             f"visual.width must be {settings['visual']['width']} as in the stage-1 result {folder}, but is "
-            f"{config.visual.width}. Give --visual.width={settings['visual']['width']}, or another --visual_run."
+            f"{config.visual.width}. Give --visual.width={settings['visual']['width']} or a --visual_run."
         )
     return export.read_visual(folder).to(world.device)
 

@@ -1,6 +1,6 @@
 """Checkpoints that are whole or absent: every rank writes, all agree, then one rename commits.
 
-    checkpoints/step-00001200/  engine/ (DeepSpeed's shards)  state.json  manifest.json (sha256 of each file)
+checkpoints/step-00001200/  engine/ (DeepSpeed's shards)  state.json  manifest.json (sha256 of each file)
 """
 
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flallm_ds.data.index import file_sha256
-from flallm_ds.dist import World, broadcast_object, gather_objects
+from flallm_ds.dist import World, gather_objects
 from flallm_ds.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -27,22 +27,12 @@ def save(
     """
     final = folder / f"step-{step:08d}"
     partial = folder / f".partial-{final.name}"
-    if world.is_main:
+
+    def begin() -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    broadcast_object(None, world)
-    problem = None
-    try:
-        write(partial)
-    except OSError as error:
-        problem = f"rank {world.rank}: {error}"
-    problems = [p for p in gather_objects(problem, world) if p]
-    if problems:
-        raise UserError(
-            f"the checkpoint {final} could not be written ({problems[0]}). Earlier checkpoints are whole; free "
-            "some space and run the same command again."
-        )
-    if world.is_main:
+
+    def commit() -> None:
         _write_synced(partial / STATE, state)
         names = sorted(p.relative_to(partial).as_posix() for p in partial.rglob("*") if p.is_file())
         _write_synced(partial / MANIFEST, {name: file_sha256(partial / name) for name in names})
@@ -51,8 +41,27 @@ def save(
         _sync_folder(folder)
         for old in committed(folder)[:-keep]:
             shutil.rmtree(old)
-    broadcast_object(None, world)
+
+    _together(begin if world.is_main else None, final, world)
+    _together(lambda: write(partial), final, world)
+    _together(commit if world.is_main else None, final, world)
     return final
+
+
+def _together(action: Callable[[], None] | None, final: Path, world: World) -> None:
+    """Run a part of a save and wait for all ranks; raises UserError on every rank if any could not write."""
+    problem = None
+    try:
+        if action is not None:
+            action()
+    except (OSError, RuntimeError) as error:  # on a full disk torch.save raises a RuntimeError
+        problem = f"rank {world.rank}: {error}"
+    problems = [p for p in gather_objects(problem, world) if p]
+    if problems:
+        raise UserError(
+            f"the checkpoint {final} could not be written ({problems[0]}). Earlier checkpoints are whole; "
+            "free some space and run the same command again."
+        )
 
 
 def committed(folder: Path) -> list[Path]:
@@ -81,7 +90,7 @@ def replace_file(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     partial = path.with_name(f".partial-{path.name}")
     partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def replace_folder(path: Path, write: Callable[[Path], None]) -> None:

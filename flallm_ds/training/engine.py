@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns in every process that it had to guess
+    os.environ.setdefault(
+        "DS_ACCELERATOR", "cpu"
+    )  # else DeepSpeed warns in every process that it had to guess
 
 import deepspeed
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
@@ -65,6 +67,8 @@ def read_deepspeed_config(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} must be JSON, but {error}.") from error
+    if not isinstance(config, dict) or not isinstance(config.get("zero_optimization", {}), dict):
+        raise UserError(f"{path} and its zero_optimization must be JSON objects, but one is not.")
     for name in config:
         if name in OWNED_BY_RUN:
             raise UserError(f"{name} must not be in {path}: set --{OWNED_BY_RUN[name].split()[0]} instead.")
@@ -74,7 +78,9 @@ def read_deepspeed_config(path: Path) -> dict[str, Any]:
     zero_fields += list(DeepSpeedZeroConfig.model_fields)
     for name in config.get("zero_optimization", {}):
         if name not in zero_fields:
-            raise UserError(f"{path} has an unknown key zero_optimization.{name}: {nearest(name, zero_fields)}")
+            raise UserError(
+                f"{path} has an unknown key zero_optimization.{name}: {nearest(name, zero_fields)}"
+            )
     return dict(config)
 
 
@@ -120,20 +126,23 @@ def model_loading(config: dict[str, Any]) -> Any:
     return HfDeepSpeedConfig(config)
 
 
-def _optimizer(groups: list[dict[str, Any]], optim: OptimConfig, config: dict[str, Any]) -> torch.optim.Optimizer:
+def _optimizer(
+    groups: list[dict[str, Any]], optim: OptimConfig, config: dict[str, Any]
+) -> torch.optim.Optimizer:
     if optim.name == "sgd":
         return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay)
     betas = (optim.betas[0], optim.betas[1])
     offloaded = "offload_optimizer" in config.get("zero_optimization", {})
     if offloaded and torch.cuda.is_available():
-        return deepspeed.ops.adam.DeepSpeedCPUAdam(
+        offloading: torch.optim.Optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(
             groups, lr=optim.lr, betas=betas, weight_decay=optim.weight_decay, adamw_mode=True
         )
+        return offloading
     return torch.optim.AdamW(groups, lr=optim.lr, betas=betas, weight_decay=optim.weight_decay)
 
 
 def prepare() -> None:
-    """Quieten DeepSpeed and, on a CPU, keep it from compiling its shared-memory collective (gloo serves as well).
+    """Quieten DeepSpeed and, on a CPU, keep it from compiling its shared-memory collective (gloo will do).
 
     Call before any other function here: the first one that partitions a model decides.
     """
@@ -154,8 +163,8 @@ def check_compilation_locks() -> None:
     stale = [lock for lock in locks if time.time() - lock.stat().st_mtime > STALE_S]
     if stale:
         raise UserError(
-            f"no killed build of a DeepSpeed operator may have left its lock, but there is an old one: {stale[0]}. "
-            "Delete that file: the run would wait on it for ever."
+            "no killed build of a DeepSpeed operator may have left its lock, but there is an old one: "
+            f"{stale[0]}. Delete that file: the run would wait on it for ever."
         )
 
 
@@ -166,7 +175,12 @@ class Engine:
     """
 
     def __init__(
-        self, module: nn.Module, groups: list[dict[str, Any]], optim: OptimConfig, config: dict[str, Any], world: World
+        self,
+        module: nn.Module,
+        groups: list[dict[str, Any]],
+        optim: OptimConfig,
+        config: dict[str, Any],
+        world: World,
     ) -> None:
         self.world, self.config = world, config
         self.weight_decay = optim.weight_decay
@@ -190,7 +204,7 @@ class Engine:
         return loss
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Add this micro-batch's gradients; DeepSpeed averages them over ranks, so scale by the world size."""
+        """Add this micro-batch's gradients; DeepSpeed averages over ranks, so scale by the world size."""
         self._engine.backward(loss, scale_wrt_gas=False)
 
     def micro_step_done(self, rates: Sequence[float]) -> None:

@@ -46,9 +46,9 @@ class Progress:
             done = self._fraction_done - self._first_fraction
             left = self._busy_s * (1 - self._fraction_done) / done if done else 0.0
             self.say(
-                f"epoch {epoch + 1}/{self._epochs}  step {step}/{num_steps}  loss {self._loss / self._steps:.3f}  "
-                f"{self._frames / self._seconds:,.0f} frames/s  waiting {100 * self._waited / self._seconds:.1f} %  "
-                f"left {clock(left)}"
+                f"epoch {epoch + 1}/{self._epochs}  step {step}/{num_steps}  loss "
+                f"{self._loss / self._steps:.3f}  {self._frames / self._seconds:,.0f} frames/s  waiting "
+                f"{100 * self._waited / self._seconds:.1f} %  left {clock(left)}"
             )
             self._last_print = now
             self._reset()

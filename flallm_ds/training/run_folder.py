@@ -1,6 +1,6 @@
 """The run folder: what a run was, what it measured, and where it goes on.
 
-    config.json  versions.json  metrics.jsonl  tensorboard/  checkpoints/  best/ (an export)  tokenizer/
+config.json  versions.json  metrics.jsonl  tensorboard/  checkpoints/  best/ (an export)  tokenizer/
 """
 
 import json
@@ -14,7 +14,16 @@ from flallm_ds.config import FREE_TO_CHANGE, RunConfig
 from flallm_ds.errors import UserError
 from flallm_ds.training.checkpoint import replace_file
 
-PACKAGES = ("torch", "deepspeed", "transformers", "webdataset", "torchaudio", "sacrebleu", "simplejpeg", "numpy")
+PACKAGES = (
+    "torch",
+    "deepspeed",
+    "transformers",
+    "webdataset",
+    "torchaudio",
+    "sacrebleu",
+    "simplejpeg",
+    "numpy",
+)
 
 
 def open_run_folder(config: RunConfig) -> Path:
@@ -54,7 +63,7 @@ def _check_same_run(now: RunConfig, before: RunConfig, folder: Path) -> None:
 
 
 class Metrics:
-    """metrics.jsonl and TensorBoard events; rank 0 writes. A resumed run forgets what came after its checkpoint."""
+    """metrics.jsonl and TensorBoard events, on rank 0. A resume forgets what came after its checkpoint."""
 
     def __init__(self, folder: Path, global_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter

@@ -69,12 +69,13 @@ class Trainer:
             waited = time.perf_counter() - waiting_since
             stop = self._step(batches, num_steps, waited)
             every = self.config.train.save_every_steps
-            if stop or self._out_of_steps() or (every and self.at.global_step % every == 0):
-                if self.at.step < num_steps:
-                    self._save()
+            due = every is not None and self.at.global_step % every == 0 and self.at.step < num_steps
+            if stop or due or self._out_of_steps():
+                self._save()
             if stop:
                 raise Preempted(
-                    f"stopped after step {self.at.global_step}; the same command goes on from there ({self.folder})."
+                    f"stopped after step {self.at.global_step}; the same command goes on from there "
+                    f"({self.folder})."
                 )
             if self._out_of_steps():
                 return
@@ -84,7 +85,11 @@ class Trainer:
         """One optimizer step on this rank's micro-batches; True if any rank was asked to stop."""
         begin = time.perf_counter()
         task, train, at = self.task, self.config.train, self.at
-        counts = [sum(b.num_target_tokens for b in batches), sum(len(b.frames_NHWC) for b in batches), bool(self.stop)]
+        counts = [
+            sum(b.num_target_tokens for b in batches),
+            sum(len(b.frames_NHWC) for b in batches),
+            bool(self.stop),
+        ]
         tokens, frames, stops = all_reduce_sum(counts, self.world)
         factor = rate_factor((at.epoch + at.step / num_steps) / train.epochs, self.config.optim.warmup)
         rates = [rate * factor for rate in task.rates]
@@ -102,8 +107,8 @@ class Trainer:
         loss_mean = all_reduce_sum([loss_sum], self.world)[0] / tokens
         if not np.isfinite(loss_mean):
             raise UserError(
-                f"the loss must be finite, but is {loss_mean} at step {at.global_step + 1}. The last checkpoint is "
-                "from before; try a lower --optim.lr or a lower --optim.clip in a new run."
+                f"the loss must be finite, but is {loss_mean} at step {at.global_step + 1}. The last "
+                "checkpoint is from before; try a lower --optim.lr or a lower --optim.clip in a new run."
             )
         at.step, at.global_step = at.step + 1, at.global_step + 1
         seconds = waited + time.perf_counter() - begin
@@ -145,7 +150,9 @@ class Trainer:
         self.progress.pause(seconds)
         values = {"bleu4": scores.bleu4, "rouge_l": scores.rouge_l, "chrf": scores.chrf, "seconds": seconds}
         if self.metrics is not None:
-            self.metrics.write(self.config.eval.split, self.at.global_step, {"epoch": self.at.epoch, **values})
+            self.metrics.write(
+                self.config.eval.split, self.at.global_step, {"epoch": self.at.epoch, **values}
+            )
         self.progress.say(f"epoch {self.at.epoch} {self.config.eval.split}: BLEU-4 {scores.bleu4:.2f}")
         if scores.bleu4 > self.at.best_bleu4:
             self.at.best_bleu4 = scores.bleu4
@@ -191,8 +198,8 @@ class Trainer:
         self.task.plan(self.task.train_index).state(saved.epoch, saved.step).check_same_plan(saved)
         if state["world_size"] != self.world.size:
             raise UserError(
-                f"a run must be resumed with the ranks it was saved by ({state['world_size']}), but there are "
-                f"{self.world.size}: {found[-1]}. Start that many ranks, or another run folder."
+                f"a run must be resumed with the ranks it was saved by ({state['world_size']}), but there "
+                f"are {self.world.size}: {found[-1]}. Start that many ranks, or another run folder."
             )
         self.task.engine.load(found[-1])
         self.at = position

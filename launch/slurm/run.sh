@@ -41,6 +41,8 @@ trap : USR1 TERM
 code=$?
 ((code == 75)) || exit "$code"
 ((SLURM_PROCID == 0)) || exit 0
+# A job that scancel or scontrol is ending already is not ours to bring back.
+[[ $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) == RUNNING ]] || exit 0
 echo "Saved before the end: requeueing job $SLURM_JOB_ID."
 scontrol requeue "$SLURM_JOB_ID" && exit 0
 echo "Job $SLURM_JOB_ID could not be requeued. Submit the same command again to resume." >&2

@@ -100,13 +100,13 @@ def test_a_changed_table_is_refused(tiny_shards, damage):
         table.unlink()
     else:
         table.write_bytes(content if damage == "flip" else content[:-1])
-    with pytest.raises(UserError, match="split train .* missing or was changed"):
+    with pytest.raises(UserError, match=r"split train .* missing or was changed"):
         load_index(tiny_shards, "train")
     load_index(tiny_shards, "dev")
 
 
 def test_a_folder_that_holds_no_shards_is_refused(tmp_path):
-    with pytest.raises(UserError, match="must hold index.json"):
+    with pytest.raises(UserError, match=r"must hold index\.json"):
         load_index(tmp_path, "train")
 
 

@@ -213,7 +213,10 @@ def test_an_abandoned_loader_leaves_no_threads(train, codec):
 
 def test_a_rank_without_clips_gets_a_dummy_that_weighs_nothing(train, codec):
     """40 clips in batches of 12: the last step has 4 clips for 6 slices."""
-    steps = [list(loader_of(train, codec, batch_clips=12, slices=6, rank=r, world_size=3).steps()) for r in range(3)]
+    steps = [
+        list(loader_of(train, codec, batch_clips=12, slices=6, rank=r, world_size=3).steps())
+        for r in range(3)
+    ]
     assert {len(share) for share in steps} == {4} and {len(s) for share in steps for s in share} == {2}
     batches = [b for share in steps for step in share for b in step]
     dummies = [b for b in batches if not any(b.real_B)]
@@ -288,7 +291,9 @@ def test_more_broken_clips_than_the_budget_stop_the_run_and_name_the_last(tiny_s
     index = load_index(tiny_shards, "train")
     for row in (3, 20):
         break_clip(index, row)
-    with pytest.raises(RankError, match=r"at most 1 clips may be broken, but 2 are; the last is .* in train-00000") as e:
+    with pytest.raises(
+        RankError, match=r"at most 1 clips may be broken, but 2 are; the last is .* in train-00000"
+    ) as e:
         list(loader_of(index, codec, broken=BrokenClips(budget=1)).steps())
     assert any(index.strings("key")[row] in str(e.value) for row in (3, 20))
 

@@ -100,11 +100,7 @@ def test_one_two_and_four_ranks_see_the_same_micro_batches():
     whole = micro_batches(epoch)
     for world_size in (1, 2, 4):
         dealt = [
-            [
-                step[s]
-                for rank in range(world_size)
-                for s in slices_of_rank(epoch.slices, rank, world_size)
-            ]
+            [step[s] for rank in range(world_size) for s in slices_of_rank(epoch.slices, rank, world_size)]
             for step in whole
         ]
         assert dealt == whole

@@ -40,7 +40,11 @@ def test_trimming_keeps_the_pieces_the_specials_and_the_language(trimmed):
 
 def test_the_specials_are_where_the_codec_says(trimmed):
     tokenizer = trimmed.tokenizer
-    for trimmed_id, token in ((trimmed.pad_id, "<pad>"), (trimmed.eos_id, "</s>"), (trimmed.start_id, "de_DE")):
+    for trimmed_id, token in (
+        (trimmed.pad_id, "<pad>"),
+        (trimmed.eos_id, "</s>"),
+        (trimmed.start_id, "de_DE"),
+    ):
         assert tokenizer.convert_ids_to_tokens(int(trimmed.kept_ids[trimmed_id])) == token
 
 

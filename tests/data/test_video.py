@@ -9,7 +9,7 @@ import pytest
 
 from flallm_ds.data.video import BrokenVideo, Video, crop_box, fit_short_side, read_frames
 
-SHARED = Path(os.environ.get("FLALLM_SHARED", Path(__file__).parents[3] / "shared" / "data"))
+SHARED = Path(os.environ.get("FLALLM_SHARED", Path(__file__).parents[3] / "shared")) / "data"
 EDGE = SHARED / "edge_videos"
 needs_shared = pytest.mark.skipif(
     not EDGE.is_dir(), reason=f"needs the real samples at {SHARED} (FLALLM_SHARED)"

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
-SHARED = Path(os.environ.get("FLALLM_SHARED", Path(__file__).parents[3] / "shared" / "data"))
+SHARED = Path(os.environ.get("FLALLM_SHARED", Path(__file__).parents[3] / "shared")) / "data"
 
 
 @pytest.fixture(scope="session")

@@ -134,6 +134,10 @@ class Cluster:
         """What an operator, or PreemptMode=REQUEUE, does to a job: TERM, KillWait, KILL, wait again."""
         self._run("scontrol", "requeue", str(job_id))
 
+    def cancel(self, job_id: int) -> None:
+        """Plain scancel: TERM, then KILL after KillWait."""
+        self._run("scancel", str(job_id))
+
     def signal(self, job_id: int, name: str) -> None:
         """What `#SBATCH --signal` without "B:" does near the time limit: signal the tasks, not the script."""
         self._run("scancel", f"--signal={name}", str(job_id))

@@ -134,6 +134,16 @@ def test_a_job_requeued_from_outside_saves_on_term_and_starts_again(cluster: Clu
     assert "rank 1 is done" in job.output
 
 
+def test_a_cancelled_job_saves_and_does_not_come_back(cluster: Cluster, project: Path) -> None:
+    job_id = cluster.submit(TRAIN, "train", "seen", "0", options=TWO_NODES, cwd=project)
+    wait_for_both_ranks(cluster, project, job_id)
+    cluster.cancel(job_id)
+    job = cluster.wait(job_id)
+
+    assert (job.state, job.num_restarts) == ("CANCELLED", 0), cluster.describe(job_id)
+    assert [(project / "seen" / f"saved-{rank}").read_text() for rank in range(2)] == ["SIGTERM", "SIGTERM"]
+
+
 def test_a_rank_that_crashes_ends_the_job_at_once(cluster: Cluster, project: Path) -> None:
     begun_s = time.monotonic()
     job = cluster.wait(cluster.submit(TRAIN, "crash", "seen", options=TWO_NODES, cwd=project), timeout_s=40)

@@ -13,7 +13,9 @@ ALONE = World(rank=0, size=1, local_rank=0, local_size=1)
 @pytest.fixture
 def module():
     torch.manual_seed(0)
-    module = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.BatchNorm1d(16, momentum=0.3))
+    module = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.BatchNorm1d(16, momentum=0.3)
+    )
     with torch.no_grad():
         for norm in (module[1], module[3]):
             norm.running_mean.normal_()

@@ -71,7 +71,9 @@ def test_a_flipped_bit_is_named(tmp_path):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    with pytest.raises(UserError, match=r"engine/model\.pt was changed: .*step-00000003.*the checkpoint before"):
+    with pytest.raises(
+        UserError, match=r"engine/model\.pt was changed: .*step-00000003.*the checkpoint before"
+    ):
         checkpoint.read_state(path)
 
 

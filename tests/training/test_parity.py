@@ -66,7 +66,9 @@ def test_stage_2_leaves_the_visual_encoder_bit_identical(runs: Path, ranks: str)
 
 
 def test_batch_norm_statistics_do_not_depend_on_the_number_of_ranks(runs: Path) -> None:
-    one, two = (load_file(runs / r / "visual" / "best" / "visual_encoder.safetensors") for r in ("one", "two"))
+    one, two = (
+        load_file(runs / r / "visual" / "best" / "visual_encoder.safetensors") for r in ("one", "two")
+    )
     names = [name for name in one if "running_" in name]
     assert names
     for name in names:
@@ -74,7 +76,7 @@ def test_batch_norm_statistics_do_not_depend_on_the_number_of_ranks(runs: Path) 
 
 
 def test_the_engine_gives_the_losses_of_a_plain_pytorch_loop(runs: Path, tiny_corpus: Path) -> None:
-    """Stage visual against a loop without DeepSpeed: token mean over the global batch, AdamW, clipping, cosine."""
+    """Stage visual against a loop without DeepSpeed: token mean, AdamW, clipping, cosine."""
     from flallm_ds.data.index import load_index
     from flallm_ds.data.loader import ClipReader, Loader
     from flallm_ds.data.text import TextCodec

@@ -85,7 +85,9 @@ def lines(folder) -> list[dict]:
 def test_metrics_are_one_line_a_step(tmp_path):
     metrics = Metrics(tmp_path, 0)
     metrics.write("train", 1, {"loss": 2.5, "epoch": 0})
-    assert lines(tmp_path) == [{"kind": "train", "global_step": 1, "loss": 2.5, "epoch": 0}]  # before it is closed
+    assert lines(tmp_path) == [
+        {"kind": "train", "global_step": 1, "loss": 2.5, "epoch": 0}
+    ]  # before it is closed
     metrics.write("dev", 1, {"bleu4": 0.5})
     metrics.close()
     assert [line["kind"] for line in lines(tmp_path)] == ["train", "dev"]

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 
 from flallm_ds.training.schedule import rate_factor
@@ -18,7 +20,7 @@ def test_without_warmup_the_first_step_has_the_whole_rate():
 def test_rates_are_between_nothing_and_the_base_rate_and_never_jump(warmup):
     factors = [rate_factor(i / 1000, warmup) for i in range(1001)]
     assert all(0 <= f <= 1 for f in factors)
-    steps = [abs(b - a) for a, b in zip(factors, factors[1:], strict=False)]
+    steps = [abs(b - a) for a, b in pairwise(factors)]
     assert max(steps) < 0.021
     after = factors[int(1000 * warmup) :]
-    assert all(b <= a for a, b in zip(after, after[1:], strict=False))
+    assert all(b <= a for a, b in pairwise(after))

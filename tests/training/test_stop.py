@@ -82,7 +82,9 @@ def test_one_rank_signalled_or_killed(
     ranks_of(launchers[0])[1].send_signal(number)
     code = launchers[0].wait(DEADLINE_S)
     assert code != 0
-    reached = [json.loads(line)["global_step"] for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
+    reached = [json.loads(line)["global_step"] for line in (run / "metrics.jsonl").read_text().splitlines()][
+        -1
+    ]
     assert 8 <= reached < len(undisturbed), "the run must have been disturbed before its end"
     if number == signal.SIGUSR1:
         assert code == 75
@@ -104,5 +106,7 @@ def test_ranks_whose_launcher_is_killed_stop_and_save(
         process.kill()
     gone, alive = psutil.wait_procs(ranks, timeout=60)
     assert not alive
-    reached = [json.loads(line)["global_step"] for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
+    reached = [json.loads(line)["global_step"] for line in (run / "metrics.jsonl").read_text().splitlines()][
+        -1
+    ]
     assert (run / "checkpoints" / f"step-{reached:08d}").is_dir()

@@ -1,0 +1,141 @@
+import pytest
+import torch
+
+from flallm_ds.models.adapters import Adapter
+from flallm_ds.models.light_translator import build_light_translator
+from flallm_ds.models.sign_translator import Beam, SignTranslator
+from flallm_ds.models.visual_encoder import VisualEncoder
+
+WIDTH = 12
+
+
+@pytest.fixture
+def translator(codec):
+    torch.manual_seed(0)
+    light_t = build_light_translator("tiny", codec, dropout=0.1)
+    with torch.no_grad():
+        for parameter in light_t.parameters():
+            parameter.mul_(4)  # far from uniform predictions
+    return SignTranslator(None, Adapter(WIDTH, 256), light_t, codec.start_id).eval()
+
+
+@pytest.fixture
+def batch(codec):
+    """features_ND of three clips of 7, 3 and 5 frames, and their target ids."""
+    torch.manual_seed(1)
+    ids = [codec.encode(t) for t in ("regen sonne wind morgen", "nebel", "wolken schnee")]
+    target_ids_BL = torch.full((3, max(map(len, ids))), -100)
+    for row, sentence in zip(target_ids_BL, ids, strict=True):
+        row[: len(sentence)] = torch.tensor(sentence)
+    return torch.randn(15, WIDTH), torch.tensor([7, 3, 5]), target_ids_BL
+
+
+def parts_of(batch):
+    features_ND, num_frames_B, target_ids_BL = batch
+    features = features_ND.split(num_frames_B.tolist())
+    return [
+        (f, torch.tensor([len(f)]), row[row != -100][None])
+        for f, row in zip(features, target_ids_BL, strict=True)
+    ]
+
+
+def test_the_loss_is_the_smoothed_cross_entropy_of_each_next_token(translator, batch):
+    """By hand: one clip after the other, token by token, the decoder fed with what came before."""
+    smoothing, expected = 0.2, 0.0
+    with torch.no_grad():
+        for features, _, ids in parts_of(batch):
+            memory = translator.adapter(features)[None]
+            fed = [translator.start_id]
+            for target in ids[0].tolist():
+                logits = translator.language_model(
+                    inputs_embeds=memory, decoder_input_ids=torch.tensor([fed])
+                ).logits[0, -1]
+                log_p = logits.log_softmax(-1)
+                expected -= (1 - smoothing) * log_p[target] + smoothing * log_p.mean()
+                fed.append(target)
+        loss = translator(*batch, smoothing)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_a_batch_is_the_sum_of_its_clips(translator, batch):
+    with torch.no_grad():
+        alone = sum(translator(*part).item() for part in parts_of(batch))
+        assert translator(*batch).item() == pytest.approx(alone, rel=1e-4)
+
+
+def test_the_loss_depends_on_the_video(translator, batch):
+    features_ND, num_frames_B, target_ids_BL = batch
+    with torch.no_grad():
+        assert abs(translator(*batch) - translator(-features_ND, num_frames_B, target_ids_BL)) > 1e-2
+
+
+def test_a_dummy_adds_exactly_nothing(translator, batch):
+    features_ND, num_frames_B, target_ids_BL = batch
+    translator.adapter.requires_grad_(True)
+    dummy = torch.full((1, 1), -100)
+    loss = translator(features_ND[:7], num_frames_B[:1], dummy, 0.2)
+    loss.backward()
+    assert loss.item() == 0.0
+    gradients = [p.grad for p in translator.parameters() if p.grad is not None]
+    assert gradients and all(not g.any() and g.isfinite().all() for g in gradients)
+
+
+def test_a_dummy_beside_a_clip_changes_nothing(translator, batch):
+    features_ND, num_frames_B, target_ids_BL = batch
+    with_dummy = target_ids_BL.clone()
+    with_dummy[1:] = -100
+    with torch.no_grad():
+        alone = translator(*parts_of(batch)[0]).item()
+        assert translator(features_ND, num_frames_B, with_dummy).item() == pytest.approx(alone, rel=1e-4)
+
+
+def test_generation_does_not_depend_on_the_batch(translator, batch, codec):
+    beam = Beam(num_beams=2, max_new_tokens=8)
+    together = translator.generate(*batch[:2], beam)
+    alone = [translator.generate(*part[:2], beam)[0] for part in parts_of(batch)]
+    assert len(together) == 3
+    assert [codec.decode(ids) for ids in together] == [codec.decode(ids) for ids in alone]
+    assert all(ids[0] == codec.start_id for ids in together + alone)
+
+
+def test_generation_stops_after_max_new_tokens(translator, batch):
+    (ids,) = translator.generate(batch[0][:7], torch.tensor([7]), Beam(num_beams=1, max_new_tokens=3))
+    assert len(ids) <= 4
+
+
+def test_greedy_generation_picks_the_likeliest_next_token(translator, batch, codec):
+    features, num_frames, _ = parts_of(batch)[0]
+    (ids,) = translator.generate(features, num_frames, Beam(num_beams=1, max_new_tokens=6))
+    with torch.no_grad():
+        fed = torch.tensor([ids[:-1]])
+        logits = translator.language_model(
+            inputs_embeds=translator.adapter(features)[None], decoder_input_ids=fed
+        ).logits[0]
+    assert logits.argmax(-1).tolist() == ids[1:]
+
+
+def test_in_stage_1_gradients_reach_every_part_of_the_visual_encoder(codec):
+    torch.manual_seed(0)
+    visual = VisualEncoder(width=4)
+    light_t = build_light_translator("tiny", codec, dropout=0.1)
+    model = SignTranslator(visual, Adapter(visual.feature_width, 256), light_t, codec.start_id).train()
+    ids = torch.tensor([codec.encode("regen wind")] * 2)
+    model(torch.randn(5, 3, 32, 32), torch.tensor([2, 3]), ids, 0.2).backward()
+    without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert without == []
+
+
+def test_the_adapter_is_scaled_where_it_is_told_to(batch):
+    torch.manual_seed(0)
+    plain = Adapter(WIDTH, 16)
+    scaled = Adapter(WIDTH, 16, scale=4.0)
+    scaled.load_state_dict(plain.state_dict())
+    assert torch.allclose(scaled(batch[0]), 4 * plain(batch[0]))
+
+
+def test_features_of_another_precision_fit_the_adapter(translator, batch):
+    """A bf16 engine beside an fp32 encoder."""
+    translator.bfloat16()
+    features_ND, num_frames_B, target_ids_BL = batch
+    with torch.no_grad():
+        assert translator(features_ND, num_frames_B, target_ids_BL).dtype == torch.float32

@@ -1,0 +1,183 @@
+import pytest
+import torch
+from torch import nn
+
+from flallm_ds.errors import UserError
+from flallm_ds.models.visual_encoder import VisualEncoder
+
+NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    torch.manual_seed(0)
+    encoder = VisualEncoder(width=8).eval()
+    for module in encoder.modules():  # statistics that are not the identity
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 2)
+    return encoder
+
+
+def torchvision_resnet18(width: int = 64, batches_tracked: bool = True) -> dict[str, torch.Tensor]:
+    """Names and shapes of torchvision's resnet18 state dict, written out by hand; each value is its own."""
+    shapes: dict[str, tuple[int, ...]] = {"conv1.weight": (width, 3, 7, 7)}
+
+    def norm(name: str, channels: int) -> None:
+        for part in NORM[:5] if batches_tracked else NORM[:4]:
+            shapes[f"{name}.{part}"] = () if part == "num_batches_tracked" else (channels,)
+
+    norm("bn1", width)
+    channels = width
+    for layer in range(1, 5):
+        out = width * 2 ** (layer - 1)
+        for block in range(2):
+            name = f"layer{layer}.{block}"
+            shapes[f"{name}.conv1.weight"] = (out, channels, 3, 3)
+            norm(f"{name}.bn1", out)
+            shapes[f"{name}.conv2.weight"] = (out, out, 3, 3)
+            norm(f"{name}.bn2", out)
+            if block == 0 and layer > 1:
+                shapes[f"{name}.downsample.0.weight"] = (out, channels, 1, 1)
+                norm(f"{name}.downsample.1", out)
+            channels = out
+    shapes |= {"fc.weight": (1000, 8 * width), "fc.bias": (1000,)}
+    generator = torch.Generator().manual_seed(0)
+    return {n: torch.rand(s, generator=generator) if s else torch.tensor(7) for n, s in shapes.items()}
+
+
+# --- packing
+
+
+def test_clips_encoded_together_are_as_if_each_were_alone(encoder):
+    num_frames_B = torch.tensor([5, 1, 9, 2])
+    pixels_NCHW = torch.randn(17, 3, 32, 32)
+    with torch.no_grad():
+        together = encoder(pixels_NCHW, num_frames_B)
+        alone = [encoder(p, torch.tensor([len(p)])) for p in pixels_NCHW.split(num_frames_B.tolist())]
+    assert together.shape == (17, 64)
+    assert torch.allclose(together, torch.cat(alone), atol=1e-5)
+    assert together.std() > 0.05
+
+
+def test_a_frame_sees_its_neighbours_and_only_those_of_its_clip(encoder):
+    num_frames_B = torch.tensor([6, 4])
+    pixels_NCHW = torch.randn(10, 3, 32, 32)
+    changed = pixels_NCHW.clone()
+    changed[5] += 1  # the last frame of the first clip
+    with torch.no_grad():
+        before, after = (encoder(p, num_frames_B) for p in (pixels_NCHW, changed))
+    differs = (before - after).abs().amax(1) > 1e-6
+    assert differs.tolist() == [False] * 4 + [True] * 2 + [False] * 4
+
+
+def test_a_wider_kernel_sees_more_neighbours_and_keeps_the_length():
+    torch.manual_seed(0)
+    encoder = VisualEncoder(width=4, temporal_kernel=5).eval()
+    pixels_NCHW = torch.randn(11, 3, 32, 32)
+    num_frames_B = torch.tensor([3, 8])
+    with torch.no_grad():
+        together = encoder(pixels_NCHW, num_frames_B)
+        alone = [encoder(p, torch.tensor([len(p)])) for p in pixels_NCHW.split([3, 8])]
+    assert len(together) == 11 and torch.allclose(together, torch.cat(alone), atol=1e-5)
+
+
+def test_the_temporal_module_is_a_convolution_with_zeros_at_the_ends(encoder):
+    frames_ND = torch.randn(7, 64)
+    temporal = encoder.temporal
+    with torch.no_grad():
+        padded = torch.cat([torch.zeros(1, 64), frames_ND, torch.zeros(1, 64)])
+        by_hand = torch.stack(
+            [torch.einsum("oik,ki->o", temporal.conv.weight, padded[t : t + 3]) for t in range(7)]
+        )
+        expected = torch.relu(temporal.norm(by_hand + temporal.conv.bias))
+        assert torch.allclose(temporal(frames_ND, torch.tensor([7])), expected, atol=1e-5)
+
+
+def test_batch_norm_of_the_temporal_module_never_sees_the_gaps(encoder):
+    module = encoder.temporal.train()
+    try:
+        frames_ND = torch.randn(9, 64)
+        with torch.no_grad():
+            out = module(frames_ND, torch.tensor([4, 5]))
+            signs = torch.cat([module.conv(p.T[None])[0].T for p in frames_ND.split([4, 5])])
+            expected = torch.relu(
+                nn.functional.batch_norm(signs, None, None, module.norm.weight, module.norm.bias, True)
+            )
+        assert torch.allclose(out, expected, atol=1e-5)
+    finally:
+        module.eval()
+
+
+@pytest.mark.parametrize(("width", "features"), [(8, 64), (16, 128), (64, 512)])
+def test_features_are_eight_times_as_wide_as_the_first_stage(width, features):
+    with torch.device("meta"):
+        assert VisualEncoder(width=width).feature_width == features
+
+
+def test_at_width_64_the_backbone_is_resnet18():
+    """11.69 M parameters with the classifier's 513,000."""
+    with torch.device("meta"):
+        assert sum(p.numel() for p in VisualEncoder().backbone.parameters()) == 11_689_512 - 513_000
+
+
+# --- ImageNet weights
+
+
+@pytest.mark.parametrize("batches_tracked", [True, False], ids=["new file", "file of before 2018"])
+def test_torchvision_weights_land_where_they_belong(tmp_path, batches_tracked):
+    state = torchvision_resnet18(width=4, batches_tracked=batches_tracked)
+    torch.save(state, tmp_path / "resnet18.pth")
+    encoder = VisualEncoder(width=4)
+    encoder.load_backbone(str(tmp_path / "resnet18.pth"))
+    loaded = encoder.backbone.state_dict()
+    assert torch.equal(loaded["embedder.embedder.convolution.weight"], state["conv1.weight"])
+    assert torch.equal(
+        loaded["encoder.stages.2.layers.1.layer.0.normalization.running_var"],
+        state["layer3.1.bn1.running_var"],
+    )
+    # Every value but the classifier's is used, and used once: each tensor is random, so sums tell them apart.
+    used = sorted(t.double().sum().item() for n, t in loaded.items() if "tracked" not in n)
+    given = sorted(t.double().sum().item() for n, t in state.items() if "tracked" not in n and "fc." not in n)
+    assert used == given and len(set(used)) == len(used)
+
+
+def test_the_backbone_computes_what_torchvision_computes(tmp_path):
+    torchvision = pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    theirs = torchvision.models.resnet18().eval()
+    torch.save(theirs.state_dict(), tmp_path / "resnet18.pth")
+    ours = VisualEncoder().eval()
+    ours.load_backbone(str(tmp_path / "resnet18.pth"))
+    theirs.fc = nn.Identity()
+    pixels_NCHW = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.allclose(ours.frame_features(pixels_NCHW), theirs(pixels_NCHW), atol=1e-4)
+
+
+def test_transformers_weights_load_from_a_folder(tmp_path):
+    source, encoder = VisualEncoder(width=4), VisualEncoder(width=4)
+    source.backbone.save_pretrained(tmp_path)
+    encoder.load_backbone(str(tmp_path))
+    for name, tensor in source.backbone.state_dict().items():
+        assert torch.equal(encoder.backbone.state_dict()[name], tensor)
+
+
+def test_weights_of_another_width_are_refused(tmp_path):
+    torch.save(torchvision_resnet18(width=8), tmp_path / "resnet18.pth")
+    encoder = VisualEncoder(width=4)
+    before = encoder.backbone.embedder.embedder.convolution.weight.clone()
+    with pytest.raises(UserError, match=r"must fit visual\.width=4"):
+        encoder.load_backbone(str(tmp_path / "resnet18.pth"))
+    assert torch.equal(encoder.backbone.embedder.embedder.convolution.weight, before)
+
+
+def test_a_missing_weights_file_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"visual\.weights must be a file, but there is none"):
+        VisualEncoder(width=4).load_backbone(str(tmp_path / "none.pth"))
+
+
+def test_a_weights_file_that_is_no_state_dict_is_refused(tmp_path):
+    (tmp_path / "resnet18.pth").write_bytes(b"<html>404</html>")
+    with pytest.raises(UserError, match=r"resnet18\.pth"):
+        VisualEncoder(width=4).load_backbone(str(tmp_path / "resnet18.pth"))

@@ -1,0 +1,186 @@
+import dataclasses
+import json
+
+import pytest
+
+from flallm_ds.config import FREE_TO_CHANGE, RunConfig
+from flallm_ds.errors import UserError
+from flallm_ds.recipes import RECIPES
+from flallm_ds.recipes import resolve as resolve_with
+
+
+def resolve(stage: str | None, recipe: str | None, **overrides: str) -> RunConfig:
+    return resolve_with(stage, recipe, overrides)
+
+
+@pytest.fixture
+def config():
+    return RunConfig(stage="visual", run="runs/x")
+
+
+def test_overrides_are_read_by_each_fields_type(config):
+    changed = config.with_overrides(
+        {
+            "run": "2024_01",
+            "optim.lr": "3e-4",
+            "optim.betas": "0.9,0.98",
+            "train.max_steps": "7",
+            "data.augment": "false",
+            "data.batch_clips": "32",
+            "light_t.size": "tiny",
+        }
+    )
+    assert changed.run == "2024_01" and changed.optim.lr == 3e-4 and changed.optim.betas == (0.9, 0.98)
+    assert changed.train.max_steps == 7 and changed.data.augment is False and changed.data.batch_clips == 32
+    assert changed.light_t.size == "tiny"
+    same = {n for n, v in config.options().items() if changed.options()[n] == v}
+    assert len(config.options()) - len(same) == 7
+    assert changed.with_overrides({"train.max_steps": "none"}).train.max_steps is None
+
+
+def test_overrides_leave_the_original_alone(config):
+    before = config.to_json()
+    config.with_overrides({"optim.lr": "1", "run": "other"})
+    assert config.to_json() == before
+
+
+def test_fields_cannot_be_set(config):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.run = "other"
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("optim.l", "optim.lr"),
+        ("lr", "optim.lr"),
+        ("data.batch_clip", "data.batch_clips"),
+        ("recipes", "recipe"),
+    ],
+)
+def test_an_unknown_option_is_refused_with_the_nearest_names(config, name, near):
+    with pytest.raises(UserError) as caught:
+        config.with_overrides({name: "1"})
+    assert f"there is no option --{name}: did you mean" in str(caught.value) and near in str(caught.value)
+
+
+def test_a_section_is_no_option(config):
+    with pytest.raises(UserError, match="there is no option --optim"):
+        config.with_overrides({"optim": "1"})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("train.epochs", "many", "--train.epochs must be a whole number"),
+        ("train.epochs", "0", "train.epochs must be at least 1"),
+        ("data.keep_every", "0", "data.keep_every must be at least 1"),
+        ("data.crop_size", "300", "data.crop_size must be at most data.frame_size (256)"),
+        ("data.batch_clips", "1", "data.batch_clips must be at least data.micro_batches (2)"),
+        ("visual.temporal_kernel", "4", "visual.temporal_kernel must be odd"),
+        ("optim.name", "adam", "--optim.name must be one of sgd, adamw"),
+        ("optim.betas", "0.9", "optim.betas must be two numbers"),
+        ("optim.warmup", "1", "optim.warmup must be in [0, 1)"),
+        ("optim.lr", "-1", "must not be negative"),
+        ("train.label_smoothing", "1.5", "train.label_smoothing must be in [0, 1)"),
+        ("eval.num_beams", "0", "eval.num_beams must be at least 1"),
+        ("eval.every_epochs", "0", "eval.every_epochs must be at least 1"),
+        ("train.seed", "-1", "train.seed must not be negative"),
+        ("llm.dropout", "1.5", "llm.dropout must be in [0, 1)"),
+        ("stage", "llm", "visual_run must name the run folder of stage visual"),
+        ("stage", "both", "--stage must be one of visual, llm"),
+    ],
+)
+def test_values_that_cannot_be_are_refused(config, name, value, sentence):
+    with pytest.raises(UserError) as caught:
+        config.with_overrides({name: value})
+    assert sentence in str(caught.value)
+
+
+def test_a_dump_loads_to_the_same_config(config, tmp_path):
+    path = tmp_path / "config.json"
+    changed = config.with_overrides({"optim.betas": "0.8,0.9", "run": "läufe/天", "train.max_steps": "3"})
+    path.write_text(changed.to_json(), encoding="utf-8")
+    assert RunConfig.load(path) == changed
+    assert hash(RunConfig.load(path)) == hash(changed)
+
+
+@pytest.mark.parametrize("section", [None, "optim"])
+def test_a_dump_of_another_version_is_refused(config, tmp_path, section):
+    saved = json.loads(config.to_json())
+    (saved if section is None else saved[section])["momentums"] = 1
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(UserError, match="unknown field 'momentums': it comes from another version"):
+        RunConfig.load(tmp_path / "config.json")
+
+
+def test_options_that_are_free_to_change_exist(config):
+    assert set(FREE_TO_CHANGE) <= set(config.options())
+
+
+# --- recipes
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_a_complete_config_that_survives_a_dump(name, tmp_path):
+    config = resolve(None, name)
+    assert name.endswith(f"_{config.stage}") and config.run == f"runs/{name}"
+    path = tmp_path / "config.json"
+    path.write_text(config.to_json())
+    assert RunConfig.load(path) == config
+
+
+def test_stage_llm_of_a_recipe_starts_from_its_stage_visual_with_the_same_eyes():
+    for name in (n.removesuffix("_llm") for n in RECIPES if n.endswith("_llm")):
+        visual, llm = resolve("visual", name), resolve("llm", name)
+        assert (
+            llm.visual_run == visual.run and llm.visual == visual.visual and llm.llm.name == visual.llm.name
+        )
+        for field in ("shards", "keep_every", "max_frames", "frame_size", "crop_size"):
+            assert getattr(llm.data, field) == getattr(visual.data, field)
+        assert llm.llm.language == visual.llm.language
+
+
+def test_the_papers_recipes_have_the_papers_numbers():
+    visual, llm = resolve("visual", "phoenix14t"), resolve("llm", "phoenix14t")
+    assert (visual.optim.name, visual.optim.momentum, visual.optim.lr) == ("sgd", 0.9, 1e-2)
+    assert (visual.data.batch_clips, visual.train.epochs, visual.train.label_smoothing) == (8, 75, 0.2)
+    assert (llm.optim.name, llm.optim.lr, llm.optim.llm_lr, llm.data.batch_clips) == ("adamw", 1e-3, 1e-5, 16)
+    for config in (visual, llm):
+        assert (config.data.keep_every, config.data.frame_size, config.data.crop_size) == (4, 256, 224)
+        assert (config.eval.num_beams, config.eval.length_penalty, config.eval.max_new_tokens) == (
+            5,
+            1.0,
+            100,
+        )
+        assert (config.visual.width, config.visual.temporal_kernel, config.light_t.size) == (64, 3, "base")
+
+
+def test_a_recipe_is_found_by_its_name_or_its_corpus_and_stage():
+    assert resolve("llm", "phoenix14t") == resolve(None, "phoenix14t_llm") == resolve("llm", "phoenix14t_llm")
+    assert resolve("visual", None) == resolve(None, "quickstart_visual")
+
+
+def test_overrides_change_a_recipe():
+    assert resolve_with("visual", "phoenix14t", {"optim.lr": "5e-3"}).optim.lr == 5e-3
+
+
+def test_a_mistyped_option_is_found_before_the_recipe_is():
+    with pytest.raises(UserError, match=r"there is no option --optim\.l: did you mean optim\.lr"):
+        resolve_with("visual", "nowhere", {"optim.l": "1"})
+
+
+@pytest.mark.parametrize(
+    ("stage", "recipe", "sentence"),
+    [
+        (None, None, "--stage must be given"),
+        ("both", None, "--stage must be visual or llm, but is 'both'"),
+        (None, "phoenix_visual", "there is no recipe 'phoenix_visual': did you mean phoenix14t_visual"),
+        (None, "phoenix14t", "there is no recipe 'phoenix14t'"),
+        ("llm", "phoenix14t_visual", "--stage must be visual for the recipe phoenix14t_visual, but is llm"),
+    ],
+)
+def test_a_recipe_that_is_not_there_is_refused(stage, recipe, sentence):
+    with pytest.raises(UserError) as caught:
+        resolve(stage, recipe)
+    assert sentence in str(caught.value)

@@ -1,0 +1,121 @@
+import socket
+
+import pytest
+import torch
+
+from flallm_ds.dist import (
+    World,
+    all_reduce_sum,
+    broadcast_object,
+    free_port,
+    gather_objects,
+    main_first,
+    rank_environment,
+)
+from flallm_ds.errors import UserError
+
+MASTER = {"MASTER_ADDR": "node1", "MASTER_PORT": "29511"}
+ALONE = World(rank=0, size=1, local_rank=0, local_size=1)
+
+
+def found(env: dict[str, str]) -> tuple[int, ...]:
+    told = rank_environment(env)
+    return tuple(int(told[n]) for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+
+
+def test_the_deepspeed_launcher_is_understood():
+    env = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_SIZE": "2", **MASTER}
+    assert found(env) == (3, 4, 1, 2)
+    assert rank_environment(env)["MASTER_ADDR"] == "node1" and rank_environment(env)["MASTER_PORT"] == "29511"
+
+
+def test_torchrun_is_understood():
+    env = {
+        "RANK": "5",
+        "LOCAL_RANK": "1",
+        "WORLD_SIZE": "8",
+        "LOCAL_WORLD_SIZE": "4",
+        "GROUP_RANK": "1",
+        **MASTER,
+    }
+    assert found(env) == (5, 8, 1, 4)
+
+
+@pytest.mark.parametrize(
+    ("per_node", "local_size"), [("2(x2)", 2), ("4", 4), ("2,2", 2), ("2(x3),1", 2), ("16(x128)", 16)]
+)
+def test_srun_is_understood(per_node, local_size):
+    env = {
+        "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1",
+        "SLURM_STEP_TASKS_PER_NODE": per_node, **MASTER,
+    }  # fmt: skip
+    assert found(env) == (1, 4, 1, local_size)
+
+
+def test_a_launcher_within_an_srun_step_wins_over_srun():
+    srun = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0"}
+    torchrun = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    assert found({**srun, **torchrun, **MASTER}) == (3, 4, 1, 2)
+
+
+@pytest.mark.parametrize(
+    "env", [{}, {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, {"SLURM_JOB_ID": "7"}]
+)
+def test_a_plain_process_is_a_world_of_one_with_a_port_of_its_own(env):
+    assert found(env) == (0, 1, 0, 1)
+    told = rank_environment(env)
+    assert told["MASTER_ADDR"] == "127.0.0.1" and 1024 <= int(told["MASTER_PORT"]) < 65536
+
+
+@pytest.mark.parametrize("missing", ["MASTER_ADDR", "MASTER_PORT"])
+@pytest.mark.parametrize(
+    "env",
+    [
+        {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"},
+        {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0"},
+    ],
+)
+def test_ranks_without_a_place_to_meet_are_refused(env, missing):
+    master = {name: value for name, value in MASTER.items() if name != missing}
+    with pytest.raises(UserError, match=f"{missing} must be set where there are 2 ranks"):
+        rank_environment({**env, **master})
+
+
+@pytest.mark.parametrize(
+    ("env", "missing"),
+    [
+        ({"RANK": "1", "LOCAL_RANK": "1"}, "WORLD_SIZE"),
+        ({"WORLD_SIZE": "2"}, "RANK"),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, "LOCAL_RANK"),
+        ({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}, "SLURM_LOCALID"),
+    ],
+)
+def test_a_launcher_that_tells_half_of_it_is_refused(env, missing):
+    """Else every rank would take itself for a world of one, or for the first GPU's, without a word."""
+    with pytest.raises(UserError, match=f"{missing} must be set"):
+        rank_environment({**env, **MASTER})
+
+
+def test_a_free_port_can_be_listened_on():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", free_port()))
+
+
+def test_a_world_of_one_needs_no_process_group():
+    assert not torch.distributed.is_initialized()
+    assert all_reduce_sum([1, 2.5], ALONE) == [1.0, 2.5]
+    assert gather_objects("x", ALONE) == ["x"]
+    assert broadcast_object({"a": 1}, ALONE) == {"a": 1}
+    assert main_first(lambda: 5, ALONE) == 5
+
+
+def test_an_error_of_the_first_rank_is_raised():
+    def fails() -> None:
+        raise UserError("it must be, but is not.")
+
+    with pytest.raises(UserError, match="it must be, but is not"):
+        main_first(fails, ALONE)
+
+
+def test_only_rank_0_is_main():
+    assert ALONE.is_main and not World(1, 2, 1, 2).is_main

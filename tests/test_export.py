@@ -1,0 +1,209 @@
+"""What is written loads to the same sentences; what is not whole says so."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from flallm_ds import export
+from flallm_ds.config import RunConfig
+from flallm_ds.data.index import load_index
+from flallm_ds.data.text import TextCodec
+from flallm_ds.errors import UserError
+from flallm_ds.models.adapters import Adapter
+from flallm_ds.models.light_translator import build_light_translator
+from flallm_ds.models.llm import load_llm, trim_llm
+from flallm_ds.models.sign_translator import Beam, SignTranslator
+from flallm_ds.models.visual_encoder import VisualEncoder
+
+BEAM = Beam(num_beams=3, max_new_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def codec(tiny_corpus):
+    texts = load_index(tiny_corpus / "shards", "train").strings("text")
+    return TextCodec.for_training_text(str(tiny_corpus / "llm"), "de_DE", texts, trim=True)
+
+
+def clips() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(12, 3, 32, 32, generator=generator), torch.tensor([7, 5])
+
+
+def targets(codec: TextCodec) -> torch.Tensor:
+    return torch.tensor([codec.encode("regen wind sonne"), codec.encode("nebel wolken schnee")])
+
+
+def state_of(model: SignTranslator) -> dict[str, torch.Tensor]:
+    """As the engine gathers it: each parameter once, tied ones under their first name, then the buffers."""
+    state = {name: p.detach().clone() for name, p in model.named_parameters()}
+    kept = model.state_dict().keys()
+    return state | {name: b.clone() for name, b in model.named_buffers() if name in kept}
+
+
+def settings_of(stage: str) -> dict:
+    config = RunConfig(stage=stage, run="r", visual_run="v").with_overrides(
+        {"visual.width": "4", "visual.temporal_kernel": "5", "data.frame_size": "40", "data.crop_size": "32"}
+    )
+    return export.settings_of(config, short_side=64, scores={"dev": {"bleu4": 1.5}})
+
+
+def used(model: SignTranslator) -> SignTranslator:
+    """The model with weights and statistics that are not those of a new one."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5).add_(0.01)
+        for name, buffer in model.named_buffers():
+            if "running_var" in name:
+                buffer.uniform_(0.5, 2)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def stage_1(codec, tmp_path_factory):
+    """(folder of an export of stage visual; the ids and the loss before it was written)."""
+    torch.manual_seed(0)
+    visual = VisualEncoder(width=4, temporal_kernel=5)
+    light_t = build_light_translator("tiny", codec, dropout=0.1)
+    model = used(SignTranslator(visual, Adapter(32, 256), light_t, codec.start_id))
+    folder = tmp_path_factory.mktemp("run") / "best"
+    folder.mkdir()
+    export.write(folder, settings_of("visual"), state_of(model), light_t, codec)
+    with torch.no_grad():
+        return folder, model.generate(*clips(), BEAM), model(*clips(), targets(codec)).item()
+
+
+def translate(loaded: export.Export) -> list[list[int]]:
+    pixels_NCHW, num_frames_B = clips()
+    with torch.no_grad():
+        return loaded.translator.generate(loaded.visual(pixels_NCHW, num_frames_B), num_frames_B, BEAM)
+
+
+def test_an_export_of_stage_visual_says_what_the_model_said(stage_1):
+    folder, ids, loss = stage_1
+    loaded = export.read(folder)
+    assert translate(loaded) == ids
+    pixels_NCHW, num_frames_B = clips()
+    with torch.no_grad():
+        features_ND = loaded.visual(pixels_NCHW, num_frames_B)
+        assert loaded.translator(features_ND, num_frames_B, targets(loaded.codec)).item() == loss
+
+
+def test_a_loaded_export_is_in_eval_mode_without_gradients(stage_1):
+    loaded = export.read(stage_1[0])
+    for module in (loaded.visual, loaded.translator):
+        assert not any(m.training for m in module.modules())
+        assert not any(p.requires_grad for p in module.parameters())
+
+
+def test_the_settings_say_what_a_video_needs(stage_1):
+    settings = export.read(stage_1[0]).settings
+    assert settings["stage"] == "visual" and settings["visual"] == {"width": 4, "temporal_kernel": 5}
+    assert settings["frames"] == {
+        "short_side": 64, "keep_every": 4, "max_frames": 512, "frame_size": 40, "crop_size": 32,
+    }  # fmt: skip
+    assert Beam(**settings["generation"]) == Beam(5, 1.0, 100) and settings["scores"] == {
+        "dev": {"bleu4": 1.5}
+    }
+
+
+def test_stage_llm_takes_the_visual_encoder_as_it_was(stage_1):
+    visual = export.read_visual(stage_1[0])
+    stored = load_file(stage_1[0] / "visual_encoder.safetensors")
+    assert {n: t.sum().item() for n, t in visual.state_dict().items()} == {
+        n: t.sum().item() for n, t in stored.items()
+    }
+
+
+def test_an_export_of_stage_llm_says_what_the_model_said(tiny_corpus, codec, tmp_path):
+    torch.manual_seed(0)
+    trim_llm(str(tiny_corpus / "llm"), codec, tmp_path / "trimmed")
+    llm = load_llm(str(tmp_path / "trimmed"))
+    visual = VisualEncoder(width=4, temporal_kernel=5).eval()
+    model = used(SignTranslator(None, Adapter(32, 64, export.adapter_scale(llm)), llm, codec.start_id))
+    pixels_NCHW, num_frames_B = clips()
+    with torch.no_grad():
+        before = model.generate(visual(pixels_NCHW, num_frames_B), num_frames_B, BEAM)
+    state = state_of(model) | {f"visual.{n}": t for n, t in visual.state_dict().items()}
+    (tmp_path / "best").mkdir()
+    export.write(tmp_path / "best", settings_of("llm"), state, llm, codec)
+    loaded = export.read(tmp_path / "best")
+    assert translate(loaded) == before
+    assert loaded.translator.adapter.scale == 8.0  # this LLM scales its word embeddings by sqrt(64)
+
+
+# --- finding
+
+
+def test_an_export_is_found_by_its_folder_or_its_run(stage_1):
+    folder = stage_1[0]
+    assert export.find(folder) == export.find(str(folder.parent)) == folder
+
+
+def test_a_folder_without_an_export_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"there must be an export \(flallm\.json\) in"):
+        export.find(tmp_path)
+
+
+# --- damage
+
+
+@pytest.fixture
+def copied(stage_1, tmp_path) -> Path:
+    return Path(shutil.copytree(stage_1[0], tmp_path / "export"))
+
+
+FILES = ["visual_encoder.safetensors", "adapter.safetensors", "language_model/model.safetensors"]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["missing", "truncated", "another file"])
+def test_a_broken_weights_file_is_named(copied, name, damage):
+    path = copied / name
+    if damage == "missing":
+        path.unlink()
+    elif damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-10])
+    else:
+        path.write_bytes(b"<html>404</html>")
+    with pytest.raises(UserError, match=f"{path.name} must be a whole safetensors file"):
+        export.read(copied)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_weights_file_that_lacks_a_tensor_is_named(copied, name):
+    """Else a part of the model would keep its random weights without a word."""
+    state = load_file(copied / name)
+    state.pop({FILES[0]: "temporal.conv.weight", FILES[1]: "2.bias", FILES[2]: "lm_head.weight"}[name])
+    save_file(state, copied / name, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=Path(name).name):
+        export.read(copied)
+
+
+def test_weights_of_another_width_are_named(copied):
+    settings = json.loads((copied / "flallm.json").read_text())
+    settings["visual"]["width"] = 8
+    (copied / "flallm.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=r"visual_encoder\.safetensors"):
+        export.read(copied)
+
+
+@pytest.mark.parametrize("name", ["config.json", "vocabulary.json", "tokenizer_config.json"])
+def test_a_missing_file_of_the_language_model_is_an_error(copied, name):
+    (copied / "language_model" / name).unlink()
+    if name == "tokenizer_config.json":
+        (copied / "language_model" / "tokenizer.json").unlink()
+    with pytest.raises(UserError):
+        export.read(copied)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"), [("{", "must be JSON"), ('{"format": "flallm_ds export 9"}', "but is")]
+)
+def test_settings_of_another_format_are_refused(copied, content, reason):
+    (copied / "flallm.json").write_text(content)
+    with pytest.raises(UserError, match=reason):
+        export.read(copied)

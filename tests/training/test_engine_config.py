@@ -1,0 +1,137 @@
+"""The DeepSpeed JSON before DeepSpeed sees it; the one unit test that imports DeepSpeed (10 s)."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from flallm_ds.errors import UserError
+
+ds = pytest.importorskip("flallm_ds.training.engine")
+
+JSONS = sorted((Path(__file__).resolve().parents[2] / "ds_configs").glob("*.json"))
+CPU = torch.device("cpu")
+
+
+def read(tmp_path: Path, config: dict) -> dict:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(config))
+    return ds.read_deepspeed_config(path)
+
+
+@pytest.mark.parametrize("path", JSONS, ids=lambda path: path.stem)
+def test_every_shipped_json_is_accepted_by_us_and_by_deepspeed(path):
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    config = ds.read_deepspeed_config(path)
+    assert ds.zero_stage(config) == int(path.stem[4])
+    assert ("offload" in path.stem) == ("offload_optimizer" in config["zero_optimization"])
+    for device in (CPU, torch.device("cuda")):
+        parsed = DeepSpeedConfig(ds.complete(config, device, accumulation=1, clip=1.0))
+        assert parsed.zero_optimization_stage == int(path.stem[4]) and parsed.gradient_clipping == 1.0
+
+
+def test_there_are_jsons():
+    assert {"zero2", "zero3", "zero3_offload"} <= {path.stem for path in JSONS}
+
+
+def test_an_unknown_key_is_refused_with_the_nearest(tmp_path):
+    """DeepSpeed would accept it in silence."""
+    with pytest.raises(
+        UserError, match=r"mine\.json has an unknown key 'zero_optimisation': did you mean zero_opt"
+    ):
+        read(tmp_path, {"zero_optimisation": {"stage": 2}})
+
+
+def test_an_unknown_zero_key_is_refused_with_the_nearest(tmp_path):
+    with pytest.raises(UserError, match=r"zero_optimization\.overlap_com: did you mean overlap_comm"):
+        read(tmp_path, {"zero_optimization": {"stage": 2, "overlap_com": True}})
+
+
+def test_both_names_of_a_zero_key_are_known(tmp_path):
+    keys = {"stage": 3, "stage3_prefetch_bucket_size": 1000, "max_live_parameters": 1000}
+    assert read(tmp_path, {"zero_optimization": keys})["zero_optimization"] == keys
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("train_batch_size", "data.batch_clips"),
+        ("gradient_accumulation_steps", "data.micro_batches"),
+        ("gradient_clipping", "optim.clip"),
+        ("optimizer", "optim.name"),
+        ("scheduler", "optim.warmup"),
+    ],
+)
+def test_a_number_that_the_run_owns_is_refused_with_its_option(tmp_path, name, option):
+    with pytest.raises(UserError, match=rf"{name} must not be in .*mine\.json: set --{option} instead"):
+        read(tmp_path, {name: 1, "zero_optimization": {"stage": 2}})
+
+
+def test_every_option_named_instead_exists():
+    from flallm_ds.config import RunConfig
+
+    options = RunConfig(stage="visual", run="r").options()
+    assert [o for o in ds.OWNED_BY_RUN.values() if o.split()[0] not in options] == []
+
+
+@pytest.mark.parametrize("content", ["{", None])
+def test_a_json_that_cannot_be_read_is_refused(tmp_path, content):
+    path = tmp_path / "mine.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=r"mine\.json"):
+        ds.read_deepspeed_config(path)
+
+
+def test_a_json_that_is_no_object_is_refused(tmp_path):
+    for content in ([1], {"zero_optimization": 2}):
+        with pytest.raises(UserError, match=r"mine\.json"):
+            read(tmp_path, content)
+
+
+def test_on_a_cpu_the_same_zero_runs_in_fp32_and_without_compiled_operators():
+    config = json.loads((JSONS[0].parent / "zero3_offload.json").read_text())
+    before = json.dumps(config)
+    twin = ds.for_cpu(config)
+    assert json.dumps(config) == before
+    assert not {"bf16", "fp16", "torch_autocast", "data_types"} & set(twin)
+    zero = twin["zero_optimization"]
+    assert (
+        zero["stage"] == 3
+        and zero["overlap_comm"] is False
+        and zero["stage3_param_persistence_threshold"] == 0
+    )
+    assert zero["offload_param"] == zero["offload_optimizer"] == {"device": "cpu", "pin_memory": False}
+    assert twin["zero_force_ds_cpu_optimizer"] is False
+
+
+def test_on_a_gpu_the_json_stays_as_it_is():
+    config = ds.read_deepspeed_config(JSONS[0].parent / "zero3.json")
+    whole = ds.complete(config, torch.device("cuda"), accumulation=3, clip=0.5)
+    assert {name: whole[name] for name in config} == config
+    assert (whole["gradient_accumulation_steps"], whole["gradient_clipping"]) == (3, 0.5)
+
+
+def test_without_zero_the_stage_is_0():
+    assert ds.zero_stage({}) == 0 and ds.model_loading({}) is None
+
+
+# --- compilation locks
+
+
+def test_an_old_lock_that_a_killed_build_left_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    ds.check_compilation_locks()  # no folder yet
+    lock = tmp_path / "extensions" / "py311_cu130" / "cpu_adam" / "lock"
+    lock.parent.mkdir(parents=True)
+    ds.check_compilation_locks()
+    lock.touch()
+    ds.check_compilation_locks()  # another run may be compiling now
+    long_ago = time.time() - ds.STALE_S - 10
+    os.utime(lock, (long_ago, long_ago))
+    with pytest.raises(UserError, match="cpu_adam/lock"):
+        ds.check_compilation_locks()
