@@ -50,8 +50,11 @@ def trim_llm(name: str, codec: TextCodec, out: Path) -> None:
     kept = torch.from_numpy(codec.kept_ids)
     embedding = model.get_input_embeddings().weight.data[kept].clone()
     head = model.get_output_embeddings().weight.data[kept].clone()
+    untied = model.get_output_embeddings().weight is not model.get_input_embeddings().weight
     bias = getattr(model, "final_logits_bias", None)
     model.resize_token_embeddings(len(kept), mean_resizing=False)
+    if untied:  # resizing ties what the config says is tied, although mT5's weights are not
+        model.get_output_embeddings().weight = torch.nn.Parameter(head.clone())
     model.get_input_embeddings().weight.data.copy_(embedding)
     model.get_output_embeddings().weight.data.copy_(head)
     if bias is not None:

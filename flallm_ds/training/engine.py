@@ -224,7 +224,12 @@ class Engine:
 
     def save(self, folder: Path) -> None:
         """Every rank writes its shards into `folder`; nothing is committed (see training/checkpoint.py)."""
-        self._engine.save_checkpoint(str(folder), tag="engine", save_latest=False)
+        try:
+            self._engine.save_checkpoint(str(folder), tag="engine", save_latest=False)
+        except (OSError, RuntimeError):
+            if self.world.size > 1:
+                torch.distributed.barrier()  # its last one, in which the other ranks would wait for ever
+            raise
 
     def load(self, folder: Path) -> None:
         """Restore parameters, optimizer and counters that `save` wrote, unpickling nothing but plain data."""

@@ -127,12 +127,13 @@ def test_buckets_pad_far_less_than_a_shuffle():
 
 
 def test_micro_batches_of_a_step_hold_nearly_equal_frames():
+    """Dealt there and back again: the first rank is not the one with the most work at every step."""
     plan = plan_of(1000, batch_clips=16, slices=4)
     epoch = plan.epoch(0)
-    for step in range(epoch.num_steps - 1):
-        frames = [plan.num_kept[part].sum() for part in epoch.slices_of(step) if len(epoch.batch(step)) == 16]
-        if frames:
-            assert max(frames) - min(frames) <= plan.num_kept[epoch.batch(step)].max()
+    full = [s for s in range(epoch.num_steps) if len(epoch.batch(s)) == 16]
+    ours = [[int(plan.num_kept[part].sum()) for part in epoch.slices_of(s)] for s in full]
+    dealt = [np.sort(plan.num_kept[epoch.batch(s)])[::-1].reshape(4, 4).sum(0) for s in full]
+    assert np.ptp(ours, axis=1).mean() < 0.6 * np.ptp(dealt, axis=1).mean()
 
 
 def test_fewer_clips_than_slices_leave_the_last_slices_empty():

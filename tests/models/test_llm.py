@@ -8,6 +8,8 @@ from transformers import (
     BertModel,
     MBartConfig,
     MBartForConditionalGeneration,
+    MT5Config,
+    MT5ForConditionalGeneration,
 )
 
 from flallm_ds.data.text import TextCodec
@@ -52,6 +54,30 @@ def test_tied_embeddings_stay_tied(trimmed):
     head = model.get_output_embeddings().weight
     assert head is model.get_input_embeddings().weight
     assert head is model.model.decoder.embed_tokens.weight is model.model.encoder.embed_tokens.weight
+
+
+def test_an_llm_whose_head_is_not_its_embedding_is_trimmed_in_both(codec, tmp_path):
+    """As mT5, whose config says that they are one."""
+    torch.manual_seed(0)
+    config = MT5Config(
+        vocab_size=len(codec.tokenizer),
+        d_model=16,
+        d_kv=8,
+        d_ff=32,
+        num_layers=1,
+        num_heads=2,
+        decoder_start_token_id=0,
+    )
+    llm = MT5ForConditionalGeneration(config)
+    llm.lm_head.weight = torch.nn.Parameter(torch.randn(len(codec.tokenizer), 16))
+    llm.save_pretrained(tmp_path / "llm")
+    trim_llm(str(tmp_path / "llm"), codec, tmp_path / "trimmed")
+    whole, small = load_llm(str(tmp_path / "llm")), load_llm(str(tmp_path / "trimmed"))
+    assert small.lm_head.weight is not small.shared.weight
+    ids = [codec.start_id, *codec.encode("regen sonne")]
+    memory_BSE = torch.randn(1, 6, 16)
+    expected = logits_of(whole, memory_BSE, codec.kept_ids[ids].tolist())[:, codec.kept_ids]
+    assert torch.allclose(logits_of(small, memory_BSE, ids), expected, atol=1e-5)
 
 
 def test_the_specials_of_a_trimmed_model_are_the_codecs(trimmed, codec):

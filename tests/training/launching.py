@@ -49,6 +49,8 @@ def tiny_options(corpus: Path, stage: str, run: Path, **more: object) -> dict[st
         "data.keep_every": 2,
         "data.frame_size": 32,
         "data.crop_size": 28,
+        "data.augment": True,  # numbers that the quickstart's recipe may come to choose otherwise
+        "optim.lr": 1e-3,
         "data.batch_clips": 8,
         "data.micro_batches": 4,
         "visual.width": 8,

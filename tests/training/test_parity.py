@@ -96,7 +96,7 @@ def test_the_engine_gives_the_losses_of_a_plain_pytorch_loop(runs: Path, tiny_co
     )
     index = load_index(tiny_corpus / "shards", "train")
     reader = ClipReader(index, config.data.keep_every, config.data.max_frames, config.train.seed, train=True)
-    preprocess = Preprocess(config.data.frame_size, config.data.crop_size)
+    preprocess = Preprocess(config.data.frame_size, config.data.crop_size, config.data.augment)
     found = []
     for epoch in range(2):
         loader = Loader(reader, make_plan(index, config).epoch(epoch), codec, epoch=epoch)
