@@ -104,6 +104,7 @@ class OptimConfig:
 
     name: Literal["sgd", "adamw"] = "adamw"
     lr: float = 1e-3  # of all that is new: the whole of stage 1; the LLM-Adapter in stage 2
+    backbone_lr: float | None = None  # of the backbone in stage 1, where it is pretrained; none: lr
     llm_lr: float = 1e-5  # of the LLM in stage 2
     weight_decay: float = 1e-3
     momentum: float = 0.9  # sgd
@@ -113,8 +114,8 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _must(
-            self.lr >= 0 and self.llm_lr >= 0,
-            f"rates must not be negative, but are {self.lr}, {self.llm_lr}.",
+            min(self.lr, self.llm_lr, self.backbone_lr or 0.0) >= 0,
+            f"rates must not be negative, but are {self.lr}, {self.llm_lr}, {self.backbone_lr}.",
         )
         _must(len(self.betas) == 2, f"optim.betas must be two numbers, but are {self.betas}.")
         _must_be_fraction("optim", "warmup", self.warmup)

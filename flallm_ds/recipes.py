@@ -35,12 +35,14 @@ def quickstart_visual() -> RunConfig:
             batch_clips=16,
             micro_batches=2,
         ),
-        visual=VisualConfig(weights="none", width=16),
+        visual=VisualConfig(weights="data/signsim/backbone", width=16),
         light_t=LightTranslatorConfig(size="tiny"),
         llm=LlmConfig(name="data/signsim/llm"),
-        optim=OptimConfig(name="adamw", lr=1.5e-3, weight_decay=1e-2, warmup=0.05, betas=(0.9, 0.98)),
-        train=TrainConfig(epochs=30),
-        eval=EvalConfig(every_epochs=5, num_beams=1, max_new_tokens=40),
+        optim=OptimConfig(
+            name="adamw", lr=1e-3, backbone_lr=2e-4, weight_decay=1e-2, warmup=0.05, betas=(0.9, 0.98)
+        ),
+        train=TrainConfig(epochs=13),
+        eval=EvalConfig(every_epochs=4, num_beams=1, max_new_tokens=40),
     )
 
 

@@ -22,14 +22,15 @@ DATA = Path("data/signsim")
 
 
 def prepare() -> None:
-    """The embedded default's corpus, shards and stand-in LLM, where they are not there yet."""
-    corpus, shards, llm = DATA / "corpus", DATA / "shards", DATA / "llm"
+    """The embedded default's corpus, shards, stand-in backbone and LLM, where they are not there yet."""
+    corpus, shards, backbone, llm = (DATA / name for name in ("corpus", "shards", "backbone", "llm"))
     python = str(BIN / "python")
     _step(corpus, [python, "shards/signsim/make.py", f"--out={corpus}", f"--clips={NUM_CLIPS}"])
     _step(
         shards,
         [python, "shards/build.py", "phoenix14t", f"--source={corpus}", f"--out={shards}", "--short_side=64"],
     )
+    _step(backbone, [python, "shards/signsim/backbone.py", f"--out={backbone}"])
     _step(llm, [str(BIN / "flallm"), "standin_llm", f"--texts={corpus / 'monolingual.txt'}", f"--out={llm}"])
 
 

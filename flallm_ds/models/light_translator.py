@@ -1,7 +1,9 @@
 """Light-T: the small, randomly initialised translator of stage 1, in the paper's four sizes."""
 
+import math
 from dataclasses import dataclass
 
+import torch
 from transformers import MBartConfig, MBartForConditionalGeneration
 
 from flallm_ds.data.text import TextCodec
@@ -54,7 +56,19 @@ def build_light_translator(size: str, codec: TextCodec, dropout: float) -> MBart
 def light_translator_from_config(config: MBartConfig) -> MBartForConditionalGeneration:
     """Light-T as an export's config.json describes it, with random weights."""
     model = MBartForConditionalGeneration(config)
+    # Learned, but sinusoids to begin with: visual tokens are of unit size, beside which mBART's initial positions
+    # (0.02) are invisible for thousands of steps.
+    positions = model.model.encoder.embed_positions.weight
+    with torch.no_grad():
+        positions.copy_(0.5 * sinusoids(*positions.shape))
     # The encoder reads visual tokens: the decoder's word embedding is the only one there is.
     model.model.shared = model.model.decoder.embed_tokens
     model.model.encoder.embed_tokens = model.model.decoder.embed_tokens
     return model
+
+
+def sinusoids(length: int, width: int) -> torch.Tensor:
+    """(length, width): sines, then cosines, of falling frequency. Source: Vaswani et al. 2017, section 3.5."""
+    frequency = torch.exp(-math.log(10_000.0) * torch.arange(0, width, 2) / width)
+    angle = torch.arange(length).unsqueeze(1) * frequency
+    return torch.cat([angle.sin(), angle.cos()], dim=1)[:, :width]

@@ -108,11 +108,7 @@ def build_task(config: RunConfig, folder: Path, world: World) -> Task:
         if frozen is None
         else llm_model(config, codec, folder, frozen, ds_config, world)
     )
-    groups = [{"params": [p for n, p in model.named_parameters() if not n.startswith("language_model.")]}]
-    groups.append({"params": list(model.language_model.parameters())})
-    rates = (config.optim.lr, config.optim.llm_lr if config.stage == "llm" else config.optim.lr)
-    for group, rate in zip(groups, rates, strict=True):
-        group["lr"] = rate  # type: ignore[assignment]
+    groups = parameter_groups(model, config)
     engine = ds.Engine(model, groups, config.optim, ds_config, world)
     return Task(
         config=config,
@@ -123,10 +119,24 @@ def build_task(config: RunConfig, folder: Path, world: World) -> Task:
         preprocess=Preprocess(config.data.frame_size, config.data.crop_size, config.data.augment),
         frozen=frozen,
         engine=engine,
-        rates=rates,
+        rates=tuple(group["lr"] for group in groups),
         statistics=BatchStatistics(engine.module, world),
         broken=BrokenClips(config.data.max_broken),
     )
+
+
+def parameter_groups(model: SignTranslator, config: RunConfig) -> list[dict[str, Any]]:
+    """The parameters by base rate: the backbone, what is new, and the language model; a stage may lack the first."""
+    optim = config.optim
+    rates = {
+        "visual.backbone.": optim.lr if optim.backbone_lr is None else optim.backbone_lr,
+        "language_model.": optim.llm_lr if config.stage == "llm" else optim.lr,
+        "": optim.lr,  # all that no other prefix took
+    }
+    groups: dict[str, list[torch.nn.Parameter]] = {prefix: [] for prefix in rates}
+    for name, parameter in model.named_parameters():
+        groups[next(prefix for prefix in rates if name.startswith(prefix))].append(parameter)
+    return [{"params": group, "lr": rates[prefix]} for prefix, group in groups.items() if group]
 
 
 def default_json(config: RunConfig) -> str:

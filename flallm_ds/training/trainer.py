@@ -120,7 +120,7 @@ class Trainer:
                     "epoch": at.epoch,
                     "step": at.step,
                     "loss": loss_mean,
-                    "lr": rates[0],
+                    "lr": rates[-1],
                     "grad_norm": task.engine.grad_norm(),
                     "skipped_steps": task.engine.skipped_steps,
                     "frames": int(frames),

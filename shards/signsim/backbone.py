@@ -139,7 +139,10 @@ def as_pixels(frames_NHWC: NDArray[np.uint8]):  # type: ignore[no-untyped-def]  
     from flallm_ds.preprocess import IMAGENET_MEAN, IMAGENET_STD
 
     edge = (SIDE - CROP) // 2
-    cut = torch.from_numpy(frames_NHWC[:, edge : edge + CROP, edge : edge + CROP]).permute(0, 3, 1, 2).float() / 255
+    cut = (
+        torch.from_numpy(frames_NHWC[:, edge : edge + CROP, edge : edge + CROP]).permute(0, 3, 1, 2).float()
+        / 255
+    )
     return (cut - torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1)) / torch.tensor(IMAGENET_STD).view(1, 3, 1, 1)
 
 
