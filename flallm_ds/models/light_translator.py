@@ -56,8 +56,8 @@ def build_light_translator(size: str, codec: TextCodec, dropout: float) -> MBart
 def light_translator_from_config(config: MBartConfig) -> MBartForConditionalGeneration:
     """Light-T as an export's config.json describes it, with random weights."""
     model = MBartForConditionalGeneration(config)
-    # Learned, but sinusoids to begin with: visual tokens are of unit size, beside which mBART's initial positions
-    # (0.02) are invisible for thousands of steps.
+    # Learned, but sinusoids to begin with: visual tokens are of unit size, beside which mBART's initial
+    # positions (0.02) are invisible for thousands of steps.
     positions = model.model.encoder.embed_positions.weight
     with torch.no_grad():
         positions.copy_(0.5 * sinusoids(*positions.shape))
@@ -68,7 +68,7 @@ def light_translator_from_config(config: MBartConfig) -> MBartForConditionalGene
 
 
 def sinusoids(length: int, width: int) -> torch.Tensor:
-    """(length, width): sines, then cosines, of falling frequency. Source: Vaswani et al. 2017, section 3.5."""
+    """(length, width): sines, then cosines, of falling frequency (Vaswani et al. 2017, section 3.5)."""
     frequency = torch.exp(-math.log(10_000.0) * torch.arange(0, width, 2) / width)
     angle = torch.arange(length).unsqueeze(1) * frequency
     return torch.cat([angle.sin(), angle.cos()], dim=1)[:, :width]

@@ -126,7 +126,7 @@ def build_task(config: RunConfig, folder: Path, world: World) -> Task:
 
 
 def parameter_groups(model: SignTranslator, config: RunConfig) -> list[dict[str, Any]]:
-    """The parameters by base rate: the backbone, what is new, and the language model; a stage may lack the first."""
+    """The parameters by base rate: the backbone (stage 1 alone), the language model, and the rest."""
     optim = config.optim
     rates = {
         "visual.backbone.": optim.lr if optim.backbone_lr is None else optim.backbone_lr,

@@ -36,8 +36,7 @@ def save(
         _write_synced(partial / STATE, state)
         names = sorted(p.relative_to(partial).as_posix() for p in partial.rglob("*") if p.is_file())
         _write_synced(partial / MANIFEST, {name: file_sha256(partial / name) for name in names})
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
+        _put(partial, final)
         _sync_folder(folder)
         for old in committed(folder)[:-keep]:
             shutil.rmtree(old)
@@ -95,22 +94,31 @@ def replace_file(path: Path, text: str) -> None:
 
 def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
     """Write a folder whole or not at all; one that is there gives way only when the new one is complete."""
-    partial, old = path.with_name(f".partial-{path.name}"), path.with_name(f".old-{path.name}")
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    partial = path.with_name(f".partial-{path.name}")
+    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     write(partial)
+    _put(partial, path)
+
+
+def recover_folders(parent: Path) -> None:
+    """Put every old folder back whose replacement was killed between its two renames."""
+    for old in parent.glob(".old-*"):
+        path = parent / old.name.removeprefix(".old-")
+        if path.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(path)
+
+
+def _put(partial: Path, path: Path) -> None:
+    """Give a complete folder its name; one that has it stands aside until then."""
+    recover_folders(path.parent)
+    old = path.with_name(f".old-{path.name}")
     if path.exists():
         path.rename(old)
     partial.rename(path)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def recover_folder(path: Path) -> None:
-    """Put the old folder back if `replace_folder` was killed between its two renames."""
-    old = path.with_name(f".old-{path.name}")
-    if old.is_dir() and not path.exists():
-        old.rename(path)
 
 
 def _write_synced(path: Path, content: dict[str, Any]) -> None:

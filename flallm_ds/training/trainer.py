@@ -11,7 +11,7 @@ import torch
 from flallm_ds import export
 from flallm_ds.contracts import Batch
 from flallm_ds.data.plan import PlanState
-from flallm_ds.dist import all_reduce_sum
+from flallm_ds.dist import all_reduce_sum, main_first
 from flallm_ds.errors import Preempted, UserError
 from flallm_ds.metrics import score
 from flallm_ds.training import checkpoint
@@ -187,23 +187,27 @@ class Trainer:
 
     def _resume(self) -> None:
         """Go on from the newest committed checkpoint, if there is one."""
-        if self.world.is_main:
-            checkpoint.recover_folder(self.folder / "best")
-        found = checkpoint.committed(self.folder / "checkpoints")
-        if not found:
+        newest = main_first(self._newest_checkpoint, self.world)
+        if newest is None:
             return
-        state = checkpoint.read_state(found[-1])
+        state = checkpoint.read_state(newest)
         position = Position(**state["position"])
         saved = PlanState(**state["plan"])
         self.task.plan(self.task.train_index).state(saved.epoch, saved.step).check_same_plan(saved)
         if state["world_size"] != self.world.size:
             raise UserError(
                 f"a run must be resumed with the ranks it was saved by ({state['world_size']}), but there "
-                f"are {self.world.size}: {found[-1]}. Start that many ranks, or another run folder."
+                f"are {self.world.size}: {newest}. Start that many ranks, or another run folder."
             )
-        self.task.engine.load(found[-1])
+        self.task.engine.load(newest)
         self.at = position
-        self.progress.say(f"resumed at epoch {position.epoch}, step {position.step} from {found[-1]}")
+        self.progress.say(f"resumed at epoch {position.epoch}, step {position.step} from {newest}")
+
+    def _newest_checkpoint(self) -> Path | None:
+        for parent in (self.folder, self.folder / "checkpoints"):
+            checkpoint.recover_folders(parent)
+        found = checkpoint.committed(self.folder / "checkpoints")
+        return found[-1] if found else None
 
     def _out_of_steps(self) -> bool:
         limit = self.config.train.max_steps

@@ -1,8 +1,8 @@
 """A stand-in for ImageNet weights, where no hub can be reached: python shards/signsim/backbone.py --out=DIR.
 
 A small ResNet-18 learns to see signers as such: where each hand is, where it points and which fingers are
-stretched, in random poses of the training signers. It sees no sign, no sentence and no gloss. The folder loads
-by the same path as microsoft/resnet-18 (`--visual.weights=DIR`).
+stretched, in random poses of the training signers. It sees no sign, no sentence and no gloss. The folder
+loads by the same path as microsoft/resnet-18 (`--visual.weights=DIR`).
 """
 
 import os

@@ -420,8 +420,8 @@ def reading(draw: Draw) -> tuple[Glosses, list[Wording]]:
     return ("GRAD", *number, *about), [[about_words, value], [value, about_words]]
 
 
-# plan -> share of sentences. Half are short: with two or three signs a clip, a small corpus shows sooner which
-# word goes with which sign.
+# plan -> share of sentences. Half are short: with two or three signs a clip, a small corpus shows sooner
+# which word goes with which sign.
 PLANS: tuple[tuple[Plan, float], ...] = (
     (headline, 0.16),
     (brief, 0.12),

@@ -176,9 +176,9 @@ def test_a_kill_between_the_two_renames_is_recovered_from(tmp_path, monkeypatch)
         with pytest.raises(KeyboardInterrupt):
             checkpoint.replace_folder(path, write_word("new"))
     assert not path.exists()
-    checkpoint.recover_folder(path)
+    checkpoint.recover_folders(path.parent)
     assert (path / "word").read_text() == "old"
-    checkpoint.recover_folder(path)  # with nothing to recover it changes nothing
+    checkpoint.recover_folders(path.parent)  # with nothing to recover it changes nothing
     assert (path / "word").read_text() == "old"
 
 
@@ -187,5 +187,5 @@ def test_a_folder_that_is_there_is_not_overwritten_by_its_past(tmp_path):
     for folder, word in ((path, "new"), (tmp_path / ".old-best", "old")):
         folder.mkdir()
         (folder / "word").write_text(word)
-    checkpoint.recover_folder(path)
+    checkpoint.recover_folders(path.parent)
     assert (path / "word").read_text() == "new"
