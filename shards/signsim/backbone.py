@@ -112,7 +112,7 @@ def backbone(*, out: Path, width: int = 16, frames: int = 16000, epochs: int = 4
             head(encoder.frame_features(as_pixels(pixels[rows]))), torch.from_numpy(wanted[rows])
         )
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         for group in optimizer.param_groups:
             group["lr"] = PEAK_RATE * rate_factor(step / steps, 0.05)
         optimizer.step()
