@@ -62,6 +62,7 @@ class VisualConfig:
 
     weights: str = "microsoft/resnet-18"  # hub id or folder, a torchvision .pth file, or "none"
     width: int = 64  # channels of the first stage: 64 is ResNet-18, whose features have 8 * width numbers
+    freeze_batch_norm: bool = False  # a pretrained backbone keeps its BatchNorm statistics in stage 1
     temporal_kernel: int = 3  # frames seen by the local temporal module
 
     def __post_init__(self) -> None:

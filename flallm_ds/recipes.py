@@ -35,7 +35,7 @@ def quickstart_visual() -> RunConfig:
             batch_clips=16,
             micro_batches=2,
         ),
-        visual=VisualConfig(weights="data/signsim/backbone", width=16),
+        visual=VisualConfig(weights="data/signsim/backbone", width=16, freeze_batch_norm=True),
         light_t=LightTranslatorConfig(size="tiny"),
         llm=LlmConfig(name="data/signsim/llm"),
         optim=OptimConfig(

@@ -46,6 +46,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 def options(corpus: Path, run: Path, **more: object) -> list[str]:
     """A run that would be short if it were to start."""
     given = {"run": run, "data.shards": corpus / "shards", "llm.name": corpus / "llm", "train.epochs": 1}
+    given["visual.weights"] = "none"
     return [f"--{name}={value}" for name, value in (given | more).items()]
 
 

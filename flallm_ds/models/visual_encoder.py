@@ -38,16 +38,30 @@ class VisualEncoder(nn.Module):
     """pixels_NCHW of packed clips -> sign-wise features_ND, D = 8 * width.
 
     width: channels of the backbone's first stage; 64 is ResNet-18, whose ImageNet weights then fit.
+    freeze_batch_norm: the backbone's BatchNorm keeps its statistics in training.
     """
 
-    def __init__(self, width: int = 64, temporal_kernel: int = 3) -> None:
+    def __init__(self, width: int = 64, temporal_kernel: int = 3, freeze_batch_norm: bool = False) -> None:
         super().__init__()
+        self.freeze_batch_norm = freeze_batch_norm
         stages = [width, 2 * width, 4 * width, 8 * width]
         config = ResNetConfig(
             embedding_size=width, hidden_sizes=stages, depths=[2, 2, 2, 2], layer_type="basic"
         )
         self.backbone = ResNetModel(config)
         self.temporal = LocalTemporalModule(8 * width, temporal_kernel)
+
+    def train(self, mode: bool = True) -> "VisualEncoder":
+        """As ever, but the backbone's BatchNorm stays in eval mode where it is frozen.
+
+        A micro-batch of few clips shows few signers: its statistics tell who signs, unlike evaluation's.
+        """
+        super().train(mode)
+        if self.freeze_batch_norm:
+            for module in self.backbone.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
+        return self
 
     @property
     def feature_width(self) -> int:

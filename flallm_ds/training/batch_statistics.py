@@ -19,14 +19,16 @@ class BatchStatistics:
 
     def __init__(self, module: nn.Module, world: World) -> None:
         kinds = (nn.BatchNorm1d, nn.BatchNorm2d)
-        self.norms = [m for m in module.modules() if isinstance(m, kinds) and m.running_mean is not None]
+        self._all = [m for m in module.modules() if isinstance(m, kinds) and m.running_mean is not None]
+        self.norms = self._all
         self.world = world
-        self.momentum = [m.momentum if m.momentum is not None else 0.1 for m in self.norms]
 
     def _buffers(self) -> list[torch.Tensor]:
         return [b for m in self.norms for b in (m.running_mean, m.running_var) if b is not None]
 
     def __enter__(self) -> None:
+        self.norms = [m for m in self._all if m.training]  # a frozen one keeps its statistics
+        self.momentum = [m.momentum if m.momentum is not None else 0.1 for m in self.norms]
         self._before = [b.clone() for b in self._buffers()]
         for norm in self.norms:
             norm.reset_running_stats()

@@ -198,7 +198,9 @@ def _open_codec(config: RunConfig, folder: Path, train_index: Index, world: Worl
 
 
 def visual_model(config: RunConfig, codec: TextCodec, world: World) -> SignTranslator:
-    visual = VisualEncoder(config.visual.width, config.visual.temporal_kernel)
+    visual = VisualEncoder(
+        config.visual.width, config.visual.temporal_kernel, config.visual.freeze_batch_norm
+    )
     if config.visual.weights != "none":
         main_first(lambda: _load_imagenet(visual, config.visual.weights, world), world)
         if not world.is_main:

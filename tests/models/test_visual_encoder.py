@@ -181,3 +181,13 @@ def test_a_weights_file_that_is_no_state_dict_is_refused(tmp_path):
     (tmp_path / "resnet18.pth").write_bytes(b"<html>404</html>")
     with pytest.raises(UserError, match=r"resnet18\.pth"):
         VisualEncoder(width=4).load_backbone(str(tmp_path / "resnet18.pth"))
+
+
+def test_a_frozen_batch_norm_stays_in_eval_mode_and_keeps_its_statistics():
+    encoder = VisualEncoder(width=16, freeze_batch_norm=True).train()
+    before = {name: value.clone() for name, value in encoder.backbone.named_buffers()}
+    encoder(torch.randn(6, 3, 32, 32), torch.tensor([2, 4])).sum().backward()
+    assert all(torch.equal(value, before[name]) for name, value in encoder.backbone.named_buffers())
+    assert encoder.temporal.norm.training
+    convolution = encoder.backbone.embedder.embedder.convolution.weight
+    assert convolution.grad is not None and convolution.grad.abs().sum() > 0

@@ -40,5 +40,7 @@ def test_targets_are_of_the_screen_not_of_the_signers_dominant_hand() -> None:
     poses = random_poses(5, np.random.default_rng(0))
     right, left = targets(poses, left_handed=False), targets(poses, left_handed=True)
     half = NUM_TARGETS // 2
-    assert np.allclose(right[:, 1:half], left[:, half + 1 :])  # the same hand, on the other side of the screen
+    assert np.allclose(
+        right[:, 1:half], left[:, half + 1 :]
+    )  # the same hand, on the other side of the screen
     assert np.allclose(right[:, 0], -left[:, half])

@@ -13,7 +13,7 @@ import cv2
 import pytest
 import simplejpeg
 import webdataset
-from conftest import make_how2sign, make_phoenix, write_frames, write_video
+from trees import make_how2sign, make_phoenix, write_frames, write_video
 
 from flallm_ds.data.clip_format import frame_spans
 from flallm_ds.data.index import iter_rows, load_index, read_manifest

@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from conftest import PHOENIX_HEADER, make_how2sign, make_phoenix
+from trees import PHOENIX_HEADER, make_how2sign, make_phoenix
 
 from flallm_ds.errors import UserError
 from shards.corpora import how2sign, manifest, phoenix14t

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import make_phoenix
+from trees import make_phoenix
 
 from flallm_ds.data import index
 from flallm_ds.errors import UserError

@@ -37,6 +37,7 @@ def tiny_train_args(folder: Path, stage: str, corpus: Path) -> list[str]:
         "data.crop_size": 28,
         "data.frame_size": 32,
         "data.batch_clips": 4,
+        "visual.weights": "none",
         "visual.width": 8,
         "llm.name": corpus / "llm",
         "train.epochs": 2,

@@ -53,6 +53,7 @@ def tiny_options(corpus: Path, stage: str, run: Path, **more: object) -> dict[st
         "optim.lr": 1e-3,
         "data.batch_clips": 8,
         "data.micro_batches": 4,
+        "visual.weights": "none",
         "visual.width": 8,
         "llm.name": corpus / "llm",
         "train.epochs": 2,
