@@ -423,7 +423,7 @@ def reading(draw: Draw) -> tuple[Glosses, list[Wording]]:
 # plan -> share of sentences. Half are short: with two or three signs a clip, a small corpus shows sooner
 # which word goes with which sign.
 PLANS: tuple[tuple[Plan, float], ...] = (
-    (headline, 0.16),
+    (headline, 0.115),
     (brief, 0.12),
     (mood, 0.1),
     (reading, 0.12),
@@ -436,10 +436,10 @@ PLANS: tuple[tuple[Plan, float], ...] = (
     (vanishing, 0.05),
     (changing, 0.025),
     (staying, 0.03),
-    (becoming, 0.02),
+    (becoming, 0.025),
     (possible, 0.03),
-    (sequence, 0.02),
-    (alike, 0.01),
+    (sequence, 0.035),
+    (alike, 0.035),
     (blowing, 0.015),
 )
 _SHARES = np.cumsum([share for _, share in PLANS])

@@ -93,7 +93,7 @@ def test_clips_are_short_enough_for_cpu_training() -> None:
     for index in range(150):
         sentence = draw_sentence(rng, "train")
         lengths.append(len(clip_poses([SIGNS[gloss] for gloss in sentence.glosses], SIGNERS[index % 6], rng)))
-    assert 46 <= np.mean(lengths) <= 58 and min(lengths) >= 20 and max(lengths) <= 110
+    assert 38 <= np.mean(lengths) <= 46 and min(lengths) >= 16 and max(lengths) <= 110
 
 
 def test_there_are_sixty_signs_and_no_two_look_alike() -> None:
