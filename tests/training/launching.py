@@ -54,6 +54,8 @@ def tiny_options(corpus: Path, stage: str, run: Path, **more: object) -> dict[st
         "data.batch_clips": 8,
         "data.micro_batches": 4,
         "visual.weights": "none",
+        "visual.freeze_batch_norm": False,
+        "optim.backbone_lr": None,
         "visual.width": 8,
         "llm.name": corpus / "llm",
         "train.epochs": 2,
