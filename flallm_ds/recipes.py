@@ -41,7 +41,7 @@ def quickstart_visual() -> RunConfig:
         optim=OptimConfig(
             name="adamw", lr=1e-3, backbone_lr=2e-4, weight_decay=1e-2, warmup=0.05, betas=(0.9, 0.98)
         ),
-        train=TrainConfig(epochs=13),
+        train=TrainConfig(epochs=9),
         eval=EvalConfig(every_epochs=3, num_beams=1, max_new_tokens=40),
     )
 
