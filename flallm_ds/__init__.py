@@ -2,8 +2,9 @@
 
 import os
 
-# OpenMP threads that wait for one another spin by default; beside any other process on the same cores a step
-# then takes 10 to 30 times as long. It must be said before torch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# OpenMP threads that wait for one another spin for milliseconds by default: beside any other process on the
+# same cores a step then takes 2 to 30 times as long. Not to spin at all halves the rate of a process that is
+# alone (docs/experiments.md). It must be said before torch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 __version__ = "0.1.0"

@@ -63,10 +63,15 @@ class VisualConfig:
     weights: str = "microsoft/resnet-18"  # hub id or folder, a torchvision .pth file, or "none"
     width: int = 64  # channels of the first stage: 64 is ResNet-18, whose features have 8 * width numbers
     freeze_batch_norm: bool = False  # a pretrained backbone keeps its BatchNorm statistics in stage 1
+    frozen_stages: int = 0  # of the backbone's four, from the stem up: they keep their weights in stage 1
     temporal_kernel: int = 3  # frames seen by the local temporal module
 
     def __post_init__(self) -> None:
         _must(self.width >= 1, f"visual.width must be at least 1, but is {self.width}.")
+        _must(
+            0 <= self.frozen_stages <= 4,
+            f"visual.frozen_stages must be 0 to 4 (the backbone has four), but is {self.frozen_stages}.",
+        )
         _must(
             self.temporal_kernel % 2 == 1,
             f"visual.temporal_kernel must be odd (so that length is kept), but is {self.temporal_kernel}.",

@@ -6,6 +6,7 @@ A docstring gives the paper's figure (FLa-LLM, arXiv 2403.12556; test BLEU-4) be
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from flallm_ds.command import nearest
 from flallm_ds.config import (
@@ -35,14 +36,16 @@ def quickstart_visual() -> RunConfig:
             batch_clips=16,
             micro_batches=2,
         ),
-        visual=VisualConfig(weights="data/signsim/backbone", width=16, freeze_batch_norm=True),
-        light_t=LightTranslatorConfig(size="tiny"),
+        visual=VisualConfig(
+            weights="data/signsim/backbone", width=16, freeze_batch_norm=True, frozen_stages=3
+        ),
+        light_t=LightTranslatorConfig(size="tiny", dropout=0.0),
         llm=LlmConfig(name="data/signsim/llm"),
         optim=OptimConfig(
             name="adamw", lr=1e-3, backbone_lr=2e-4, weight_decay=1e-2, warmup=0.05, betas=(0.9, 0.98)
         ),
-        train=TrainConfig(epochs=9),
-        eval=EvalConfig(every_epochs=3, num_beams=1, max_new_tokens=40),
+        train=TrainConfig(epochs=12),
+        eval=EvalConfig(every_epochs=4, num_beams=1, max_new_tokens=40),
     )
 
 
@@ -53,12 +56,12 @@ def quickstart_llm() -> RunConfig:
         stage="llm",
         run="runs/quickstart_llm",
         visual_run="runs/quickstart_visual",
-        data=base.data,
+        data=replace(base.data, batch_clips=32),
         visual=base.visual,
-        llm=LlmConfig(name="data/signsim/llm", dropout=0.1),
-        optim=OptimConfig(name="adamw", lr=1e-3, llm_lr=3e-4, weight_decay=1e-3, warmup=0.05),
-        train=TrainConfig(epochs=9),
-        eval=EvalConfig(every_epochs=3, num_beams=1, max_new_tokens=40),
+        llm=LlmConfig(name="data/signsim/llm", dropout=0.0),
+        optim=OptimConfig(name="adamw", lr=1e-3, llm_lr=5e-4, weight_decay=1e-2, warmup=0.05),
+        train=TrainConfig(epochs=10),
+        eval=EvalConfig(every_epochs=5, num_beams=1, max_new_tokens=40),
     )
 
 

@@ -22,15 +22,16 @@ def train(*, stage: str | None = None, recipe: str | None = None, **overrides: s
     from flallm_ds.training.build import (
         build_task,  # slow imports come after the options are known to be right
     )
-    from flallm_ds.training.run_folder import open_run_folder
+    from flallm_ds.training.run_folder import run_folder
     from flallm_ds.training.trainer import Trainer
 
     world = dist.start()
     try:
         if config.data.shards == quickstart_visual().data.shards:
             dist.main_first(prepare, world)
-        folder = dist.main_first(lambda: open_run_folder(config), world)
-        Trainer(build_task(config, folder, world), folder, stop).run()
+        with run_folder(config, world) as folder:
+            task = build_task(config, folder, world)
+        Trainer(task, folder, stop).run()
     finally:
         dist.stop()
 

@@ -25,14 +25,17 @@ BUILD = {name: verb(name) for name in CORPORA}
 
 @pytest.fixture
 def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command line that must be refused; its one sentence."""
+    """Run a command line that must be refused; its one sentence. Its --run folder stays as it was."""
 
     def run(target: Any, *arguments: str) -> str:
         for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID"):
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+        folders = [Path(a.removeprefix("--run=")) for a in map(str, arguments) if a.startswith("--run=")]
+        before = [files_of(folder) for folder in folders]
         with pytest.raises(SystemExit) as stop:
             command.main(target)
+        assert [files_of(folder) for folder in folders] == before
         captured = capsys.readouterr()
         sentences = [line for line in captured.err.splitlines() if line.startswith("error: ")]
         assert stop.value.code not in (0, None)
@@ -41,6 +44,10 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         return sentences[0]
 
     return run
+
+
+def files_of(folder: Path) -> list[Path] | None:
+    return sorted(folder.rglob("*")) if folder.exists() else None
 
 
 def options(corpus: Path, run: Path, **more: object) -> list[str]:

@@ -12,8 +12,8 @@ import numpy as np
 
 from flallm_ds.errors import UserError
 
-VERSION = 1
-POOL_BATCHES = 32  # batches that are bucketed by length together: more pad less, fewer mix better
+VERSION = 2
+POOL_BATCHES = 8  # batches that are bucketed by length together: more pad less, fewer mix better
 WINDOW_SHARDS = 16  # shards whose clips are mixed
 
 

@@ -39,9 +39,16 @@ class VisualEncoder(nn.Module):
 
     width: channels of the backbone's first stage; 64 is ResNet-18, whose ImageNet weights then fit.
     freeze_batch_norm: the backbone's BatchNorm keeps its statistics in training.
+    frozen_stages: the stem and this many stages keep their weights, if any do; the backward pass ends there.
     """
 
-    def __init__(self, width: int = 64, temporal_kernel: int = 3, freeze_batch_norm: bool = False) -> None:
+    def __init__(
+        self,
+        width: int = 64,
+        temporal_kernel: int = 3,
+        freeze_batch_norm: bool = False,
+        frozen_stages: int = 0,
+    ) -> None:
         super().__init__()
         self.freeze_batch_norm = freeze_batch_norm
         stages = [width, 2 * width, 4 * width, 8 * width]
@@ -49,6 +56,9 @@ class VisualEncoder(nn.Module):
             embedding_size=width, hidden_sizes=stages, depths=[2, 2, 2, 2], layer_type="basic"
         )
         self.backbone = ResNetModel(config)
+        if frozen_stages:
+            for part in (self.backbone.embedder, *self.backbone.encoder.stages[:frozen_stages]):
+                part.requires_grad_(False)
         self.temporal = LocalTemporalModule(8 * width, temporal_kernel)
 
     def train(self, mode: bool = True) -> "VisualEncoder":

@@ -135,6 +135,8 @@ def parameter_groups(model: SignTranslator, config: RunConfig) -> list[dict[str,
     }
     groups: dict[str, list[torch.nn.Parameter]] = {prefix: [] for prefix in rates}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         groups[next(prefix for prefix in rates if name.startswith(prefix))].append(parameter)
     return [{"params": group, "lr": rates[prefix]} for prefix, group in groups.items() if group]
 
@@ -199,7 +201,10 @@ def _open_codec(config: RunConfig, folder: Path, train_index: Index, world: Worl
 
 def visual_model(config: RunConfig, codec: TextCodec, world: World) -> SignTranslator:
     visual = VisualEncoder(
-        config.visual.width, config.visual.temporal_kernel, config.visual.freeze_batch_norm
+        config.visual.width,
+        config.visual.temporal_kernel,
+        config.visual.freeze_batch_norm,
+        config.visual.frozen_stages,
     )
     if config.visual.weights != "none":
         main_first(lambda: _load_imagenet(visual, config.visual.weights, world), world)

@@ -93,7 +93,7 @@ def for_cpu(config: dict[str, Any]) -> dict[str, Any]:
         if part in zero:
             zero[part] = {**zero[part], "pin_memory": False}
     if zero.get("stage") == 3:
-        zero["stage3_param_persistence_threshold"] = 1024
+        zero["stage3_param_persistence_threshold"] = 0
     twin["zero_optimization"] = zero
     # A CPU op is compiled at first use, for minutes, with a lock that outlives a killed build.
     twin["zero_force_ds_cpu_optimizer"] = False

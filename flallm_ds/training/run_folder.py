@@ -5,12 +5,16 @@ config.json  versions.json  metrics.jsonl  tensorboard/  checkpoints/  best/ (an
 
 import json
 import platform
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from flallm_ds import __version__
 from flallm_ds.config import FREE_TO_CHANGE, RunConfig
+from flallm_ds.dist import World, main_first
 from flallm_ds.errors import UserError
 from flallm_ds.training.checkpoint import replace_file
 
@@ -24,6 +28,20 @@ PACKAGES = (
     "simplejpeg",
     "numpy",
 )
+
+
+@contextmanager
+def run_folder(config: RunConfig, world: World) -> Iterator[Path]:
+    """`open_run_folder` on all ranks while a run is built: one that is refused leaves no new folder."""
+    path = Path(config.run)
+    is_new = world.is_main and not (path / "config.json").is_file()
+    folder = main_first(lambda: open_run_folder(config), world)
+    try:
+        yield folder
+    except UserError:
+        if is_new:
+            shutil.rmtree(path)
+        raise
 
 
 def open_run_folder(config: RunConfig) -> Path:

@@ -1,8 +1,8 @@
 """A stand-in for ImageNet weights, where no hub can be reached: python shards/signsim/backbone.py --out=DIR.
 
-A small ResNet-18 learns to see signers as such: where each hand is, where it points and which fingers are
-stretched, in random poses of the training signers. It sees no sign, no sentence and no gloss. The folder
-loads by the same path as microsoft/resnet-18 (`--visual.weights=DIR`).
+A small ResNet-18 learns to see signers as such: where each hand is and where it points, in random signs of
+the training signers, most of which mean nothing. It sees no sentence and no gloss. The
+folder loads by the same path as microsoft/resnet-18 (`--visual.weights=DIR`).
 """
 
 import os
@@ -23,43 +23,49 @@ from numpy.typing import NDArray
 from flallm_ds import command
 from flallm_ds.errors import UserError
 from shards.signsim.render import render_clip
-from shards.signsim.signer import HAND, LENGTHS, POINT, POSE, ROLL, SIGNERS, UNSEEN, rest_pose
-from shards.signsim.signs import HANDSHAPES
+from shards.signsim.signer import HAND, POINT, SIGNERS, UNSEEN, sign_poses
+from shards.signsim.signs import HANDS, HANDSHAPES, LOCATIONS, MOVEMENTS, Sign
 
-FRAMES_A_TASK = 250
+FRAMES_A_TASK = 125
 SIDE = 64  # px of the squashed frames
 CROP = 60
-NUM_TARGETS = 18  # per hand on the screen's left, then right: x, y, sine and cosine of pointing, 5 lengths
-BATCH = 64
-PEAK_RATE = 2e-3
+NUM_TARGETS = 8  # per hand on the screen's left, then right: x, y, sine and cosine of where it points
+BATCH = 32
+PEAK_RATE = 4e-3
+
+
+def random_sign(rng: np.random.Generator) -> Sign:
+    """Any handshape at any location with any movement: most such signs mean nothing."""
+    return Sign(
+        gloss=str(rng.choice(list("AEIOU"))),  # what the mouth does
+        hands=str(rng.choice(HANDS, p=(0.4, 0.3, 0.1, 0.1, 0.1))),
+        handshape=str(rng.choice(list(HANDSHAPES))),
+        location=str(rng.choice(list(LOCATIONS))),
+        movement=str(rng.choice(list(MOVEMENTS))),
+        point_deg=float(rng.uniform(-90, 180)),
+    )
 
 
 def random_poses(num: int, rng: np.random.Generator) -> NDArray[np.float64]:
-    """Poses (num, POSE) with either hand anywhere in signing space, in any direction and handshape."""
-    poses_FP = np.tile(rest_pose(), (num, 1))
-    shapes = [np.array([*s[0], *s[1], *s[2], s[3]]) for s in HANDSHAPES.values()]
-    for start in (0, HAND):
-        hand = poses_FP[:, start : start + HAND]
-        moved = rng.random(num) < (0.95 if start == 0 else 0.6)  # the other hand often rests
-        hand[moved, 0] = rng.uniform(-70, 78, moved.sum())
-        hand[moved, 1] = rng.uniform(35, 240, moved.sum())
-        hand[moved, 2] = rng.uniform(30, 60, moved.sum())
-        hand[moved, POINT] = rng.uniform(-90, 90, moved.sum())
-        hand[moved, ROLL] = rng.choice([-1.0, 1.0], moved.sum())
-        hand[moved, 5:] = np.stack([shapes[i] for i in rng.integers(len(shapes), size=moved.sum())])
-    poses_FP[:, 2 * HAND :] = rng.uniform(-0.3, 1.0, (num, POSE - 2 * HAND))
-    return poses_FP
+    """Poses (num, POSE) from anywhere within random signs, or on the way from one to the next."""
+    poses = []
+    for _ in range(num):
+        here, there = (sign_poses(random_sign(rng), 9)[rng.integers(9)] for _ in range(2))
+        way = rng.uniform(0, 1) if rng.random() < 0.3 else 0.0
+        poses.append((1 - way) * here + way * there)
+    return np.stack(poses)
 
 
 def targets(poses_FP: NDArray[np.float64], left_handed: bool) -> NDArray[np.float32]:
-    """What is to be seen, (F, NUM_TARGETS), each number of about unit size."""
+    """What is to be seen, (F, NUM_TARGETS), each number of about unit spread."""
     hands = []
     for start, own_side in ((0, 1.0), (HAND, -1.0)):
         hand = poses_FP[:, start : start + HAND]
         point = np.deg2rad(hand[:, POINT])
-        across = hand[:, 0] * own_side * (-1.0 if left_handed else 1.0) / 50
-        parts = [across, hand[:, 1] / 70 - 2, np.sin(point), np.cos(point)]
-        hands.append(np.stack([*parts, *(2 * hand[:, LENGTHS] - 1).T], axis=1))
+        across = hand[:, 0] * own_side * (-1.0 if left_handed else 1.0) / 40
+        hands.append(
+            np.stack([across, (hand[:, 1] - 150) / 80, 1.4 * np.sin(point), 1.7 * np.cos(point)], axis=1)
+        )
     return np.concatenate(hands[::-1] if left_handed else hands, axis=1).astype(np.float32)
 
 
@@ -77,7 +83,7 @@ def render(task: int, seed: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]
     return np.stack(frames), targets(poses_FP, signer.left_handed)
 
 
-def backbone(*, out: Path, width: int = 16, frames: int = 16000, epochs: int = 4, seed: int = 0) -> None:
+def backbone(*, out: Path, width: int = 16, frames: int = 20000, epochs: int = 4, seed: int = 0) -> None:
     """Pretrain a backbone on random poses of synthetic signers and write a Hugging Face folder.
 
     width: channels of its first stage, as visual.width. frames: rendered once, seen `epochs` times.

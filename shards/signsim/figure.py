@@ -202,7 +202,7 @@ def figure(
     """Compute a clip's geometry. Without a generator the eyes stay open."""
     hands, arms = [], []
     for side, columns in ((1.0, slice(0, HAND)), (-1.0, slice(HAND, FACE))):
-        hand = hand_geometry(poses_FP[:, columns], 1.12 * signer.hands, side, camera)
+        hand = hand_geometry(poses_FP[:, columns], 1.35 * signer.hands, side, camera)
         shoulder = np.array([side * 41.0 * signer.shoulders, 141.0, 0.0])
         elbow_F = elbows(shoulder, hand.wrist_F, signer.arms, side)
         joints = [np.broadcast_to(camera.project(shoulder), (len(poses_FP), 2))]

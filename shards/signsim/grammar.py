@@ -8,7 +8,7 @@ qualify, and verbs last, so their order differs from the words'.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,8 @@ FREE_ORDER = 0.12
 Phrase = tuple[str, ...]
 Glosses = tuple[str, ...]
 Wording = list[Phrase]
+
+NOTHING: tuple[Glosses, Phrase] = ((), ("",))
 
 
 @dataclass(frozen=True)
@@ -184,6 +186,12 @@ class Draw:
             second = self.place()
         return first, second
 
+    def setting(self) -> tuple[tuple[Glosses, Phrase], tuple[Glosses, Phrase]]:
+        """When and where; most often only one of the two, and the other is empty."""
+        time, place = self.time(), self.place()
+        kind = self.rng.random()
+        return (time if kind < 0.55 else NOTHING), (place if kind >= 0.45 else NOTHING)
+
     def cardinal(self) -> tuple[str, str]:
         return CARDINALS[self.index(4)]
 
@@ -227,8 +235,7 @@ def _fixed(text: str) -> Phrase:
 
 def outlook(draw: Draw) -> tuple[Glosses, list[Wording]]:
     """Time, place, phenomenon, state."""
-    time, when = draw.time()
-    place, where = draw.place()
+    (time, when), (place, where) = draw.setting()
     noun, what, _ = draw.noun(quality=0.6, case="nom")
     state = draw.state()
     glosses = time + noun + place + (state[0],)
@@ -260,8 +267,7 @@ def temperatures(draw: Draw) -> tuple[Glosses, list[Wording]]:
 
 def span(draw: Draw) -> tuple[Glosses, list[Wording]]:
     """A span of temperatures."""
-    time, when = draw.time()
-    place, where = draw.place()
+    (time, when), (place, where) = draw.setting()
     (low, low_word), (high, high_word) = draw.two_numbers()
     glosses = time + place + (low, high, "BIS", "GRAD")
     degrees = _fixed(f"{low_word} bis {high_word} grad")
@@ -270,8 +276,7 @@ def span(draw: Draw) -> tuple[Glosses, list[Wording]]:
 
 def trend(draw: Draw) -> tuple[Glosses, list[Wording]]:
     """Temperatures rise or sink to a value."""
-    time, when = draw.time()
-    place, where = draw.place()
+    (time, when), (place, where) = draw.setting()
     number, degrees = draw.number()
     verb, word = (("STEIGEN", "steigt"), ("SINKEN", "sinkt"))[draw.index(2)]
     subject = ("die temperatur", "der wert")
@@ -296,8 +301,7 @@ def system(draw: Draw) -> tuple[Glosses, list[Wording]]:
 
 def vanishing(draw: Draw) -> tuple[Glosses, list[Wording]]:
     """Weather goes away."""
-    time, when = draw.time()
-    place, where = draw.place()
+    (time, when), (place, where) = draw.setting()
     noun, _, entry = draw.noun(but="SONNE", quality=0)
     subject = _fixed(f"{entry.article} {entry.word}")
     finite, particle = (_fixed(half) for half in entry.vanish)
@@ -307,8 +311,7 @@ def vanishing(draw: Draw) -> tuple[Glosses, list[Wording]]:
 
 def changing(draw: Draw) -> tuple[Glosses, list[Wording]]:
     """Two kinds of weather in turn."""
-    time, when = draw.time()
-    place, where = draw.place()
+    (time, when), (place, where) = draw.setting()
     noun1, what1, first = draw.noun(quality=0)
     noun2, what2, _ = draw.noun(but=first.gloss, quality=0)
     glosses = place + time + noun1 + noun2 + ("WECHSELN",)
@@ -318,8 +321,7 @@ def changing(draw: Draw) -> tuple[Glosses, list[Wording]]:
 
 def staying(draw: Draw) -> tuple[Glosses, list[Wording]]:
     """The weather stays as it is."""
-    time, when = draw.time()
-    place, where = draw.place()
+    (time, when), (place, where) = draw.setting()
     state1 = draw.state()
     state2 = draw.state(but=state1[0])
     both = draw.chance(0.5)
@@ -330,8 +332,7 @@ def staying(draw: Draw) -> tuple[Glosses, list[Wording]]:
 
 def becoming(draw: Draw) -> tuple[Glosses, list[Wording]]:
     """More of a state, with a phenomenon."""
-    time, when = draw.time()
-    place, where = draw.place()
+    (time, when), (place, where) = draw.setting()
     state = draw.state()
     noun, what, _ = draw.noun(quality=0, case="dat")
     glosses = (*place, state[0], "MEHR", *noun, *time)
@@ -341,8 +342,7 @@ def becoming(draw: Draw) -> tuple[Glosses, list[Wording]]:
 
 def possible(draw: Draw) -> tuple[Glosses, list[Wording]]:
     """Weather that may come."""
-    time, when = draw.time()
-    place, where = draw.place()
+    (time, when), (place, where) = draw.setting()
     noun, what, entry = draw.noun(quality=0.6)
     finite = _fixed("sind" if entry.gender == "p" else "ist")
     glosses = noun + time + place + ("MOEGLICH",)
@@ -352,8 +352,7 @@ def possible(draw: Draw) -> tuple[Glosses, list[Wording]]:
 
 def sequence(draw: Draw) -> tuple[Glosses, list[Wording]]:
     """First one kind of weather, then another."""
-    time, when = draw.time()
-    place, where = draw.place()
+    (time, when), (place, where) = draw.setting()
     noun1, what1, first = draw.noun(quality=0.3)
     noun2, what2, _ = draw.noun(but=first.gloss, quality=0.4)
     glosses = (*noun1, "DANN", *noun2, *place, *time)
@@ -376,8 +375,7 @@ def alike(draw: Draw) -> tuple[Glosses, list[Wording]]:
 
 def blowing(draw: Draw) -> tuple[Glosses, list[Wording]]:
     """Wind with its origin and force."""
-    time, when = draw.time()
-    place, where = draw.place()
+    (time, when), (place, where) = draw.setting()
     origin, direction = draw.cardinal()
     force, word = (("STARK", "stark"), ("SCHWACH", "schwach"))[draw.index(2)]
     source = _fixed(f"aus {direction}en")
@@ -420,26 +418,26 @@ def reading(draw: Draw) -> tuple[Glosses, list[Wording]]:
     return ("GRAD", *number, *about), [[about_words, value], [value, about_words]]
 
 
-# plan -> share of sentences. Half are short: with two or three signs a clip, a small corpus shows sooner
+# plan -> share of sentences. Most are short: with two or three signs a clip, a small corpus shows sooner
 # which word goes with which sign.
 PLANS: tuple[tuple[Plan, float], ...] = (
-    (headline, 0.115),
-    (brief, 0.12),
-    (mood, 0.1),
-    (reading, 0.12),
-    (outlook, 0.045),
-    (contrast, 0.045),
-    (temperatures, 0.04),
-    (span, 0.05),
-    (trend, 0.06),
-    (system, 0.06),
-    (vanishing, 0.05),
+    (headline, 0.07),
+    (brief, 0.19),
+    (mood, 0.16),
+    (reading, 0.16),
+    (outlook, 0.03),
+    (contrast, 0.02),
+    (temperatures, 0.02),
+    (span, 0.03),
+    (trend, 0.045),
+    (system, 0.04),
+    (vanishing, 0.045),
     (changing, 0.025),
     (staying, 0.03),
-    (becoming, 0.025),
-    (possible, 0.03),
-    (sequence, 0.035),
-    (alike, 0.035),
+    (becoming, 0.03),
+    (possible, 0.035),
+    (sequence, 0.025),
+    (alike, 0.03),
     (blowing, 0.015),
 )
 _SHARES = np.cumsum([share for _, share in PLANS])
@@ -450,13 +448,18 @@ def draw_any(rng: np.random.Generator) -> Sentence:
     """A sentence of any split."""
     plan = PLANS[min(int(np.searchsorted(_SHARES, rng.random(), side="right")), len(PLANS) - 1)][0]
     glosses, wordings = plan(Draw(rng))
-    usual = " ".join(phrase[0] for phrase in wordings[0])
-    wording = wordings[1 + int(rng.integers(len(wordings) - 1))] if rng.random() < FREE_ORDER else wordings[0]
+    wordings = [w for w in wordings if w[0] != NOTHING[1]]  # the verb keeps its second place
+    free_order = len(wordings) > 1 and rng.random() < FREE_ORDER
+    wording = wordings[1 + int(rng.integers(len(wordings) - 1))] if free_order else wordings[0]
     words = []
     for phrase in wording:
         free = len(phrase) > 1 and rng.random() < FREE_PHRASE
         words.append(phrase[1 + int(rng.integers(len(phrase) - 1))] if free else phrase[0])
-    return Sentence(glosses, " ".join(words), usual)
+    return Sentence(glosses, _joined(words), _joined(phrase[0] for phrase in wordings[0]))
+
+
+def _joined(words: Iterable[str]) -> str:
+    return " ".join(word for word in words if word)
 
 
 def _split_of(key: str) -> str:

@@ -195,7 +195,7 @@ def clip_poses(signs: list[Sign], signer: Signer, rng: np.random.Generator) -> F
     tempo = signer.tempo * rng.uniform(0.92, 1.08)
     strokes = []
     for sign in signs:
-        stroke_NP = sign_poses(sign, _frames(rng, 5.5, tempo, 4), signer.space)
+        stroke_NP = sign_poses(sign, _frames(rng, 8.0, tempo, 5), signer.space)
         stroke_NP[:, 0:2] += rng.normal(0, 2.5, 2)
         stroke_NP[:, HAND : HAND + 2] += rng.normal(0, 2.5, 2)
         stroke_NP[:, [POINT, HAND + POINT]] += rng.normal(0, 5, 2)
@@ -203,7 +203,7 @@ def clip_poses(signs: list[Sign], signer: Signer, rng: np.random.Generator) -> F
     _coarticulate(strokes, signer.undershoot)
     parts = [rest_pose()[None]]
     for stroke_NP in [*strokes, rest_pose()[None]]:
-        parts.append(_transition(parts[-1][-1], stroke_NP[0], _frames(rng, 3.0, tempo, 2)))
+        parts.append(_transition(parts[-1][-1], stroke_NP[0], _frames(rng, 3.5, tempo, 2)))
         parts.append(stroke_NP)
     poses_FP = np.concatenate(parts)
     # A hand has mass: the mean of three frames rounds the corners.
