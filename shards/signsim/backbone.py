@@ -5,7 +5,6 @@ the training signers, most of which mean nothing. It sees no sentence and no glo
 folder loads by the same path as microsoft/resnet-18 (`--visual.weights=DIR`).
 """
 
-import os
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -83,7 +82,7 @@ def render(task: int, seed: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]
     return np.stack(frames), targets(poses_FP, signer.left_handed)
 
 
-def backbone(*, out: Path, width: int = 16, frames: int = 20000, epochs: int = 4, seed: int = 0) -> None:
+def backbone(*, out: Path, width: int = 16, frames: int = 20000, epochs: int = 3, seed: int = 0) -> None:
     """Pretrain a backbone on random poses of synthetic signers and write a Hugging Face folder.
 
     width: channels of its first stage, as visual.width. frames: rendered once, seen `epochs` times.
@@ -104,7 +103,6 @@ def backbone(*, out: Path, width: int = 16, frames: int = 20000, epochs: int = 4
     print(f"backbone: {len(pixels):,} frames rendered in {time.perf_counter() - begin:.0f} s", flush=True)
 
     torch.manual_seed(seed)
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
     encoder = VisualEncoder(width)
     head = torch.nn.Linear(encoder.feature_width, NUM_TARGETS)
     parameters = [*encoder.backbone.parameters(), *head.parameters()]
