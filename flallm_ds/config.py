@@ -73,6 +73,11 @@ class VisualConfig:
             f"visual.frozen_stages must be 0 to 4 (the backbone has four), but is {self.frozen_stages}.",
         )
         _must(
+            self.frozen_stages == 0 or self.weights != "none",
+            "visual.frozen_stages must be 0 where visual.weights is none, or random weights would stay "
+            f"random, but is {self.frozen_stages}.",
+        )
+        _must(
             self.temporal_kernel % 2 == 1,
             f"visual.temporal_kernel must be odd (so that length is kept), but is {self.temporal_kernel}.",
         )

@@ -8,6 +8,8 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from flallm_ds.command import main
@@ -25,21 +27,12 @@ def prepare() -> None:
     """The embedded default's corpus, shards, stand-in backbone and LLM, where they are not there yet."""
     corpus, shards, backbone, llm = (DATA / name for name in ("corpus", "shards", "backbone", "llm"))
     python = str(BIN / "python")
-    _step(corpus, [python, "shards/signsim/make.py", f"--out={corpus}", f"--clips={NUM_CLIPS}"])
-    _step(
-        shards,
-        [python, "shards/build.py", "phoenix14t", f"--source={corpus}", f"--out={shards}", "--short_side=64"],
-    )
-    standin_llm = [
-        str(BIN / "flallm"),
-        "standin_llm",
-        f"--texts={corpus / 'monolingual.txt'}",
-        f"--out={llm}",
-    ]
-    _steps(  # side by side: two of one thread are faster than one of two after the other
-        (backbone, [python, "shards/signsim/backbone.py", f"--out={backbone}"]),
-        (llm, [*standin_llm, "--steps=500"]),
-    )
+    with _beside(backbone, [python, "shards/signsim/backbone.py", f"--out={backbone}"]):
+        _step(corpus, [python, "shards/signsim/make.py", f"--out={corpus}", f"--clips={NUM_CLIPS}"])
+        build = [python, "shards/build.py", "phoenix14t", f"--source={corpus}", f"--out={shards}"]
+        _step(shards, [*build, "--short_side=64"])
+        texts = corpus / "monolingual.txt"
+        _step(llm, [str(BIN / "flallm"), "standin_llm", f"--texts={texts}", f"--out={llm}"])
 
 
 def quickstart() -> None:
@@ -65,24 +58,44 @@ def _launcher() -> list[str]:
 
 
 def _step(result: Path, command: list[str]) -> None:
-    _steps((result, command))
+    if result.exists():
+        print(f"\n== {result} is there already", flush=True)
+        return
+    print(f"\n== {_readable(command)}", flush=True)
+    code = subprocess.run(command, cwd=ROOT, check=False).returncode
+    if code:
+        raise UserError(f"the step above must end well, but ended with code {code}. Mend it and run again.")
 
 
-def _steps(*steps: tuple[Path, list[str]]) -> None:
-    """Run the commands at the same time, those left out whose results are there."""
-    environment = os.environ | ({"OMP_NUM_THREADS": "1"} if len(steps) > 1 else {})
-    started = []
-    for result, command in steps:
-        if result.exists():
-            print(f"\n== {result} is there already", flush=True)
-            continue
-        print(f"\n== {' '.join(Path(c).name if c.startswith('/') else c for c in command)}", flush=True)
-        started.append(subprocess.Popen(command, cwd=ROOT, env=environment))
-    codes = [process.wait() for process in started]
-    if any(codes):
-        raise UserError(
-            f"the step above must end well, but ended with code {max(codes, key=abs)}. Mend it and run again."
+@contextmanager
+def _beside(result: Path, command: list[str]) -> Iterator[None]:
+    """A step that runs on one thread beside the steps in the body; its output goes to `result`.log."""
+    if result.exists():
+        yield
+        return
+    log = result.with_suffix(".log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    print(f"\n== {_readable(command)}   (beside the next steps; its output is in {log})", flush=True)
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=file,
+            stderr=subprocess.STDOUT,
         )
+        try:
+            yield
+            print(f"\n== waiting for {result}", flush=True)
+            code = process.wait()
+        finally:
+            process.terminate()
+    if code:
+        raise UserError(f"{result} must be made, but its step ended with code {code}: see the end of {log}.")
+
+
+def _readable(command: list[str]) -> str:
+    return " ".join(Path(word).name if word.startswith("/") else word for word in command)
 
 
 def _show(visual: Path, llm: Path) -> None:

@@ -53,7 +53,7 @@ def files_of(folder: Path) -> list[Path] | None:
 def options(corpus: Path, run: Path, **more: object) -> list[str]:
     """A run that would be short if it were to start."""
     given = {"run": run, "data.shards": corpus / "shards", "llm.name": corpus / "llm", "train.epochs": 1}
-    given["visual.weights"] = "none"
+    given |= {"visual.weights": "none", "visual.frozen_stages": 0}
     return [f"--{name}={value}" for name, value in (given | more).items()]
 
 

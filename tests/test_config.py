@@ -78,6 +78,7 @@ def test_a_section_is_no_option(config):
         ("data.crop_size", "300", "data.crop_size must be at most data.frame_size (256)"),
         ("data.batch_clips", "1", "data.batch_clips must be at least data.micro_batches (2)"),
         ("visual.temporal_kernel", "4", "visual.temporal_kernel must be odd"),
+        ("visual.frozen_stages", "5", "visual.frozen_stages must be 0 to 4"),
         ("optim.name", "adam", "--optim.name must be one of sgd, adamw"),
         ("optim.betas", "0.9", "optim.betas must be two numbers"),
         ("optim.warmup", "1", "optim.warmup must be in [0, 1)"),
@@ -95,6 +96,11 @@ def test_values_that_cannot_be_are_refused(config, name, value, sentence):
     with pytest.raises(UserError) as caught:
         config.with_overrides({name: value})
     assert sentence in str(caught.value)
+
+
+def test_random_weights_are_not_frozen(config):
+    with pytest.raises(UserError, match=r"visual\.frozen_stages must be 0 where visual\.weights is none"):
+        config.with_overrides({"visual.weights": "none", "visual.frozen_stages": "2"})
 
 
 def test_a_dump_loads_to_the_same_config(config, tmp_path):

@@ -191,3 +191,12 @@ def test_a_frozen_batch_norm_stays_in_eval_mode_and_keeps_its_statistics():
     assert encoder.temporal.norm.training
     convolution = encoder.backbone.embedder.embedder.convolution.weight
     assert convolution.grad is not None and convolution.grad.abs().sum() > 0
+
+
+def test_frozen_stages_keep_their_weights_and_the_rest_learns():
+    encoder = VisualEncoder(width=16, frozen_stages=3).train()
+    encoder(torch.randn(6, 3, 32, 32), torch.tensor([2, 4])).sum().backward()
+    learns = {name for name, p in encoder.backbone.named_parameters() if p.grad is not None}
+    assert learns and all(name.startswith("encoder.stages.3.") for name in learns)
+    assert all(p.requires_grad == (name in learns) for name, p in encoder.backbone.named_parameters())
+    assert all(p.grad is not None for p in encoder.temporal.parameters())

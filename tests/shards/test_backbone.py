@@ -8,7 +8,7 @@ import torch
 
 from flallm_ds.errors import UserError
 from flallm_ds.models.visual_encoder import VisualEncoder
-from shards.signsim.backbone import NUM_TARGETS, backbone, random_poses, render, targets
+from shards.signsim.backbone import FRAMES_A_TASK, NUM_TARGETS, backbone, random_poses, render, targets
 
 
 def test_the_folder_loads_by_the_path_of_a_hub_model(tmp_path: Path) -> None:
@@ -30,8 +30,8 @@ def test_a_folder_that_holds_something_is_refused(tmp_path: Path) -> None:
 
 def test_frames_and_targets_are_reproducible_and_of_the_stated_shapes() -> None:
     frames, wanted = render(1, seed=0)
-    assert frames.shape == (250, 64, 64, 3)
-    assert wanted.shape == (250, NUM_TARGETS)
+    assert frames.shape == (FRAMES_A_TASK, 64, 64, 3)
+    assert wanted.shape == (FRAMES_A_TASK, NUM_TARGETS)
     again, wanted_again = render(1, seed=0)
     assert np.array_equal(frames, again) and np.array_equal(wanted, wanted_again)
 

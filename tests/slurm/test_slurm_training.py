@@ -38,6 +38,7 @@ def tiny_train_args(folder: Path, stage: str, corpus: Path) -> list[str]:
         "data.frame_size": 32,
         "data.batch_clips": 4,
         "visual.weights": "none",
+        "visual.frozen_stages": 0,
         "visual.width": 8,
         "llm.name": corpus / "llm",
         "train.epochs": 2,

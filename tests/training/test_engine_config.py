@@ -100,11 +100,8 @@ def test_on_a_cpu_the_same_zero_runs_in_fp32_and_without_compiled_operators():
     assert json.dumps(config) == before
     assert not {"bf16", "fp16", "torch_autocast", "data_types"} & set(twin)
     zero = twin["zero_optimization"]
-    assert (
-        zero["stage"] == 3
-        and zero["overlap_comm"] is False
-        and zero["stage3_param_persistence_threshold"] == 1024
-    )
+    assert zero["stage"] == 3 and zero["overlap_comm"] is False
+    assert zero["stage3_param_persistence_threshold"] == 0
     assert zero["offload_param"] == zero["offload_optimizer"] == {"device": "cpu", "pin_memory": False}
     assert twin["zero_force_ds_cpu_optimizer"] is False
 
