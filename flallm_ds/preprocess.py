@@ -37,11 +37,13 @@ class Preprocess:
         frames_NHWC = batch.frames_NHWC.to(device, non_blocking=True)
         height, width = frames_NHWC.shape[1:3]
         theta_B23 = self.affine(batch.draws_B9, batch.size_B2, (height, width), train)
-        theta_N23 = theta_B23.repeat_interleave(batch.num_frames_B, dim=0).to(device)
         frames_NCHW = frames_NHWC.permute(0, 3, 1, 2).float()
-        shape = (len(frames_NCHW), 3, self.crop_size, self.crop_size)
-        grid = F.affine_grid(theta_N23, list(shape), align_corners=False)
-        pixels_NCHW = F.grid_sample(frames_NCHW, grid, mode="bilinear", align_corners=False)
+        shape = (len(theta_B23), 3, self.crop_size, self.crop_size)
+        grid_BHW2 = F.affine_grid(theta_B23.to(device), list(shape), align_corners=False)
+        grid_NHW2 = grid_BHW2.repeat_interleave(
+            batch.num_frames_B.to(device), dim=0, output_size=len(frames_NCHW)
+        )
+        pixels_NCHW = F.grid_sample(frames_NCHW, grid_NHW2, mode="bilinear", align_corners=False)
         mean = torch.tensor(IMAGENET_MEAN, device=device).view(1, 3, 1, 1) * 255
         std = torch.tensor(IMAGENET_STD, device=device).view(1, 3, 1, 1) * 255
         return (pixels_NCHW - mean) / std

@@ -8,8 +8,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from flallm_ds.command import main
@@ -27,12 +25,12 @@ def prepare() -> None:
     """The embedded default's corpus, shards, stand-in backbone and LLM, where they are not there yet."""
     corpus, shards, backbone, llm = (DATA / name for name in ("corpus", "shards", "backbone", "llm"))
     python = str(BIN / "python")
-    with _beside(backbone, [python, "shards/signsim/backbone.py", f"--out={backbone}"]):
-        _step(corpus, [python, "shards/signsim/make.py", f"--out={corpus}", f"--clips={NUM_CLIPS}"])
-        build = [python, "shards/build.py", "phoenix14t", f"--source={corpus}", f"--out={shards}"]
-        _step(shards, [*build, "--short_side=64"])
-        texts = corpus / "monolingual.txt"
-        _step(llm, [str(BIN / "flallm"), "standin_llm", f"--texts={texts}", f"--out={llm}"])
+    _step(corpus, [python, "shards/signsim/make.py", f"--out={corpus}", f"--clips={NUM_CLIPS}"])
+    build = [python, "shards/build.py", "phoenix14t", f"--source={corpus}", f"--out={shards}"]
+    _step(shards, [*build, "--short_side=64"])
+    _step(backbone, [python, "shards/signsim/backbone.py", f"--out={backbone}"])
+    texts = corpus / "monolingual.txt"
+    _step(llm, [str(BIN / "flallm"), "standin_llm", f"--texts={texts}", f"--out={llm}"])
 
 
 def quickstart() -> None:
@@ -61,41 +59,13 @@ def _step(result: Path, command: list[str]) -> None:
     if result.exists():
         print(f"\n== {result} is there already", flush=True)
         return
-    print(f"\n== {_readable(command)}", flush=True)
-    code = subprocess.run(command, cwd=ROOT, check=False).returncode
+    print(f"\n== {' '.join(Path(c).name if c.startswith('/') else c for c in command)}", flush=True)
+    # A step has the machine to itself: its threads may spin while they wait for one another.
+    code = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"GOMP_SPINCOUNT": "100000"}, check=False
+    ).returncode
     if code:
         raise UserError(f"the step above must end well, but ended with code {code}. Mend it and run again.")
-
-
-@contextmanager
-def _beside(result: Path, command: list[str]) -> Iterator[None]:
-    """A step that runs on one thread beside the steps in the body; its output goes to `result`.log."""
-    if result.exists():
-        yield
-        return
-    log = result.with_suffix(".log")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    print(f"\n== {_readable(command)}   (beside the next steps; its output is in {log})", flush=True)
-    with log.open("wb") as file:
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=file,
-            stderr=subprocess.STDOUT,
-        )
-        try:
-            yield
-            print(f"\n== waiting for {result}", flush=True)
-            code = process.wait()
-        finally:
-            process.terminate()
-    if code:
-        raise UserError(f"{result} must be made, but its step ended with code {code}: see the end of {log}.")
-
-
-def _readable(command: list[str]) -> str:
-    return " ".join(Path(word).name if word.startswith("/") else word for word in command)
 
 
 def _show(visual: Path, llm: Path) -> None:

@@ -82,7 +82,7 @@ def render(task: int, seed: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]
     return np.stack(frames), targets(poses_FP, signer.left_handed)
 
 
-def backbone(*, out: Path, width: int = 16, frames: int = 20000, epochs: int = 3, seed: int = 0) -> None:
+def backbone(*, out: Path, width: int = 16, frames: int = 20000, epochs: int = 4, seed: int = 0) -> None:
     """Pretrain a backbone on random poses of synthetic signers and write a Hugging Face folder.
 
     width: channels of its first stage, as visual.width. frames: rendered once, seen `epochs` times.
