@@ -161,4 +161,4 @@ def test_a_state_of_the_same_plan_at_another_step_is_accepted():
     plan = plan_of(100)
     state = plan.state(2, 7)
     plan.state(0, 0).check_same_plan(state)
-    assert state == PlanState(1, "00112233445566aa", 0, 8, 2, 2, 7)
+    assert state == PlanState(2, "00112233445566aa", 0, 8, 2, 2, 7)
