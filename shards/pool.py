@@ -125,7 +125,12 @@ def _show(shared: _Shared, bar: tqdm) -> None:
 def _begin_worker(shared: _Shared) -> None:
     global _shared
     _shared = shared
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the workers
+    begin_worker()
+
+
+def begin_worker() -> None:
+    """A pool's initializer: the parent answers Ctrl-C, and a worker whose parent was killed leaves."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
 
 

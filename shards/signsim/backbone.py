@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from flallm_ds import command
 from flallm_ds.errors import UserError
+from shards.pool import begin_worker
 from shards.signsim.render import render_clip
 from shards.signsim.signer import HAND, POINT, SIGNERS, UNSEEN, sign_poses
 from shards.signsim.signs import HANDS, HANDSHAPES, LOCATIONS, MOVEMENTS, Sign
@@ -97,7 +98,7 @@ def backbone(*, out: Path, width: int = 16, frames: int = 20000, epochs: int = 4
     from flallm_ds.training.schedule import rate_factor
 
     begin = time.perf_counter()
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=begin_worker) as pool:
         parts = list(pool.map(render, range(frames // FRAMES_A_TASK), repeat(seed)))
     pixels, wanted = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     print(f"backbone: {len(pixels):,} frames rendered in {time.perf_counter() - begin:.0f} s", flush=True)

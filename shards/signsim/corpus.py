@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from flallm_ds.errors import UserError
+from shards.pool import begin_worker
 from shards.signsim.grammar import SPLITS, Sentence, draw_sentence
 from shards.signsim.render import render_clip
 from shards.signsim.signer import SIGNERS, UNSEEN, Signer, clip_poses
@@ -210,8 +210,7 @@ def _map(
         yield from map(render, range(num_clips))
         return
     context = multiprocessing.get_context("spawn")
-    # Ctrl-C reaches every process; this one alone answers it.
-    pool = ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    pool = ProcessPoolExecutor(workers, context, begin_worker)
     try:
         yield from pool.map(render, range(num_clips), chunksize=4)
     finally:

@@ -4,6 +4,8 @@ import itertools
 import json
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -216,3 +218,29 @@ def test_a_mistyped_option_is_refused_before_any_work(tmp_path: Path) -> None:
 def test_the_contact_sheet_shows_all_signs(tmp_path: Path) -> None:
     image = cv2.imread(str(write_sheet(tmp_path / "signs.png")))
     assert image is not None and image.shape[0] > 1000 and image.shape[1] > 1000
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the processes are found through /proc")
+def test_workers_of_a_killed_program_leave(tmp_path: Path) -> None:
+    make = Path(__file__).resolve().parents[2] / "shards/signsim/make.py"
+    command = [sys.executable, str(make), f"--out={tmp_path / 'corpus'}", "--clips=400", "--workers=2"]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as program:
+        _wait_until(lambda: any(tmp_path.rglob("*.png")))
+        children = Path(f"/proc/{program.pid}/task/{program.pid}/children").read_text().split()
+        program.kill()
+    assert len(children) >= 2
+    _wait_until(lambda: not any(_runs(child) for child in children))
+
+
+def _runs(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def _wait_until(condition: Callable[[], bool], limit_s: float = 60.0) -> None:
+    end = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)

@@ -9,14 +9,19 @@ from launching import losses, run_scenarios, tiny_options
 from safetensors.torch import load_file
 
 from flallm_ds.dist import World
+from flallm_ds.models.visual_encoder import VisualEncoder
 
 STOPS = (1, 4, 5, 7)  # 5 is the end of an epoch
 
 
 @pytest.fixture(scope="module")
 def runs(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders two/ and one/ (ranks), each with runs visual and llm; two/ also stopped and resumed ones."""
+    """Folders two/ and one/ (ranks), each with runs visual and llm; two/ also stopped and resumed ones.
+
+    two/frozen and two/frozen_stopped_4 train a part of the backbone of backbone/.
+    """
     folder = tmp_path_factory.mktemp("runs")
+    VisualEncoder(width=8).backbone.save_pretrained(folder / "backbone")
     for name, ranks in (("two", 2), ("one", 1)):
         (folder / name).mkdir()
         scenarios: list[dict[str, object]] = []
@@ -27,6 +32,12 @@ def runs(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
                 stopped = {**whole, "run": str(folder / name / f"{stage}_stopped_{stop}")}
                 scenarios.append({"stage": stage, "options": {**stopped, "train.max_steps": str(stop)}})
                 scenarios.append({"stage": stage, "options": stopped})
+        if ranks == 2:
+            part = {"visual.weights": folder / "backbone", "visual.frozen_stages": 2}
+            for run, stop in (("frozen", None), ("frozen_stopped_4", 4), ("frozen_stopped_4", None)):
+                options = tiny_options(tiny_corpus, "visual", folder / name / run, **part)
+                limit = {"train.max_steps": str(stop)} if stop else {}
+                scenarios.append({"stage": "visual", "options": options | limit})
         run_scenarios(scenarios, folder / f"{name}.json", ranks)
     return folder
 
@@ -54,6 +65,17 @@ def test_a_resumed_run_ends_with_the_same_export(runs: Path, stage: str, stop: i
         resumed = load_file(runs / "two" / f"{stage}_stopped_{stop}" / "best" / file)
         assert whole.keys() == resumed.keys()
         assert all(torch.equal(whole[name], resumed[name]) for name in whole), file
+
+
+def test_frozen_stages_keep_their_weights_and_a_resumed_run_its_losses(runs: Path) -> None:
+    assert losses(runs / "two" / "frozen_stopped_4") == losses(runs / "two" / "frozen")
+    before = load_file(runs / "backbone" / "model.safetensors")
+    after = load_file(runs / "two" / "frozen" / "best" / "visual_encoder.safetensors")
+    for name, weight in before.items():
+        if not name.endswith(("weight", "bias")):
+            continue
+        frozen = name.startswith(("embedder.", "encoder.stages.0.", "encoder.stages.1."))
+        assert torch.equal(weight, after[f"backbone.{name}"]) == frozen, name
 
 
 @pytest.mark.parametrize("ranks", ["one", "two"])
