@@ -34,7 +34,7 @@ PACKAGES = (
 def run_folder(config: RunConfig, world: World) -> Iterator[Path]:
     """`open_run_folder` on all ranks while a run is built: one that is refused leaves no new folder."""
     path = Path(config.run)
-    is_new = world.is_main and not (path / "config.json").is_file()
+    is_new = world.is_main and not (path / "config.json").is_file()  # and empty, or it is refused at once
     folder = main_first(lambda: open_run_folder(config), world)
     try:
         yield folder

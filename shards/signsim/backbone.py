@@ -1,8 +1,8 @@
 """A stand-in for ImageNet weights, where no hub can be reached: python shards/signsim/backbone.py --out=DIR.
 
 A small ResNet-18 learns to see signers as such: where each hand is and where it points, in random signs of
-the training signers, most of which mean nothing. It sees no sentence and no gloss. The
-folder loads by the same path as microsoft/resnet-18 (`--visual.weights=DIR`).
+the training signers, most of which mean nothing. It sees no sentence and no gloss. The folder loads by the
+same path as microsoft/resnet-18 (`--visual.weights=DIR`).
 """
 
 import sys
@@ -84,7 +84,7 @@ def render(task: int, seed: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]
 
 
 def backbone(*, out: Path, width: int = 16, frames: int = 20000, epochs: int = 4, seed: int = 0) -> None:
-    """Pretrain a backbone on random poses of synthetic signers and write a Hugging Face folder.
+    """Pretrain a backbone on random signs of synthetic signers and write a Hugging Face folder.
 
     width: channels of its first stage, as visual.width. frames: rendered once, seen `epochs` times.
     """

@@ -23,7 +23,7 @@ Phrase = tuple[str, ...]
 Glosses = tuple[str, ...]
 Wording = list[Phrase]
 
-NOTHING: tuple[Glosses, Phrase] = ((), ("",))
+NO_PHRASE: Phrase = ("",)  # stands where a wording has a place for what is not said
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,8 @@ class Draw:
         """When and where; most often only one of the two, and the other is empty."""
         time, place = self.time(), self.place()
         kind = self.rng.random()
-        return (time if kind < 0.55 else NOTHING), (place if kind >= 0.45 else NOTHING)
+        nothing: tuple[Glosses, Phrase] = ((), NO_PHRASE)
+        return (time if kind < 0.55 else nothing), (place if kind >= 0.45 else nothing)
 
     def cardinal(self) -> tuple[str, str]:
         return CARDINALS[self.index(4)]
@@ -448,7 +449,7 @@ def draw_any(rng: np.random.Generator) -> Sentence:
     """A sentence of any split."""
     plan = PLANS[min(int(np.searchsorted(_SHARES, rng.random(), side="right")), len(PLANS) - 1)][0]
     glosses, wordings = plan(Draw(rng))
-    wordings = [w for w in wordings if w[0] != NOTHING[1]]  # the verb keeps its second place
+    wordings = [w for w in wordings if w[0] != NO_PHRASE]  # the verb keeps its second place
     free_order = len(wordings) > 1 and rng.random() < FREE_ORDER
     wording = wordings[1 + int(rng.integers(len(wordings) - 1))] if free_order else wordings[0]
     words = []
