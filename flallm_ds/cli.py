@@ -21,15 +21,23 @@ def translate(video: Path, *, model: Path, beams: int | None = None) -> None:
 
 
 def standin_llm(
-    *, texts: str, out: Path, language: str = "de_DE", vocab_size: int = 1500, steps: int = 400, seed: int = 0
+    *,
+    texts: str,
+    out: Path,
+    language: str = "de_DE",
+    vocab_size: int = 1500,
+    layers: int = 2,
+    steps: int = 300,
+    seed: int = 0,
 ) -> None:
     """Make a small mBART where no hub can be reached: flallm standin_llm --texts FILE[,FILE] --out FOLDER.
 
     It is pretrained on the files' sentences (one a line) and loads as facebook/mbart-large-cc25 does.
+    layers: of encoder and decoder each. steps: batches of 32 sentences.
     """
     from flallm_ds.standin_llm import standin_llm as make
 
-    make(texts, out, language=language, vocab_size=vocab_size, steps=steps, seed=seed)
+    make(texts, out, language=language, vocab_size=vocab_size, layers=layers, steps=steps, seed=seed)
 
 
 def strip(*, run: Path, out: Path, split: str = "test", clips: int = 2) -> None:

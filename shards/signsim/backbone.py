@@ -83,7 +83,7 @@ def render(task: int, seed: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]
     return np.stack(frames), targets(poses_FP, signer.left_handed)
 
 
-def backbone(*, out: Path, width: int = 16, frames: int = 20000, epochs: int = 4, seed: int = 0) -> None:
+def backbone(*, out: Path, width: int = 16, frames: int = 16000, epochs: int = 4, seed: int = 0) -> None:
     """Pretrain a backbone on random signs of synthetic signers and write a Hugging Face folder.
 
     width: channels of its first stage, as visual.width. frames: rendered once, seen `epochs` times.
