@@ -25,7 +25,8 @@ def prepare() -> None:
     """The embedded default's corpus, shards, stand-in backbone and LLM, where they are not there yet."""
     corpus, shards, backbone, llm = (DATA / name for name in ("corpus", "shards", "backbone", "llm"))
     python = str(BIN / "python")
-    _step(corpus, [python, "shards/signsim/make.py", f"--out={corpus}", f"--clips={NUM_CLIPS}"])
+    make = [python, "shards/signsim/make.py", f"--out={corpus}", f"--clips={NUM_CLIPS}"]
+    _step(corpus, [*make, "--monolingual=10000"])
     build = [python, "shards/build.py", "phoenix14t", f"--source={corpus}", f"--out={shards}"]
     _step(shards, [*build, "--short_side=64"])
     _step(backbone, [python, "shards/signsim/backbone.py", f"--out={backbone}"])

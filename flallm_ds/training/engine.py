@@ -138,7 +138,7 @@ def _optimizer(
             groups, lr=optim.lr, betas=betas, weight_decay=optim.weight_decay, adamw_mode=True
         )
         return offloading
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=betas, weight_decay=optim.weight_decay)
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=betas, weight_decay=optim.weight_decay, fused=True)
 
 
 def prepare() -> None:

@@ -83,7 +83,7 @@ def render(task: int, seed: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]
     return np.stack(frames), targets(poses_FP, signer.left_handed)
 
 
-def backbone(*, out: Path, width: int = 16, frames: int = 16000, epochs: int = 4, seed: int = 0) -> None:
+def backbone(*, out: Path, width: int = 16, frames: int = 20000, epochs: int = 4, seed: int = 0) -> None:
     """Pretrain a backbone on random signs of synthetic signers and write a Hugging Face folder.
 
     width: channels of its first stage, as visual.width. frames: rendered once, seen `epochs` times.
@@ -107,7 +107,8 @@ def backbone(*, out: Path, width: int = 16, frames: int = 16000, epochs: int = 4
     encoder = VisualEncoder(width)
     head = torch.nn.Linear(encoder.feature_width, NUM_TARGETS)
     parameters = [*encoder.backbone.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=PEAK_RATE, weight_decay=1e-2)
+    # fused: 680 frames/s instead of 560 on two CPU cores.
+    optimizer = torch.optim.AdamW(parameters, lr=PEAK_RATE, weight_decay=1e-2, fused=True)
     steps = len(pixels) // BATCH * epochs
     loss_mean, last_print = 0.0, time.perf_counter()
     begin = last_print

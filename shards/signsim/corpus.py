@@ -24,7 +24,7 @@ from shards.signsim.render import render_clip
 from shards.signsim.signer import SIGNERS, UNSEEN, Signer, clip_poses
 from shards.signsim.signs import SIGNS
 
-VERSION = 5
+VERSION = 6
 """Rises with every change of what the same options write."""
 
 RELEASE = Path("PHOENIX-2014-T-release-v3/PHOENIX-2014-T")

@@ -234,14 +234,17 @@ def _fixed(text: str) -> Phrase:
     return (text,)
 
 
+_THERE_IS = _fixed("gibt es")  # takes the accusative
+
+
 def outlook(draw: Draw) -> tuple[Glosses, list[Wording]]:
     """Time, place, phenomenon, state."""
     (time, when), (place, where) = draw.setting()
-    noun, what, _ = draw.noun(quality=0.6, case="nom")
+    noun, what, _ = draw.noun(quality=0.6, case="acc")
     state = draw.state()
     glosses = time + noun + place + (state[0],)
-    then = _fixed(f"und {state[1]}")
-    return glosses, [[when, where, what, then], [where, when, what, then]]
+    then = _fixed(f"und es ist {state[1]}")
+    return glosses, [[when, _THERE_IS, where, what, then], [where, _THERE_IS, when, what, then]]
 
 
 def contrast(draw: Draw) -> tuple[Glosses, list[Wording]]:
@@ -271,8 +274,8 @@ def span(draw: Draw) -> tuple[Glosses, list[Wording]]:
     (time, when), (place, where) = draw.setting()
     (low, low_word), (high, high_word) = draw.two_numbers()
     glosses = time + place + (low, high, "BIS", "GRAD")
-    degrees = _fixed(f"{low_word} bis {high_word} grad")
-    return glosses, [[when, degrees, where], [where, when, degrees]]
+    verb, degrees = _fixed("liegen die werte"), _fixed(f"zwischen {low_word} und {high_word} grad")
+    return glosses, [[when, verb, where, degrees], [where, verb, when, degrees]]
 
 
 def trend(draw: Draw) -> tuple[Glosses, list[Wording]]:
@@ -316,8 +319,8 @@ def changing(draw: Draw) -> tuple[Glosses, list[Wording]]:
     noun1, what1, first = draw.noun(quality=0)
     noun2, what2, _ = draw.noun(but=first.gloss, quality=0)
     glosses = place + time + noun1 + noun2 + ("WECHSELN",)
-    turns = _fixed(f"mal {what1[0]} mal {what2[0]}")
-    return glosses, [[when, where, turns], [where, when, turns]]
+    turns = _fixed(f"mal {what1[0]} und mal {what2[0]}")
+    return glosses, [[when, _THERE_IS, where, turns], [where, _THERE_IS, when, turns]]
 
 
 def staying(draw: Draw) -> tuple[Glosses, list[Wording]]:
@@ -354,11 +357,12 @@ def possible(draw: Draw) -> tuple[Glosses, list[Wording]]:
 def sequence(draw: Draw) -> tuple[Glosses, list[Wording]]:
     """First one kind of weather, then another."""
     (time, when), (place, where) = draw.setting()
-    noun1, what1, first = draw.noun(quality=0.3)
-    noun2, what2, _ = draw.noun(but=first.gloss, quality=0.4)
+    noun1, what1, first = draw.noun(quality=0.3, case="acc")
+    noun2, what2, _ = draw.noun(but=first.gloss, quality=0.4, case="acc")
     glosses = (*noun1, "DANN", *noun2, *place, *time)
-    begin, then = ("erst", "zunächst"), ("dann", "später")
-    return glosses, [[when, begin, what1, then, what2, where], [begin, what1, where, then, when, what2]]
+    begin, then = ("erst", "zunächst"), ("und dann", "und später")
+    turns = [begin, what1, then, what2]
+    return glosses, [[when, _THERE_IS, where, *turns], [where, _THERE_IS, when, *turns]]
 
 
 def alike(draw: Draw) -> tuple[Glosses, list[Wording]]:
@@ -389,8 +393,8 @@ def headline(draw: Draw) -> tuple[Glosses, list[Wording]]:
     """A phenomenon, where and when: the shortest full report."""
     time, when = draw.time()
     place, where = draw.place()
-    noun, what, _ = draw.noun(quality=0.25)
-    return noun + place + time, [[when, where, what], [where, when, what]]
+    noun, what, _ = draw.noun(quality=0.25, case="acc")
+    return noun + place + time, [[when, _THERE_IS, where, what], [where, _THERE_IS, when, what]]
 
 
 def brief(draw: Draw) -> tuple[Glosses, list[Wording]]:
@@ -406,8 +410,8 @@ def mood(draw: Draw) -> tuple[Glosses, list[Wording]]:
     about, about_words = draw.time() if draw.chance(0.5) else draw.place()
     state = draw.state()
     return (state[0], *about), [
-        [about_words, _fixed(f"ist es {state[1]}")],
-        [_fixed("es ist"), about_words, _fixed(state[1])],
+        [about_words, _fixed(f"ist das wetter {state[1]}")],
+        [_fixed("das wetter ist"), about_words, _fixed(state[1])],
     ]
 
 
@@ -415,8 +419,11 @@ def reading(draw: Draw) -> tuple[Glosses, list[Wording]]:
     """One temperature, and either where or when."""
     about, about_words = draw.time() if draw.chance(0.5) else draw.place()
     number, degrees = draw.number()
-    value = _fixed(f"{degrees} grad")
-    return ("GRAD", *number, *about), [[about_words, value], [value, about_words]]
+    value = _fixed(f"bei {degrees} grad")
+    return ("GRAD", *number, *about), [
+        [about_words, _fixed("liegen die werte"), value],
+        [_fixed("die werte liegen"), about_words, value],
+    ]
 
 
 # plan -> share of sentences. Most are short: with two or three signs a clip, a small corpus shows sooner
