@@ -17,7 +17,7 @@ from flallm_ds.recipes import quickstart_llm, quickstart_visual
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
-NUM_CLIPS = 1400
+NUM_CLIPS = 1700
 DATA = Path("data/signsim")
 
 
