@@ -44,8 +44,8 @@ def quickstart_visual() -> RunConfig:
         optim=OptimConfig(
             name="adamw", lr=1e-3, backbone_lr=2e-4, weight_decay=1e-2, warmup=0.05, betas=(0.9, 0.98)
         ),
-        train=TrainConfig(epochs=10),
-        eval=EvalConfig(every_epochs=5, num_beams=1, max_new_tokens=40),
+        train=TrainConfig(epochs=8),
+        eval=EvalConfig(every_epochs=4, num_beams=1, max_new_tokens=40),
     )
 
 
@@ -60,8 +60,8 @@ def quickstart_llm() -> RunConfig:
         visual=base.visual,
         llm=LlmConfig(name="data/signsim/llm", dropout=0.0),
         optim=OptimConfig(name="adamw", lr=1e-3, llm_lr=5e-4, weight_decay=1e-2, warmup=0.05),
-        train=TrainConfig(epochs=8),
-        eval=EvalConfig(every_epochs=4, num_beams=1, max_new_tokens=40),
+        train=TrainConfig(epochs=11),
+        eval=EvalConfig(every_epochs=6, num_beams=1, max_new_tokens=40),
     )
 
 

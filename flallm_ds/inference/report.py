@@ -81,13 +81,13 @@ def draw_strip(
         axis.set_axis_off()
         axis.set_title(
             f"hypothesis   {said.hypothesis}\nreference    {said.reference}",
-            y=-0.02,
+            y=-0.05,
+            pad=0,
             va="top",
             loc="left",
             fontsize=11,
         )
-    figure.tight_layout(h_pad=3.0)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     pyplot.close(figure)
 
 
