@@ -50,9 +50,16 @@ def strip(*, run: Path, out: Path, split: str = "test", clips: int = 2) -> None:
     strip_of_run(run, out, split, clips)
 
 
+def curves(*, runs: str, out: Path) -> None:
+    """A picture of losses and BLEU-4 over the epochs: flallm curves --runs RUN[,RUN] --out FILE.png."""
+    from flallm_ds.inference.report import draw_curves
+
+    draw_curves(out, [Path(run) for run in runs.split(",")])
+
+
 def run() -> None:
     """Entry point of the `flallm` script and of `python -m flallm_ds`."""
-    main({"translate": translate, "standin_llm": standin_llm, "strip": strip})
+    main({"translate": translate, "standin_llm": standin_llm, "strip": strip, "curves": curves})
 
 
 if __name__ == "__main__":

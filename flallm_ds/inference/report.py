@@ -112,3 +112,42 @@ def strip_of_run(run: Path, out: Path, split: str, num_clips: int) -> None:
         reader.read_into(frames, row, np.arange(num_frames))
         clips.append((list(frames), hypotheses[index.strings("key")[row]]))
     draw_strip(out, clips)
+
+
+def draw_curves(path: Path, runs: Sequence[Path]) -> None:
+    """A PNG of runs over their epochs: the mean training loss of each epoch, and BLEU-4 where it was scored.
+
+    Raises UserError where a folder holds no finished step.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 3.6))
+    for run in runs:
+        losses, bleus = by_epoch(run)
+        left.plot(list(losses), list(losses.values()), label=run.name)
+        right.plot(list(bleus), list(bleus.values()), marker="o", label=run.name)
+    left.set(xlabel="epoch", ylabel="training loss")
+    right.set(xlabel="epoch", ylabel="BLEU-4", ylim=(0, 100))
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    left.legend()
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def by_epoch(run: Path) -> tuple[dict[int, float], dict[int, float]]:
+    """{epochs done: mean loss} and {epochs done: BLEU-4} of a run folder."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    entries = [json.loads(line) for line in lines]
+    losses: dict[int, list[float]] = {}
+    for entry in entries:
+        if "loss" in entry:
+            losses.setdefault(entry["epoch"] + 1, []).append(entry["loss"])
+    if not losses:
+        raise UserError(f"a run must have finished a step before its curves are drawn, but {run} has none.")
+    bleus = {entry["epoch"]: entry["bleu4"] for entry in entries if "bleu4" in entry}
+    return {epoch: float(np.mean(values)) for epoch, values in losses.items()}, bleus
