@@ -19,14 +19,15 @@ def train(*, stage: str | None = None, recipe: str | None = None, **overrides: s
     """
     config = resolve(stage, recipe, overrides)
     stop = StopRequest()
-    from flallm_ds.training.build import (
-        build_task,  # slow imports come after the options are known to be right
-    )
+    # Slow imports come after the options are known to be right.
+    from flallm_ds.training.build import build_task, stage_1_export
     from flallm_ds.training.run_folder import run_folder
     from flallm_ds.training.trainer import Trainer
 
     world = dist.start()
     try:
+        if config.stage == "llm":
+            stage_1_export(config)  # before minutes of preparation
         if config.data.shards == quickstart_visual().data.shards:
             dist.main_first(prepare, world)
         with run_folder(config, world) as folder:

@@ -113,6 +113,14 @@ def test_stage_llm_without_stage_1_says_which_command_makes_it(
     assert "launch/train.py --stage visual" in sentence
 
 
+def test_stage_llm_without_stage_1_prepares_nothing(
+    refused: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "prepare", lambda: pytest.fail("minutes of work before the refusal"))
+    given = (f"--run={tmp_path / 'run'}", f"--visual_run={tmp_path / 'visual'}")
+    assert "launch/train.py --stage visual" in refused(train.train, "--stage=llm", *given)
+
+
 def test_a_stage_1_export_of_another_width(refused: Run, tmp_path: Path, tiny_corpus: Path) -> None:
     best = tmp_path / "visual" / "best"
     best.mkdir(parents=True)

@@ -102,7 +102,7 @@ def build_task(config: RunConfig, folder: Path, world: World) -> Task:
     ds.check_compilation_locks()
     torch.manual_seed(config.train.seed)  # the same initial weights on every rank
     codec = _open_codec(config, folder, train_index, world)
-    frozen = _frozen_encoder(config, world) if config.stage == "llm" else None
+    frozen = export.read_visual(stage_1_export(config)).to(world.device) if config.stage == "llm" else None
     model = (
         visual_model(config, codec, world)
         if frozen is None
@@ -228,8 +228,8 @@ def _load_imagenet(visual: VisualEncoder, weights: str, world: World) -> None:
             )
 
 
-def _frozen_encoder(config: RunConfig, world: World) -> VisualEncoder:
-    """Stage 1's visual encoder. Raises UserError where there is none or it is of another width."""
+def stage_1_export(config: RunConfig) -> Path:
+    """The export that stage llm begins with. Raises UserError where there is none or of another width."""
     try:
         folder = export.find(config.visual_run or "")
     except UserError as error:
@@ -243,7 +243,7 @@ def _frozen_encoder(config: RunConfig, world: World) -> VisualEncoder:
             f"visual.width must be {settings['visual']['width']} as in the stage-1 result {folder}, but is "
             f"{config.visual.width}. Give --visual.width={settings['visual']['width']} or a --visual_run."
         )
-    return export.read_visual(folder).to(world.device)
+    return folder
 
 
 def llm_model(
