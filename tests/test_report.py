@@ -37,6 +37,12 @@ def test_curves_hold_each_epochs_mean_loss_and_its_score(tmp_path: Path) -> None
     assert picture is not None and picture.shape[1] > 500 and picture.std() > 5
 
 
+def test_a_picture_in_a_missing_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "epoch": 0, "loss": 3.0}\n')
+    with pytest.raises(UserError, match="--out"):
+        draw_curves(tmp_path / "none" / "curves.png", [tmp_path])
+
+
 def test_a_run_without_a_step_has_no_curves(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="finished a step"):
         draw_curves(tmp_path / "curves.png", [tmp_path])

@@ -87,8 +87,20 @@ def draw_strip(
             loc="left",
             fontsize=11,
         )
-    figure.savefig(path, dpi=110, bbox_inches="tight")
-    pyplot.close(figure)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    from matplotlib import pyplot
+
+    try:
+        figure.savefig(path, dpi=110, bbox_inches="tight")
+    except OSError as error:
+        raise UserError(
+            f"the picture must go where it can be written, but {path}: {error.strerror}. Give another --out."
+        ) from error
+    finally:
+        pyplot.close(figure)
 
 
 def strip_of_run(run: Path, out: Path, split: str, num_clips: int) -> None:
@@ -134,8 +146,7 @@ def draw_curves(path: Path, runs: Sequence[Path]) -> None:
     for axis in (left, right):
         axis.grid(alpha=0.3)
     left.legend()
-    figure.savefig(path, dpi=110, bbox_inches="tight")
-    pyplot.close(figure)
+    _save(figure, path)
 
 
 def by_epoch(run: Path) -> tuple[dict[int, float], dict[int, float]]:
