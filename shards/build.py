@@ -11,7 +11,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from flallm_ds import command
 from flallm_ds.data.index import Shard
 from flallm_ds.data.video import BrokenVideo, Video, image_paths
 from flallm_ds.errors import UserError
-from shards import pool
+from shards import pool, stats
 from shards.corpora import SPLITS, Corpus, Row, how2sign, manifest, phoenix14t
 from shards.writer import SHARD_NAME, ShardWriter, check_free, new_folder, write_index
 
@@ -140,9 +139,9 @@ def build(corpus_name: str, source: Path, out: Path, options: Options, **own: An
             options=recorded(options) | own,
             splits=splits,
             skipped=count_faults(sorted(faults, key=lambda fault: fault.sentence)),
-            notes=notes + overlap_notes(splits),
+            notes=notes + stats.overlap_notes(rows_of(splits)),
         )
-    print_report(out, splits, count_faults(faults), notes + overlap_notes(splits))
+    print_report(out, splits, count_faults(faults), notes + stats.overlap_notes(rows_of(splits)))
 
 
 def check_rows(rows: dict[str, list[Row]]) -> tuple[dict[str, list[tuple[str, Row]]], list[Fault]]:
@@ -300,18 +299,9 @@ def clamp_notes(jobs: list[Job], results: list[Done]) -> list[str]:
     ]
 
 
-def overlap_notes(splits: dict[str, tuple[list[dict[str, Any]], list[Shard]]]) -> list[str]:
-    """What two splits share: a source video in both is leakage, a signer or a text may be."""
-    notes = []
-    for one, other in combinations(splits, 2):
-        shared = []
-        for column, noun in (("video", "source videos"), ("signer", "signers"), ("text", "texts")):
-            both = {row[column] for row in splits[one][0]} & {row[column] for row in splits[other][0]} - {""}
-            if both:
-                shared.append(f"{len(both):,} {noun}")
-        if shared:
-            notes.append(f"{one} and {other} share {', '.join(shared)}")
-    return notes
+def rows_of(splits: dict[str, tuple[list[dict[str, Any]], list[Shard]]]) -> dict[str, list[dict[str, Any]]]:
+    """Each split's rows, without its tars."""
+    return {split: rows for split, (rows, _) in splits.items()}
 
 
 def print_report(
@@ -320,26 +310,13 @@ def print_report(
     skipped: dict[str, Any],
     notes: list[str],
 ) -> None:
-    print(f"{'split':6} {'clips':>8} {'frames':>11} {'hours':>8} {'signers':>8} {'vocabulary':>11} {'MB':>9}")
-    for split, (rows, tars) in splits.items():
-        num_frames = sum(row["num_frames"] for row in rows)
-        hours = sum(row["num_frames"] / row["fps"] for row in rows) / 3600
-        num_signers = len({row["signer"] for row in rows} - {""})
-        num_words = len({word for row in rows for word in _words(row)})
-        size = sum(tar.bytes for tar in tars) / 1e6
-        counts = f"{len(rows):8,} {num_frames:11,} {hours:8.2f} {num_signers:8,} {num_words:11,}"
-        print(f"{split:6} {counts} {size:9,.1f}")
+    print(stats.summarise(rows_of(splits)))
     for kind, entry in skipped.items():
         print(f"skipped, {kind}: {entry['count']:,}")
         print("".join(f"  {example}\n" for example in entry["examples"]), end="")
     for note in notes:
         print(f"note: {note}")
     print(f"shards are in {out}")
-
-
-def _words(row: dict[str, Any]) -> list[str]:
-    """The words of a text; its characters, where the language writes no spaces."""
-    return list(row["text"]) if row["language"].split("-")[0] in ("zh", "ja") else row["text"].split()
 
 
 def _some(ids: Sequence[str]) -> str:
