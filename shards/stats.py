@@ -50,17 +50,27 @@ def summarise(splits: Splits) -> str:
 
 
 def overlap_notes(splits: Splits) -> list[str]:
-    """One note for each pair of splits that share source videos (which is leakage), signers or texts."""
+    """What each pair of splits shares, with counts and examples: source videos, then signers and texts."""
+    return leakage_notes(splits) + _shared(splits, {"signer": "signers", "text": "texts"})
+
+
+def leakage_notes(splits: Splits) -> list[str]:
+    """One sentence for each pair of splits that were cut from the same source videos."""
+    return [f"{note}, which is leakage" for note in _shared(splits, {"video": "source videos"})]
+
+
+def _shared(splits: Splits, columns: Mapping[str, str]) -> list[str]:
+    """One sentence for each pair of splits with values in common; columns: name -> what they are called."""
     notes = []
     for one, other in combinations(splits, 2):
         shared = []
-        for column, noun in (("video", "source videos"), ("signer", "signers"), ("text", "texts")):
+        for column, noun in columns.items():
             both = {row[column] for row in splits[one]} & {row[column] for row in splits[other]} - {""}
             if both:
                 num_clips = sum(row[column] in both for row in splits[other])
-                shared.append(f"{len(both):,} {noun} ({num_clips:,} clips of {other}; {_some(sorted(both))})")
+                shared.append(f"{len(both):,} {noun} ({num_clips:,} clips of {other}: {_some(sorted(both))})")
         if shared:
-            notes.append(f"{one} and {other} share {', '.join(shared)}")
+            notes.append(f"{one} and {other} share {' and '.join(shared)}")
     return notes
 
 
