@@ -5,6 +5,7 @@ tables only: whether videos are there and decode is the build's business, the sa
 """
 
 import csv
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from flallm_ds.data.video import VIDEO_SUFFIXES, Box
 from flallm_ds.errors import UserError
 
 SPLITS = ("train", "dev", "test")
+SPLIT_NAMES = {name: name for name in SPLITS} | {"val": "dev", "valid": "dev", "validation": "dev"}
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Row:
     gloss: str = ""
     bbox: Box | None = None  # x0, y0, x1, y1 from 0 to 1: the part to keep
     image_fps: float = 25.0  # of a folder of frame images
+    stretch_hw: tuple[int, int] | None = None  # the size a frame is meant to be seen at, before short_side
 
 
 @dataclass(frozen=True)
@@ -89,9 +92,8 @@ def first_line(path: Path) -> str:
         raise UserError(f"a table must be readable, but {error.strerror}: {path}.") from error
 
 
-def videos_below(folder: Path) -> dict[str, Path]:
-    """Every video file below a folder, by its name without suffix; links to folders are followed."""
-    found: dict[str, Path] = {}
+def files_below(folder: Path) -> Iterator[Path]:
+    """Every file below a folder in a fixed order, hidden ones left out; links to folders are followed."""
     seen: set[str] = set()
     for place, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)
@@ -100,21 +102,51 @@ def videos_below(folder: Path) -> dict[str, Path]:
             continue
         seen.add(real)
         folders.sort()
-        for name in sorted(names):
-            path = Path(place, name)
-            if path.suffix.lower() in VIDEO_SUFFIXES and not name.startswith("."):
-                found.setdefault(path.stem, path)
+        yield from (Path(place, name) for name in sorted(names) if not name.startswith("."))
+
+
+def videos_below(folder: Path) -> dict[str, Path]:
+    """Every video file below a folder, by its name without suffix."""
+    found: dict[str, Path] = {}
+    for path in files_below(folder):
+        if path.suffix.lower() in VIDEO_SUFFIXES:
+            found.setdefault(path.stem, path)
     return found
 
 
-def read_seconds(value: str, what: str) -> float | None:
-    """A time in seconds, None for an empty one. Raises UserError that begins with `what` otherwise."""
-    if not value.strip():
+def find_file(source: Path, usual: str, pattern: str) -> Path | None:
+    """source/usual, or else the first file below whose name matches the pattern; None without one."""
+    if (source / usual).is_file():
+        return source / usual
+    return min(source.rglob(pattern), default=None)
+
+
+def read_seconds(value: str, what: str, required: bool = False) -> float | None:
+    """A time given as seconds or as h:m:s, None for an empty one unless it is required.
+
+    Raises UserError that begins with `what`.
+    """
+    if not value.strip() and not required:
         return None
     try:
-        seconds = float(value)
+        parts = [float(part) for part in value.split(":")]
     except ValueError:
-        seconds = -1.0
-    if not 0 <= seconds < 1e7:
-        raise UserError(f"{what} must be seconds from 0 up, but is {value!r}. Correct the table.")
+        parts = [-1.0]
+    seconds = sum(part * 60**place for place, part in enumerate(reversed(parts)))
+    if len(parts) > 3 or not all(0 <= part < 1e7 for part in parts) or seconds >= 1e7:
+        raise UserError(f"{what} must be seconds from 0 up, or h:m:s, but is {value!r}. Correct the table.")
     return seconds
+
+
+def read_split(value: str, what: str) -> str:
+    """train, dev or test by any of its names. Raises UserError that begins with `what`."""
+    split = SPLIT_NAMES.get(value.strip().lower())
+    if split is None:
+        raise UserError(f"{what} split must be one of {', '.join(SPLIT_NAMES)}, but is {value!r}.")
+    return split
+
+
+def split_of(video: str) -> str:
+    """train, dev or test (80, 10 and 10 %) for a source video, by its name alone: never by clip."""
+    percent = int.from_bytes(hashlib.sha256(video.encode()).digest()[:8], "big") % 100
+    return "train" if percent < 80 else "dev" if percent < 90 else "test"

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from flallm_ds.errors import UserError
-from shards.corpora import Corpus, Row, first_line, read_seconds, read_table, videos_below
+from shards.corpora import Corpus, Row, find_file, first_line, read_seconds, read_table, videos_below
 
 _COLUMNS = ("VIDEO_ID", "VIDEO_NAME", "SENTENCE_NAME", "START_REALIGNED", "END_REALIGNED", "SENTENCE")
 _OWN_SPLITS = {"train": "train", "dev": "val", "test": "test"}
@@ -52,8 +52,8 @@ def read_rows(
             raise UserError(f"{what} a sentence must be on one line, but a quote is never closed.")
         mended = mend_mojibake(text)
         num_garbled += mended != text
-        start_s = read_seconds(fields["START_REALIGNED"], f"{what} START_REALIGNED")
-        end_s = read_seconds(fields["END_REALIGNED"], f"{what} END_REALIGNED")
+        start_s = read_seconds(fields["START_REALIGNED"], f"{what} START_REALIGNED", required=raw)
+        end_s = read_seconds(fields["END_REALIGNED"], f"{what} END_REALIGNED", required=raw)
         name = fields["VIDEO_NAME"] if raw else fields["SENTENCE_NAME"]
         signer = re.search(r"-([0-9]+)-rgb_", fields["VIDEO_NAME"])
         rows.append(
@@ -101,8 +101,7 @@ def _byte(character: str) -> bytes:
 
 def _find_table(source: Path, split: str) -> Path:
     name = f"how2sign_realigned_{split}.csv"
-    usual = source / "sentence_level" / split / "text" / "en" / "raw_text" / "re_aligned" / name
-    found = usual if usual.is_file() else min(source.rglob(name), default=None)
+    found = find_file(source, f"sentence_level/{split}/text/en/raw_text/re_aligned/{name}", name)
     if found is None:
         raise UserError(
             f"the re-aligned table of every split must be there, but {name} is not below {source}. "

@@ -1,23 +1,21 @@
 """Any sign corpus by a manifest: CSV, TSV or JSON lines with a video and a text a row.
 
-Columns: video, text; optionally start, end (seconds within the video), split, signer, language, id, and bbox
-("x0,y0,x1,y1", each 0 to 1: the part of the picture to keep). A video is a file or a folder of frame images
-(25 a second); its path is relative to the manifest's folder. Without a split column, a video's clips go to
-train, dev or test (80, 10 and 10 %) by a hash of its path: never one video to two splits, and the same on
-every machine.
+Columns: video, text; optionally start, end (seconds or h:m:s within the video), split, signer, language, id,
+bbox ("x0,y0,x1,y1", each 0 to 1: the part of the picture to keep) and fps (of a folder of frame images; 25).
+A video is a file or a folder of frame images; its path is relative to the manifest's folder. Without a split
+column, a video's clips go to train, dev or test (80, 10 and 10 %) by a hash of its path: never one video to
+two splits, and the same on every machine.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from flallm_ds.errors import UserError
-from shards.corpora import SPLITS, Corpus, Row, read_seconds, read_table
+from shards.corpora import Corpus, Row, read_seconds, read_split, read_table, split_of
 
-_COLUMNS = ("video", "text", "start", "end", "split", "signer", "language", "id", "bbox")
-_SPLIT_NAMES = {name: name for name in SPLITS} | {"val": "dev", "valid": "dev", "validation": "dev"}
+_COLUMNS = ("video", "text", "start", "end", "split", "signer", "language", "id", "bbox", "fps")
 
 
 def read(source: Path, splits: tuple[str, ...], *, language: str = "") -> Corpus:
@@ -51,9 +49,7 @@ def _read_row(fields: dict[str, str], folder: Path, language: str, what: str) ->
     end_s = read_seconds(fields.get("end", ""), f"{what} end")
     if end_s is not None and end_s <= (start_s or 0.0):
         raise UserError(f"{what} end must be above start, but is {end_s:g}. Correct the manifest.")
-    split = fields.get("split", "").strip().lower()
-    if split and split not in _SPLIT_NAMES:
-        raise UserError(f"{what} split must be one of {', '.join(_SPLIT_NAMES)}, but is {split!r}.")
+    split = fields.get("split", "").strip()
     row = Row(
         id=fields.get("id", "").strip() or _made_id(video, start_s, end_s),
         path=folder / video,
@@ -64,14 +60,9 @@ def _read_row(fields: dict[str, str], folder: Path, language: str, what: str) ->
         start_s=start_s,
         end_s=end_s,
         bbox=_read_box(fields.get("bbox", ""), what),
+        image_fps=_read_fps(fields.get("fps", ""), what),
     )
-    return _SPLIT_NAMES[split] if split else split_of(video), row
-
-
-def split_of(video: str) -> str:
-    """train, dev or test for a source video, by its name alone."""
-    percent = int.from_bytes(hashlib.sha256(video.encode()).digest()[:8], "big") % 100
-    return "train" if percent < 80 else "dev" if percent < 90 else "test"
+    return read_split(split, what) if split else split_of(video), row
 
 
 def _made_id(video: str, start_s: float | None, end_s: float | None) -> str:
@@ -88,6 +79,18 @@ def _read_box(value: str, what: str) -> tuple[float, float, float, float] | None
     if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
         raise UserError(f"{what} bbox must be x0,y0,x1,y1 with each from 0 to 1, but is {value!r}.")
     return x0, y0, x1, y1
+
+
+def _read_fps(value: str, what: str) -> float:
+    if not value.strip():
+        return Row.image_fps
+    try:
+        fps = float(value)
+    except ValueError:
+        fps = 0.0
+    if not 1 <= fps <= 480:
+        raise UserError(f"{what} fps must be from 1 to 480, but is {value!r}. Correct the manifest.")
+    return fps
 
 
 def _read_lines(source: Path) -> Iterator[tuple[int, dict[str, str]]]:

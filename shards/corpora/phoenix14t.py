@@ -1,8 +1,9 @@
 """RWTH-PHOENIX-Weather 2014 T: German sign language weather forecasts, folders of PNG frames at 25 fps.
 
-The frames are 210x260, squeezed from 210x300, and stored so: training scales them to a square anyway. Texts
-are kept as the tables have them (lower case, no final period); tables that end every sentence in " ." score
-about 1.1 BLEU-4 higher, which the metric's rule must say, not the shards hide.
+The frames are 210x260, squeezed from 210x300, and stored so unless asked otherwise: training scales them to a
+square anyway. Texts are kept as the tables have them (lower case, no final period); tables that
+end every sentence in " ." score about 1.1 BLEU-4 higher, which the metric's rule must say, not the shards
+hide.
 """
 
 import re
@@ -12,19 +13,26 @@ from flallm_ds.errors import UserError
 from shards.corpora import Corpus, Row, read_table
 
 FPS = 25.0
+SEEN_HW = (300, 210)  # "to undistort stretch images to 210x300", says the release's README
 _COLUMNS = ("name", "video", "speaker", "orth", "translation")
 _ROOTS = ("", "PHOENIX-2014-T", "PHOENIX-2014-T-release-v3/PHOENIX-2014-T")
 
 
-def read(source: Path, splits: tuple[str, ...]) -> Corpus:
-    """PHOENIX14T. --source: the release, the PHOENIX-2014-T folder in it, or the folder that holds it."""
+def read(source: Path, splits: tuple[str, ...], *, stretch: bool = False) -> Corpus:
+    """PHOENIX14T. --source: the release, the PHOENIX-2014-T folder in it, or the folder that holds it.
+
+    --stretch=true stores frames as they are meant to be seen, 210x300 instead of the squeezed 210x260.
+    """
     root = find_root(source)
     frames = root / "features" / "fullFrame-210x260px"
-    rows = {}
+    rows, notes = {}, []
     for split in splits:
         table = root / "annotations" / "manual" / f"PHOENIX-2014-T.{split}.corpus.csv"
-        rows[split] = read_rows(table, frames / split)
-    return Corpus("phoenix14t", "de", rows)
+        rows[split] = read_rows(table, frames / split, SEEN_HW if stretch else None)
+        num_dots = sum(row.text.endswith(" .") for row in rows[split])
+        if num_dots:
+            notes.append(f'{split}: {num_dots:,} texts end in " ." and are kept so; the usual table has none')
+    return Corpus("phoenix14t", "de", rows, notes)
 
 
 def find_root(source: Path) -> Path:
@@ -38,7 +46,7 @@ def find_root(source: Path) -> Path:
     )
 
 
-def read_rows(table: Path, frames: Path) -> list[Row]:
+def read_rows(table: Path, frames: Path, stretch_hw: tuple[int, int] | None = None) -> list[Row]:
     """The rows of one table, `|` between fields and no quoting; `frames` holds a folder for each clip."""
     return [
         Row(
@@ -50,6 +58,7 @@ def read_rows(table: Path, frames: Path) -> list[Row]:
             video=re.sub(r"-[0-9]+$", "", fields["name"]),  # the broadcast, without its clip's number
             gloss=fields["orth"].strip(),
             image_fps=FPS,
+            stretch_hw=stretch_hw,
         )
         for _, fields in read_table(table, "|", _COLUMNS, quoted=False)
     ]
@@ -58,4 +67,5 @@ def read_rows(table: Path, frames: Path) -> list[Row]:
 def _frame_folder(frames: Path, pattern: str) -> Path:
     """The folder of `<name>/1/*.png`; most copies have no `/1`."""
     named = frames / re.sub(r"/[^/]*\*[^/]*$", "", pattern)
-    return named.parent if named.name == "1" and not named.is_dir() else named
+    clip = named.parent if named.name == "1" else named
+    return clip / "1" if (clip / "1").is_dir() else clip
