@@ -59,7 +59,7 @@ def run(
     The first exception of a job stops the others and is raised here.
     """
     num_workers = min(num_workers or num_cores(), len(jobs))
-    with tqdm(total=num_clips, unit="clip", desc=title, smoothing=0.05, mininterval=_bar_s()) as bar:
+    with tqdm(total=num_clips, unit="clip", desc=title, smoothing=0.05, mininterval=bar_s()) as bar:
         if num_workers <= 1:
             yield from _run_here(function, jobs, bar)
         else:
@@ -113,7 +113,7 @@ def _run_in_processes(
         pool.shutdown(cancel_futures=True)
 
 
-def _bar_s() -> float:
+def bar_s() -> float:
     """Seconds between two lines of progress: a log file keeps every one of them."""
     return 0.2 if sys.stderr.isatty() else 10.0
 

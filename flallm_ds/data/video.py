@@ -26,7 +26,7 @@ VIDEO_SUFFIXES = frozenset(
 
 # A playlist or a concatenation script disguised as a video would have FFmpeg open files and addresses of its
 # choice; real containers only, read from the disk only.
-_OPEN_OPTIONS = {
+OPEN_OPTIONS = {
     "protocol_whitelist": "file",
     "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,"
     "h264,hevc,m4v,obu,ivf,mjpeg,mxf,dv",
@@ -131,7 +131,7 @@ class Video:
             check_whole(self.path)
             # An absolute path cannot be taken for an address such as `pipe:`.
             with av.open(
-                str(self.path.absolute()), container_options=_OPEN_OPTIONS, metadata_errors="replace"
+                str(self.path.absolute()), container_options=OPEN_OPTIONS, metadata_errors="replace"
             ) as container:
                 stream = _video_stream(container, self.path)
                 stream.codec_context.thread_count = self._num_threads
