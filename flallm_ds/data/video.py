@@ -33,8 +33,11 @@ OPEN_OPTIONS = {
 }
 _REORDER = 8  # frames held back to put unordered timestamps in order (decoders reorder B-frames themselves)
 _EDGE_S = 1e-6  # a frame that begins at the span's start is in, one at its end is out
+_ROUNDED_S = 1e-3  # Matroska and FLV round times to milliseconds: a frame may come so much after its tick
+_MAX_STILL_S = 600  # timestamps that jump further are no times
 _DEFAULT_FPS = 25.0
 
+Margin = tuple[int, int, int, int]  # pixels off the top, right, bottom and left of the upright picture
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1, each 0 to 1 of width or height
 
 
@@ -66,47 +69,134 @@ class Video:
         *,
         short_side: int | None = None,
         box: Box | None = None,
+        margin_px: Margin | None = None,
+        stretch_hw: tuple[int, int] | None = None,
+        fps: float | None = None,
     ) -> Iterator[np.ndarray]:
         """uint8 frames of shape (height, width, 3), RGB, upright, all of the first one's size.
 
-        With a span: those shown at start_s <= time < end_s, from the video's beginning. With a box: that part
-        of the picture. With short_side: scaled down to it, never up; a file's frames are scaled while their
-        colours are converted, which takes a quarter of the time of doing one after the other.
-        Raises BrokenVideo if the video is missing, is no video, breaks, or has no frame in the span.
+        With a span: those that begin at start_s <= time < end_s of the video. With fps: what is
+        shown at each 1/fps s from the span's start; frames are left out, or the same array comes again.
+        With a box, or pixels off each side, or both: that part of the picture. With stretch_hw: as if the
+        whole picture had been brought to that height and width. With short_side: scaled down to it, never up;
+        a file's frames are scaled while their colours are converted, which takes a quarter of the time of
+        doing one after the other.
+        Raises BrokenVideo if the video is missing, is no video, breaks, has no frame in the span, or nothing
+        would be left of its picture.
         """
         timed = self._timed_images() if self.path.is_dir() else self._timed_frames(start_s)
-        begin_s = -np.inf if start_s is None else start_s - _EDGE_S
-        stop_s = np.inf if end_s is None else end_s - _EDGE_S
-        times: list[float] = []
-        last_s = 0.0
-        shape: tuple[int, ...] = ()
         self.past_end_s = 0.0
-        for time_s, picture in timed:
-            last_s = time_s
-            if time_s >= stop_s:
-                break
-            if time_s < begin_s:
-                continue
-            if isinstance(picture, Path):
-                frame = read_image(picture)
-            else:
-                frame = picture.read(None if box else short_side)
-            frame = crop_box(frame, box) if box else frame
-            frame = fit_short_side(frame, short_side) if short_side else frame
-            shape = shape or frame.shape
-            times.append(time_s)
-            yield frame if frame.shape == shape else cv2.resize(frame, shape[1::-1])
-        else:
-            if end_s is not None and self.fps:
-                self.past_end_s = max(0.0, end_s - last_s - 1 / self.fps)
-        if not times:
+        whole = not (box or margin_px or stretch_hw)
+        shown = self._at_rate(timed, start_s, end_s, fps) if fps else self._in_span(timed, start_s, end_s)
+        before: Path | _Picture | None = None
+        frame = np.empty(0, np.uint8)
+        for picture in shown:
+            if picture is not before:
+                read = (
+                    read_image(picture)
+                    if isinstance(picture, Path)
+                    else picture.read(short_side if whole else None)
+                )
+                fitted = self._fitted(read, short_side, box, margin_px, stretch_hw)
+                same = before is None or fitted.shape == frame.shape
+                frame = fitted if same else cv2.resize(fitted, frame.shape[1::-1])
+                before = picture
+            yield frame
+        if before is None:
             span = (
                 ""
                 if start_s is None and end_s is None
                 else f" from {start_s or 0} s to {end_s or 'its end'} s"
             )
             raise BrokenVideo(f"a video must hold frames{span}, but none is there: {self.path}.")
-        self.fps = _measured_fps(times, self.fps)
+
+    def _fitted(
+        self,
+        frame: np.ndarray,
+        short_side: int | None,
+        box: Box | None,
+        margin_px: Margin | None,
+        stretch_hw: tuple[int, int] | None,
+    ) -> np.ndarray:
+        """The part of the frame that is asked for, at the size that is asked for, resampled once."""
+        height, width = frame.shape[:2]
+        if box or margin_px:
+            frame = self._cut(frame, box or (0.0, 0.0, 1.0, 1.0), margin_px or (0, 0, 0, 0))
+        if stretch_hw is None:
+            return fit_short_side(frame, short_side) if short_side else frame
+        stretched_h = max(1, round(frame.shape[0] * stretch_hw[0] / height))
+        stretched_w = max(1, round(frame.shape[1] * stretch_hw[1] / width))
+        return _resize(frame, *fitted_size(stretched_h, stretched_w, short_side or 2**31))
+
+    def _cut(self, frame: np.ndarray, box: Box, margin_px: Margin) -> np.ndarray:
+        """What lies within the box and not within the margins."""
+        height, width = frame.shape[:2]
+        left, top, right, bottom = box_px(box, height, width)
+        top, right = max(top, margin_px[0]), min(right, width - margin_px[1])
+        bottom, left = min(bottom, height - margin_px[2]), max(left, margin_px[3])
+        if top >= bottom or left >= right:
+            raise BrokenVideo(
+                f"a crop and margins must leave some of the picture, but leave nothing of {width}x{height} "
+                f"pixels: {self.path}."
+            )
+        return frame[top:bottom, left:right]
+
+    def _in_span(
+        self, timed: "Iterator[tuple[float, Path | _Picture]]", start_s: float | None, end_s: float | None
+    ) -> "Iterator[Path | _Picture]":
+        """The frames that begin in the span; sets `fps` and `past_end_s` at its end."""
+        begin_s = -np.inf if start_s is None else start_s - _EDGE_S
+        stop_s = np.inf if end_s is None else end_s - _EDGE_S
+        times: list[float] = []
+        last_s = 0.0
+        for time_s, picture in timed:
+            last_s = time_s
+            if time_s >= stop_s:
+                break
+            if time_s >= begin_s:
+                times.append(time_s)
+                yield picture
+        else:
+            if end_s is not None and self.fps:
+                self.past_end_s = max(0.0, end_s - last_s - 1 / self.fps)
+        if times:
+            self.fps = _measured_fps(times, self.fps)
+
+    def _at_rate(
+        self,
+        timed: "Iterator[tuple[float, Path | _Picture]]",
+        start_s: float | None,
+        end_s: float | None,
+        rate: float,
+    ) -> "Iterator[Path | _Picture]":
+        """What is shown at each 1/rate s of the span, by the frames' times; sets `fps` and `past_end_s`."""
+        stop_s = np.inf if end_s is None else end_s - _EDGE_S
+        times: list[float] = []
+        shown: Path | _Picture | None = None
+        tick = 0
+        for time_s, picture in timed:
+            start_s = time_s if start_s is None else start_s
+            if min(time_s, stop_s) - max(start_s, times[-1] if times else start_s) > _MAX_STILL_S:
+                raise BrokenVideo(
+                    f"a frame must be shown for {_MAX_STILL_S} s at most, but one is until {time_s:.0f} s: "
+                    f"{self.path}."
+                )
+            while start_s + tick / rate < min(stop_s, time_s - _ROUNDED_S):
+                if shown is not None:
+                    yield shown
+                tick += 1
+            if start_s + tick / rate >= stop_s:
+                break
+            times.append(time_s)
+            shown = picture
+        else:
+            if shown is not None and start_s is not None:
+                until_s = times[-1] + 1 / _measured_fps(times, self.fps)
+                while start_s + tick / rate < min(stop_s, until_s - _ROUNDED_S):
+                    yield shown
+                    tick += 1
+                self.past_end_s = max(0.0, end_s - until_s) if end_s is not None else 0.0
+        self.fps = rate
 
     def _timed_images(self) -> "Iterator[tuple[float, Path | _Picture]]":
         self.fps = self._image_fps
@@ -204,18 +294,23 @@ def fitted_size(height: int, width: int, short_side: int) -> tuple[int, int]:
 def fit_short_side(frame: np.ndarray, short_side: int) -> np.ndarray:
     """The frame with its shorter side scaled down to `short_side` pixels, never up."""
     height, width = fitted_size(frame.shape[0], frame.shape[1], short_side)
+    return _resize(frame, height, width)
+
+
+def _resize(frame: np.ndarray, height: int, width: int) -> np.ndarray:
     if (height, width) == frame.shape[:2]:
         return frame
-    scaled: np.ndarray = cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA)
+    smaller = height <= frame.shape[0] and width <= frame.shape[1]
+    scaled: np.ndarray = cv2.resize(
+        frame, (width, height), interpolation=cv2.INTER_AREA if smaller else cv2.INTER_LINEAR
+    )
     return scaled
 
 
-def crop_box(frame: np.ndarray, box: Box) -> np.ndarray:
-    """The part of the frame within x0, y0, x1, y1 (each 0 to 1 of width or height), at least one pixel."""
-    height, width = frame.shape[:2]
+def box_px(box: Box, height: int, width: int) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) of a box in pixels of a picture, at least one pixel."""
     left, top = min(int(box[0] * width), width - 1), min(int(box[1] * height), height - 1)
-    right, bottom = max(round(box[2] * width), left + 1), max(round(box[3] * height), top + 1)
-    return frame[top:bottom, left:right]
+    return left, top, max(round(box[2] * width), left + 1), max(round(box[3] * height), top + 1)
 
 
 def image_paths(folder: Path) -> list[Path]:

@@ -6,8 +6,9 @@ import av
 import cv2
 import numpy as np
 import pytest
+from av.video.reformatter import ColorRange, Colorspace
 
-from flallm_ds.data.video import BrokenVideo, Video, crop_box, fit_short_side, read_frames
+from flallm_ds.data.video import BrokenVideo, Video, box_px, fit_short_side, read_frames
 
 SHARED = Path(os.environ.get("FLALLM_SHARED", Path(__file__).parents[3] / "shared")) / "data"
 EDGE = SHARED / "edge_videos"
@@ -205,4 +206,116 @@ def test_a_box_is_cut_before_scaling(tmp_path):
     cv2.imwrite(str(tmp_path / "1.png"), image)
     (frame,) = Video(tmp_path).frames(short_side=20, box=(0.25, 0.2, 0.75, 0.6))
     assert frame.shape == (20, 50, 3) and (frame == 255).all()
-    assert crop_box(image, (1.0, 1.0, 1.0, 1.0)).shape == (1, 1, 3)
+    assert box_px((1.0, 1.0, 1.0, 1.0), 100, 200) == (199, 99, 200, 100)
+
+
+def write_uneven(path: Path, times_ms: list[int]) -> Path:
+    """Frame number n is a flat grey of 8 n and is shown from times_ms[n] on."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=30, options={"g": "3", "crf": "4"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for number, time_ms in enumerate(times_ms):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 8 * number, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = time_ms, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("rate", "kept"),
+    [
+        (10, list(range(30))),
+        (5, list(range(0, 30, 2))),
+        (4, [0, 2, 5, 7, 10, 12, 15, 17, 20, 22, 25, 27]),
+        (20, [n // 2 for n in range(60)]),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_frames_are_taken_by_time_at_another_rate(tmp_path, rate, kept, suffix):
+    video = Video(write_video(tmp_path / f"x{suffix}"))
+    assert numbers(video.frames(fps=rate)) == kept and video.fps == rate
+
+
+def test_times_that_a_container_rounds_are_not_mistaken(tmp_path):
+    path = write_uneven(tmp_path / "x.mkv", [round(1000 * n / 30) for n in range(30)])
+    assert numbers(Video(path).frames(fps=15)) == list(range(0, 30, 2))
+    assert numbers(Video(path).frames(0.2, 0.6, fps=15)) == [6, 8, 10, 12, 14, 16]
+
+
+@pytest.mark.parametrize("suffix", [".mkv", ".mp4"])
+def test_a_variable_rate_is_made_even_by_time(tmp_path, suffix):
+    path = write_uneven(tmp_path / f"x{suffix}", [0, 40, 80, 1000, 1040, 1500, 2000])
+    video = Video(path)
+    shown = [0, 2, 2, 2, 2, 2, 2, 2, 2, 2, 3, 4, 4, 4, 4, 5, 5, 5, 5, 5, 6, 6, 6, 6]
+    assert numbers(video.frames(fps=10)) == shown and video.fps == 10
+    assert numbers(video.frames(0.5, 1.2, fps=10)) == [2, 2, 2, 2, 2, 3, 4]
+    assert numbers(video.frames(0.5, 1.2)) == [3, 4]
+    assert list(video.frames(1.5, 9.0, fps=1))[-1] is not None and video.past_end_s > 5
+    with pytest.raises(BrokenVideo, match="from 7.0 s"):
+        list(video.frames(7.0, 8.0, fps=10))
+
+
+def test_timestamps_that_jump_by_hours_are_refused_and_not_filled(tmp_path):
+    path = write_uneven(tmp_path / "x.mkv", [0, 40, 80_000_000])
+    with pytest.raises(BrokenVideo, match=r"600 s at most, but one is until 80000 s: .*x\.mkv"):
+        list(Video(path).frames(fps=25))
+    assert numbers(Video(path).frames(0, 0.2, fps=25)) == [0, 1, 1, 1, 1]
+
+
+def test_a_frame_that_is_shown_twice_is_read_once(tmp_path):
+    for number in range(2):
+        cv2.imwrite(str(tmp_path / f"{number}.png"), np.full((4, 4, 3), 8 * number, np.uint8))
+    frames = list(Video(tmp_path, image_fps=10).frames(fps=20))
+    assert numbers(frames) == [0, 0, 1, 1] and frames[0] is frames[1] and frames[2] is frames[3]
+
+
+def test_margins_and_a_box_are_cut_and_the_rest_is_stretched(tmp_path):
+    image = np.zeros((100, 200, 3), np.uint8)
+    image[20:60, 50:150] = 255
+    cv2.imwrite(str(tmp_path / "1.png"), image)
+    video = Video(tmp_path)
+    (frame,) = video.frames(margin_px=(20, 50, 40, 50))
+    assert frame.shape == (40, 100, 3) and (frame == 255).all()
+    (frame,) = video.frames(margin_px=(20, 0, 40, 0), box=(0.25, 0.0, 0.75, 1.0), stretch_hw=(200, 200))
+    assert frame.shape == (80, 100, 3) and (frame == 255).all()
+    (frame,) = video.frames(stretch_hw=(200, 200), short_side=50)
+    assert frame.shape == (50, 50, 3) and frame[10:30, 13:37].min() == 255 and frame[:9].max() == 0
+    with pytest.raises(BrokenVideo, match="leave nothing of 200x100 pixels"):
+        list(video.frames(margin_px=(50, 0, 50, 0)))
+
+
+@pytest.mark.parametrize(
+    ("codec", "pixels", "full"),
+    [("libx264", "yuv420p", False), ("libx264", "yuvj420p", True), ("libx265", "yuv420p10le", False)],
+)
+def test_colours_come_through_by_the_files_own_range_and_depth(tmp_path, codec, pixels, full):
+    colour = np.array([200, 40, 90])
+    path = tmp_path / "x.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=10, options={"crf": "4", "x265-params": "log-level=none"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, pixels
+        context = stream.codec_context
+        context.colorspace = Colorspace.ITU709
+        context.color_range = ColorRange.JPEG if full else ColorRange.MPEG
+        for _ in range(3):
+            rgb = av.VideoFrame.from_ndarray(np.full((48, 64, 3), colour, np.uint8), format="rgb24")
+            frame = rgb.reformat(
+                format=pixels, dst_colorspace=Colorspace.ITU709, dst_color_range=context.color_range
+            )
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    for frame in read_frames(path):
+        assert np.abs(frame.reshape(-1, 3).mean(0) - colour).max() < 5
+
+
+@needs_shared
+@pytest.mark.parametrize("name", ["video_90.mov", "video_270.mov"])
+def test_turned_files_are_shown_upright(name):
+    """Both show one scene; the recorder's matrix alone says which way is up."""
+    with av.open(str(EDGE / name)) as container:
+        stored = next(container.decode(video=0)).to_ndarray(format="rgb24")
+    frame = next(read_frames(EDGE / name))
+    turned = np.rot90(stored, -1 if name == "video_90.mov" else 1)
+    assert np.abs(frame.astype(int) - turned).mean() < 3
