@@ -132,7 +132,7 @@ def read_seconds(value: str, what: str, required: bool = False) -> float | None:
         parts = [float(part) for part in value.split(":")]
     except ValueError:
         parts = [-1.0]
-    seconds = sum(part * 60**place for place, part in enumerate(reversed(parts)))
+    seconds = sum(part * 60.0**place for place, part in enumerate(reversed(parts)))
     if len(parts) > 3 or not all(0 <= part < 1e7 for part in parts) or seconds >= 1e7:
         raise UserError(f"{what} must be seconds from 0 up, or h:m:s, but is {value!r}. Correct the table.")
     return seconds
@@ -150,3 +150,8 @@ def split_of(video: str) -> str:
     """train, dev or test (80, 10 and 10 %) for a source video, by its name alone: never by clip."""
     percent = int.from_bytes(hashlib.sha256(video.encode()).digest()[:8], "big") % 100
     return "train" if percent < 80 else "dev" if percent < 90 else "test"
+
+
+def first_of(names: Sequence[str]) -> str:
+    """The first three, for a note."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

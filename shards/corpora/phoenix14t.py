@@ -1,9 +1,8 @@
 """RWTH-PHOENIX-Weather 2014 T: German sign language weather forecasts, folders of PNG frames at 25 fps.
 
 The frames are 210x260, squeezed from 210x300, and stored so unless asked otherwise: training scales them to a
-square anyway. Texts are kept as the tables have them (lower case, no final period); tables that
-end every sentence in " ." score about 1.1 BLEU-4 higher, which the metric's rule must say, not the shards
-hide.
+square anyway. Texts are kept as the tables have them (lower case, no final period); tables that end every
+sentence in " ." score about 1.1 BLEU-4 higher, which the metric's rule must say, not the shards hide.
 """
 
 import re
