@@ -26,12 +26,26 @@ from flallm_ds.data.index import Shard
 from flallm_ds.data.video import BrokenVideo, Video, image_paths
 from flallm_ds.errors import UserError
 from shards import pool, stats
-from shards.corpora import SPLITS, Corpus, Row, how2sign, manifest, phoenix14t
+from shards.corpora import (
+    SPLITS,
+    Corpus,
+    Row,
+    csl_daily,
+    how2sign,
+    manifest,
+    openasl,
+    phoenix14t,
+    youtube_asl,
+)
 from shards.writer import SHARD_NAME, ShardWriter, check_free, new_folder, write_index
 
 CORPORA: dict[str, Callable[..., Corpus]] = {
     "phoenix14t": phoenix14t.read,
+    "csl_daily": csl_daily.read,
     "how2sign": how2sign.read,
+    "openasl": openasl.read,
+    "youtube_asl": youtube_asl.read,
+    "youtube_sl25": youtube_asl.read_sl25,
     "manifest": manifest.read,
 }
 SHUFFLE_SEED = 0  # of the order in which a training split's clips are put into shards
