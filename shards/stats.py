@@ -161,7 +161,7 @@ def _histogram(splits: Splits) -> list[str]:
     most = max(float(share.max()) for share in shares.values())
     columns = "".join(f"  {split:{_BAR_CHARS + 9}}" for split in splits)
     lines = [f"{'seconds':14} {'frames':14}{columns}" if fps else f"{'seconds':14}{columns}"]
-    for number in range(num_bins + 1):
+    for number in range(num_bins + any(share[num_bins] for share in shares.values())):
         low, high = number * width, (number + 1) * width
         last = number == num_bins
         line = f"{low:g} and over" if last else f"{low:g} to {high:g}"
