@@ -1,11 +1,13 @@
 """Frames to pixels on the device: squash to a square, crop, rotate, scale, shift, normalise; one resampling.
 
 One random draw per clip, never per frame: jitter between frames reads as motion. Never a horizontal flip:
-handedness is meaning.
+handedness is meaning. On a GPU this is one Triton kernel (`preprocess_triton.py`), elsewhere `resample`.
 """
 
 import math
+import subprocess
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch.nn import functional as F
@@ -32,21 +34,18 @@ class Preprocess:
     crop_size: int
     augment: bool = True
 
-    def __call__(self, batch: Batch, train: bool, device: torch.device) -> torch.Tensor:
-        """pixels_NCHW, float32, normalised as ImageNet's."""
+    def __call__(
+        self, batch: Batch, train: bool, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
+        """pixels_NCHW of `dtype`, normalised as ImageNet's. Nothing here waits for the device."""
         frames_NHWC = batch.frames_NHWC.to(device, non_blocking=True)
         height, width = frames_NHWC.shape[1:3]
         theta_B23 = self.affine(batch.draws_B9, batch.size_B2, (height, width), train)
-        frames_NCHW = frames_NHWC.permute(0, 3, 1, 2).float()
-        shape = (len(theta_B23), 3, self.crop_size, self.crop_size)
-        grid_BHW2 = F.affine_grid(theta_B23.to(device), list(shape), align_corners=False)
-        grid_NHW2 = grid_BHW2.repeat_interleave(
-            batch.num_frames_B.to(device), dim=0, output_size=len(frames_NCHW)
-        )
-        pixels_NCHW = F.grid_sample(frames_NCHW, grid_NHW2, mode="bilinear", align_corners=False)
-        mean = torch.tensor(IMAGENET_MEAN, device=device).view(1, 3, 1, 1) * 255
-        std = torch.tensor(IMAGENET_STD, device=device).view(1, 3, 1, 1) * 255
-        return (pixels_NCHW - mean) / std
+        clips_N = torch.arange(len(theta_B23), dtype=torch.int32).repeat_interleave(batch.num_frames_B)
+        function = _fused if device.type == "cuda" and _can_fuse(device) else resample
+        # non_blocking, though not pinned: CUDA has read so small a source before the call returns.
+        theta_B23, clips_N = (t.to(device, non_blocking=True) for t in (theta_B23, clips_N))
+        return function(frames_NHWC, theta_B23, clips_N, self.crop_size, dtype)
 
     def affine(
         self, draws_B9: torch.Tensor, size_B2: torch.Tensor, canvas_hw: tuple[int, int], train: bool
@@ -82,3 +81,60 @@ class Preprocess:
         angle = torch.where(used_B3[:, 0], rotate * math.radians(MAX_DEGREES), 0.0)
         scale = torch.where(used_B3[:, 1], 1 + zoom * MAX_SCALE, 1.0)
         return angle, scale, torch.where(used_B3[:, 2:3], shift * MAX_SHIFT, 0.0)
+
+
+def resample(
+    frames_NHWC: torch.Tensor,
+    theta_B23: torch.Tensor,
+    clips_N: torch.Tensor,
+    crop_size: int,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """pixels_NCHW by PyTorch's own functions, on any device; what the kernel is checked against.
+
+    theta_B23: as `affine_grid` takes it. clips_N: int32, the clip of each frame.
+    """
+    frames_NCHW = frames_NHWC.permute(0, 3, 1, 2).float()
+    shape = (len(theta_B23), 3, crop_size, crop_size)
+    grid_BHW2 = F.affine_grid(theta_B23, list(shape), align_corners=False)
+    grid_NHW2 = grid_BHW2.index_select(0, clips_N)
+    pixels_NCHW = F.grid_sample(frames_NCHW, grid_NHW2, mode="bilinear", align_corners=False)
+    device = frames_NHWC.device
+    mean = torch.tensor(IMAGENET_MEAN, device=device).view(1, 3, 1, 1) * 255
+    std = torch.tensor(IMAGENET_STD, device=device).view(1, 3, 1, 1) * 255
+    return ((pixels_NCHW - mean) / std).to(dtype)
+
+
+def _fused(
+    frames_NHWC: torch.Tensor,
+    theta_B23: torch.Tensor,
+    clips_N: torch.Tensor,
+    crop_size: int,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    from flallm_ds import preprocess_triton
+
+    mean, std = (tuple(255 * v for v in values) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return preprocess_triton.resample(frames_NHWC, theta_B23, clips_N, crop_size, mean, std, dtype)
+
+
+@cache
+def _can_fuse(device: torch.device) -> bool:
+    """Whether the kernel runs here: Triton builds it at run time, with a C compiler and Python's headers."""
+    try:
+        _fused(
+            torch.zeros(1, 2, 2, 3, dtype=torch.uint8, device=device),
+            torch.zeros(1, 2, 3, device=device),
+            torch.zeros(1, dtype=torch.int32, device=device),
+            crop_size=2,
+        )
+    except ModuleNotFoundError:  # PyTorch's wheels bring Triton, other builds may not
+        return False
+    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        print(
+            f"warning: frames are preprocessed without the fused kernel, which needs Triton: {reason}",
+            flush=True,
+        )
+        return False
+    return True

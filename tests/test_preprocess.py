@@ -26,6 +26,8 @@ def batch_of(frames_NHWC: torch.Tensor, num_frames: list[int], draws=None, sizes
         target_ids_BL=torch.zeros(num_clips, 1, dtype=torch.long),
         keys=("k",) * num_clips,
         texts=("",) * num_clips,
+        corpora=("c",) * num_clips,
+        languages=("de",) * num_clips,
         real_B=(True,) * num_clips,
     )
 
