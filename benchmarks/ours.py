@@ -1,0 +1,98 @@
+"""Where the benchmarks touch flallm_ds: the index, the plan and the loader, each opened in one place."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import simplejpeg
+
+from flallm_ds.data.clip_format import frame_spans
+from flallm_ds.data.index import Index, load_index
+from flallm_ds.data.plan import EpochPlan, Plan
+from flallm_ds.data.sampling import FrameSampling
+
+if TYPE_CHECKING:
+    from flallm_ds.contracts import Batch
+    from flallm_ds.data.text import TextCodec
+
+SEED = 1
+
+
+def load(shards: Path) -> Index:
+    return load_index(shards, "train")
+
+
+def plan_of(index: Index, *, keep_every: int, batch_clips: int, slices: int) -> Plan:
+    num_kept = FrameSampling(keep_every).num_kept(index.num_frames, index.arrays["fps"])
+    return Plan(index.fingerprint, num_kept, index.arrays["shard"], SEED, batch_clips, slices)
+
+
+class OurLoader:
+    """The loader on one rank, one micro-batch a step, over `epochs` epochs as one.
+
+    The benchmark's few clips are read again and again, as if the corpus were as large as a real one: what a
+    run pays once an epoch (threads, memory) must not be paid every few steps.
+    """
+
+    def __init__(
+        self, shards: Path, keep_every: int, batch_clips: int, threads: int, epochs: int = 1
+    ) -> None:
+        # Not above: torch takes seconds to import, and the plan has no use for it.
+        from flallm_ds.data.loader import ClipReader, Loader
+
+        index = load(shards)
+        plan = plan_of(index, keep_every=keep_every, batch_clips=batch_clips, slices=1)
+        reader = ClipReader(index, FrameSampling(keep_every), SEED, train=True)
+        order = _joined([plan.epoch(epoch) for epoch in range(epochs)])
+        self._loader = Loader(reader, order, small_codec(index), threads=threads)
+
+    def batches(self) -> Iterator["Batch"]:
+        yield from self._loader
+
+
+def _joined(epochs: list[EpochPlan]) -> EpochPlan:
+    num_clips = [len(epoch.order) for epoch in epochs]
+    begins = np.cumsum([0, *num_clips[:-1]])
+    return EpochPlan(
+        order=np.concatenate([epoch.order for epoch in epochs]),
+        passes=np.concatenate([epoch.passes for epoch in epochs]),
+        ends=np.concatenate([epoch.ends + begin for epoch, begin in zip(epochs, begins, strict=True)]),
+        num_kept=epochs[0].num_kept,
+        slices=epochs[0].slices,
+    )
+
+
+def small_codec(index: Index) -> "TextCodec":
+    """A tokenizer trained on the clips' own texts, of the class that mBART has."""
+    from flallm_ds.data.text import TextCodec
+    from flallm_ds.standin_llm import train_tokenizer
+
+    return TextCodec(train_tokenizer(list(index.strings("text")), 200, "de_DE"), "de_DE")
+
+
+def tar_of(index: Index, row: int) -> Path:
+    return Path(index.root) / index.shards[int(index.arrays["shard"][row])].file
+
+
+def member(index: Index, row: int) -> bytes:
+    """A clip's bytes, by the index's offset."""
+    with tar_of(index, row).open("rb", buffering=0) as file:
+        return os.pread(file.fileno(), int(index.arrays["size"][row]), int(index.arrays["offset"][row]))
+
+
+def jpegs(index: Index, row: int) -> list[memoryview]:
+    """A clip's frames, still encoded."""
+    clip = memoryview(member(index, row))
+    return [clip[begin : begin + size] for begin, size in frame_spans(clip).tolist()]
+
+
+def decode_clip(index: Index, row: int, picks: np.ndarray) -> np.ndarray:
+    """The picked frames, uint8 (frames, height, width, 3), by the decoder that our loader uses."""
+    encoded = jpegs(index, row)
+    height, width = int(index.arrays["height"][row]), int(index.arrays["width"][row])
+    decoded = np.empty((len(picks), height, width, 3), np.uint8)
+    for place, pick in zip(decoded, picks.tolist(), strict=True):
+        simplejpeg.decode_jpeg(encoded[pick], "RGB", buffer=place)
+    return decoded

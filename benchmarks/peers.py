@@ -1,0 +1,286 @@
+"""Other ways of loading the same clips, each as its users run it, and the bound that none can pass.
+
+Where a way of doing it left a choice, the one that is cheaper for the peer was taken; its docstring says so.
+Texts are left out of all of them, while our own rows tokenize theirs.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import av
+import cv2
+import numpy as np
+import simplejpeg
+import torch
+import webdataset
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from benchmarks.measure import ROOT, Amount
+from benchmarks.ours import Index, decode_clip, jpegs, member, tar_of
+from flallm_ds.data.clip_format import frame_spans
+from flallm_ds.errors import UserError
+from flallm_ds.preprocess import IMAGENET_MEAN, IMAGENET_STD
+
+RESIZE, CROP = 256, 224
+SPDL_PACKAGES = ("spdl-io==0.8.0", "spdl-core==0.8.0", "av==18.0.0", "numpy")
+
+
+def batches_of(rows: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    for begin in range(0, len(rows), size):
+        yield rows[begin : begin + size]
+
+
+# --- one PNG after the other (GFSLT-VLP)
+
+
+class PngFolders:
+    """GFSLT-VLP's S2T_Dataset.load_imgs and collate_fn (datasets.py): frames as PNG files, pixels as float32.
+
+    Each frame: cv2.imread, cvtColor, PIL.Image.fromarray, resize to 256 by PIL's default (bicubic),
+    ToTensor and Normalize (torchvision's, written out here), then copied into a zeroed tensor of the clip as
+    a 224 crop, the same one for all its frames. Collating pads each clip by repeating its first frame 8 times
+    and its last one to a multiple of 4 and 8 more (one copy), and joins the clips (a second one).
+    Cheaper than the original: no augmentation (there it rotates and scales every frame with PIL in training),
+    no mask, no tokens. It has no 1 in 4: with `keep_every` the list of paths is thinned before any is read,
+    which is the cheapest it could do.
+    """
+
+    def __init__(self, clips: list[list[Path]], keep_every: int, batch_clips: int) -> None:
+        self._clips = [paths[::keep_every] for paths in clips]
+        self._batch_clips = batch_clips
+        self._rng = np.random.default_rng(0)
+        self._mean = torch.tensor(IMAGENET_MEAN).view(-1, 1, 1)
+        self._std = torch.tensor(IMAGENET_STD).view(-1, 1, 1)
+
+    def __call__(self) -> Amount:
+        for rows in batches_of(range(len(self._clips)), self._batch_clips):
+            self._collate([self._load(self._clips[row]) for row in rows])
+        return Amount(sum(map(len, self._clips)), len(self._clips))
+
+    def _load(self, paths: list[Path]) -> torch.Tensor:
+        pixels_TCHW = torch.zeros(len(paths), 3, CROP, CROP)
+        left, top = self._rng.integers(0, RESIZE - CROP, 2)
+        images = []
+        for path in paths:
+            image = cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)
+            images.append(Image.fromarray(image))
+        for place, image in enumerate(images):
+            image = image.resize((RESIZE, RESIZE))
+            pixels = torch.from_numpy(np.array(image, np.uint8, copy=True)).view(RESIZE, RESIZE, 3)
+            pixels = pixels.permute(2, 0, 1).contiguous().to(torch.float32).div(255)
+            pixels = pixels.clone().sub_(self._mean).div_(self._std).unsqueeze(0)
+            pixels_TCHW[place] = pixels[:, :, top : top + CROP, left : left + CROP]
+        return pixels_TCHW
+
+    def _collate(self, clips: list[torch.Tensor]) -> torch.Tensor:
+        longest = max(map(len, clips))
+        full = 8 + -(-longest // 4) * 4 + 8
+        padded = []
+        for clip in clips:
+            first = clip[0][None].expand(8, -1, -1, -1)
+            last = clip[-1][None].expand(full - len(clip) - 8, -1, -1, -1)
+            whole = torch.cat((first, clip, last), dim=0)
+            padded.append(whole[: -(-len(clip) // 4) * 4 + 16])
+        return torch.cat(padded, 0)
+
+
+# --- the shards' own bytes
+
+
+class BareLoop:
+    """The bound: the same JPEGs, already in memory, decoded one after the other into one small buffer."""
+
+    def __init__(self, index: Index, keep_every: int) -> None:
+        self._clips = [jpegs(index, row)[::keep_every] for row in range(len(index))]
+        self._buffer = np.empty((*index.frame_hw, 3), np.uint8)
+
+    def __call__(self) -> Amount:
+        buffer = self._buffer
+        for clip in self._clips:
+            for jpeg in clip:
+                simplejpeg.decode_jpeg(jpeg, "RGB", buffer=buffer)
+        return Amount(sum(map(len, self._clips)), len(self._clips))
+
+
+class _DecodedClips(Dataset[torch.Tensor]):
+    def __init__(self, index: Index, keep_every: int) -> None:
+        self._index, self._keep_every = index, keep_every
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, row: int) -> torch.Tensor:
+        picks = np.arange(0, int(self._index.num_frames[row]), self._keep_every)
+        return torch.from_numpy(decode_clip(self._index, row, picks))
+
+
+class TorchDataLoader:
+    """torch.utils.data.DataLoader: workers read a clip by its offset and decode its kept frames alone.
+
+    The decoder is ours; a batch is its clips joined, uint8. Workers live on from pass to pass, so that
+    starting them is not counted.
+    """
+
+    def __init__(self, index: Index, keep_every: int, batch_clips: int, workers: int) -> None:
+        self._num_clips = len(index)
+        self._loader = DataLoader(
+            _DecodedClips(index, keep_every),
+            batch_size=batch_clips,
+            shuffle=True,
+            num_workers=workers,
+            collate_fn=torch.cat,
+            persistent_workers=True,
+        )
+
+    def __call__(self) -> Amount:
+        return Amount(sum(len(frames_NHWC) for frames_NHWC in self._loader), self._num_clips)
+
+
+class PlainWebdataset:
+    """webdataset as it is mostly used: each frame a member `KEY.NNNN.jpg` of the tar, a sample all of a clip.
+
+    webdataset reads every member, kept or not. Then the kept ones are decoded by the decoder that we use, and
+    the clips of a batch are joined.
+    """
+
+    def __init__(self, tar: Path, keep_every: int, batch_clips: int) -> None:
+        self._tar, self._keep_every, self._batch_clips = str(tar), keep_every, batch_clips
+
+    def __call__(self) -> Amount:
+        num_frames = num_clips = 0
+        waiting: list[np.ndarray] = []
+        for sample in webdataset.WebDataset([self._tar], shardshuffle=False):
+            names = sorted(name for name in sample if name.endswith(".jpg"))[:: self._keep_every]
+            frames_THWC = np.stack([simplejpeg.decode_jpeg(sample[name], "RGB") for name in names])
+            num_frames, num_clips = num_frames + len(frames_THWC), num_clips + 1
+            waiting.append(frames_THWC)
+            if len(waiting) == self._batch_clips:
+                torch.from_numpy(np.concatenate(waiting))
+                waiting = []
+        return Amount(num_frames, num_clips)
+
+
+# --- the videos themselves
+
+
+class Mp4:
+    """Decoding the mp4 while training: PyAV, every frame decoded, kept ones scaled to a short side of 256.
+
+    One decoding thread, which costs the least CPU time, and bilinear scaling within the conversion to RGB.
+    A batch is its clips joined, uint8.
+    """
+
+    def __init__(self, paths: list[Path], keep_every: int, batch_clips: int) -> None:
+        self._paths, self._keep_every, self._batch_clips = paths, keep_every, batch_clips
+
+    def __call__(self) -> Amount:
+        num_frames = 0
+        for rows in batches_of(range(len(self._paths)), self._batch_clips):
+            clips = [self._decode(self._paths[row]) for row in rows]
+            by_shape: dict[tuple[int, ...], list[np.ndarray]] = {}
+            for clip in clips:
+                by_shape.setdefault(clip.shape[1:], []).append(clip)
+                num_frames += len(clip)
+            for same in by_shape.values():
+                torch.from_numpy(np.concatenate(same))
+        return Amount(num_frames, len(self._paths))
+
+    def _decode(self, path: Path) -> np.ndarray:
+        kept = []
+        with av.open(str(path.absolute())) as container:
+            stream = container.streams.video[0]
+            stream.codec_context.thread_count = 1
+            for number, frame in enumerate(container.decode(stream)):
+                if number % self._keep_every == 0:
+                    scale = RESIZE / min(frame.width, frame.height)
+                    small = frame.reformat(
+                        round(frame.width * scale),
+                        round(frame.height * scale),
+                        format="rgb24",
+                        interpolation="BILINEAR",
+                    )
+                    kept.append(small.to_ndarray())
+        return np.stack(kept)
+
+
+# --- SPDL
+
+
+def spdl_python(folder: Path) -> Path:
+    """The Python of an environment that holds SPDL and the FFmpeg of PyAV; made when it is not there.
+
+    Raises UserError if it cannot be installed.
+    """
+    python = folder / "bin" / "python"
+    ready = folder / "ready"
+    if ready.is_file() and ready.read_text().split() == list(SPDL_PACKAGES):
+        return python
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder.parent / ".gitignore").write_text("*\n")
+    for command in (
+        [sys.executable, "-m", "venv", "--clear", str(folder)],
+        [str(python), "-m", "pip", "install", "--quiet", *SPDL_PACKAGES],
+    ):
+        made = subprocess.run(command, capture_output=True, text=True, check=False)
+        if made.returncode:
+            reason = (made.stderr.strip().splitlines() or ["no reason given"])[-1]
+            raise UserError(f"SPDL must be installed into {folder.name}, but was not: {reason}")
+    # SPDL looks for FFmpeg's libraries by their plain names; in the wheel of PyAV they have a hash in them.
+    (libraries,) = folder.glob("lib/python*/site-packages/av.libs")
+    links = folder / "ffmpeg"
+    links.mkdir()
+    for library in libraries.glob("lib*.so.*"):
+        if library.name.startswith(("libav", "libsw")):
+            stem, _, version = library.name.partition(".so.")
+            (links / f"{stem.rsplit('-', 1)[0]}.so.{version.split('.')[0]}").symlink_to(library)
+    ready.write_text("\n".join(SPDL_PACKAGES))
+    return python
+
+
+class Spdl:
+    """SPDL's pipeline over the same shards, in a process of its own (benchmarks/spdl_child.py says how).
+
+    Its process stays, so that starting it is not counted. Clips are not joined to batches, which spares it a
+    copy.
+    """
+
+    def __init__(self, python: Path, index: Index, keep_every: int, threads: int, way: str) -> None:
+        folder = python.parents[1]
+        (libraries,) = folder.glob("lib/python*/site-packages/av.libs")
+        environment = os.environ | {
+            "LD_LIBRARY_PATH": f"{(folder / 'ffmpeg').absolute()}:{libraries.absolute()}"
+        }
+        clips = [
+            {
+                "path": str(tar_of(index, row).absolute()),
+                "offset": int(index.arrays["offset"][row]),
+                "size": int(index.arrays["size"][row]),
+                "spans": frame_spans(member(index, row))[::keep_every].tolist(),
+            }
+            for row in range(len(index))
+        ]
+        self._child = subprocess.Popen(
+            [str(python), str(ROOT / "benchmarks" / "spdl_child.py")],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+        )  # fmt: skip
+        self._ask({"clips": clips, "whole": keep_every == 1, "threads": threads, "way": way})
+
+    def __call__(self) -> Amount:
+        return Amount(**self._ask({}))
+
+    def close(self) -> None:
+        self._child.communicate()
+
+    def _ask(self, question: dict[str, object]) -> dict[str, int]:
+        assert self._child.stdin is not None and self._child.stdout is not None
+        self._child.stdin.write(json.dumps(question) + "\n")
+        self._child.stdin.flush()
+        answer = self._child.stdout.readline()
+        if not answer:
+            raise UserError("SPDL must load the shards, but its process ended; its own message is above.")
+        return dict(json.loads(answer))

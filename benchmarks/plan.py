@@ -1,0 +1,256 @@
+"""The plan of a million clips: time, memory, resume, padding, and how equal the ranks' work is.
+
+python benchmarks/plan.py --out=benchmarks/results
+"""
+
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, TypeVar
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+if __name__ in ("__main__", "__mp_main__"):  # run as a file: the project's root is not on the path yet
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+
+from benchmarks.measure import Report, Target, cpu_seconds, spread
+from benchmarks.ours import load, plan_of
+from flallm_ds import command
+from flallm_ds.data.index import Shard
+from flallm_ds.data.plan import EpochPlan, slices_of_rank
+from shards.writer import write_index
+
+Result = TypeVar("Result")
+SHORTEST, LONGEST, MEAN = 16, 475, 116  # frames of PHOENIX14T's training clips
+SIGMA = 0.43  # of their logarithm
+CLIPS_PER_SHARD = 128
+EPOCH = 3
+RANK_COLUMNS = (
+    "ranks",
+    "clips of a step",
+    "steps",
+    "padding",
+    "max / mean frames of a rank, median step",
+    "worst full step",
+    "short step",
+    "every rank has as many steps",
+    "every clip once",
+)
+
+
+def lengths(clips: int) -> np.ndarray:
+    """Log-normal lengths, cut to PHOENIX's range, with its mean."""
+    normal = np.random.default_rng(0).standard_normal(clips) * SIGMA
+
+    def cut(mu: float) -> np.ndarray:
+        return np.exp(mu + normal).round().clip(SHORTEST, LONGEST).astype(int)
+
+    low, high = np.log(SHORTEST), np.log(LONGEST)
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if cut(middle).mean() < MEAN else (low, middle)
+    return cut(high)
+
+
+def write(folder: Path, clips: int) -> None:
+    """An index as shards/build.py writes it, with names and texts as long as PHOENIX's."""
+    rng = np.random.default_rng(1)
+    letters = rng.integers(ord("a"), ord("z") + 1, 1 << 16, dtype=np.uint8).tobytes().decode()
+    begins, text_lengths = rng.integers(0, 1 << 15, clips), rng.integers(40, 140, clips)
+    rows, offset = [], 0
+    for number, num_frames in enumerate(lengths(clips).tolist()):
+        offset = offset if number % CLIPS_PER_SHARD else 512
+        size = 9_000 * num_frames
+        name = f"{number:08d}_Monday_tagesschau-{number % 9000:04d}"
+        begin = int(begins[number])
+        rows.append(
+            {
+                "shard": number // CLIPS_PER_SHARD, "offset": offset, "size": size, "num_frames": num_frames,
+                "height": 260, "width": 210, "fps": 25.0, "key": f"{number:08d}", "id": name,
+                "text": letters[begin : begin + int(text_lengths[number])], "video": name,
+                "signer": f"Signer{number % 9:02d}", "language": "de",
+            }
+        )  # fmt: skip
+        offset += size + 2048
+    num_shards = -(-clips // CLIPS_PER_SHARD)
+    tars = [
+        Shard(f"train-{n:06d}.tar", 10**8, f"{n:064x}", min(CLIPS_PER_SHARD, clips - n * CLIPS_PER_SHARD))
+        for n in range(num_shards)
+    ]
+    write_index(folder, corpus="synthetic", language="de", options={}, splits={"train": (rows, tars)})
+
+
+@dataclass(frozen=True)
+class Cost:
+    wall_s: float
+    cpu_s: float
+    peak_mb: float
+
+
+def cost_of(function: Callable[[], Any]) -> Cost:
+    """Time of the call, and by how much the process's memory rose at most while it ran."""
+    Path("/proc/self/clear_refs").write_text("5")  # the highest mark so far is forgotten
+    before_kb, wall, cpu = memory_kb("VmRSS"), time.perf_counter(), cpu_seconds()
+    kept = function()
+    wall, cpu = time.perf_counter() - wall, cpu_seconds() - cpu
+    del kept
+    return Cost(wall, cpu, (memory_kb("VmHWM") - before_kb) / 1024)
+
+
+def memory_kb(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+
+def plan_epoch(folder: Path, batch_clips: int, slices: int) -> Cost:
+    """Index and plan of an epoch, from nothing."""
+    return cost_of(
+        lambda: plan_of(load(folder), keep_every=4, batch_clips=batch_clips, slices=slices).epoch(EPOCH)
+    )
+
+
+def resume(folder: Path, batch_clips: int, slices: int) -> Cost:
+    """From nothing to the clips of the first step after the middle of an epoch."""
+
+    def first_batch() -> list[list[int]]:
+        plan = plan_of(load(folder), keep_every=4, batch_clips=batch_clips, slices=slices).epoch(EPOCH)
+        return [rows.tolist() for rows in plan.slices_of(plan.num_steps // 2)]
+
+    return cost_of(first_batch)
+
+
+@dataclass(frozen=True)
+class Balance:
+    """An epoch as the ranks see it; max / mean over ranks of the kept frames of each step."""
+
+    ranks: int
+    batch_clips: int
+    steps: int
+    padding: float  # share of all visual tokens, those of a micro-batch padded to its longest clip
+    median: float
+    worst: float  # of the steps that are full
+    short: float  # of the step that holds what is left over; 1 where there is none
+    same_steps: bool  # and each step as many micro-batches, whichever the rank
+    all_clips_once: bool
+
+
+def balance(folder: Path, ranks: int, batch_clips: int, slices: int) -> Balance:
+    index = load(folder)
+    plan: EpochPlan = plan_of(index, keep_every=4, batch_clips=batch_clips, slices=slices).epoch(EPOCH)
+    shares = [slices_of_rank(slices, rank, ranks) for rank in range(ranks)]
+    uneven, sizes = np.zeros(plan.num_steps), np.zeros(plan.num_steps, int)
+    seen = np.zeros(len(index), int)
+    real = padded = 0
+    for step in range(plan.num_steps):
+        dealt = plan.slices_of(step)
+        kept = [plan.num_kept[rows] for rows in dealt]
+        frames = np.array([sum(int(kept[s].sum()) for s in share) for share in shares])
+        uneven[step], sizes[step] = frames.max() / frames.mean(), sum(map(len, dealt))
+        np.add.at(seen, np.concatenate(dealt), 1)
+        real += int(frames.sum())
+        padded += sum(len(k) * int(k.max()) for k in kept if len(k))
+    full = sizes == sizes.max()
+    return Balance(
+        ranks=ranks,
+        batch_clips=batch_clips,
+        steps=plan.num_steps,
+        padding=1 - real / padded,
+        median=float(np.median(uneven)),
+        worst=float(uneven[full].max()),
+        short=float(uneven[~full].max(initial=1.0)),
+        same_steps=len({len(share) for share in shares}) == 1,
+        all_clips_once=bool((seen == 1).all()),
+    )
+
+
+def yes(is_so: bool) -> str:
+    return "yes" if is_so else "NO"
+
+
+def in_new_process(function: Callable[..., Result], *arguments: Any) -> Result:
+    """Spawned, so that nothing of an earlier measurement is warm or counted."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def run(
+    *,
+    out: Path | None = None,
+    hardware: str | None = None,
+    clips: int = 1_000_000,
+    rank_clips: int = 8,
+    ranks: tuple[int, ...] = (8, 64),
+    rounds: int = 5,
+) -> str:
+    """Plan an epoch of that many clips, 1 frame in 4 kept, and report what it costs and what comes out.
+
+    --out: folder for the report; --hardware: its name there.
+    --ranks: worlds to deal the steps to, each rank one micro-batch of --rank_clips clips a step.
+    --rounds: of the timed parts, each in a process of its own.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        in_new_process(write, folder, clips)
+        table_mb = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
+        worlds = [(world, world * rank_clips) for world in ranks]
+        first_world, first_batch = worlds[0]
+        plans, resumes = [], []
+        for number in range(rounds):
+            print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)
+            plans.append(in_new_process(plan_epoch, folder, first_batch, first_world))
+            resumes.append(in_new_process(resume, folder, first_batch, first_world))
+        balances = [in_new_process(balance, folder, world, batch, world) for world, batch in worlds]
+
+    report = Report(__file__, f"The plan of {clips:,} clips")
+    report.text(
+        f"Lengths are log-normal, {SHORTEST} to {LONGEST} frames with a mean of {MEAN} as in PHOENIX14T, and "
+        f"1 frame in 4 is kept. The index takes {table_mb:.0f} MB on the disk. Time and memory: median of "
+        f"{rounds} processes with the lowest and the highest, from opening the index on, Python and its "
+        "imports not counted. Memory is the highest resident size above what the process had before.",
+        "A rank computes one micro-batch a step. Its visual tokens are padded to its longest clip; ranks "
+        "wait for the one with most frames. All steps are full but the short one, which holds the remainder.",
+    )
+    report.table(
+        ("what", "seconds", "CPU-seconds", "peak memory, MB"),
+        [
+            (what, spread([c.wall_s for c in costs], 2), spread([c.cpu_s for c in costs], 2),
+             spread([c.peak_mb for c in costs]))
+            for what, costs in (("index and plan of an epoch", plans), ("resume in the middle", resumes))
+        ],
+    )  # fmt: skip
+    report.table(
+        RANK_COLUMNS,
+        [
+            (f"{b.ranks}", f"{b.batch_clips}", f"{b.steps:,}", f"{100 * b.padding:.1f} %", f"{b.median:.3f}",
+             f"{b.worst:.3f}", f"{b.short:.3f}", yes(b.same_steps), yes(b.all_clips_once))
+            for b in balances
+        ],
+    )  # fmt: skip
+    report.text("## Targets")
+    found = [
+        Target("CPU-seconds of index and plan of an epoch", 1, [c.cpu_s for c in plans], at_least=False),
+        Target("peak memory of it", 200, [c.peak_mb for c in plans], False, digits=0, unit=" MB"),
+        Target("CPU-seconds to the first batch in the middle", 2, [c.cpu_s for c in resumes], at_least=False),
+    ]
+    for b in balances:
+        uneven = 100 * (max(b.worst, b.short) - 1)
+        found += [
+            Target(f"padding of visual tokens, {b.ranks} ranks", 15, [100 * b.padding], False, 1, " %"),
+            Target(
+                f"frames of a rank above the mean at any step, {b.ranks} ranks", 3, [uneven], False, 2, " %"
+            ),
+        ]
+    report.targets(found)
+    return report.finish(out, hardware)
+
+
+if __name__ == "__main__":
+    command.main(run)
