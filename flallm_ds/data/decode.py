@@ -7,7 +7,9 @@ H.264 (`h264.py`). A ValueError carries what is wrong as the rest of a sentence 
 import numpy as np
 import simplejpeg
 
-from flallm_ds.data.clip_format import frame_spans
+from flallm_ds.data import clip_format
+
+EXTENSIONS = (clip_format.EXTENSION, "mp4")
 
 
 def decode_frames(
@@ -48,11 +50,16 @@ def jpegs_of(member: bytes | memoryview, picks: np.ndarray, num_frames: int) -> 
     """
     if is_mp4(member):
         raise ValueError("must hold its frames as JPEGs, but is an mp4")
-    spans = frame_spans(member)
+    spans = clip_format.frame_spans(member)
     if len(spans) != num_frames:
         raise ValueError(f"must hold {num_frames} frames, but holds {len(spans)}")
     view = memoryview(member)
     return [view[begin : begin + size] for begin, size in spans[picks].tolist()]
+
+
+def extension_of(member: bytes | memoryview) -> str:
+    """The extension that a clip's member has in a tar, one of `EXTENSIONS`."""
+    return EXTENSIONS[is_mp4(member)]
 
 
 def is_mp4(member: bytes | memoryview) -> bool:

@@ -14,7 +14,6 @@ from av.codec.context import Flags
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, VideoReformatter
 from av.video.reformatter import Interpolation as Scaling
 
-EXTENSION = "mp4"
 _RATE_LIMIT = 1001  # denominators up to that of 30000/1001 frames a second
 # The same pixels whatever the machine's vector instructions are. ACCURATE_RND is not for the way back: there
 # it takes 8 times as long and is further from the picture.
