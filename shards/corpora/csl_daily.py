@@ -17,9 +17,9 @@ FPS = 30.0  # of the recordings, says the corpus's paper (arXiv 2105.12397); the
 MARGIN: Box = (0.0, 80 / 512, 1.0, 1.0)  # what is left of a frame without the black rows at its top
 _FRAMES = (
     "sentence/frames_512x512",
-    "sentence_frames-512x512",
     "sentences/frames_512x512",
-    "sentence_frames-512x512/frames_512x512",
+    "sentence_frames-512x512/frames_512x512",  # before the next, which holds it
+    "sentence_frames-512x512",
 )
 _MISSING = "S000005_P0004_T00"  # in the split file of every release, in the frames and labels of some
 
@@ -105,17 +105,22 @@ class _PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
+_DAMAGED = (
+    pickle.UnpicklingError, EOFError, AttributeError, LookupError, TypeError, ValueError, OverflowError,
+    RecursionError, MemoryError,  # a damaged length asks for any number of bytes
+)  # fmt: skip
+
+
 def _read_infos(table: Path) -> list[dict[str, Any]]:
     try:
         with table.open("rb") as file:
             content = _PlainUnpickler(file).load()
     except OSError as error:
         raise UserError(f"the annotation must be readable, but {error.strerror}: {table}.") from error
-    # What pickle raises on damaged bytes, by its manual "not necessarily limited to" these.
-    except (pickle.UnpicklingError, EOFError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except _DAMAGED as error:
         raise UserError(
-            f"the annotation must be a pickle of plain values, but {error}: {table}. Fetch it again, or take "
-            "it away: video_map.txt beside it will do."
+            f"the annotation must be a pickle of plain values, but {str(error) or 'it is damaged'}: {table}. "
+            "Fetch it again, or take it away: video_map.txt beside it will do."
         ) from error
     infos = content.get("info") if isinstance(content, dict) else None
     if not isinstance(infos, list) or not all(

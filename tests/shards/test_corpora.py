@@ -1,10 +1,11 @@
 import json
 
 import pytest
-from trees import PHOENIX_HEADER, make_how2sign, make_phoenix
+from trees import PHOENIX_HEADER, built_clips, make_how2sign, make_phoenix, write_frames
 
 from flallm_ds.errors import UserError
-from shards.corpora import how2sign, manifest, phoenix14t
+from shards.build import Options, build
+from shards.corpora import SPLITS, how2sign, manifest, phoenix14t
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
@@ -21,6 +22,32 @@ def test_phoenix_is_read_with_either_line_end_and_either_folder_layout(tmp_path,
     )
     assert (row.text, row.gloss, row.language) == ('am tag 3 "schönes" wetter', "TAG 3 WETTER", "de")
     assert len(list(row.path.glob("*.png"))) == 4
+
+
+@pytest.mark.parametrize("frames", ["", "/1"])
+@pytest.mark.parametrize("pattern", ["/*.png", "/1/*.png", ""])
+def test_phoenix_frames_are_found_whatever_the_table_says(tmp_path, frames, pattern):
+    write_frames(tmp_path / f"clip{frames}", 2)
+    table = tmp_path / "x.csv"
+    table.write_text(f"{PHOENIX_HEADER}\nclip|{pattern and 'clip' + pattern}|-1|-1|Signer01|A|b\n")
+    (row,) = phoenix14t.read_rows(table, tmp_path)
+    assert len(list(row.path.glob("*.png"))) == 2
+
+
+def test_phoenix_frames_are_stretched_only_if_so_asked(tmp_path):
+    release = make_phoenix(tmp_path)
+    for stretch, seen_hw in ((False, None), (True, (300, 210))):
+        rows = phoenix14t.read(release, ("dev",), stretch=stretch).rows["dev"]
+        assert {row.stretch_hw for row in rows} == {seen_hw}
+
+
+def test_phoenix_texts_that_end_in_a_period_are_kept_and_counted(tmp_path):
+    release = make_phoenix(tmp_path)
+    assert phoenix14t.read(release, ("dev",)).notes == []
+    (table,) = release.rglob("*.dev.corpus.csv")
+    table.write_text(table.read_text().replace("wetter\n", "wetter .\n", 1))
+    corpus = phoenix14t.read(release, ("dev",))
+    assert corpus.rows["dev"][0].text.endswith("wetter .") and "1 texts end in" in corpus.notes[0]
 
 
 def test_phoenix_is_found_from_its_folder_its_release_or_the_folder_above(tmp_path):
@@ -83,6 +110,16 @@ def test_how2sign_cuts_raw_videos_where_they_are_there_else_takes_ready_clips(tm
     assert ready.rows["train"][0].start_s is None and ready.rows["train"][0].path.is_file()
 
 
+def test_how2sign_times_must_be_there_where_raw_videos_are_cut(tmp_path):
+    for name, raw in (("raw", True), ("ready", False)):
+        root = make_how2sign(tmp_path / name, raw=raw)
+        table = next(root.rglob("*.csv"))
+        table.write_text(table.read_text().replace("0.5\t1.0\tHello", "0.5\t\tHello"))
+    with pytest.raises(UserError, match="line 2: END_REALIGNED must be seconds"):
+        how2sign.read(tmp_path / "raw", ("train",))
+    assert how2sign.read(tmp_path / "ready", ("train",)).rows["train"][0].end_s is None
+
+
 @pytest.mark.parametrize(
     ("garbled", "mended"),
     [
@@ -133,6 +170,7 @@ def test_a_manifest_is_read_from_csv_tsv_and_json_lines(tmp_path, suffix):
             "end": 2,
             "split": "val",
             "bbox": "0,0,0.5,1",
+            "fps": 29.97,
             "mood": 1,
         },
         {"video": "b.mp4", "text": "drei", "split": "train", "signer": "S1", "language": "gsg", "id": "x.1"},
@@ -142,6 +180,7 @@ def test_a_manifest_is_read_from_csv_tsv_and_json_lines(tmp_path, suffix):
     assert (dev.start_s, dev.end_s, dev.bbox, dev.text) == (1.5, 2.0, (0.0, 0.0, 0.5, 1.0), "eins, zwei")
     assert (dev.path, dev.id, dev.language) == (tmp_path / "a.mp4", "a.mp4:1.5-2.0", "de")
     assert (train.id, train.signer, train.language) == ("x.1", "S1", "gsg")
+    assert (dev.image_fps, train.image_fps) == (29.97, 25.0)
     assert corpus.language == "mixed" and corpus.notes == ["columns that are not used: mood"]
 
 
@@ -161,7 +200,11 @@ def test_without_a_split_column_a_source_video_goes_to_one_split(tmp_path):
         ({"video": "", "text": "x"}, "line 1: video"),
         ({"video": "a", "text": "x", "start": "2", "end": "1"}, "end must be above start"),
         ({"video": "a", "text": "x", "start": "nan"}, "start must be seconds"),
+        ({"video": "a", "text": "x", "end": "1:2:3:4"}, "end must be seconds"),
+        ({"video": "a", "text": "x", "end": "1:-2"}, "end must be seconds"),
         ({"video": "a", "text": "x", "split": "tran"}, "split must be one of"),
+        ({"video": "a", "text": "x", "fps": "0"}, "fps must be from 1 to 480"),
+        ({"video": "a", "text": "x", "fps": "fast"}, "fps must be from 1 to 480"),
         ({"video": "a", "text": "x", "bbox": [0, 0, 2, 1]}, "bbox"),
         (["a", "x"], "object"),
     ],
@@ -169,6 +212,23 @@ def test_without_a_split_column_a_source_video_goes_to_one_split(tmp_path):
 def test_a_wrong_manifest_row_is_one_sentence_with_its_line(tmp_path, row, message):
     with pytest.raises(UserError, match=message):
         manifest.read(write_manifest(tmp_path / "m.jsonl", [row]), ("train",), language="de")
+
+
+def test_manifest_times_may_be_read_from_a_clock(tmp_path):
+    row = {"video": "a", "text": "x", "start": "00:01:02.5", "end": "1:03"}
+    corpus = manifest.read(write_manifest(tmp_path / "m.csv", [row]), SPLITS, language="en")
+    (row,) = (row for table in corpus.rows.values() for row in table)
+    assert (row.start_s, row.end_s) == (62.5, 63.0)
+
+
+def test_a_manifest_of_frame_folders_is_built_at_its_own_rate_and_cut_by_time(tmp_path):
+    write_frames(tmp_path / "frames" / "a", 20)
+    row = {"video": "frames/a", "text": "x", "start": 1, "end": 2, "fps": 5, "split": "train", "id": "a.b"}
+    source = write_manifest(tmp_path / "m.csv", [row | {"bbox": "0,0.5,1,1"}])
+    build("manifest", source, tmp_path / "out", Options(short_side=16, workers=1), language="en")
+    ((facts, frames),) = built_clips(tmp_path / "out", "train").values()
+    assert (facts["id"], facts["fps"], len(frames), frames[0].shape) == ("a.b", 5.0, 5, (13, 21, 3))
+    assert [round(frame.mean()) for frame in frames] == pytest.approx([25, 30, 35, 40, 45], abs=2)
 
 
 def test_a_manifest_needs_a_language_and_a_known_suffix(tmp_path):
