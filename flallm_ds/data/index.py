@@ -18,6 +18,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from flallm_ds.data.store import CacheOptions, LocalStore, Store, file_sha256, open_store
+from flallm_ds.data.store import Shard as Shard
 from flallm_ds.errors import UserError
 
 FORMAT = "flallm_ds shards 1"
@@ -32,16 +34,6 @@ COLUMNS: dict[str, Any] = {
     "fps": np.float32,
 }
 STRING_COLUMNS = ("key", "id", "text", "signer", "video", "language")  # id: the corpus's own; key: dot-free
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One tar: its file name within the folder, its size in bytes, its checksum and its number of clips."""
-
-    file: str
-    bytes: int
-    sha256: str
-    clips: int
 
 
 class StringColumn(Sequence[str]):
@@ -69,12 +61,13 @@ class StringColumn(Sequence[str]):
 class Index:
     """One split of a shard folder. Columns are arrays of length `len(index)`, one entry a clip."""
 
-    root: Path
+    store: Store
     corpus: str
     split: str
     fingerprint: str
     shards: tuple[Shard, ...]
     arrays: dict[str, np.ndarray]
+    corpora: tuple[str, ...] = ()  # of several joined shard folders; `arrays["corpus"]` says whose a clip is
 
     def __len__(self) -> int:
         return len(self.arrays["num_frames"])
@@ -89,32 +82,37 @@ class Index:
         """(height, width) of the smallest canvas that holds a frame of any clip, pixels."""
         return int(self.arrays["height"].max()), int(self.arrays["width"].max())
 
+    def corpus_of(self, row: int) -> str:
+        """The corpus that a clip belongs to."""
+        return self.corpora[int(self.arrays["corpus"][row])] if self.corpora else self.corpus
+
     def strings(self, name: str) -> StringColumn:
         """A string column (one of `STRING_COLUMNS`), decoded row by row when read."""
         return StringColumn(self.arrays[name], self.arrays[f"{name}_ends"])
 
+    @property
+    def root(self) -> str:
+        """The folder or address, for people."""
+        return self.store.root
+
     def shard_path(self, row: int) -> Path:
-        return self.root / self.shards[row].file
+        """Where a tar of a local folder lies. Raises UserError where the shards are remote."""
+        if not isinstance(self.store, LocalStore):
+            raise UserError(f"shards must lie in a folder to have paths, but lie in {self.root}.")
+        return self.store.file(self.shards[row].file)
 
-    def check_files(self) -> None:
-        """Raise UserError if a tar is missing or is not of the size that the index recorded."""
-        for shard in self.shards:
-            path = self.root / shard.file
-            found = path.stat().st_size if path.is_file() else None
-            if found != shard.bytes:
-                what = "is missing" if found is None else f"holds {found:,} bytes"
-                raise UserError(
-                    f"shard must hold {shard.bytes:,} bytes as its index says, but {what}: {path}. "
-                    f"Run python shards/verify.py {self.root}, then build the shards again."
-                )
+    def check_files(self, checksums: bool = False) -> None:
+        """Raise UserError if a tar is missing or is not of the size (if asked: the sha256) recorded."""
+        self.store.check(self.shards, checksums)
 
 
-def read_manifest(root: Path) -> dict[str, Any]:
+def read_manifest(root: str | Path | Store) -> dict[str, Any]:
     """The folder's index.json. Raises UserError where there is none or it is of another format."""
-    path = root / "index.json"
+    store = open_store(root) if isinstance(root, str | Path) else root
+    path = store.file("index.json")
     if not path.is_file():
         raise UserError(
-            f"a shard folder must hold index.json, but there is none in {root}. "
+            f"a shard folder must hold index.json, but there is none in {store.root}. "
             "Make shards with python shards/build.py, or name another folder."
         )
     try:
@@ -129,19 +127,21 @@ def read_manifest(root: Path) -> dict[str, Any]:
     return manifest
 
 
-def load_index(root: str | Path, split: str) -> Index:
+def load_index(root: str | Path, split: str, cache: CacheOptions | None = None) -> Index:
     """The index of one split.
 
+    root: a folder, or an address of `open_store`, whose shards pass through the cache.
     Raises UserError if the folder is no shard folder, has no such split, or its table was changed since.
     """
-    root = Path(root)
-    manifest = read_manifest(root)
+    store = open_store(root, cache)
+    manifest = read_manifest(store)
     if split not in manifest["splits"]:
         raise UserError(
-            f"split must be one of {', '.join(manifest['splits'])}, but is {split!r} for shards in {root}."
+            f"split must be one of {', '.join(manifest['splits'])}, but is {split!r} "
+            f"for shards in {store.root}."
         )
     entry = manifest["splits"][split]
-    path = root / entry["table"]
+    path = store.file(entry["table"], entry["table_sha256"])
     if not path.is_file() or file_sha256(path) != entry["table_sha256"]:
         raise UserError(
             f"the table of split {split} must be the one that index.json names, but it is missing or was "
@@ -152,7 +152,7 @@ def load_index(root: str | Path, split: str) -> Index:
     except SafetensorError as error:
         raise UserError(f"the table {path} cannot be read ({error}). Build the shards again.") from error
     return Index(
-        root=root,
+        store=store,
         corpus=manifest["corpus"],
         split=split,
         fingerprint=fingerprint(entry),
@@ -179,11 +179,6 @@ def fingerprint(entry: dict[str, Any]) -> str:
     """Sixteen hex digits that differ whenever a split's clips, order or bytes do."""
     content = [entry["table_sha256"], [shard["sha256"] for shard in entry["shards"]]]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def iter_rows(index: Index) -> Iterator[dict[str, Any]]:

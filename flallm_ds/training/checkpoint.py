@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flallm_ds.data.index import file_sha256
+from flallm_ds.data.store import file_sha256
 from flallm_ds.dist import World, gather_objects
 from flallm_ds.errors import UserError
 

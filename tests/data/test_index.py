@@ -16,6 +16,7 @@ from flallm_ds.data.index import (
     load_index,
     write_table,
 )
+from flallm_ds.data.store import LocalStore
 from flallm_ds.errors import UserError
 
 
@@ -67,7 +68,7 @@ def test_a_million_clips_are_an_index():
     num = 1_000_000
     arrays = {name: np.ones(num, dtype) for name, dtype in COLUMNS.items()}
     arrays |= StringColumn.columns("key", [f"clip{number}" for number in range(num)])
-    index = Index(Path(), "toy", "train", "ab", (Shard("a.tar", 1, "aa", num),), arrays)
+    index = Index(LocalStore("."), "toy", "train", "ab", (Shard("a.tar", 1, "aa", num),), arrays)
     assert len(index) == num and index.strings("key")[num - 1] == "clip999999"
 
 

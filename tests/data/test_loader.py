@@ -1,6 +1,8 @@
 """The loader against the shards that the real builder wrote, damaged by hand where a test needs it."""
 
+import asyncio
 import io
+import multiprocessing
 import pickle
 import tarfile
 from dataclasses import fields, replace
@@ -12,13 +14,16 @@ import simplejpeg
 import torch
 
 from flallm_ds.contracts import Batch
-from flallm_ds.data import sampling
 from flallm_ds.data.clip_format import frame_spans, pack_frames
 from flallm_ds.data.index import Index, Shard, StringColumn, load_index
-from flallm_ds.data.loader import BrokenClips, ClipReader, Loader
+from flallm_ds.data.store import LocalStore
+from flallm_ds.data.loader import BrokenClips, ClipReader, Loader, open_loader
+from flallm_ds.data.mixture import open_indexes
 from flallm_ds.data.plan import Plan
+from flallm_ds.data.sampling import FrameSampling
+from flallm_ds.data.store import open_store
 from flallm_ds.data.text import TextCodec
-from flallm_ds.errors import RankError
+from flallm_ds.errors import RankError, UserError
 
 SEED = 3
 
@@ -34,12 +39,22 @@ def train(tiny_corpus):
     return load_index(tiny_corpus / "shards", "train")
 
 
-def loader_of(index: Index, codec: TextCodec, *, batch_clips=8, slices=2, train=True, epoch=0, **options):
-    num_kept = sampling.num_kept(index.num_frames, 4, 512)
-    plan = Plan(index.fingerprint, num_kept, index.arrays["shard"], SEED, batch_clips, slices)
-    reader = ClipReader(index, keep_every=4, max_frames=512, seed=SEED, train=train)
+def loader_of(
+    index: Index, codec: TextCodec | None, *, batch_clips=8, slices=2, train=True, epoch=0, weights=(), **options
+):
+    sampling = FrameSampling(4)
+    plan = Plan(
+        index.fingerprint,
+        sampling.num_kept(index.num_frames, index.arrays["fps"]),
+        index.arrays["shard"],
+        SEED,
+        batch_clips,
+        slices,
+        corpus=index.arrays.get("corpus"),
+        weights=weights,
+    )
     order = plan.epoch(epoch) if train else plan.in_length_order()
-    return Loader(reader, order, codec, epoch=epoch, **options)
+    return Loader(ClipReader(index, sampling, SEED, train), order, codec, **options)
 
 
 def same(a: Batch, b: Batch) -> bool:
@@ -89,11 +104,14 @@ def write_clips(root: Path, clips: list[list[np.ndarray]]) -> Index:
         "num_frames": np.array([len(c) for c in clips], np.int32),
         "height": np.array([c[0].shape[0] for c in clips], np.int32),
         "width": np.array([c[0].shape[1] for c in clips], np.int32),
+        "fps": np.full(len(clips), 25, np.float32),
     }
-    arrays |= StringColumn.columns("key", [f"clip{number}" for number in range(len(clips))])
-    arrays |= StringColumn.columns("text", ["regen morgen"] * len(clips))
-    shard = Shard("train-000000.tar", (root / "train-000000.tar").stat().st_size, "", len(clips))
-    return Index(root, "toy", "train", "ab", (shard,), arrays)
+    columns = {"key": [f"clip{number}" for number in range(len(clips))]}
+    columns |= {"text": ["regen morgen"] * len(clips), "language": ["de"] * len(clips)}
+    for name, strings in columns.items():
+        arrays |= StringColumn.columns(name, strings)
+    shard = Shard("train-000000.tar", (root / "train-000000.tar").stat().st_size, "00", len(clips))
+    return Index(LocalStore(str(root)), "toy", "train", "ab", (shard,), arrays)
 
 
 # --- what a batch holds
@@ -142,7 +160,7 @@ def test_training_draws_anew_in_each_epoch(train, codec):
 
 
 def test_a_long_clip_is_cut_to_max_frames(train):
-    reader = ClipReader(train, keep_every=1, max_frames=5, seed=0, train=False)
+    reader = ClipReader(train, FrameSampling(max_frames=5), seed=0, train=False)
     _, picks = reader.draws(0, 0)
     assert len(picks) == 5 and picks[0] == 0
 
@@ -192,11 +210,158 @@ def test_resume_at_every_step_yields_the_same_next_batches(train, codec):
         assert all_same(list(fresh.steps(step)), whole[step:])
 
 
+@pytest.mark.parametrize("train_mode", [True, False])
+@pytest.mark.parametrize("world_size", [3, 7])
+def test_any_number_of_ranks_has_equal_steps_and_nothing_is_lost_or_doubled(
+    train, codec, world_size, train_mode
+):
+    """5 shards on 3 or on 7 ranks: the order does not go by shards."""
+    shares = [
+        list(loader_of(train, codec, slices=world_size, train=train_mode, rank=r, world_size=world_size).steps())
+        for r in range(world_size)
+    ]
+    assert len({len(share) for share in shares}) == 1
+    batches = [b for share in shares for step in share for b in step]
+    keys = [k for b in batches for k, real in zip(b.keys, b.real_B, strict=True) if real]
+    assert sorted(keys) == sorted(train.strings("key"))
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 4), (4, 1)])
+def test_resume_at_every_step_by_another_number_of_ranks(train, codec, before, after):
+    """What the new ranks yield together is what the old ones would have."""
+
+    def global_steps(world_size: int, start: int) -> list[list[Batch]]:
+        shares = [
+            list(loader_of(train, codec, slices=4, epoch=2, rank=r, world_size=world_size).steps(start))
+            for r in range(world_size)
+        ]
+        return [[b for share in shares for b in share[step]] for step in range(len(shares[0]))]
+
+    whole = global_steps(before, 0)
+    for step in range(len(whole) + 1):
+        assert all_same(global_steps(after, step), whole[step:])
+
+
+def test_augmentation_draws_belong_to_the_sample_whatever_its_batch(train, codec):
+    def draws(**options):
+        batches = [b for step in loader_of(train, codec, **options).steps() for b in step]
+        return {k: d.tolist() for b in batches for k, d in zip(b.keys, b.draws_B9, strict=True)}
+
+    assert draws() == draws(batch_clips=3, slices=1, threads=3)
+
+
 def test_epochs_hold_the_same_clips_with_other_frames(train, codec):
     first, second = (
         {k for step in loader_of(train, codec, epoch=e).steps() for b in step for k in b.keys} for e in (0, 1)
     )
     assert first == second and len(first) == 40
+
+
+def test_a_plain_loop_yields_the_micro_batches(train, codec):
+    loader = loader_of(train, codec)
+    steps = [b for step in loader.steps() for b in step]
+    assert all_same([list(loader)], [steps])
+
+
+def test_a_loader_without_a_codec_has_no_targets(train):
+    batch = next(iter(loader_of(train, None)))
+    assert batch.target_ids_BL.shape == (len(batch.keys), 0) and batch.num_target_tokens == 0
+    assert len(batch.texts) == len(batch.keys) == len(batch.languages) and set(batch.languages) == {"de"}
+
+
+def _digest(loader: Loader) -> list[tuple[tuple[str, ...], int]]:
+    return [(batch.keys, int(batch.frames_NHWC.long().sum())) for batch in loader]
+
+
+def _send_digest(loader: Loader, queue: "multiprocessing.Queue[object]") -> None:
+    queue.put(_digest(loader))
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_a_loader_works_in_another_process(tiny_corpus, method):
+    loader = open_loader(tiny_corpus / "shards", batch_clips=5)
+    expected = _digest(loader)
+    context = multiprocessing.get_context(method)
+    queue = context.Queue()
+    process = context.Process(target=_send_digest, args=(loader, queue))
+    process.start()
+    assert queue.get(timeout=60) == expected
+    process.join(10)
+    assert process.exitcode == 0
+
+
+def test_a_loader_works_in_a_notebook(tiny_corpus):
+    """There, an event loop is running in the very thread."""
+
+    async def cell() -> list[tuple[tuple[str, ...], int]]:
+        return _digest(open_loader(tiny_corpus / "shards", batch_clips=5))
+
+    assert asyncio.run(cell()) == _digest(open_loader(tiny_corpus / "shards", batch_clips=5))
+
+
+def test_a_batch_may_be_kept_while_the_loader_goes_on(train, codec):
+    """Memory is used again, but never what somebody still holds."""
+    batches = list(loader_of(train, codec, threads=3))
+    assert all_same([batches], [[replace(b, frames_NHWC=b.frames_NHWC.clone()) for b in loader_of(train, codec)]])
+
+
+def test_memory_is_used_again(train, codec):
+    addresses = {batch.frames_NHWC.data_ptr() for epoch in range(6) for batch in loader_of(train, codec)}
+    assert len(addresses) < 30  # of 60 batches
+
+
+# --- several corpora
+
+
+def test_two_corpora_in_one_run_each_clip_knowing_its_own(tiny_corpus, second_corpus, codec):
+    index = open_indexes([tiny_corpus / "shards", second_corpus], "train")
+    parts = [load_index(root, "train") for root in (tiny_corpus / "shards", second_corpus)]
+    assert len(index) == 50 and len(index.shards) == 5 + 3 and index.frame_hw == (79, 64)
+    seen = {}
+    for batch in loader_of(index, codec):
+        sides = batch.frames_NHWC.split(batch.num_frames_B.tolist())
+        for place, key in enumerate(batch.keys):
+            number, own_key = key.split("_")
+            part = parts[int(number)]
+            row = row_of(part, own_key)
+            height, width = int(part.arrays["height"][row]), int(part.arrays["width"][row])
+            assert batch.size_B2[place].tolist() == [height, width]
+            assert batch.texts[place] == part.strings("text")[row] and batch.corpora[place] == "phoenix14t"
+            expected = np.empty((int(part.num_frames[row]), height, width, 3), np.uint8)
+            loader_of(part, codec).reader.read_into(expected, row, np.arange(len(expected)))
+            frames = sides[place][:, :height, :width].numpy()
+            assert all((frame == expected).all(axis=(1, 2, 3)).any() for frame in frames)
+            seen[key] = seen.get(key, 0) + 1
+    assert len(seen) == 50 and set(seen.values()) == {1}
+
+
+def test_a_weighted_mixture_resumes_at_every_step_to_the_bit(tiny_corpus, second_corpus, codec):
+    index = open_indexes([tiny_corpus / "shards", second_corpus], "train")
+    options = {"slices": 4, "weights": (0.5, 0.5), "epoch": 3}
+    whole = list(loader_of(index, codec, **options).steps())
+    keys = [k for step in whole for b in step for k in b.keys]
+    assert sum(k.startswith("1_") for k in keys) == 25 and len(keys) == 50
+    for step in range(0, len(whole) + 1, 2):
+        shares = [
+            list(loader_of(index, codec, rank=r, world_size=2, **options).steps(step)) for r in range(2)
+        ]
+        joined = [[b for share in shares for b in share[s]] for s in range(len(whole) - step)]
+        assert all_same(joined, whole[step:])
+
+
+def test_clips_that_come_twice_in_an_epoch_are_drawn_anew(tiny_corpus, second_corpus, codec):
+    index = open_indexes([tiny_corpus / "shards", second_corpus], "train")
+    draws: dict[str, list[list[float]]] = {}
+    for batch in loader_of(index, codec, weights=(0.2, 0.8)):
+        for key, values in zip(batch.keys, batch.draws_B9.tolist(), strict=True):
+            draws.setdefault(key, []).append(values)
+    twice = [values for key, values in draws.items() if key.startswith("1_")]
+    assert len(twice) == 10 and all(len(v) == 4 and len({tuple(d) for d in v}) == 4 for v in twice)
+
+
+def test_the_same_folder_twice_is_refused(tiny_corpus):
+    with pytest.raises(UserError, match=r"each shard folder once.*data.weights"):
+        open_indexes([tiny_corpus / "shards"] * 2, "train")
 
 
 def test_an_abandoned_loader_leaves_no_threads(train, codec):
@@ -211,21 +376,19 @@ def test_an_abandoned_loader_leaves_no_threads(train, codec):
 # --- dummies
 
 
-def test_a_rank_without_clips_gets_a_dummy_that_weighs_nothing(train, codec):
-    """40 clips in batches of 12: the last step has 4 clips for 6 slices."""
-    steps = [
-        list(loader_of(train, codec, batch_clips=12, slices=6, rank=r, world_size=3).steps())
-        for r in range(3)
-    ]
-    assert {len(share) for share in steps} == {4} and {len(s) for share in steps for s in share} == {2}
+def test_a_rank_without_clips_gets_a_dummy_that_weighs_nothing(tiny_corpus, codec):
+    """9 clips in batches of 8: one step has 1 clip for 6 slices."""
+    dev = load_index(tiny_corpus / "shards", "dev")
+    steps = [list(loader_of(dev, codec, slices=6, rank=r, world_size=3).steps()) for r in range(3)]
+    assert {len(share) for share in steps} == {2} and {len(s) for share in steps for s in share} == {2}
     batches = [b for share in steps for step in share for b in step]
     dummies = [b for b in batches if not any(b.real_B)]
-    assert len(dummies) == 2
+    assert len(dummies) == 5
     for dummy in dummies:
         assert dummy.num_target_tokens == 0 and (dummy.target_ids_BL == -100).all()
         assert len(dummy.frames_NHWC) == dummy.num_frames_B.sum() > 0
     keys = [k for b in batches for k, real in zip(b.keys, b.real_B, strict=True) if real]
-    assert sorted(keys) == sorted(train.strings("key"))
+    assert sorted(keys) == sorted(dev.strings("key"))
 
 
 # --- broken clips
