@@ -43,7 +43,10 @@ class CacheOptions:
 class Store(Protocol):
     """A place that holds the files of one shard folder. Picklable; any thread may call it."""
 
-    root: str  # for people: without credentials
+    @property
+    def root(self) -> str:
+        """The folder or address, for people: without credentials."""
+        ...
 
     def file(self, name: str, sha256: str | None = None) -> Path:
         """Path of a small file of the folder (index.json, a table); whether it is there and unchanged is
