@@ -30,8 +30,8 @@ def decode_clip(
     """What turns a sample of undecoded members into a clip; it can be pickled into workers.
 
     The first four are those of `sampling.FrameSampling`: which frames are kept, before any is decoded.
-    train: keep a random frame of each group, not the first. It is drawn from Python's `random`, which a DataLoader
-    seeds differently in each worker.
+    train: keep a random frame of each group, not the first. It is drawn from Python's `random`, which a
+    DataLoader seeds differently in each worker.
 
     A clip is a dict of `key`, `frames` (uint8 RGB of shape (T, height, width, 3)), `picks` (int64 (T,): the
     frames' numbers in the stored clip), everything in the clip's JSON (text, id, signer, video, language,
