@@ -126,7 +126,10 @@ def _read(
             unreadable.append(video)
             continue
         if not track[0]:
-            raise UserError(f"captions must have a language, but {track[1]} names none. Give --language.")
+            raise UserError(
+                f"captions must have a language, but {track[1]} names none. Give --language, or put the "
+                "language after the video's id in the file of --ids."
+            )
         if rolling:
             automatic.append(video)
         num_cues += len(cues)

@@ -39,6 +39,10 @@ def test_phoenix_frames_are_stretched_only_if_so_asked(tmp_path):
     for stretch, seen_hw in ((False, None), (True, (300, 210))):
         rows = phoenix14t.read(release, ("dev",), stretch=stretch).rows["dev"]
         assert {row.stretch_hw for row in rows} == {seen_hw}
+    out = tmp_path / "out"
+    build("phoenix14t", release, out, Options(short_side=16, workers=1, splits=("dev",)), stretch=True)
+    sizes = {frame.shape[:2] for _, frames in built_clips(out, "dev").values() for frame in frames}
+    assert sizes == {(23, 16)}  # as 300x210; as they are, 26x21, it would be 20x16
 
 
 def test_phoenix_texts_that_end_in_a_period_are_kept_and_counted(tmp_path):
