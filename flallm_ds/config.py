@@ -31,20 +31,47 @@ def _must_be_fraction(section: str, name: str, value: float) -> None:
 class DataConfig:
     """Which clips, which of their frames, and how many at a time."""
 
-    shards: str = "data/signsim/shards"  # folder made by shards/build.py
+    shards: tuple[str, ...] = ("data/signsim/shards",)  # folders or addresses of shards/build.py's shards
+    weights: tuple[float, ...] = ()  # each folder's share of an epoch; none: every clip once
+    temperature: float = 1.0  # instead of weights: shares are sizes ** (1 / temperature); 1: every clip once
     keep_every: int = 4  # one frame of each group of this many is kept, before decoding
-    max_frames: int = 512  # kept frames of a clip at most, the rest spread evenly over it
+    target_fps: float | None = None  # kept frames a second, instead of keep_every: one pace for all corpora
+    max_frames: int = 512  # kept frames of a clip at most
+    cap: Literal["uniform", "random", "segment"] = "uniform"  # which of them, where there are more
     frame_size: int = 256  # px; frames are squashed to this square on the device
     crop_size: int = 224  # px; side of the crop that the backbone sees
     augment: bool = True  # rotation, scale and shift of whole clips in training
     batch_clips: int = 8  # clips of one optimizer step, over all ranks
+    batch_frames: int = 0  # kept frames of one optimizer step at most, instead of batch_clips
     micro_batches: int = 2  # slices of that batch; world size must divide it; the rest is accumulation
     threads: int = 0  # decode threads a rank; 0: the cores of the machine shared among its ranks
-    max_broken: int = 16  # clips that a rank may fail to decode before the run stops
+    max_broken: float = 0.01  # share of the clips that a rank may fail to decode before the run stops
+    check_shards: bool = False  # read every shard at the start and compare its checksum
+    cache_dir: str | None = None  # of remote shards; none: $FLALLM_CACHE or ~/.cache/flallm_ds
+    cache_gb: float = 100.0  # that remote shards may take there
+    allow_pipe: bool = False  # shards may be read from a command: pipe:COMMAND {file}
 
     def __post_init__(self) -> None:
         for name in ("keep_every", "max_frames", "batch_clips", "micro_batches", "crop_size", "frame_size"):
             _must(getattr(self, name) >= 1, f"data.{name} must be at least 1, but is {getattr(self, name)}.")
+        _must(bool(self.shards), "data.shards must name a shard folder, but is empty.")
+        for name in ("temperature", "cache_gb"):
+            _must(getattr(self, name) > 0, f"data.{name} must be above 0, but is {getattr(self, name)}.")
+        _must(
+            self.target_fps is None or self.target_fps > 0,
+            f"data.target_fps must be above 0, but is {self.target_fps}.",
+        )
+        _must(self.batch_frames >= 0, f"data.batch_frames must not be negative, but is {self.batch_frames}.")
+        _must_be_fraction("data", "max_broken", self.max_broken)
+        _must(
+            not self.weights or (len(self.weights) == len(self.shards) and min(self.weights) > 0),
+            f"data.weights must be one number above 0 for each of the {len(self.shards)} data.shards, "
+            f"but is {','.join(map(str, self.weights))}.",
+        )
+        _must(
+            not self.weights or self.temperature == 1,
+            f"data.temperature must be 1 where data.weights are given, but is {self.temperature}.",
+        )
         _must(
             self.crop_size <= self.frame_size,
             f"data.crop_size must be at most data.frame_size ({self.frame_size}), but is {self.crop_size}.",
@@ -250,7 +277,13 @@ def check_names(options: Iterable[str]) -> None:
 FREE_TO_CHANGE = (
     "run",
     "visual_run",
+    "data.shards",  # a copy elsewhere; the fingerprint must be the same
     "data.threads",
+    "data.max_broken",
+    "data.check_shards",
+    "data.cache_dir",
+    "data.cache_gb",
+    "data.allow_pipe",
     "train.save_every_steps",
     "train.keep_checkpoints",
     "train.log_every_s",

@@ -21,6 +21,8 @@ class Batch:
     target_ids_BL: torch.Tensor  # int64, padded with -100; pieces and end of sentence, no start token
     keys: tuple[str, ...]
     texts: tuple[str, ...]
+    corpora: tuple[str, ...]  # each clip's corpus
+    languages: tuple[str, ...]  # of each text: de, en, zh, ...
     real_B: tuple[bool, ...]  # False: a dummy that keeps ranks in step; it weighs nothing and is not scored
 
     @property

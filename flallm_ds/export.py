@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from flallm_ds.config import RunConfig
+from flallm_ds.data.sampling import FrameSampling
 from flallm_ds.data.text import TextCodec
 from flallm_ds.errors import UserError
 from flallm_ds.models.adapters import Adapter
@@ -51,7 +52,9 @@ def settings_of(config: RunConfig, short_side: int, scores: dict[str, Any]) -> d
         "frames": {
             "short_side": short_side,
             "keep_every": config.data.keep_every,
+            "target_fps": config.data.target_fps,
             "max_frames": config.data.max_frames,
+            "cap": config.data.cap,
             "frame_size": config.data.frame_size,
             "crop_size": config.data.crop_size,
         },
@@ -62,6 +65,14 @@ def settings_of(config: RunConfig, short_side: int, scores: dict[str, Any]) -> d
         },
         "scores": scores,
     }
+
+
+def frame_sampling(settings: dict[str, Any]) -> FrameSampling:
+    """Which frames of a clip the exported model sees."""
+    frames = settings["frames"]
+    return FrameSampling(
+        frames["keep_every"], frames["max_frames"], frames.get("target_fps"), frames.get("cap", "uniform")
+    )
 
 
 def write(

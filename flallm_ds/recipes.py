@@ -29,7 +29,7 @@ def quickstart_visual() -> RunConfig:
         stage="visual",
         run="runs/quickstart_visual",
         data=DataConfig(
-            shards="data/signsim/shards",
+            shards=("data/signsim/shards",),
             frame_size=64,
             crop_size=60,
             augment=False,
@@ -69,7 +69,7 @@ def _paper_visual(corpus: str, language: str) -> RunConfig:
     return RunConfig(
         stage="visual",
         run=f"runs/{corpus}_visual",
-        data=DataConfig(shards=f"data/{corpus}", batch_clips=8, micro_batches=2),
+        data=DataConfig(shards=(f"data/{corpus}",), batch_clips=8, micro_batches=2),
         llm=LlmConfig(language=language),
         optim=OptimConfig(name="sgd", lr=1e-2),
         train=TrainConfig(epochs=75),
@@ -81,7 +81,7 @@ def _paper_llm(corpus: str, language: str) -> RunConfig:
         stage="llm",
         run=f"runs/{corpus}_llm",
         visual_run=f"runs/{corpus}_visual",
-        data=DataConfig(shards=f"data/{corpus}", batch_clips=16, micro_batches=2),
+        data=DataConfig(shards=(f"data/{corpus}",), batch_clips=16, micro_batches=2),
         llm=LlmConfig(language=language),
         optim=OptimConfig(name="adamw", lr=1e-3, llm_lr=1e-5),
         train=TrainConfig(epochs=40),

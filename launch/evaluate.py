@@ -17,7 +17,7 @@ def evaluate(
     run: str,
     split: str = "test",
     beams: int = 5,
-    shards: str | None = None,
+    shards: tuple[str, ...] = (),
     threads: int = 0,
 ) -> None:
     """BLEU-1..4, ROUGE-L, chrF, the blind control and a file of hypotheses for the best export of a run.
@@ -28,33 +28,31 @@ def evaluate(
     if beams < 1:
         raise UserError(f"--beams must be at least 1, but is {beams}.")
     from flallm_ds import export
-    from flallm_ds.config import RunConfig
-    from flallm_ds.data import sampling
-    from flallm_ds.data.index import load_index
+    from flallm_ds.config import DataConfig, RunConfig
     from flallm_ds.data.loader import ClipReader, Loader
     from flallm_ds.data.plan import Plan
     from flallm_ds.inference import report
     from flallm_ds.inference.translator import Translator
     from flallm_ds.metrics import score
-    from flallm_ds.training.build import decode_threads
+    from flallm_ds.training.build import decode_threads, open_index
     from flallm_ds.training.checkpoint import replace_file
     from flallm_ds.training.evaluate import Evaluation, texts_of
     from flallm_ds.training.progress import clock
 
     export.find(run)
     config_path = Path(run) / "config.json"
-    if shards is None and not config_path.is_file():
+    if not shards and not config_path.is_file():
         raise UserError(f"--shards must be given where {run} is no run folder (it has no config.json).")
-    index = load_index(shards or RunConfig.load(config_path).data.shards, split)
-    index.check_files()
+    data = RunConfig.load(config_path).data if config_path.is_file() else DataConfig()
     world = dist.start()
     try:
+        index = open_index(replace(data, shards=shards or data.shards, weights=()), split, world)
         translator = Translator.from_pretrained(run, world.device)
         translator = replace(translator, beam=replace(translator.beam, num_beams=beams))
-        frames = translator.export.settings["frames"]
-        kept = sampling.num_kept(index.num_frames, frames["keep_every"], frames["max_frames"])
+        sampling = export.frame_sampling(translator.export.settings)
+        kept = sampling.num_kept(index.num_frames, index.arrays["fps"])
         plan = Plan(index.fingerprint, kept, index.arrays["shard"], 0, CLIPS_A_BATCH * world.size, world.size)
-        reader = ClipReader(index, frames["keep_every"], frames["max_frames"], seed=0, train=False)
+        reader = ClipReader(index, sampling, seed=0, train=False)
         loader = Loader(
             reader,
             plan.in_length_order(),

@@ -66,6 +66,18 @@ def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def second_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of another corpus: 10 train, 3 dev and 2 test clips, 48x59 px."""
+    from shards.build import Options, build
+
+    folder = tmp_path_factory.mktemp("second")
+    write_phoenix(folder / "phoenix", {"train": 10, "dev": 3, "test": 2}, seed=5)
+    options = Options(short_side=48, clips_per_shard=4, workers=1)
+    build("phoenix14t", folder / "phoenix", folder / "shards", options)
+    return folder / "shards"
+
+
 @pytest.fixture
 def tiny_shards(tiny_corpus: Path, tmp_path: Path) -> Path:
     """A copy of the tiny shards that a test may damage."""

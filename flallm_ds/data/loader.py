@@ -9,21 +9,24 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
-import simplejpeg
 import torch
 
 from flallm_ds.contracts import Batch
-from flallm_ds.data import sampling
-from flallm_ds.data.clip_format import frame_spans
+from flallm_ds.data import mixture
+from flallm_ds.data.buffers import FrameBuffers
+from flallm_ds.data.decode import decode_frames
 from flallm_ds.data.index import Index
-from flallm_ds.data.plan import EpochPlan, slices_of_rank
+from flallm_ds.data.plan import EpochPlan, Plan, slices_of_rank
+from flallm_ds.data.sampling import FrameSampling, sample_rng
 from flallm_ds.data.text import TextCodec
-from flallm_ds.errors import RankError
+from flallm_ds.errors import RankError, UserError
 
 NUM_DRAWS = 9
 STEPS_AHEAD = 2
+SHARDS_AHEAD = 32  # fetched before they are needed, where they are remote: two windows of the plan
 
 
 @dataclass
@@ -52,43 +55,33 @@ class ClipReader:
     """
 
     index: Index
-    keep_every: int
-    max_frames: int
+    sampling: FrameSampling
     seed: int
     train: bool
 
     def draws(self, row: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """(the clip's random numbers, float32 (9,); indices of its kept frames)."""
-        rng = sampling.sample_rng(self.seed, epoch, row) if self.train else None
+        arrays = self.index.arrays
+        rng = sample_rng(self.seed, epoch, row) if self.train else None
         draws = rng.random(NUM_DRAWS) if rng is not None else np.zeros(NUM_DRAWS)
-        picks = sampling.keep_every(int(self.index.num_frames[row]), self.keep_every, rng)
-        return draws.astype(np.float32), sampling.cap(picks, self.max_frames)
+        picks = self.sampling.picks(int(arrays["num_frames"][row]), float(arrays["fps"][row]), rng)
+        return draws.astype(np.float32), picks
+
+    def read(self, row: int) -> bytes:
+        """The clip's bytes. Raises OSError or ValueError if they are not all there."""
+        arrays = self.index.arrays
+        size, offset = int(arrays["size"][row]), int(arrays["offset"][row])
+        with self.index.store.open(self.index.shards[int(arrays["shard"][row])]) as file:
+            member = os.pread(file.fileno(), size, offset)
+        if len(member) != size:
+            raise ValueError(f"must hold {size} bytes at {offset}, but ends after {len(member)}")
+        return member
 
     def read_into(self, frames_THWC: np.ndarray, row: int, picks: np.ndarray) -> None:
         """Decode the picked frames into the canvases' top left corners. Raises ValueError if it cannot."""
         arrays = self.index.arrays
-        size, offset = int(arrays["size"][row]), int(arrays["offset"][row])
-        height, width = int(arrays["height"][row]), int(arrays["width"][row])
-        path = self.index.shard_path(int(arrays["shard"][row]))
-        with path.open("rb", buffering=0) as file:
-            member = os.pread(file.fileno(), size, offset)
-        if len(member) != size:
-            raise ValueError(f"must hold {size} bytes at {offset}, but ends after {len(member)}")
-        spans = frame_spans(member)
-        if len(spans) != self.index.num_frames[row]:
-            raise ValueError(f"must hold {self.index.num_frames[row]} frames, but holds {len(spans)}")
-        view = memoryview(member)
-        whole = frames_THWC.shape[1:3] == (height, width)
-        for place, (begin, length) in zip(frames_THWC, spans[picks], strict=True):
-            jpeg = view[begin : begin + length]
-            frame = simplejpeg.decode_jpeg(jpeg, "RGB", buffer=place if whole else None)
-            if frame.shape[:2] != (height, width):
-                raise ValueError(
-                    f"frames must be {width}x{height}, but one is {frame.shape[1]}x{frame.shape[0]}"
-                )
-            if not whole:
-                place[:] = 0
-                place[:height, :width] = frame
+        hw = int(arrays["height"][row]), int(arrays["width"][row])
+        decode_frames(self.read(row), picks, int(arrays["num_frames"][row]), frames_THWC, hw)
 
 
 @dataclass
@@ -96,7 +89,8 @@ class _Pending:
     """A micro-batch whose clips are being decoded."""
 
     rows: list[int]
-    real: list[bool]
+    epochs: list[int]  # how often each clip came before
+    real: bool
     draws: list[np.ndarray]
     picks: list[np.ndarray]
     frames: torch.Tensor
@@ -106,38 +100,45 @@ class _Pending:
 class Loader:
     """One pass over an epoch plan: `for micro_batches in loader.steps(start)` yields a rank's share of steps.
 
-    Every rank yields the same number of steps with the same number of micro-batches. A broken clip is
-    replaced by the next one of the index, the same on any rank, and counted in `broken`.
+    `for batch in loader` yields the same micro-batches one by one. Every rank yields the same number of steps
+    with the same number of micro-batches. A broken clip is replaced by the next one of the index, the same on
+    any rank, and counted in `broken`. Its threads live only while one iterates: a loader can be pickled, and
+    used after a fork. codec: without one, `target_ids_BL` has no columns.
     """
 
     def __init__(
         self,
         reader: ClipReader,
         plan: EpochPlan,
-        codec: TextCodec,
+        codec: TextCodec | None = None,
         *,
-        epoch: int = 0,
         rank: int = 0,
         world_size: int = 1,
         threads: int = 1,
         broken: BrokenClips | None = None,
     ) -> None:
-        self.reader, self.plan, self.codec, self.epoch = reader, plan, codec, epoch
+        self.reader, self.plan, self.codec = reader, plan, codec
         self.slices = slices_of_rank(plan.slices, rank, world_size)
         self.threads = threads
         self.broken = broken if broken is not None else BrokenClips(budget=0)
-        self._texts, self._keys = reader.index.strings("text"), reader.index.strings("key")
 
     def __len__(self) -> int:
         return self.plan.num_steps
 
+    def __iter__(self) -> Iterator[Batch]:
+        for micro_batches in self.steps():
+            yield from micro_batches
+
     def steps(self, start: int = 0) -> Iterator[list[Batch]]:
         """The micro-batches of step `start` and all after it, decoded a few steps ahead."""
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
+        buffers = FrameBuffers()
+        shards = _Shards(self.reader.index, self.plan)
         ahead: deque[list[_Pending]] = deque()
         try:
             for step in range(start, self.plan.num_steps):
-                ahead.append([self._submit(pool, rows) for rows in self._rows(step)])
+                shards.read_ahead(step)
+                ahead.append([self._submit(pool, buffers, *rows) for rows in self._rows(step)])
                 if len(ahead) > STEPS_AHEAD:
                     yield [self._finish(pending) for pending in ahead.popleft()]
             while ahead:
@@ -145,60 +146,71 @@ class Loader:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _rows(self, step: int) -> Iterator[tuple[list[int], list[bool]]]:
-        slices = self.plan.slices_of(step)
+    def _rows(self, step: int) -> Iterator[tuple[np.ndarray, bool]]:
+        """(places of the plan, whether they count) of each micro-batch of this rank."""
+        places = self.plan.places_of(step)
         for s in self.slices:
-            if len(slices[s]):
-                yield slices[s].tolist(), [True] * len(slices[s])
+            if len(places[s]):
+                yield places[s], True
             else:  # fewer clips than slices: a dummy keeps this rank in step
-                yield [int(slices[0][0])], [False]
+                yield places[0][:1], False
 
-    def _submit(self, pool: ThreadPoolExecutor, rows_real: tuple[list[int], list[bool]]) -> _Pending:
-        rows, real = rows_real
-        draws, picks = zip(*(self.reader.draws(row, self.epoch) for row in rows), strict=True)
+    def _submit(
+        self, pool: ThreadPoolExecutor, buffers: FrameBuffers, places: np.ndarray, real: bool
+    ) -> _Pending:
+        rows, epochs = self.plan.order[places].tolist(), self.plan.passes[places].tolist()
+        draws, picks = zip(*map(self.reader.draws, rows, epochs), strict=True)
         ends = np.cumsum([len(p) for p in picks])
-        shape = (int(ends[-1]), *self.reader.index.frame_hw, 3)
-        frames = torch.empty(shape, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        frames = buffers.take((int(ends[-1]), *self.reader.index.frame_hw, 3))
         array = frames.numpy()
         jobs = [
             pool.submit(self.reader.read_into, array[end - len(p) : end], row, p)
             for row, p, end in zip(rows, picks, ends, strict=True)
         ]
-        return _Pending(rows, real, list(draws), list(picks), frames, jobs)
+        return _Pending(rows, epochs, real, list(draws), list(picks), frames, jobs)
 
     def _finish(self, pending: _Pending) -> Batch:
         errors = [job.exception() for job in pending.jobs]
         for position, error in enumerate(errors):
+            if isinstance(error, UserError):  # a store that gave up: the other ranks may not have met it
+                raise RankError(str(error)) from error
             if error is not None:
                 if not isinstance(error, (ValueError, OSError)):
                     raise error
                 self._replace(pending, position, str(error))
-        arrays = self.reader.index.arrays
-        texts = [self._texts[row] for row in pending.rows]
-        sizes = np.stack([arrays["height"][pending.rows], arrays["width"][pending.rows]], axis=1)
+        index, rows = self.reader.index, pending.rows
+        texts = self._strings("text", rows)
+        ids = [self.codec.encode(t) if self.codec is not None and pending.real else [] for t in texts]
+        sizes = np.stack([index.arrays["height"][rows], index.arrays["width"][rows]], axis=1)
         return Batch(
             frames_NHWC=pending.frames,
             num_frames_B=torch.tensor([len(p) for p in pending.picks]),
             size_B2=torch.from_numpy(sizes.astype(np.float32)),
             draws_B9=torch.from_numpy(np.stack(pending.draws)),
-            target_ids_BL=_pad([self.codec.encode(t) for t in texts], pending.real),
-            keys=tuple(self._keys[row] for row in pending.rows),
-            texts=tuple(texts),
-            real_B=tuple(pending.real),
+            target_ids_BL=_pad(ids),
+            keys=self._strings("key", rows),
+            texts=texts,
+            corpora=tuple(index.corpus_of(row) for row in rows),
+            languages=self._strings("language", rows),
+            real_B=(pending.real,) * len(rows),
         )
+
+    def _strings(self, name: str, rows: list[int]) -> tuple[str, ...]:
+        column = self.reader.index.strings(name)
+        return tuple(column[row] for row in rows)
 
     def _replace(self, pending: _Pending, position: int, reason: str) -> None:
         """Put the next clip of the index that decodes in the broken one's place."""
         first = row = pending.rows[position]
         while True:
             shard = self.reader.index.shards[int(self.reader.index.arrays["shard"][row])].file
-            self.broken.add(shard, self._keys[row], reason)
+            self.broken.add(shard, self.reader.index.strings("key")[row], reason)
             if (row + 1) % len(self.reader.index) == first:
                 raise RankError(
                     f"a clip of {self.reader.index.root} must decode, but none of them does: {reason}."
                 )
             row = (row + 1) % len(self.reader.index)
-            draws, picks = self.reader.draws(row, self.epoch)
+            draws, picks = self.reader.draws(row, pending.epochs[position])
             frames = np.empty((len(picks), *pending.frames.shape[1:]), dtype=np.uint8)
             try:
                 self.reader.read_into(frames, row, picks)
@@ -211,10 +223,66 @@ class Loader:
         pending.rows[position], pending.draws[position], pending.picks[position] = row, draws, picks
 
 
-def _pad(ids: Sequence[Sequence[int]], real: Sequence[bool]) -> torch.Tensor:
-    """Ids padded with -100; a dummy's row is -100 throughout, so that it weighs nothing."""
+class _Shards:
+    """Tells the store which shards come next, in the order of their first use."""
+
+    def __init__(self, index: Index, plan: EpochPlan) -> None:
+        self._index = index
+        shards, places = np.unique(index.arrays["shard"][plan.order], return_index=True)
+        by_place = np.argsort(places)
+        self._order = shards[by_place].tolist()
+        self._first_step = np.searchsorted(plan.ends, places[by_place], side="right")
+        self._told = -1
+
+    def read_ahead(self, step: int) -> None:
+        begin = int(np.searchsorted(self._first_step, step))
+        if begin != self._told:
+            self._told = begin
+            coming = self._order[begin : begin + SHARDS_AHEAD]
+            self._index.store.want([self._index.shards[shard] for shard in coming])
+
+
+def _pad(ids: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Ids padded with -100."""
     padded = torch.full((len(ids), max(map(len, ids))), -100)
-    for row, sentence, counts in zip(padded, ids, real, strict=True):
-        if counts:
-            row[: len(sentence)] = torch.tensor(sentence)
+    for row, sentence in zip(padded, ids, strict=True):
+        row[: len(sentence)] = torch.tensor(sentence)
     return padded
+
+
+def open_loader(
+    shards: str | Path | Sequence[str | Path],
+    split: str = "train",
+    *,
+    batch_clips: int = 8,
+    sampling: FrameSampling = FrameSampling(),  # noqa: B008 (frozen)
+    train: bool = True,
+    seed: int = 0,
+    epoch: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    threads: int = 2,
+    weights: Sequence[float] = (),
+    codec: TextCodec | None = None,
+) -> Loader:
+    """A loader for a loop of your own: `for batch in open_loader("data/mine"): ...`.
+
+    shards: one shard folder (or address) or several. train: shuffled anew each epoch, with random frame
+    picks; otherwise longest first, each clip once. batch_clips: of one batch of this rank.
+    """
+    index = mixture.open_indexes(shards, split)
+    num_kept = sampling.num_kept(index.num_frames, index.arrays["fps"])
+    plan = Plan(
+        index.fingerprint,
+        num_kept,
+        index.arrays["shard"],
+        seed,
+        batch_clips * world_size,
+        world_size,
+        corpus=index.arrays.get("corpus"),
+        weights=tuple(weights),
+    )
+    order = plan.epoch(epoch) if train else plan.in_length_order()
+    reader = ClipReader(index, sampling, seed, train)
+    broken = BrokenClips(budget=len(index) // 100) if train else None
+    return Loader(reader, order, codec, rank=rank, world_size=world_size, threads=threads, broken=broken)

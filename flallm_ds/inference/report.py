@@ -9,8 +9,9 @@ import numpy as np
 
 from flallm_ds.config import RunConfig
 from flallm_ds.contracts import Hypothesis
-from flallm_ds.data.index import load_index
 from flallm_ds.data.loader import ClipReader
+from flallm_ds.data.mixture import open_indexes
+from flallm_ds.data.sampling import FrameSampling
 from flallm_ds.errors import UserError
 from flallm_ds.metrics import Scores, score
 
@@ -115,8 +116,8 @@ def strip_of_run(run: Path, out: Path, split: str, num_clips: int) -> None:
             f"Run deepspeed launch/evaluate.py --run {run} --split {split} first."
         )
     hypotheses = {h.key: h for h in read_hypotheses(path)}
-    index = load_index(RunConfig.load(run / "config.json").data.shards, split)
-    reader = ClipReader(index, keep_every=1, max_frames=10**9, seed=0, train=False)
+    index = open_indexes(RunConfig.load(run / "config.json").data.shards, split)
+    reader = ClipReader(index, FrameSampling(max_frames=10**9), seed=0, train=False)
     clips = []
     for row in np.linspace(0, len(index) - 1, num_clips).round().astype(int).tolist():
         num_frames, height, width = (int(index.arrays[c][row]) for c in ("num_frames", "height", "width"))

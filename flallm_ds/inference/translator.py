@@ -8,7 +8,6 @@ import torch
 
 from flallm_ds import export
 from flallm_ds.contracts import Batch
-from flallm_ds.data import sampling
 from flallm_ds.data.loader import NUM_DRAWS
 from flallm_ds.data.video import Video
 from flallm_ds.errors import UserError
@@ -58,17 +57,20 @@ class Translator:
             target_ids_BL=torch.full((1, 1), -100),
             keys=(path.name,),
             texts=("",),
+            corpora=("",),
+            languages=("",),
             real_B=(True,),
         )
         return self.export.codec.decode(self.generate(batch)[0])
 
     def kept_frames(self, path: Path) -> np.ndarray:
         """The frames that the model sees of a video, uint8 (T, H, W, 3)."""
-        frames = self.export.settings["frames"]
-        stored = Video(path).frames(short_side=frames["short_side"])
-        first_of_group = [frame for i, frame in enumerate(stored) if i % frames["keep_every"] == 0]
-        picks = sampling.cap(np.arange(len(first_of_group)), frames["max_frames"])
-        return np.stack([first_of_group[i] for i in picks])
+        settings = self.export.settings["frames"]
+        sampling = export.frame_sampling(self.export.settings)
+        video = Video(path)
+        stored = video.frames(short_side=settings["short_side"])
+        kept = [frame for i, frame in enumerate(stored) if sampling.keeps_first(i, video.fps)]
+        return np.stack([kept[i] for i in sampling.thin(len(kept))])
 
     @torch.no_grad()
     def generate(self, batch: Batch) -> list[list[int]]:

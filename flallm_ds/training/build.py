@@ -1,20 +1,24 @@
 """The only place that turns a RunConfig into objects."""
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers.utils import logging as transformers_logging
 
 from flallm_ds import export
-from flallm_ds.config import RunConfig
+from flallm_ds.config import DataConfig, RunConfig
 from flallm_ds.contracts import Batch
-from flallm_ds.data import sampling
-from flallm_ds.data.index import Index, load_index
+from flallm_ds.data import mixture
+from flallm_ds.data.index import Index
 from flallm_ds.data.loader import BrokenClips, ClipReader, Loader
-from flallm_ds.data.plan import Plan, slices_of_rank
+from flallm_ds.data.plan import EpochPlan, Plan, slices_of_rank, temperature_weights
+from flallm_ds.data.sampling import FrameSampling
+from flallm_ds.data.store import CacheOptions
 from flallm_ds.data.text import TextCodec
 from flallm_ds.dist import World, main_first
 from flallm_ds.errors import UserError
@@ -54,12 +58,10 @@ class Task:
         return make_plan(index, self.config)
 
     def train_loader(self, epoch: int) -> Loader:
-        return make_loader(
-            self, self.train_index, self.plan(self.train_index).epoch(epoch), epoch, self.broken
-        )
+        return make_loader(self, self.train_index, self.plan(self.train_index).epoch(epoch), self.broken)
 
     def dev_loader(self) -> Loader:
-        return make_loader(self, self.dev_index, self.plan(self.dev_index).in_length_order(), None, None)
+        return make_loader(self, self.dev_index, self.plan(self.dev_index).in_length_order(), None)
 
     def inputs(self, batch: Batch, train: bool) -> torch.Tensor:
         """What the engine's module reads: pixels_NCHW in stage 1, frozen features_ND in stage 2."""
@@ -91,9 +93,7 @@ def build_task(config: RunConfig, folder: Path, world: World) -> Task:
     ds.prepare()
     transformers_logging.disable_progress_bar()
     slices_of_rank(config.data.micro_batches, world.rank, world.size)
-    train_index, dev_index = (load_index(config.data.shards, s) for s in ("train", config.eval.split))
-    for index in (train_index, dev_index):
-        index.check_files()
+    train_index, dev_index = (open_index(config.data, s, world) for s in ("train", config.eval.split))
     json_path = Path(config.train.deepspeed or REPOSITORY / "ds_configs" / f"{default_json(config)}.json")
     accumulation = config.data.micro_batches // world.size
     ds_config = ds.complete(
@@ -121,7 +121,7 @@ def build_task(config: RunConfig, folder: Path, world: World) -> Task:
         engine=engine,
         rates=tuple(group["lr"] for group in groups),
         statistics=BatchStatistics(engine.module, world),
-        broken=BrokenClips(config.data.max_broken),
+        broken=BrokenClips(math.ceil(config.data.max_broken * len(train_index))),
     )
 
 
@@ -145,36 +145,47 @@ def default_json(config: RunConfig) -> str:
     return "zero2" if config.stage == "visual" else "zero3_offload"
 
 
+def open_index(data: DataConfig, split: str, world: World) -> Index:
+    """The index of one split over all of data.shards; every shard is there with its size (and checksum)."""
+    cache = CacheOptions(Path(data.cache_dir) if data.cache_dir else None, data.cache_gb, data.allow_pipe)
+    index = mixture.open_indexes(data.shards, split, cache)
+    main_first(lambda: index.store.check(index.shards, data.check_shards), world)
+    return index
+
+
+def make_sampling(data: DataConfig) -> FrameSampling:
+    return FrameSampling(data.keep_every, data.max_frames, data.target_fps, data.cap)
+
+
 def make_plan(index: Index, config: RunConfig) -> Plan:
     data = config.data
-    num_kept = sampling.num_kept(index.num_frames, data.keep_every, data.max_frames)
+    weights = data.weights
+    if data.temperature != 1 and len(data.shards) > 1:
+        weights = temperature_weights(np.bincount(index.arrays["corpus"]).tolist(), data.temperature)
     return Plan(
-        index.fingerprint,
-        num_kept,
-        index.arrays["shard"],
-        config.train.seed,
-        data.batch_clips,
-        data.micro_batches,
+        fingerprint=index.fingerprint,
+        num_kept=make_sampling(data).num_kept(index.num_frames, index.arrays["fps"]),
+        shard=index.arrays["shard"],
+        seed=config.train.seed,
+        batch_clips=data.batch_clips,
+        slices=data.micro_batches,
+        batch_frames=data.batch_frames,
+        corpus=index.arrays.get("corpus"),
+        weights=weights,
     )
 
 
-def make_loader(
-    task: Task, index: Index, epoch_plan: Any, epoch: int | None, broken: BrokenClips | None
-) -> Loader:
-    """epoch: None for evaluation, which keeps the first frame of each group and crops the centre."""
+def make_loader(task: Task, index: Index, epoch_plan: EpochPlan, broken: BrokenClips | None) -> Loader:
+    """broken: where broken clips of training are counted; None for evaluation, which replaces nothing."""
     data, world = task.config.data, task.world
-    reader = ClipReader(
-        index, data.keep_every, data.max_frames, task.config.train.seed, train=epoch is not None
-    )
-    threads = data.threads or decode_threads(world)
+    reader = ClipReader(index, make_sampling(data), task.config.train.seed, train=broken is not None)
     return Loader(
         reader,
         epoch_plan,
         task.codec,
-        epoch=epoch or 0,
         rank=world.rank,
         world_size=world.size,
-        threads=threads,
+        threads=data.threads or decode_threads(world),
         broken=broken,
     )
 

@@ -192,7 +192,7 @@ class Trainer:
             return
         state = checkpoint.read_state(newest)
         position = Position(**state["position"])
-        saved = PlanState(**state["plan"])
+        saved = PlanState.load(state["plan"])
         self.task.plan(self.task.train_index).state(saved.epoch, saved.step).check_same_plan(saved)
         if state["world_size"] != self.world.size:
             raise UserError(

@@ -1,15 +1,17 @@
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
+from math import gcd
 
 import numpy as np
 import pytest
 
-from flallm_ds.data.plan import EpochPlan, Plan, PlanState, slices_of_rank
+from flallm_ds.data.plan import EpochPlan, Plan, PlanState, slices_of_rank, temperature_weights
 from flallm_ds.errors import UserError
 
 SIZES = [1, 2, 3, 7, 8, 9, 64, 257, 1000]
 
 
-def plan_of(num_clips: int, batch_clips: int = 8, slices: int = 2, seed: int = 0) -> Plan:
+def plan_of(num_clips: int, batch_clips: int = 8, slices: int = 2, seed: int = 0, **options) -> Plan:
     rng = np.random.default_rng(num_clips)
     return Plan(
         fingerprint="00112233445566aa",
@@ -18,7 +20,14 @@ def plan_of(num_clips: int, batch_clips: int = 8, slices: int = 2, seed: int = 0
         seed=seed,
         batch_clips=batch_clips,
         slices=slices,
+        **options,
     )
+
+
+def mixed(sizes: list[int], weights: tuple[float, ...]) -> Plan:
+    """Corpora of these sizes, one after another, in one plan."""
+    corpus = np.repeat(np.arange(len(sizes)), sizes)
+    return plan_of(sum(sizes), corpus=corpus, weights=weights)
 
 
 def micro_batches(epoch: EpochPlan) -> list[list[list[int]]]:
@@ -51,9 +60,15 @@ def test_evaluation_holds_every_clip_exactly_once_longest_first(num_clips):
     assert sorted(c for step in micro_batches(order) for part in step for c in part) == list(range(num_clips))
 
 
-def test_only_one_batch_of_an_epoch_is_short():
-    plan = plan_of(100).epoch(0)
-    assert sorted(len(plan.batch(step)) for step in range(plan.num_steps)) == [4] + [8] * 12
+@pytest.mark.parametrize(("num_clips", "batch_clips"), [(100, 8), (1000, 64), (999, 128), (40, 12)])
+def test_the_remainder_is_spread_over_the_batches(num_clips, batch_clips):
+    """Batches differ by what 64 slices share equally, and all but one of them can be dealt so."""
+    plan = plan_of(num_clips, batch_clips).epoch(0)
+    sizes = [len(plan.batch(step)) for step in range(plan.num_steps)]
+    unit = gcd(batch_clips, 64)
+    assert len(sizes) == -(-num_clips // batch_clips) and sum(sizes) == num_clips
+    assert max(sizes) <= batch_clips and sorted(sizes)[1] >= max(sizes) - unit
+    assert sum(size % unit > 0 for size in sizes) == (num_clips % unit > 0)
 
 
 def test_the_order_is_a_pure_function():
@@ -126,18 +141,82 @@ def test_buckets_pad_far_less_than_a_shuffle():
     assert bucketed < 0.3 * padding(np.split(shuffled, 125), plan.num_kept)
 
 
-def test_micro_batches_of_a_step_hold_nearly_equal_frames():
-    """Dealt there and back again: the first rank is not the one with the most work at every step."""
-    plan = plan_of(1000, batch_clips=16, slices=4)
+@pytest.mark.parametrize(("batch_clips", "slices"), [(64, 8), (512, 64)])
+def test_micro_batches_of_a_step_hold_nearly_equal_frames(batch_clips, slices):
+    plan = plan_of(20_032, batch_clips, slices)
     epoch = plan.epoch(0)
-    full = [s for s in range(epoch.num_steps) if len(epoch.batch(s)) == 16]
-    ours = [[int(plan.num_kept[part].sum()) for part in epoch.slices_of(s)] for s in full]
-    dealt = [np.sort(plan.num_kept[epoch.batch(s)])[::-1].reshape(4, 4).sum(0) for s in full]
-    assert np.ptp(ours, axis=1).mean() < 0.6 * np.ptp(dealt, axis=1).mean()
+    for step in range(epoch.num_steps):
+        frames = np.array([plan.num_kept[part].sum() for part in epoch.slices_of(step)])
+        assert frames.max() <= 1.03 * frames.mean()
 
 
 def test_fewer_clips_than_slices_leave_the_last_slices_empty():
     assert [len(part) for part in plan_of(3, slices=4).epoch(0).slices_of(0)] == [1, 1, 1, 0]
+
+
+# --- a budget of frames
+
+
+def test_a_frame_budget_is_never_passed_and_nothing_is_dropped():
+    plan = plan_of(3000, slices=4, batch_frames=3000)
+    epoch = plan.epoch(2)
+    frames = [int(plan.num_kept[epoch.batch(step)].sum()) for step in range(epoch.num_steps)]
+    assert max(frames) <= 3000 and np.mean(frames) > 2700
+    assert sorted(epoch.order.tolist()) == list(range(3000))
+    assert sum(len(epoch.batch(step)) % 4 > 0 for step in range(epoch.num_steps)) <= 1
+    assert sorted(plan.in_length_order().order.tolist()) == list(range(3000))
+
+
+def test_a_clip_above_the_budget_is_a_batch_of_its_own():
+    plan = plan_of(50, batch_frames=30)
+    epoch = plan.epoch(0)
+    for step in range(epoch.num_steps):
+        clips = epoch.batch(step)
+        assert len(clips) == 1 or plan.num_kept[clips].sum() <= 30
+    assert sorted(epoch.order.tolist()) == list(range(50))
+
+
+# --- several corpora
+
+
+def test_without_weights_every_clip_of_every_corpus_comes_once_with_the_epoch_as_its_pass():
+    epoch = mixed([100, 30], ()).epoch(4)
+    assert sorted(epoch.order.tolist()) == list(range(130)) and set(epoch.passes.tolist()) == {4}
+
+
+def test_weights_are_each_corpus_share_of_an_epoch():
+    plan = mixed([900, 90, 10], (0.5, 0.3, 0.2))
+    assert plan.quotas == [500, 300, 200]
+    for number in range(3):
+        epoch = plan.epoch(number)
+        assert np.bincount(plan.corpus[epoch.order]).tolist() == [500, 300, 200]
+        assert epoch.num_steps == 125
+
+
+def test_over_the_epochs_all_clips_of_a_corpus_come_equally_often_and_never_twice_with_the_same_pass():
+    plan = mixed([900, 90, 10], (0.5, 0.3, 0.2))
+    seen = np.zeros(1000, int)
+    draws = set()
+    for number in range(9):
+        epoch = plan.epoch(number)
+        np.add.at(seen, epoch.order, 1)
+        draws |= set(zip(epoch.order.tolist(), epoch.passes.tolist(), strict=True))
+    assert set(seen[:900]) == {5} and set(seen[900:990]) == {30} and set(seen[990:]) == {180}
+    assert len(draws) == seen.sum() == 9000
+
+
+def test_a_mixed_epoch_is_a_pure_function_of_its_number():
+    first, again = (mixed([900, 90, 10], (2, 1, 1)).epoch(5) for _ in range(2))
+    assert micro_batches(first) == micro_batches(again) and first.passes.tolist() == again.passes.tolist()
+
+
+def test_a_temperature_evens_corpora_out():
+    assert temperature_weights([900, 100], 1.0) == pytest.approx((0.9, 0.1))
+    assert temperature_weights([900, 100], 2.0) == pytest.approx((0.75, 0.25))
+    assert temperature_weights([900, 100], 1e9) == pytest.approx((0.5, 0.5))
+
+
+# --- the state
 
 
 @pytest.mark.parametrize(
@@ -147,6 +226,8 @@ def test_fewer_clips_than_slices_leave_the_last_slices_empty():
         ("seed", {"seed": 5}),
         ("batch_clips", {"batch_clips": 16}),
         ("slices", {"slices": 4}),
+        ("batch_frames", {"batch_frames": 500}),
+        ("weights", {"weights": (1.0,)}),
     ],
 )
 def test_a_state_of_another_plan_is_refused_and_the_error_says_what_differs(name, change):
@@ -161,4 +242,12 @@ def test_a_state_of_the_same_plan_at_another_step_is_accepted():
     plan = plan_of(100)
     state = plan.state(2, 7)
     plan.state(0, 0).check_same_plan(state)
-    assert state == PlanState(2, "00112233445566aa", 0, 8, 2, 2, 7)
+    assert state == PlanState(3, "00112233445566aa", 0, 8, 0, (), 2, 2, 7)
+
+
+def test_a_state_survives_json_and_one_of_another_version_is_refused():
+    state = replace(plan_of(100), weights=(0.5,)).state(2, 7)
+    assert PlanState.load(json.loads(json.dumps(asdict(state)))) == state
+    old = {k: v for k, v in asdict(state).items() if k != "weights"} | {"version": 2}
+    with pytest.raises(UserError, match=r"version must be 3, but the checkpoint's is 2"):
+        PlanState.load(old)

@@ -1,48 +1,131 @@
 import numpy as np
 import pytest
 
-from flallm_ds.data.sampling import cap, keep_every, num_kept, sample_rng
+from flallm_ds.data.sampling import FrameSampling, sample_rng
+
+
+def rng_of(seed: int) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+# --- one of each group
 
 
 @pytest.mark.parametrize("stride", [1, 2, 4, 7])
 @pytest.mark.parametrize("num_frames", [1, 2, 3, 4, 5, 8, 33])
 def test_one_frame_of_each_group_is_kept(num_frames, stride):
     groups = [range(num_frames)[i : i + stride] for i in range(0, num_frames, stride)]
-    assert keep_every(num_frames, stride).tolist() == [group[0] for group in groups]
+    sampling = FrameSampling(stride)
+    assert sampling.picks(num_frames).tolist() == [group[0] for group in groups]
     for seed in range(20):
-        picks = keep_every(num_frames, stride, np.random.default_rng(seed))
+        picks = sampling.picks(num_frames, rng=rng_of(seed))
         assert len(picks) == len(groups)
         assert all(pick in group for pick, group in zip(picks, groups, strict=True))
 
 
 def test_every_frame_of_a_group_is_picked_as_often_as_any_other():
-    rng = np.random.default_rng(0)
-    picks = np.concatenate([keep_every(10, 4, rng) for _ in range(4000)])
+    rng = rng_of(0)
+    picks = np.concatenate([FrameSampling(4).picks(10, rng=rng) for _ in range(4000)])
     counts = np.bincount(picks, minlength=10)
     assert np.allclose(counts[:8], 1000, rtol=0.15) and np.allclose(counts[8:], 2000, rtol=0.15)
 
 
-@pytest.mark.parametrize(("num_frames", "stride"), [(0, 4), (5, 0), (-1, 1)])
-def test_no_frames_and_no_stride_are_errors(num_frames, stride):
+@pytest.mark.parametrize(
+    ("wrong"), [{"keep_every": 0}, {"max_frames": 0}, {"target_fps": 0.0}, {"target_fps": -1.0}]
+)
+def test_no_groups_are_an_error(wrong):
     with pytest.raises(ValueError, match="at least 1"):
-        keep_every(num_frames, stride)
+        FrameSampling(**wrong)
+
+
+def test_no_frames_are_an_error():
+    with pytest.raises(ValueError, match="at least 1"):
+        FrameSampling(4).picks(0)
+
+
+# --- by time
+
+
+def test_corpora_of_any_rate_are_seen_at_the_same_pace():
+    sampling = FrameSampling(target_fps=6.25)
+    for fps in (24.0, 25.0, 29.97, 30.0, 50.0, 59.94):
+        num_frames = round(8 * fps)  # 8 s
+        times = sampling.picks(num_frames, fps) / fps
+        assert len(times) == 50
+        assert (times - np.arange(50) / 6.25 >= -1e-6).all() and (
+            times - np.arange(50) / 6.25 < 1 / fps
+        ).all()
+
+
+@pytest.mark.parametrize("fps", [25.0, np.float32(25), np.float32(29.97), 30.0, 50.0])
+@pytest.mark.parametrize("divisor", [1, 2, 3, 4, 5])
+def test_a_whole_fraction_of_the_rate_is_every_nth_frame(fps, divisor):
+    """Whatever the rounding of fps / target does."""
+    for num_frames in (1, 7, 100, 475):
+        by_time = FrameSampling(target_fps=float(fps) / divisor).picks(num_frames, float(fps))
+        assert by_time.tolist() == FrameSampling(divisor).picks(num_frames).tolist()
+
+
+def test_a_clip_slower_than_the_target_keeps_all_its_frames():
+    assert FrameSampling(target_fps=25.0).picks(9, 12.0).tolist() == list(range(9))
+
+
+def test_random_picks_stay_in_their_span_of_time():
+    sampling = FrameSampling(target_fps=10.0)
+    for seed in range(50):
+        times = sampling.picks(240, 24.0, rng_of(seed)) / 24
+        assert ((times * 10 + 1e-6).astype(int) == np.arange(100)).all()
+
+
+def test_a_video_whose_length_is_unknown_keeps_the_same_frames():
+    for sampling in (FrameSampling(4), FrameSampling(target_fps=7.0), FrameSampling(target_fps=99.0)):
+        for fps in (24.0, 25.0, 30.0):
+            first = [i for i in range(111) if sampling.keeps_first(i, fps)]
+            assert first == sampling.picks(111, fps).tolist()
+
+
+# --- the cap
 
 
 def test_a_long_clip_is_capped_evenly_from_its_first_frame():
-    capped = cap(np.arange(0, 4000, 4), 512)
+    capped = FrameSampling(4, max_frames=512).picks(4000)
     assert len(capped) == 512 and capped[0] == 0 and capped[-1] >= 4000 - 8
     assert set(np.diff(capped)) == {4, 8}
 
 
-def test_a_short_clip_is_not_capped():
-    assert cap(np.arange(512), 512).tolist() == list(range(512))
+@pytest.mark.parametrize("cap", ["uniform", "random", "segment"])
+def test_a_short_clip_is_not_capped(cap):
+    assert FrameSampling(1, max_frames=512, cap=cap).picks(512, rng=rng_of(0)).tolist() == list(range(512))
 
 
-def test_num_kept_says_how_many_are_kept():
+def test_a_random_cap_draws_any_frames_in_order_and_is_even_in_evaluation():
+    sampling = FrameSampling(1, max_frames=10, cap="random")
+    drawn = [sampling.picks(40, rng=rng_of(seed)) for seed in range(2000)]
+    assert all(len(p) == 10 and (np.diff(p) > 0).all() for p in drawn)
+    counts = np.bincount(np.concatenate(drawn), minlength=40)
+    assert np.allclose(counts, 500, rtol=0.2)
+    assert sampling.picks(40).tolist() == FrameSampling(1, max_frames=10).picks(40).tolist()
+
+
+def test_a_segment_cap_takes_one_of_each_segment_and_the_middle_in_evaluation():
+    sampling = FrameSampling(1, max_frames=8, cap="segment")
+    for seed in range(50):
+        assert (sampling.picks(40, rng=rng_of(seed)) // 5 == np.arange(8)).all()
+    assert sampling.picks(40).tolist() == list(range(2, 40, 5))
+
+
+@pytest.mark.parametrize("cap", ["uniform", "random", "segment"])
+def test_num_kept_says_how_many_are_kept(cap):
     lengths = np.arange(1, 200)
-    for stride, limit in ((1, 50), (4, 512), (4, 10)):
-        expected = [len(cap(keep_every(int(n), stride), limit)) for n in lengths]
-        assert num_kept(lengths, stride, limit).tolist() == expected
+    for options in (
+        {"max_frames": 50}, {"keep_every": 4}, {"keep_every": 4, "max_frames": 10}, {"target_fps": 6.25},
+        {"target_fps": 11.0, "max_frames": 20},
+    ):  # fmt: skip
+        sampling = FrameSampling(cap=cap, **options)
+        for fps in (24.0, 25.0, 29.97):
+            expected = [len(sampling.picks(int(n), fps, rng_of(int(n)))) for n in lengths]
+            assert sampling.num_kept(lengths, np.full(len(lengths), fps, np.float32)).tolist() == expected
+            assert expected == [len(sampling.picks(int(n), fps)) for n in lengths]
 
 
 def test_random_numbers_belong_to_seed_epoch_and_sample():

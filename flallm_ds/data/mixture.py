@@ -1,0 +1,92 @@
+"""Several shard folders as one split: their clips one after another, each with its corpus and language."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from flallm_ds.data.index import COLUMNS, STRING_COLUMNS, Index, Shard, StringColumn, load_index
+from flallm_ds.data.store import CacheOptions, Store
+from flallm_ds.errors import UserError
+
+
+def open_indexes(
+    shards: str | Path | Sequence[str | Path], split: str, cache: CacheOptions | None = None
+) -> Index:
+    """The index of one split of one shard folder (or address), or of several joined.
+
+    Raises UserError as `load_index` does, or where a folder is named twice.
+    """
+    roots = [shards] if isinstance(shards, str | Path) else list(shards)
+    if not roots:
+        raise UserError("data.shards must name a shard folder, but is empty. Give --data.shards=FOLDER.")
+    if len(set(map(str, roots))) < len(roots):
+        raise UserError(
+            f"data.shards must name each shard folder once, but is {', '.join(map(str, roots))}. "
+            "Give a corpus more weight with --data.weights."
+        )
+    indexes = [load_index(root, split, cache) for root in roots]
+    return indexes[0] if len(indexes) == 1 else join(indexes)
+
+
+def join(indexes: Sequence[Index]) -> Index:
+    """One index of all clips of several. Keys begin with their folder's place: folders number alike."""
+    arrays = {name: np.concatenate([index.arrays[name] for index in indexes]) for name in COLUMNS}
+    counts = [len(index) for index in indexes]
+    num_shards = np.cumsum([0, *(len(index.shards) for index in indexes)])
+    arrays["shard"] = arrays["shard"] + np.repeat(num_shards[:-1], counts).astype(np.int32)
+    arrays["corpus"] = np.repeat(np.arange(len(indexes), dtype=np.int32), counts)
+    for name in STRING_COLUMNS:
+        if name == "key":
+            keys = (f"{n}_{key}" for n, index in enumerate(indexes) for key in index.strings(name))
+            arrays |= StringColumn.columns(name, list(keys))
+            continue
+        blobs = [index.arrays[name] for index in indexes]
+        begins = np.cumsum([0, *map(len, blobs)])
+        ends = [index.arrays[f"{name}_ends"] + b for index, b in zip(indexes, begins, strict=False)]
+        arrays |= {name: np.concatenate(blobs), f"{name}_ends": np.concatenate(ends)}
+    content = "+".join(index.fingerprint for index in indexes)
+    return Index(
+        corpus="+".join(index.corpus for index in indexes),
+        split=indexes[0].split,
+        fingerprint=hashlib.sha256(content.encode()).hexdigest()[:16],
+        shards=tuple(shard for index in indexes for shard in index.shards),
+        arrays=arrays,
+        store=JoinedStore({shard: index.store for index in reversed(indexes) for shard in index.shards}),
+        corpora=tuple(index.corpus for index in indexes),
+    )
+
+
+@dataclass(frozen=True)
+class JoinedStore:
+    """The stores of several folders: each shard is asked of its own."""
+
+    store_of: dict[Shard, Store]
+
+    @property
+    def root(self) -> str:
+        return ", ".join(dict.fromkeys(store.root for store in self.store_of.values()))
+
+    def file(self, name: str, sha256: str | None = None) -> Path:
+        raise UserError(f"{name} must be asked of one shard folder, but here are several: {self.root}.")
+
+    def open(self, shard: Shard) -> BinaryIO:
+        return self.store_of[shard].open(shard)
+
+    def want(self, shards: Sequence[Shard]) -> None:
+        for store, own in self._by_store(shards):
+            store.want(own)
+
+    def check(self, shards: Sequence[Shard], checksums: bool = False) -> None:
+        for store, own in self._by_store(shards):
+            store.check(own, checksums)
+
+    def _by_store(self, shards: Sequence[Shard]) -> list[tuple[Store, list[Shard]]]:
+        parts: dict[int, tuple[Store, list[Shard]]] = {}
+        for shard in shards:
+            store = self.store_of[shard]
+            parts.setdefault(id(store), (store, []))[1].append(shard)
+        return list(parts.values())
