@@ -4,14 +4,16 @@ Captions of one video are placed together and in order, a minute or so at a time
 margin around its old time, and between captions a wildcard that takes the speech nobody captioned.
 torch, torchaudio and transformers are imported when a model is loaded, so that building shards needs none.
 
-Source: Pratap et al. 2023 (arXiv 2305.13516), section 3.1, for the wildcard.
+Source: Pratap et al. 2023 (arXiv 2305.13516), for the wildcard.
 """
 
 import math
+import pickle  # for its error alone
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -30,8 +32,8 @@ MIN_SCORE = 0.1  # geometric mean of the probabilities of a caption's letters wh
 _CHUNK_S = 60.0  # captions placed together span at most this: forced_align's table grows with its square
 _WINDOW_S = 30.0  # of sound through the model at once
 _CONTEXT_S = 2.0  # more of it on both sides, whose frames are not used
-_MAX_JUMP_S = 3600.0  # from one timestamp of a sound track to the next; beyond it they are no times
-_MIN_SPELT = 0.5  # of a text's letters and digits
+_LONGEST_S = 300.0  # of a caption that is looked for, for the same reason
+_MAX_SOUND_S = 12 * 3600.0  # timestamps beyond it are taken for broken ones: silence up to them fills memory
 
 _WILDCARD = -1
 _BLANK_COLUMN, _WILDCARD_COLUMN = 0, 1
@@ -40,11 +42,21 @@ _WILDCARD_LOG_PROB = math.log(0.9)
 _OUTSIDE_LOG_PROB = -30.0  # added for each frame of a letter beyond the margin
 
 _NOT_HEARD, _NOT_SPELT, _CROWDED = "not heard", "not in the model's letters", "with more letters than frames"
-_NO_TIMES, _NO_SOUND, _BROKEN = "without times", "in videos without sound", "in videos whose sound breaks"
+_NO_TIMES, _TOO_LONG = "without times", f"longer than {_LONGEST_S:.0f} s"
+_NO_SOUND, _BROKEN = "in videos without sound", "in videos whose sound breaks"
 _NUM_EXAMPLES = 3
 
 # What transformers raises for a hub id or folder that does not hold what was asked for.
-_LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError)
+_LOAD_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    ImportError,
+    RuntimeError,
+    pickle.UnpicklingError,
+)
 
 
 @dataclass
@@ -55,7 +67,7 @@ class _Caption:
     number: int
     start_s: float
     end_s: float
-    letters: list[int]  # ids of the model's letters, _WILDCARD for words with something it cannot spell
+    letters: list[int]  # ids of the model's letters, _WILDCARD for what it cannot spell
     heard: tuple[float, float] | None = None  # new start and end
     why_kept: str = _NOT_HEARD
 
@@ -80,8 +92,8 @@ def retime(
         facebook/wav2vec2-base-960h.
     margin_s: how far before its old start a caption may begin, and how far after its old end it may end.
     Rows of one video, from whichever split, are placed in the order of their times and do not overlap. A row
-    keeps its times where it has none, its video has no sound, or its text cannot be spelt or is not heard
-    (MIN_SCORE); it is cut where a re-timed neighbour is, unless less than half would remain.
+    keeps its times where it has none or lasts minutes, its video has no sound, or its text cannot be spelt or
+    is not heard (MIN_SCORE); it is cut where a re-timed neighbour is, unless less than half would remain.
     Raises UserError for a model that cannot serve.
     """
     recogniser = Recogniser(model)
@@ -91,6 +103,9 @@ def retime(
         for number, row in enumerate(table):
             if row.start_s is None or row.end_s is None:
                 tally.kept[_NO_TIMES] += 1
+                continue
+            if row.end_s - row.start_s > _LONGEST_S:
+                tally.kept[_TOO_LONG] += 1
                 continue
             caption = _Caption(split, number, row.start_s, row.end_s, recogniser.spell(row.text))
             videos.setdefault(row.path, []).append(caption)
@@ -180,7 +195,7 @@ def _place(
     for caption in captions:
         caption.heard, caption.why_kept = None, _NOT_HEARD
         inside_T = _within(frames_T2, caption, margin_s)
-        if not any(letter != _WILDCARD for letter in caption.letters):
+        if not caption.letters:
             caption.why_kept = _NOT_SPELT
         elif 0 < inside_T.sum() < _num_frames_needed(caption.letters):
             caption.why_kept = _CROWDED
@@ -333,9 +348,11 @@ def read_sound(path: Path, rate: int) -> np.ndarray | None:
             begin_s = (container.start_time or 0) / av.time_base
             resampler = av.AudioResampler(format="s16", layout="mono", rate=rate)
             for frame in container.decode(container.streams.audio[0]):
-                gap_s = 0.0 if frame.time is None else frame.time - begin_s - num_samples / rate
-                if gap_s > _MAX_JUMP_S:
-                    raise ValueError(f"its times jump by {gap_s:.0f} s")
+                heard_s = num_samples / rate
+                time_s = heard_s if frame.time is None else frame.time - begin_s
+                if time_s > _MAX_SOUND_S:
+                    raise ValueError(f"it goes on at {time_s:.0f} s")
+                gap_s = time_s - heard_s
                 if gap_s > 0.1:  # less is the resampler's delay
                     pieces.append(np.zeros(round(gap_s * rate), np.int16))
                     num_samples += len(pieces[-1])
@@ -382,20 +399,23 @@ class Recogniser:
             )
 
     def spell(self, text: str) -> list[int]:
-        """Ids of a text's letters and of the delimiters between words; -1, a wildcard, for each word with a
-        digit or letter that the model does not know. Empty if it knows less than half of them.
+        """Ids of a text's letters and of the delimiters between words; -1, a wildcard, for digits and letters
+        that the model does not know. Empty if it knows less than half of them.
         """
         spelt: list[int] = []
-        num_known = num_all = 0
+        num_known = num_unknown = 0
         for word in unicodedata.normalize("NFKC", text).replace("’", "'").split():
-            ids = [self._letter(character) for character in word]
-            known = [number for number in ids if number is not None]
-            num_unknown = sum(number is None and c.isalnum() for number, c in zip(ids, word, strict=True))
-            num_all += len(known) + num_unknown
-            num_known += len(known)
-            if known or num_unknown:
-                spelt += [*(self._delimiter if spelt else []), *([_WILDCARD] if num_unknown else known)]
-        return spelt if num_known and num_known >= _MIN_SPELT * num_all else []
+            ids: list[int] = []
+            for character in word:
+                number = self._letter(character)
+                if number is not None:
+                    ids.append(number)
+                    num_known += 1
+                elif character.isalnum():  # punctuation is not spoken
+                    ids += [_WILDCARD] if ids[-1:] != [_WILDCARD] else []
+                    num_unknown += 1
+            spelt += [*(self._delimiter if spelt else []), *ids] if ids else []
+        return spelt if num_known > 0 and num_known >= num_unknown else []
 
     def _letter(self, character: str) -> int | None:
         """The id of a character, of its other case, or of it without its accent."""
@@ -449,18 +469,24 @@ def _load(name: str) -> tuple[Any, Any, Any, Any]:
         ) from error
     if ("/" not in name or name.startswith((".", "/")) or name.count("/") > 1) and not Path(name).is_dir():
         raise UserError(f"--align must be a hub id or a folder with a CTC model, but there is none: {name}.")
-    try:
-        # False and not unset: transformers would ask on the terminal whether to run a repository's code.
-        extractor = AutoFeatureExtractor.from_pretrained(name, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model, info = AutoModelForCTC.from_pretrained(
-            name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
-        )
-    except (*_LOAD_ERRORS, SafetensorError) as error:
-        raise UserError(
-            f"--align must name a CTC model with its tokenizer and feature extractor, but {name} does not "
-            f"load as one: {str(error).splitlines()[0]}"
-        ) from error
+    loaded = []
+    for what, load in (
+        ("model", partial(AutoModelForCTC.from_pretrained, dtype=torch.float32, output_loading_info=True)),
+        ("feature extractor", AutoFeatureExtractor.from_pretrained),
+        ("tokenizer", AutoTokenizer.from_pretrained),
+    ):
+        try:
+            # False and not unset: transformers would ask on the terminal whether to run a repository's code.
+            loaded.append(load(name, trust_remote_code=False))
+        except (*_LOAD_ERRORS, SafetensorError) as error:
+            # Torch's own words would advise to unpickle it all the same.
+            unsafe = isinstance(error, pickle.UnpicklingError)
+            reason = "it holds more than tensors" if unsafe else str(error).partition("\n")[0].rstrip(" .")
+            raise UserError(
+                f"--align must name a CTC model with its feature extractor and tokenizer, but the {what} of "
+                f"{name} does not load: {reason}."
+            ) from error
+    (model, info), extractor, tokenizer = loaded
     # Some lack weights of the body that only training uses; a head made up at random hears nothing.
     missing = sorted(key for key in info["missing_keys"] if not key.startswith(model.base_model_prefix + "."))
     if missing:

@@ -147,7 +147,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
         )
     )  # fmt: skip
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
-    for _ in range(150):
+    for _ in range(120):
         sounds, labels = [], []
         for _ in range(8):
             text = words(rng, 4)
@@ -316,7 +316,7 @@ def test_texts_are_spelt_in_the_letters_of_the_model(model: str) -> None:
     assert spelt("Abc,  DÉF!") == "ABC|DEF"
     assert spelt("(abc) – def") == "ABC|DEF"
     assert spelt("abc 1984 def") == "ABC|*|DEF"
-    assert spelt("abz abc") == "*|ABC"
+    assert spelt("a1zb 22 abc") == "A*B|*|ABC"
     assert spelt("1984") == spelt("...") == spelt("") == ""
 
 
@@ -325,6 +325,16 @@ def test_a_number_within_a_caption_is_passed_over(model: str, tmp_path: Path) ->
     row = captions(tmp_path / "talk.mkv", [(3.0, "bad cafe gghh fed")], [1.5])[0]
     new, _ = retime({"train": [replace(row, text="Bad café 1984 fed.")]}, model)
     assert off_by(new["train"], [(3.0, "bad cafe gghh fed")]) < 0.1
+
+
+class _Opens:
+    """Whoever unpickles it writes a file."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return open, (self.path, "w")
 
 
 def test_models_that_cannot_serve_are_refused(model: str, tmp_path: Path) -> None:
@@ -342,7 +352,9 @@ def test_models_that_cannot_serve_are_refused(model: str, tmp_path: Path) -> Non
         vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
     )
     BertForMaskedLM(tiny).save_pretrained(bert)
-    with pytest.raises(UserError, match="must name a CTC model with its tokenizer"):
+    with pytest.raises(
+        UserError, match=r"must name a CTC model .* the model of .* does not load: .*BertConfig"
+    ):
         retime({"train": []}, str(bert))
 
     headless = copy("headless")
@@ -353,7 +365,7 @@ def test_models_that_cannot_serve_are_refused(model: str, tmp_path: Path) -> Non
     without_tokenizer = copy("without_tokenizer")
     for name in ("vocab.json", "tokenizer_config.json"):
         (without_tokenizer / name).unlink()
-    with pytest.raises(UserError, match="does not load as one"):
+    with pytest.raises(UserError, match="the tokenizer of .* does not load"):
         retime({"train": []}, str(without_tokenizer))
 
     pieces = copy("pieces")
@@ -366,11 +378,22 @@ def test_models_that_cannot_serve_are_refused(model: str, tmp_path: Path) -> Non
     with pytest.raises(UserError, match="must have an output for each piece"):
         retime({"train": []}, str(larger))
 
+    pickled = copy("pickled")
+    (pickled / "model.safetensors").unlink()
+    torch.save({"lm_head.bias": _Opens(str(tmp_path / "ran"))}, pickled / "pytorch_model.bin")
+    with pytest.raises(UserError, match="the model of .* does not load: it holds more than tensors"):
+        retime({"train": []}, str(pickled))
+
+    torn = copy("torn")
+    (torn / "model.safetensors").write_bytes((torn / "model.safetensors").read_bytes()[:5000])
+    with pytest.raises(UserError, match="the model of .* does not load"):
+        retime({"train": []}, str(torn))
+
     stranger = copy("stranger")
     (stranger / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     config = {"model_type": "stranger", "auto_map": {"AutoConfig": "code.C", "AutoModelForCTC": "code.M"}}
     (stranger / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="does not load as one"):
+    with pytest.raises(UserError, match="the model of .* does not load"):
         retime({"train": []}, str(stranger))
     assert not (tmp_path / "ran").exists()
 
