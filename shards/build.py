@@ -1,33 +1,33 @@
 """A sign corpus into shards: python shards/build.py CORPUS --source=DIR --out=DIR (each has its --help).
 
 One process a core, each writing whole shards, so that frames never travel between processes. The same corpus
-and options give the same bytes on any number of workers. `--out` appears whole at the end, or not at all.
+and options give the same bytes on any number of workers, also when the build was killed and started again.
+`--out` appears whole at the end; until then the work lies in `<out>.partial`.
 """
 
 import hashlib
 import inspect
+import json
 import signal
 import sys
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 if __name__ in ("__main__", "__mp_main__"):  # run as a file: the project's root is not on the path yet
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import av
 import cv2
-import numpy as np
 import simplejpeg
 
 from flallm_ds import command
-from flallm_ds.data.index import Shard
-from flallm_ds.data.video import BrokenVideo, Video, image_paths
+from flallm_ds.data.index import FORMAT, Shard
+from flallm_ds.data.video import image_paths
 from flallm_ds.errors import UserError
-from shards import pool, stats
+from shards import align, jobs, pool, stats
 from shards.corpora import (
-    SPLITS,
     Corpus,
     Row,
     csl_daily,
@@ -37,7 +37,10 @@ from shards.corpora import (
     phoenix14t,
     youtube_asl,
 )
-from shards.writer import SHARD_NAME, ShardWriter, check_free, new_folder, write_index
+from shards.jobs import Clip, Fault
+from shards.options import Options
+from shards.partial import Partial, differences, hold, partial_folder, plain
+from shards.writer import earlier_build, write_index
 
 CORPORA: dict[str, Callable[..., Corpus]] = {
     "phoenix14t": phoenix14t.read,
@@ -48,246 +51,226 @@ CORPORA: dict[str, Callable[..., Corpus]] = {
     "youtube_sl25": youtube_asl.read_sl25,
     "manifest": manifest.read,
 }
-SHUFFLE_SEED = 0  # of the order in which a training split's clips are put into shards
 _NUM_EXAMPLES = 3
-
-
-@dataclass(frozen=True)
-class Options:
-    """
-    --short_side: pixels of a stored frame's shorter side; smaller frames are not enlarged.
-    --quality: of the JPEG frames, 1 to 100.
-    --clips_per_shard: at most; shards of a split differ by one clip.
-    --splits: which to build, of train, dev, test.
-    --limit: the first N rows of each split only, to try things out.
-    --max_skipped: how many rows may lack a video, a text, or decodable frames. They are left out, counted and
-        listed; one more ends the build. 0 by default, so nothing goes missing unsaid.
-    --workers: processes, 0 for one a core.
-    """
-
-    short_side: int = 256
-    quality: int = 90
-    # 128 clips are 100 to 350 MB: few files, yet many shards to shuffle, to fetch and to give to workers.
-    clips_per_shard: int = 128
-    splits: tuple[str, ...] = SPLITS
-    limit: int | None = None
-    max_skipped: int = 0
-    workers: int = 0
-
-    def __post_init__(self) -> None:
-        for name, low, high in (
-            ("short_side", 16, 4096), ("quality", 1, 100), ("clips_per_shard", 1, 10**6),
-            ("limit", 1, 10**9), ("max_skipped", 0, 10**9), ("workers", 0, 4096),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise UserError(f"--{name} must be from {low} to {high}, but is {value}.")
-        if not self.splits or set(self.splits) - set(SPLITS) or len(set(self.splits)) < len(self.splits):
-            raise UserError(
-                f"--splits must name some of {', '.join(SPLITS)}, but is {','.join(self.splits)!r}."
-            )
-
-
-@dataclass(frozen=True)
-class Fault:
-    """A row that cannot become a clip: the kind, to count by, and one sentence."""
-
-    kind: str
-    sentence: str
-
-
-@dataclass(frozen=True)
-class Job:
-    """One shard to write: where, and of which rows."""
-
-    path: Path
-    split: str
-    number: int
-    clips: list[tuple[str, Row]]  # key, row
-    options: Options
-    num_skippable: int  # of all jobs together; one job alone may not pass it either
-    num_rows: int  # of the whole corpus
-
-
-@dataclass
-class Done:
-    """What one job made: its index rows, its tar, and what was left out or cut short."""
-
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    shard: Shard | None = None
-    faults: list[Fault] = field(default_factory=list)
-    clamped: list[str] = field(default_factory=list)
+_IN_THE_INDEX = ("corpus", "options", "source")  # of a plan
 
 
 def build(corpus_name: str, source: Path, out: Path, options: Options, **own: Any) -> None:
-    """Read a corpus (own: its importer's options) and write its shards to `out`."""
-    check_free(out.resolve())
-    if not source.exists():
-        raise UserError(f"--source must exist, but does not: {source}. Check the path.")
-    corpus = CORPORA[corpus_name](source, options.splits, **own)
-    rows = {split: table[: options.limit] for split, table in corpus.rows.items()}
-    notes = corpus.notes + [f"{split}: has no rows, left out" for split, table in rows.items() if not table]
-    numbered, faults = check_rows(rows)
+    """Read a corpus (own: its importer's options) and write its shards to `out`.
+
+    Goes on where an earlier call with the same options and source was ended. Raises UserError if there is
+    something else at `out`, or if rows are faulty beyond --max_skipped.
+    """
+    out = out.resolve()
+    earlier_build(out)  # before a long look at the source
+    corpus, rows = read_corpus(corpus_name, source, options, own)
+    clips, faults = check_rows(rows, options)
     num_rows = sum(map(len, rows.values()))
     check_budget(faults, options.max_skipped, num_rows)
-
-    with new_folder(out) as folder:
-        jobs = plan(numbered, folder, options, options.max_skipped - len(faults), num_rows)
-        if not jobs:
-            raise UserError(f"a corpus must have rows, but {', '.join(rows)} of {source} have none.")
-        done: dict[int, Done] = {}
-        num_clips = sum(len(job.clips) for job in jobs)
-        for position, result in pool.run(
-            write_shard, jobs, num_workers=options.workers, num_clips=num_clips, title="build"
-        ):
-            done[position] = result
-            faults += result.faults
-            check_budget(faults, options.max_skipped, num_rows)
-        results = [done[position] for position in range(len(jobs))]
-        splits = collect(jobs, results)
-        notes += clamp_notes(jobs, results)
+    if not any(clips.values()):
+        raise UserError(f"a corpus must have rows, but {', '.join(rows)} of {source} have none.")
+    plan = plan_of(corpus, clips, options.recorded() | own)
+    if is_built(out, plan) and not partial_folder(out).exists():
+        return
+    with hold(out) as partial:
+        if is_built(out, plan):  # while this build waited for its turn, or killed before it had tidied up
+            partial.discard()
+            return
+        partial.begin({name: value for name, value in plan.items() if name != "source"}, options.restart)
+        notes = corpus.notes + [
+            f"{split}: has no rows, left out" for split, table in rows.items() if not table
+        ]
+        if options.align:
+            clips, said = aligned(clips, options.align, partial)
+            notes += said
+        todo = plan_jobs(clips, options, partial, options.max_skipped - len(faults), num_rows)
+        work(todo, options, faults, num_rows)
+        done = jobs.collect(todo, partial.shards)
+        faults = sorted(faults + done.faults, key=lambda fault: fault.sentence)
+        check_budget(faults, options.max_skipped, num_rows)
+        if not done.splits:
+            raise UserError("shards must hold clips, but every row was skipped.")
+        notes += clamp_notes(done.clamped) + stats.overlap_notes(rows_of(done.splits))
         write_index(
-            folder,
+            partial.shards,
             corpus=corpus.name,
             language=corpus.language,
-            options=recorded(options) | own,
-            splits=splits,
-            skipped=count_faults(sorted(faults, key=lambda fault: fault.sentence)),
-            notes=notes + stats.overlap_notes(rows_of(splits)),
+            options=plan["options"],
+            splits=done.splits,
+            skipped=count_faults(faults),
+            notes=notes,
+            importer=corpus_name,
+            source=plan["source"],
         )
-    print_report(out, splits, count_faults(faults), notes + stats.overlap_notes(rows_of(splits)))
+        partial.finish()
+    print_report(out, done.splits, count_faults(faults), notes)
 
 
-def check_rows(rows: dict[str, list[Row]]) -> tuple[dict[str, list[tuple[str, Row]]], list[Fault]]:
-    """Each split's usable rows with their keys (the row's number in its table), and the faults of others."""
-    present: dict[Path, bool] = {}
+def read_corpus(
+    name: str, source: Path, options: Options, own: dict[str, Any]
+) -> tuple[Corpus, dict[str, list[Row]]]:
+    """A corpus, and each split's rows up to --limit. Raises UserError if there is no source."""
+    if not source.exists():
+        raise UserError(f"--source must exist, but does not: {source}. Check the path.")
+    corpus = CORPORA[name](source, options.splits, **own)
+    return corpus, {split: table[: options.limit] for split, table in corpus.rows.items()}
+
+
+def check_rows(rows: dict[str, list[Row]], options: Options) -> tuple[dict[str, list[Clip]], list[Fault]]:
+    """Each split's usable rows in stored order, with their keys and stamps, and the faults of the others."""
+    stamps: dict[Path, str] = {}
     faults: list[Fault] = []
-    numbered: dict[str, list[tuple[str, Row]]] = {}
+    clips: dict[str, list[Clip]] = {}
     for split, table in rows.items():
-        numbered[split] = []
+        usable = []
         for number, row in enumerate(table):
-            if row.path not in present:
-                present[row.path] = has_frames(row.path)
-            if not present[row.path]:
+            if row.path not in stamps:
+                stamps[row.path] = stamp(row.path)
+            box = jobs.common_box(row.bbox, options.crop) or (0, 0, 1, 1)
+            if not stamps[row.path]:
                 faults.append(Fault("without video", f"{split} {row.id} has no frames at {row.path}"))
             elif not row.text:
                 faults.append(Fault("without text", f"{split} {row.id} has an empty text"))
+            elif box[0] >= box[2] or box[1] >= box[3]:
+                faults.append(Fault("outside the crop", f"{split} {row.id} has a box outside --crop"))
             else:
-                numbered[split].append((f"{number:08d}", row))
-    return numbered, faults
+                usable.append(Clip(f"{number:08d}", row, stamps[row.path]))
+        clips[split] = jobs.stored_order(split, usable)
+    return clips, faults
 
 
-def has_frames(path: Path) -> bool:
-    """Whether there is a file, or a folder with images; whether they decode is not asked."""
+def stamp(path: Path) -> str:
+    """The sizes and, after a space, the times of a video file or a folder's images; empty if there are none.
+
+    Whether they decode is not asked.
+    """
     try:
-        return bool(image_paths(path)) if path.is_dir() else path.is_file()
+        if path.is_file():
+            found = path.stat()
+            return f"{found.st_size} {found.st_mtime_ns}"
+        facts = [(image.name, image.stat()) for image in image_paths(path)]
     except OSError:
+        return ""
+    if not facts:
+        return ""
+    sizes = digest([(name, found.st_size) for name, found in facts])
+    return f"{sizes} {digest([found.st_mtime_ns for _, found in facts])}"
+
+
+def digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()[:16]
+
+
+def plan_of(corpus: Corpus, clips: dict[str, list[Clip]], options: dict[str, Any]) -> dict[str, Any]:
+    """What is built from what. Neither where the source lies nor its times say what will be in the shards."""
+    facts = {
+        split: [[clip.key, asdict(clip.row) | {"path": None}] for clip in some]
+        for split, some in clips.items()
+    }
+    sizes = {split: [clip.stamp.split()[0] for clip in some] for split, some in clips.items()}
+    plan = {
+        "corpus": corpus.name,
+        "options": options,
+        "rows": {split: digest(facts[split]) for split in clips},
+        "source": {split: digest([facts[split], sizes[split]]) for split in clips},
+        "made_by": {
+            "shards": FORMAT,
+            "av": av.__version__,
+            "simplejpeg": simplejpeg.__version__,
+            "opencv": cv2.__version__,
+        },
+    }
+    found: dict[str, Any] = plain(plan)
+    return found
+
+
+def is_built(out: Path, plan: dict[str, Any]) -> bool:
+    """Whether `out` holds the shards of this plan already, which is said.
+
+    Raises UserError if it holds others, or if some are missing.
+    """
+    found = earlier_build(out)
+    if found is None:
         return False
+    changes = differences(found, {name: plan[name] for name in _IN_THE_INDEX})
+    if changes:
+        raise UserError(
+            f"--out must be a new or empty folder, but {out} holds an earlier build: {'; '.join(changes)}. "
+            "Remove it, or name another folder."
+        )
+    shards = [shard for entry in found["splits"].values() for shard in entry["shards"]]
+    for shard in shards:
+        path = out / shard["file"]
+        if not path.is_file() or path.stat().st_size != shard["bytes"]:
+            raise UserError(
+                f"an earlier build must be whole, but {shard['file']} is missing or cut short in {out}. "
+                "Run shards/verify.py, or remove the folder and build it again."
+            )
+    print(f"already built: {len(shards):,} shards of this source and these options are in {out}")
+    return True
 
 
 def check_budget(faults: Sequence[Fault], max_skipped: int, num_rows: int) -> None:
     """Raise UserError if more rows are faulty than may be skipped."""
     if len(faults) > max_skipped:
-        raise over_budget(faults, max_skipped, num_rows)
+        raise jobs.over_budget(faults, max_skipped, num_rows)
 
 
-def over_budget(faults: Sequence[Fault], max_skipped: int, num_rows: int) -> UserError:
-    """Too many faults, as one sentence that counts them by kind and names the first."""
-    kinds = ", ".join(f"{count:,} {kind}" for kind, count in Counter(fault.kind for fault in faults).items())
-    return UserError(
-        f"every row must give a clip, but of {num_rows:,} rows {kinds}: {faults[0].sentence.rstrip('.')}. "
-        f"Mend them, let more than {max_skipped} be skipped with --max_skipped, or build other --splits."
+def aligned(
+    clips: dict[str, list[Clip]], model: str, partial: Partial
+) -> tuple[dict[str, list[Clip]], list[str]]:
+    """The clips with times from the speech of their videos, found once for a build, and notes."""
+
+    def retime() -> dict[str, Any]:
+        rows, notes = align.retime(
+            {split: [clip.row for clip in some] for split, some in clips.items()}, model
+        )
+        times = {split: [(row.start_s, row.end_s) for row in table] for split, table in rows.items()}
+        return {"times": times, "notes": notes}
+
+    kept = partial.kept("aligned", retime)
+    return {
+        split: [
+            replace(clip, row=replace(clip.row, start_s=start_s, end_s=end_s))
+            for clip, (start_s, end_s) in zip(some, kept["times"][split], strict=True)
+        ]
+        for split, some in clips.items()
+    }, kept["notes"]
+
+
+def plan_jobs(
+    clips: dict[str, list[Clip]], options: Options, partial: Partial, num_skippable: int, num_rows: int
+) -> list[jobs.Job]:
+    """One job for each shard, or for as many clips as a shard of --mb_per_shard should take."""
+    if options.clips_per_shard:
+        clips_per_job = dict.fromkeys(clips, options.clips_per_shard)
+    else:
+        clips_per_job = partial.kept("clips_per_job", lambda: jobs.clips_for_size(clips, options))
+    return jobs.plan(clips, clips_per_job, partial.work, options, num_skippable, num_rows)
+
+
+def work(todo: list[jobs.Job], options: Options, faults: list[Fault], num_rows: int) -> None:
+    """Do what is not done yet of all jobs. faults: of rows that were left out before."""
+    faults = list(faults)
+    left = []
+    num_clips = num_done = 0
+    for job in todo:
+        done = jobs.records(job)
+        jobs.check_stamps(job, done)
+        faults += [fault for record in done for fault in record.faults]
+        num_clips += len(job.clips)
+        num_done += sum(len(record.stamps) for record in done)
+        if not done or not done[-1].last:
+            left.append(job)
+    if num_done:
+        print(f"going on with an unfinished build: {num_done:,} of {num_clips:,} clips are done", flush=True)
+    check_budget(faults, options.max_skipped, num_rows)
+    results = pool.run(
+        jobs.write_job, left, num_workers=options.workers, num_clips=num_clips - num_done, title="build"
     )
-
-
-def plan(
-    numbered: dict[str, list[tuple[str, Row]]],
-    folder: Path,
-    options: Options,
-    num_skippable: int,
-    num_rows: int,
-) -> list[Job]:
-    """One job for each shard: training clips in a fixed shuffled order, dev and test in the table's."""
-    jobs = []
-    for split, clips in numbered.items():
-        if split == "train":  # corpora are sorted by broadcast or video: neighbours would share every batch
-            clips = sorted(clips, key=_shuffled)
-        num_shards = -(-len(clips) // options.clips_per_shard)
-        for n in range(num_shards):
-            some = clips[n * len(clips) // num_shards : (n + 1) * len(clips) // num_shards]
-            path = folder / SHARD_NAME.format(split=split, number=n)
-            jobs.append(Job(path, split, n, some, options, num_skippable, num_rows))
-    return jobs
-
-
-def _shuffled(clip: tuple[str, Row]) -> bytes:
-    return hashlib.sha256(f"{SHUFFLE_SEED} {clip[0]}".encode()).digest()
-
-
-def write_shard(job: Job) -> Done:
-    """Decode, scale, encode and write the clips of one shard, in a worker process.
-
-    Raises UserError once more clips are broken than the whole build may skip.
-    """
-    cv2.setNumThreads(1)
-    done = Done()
-    with ShardWriter(job.path, job.number) as tar:
-        for key, row in job.clips:
-            try:
-                jpegs, video, (height, width) = encode_clip(row, job.options)
-            except BrokenVideo as error:
-                done.faults.append(Fault("cannot be decoded", f"{job.split} {row.id}: {error}"))
-                if len(done.faults) > job.num_skippable:
-                    raise over_budget(done.faults, job.options.max_skipped, job.num_rows) from error
-                continue
-            finally:
-                pool.tick()
-            if row.end_s is not None and video.past_end_s > 1 / video.fps:
-                done.clamped.append(row.id)
-            facts = {"gloss": row.gloss} if row.gloss else {}
-            done.rows.append(
-                tar.add(
-                    key, jpegs, fps=video.fps, height=height, width=width, id=row.id, text=row.text,
-                    signer=row.signer, video=row.video, language=row.language, **facts,
-                )
-            )  # fmt: skip
-    done.shard = tar.shard_entry
-    return done
-
-
-def encode_clip(row: Row, options: Options) -> tuple[list[bytes], Video, tuple[int, int]]:
-    """(JPEG frames, the video that was read, height and width of a frame)."""
-    video = Video(row.path, image_fps=row.image_fps, num_threads=1)
-    jpegs = []
-    for frame in video.frames(row.start_s, row.end_s, short_side=options.short_side, box=row.bbox):
-        pool.check_stop()
-        jpegs.append(simplejpeg.encode_jpeg(np.ascontiguousarray(frame), options.quality, "RGB", "420"))
-    return jpegs, video, frame.shape[:2]
-
-
-def collect(jobs: list[Job], results: list[Done]) -> dict[str, tuple[list[dict[str, Any]], list[Shard]]]:
-    """Each split's index rows and tars, in order; a tar without clips is dropped and leaves no gap."""
-    splits: dict[str, tuple[list[dict[str, Any]], list[Shard]]] = {}
-    for job, done in zip(jobs, results, strict=True):
-        assert done.shard is not None
-        if not done.rows:
-            job.path.unlink()
-            continue
-        rows, tars = splits.setdefault(job.split, ([], []))
-        number = len(tars)
-        path = job.path.with_name(SHARD_NAME.format(split=job.split, number=number))
-        if path != job.path:
-            job.path.rename(path)
-        tars.append(Shard(path.name, done.shard.bytes, done.shard.sha256, done.shard.clips))
-        rows += [row | {"shard": number} for row in done.rows]
-    if not splits:
-        raise UserError("shards must hold clips, but every row was skipped.")
-    return splits
-
-
-def recorded(options: Options) -> dict[str, Any]:
-    """The options that decide the bytes."""
-    return {name: value for name, value in asdict(options).items() if name != "workers"}
+    for _, met in results:
+        faults += met
+        check_budget(faults, options.max_skipped, num_rows)
 
 
 def count_faults(faults: Sequence[Fault]) -> dict[str, Any]:
@@ -301,11 +284,8 @@ def count_faults(faults: Sequence[Fault]) -> dict[str, Any]:
     return counts
 
 
-def clamp_notes(jobs: list[Job], results: list[Done]) -> list[str]:
+def clamp_notes(clamped: dict[str, list[str]]) -> list[str]:
     """For each split, how many clips end later than their video does."""
-    clamped: dict[str, list[str]] = {}
-    for job, done in zip(jobs, results, strict=True):
-        clamped.setdefault(job.split, []).extend(done.clamped)
     return [
         f"{split}: {len(ids):,} clips end past their video's end and were cut there ({_some(ids)})"
         for split, ids in clamped.items()
@@ -357,6 +337,6 @@ def verb(corpus_name: str) -> Callable[..., None]:
 
 
 if __name__ == "__main__":
-    # So that nothing half-written stays when the build is told to end.
+    # So that the build says what it leaves when it is told to end.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     command.main({name: verb(name) for name in CORPORA})

@@ -5,7 +5,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -129,15 +128,16 @@ def _begin_worker(shared: _Shared) -> None:
 
 
 def begin_worker() -> None:
-    """A pool's initializer: the parent answers Ctrl-C, and a worker whose parent was killed leaves."""
+    """A pool's initializer: the parent answers Ctrl-C and SIGTERM; when it is gone, its workers leave."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
 
 
 def _leave_with_parent() -> None:
     parent = multiprocessing.parent_process()
-    while parent is not None and parent.is_alive():
-        time.sleep(1.0)
+    if parent is not None:
+        parent.join()
     os._exit(1)
 
 
