@@ -44,6 +44,7 @@ class DataConfig:
     batch_clips: int = 8  # clips of one optimizer step, over all ranks
     batch_frames: int = 0  # kept frames of one optimizer step at most, instead of batch_clips
     micro_batches: int = 2  # slices of that batch; world size must divide it; the rest is accumulation
+    decoder: Literal["cpu", "nvjpeg"] = "cpu"  # of the JPEGs in training; nvjpeg: on the GPU
     threads: int = 0  # decode threads a rank; 0: the cores of the machine shared among its ranks
     max_broken: float = 0.01  # share of the clips that a rank may fail to decode before the run stops
     check_shards: bool = False  # read every shard at the start and compare its checksum

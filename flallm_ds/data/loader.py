@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,8 @@ import torch
 from flallm_ds.contracts import Batch
 from flallm_ds.data import mixture
 from flallm_ds.data.buffers import FrameBuffers
-from flallm_ds.data.decode import decode_frames
+from flallm_ds.data.decode import decode_frames, jpegs_of
+from flallm_ds.data.device import EncodedBatch
 from flallm_ds.data.index import Index
 from flallm_ds.data.plan import EpochPlan, Plan, slices_of_rank
 from flallm_ds.data.sampling import FrameSampling, sample_rng
@@ -83,6 +85,10 @@ class ClipReader:
         hw = int(arrays["height"][row]), int(arrays["width"][row])
         decode_frames(self.read(row), picks, int(arrays["num_frames"][row]), frames_THWC, hw)
 
+    def read_jpegs(self, row: int, picks: np.ndarray) -> list[memoryview]:
+        """The picked frames as they are stored. Raises ValueError if the clip is broken, or holds no JPEGs."""
+        return jpegs_of(self.read(row), picks, int(self.index.arrays["num_frames"][row]))
+
 
 @dataclass
 class _Pending:
@@ -94,7 +100,7 @@ class _Pending:
     draws: list[np.ndarray]
     picks: list[np.ndarray]
     frames: torch.Tensor
-    jobs: list[Future[None]]
+    jobs: list[Future[list[memoryview] | None]]
 
 
 class Loader:
@@ -103,7 +109,8 @@ class Loader:
     `for batch in loader` yields the same micro-batches one by one. Every rank yields the same number of steps
     with the same number of micro-batches. A broken clip is replaced by the next one of the index, the same on
     any rank, and counted in `broken`. Its threads live only while one iterates: a loader can be pickled, and
-    used after a fork. codec: without one, `target_ids_BL` has no columns.
+    used after a fork. codec: without one, `target_ids_BL` has no columns. encoded: frames stay JPEGs, for
+    `device.on_device` to decode; these batches are `EncodedBatch`es.
     """
 
     def __init__(
@@ -116,8 +123,9 @@ class Loader:
         world_size: int = 1,
         threads: int = 1,
         broken: BrokenClips | None = None,
+        encoded: bool = False,
     ) -> None:
-        self.reader, self.plan, self.codec = reader, plan, codec
+        self.reader, self.plan, self.codec, self.encoded = reader, plan, codec, encoded
         self.slices = slices_of_rank(plan.slices, rank, world_size)
         self.threads = threads
         self.broken = broken if broken is not None else BrokenClips(budget=0)
@@ -125,11 +133,11 @@ class Loader:
     def __len__(self) -> int:
         return self.plan.num_steps
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Any]:
         for micro_batches in self.steps():
             yield from micro_batches
 
-    def steps(self, start: int = 0) -> Iterator[list[Batch]]:
+    def steps(self, start: int = 0) -> Iterator[list[Any]]:
         """The micro-batches of step `start` and all after it, decoded a few steps ahead."""
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
         buffers = FrameBuffers()
@@ -161,17 +169,23 @@ class Loader:
         rows, epochs = self.plan.order[places].tolist(), self.plan.passes[places].tolist()
         draws, picks = zip(*map(self.reader.draws, rows, epochs), strict=True)
         ends = np.cumsum([len(p) for p in picks])
-        frames = buffers.take((int(ends[-1]), *self.reader.index.frame_hw, 3))
-        array = frames.numpy()
-        jobs = [
-            pool.submit(self.reader.read_into, array[end - len(p) : end], row, p)
-            for row, p, end in zip(rows, picks, ends, strict=True)
-        ]
+        shape = (int(ends[-1]), *self.reader.index.frame_hw, 3)
+        jobs: list[Future[Any]]
+        if self.encoded:
+            frames = torch.empty(shape, dtype=torch.uint8, device="meta")
+            jobs = [pool.submit(self.reader.read_jpegs, row, p) for row, p in zip(rows, picks, strict=True)]
+        else:
+            frames = buffers.take(shape)
+            array = frames.numpy()
+            jobs = [
+                pool.submit(self.reader.read_into, array[end - len(p) : end], row, p)
+                for row, p, end in zip(rows, picks, ends, strict=True)
+            ]
         return _Pending(rows, epochs, real, list(draws), list(picks), frames, jobs)
 
-    def _finish(self, pending: _Pending) -> Batch:
-        errors = [job.exception() for job in pending.jobs]
-        for position, error in enumerate(errors):
+    def _finish(self, pending: _Pending) -> Batch | EncodedBatch:
+        for position, job in enumerate(pending.jobs):
+            error = job.exception()
             if isinstance(error, UserError):  # a store that gave up: the other ranks may not have met it
                 raise RankError(str(error)) from error
             if error is not None:
@@ -180,9 +194,10 @@ class Loader:
                 self._replace(pending, position, str(error))
         index, rows = self.reader.index, pending.rows
         texts = self._strings("text", rows)
-        ids = [self.codec.encode(t) if self.codec is not None and pending.real else [] for t in texts]
+        # A dummy has one place, which counts for nothing: the loss is not defined for none.
+        ids = [[] if self.codec is None else self.codec.encode(t) if pending.real else [-100] for t in texts]
         sizes = np.stack([index.arrays["height"][rows], index.arrays["width"][rows]], axis=1)
-        return Batch(
+        batch = Batch(
             frames_NHWC=pending.frames,
             num_frames_B=torch.tensor([len(p) for p in pending.picks]),
             size_B2=torch.from_numpy(sizes.astype(np.float32)),
@@ -194,6 +209,9 @@ class Loader:
             languages=self._strings("language", rows),
             real_B=(pending.real,) * len(rows),
         )
+        if not self.encoded:
+            return batch
+        return EncodedBatch(batch, [jpeg for job in pending.jobs for jpeg in job.result() or ()])
 
     def _strings(self, name: str, rows: list[int]) -> tuple[str, ...]:
         column = self.reader.index.strings(name)
@@ -211,14 +229,20 @@ class Loader:
                 )
             row = (row + 1) % len(self.reader.index)
             draws, picks = self.reader.draws(row, pending.epochs[position])
-            frames = np.empty((len(picks), *pending.frames.shape[1:]), dtype=np.uint8)
+            shape = (len(picks), *pending.frames.shape[1:])
+            frames = torch.empty(shape, dtype=torch.uint8, device=pending.frames.device)
+            done: Future[Any] = Future()
             try:
-                self.reader.read_into(frames, row, picks)
+                if self.encoded:
+                    done.set_result(self.reader.read_jpegs(row, picks))
+                else:
+                    self.reader.read_into(frames.numpy(), row, picks)
+                    done.set_result(None)
                 break
             except (ValueError, OSError) as error:
                 reason = str(error)
         parts = list(torch.split(pending.frames, [len(p) for p in pending.picks]))
-        parts[position] = torch.from_numpy(frames)
+        parts[position], pending.jobs[position] = frames, done
         pending.frames = torch.cat(parts)
         pending.rows[position], pending.draws[position], pending.picks[position] = row, draws, picks
 

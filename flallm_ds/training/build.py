@@ -14,6 +14,7 @@ from flallm_ds import export
 from flallm_ds.config import DataConfig, RunConfig
 from flallm_ds.contracts import Batch
 from flallm_ds.data import mixture
+from flallm_ds.data.device import check_nvjpeg
 from flallm_ds.data.index import Index
 from flallm_ds.data.loader import BrokenClips, ClipReader, Loader
 from flallm_ds.data.plan import EpochPlan, Plan, slices_of_rank, temperature_weights
@@ -93,6 +94,8 @@ def build_task(config: RunConfig, folder: Path, world: World) -> Task:
     ds.prepare()
     transformers_logging.disable_progress_bar()
     slices_of_rank(config.data.micro_batches, world.rank, world.size)
+    if config.data.decoder == "nvjpeg":
+        check_nvjpeg(world.device)
     train_index, dev_index = (open_index(config.data, s, world) for s in ("train", config.eval.split))
     json_path = Path(config.train.deepspeed or REPOSITORY / "ds_configs" / f"{default_json(config)}.json")
     accumulation = config.data.micro_batches // world.size
@@ -187,6 +190,7 @@ def make_loader(task: Task, index: Index, epoch_plan: EpochPlan, broken: BrokenC
         world_size=world.size,
         threads=data.threads or decode_threads(world),
         broken=broken,
+        encoded=data.decoder == "nvjpeg" and broken is not None,
     )
 
 

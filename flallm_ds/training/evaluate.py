@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from flallm_ds.contracts import Batch, Hypothesis
+from flallm_ds.data.device import on_device
 from flallm_ds.data.loader import Loader
 from flallm_ds.data.text import TextCodec
 from flallm_ds.dist import World, gather_objects
@@ -28,7 +29,7 @@ class Evaluation:
         Every rank makes the same number of `generate` calls. report(done, all): called after each step.
         """
         found: list[Hypothesis] = []
-        for step, batches in enumerate(self.loader.steps()):
+        for step, batches in enumerate(on_device(self.loader.steps(), self.world.device)):
             for batch in batches:
                 for key, text, real, ids in zip(
                     batch.keys, batch.texts, batch.real_B, self.generate(batch), strict=True

@@ -10,6 +10,7 @@ import torch
 
 from flallm_ds import export
 from flallm_ds.contracts import Batch
+from flallm_ds.data.device import on_device
 from flallm_ds.data.plan import PlanState
 from flallm_ds.dist import all_reduce_sum, main_first
 from flallm_ds.errors import Preempted, UserError
@@ -65,7 +66,7 @@ class Trainer:
         self.task.engine.module.train()
         num_steps = len(loader)
         waiting_since = time.perf_counter()
-        for batches in loader.steps(self.at.step):
+        for batches in on_device(loader.steps(self.at.step), self.world.device):
             waited = time.perf_counter() - waiting_since
             stop = self._step(batches, num_steps, waited)
             every = self.config.train.save_every_steps

@@ -315,6 +315,20 @@ def test_memory_is_used_again(train, codec):
     assert len(addresses) < 30  # of 60 batches
 
 
+@pytest.mark.parametrize("num_broken", [0, 1])
+def test_an_encoded_batch_decodes_to_the_frames_of_the_other_kind(tiny_shards, codec, num_broken):
+    index = load_index(tiny_shards, "train")
+    for row in range(11, 11 + num_broken):
+        break_clip(index, row)
+    decoded = list(loader_of(index, codec, broken=BrokenClips(1)))
+    encoded = list(loader_of(index, codec, broken=BrokenClips(1), encoded=True))
+    for batch, jpegs in zip(decoded, encoded, strict=True):
+        assert jpegs.batch.frames_NHWC.device.type == "meta"
+        frames = np.stack([simplejpeg.decode_jpeg(jpeg, "RGB") for jpeg in jpegs.jpegs])
+        whole = replace(jpegs.batch, frames_NHWC=torch.from_numpy(frames))
+        assert same(whole, batch)
+
+
 # --- several corpora
 
 
@@ -391,6 +405,7 @@ def test_a_rank_without_clips_gets_a_dummy_that_weighs_nothing(tiny_corpus, code
     assert len(dummies) == 5
     for dummy in dummies:
         assert dummy.num_target_tokens == 0 and (dummy.target_ids_BL == -100).all()
+        assert dummy.target_ids_BL.shape[1] > 0, "a loss over no places is not defined"
         assert len(dummy.frames_NHWC) == dummy.num_frames_B.sum() > 0
     keys = [k for b in batches for k, real in zip(b.keys, b.real_B, strict=True) if real]
     assert sorted(keys) == sorted(dev.strings("key"))

@@ -104,7 +104,7 @@ def test_the_engine_gives_the_losses_of_a_plain_pytorch_loop(runs: Path, tiny_co
     from flallm_ds.data.text import TextCodec
     from flallm_ds.preprocess import Preprocess
     from flallm_ds.recipes import resolve
-    from flallm_ds.training.build import make_plan, visual_model
+    from flallm_ds.training.build import make_plan, make_sampling, visual_model
     from flallm_ds.training.schedule import rate_factor
     from flallm_ds.training.trainer import seed_micro_batch
 
@@ -117,11 +117,11 @@ def test_the_engine_gives_the_losses_of_a_plain_pytorch_loop(runs: Path, tiny_co
         model.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=config.optim.weight_decay
     )
     index = load_index(tiny_corpus / "shards", "train")
-    reader = ClipReader(index, config.data.keep_every, config.data.max_frames, config.train.seed, train=True)
+    reader = ClipReader(index, make_sampling(config.data), config.train.seed, train=True)
     preprocess = Preprocess(config.data.frame_size, config.data.crop_size, config.data.augment)
     found = []
     for epoch in range(2):
-        loader = Loader(reader, make_plan(index, config).epoch(epoch), codec, epoch=epoch)
+        loader = Loader(reader, make_plan(index, config).epoch(epoch), codec)
         for step, batches in enumerate(loader.steps()):
             tokens = sum(b.num_target_tokens for b in batches)
             total = 0.0
