@@ -1,4 +1,4 @@
-"""Every byte of a shard folder against its index: python shards/verify.py DIR.
+"""Every byte of a shard folder against its index: python shards/verify.py FOLDER [--repair=drop|rebuild].
 
 One line for each fault and exit code 1, or one line that says that all is well.
 """
@@ -8,23 +8,25 @@ import json
 import mmap
 import sys
 import tarfile
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 if __name__ in ("__main__", "__mp_main__"):  # run as a file: the project's root is not on the path yet
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import simplejpeg
+import numpy as np
 
 from flallm_ds import command
-from flallm_ds.data.clip_format import EXTENSION, frame_spans
+from flallm_ds.data.decode import EXTENSIONS, decode_frames, extension_of
 from flallm_ds.data.index import STRING_COLUMNS, Shard, iter_rows, load_index, read_manifest
 from flallm_ds.errors import UserError
-from shards import pool
+from shards import pool, stats
 
-_BLOCK = 512
+BLOCK = 512  # of a tar
 _FACTS = ({*STRING_COLUMNS} - {"key"}) | {"num_frames", "height", "width"}  # in the index and in the JSON
+_FRAMES_AT_ONCE = 64  # decoded together: enough for a group of H.264, few enough for any memory
 
 
 class ShardFault(UserError):
@@ -38,57 +40,127 @@ class Job:
     """One tar to check, with its rows of the index."""
 
     path: Path
+    split: str
     shard: Shard
     rows: list[dict[str, Any]]
 
 
-def verify(folder: Path, *, workers: int = 0) -> None:
-    """Check tars' sizes and checksums, every row's member and JSON, and that every JPEG decodes.
+@dataclass
+class Report:
+    """What a check found. faults: sentences, those of a tar under its file name, others under their split."""
+
+    manifest: dict[str, Any]
+    jobs: list[Job] = field(default_factory=list)
+    faults: dict[str, list[str]] = field(default_factory=dict)
+    lost_tables: list[str] = field(default_factory=list)  # splits whose table is missing or was changed
+
+    def add(self, place: str, *sentences: str) -> None:
+        if sentences:
+            self.faults.setdefault(place, []).extend(sentences)
+
+    @property
+    def sentences(self) -> list[str]:
+        return sorted(sentence for sentences in self.faults.values() for sentence in sentences)
+
+    @property
+    def splits(self) -> dict[str, list[dict[str, Any]]]:
+        """The rows of every split whose table is whole."""
+        rows: dict[str, list[dict[str, Any]]] = {}
+        for job in self.jobs:
+            rows.setdefault(job.split, []).extend(job.rows)
+        return rows
+
+
+def verify(
+    folder: Path,
+    *,
+    workers: int = 0,
+    repair: Literal["drop", "rebuild"] | None = None,
+    source: Path | None = None,
+) -> None:
+    """Check tars' sizes and checksums, tables, every clip and its JSON, and that every frame decodes.
+
+    What splits share is said too: signers and texts in notes, source videos in warnings.
 
     --workers: processes, 0 for one a core.
+    --repair: `rebuild` makes broken tars again from the corpus, byte by byte as they were; `drop` takes
+        broken clips out of tars and index. Both restore a lost table from whole tars. Let nothing read the
+        folder meanwhile. It may be killed at any moment and started again.
+    --source: with --repair=rebuild, the corpus, as it was given to build.py.
     """
-    manifest = read_manifest(folder)
-    faults: list[str] = []
-    jobs: list[Job] = []
+    if (repair == "rebuild") != (source is not None):
+        raise UserError("--repair=rebuild and --source must be given together, but one is missing.")
+    report = check(folder, workers)
+    if repair is not None:
+        from shards.repair import SCRATCH, mend  # it needs this module
+
+        if report.faults or (folder / SCRATCH).exists():
+            print("".join(f"{sentence}\n" for sentence in report.sentences), end="")
+            report = mend(folder, report, source, workers)
+    if report.faults:
+        sentences = report.sentences
+        print("\n".join(sentences))
+        _print_overlaps(report)
+        raise ShardFault(
+            f"shards must be as their index says, but {folder} has {len(sentences):,} fault(s), the "
+            f"first: {sentences[0]} See --repair in docs/data.md."
+        )
+    _print_overlaps(report)
+    entries = report.manifest["splits"].values()
+    num_clips, num_frames = (sum(entry[what] for entry in entries) for what in ("clips", "frames"))
+    size = sum(job.shard.bytes for job in report.jobs)
+    print(
+        f"all is well: {num_clips:,} clips, {num_frames:,} frames, {len(report.jobs):,} shards, "
+        f"{size / 1e6:,.1f} MB"
+    )
+
+
+def check(folder: Path, workers: int = 0, only: Collection[str] | None = None) -> Report:
+    """Check a folder; only: the file names of the tars to read, all of them by default.
+
+    Raises UserError if the folder has no index.json that can be read.
+    """
+    report = Report(read_manifest(folder))
     known: set[str] = set()
-    for split, entry in manifest["splits"].items():
+    for split, entry in report.manifest["splits"].items():
         known |= {shard["file"] for shard in entry["shards"]}
         try:
             index = load_index(folder, split)
         except UserError as error:
-            faults.append(str(error))
+            report.add(split, str(error))
+            report.lost_tables.append(split)
             continue
         rows: list[list[dict[str, Any]]] = [[] for _ in index.shards]
         for row in iter_rows(index):
             if 0 <= row["shard"] < len(rows):
                 rows[row["shard"]].append(row)
             else:
-                faults.append(
-                    f"{split} {row['key']} must be in a shard of {len(rows)}, but is in {row['shard']}."
+                report.add(
+                    split,
+                    f"{split} {row['key']} must be in a shard of {len(rows)}, but is in {row['shard']}.",
                 )
-        jobs += [Job(folder / s.file, s, r) for s, r in zip(index.shards, rows, strict=True)]
+        report.jobs += [Job(folder / s.file, split, s, r) for s, r in zip(index.shards, rows, strict=True)]
         for what, count in (("clips", len(index)), ("frames", int(index.num_frames.sum()))):
             if count != entry[what]:
-                faults.append(f"{split} must hold {entry[what]:,} {what}, but its table holds {count:,}.")
+                report.add(split, f"{split} must hold {entry[what]:,} {what}, but its table holds {count:,}.")
         keys = index.strings("key")
         if len(set(keys)) != len(keys):
-            faults.append(f"every key of {split} must be there once, but some are there twice.")
-    strange = {path.name for path in folder.glob("*.tar")} - known
-    faults += [f"{name} is no part of the index." for name in strange]
+            report.add(split, f"every key of {split} must be there once, but some are there twice.")
+    for name in sorted({path.name for path in folder.glob("*.tar")} - known):
+        report.add("", f"{name} is no part of the index, and no repair touches it.")
+    jobs = [job for job in report.jobs if only is None or job.shard.file in only]
     num_clips = sum(len(job.rows) for job in jobs)
-    for _, found in pool.run(check_shard, jobs, num_workers=workers, num_clips=num_clips, title="verify"):
-        faults += found
-    if faults:
-        print("\n".join(sorted(faults)))
-        raise ShardFault(
-            f"shards must be as their index says, but {folder} has {len(faults):,} fault(s), the "
-            f"first: {faults[0]}"
-        )
-    num_frames = sum(entry["frames"] for entry in manifest["splits"].values())
-    size = sum(job.shard.bytes for job in jobs)
-    print(
-        f"all is well: {num_clips:,} clips, {num_frames:,} frames, {len(jobs):,} shards, {size / 1e6:,.1f} MB"
-    )
+    for position, found in pool.run(
+        check_shard, jobs, num_workers=workers, num_clips=num_clips, title="verify"
+    ):
+        report.add(jobs[position].shard.file, *found)
+    return report
+
+
+def _print_overlaps(report: Report) -> None:
+    leaks = stats.leakage_notes(report.splits)
+    for note in stats.overlap_notes(report.splits):
+        print(f"{'warning' if note in leaks else 'note'}: {note}")
 
 
 def check_shard(job: Job) -> list[str]:
@@ -98,8 +170,7 @@ def check_shard(job: Job) -> list[str]:
         size = job.path.stat().st_size
         if size != job.shard.bytes or not size:
             return [f"{name} must hold {job.shard.bytes:,} bytes, but holds {size:,}."]
-        with job.path.open("rb") as file:
-            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        content = read_only(job.path)
     except OSError as error:
         return [f"{name} must be readable, but {error.strerror}."]
     faults = []
@@ -108,61 +179,110 @@ def check_shard(job: Job) -> list[str]:
     if len(job.rows) != job.shard.clips:
         faults.append(f"{name} must hold {job.shard.clips:,} clips, but its table has {len(job.rows):,}.")
     try:
-        members = _members(content)
-    except (tarfile.TarError, ValueError) as error:
-        return [*faults, f"{name} must be a tar file, but {error}."]
-    wanted = [f"{row['key']}.{extension}" for row in job.rows for extension in (EXTENSION, "json")]
-    if [member for member, _, _ in members] != wanted:
-        faults.append(f"{name} must hold the members that its index names, in order, but holds others.")
-    places = {member: (offset, size) for member, offset, size in members}
+        members = [member for member, _, _ in tar_members(content)]
+    except ValueError as error:
+        faults.append(f"{name} must be a tar file, but {error}.")
+    else:
+        keys, extensions = [row["key"] for row in job.rows], {f".{extension}" for extension in EXTENSIONS}
+        clips, facts = [Path(member) for member in members[::2]], members[1::2]
+        if (
+            [clip.stem for clip in clips] != keys
+            or {clip.suffix for clip in clips} - extensions
+            or facts != [f"{key}.json" for key in keys]
+        ):
+            faults.append(f"{name} must hold the members that its index names, in order, but holds others.")
     for row in job.rows:
-        faults += [f"{name} {row['key']} {fault}." for fault in _check_clip(row, content, places)]
+        faults += [f"{name} {row['key']} {fault}." for fault in check_clip(content, row)]
         pool.check_stop()
         pool.tick()
     return faults
 
 
-def _members(content: mmap.mmap) -> list[tuple[str, int, int]]:
-    """(name, offset of its bytes, size) of every member, in order."""
+def read_only(path: Path) -> memoryview:
+    """A file's bytes, mapped. Raises OSError; an empty file has none."""
+    with path.open("rb") as file:
+        if not file.seek(0, 2):
+            return memoryview(b"")
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def tar_members(content: memoryview) -> list[tuple[str, int, int]]:
+    """(name, offset of its bytes, size) of every member, in order. Raises ValueError for a tar not whole."""
     members = []
     position = 0
-    while content[position : position + _BLOCK].strip(b"\0"):
-        header = tarfile.TarInfo.frombuf(content[position : position + _BLOCK], "utf-8", "strict")
-        members.append((header.name, position + _BLOCK, header.size))
-        position += _BLOCK + header.size + -header.size % _BLOCK
-    if position + 2 * _BLOCK > len(content):
+    while bytes(content[position : position + BLOCK]).strip(b"\0"):
+        name, size = _header(content, position)
+        members.append((name, position + BLOCK, size))
+        position += BLOCK + size + -size % BLOCK
+    if position + 2 * BLOCK > len(content):
         raise ValueError("it ends too early")
     return members
 
 
-def _check_clip(row: dict[str, Any], content: mmap.mmap, places: dict[str, tuple[int, int]]) -> list[str]:
-    """What is wrong with one clip."""
-    if places.get(f"{row['key']}.{EXTENSION}") != (row["offset"], row["size"]):
-        return ["must lie where the index says, but does not"]
-    clip = memoryview(content)[row["offset"] : row["offset"] + row["size"]]
+def _header(content: memoryview, position: int) -> tuple[str, int]:
+    """(name, size) of the member whose header is at `position`."""
     try:
-        spans = frame_spans(clip)
+        header = tarfile.TarInfo.frombuf(bytes(content[max(0, position) :][:BLOCK]), "utf-8", "strict")
+    except tarfile.TarError as error:
+        raise ValueError(f"a header in it is broken ({error})") from error
+    return header.name, header.size
+
+
+def clip_span(content: memoryview, row: dict[str, Any]) -> tuple[int, int, int, int]:
+    """Where a clip's member and its JSON lie: begin of the first header, of the clip, of the JSON, its end.
+
+    Raises ValueError, the rest of a sentence about the clip, if the two are not where the index says.
+    """
+    key, begin, end = row["key"], row["offset"], row["offset"] + row["size"]
+    json_begin = end + -row["size"] % BLOCK + BLOCK
+    try:
+        name, size = _header(content, begin - BLOCK)
+        json_name, json_size = _header(content, json_begin - BLOCK)
     except ValueError as error:
-        return [f"is broken: {str(error).rstrip('.')}"]
-    faults = []
-    if len(spans) != row["num_frames"]:
-        faults.append(f"must hold {row['num_frames']} frames, but holds {len(spans)}")
-    for number, (offset, size) in enumerate(spans.tolist()):
-        try:
-            shape = simplejpeg.decode_jpeg(clip[offset : offset + size]).shape[:2]
-        except ValueError as error:
-            faults.append(f"has a frame that does not decode: frame {number} ({error})")
-            continue
-        if shape != (row["height"], row["width"]):
-            faults.append(f"must be {row['height']}x{row['width']}, but frame {number} is {shape}")
-    offset, size = places.get(f"{row['key']}.json", (0, 0))
+        raise ValueError("must lie where the index says, but does not") from error
+    if name not in [f"{key}.{extension}" for extension in EXTENSIONS] or size != row["size"]:
+        raise ValueError("must lie where the index says, but does not")
+    if json_name != f"{key}.json":
+        raise ValueError("must have a JSON member behind it, but has none")
+    if json_begin + json_size > len(content):
+        raise ValueError("must be whole, but its shard ends before it")
+    return begin - BLOCK, begin, json_begin, json_begin + json_size
+
+
+def check_clip(content: memoryview, row: dict[str, Any]) -> list[str]:
+    """What is wrong with one clip of a tar, each the rest of a sentence."""
     try:
-        facts = json.loads(content[offset : offset + size])
+        header, begin, json_begin, json_end = clip_span(content, row)
+        clip = content[begin : begin + row["size"]]
+        if _header(content, header)[0] != f"{row['key']}.{extension_of(clip)}":
+            raise ValueError("must be of the kind that its name says, but is not")
+    except ValueError as error:
+        return [str(error)]
+    return _check_frames(clip, row) + _check_facts(bytes(content[json_begin:json_end]), row)
+
+
+def _check_frames(clip: memoryview, row: dict[str, Any]) -> list[str]:
+    num_frames, hw = row["num_frames"], (row["height"], row["width"])
+    if num_frames < 1:
+        return [f"must hold frames, but its index says {num_frames}"]
+    frames = np.empty((min(num_frames, _FRAMES_AT_ONCE), *hw, 3), np.uint8)
+    for first in range(0, num_frames, _FRAMES_AT_ONCE):
+        picks = np.arange(first, min(first + _FRAMES_AT_ONCE, num_frames))
+        try:
+            decode_frames(clip, picks, num_frames, frames[: len(picks)], hw)
+        except ValueError as error:
+            return [f"is broken in frames {picks[0]} to {picks[-1]}: {str(error).rstrip('.')}"]
+    return []
+
+
+def _check_facts(content: bytes, row: dict[str, Any]) -> list[str]:
+    try:
+        facts = json.loads(content)
         agree = all(facts[column] == row[column] for column in _FACTS)
         agree = agree and abs(facts["fps"] - row["fps"]) < 1e-3
     except (ValueError, KeyError, TypeError) as error:
-        return [*faults, f"must have a JSON member, but it cannot be read ({error})"]
-    return faults if agree else [*faults, "must have a JSON member that agrees with the index, but does not"]
+        return [f"must have a JSON member, but it cannot be read ({error})"]
+    return [] if agree else ["must have a JSON member that agrees with the index, but does not"]
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from trees import make_phoenix
+from trees import make_phoenix, write_video
 
 from flallm_ds.data import index
 from flallm_ds.errors import UserError
@@ -17,9 +17,25 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory) -> Path:
+def release(tmp_path_factory) -> Path:
+    return make_phoenix(tmp_path_factory.mktemp("phoenix"))
+
+
+@pytest.fixture(scope="module")
+def built(release, tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("verify")
-    build("phoenix14t", make_phoenix(place), place / "shards", Options(workers=1, clips_per_shard=3))
+    build("phoenix14t", release, place / "shards", Options(workers=1, clips_per_shard=3))
+    return place / "shards"
+
+
+@pytest.fixture(scope="module")
+def h264(tmp_path_factory) -> Path:
+    place = tmp_path_factory.mktemp("h264")
+    write_video(place / "a.mp4", 20)
+    write_video(place / "b.mp4", 12)
+    (place / "m.csv").write_text("video,text,split\na.mp4,x,train\nb.mp4,y,train\n")
+    options = Options(workers=1, short_side=32, clip_format="h264", gop=4)
+    build("manifest", place / "m.csv", place / "shards", options, language="de")
     return place / "shards"
 
 
@@ -32,7 +48,7 @@ def copy(built, tmp_path) -> Path:
 def faults(folder: Path, capsys) -> list[str]:
     with pytest.raises(ShardFault):
         verify(folder, workers=1)
-    return capsys.readouterr().out.splitlines()
+    return [line for line in capsys.readouterr().out.splitlines() if not line.startswith("note: ")]
 
 
 def reseal(folder: Path, name: str) -> None:
@@ -67,7 +83,9 @@ def test_a_truncated_shard_is_one_line_and_exit_code_1(copy):
         timeout=120,
     )
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert len(done.stdout.splitlines()) == 1 and "train-000001.tar must hold" in done.stdout
+    lines = [line for line in done.stdout.splitlines() if not line.startswith("note: ")]
+    assert len(lines) == 1 and "train-000001.tar must hold" in lines[0]
+    assert len(done.stderr.splitlines()[-1:]) == 1 and "has 1 fault(s)" in done.stderr
 
 
 def test_one_changed_byte_is_found(copy, capsys):
@@ -109,6 +127,31 @@ def test_members_in_another_order_are_found(copy, capsys):
     path.write_bytes(path.read_bytes().replace(b"00000000.avi", b"00000002.avi", 1))
     reseal(copy, "dev-000000.tar")
     assert len(faults(copy, capsys)) >= 1
+
+
+def test_clips_of_h264_are_checked_too(h264, tmp_path, capsys):
+    verify(h264, workers=1)
+    assert "all is well: 2 clips, 32 frames" in capsys.readouterr().out
+    shutil.copytree(h264, tmp_path / "shards")
+    row = next(index.iter_rows(index.load_index(h264, "train")))
+    change(tmp_path / "shards" / "train-000000.tar", row["offset"] + row["size"] // 3, bytes(300))
+    reseal(tmp_path / "shards", "train-000000.tar")
+    assert any("is broken" in line for line in faults(tmp_path / "shards", capsys))
+
+
+def test_what_splits_share_is_said_and_is_no_fault(tmp_path, capsys):
+    write_video(tmp_path / "a.mp4", 12)
+    rows = ["a.mp4,guten tag,0,0.5,train,anna", "a.mp4,guten tag,0.5,1,test,anna", "a.mp4,x,0,1,dev,"]
+    (tmp_path / "m.csv").write_text("\n".join(["video,text,start,end,split,signer", *rows]))
+    build("manifest", tmp_path / "m.csv", tmp_path / "shards", Options(workers=1), language="de")
+    capsys.readouterr()
+    verify(tmp_path / "shards", workers=1)
+    lines = capsys.readouterr().out.splitlines()
+    leak = "1 source videos (1 clips of test: a.mp4), which is leakage"
+    assert f"warning: train and test share {leak}" in lines
+    assert sum(line.startswith("warning: ") for line in lines) == 3 and "all is well" in lines[-1]
+    shared = "1 signers (1 clips of test: anna) and 1 texts (1 clips of test: guten tag)"
+    assert f"note: train and test share {shared}" in lines
 
 
 def test_what_is_no_shard_folder_is_refused(tmp_path):
