@@ -46,7 +46,7 @@ class FileCache:
         """An open descriptor of a whole file of this size, marked as used now; None where there is none."""
         try:
             fd = os.open(self.folder / place, os.O_RDONLY)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         if num_bytes is not None and os.fstat(fd).st_size != num_bytes:
             os.close(fd)
