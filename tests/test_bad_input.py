@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "launch"))
 
@@ -93,6 +94,46 @@ def test_a_missing_source_folder(refused: Run, tmp_path: Path) -> None:
 def test_shards_that_are_not_there(refused: Run, tmp_path: Path, tiny_corpus: Path) -> None:
     given = options(tiny_corpus, tmp_path / "run", **{"data.shards": tmp_path / "none"})
     assert "index.json" in refused(train.train, "--stage=visual", *given)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("data.weights", "1,2", "one number above 0 for each of the 1 data.shards"),
+        ("data.weights", "0", "above 0"),
+        ("data.temperature", "0", "data.temperature must be above 0"),
+        ("data.cap", "even", "one of uniform, random, segment"),
+        ("data.target_fps", "-1", "data.target_fps must be above 0"),
+        ("data.max_broken", "16", "data.max_broken must be in [0, 1)"),
+        ("data.shards", "pipe:cat data/{file}", "--data.allow_pipe=true"),
+        ("data.shards", "gopher://host/shards", "gopher"),
+        ("data.shards", "http://127.0.0.1:1/shards", "http://127.0.0.1:1/shards"),
+    ],
+)
+def test_data_options_that_cannot_be(
+    refused: Run, tmp_path: Path, tiny_corpus: Path, name: str, value: str, said: str
+) -> None:
+    given = options(tiny_corpus, tmp_path / "run", **{name: value})
+    assert said in refused(train.train, "--stage=visual", *given)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="nvJPEG decodes here")
+def test_nvjpeg_without_a_gpu(refused: Run, tmp_path: Path, tiny_corpus: Path) -> None:
+    given = options(tiny_corpus, tmp_path / "run", **{"data.decoder": "nvjpeg"})
+    assert "--data.decoder=cpu" in refused(train.train, "--stage=visual", *given)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_shard_whose_bytes_changed_where_checksums_are_asked_for(
+    refused: Run, tmp_path: Path, tiny_shards: Path, tiny_corpus: Path
+) -> None:
+    tar = sorted(tiny_shards.glob("train-*.tar"))[0]
+    content = bytearray(tar.read_bytes())
+    content[-5000] ^= 1
+    tar.write_bytes(content)
+    given = options(tiny_corpus, tmp_path / "run", **{"data.shards": tiny_shards, "data.check_shards": True})
+    assert tar.name in refused(train.train, "--stage=visual", *given)
 
 
 def test_a_truncated_shard_is_found_before_the_first_step(
