@@ -153,7 +153,7 @@ def run(
     report.text(
         f"shards/build.py with its defaults on {workers} workers (decode, scale, encode, pack, checksum, "
         "write, sync), beside bare loops that decode, scale and encode the same frames and write nothing. "
-        f"By the clock, as all cores work: the median of {rounds} interleaved rounds, with lowest and highest.",
+        f"By the clock, as all cores work: the median of {rounds} interleaved rounds, lowest and highest.",
         f"Videos and PNGs are {'of real videos' if videos else 'synthetic'}: "
         + ", ".join(f"{num_frames:,} frames of {name}" for name, (num_frames, _, _) in sources.items())
         + ".",

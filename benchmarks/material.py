@@ -15,7 +15,6 @@ from pathlib import Path
 import av
 import cv2
 import numpy as np
-import webdataset
 
 from benchmarks.measure import ROOT
 from benchmarks.ours import Index, jpegs, load
@@ -74,7 +73,7 @@ def png_folders(folder: Path, clips: int, num_frames: int, videos: Path | None) 
 
 
 def mp4_clips(folder: Path, clips: int, num_frames: int, videos: Path | None) -> list[Path]:
-    """Videos of 1280x720 in H.264: those given, of at least 24 frames, or synthetic ones made here."""
+    """Videos of 1280x720 in H.264: the first of those given, or synthetic ones made here."""
     if videos is not None:
         return video_files(videos)[:clips]
     folder.mkdir(parents=True)
@@ -122,6 +121,8 @@ def build_shards(sources: list[Path], out: Path) -> Path:
 
 def frame_tar(shards: Path, path: Path) -> Path:
     """A tar with one member a frame, as plain webdataset has it: the JPEGs of the shards, byte for byte."""
+    import webdataset  # not above: it imports torch, which the builder's processes would wait for
+
     index: Index = load(shards)
     keys = index.strings("key")
     with webdataset.TarWriter(str(path), encoder=False) as tar:

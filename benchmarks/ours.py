@@ -45,14 +45,14 @@ class OurLoader:
         index = load(shards)
         plan = plan_of(index, keep_every=keep_every, batch_clips=batch_clips, slices=1)
         reader = ClipReader(index, FrameSampling(keep_every), SEED, train=True)
-        order = _joined([plan.epoch(epoch) for epoch in range(epochs)])
+        order = joined([plan.epoch(epoch) for epoch in range(epochs)])
         self._loader = Loader(reader, order, small_codec(index), threads=threads)
 
     def batches(self) -> Iterator["Batch"]:
         yield from self._loader
 
 
-def _joined(epochs: list[EpochPlan]) -> EpochPlan:
+def joined(epochs: list[EpochPlan]) -> EpochPlan:
     num_clips = [len(epoch.order) for epoch in epochs]
     begins = np.cumsum([0, *num_clips[:-1]])
     return EpochPlan(

@@ -274,7 +274,9 @@ class Spdl:
         return Amount(**self._ask({}))
 
     def close(self) -> None:
-        self._child.communicate()
+        # Not by closing its stdin: DataLoader's forked workers hold that, too.
+        self._child.kill()
+        self._child.wait()
 
     def _ask(self, question: dict[str, object]) -> dict[str, int]:
         assert self._child.stdin is not None and self._child.stdout is not None
