@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from flallm_ds.config import RunConfig
+from flallm_ds.data.index import Index
 from flallm_ds.data.sampling import FrameSampling
 from flallm_ds.data.text import TextCodec
 from flallm_ds.errors import UserError
@@ -43,14 +44,18 @@ class Export:
     codec: TextCodec
 
 
-def settings_of(config: RunConfig, short_side: int, scores: dict[str, Any]) -> dict[str, Any]:
-    """The content of flallm.json. short_side: of the stored frames, px; a user's video is scaled to it."""
+def settings_of(config: RunConfig, index: Index, scores: dict[str, Any]) -> dict[str, Any]:
+    """The content of flallm.json. index: of the training clips; a user's video is brought to their form.
+
+    short_side: of the stored frames, px. fps: to which their build resampled them, if it did.
+    """
     return {
         "format": FORMAT,
         "stage": config.stage,
         "visual": {"width": config.visual.width, "temporal_kernel": config.visual.temporal_kernel},
         "frames": {
-            "short_side": short_side,
+            "short_side": min(index.frame_hw),
+            "fps": index.options.get("fps"),
             "keep_every": config.data.keep_every,
             "target_fps": config.data.target_fps,
             "max_frames": config.data.max_frames,

@@ -4,13 +4,15 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from flallm_ds import export
 from flallm_ds.config import RunConfig
-from flallm_ds.data.index import load_index
+from flallm_ds.data.index import Index, load_index
+from flallm_ds.data.store import LocalStore
 from flallm_ds.data.text import TextCodec
 from flallm_ds.errors import UserError
 from flallm_ds.models.adapters import Adapter
@@ -48,7 +50,9 @@ def settings_of(stage: str) -> dict:
     config = RunConfig(stage=stage, run="r", visual_run="v").with_overrides(
         {"visual.width": "4", "visual.temporal_kernel": "5", "data.frame_size": "40", "data.crop_size": "32"}
     )
-    return export.settings_of(config, short_side=64, scores={"dev": {"bleu4": 1.5}})
+    arrays = {"height": np.array([79]), "width": np.array([64])}
+    index = Index(LocalStore("shards"), "toy", "train", "ab", (), arrays, options={"fps": 12.5})
+    return export.settings_of(config, index, scores={"dev": {"bleu4": 1.5}})
 
 
 def used(model: SignTranslator) -> SignTranslator:
@@ -103,7 +107,7 @@ def test_the_settings_say_what_a_video_needs(stage_1):
     settings = export.read(stage_1[0]).settings
     assert settings["stage"] == "visual" and settings["visual"] == {"width": 4, "temporal_kernel": 5}
     assert settings["frames"] == {
-        "short_side": 64, "keep_every": 4, "target_fps": None, "max_frames": 512, "cap": "uniform",
+        "short_side": 64, "fps": 12.5, "keep_every": 4, "target_fps": None, "max_frames": 512, "cap": "uniform",
             "frame_size": 40, "crop_size": 32,
     }  # fmt: skip
     assert Beam(**settings["generation"]) == Beam(5, 1.0, 100) and settings["scores"] == {

@@ -9,7 +9,7 @@ Both are plain data: nothing in them can execute. A million clips load in well u
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,7 @@ class Index:
     fingerprint: str
     shards: tuple[Shard, ...]
     arrays: dict[str, np.ndarray]
+    options: dict[str, Any] = field(default_factory=dict)  # of build.py, where one build made the shards
     corpora: tuple[str, ...] = ()  # of several joined shard folders; `arrays["corpus"]` says whose a clip is
 
     def __len__(self) -> int:
@@ -158,6 +159,7 @@ def load_index(root: str | Path, split: str, cache: CacheOptions | None = None) 
         fingerprint=fingerprint(entry),
         shards=tuple(Shard(**shard) for shard in entry["shards"]),
         arrays=arrays,
+        options=manifest.get("options", {}),
     )
 
 

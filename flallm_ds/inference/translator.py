@@ -68,8 +68,9 @@ class Translator:
         settings = self.export.settings["frames"]
         sampling = export.frame_sampling(self.export.settings)
         video = Video(path)
-        stored = video.frames(short_side=settings["short_side"])
-        kept = [frame for i, frame in enumerate(stored) if sampling.keeps_first(i, video.fps)]
+        fps = settings.get("fps")
+        stored = video.frames(short_side=settings["short_side"], fps=fps)
+        kept = [frame for i, frame in enumerate(stored) if sampling.keeps_first(i, fps or video.fps)]
         return np.stack([kept[i] for i in sampling.thin(len(kept))])
 
     @torch.no_grad()

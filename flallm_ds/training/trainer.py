@@ -166,7 +166,7 @@ class Trainer:
             return
         if task.frozen is not None:
             state |= {f"visual.{n}": t.detach().cpu() for n, t in task.frozen.state_dict().items()}
-        settings = export.settings_of(self.config, min(task.train_index.frame_hw), scores)
+        settings = export.settings_of(self.config, task.train_index, scores)
         language_model = task.engine.module.language_model
         checkpoint.replace_folder(
             self.folder / "best", lambda out: export.write(out, settings, state, language_model, task.codec)
