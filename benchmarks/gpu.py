@@ -1,0 +1,190 @@
+"""With a GPU: frames into the device, how long the real stage-1 step waits for them, and the fused kernel.
+
+python benchmarks/gpu.py --out=benchmarks/results [--videos=FOLDER]
+"""
+
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+if __name__ in ("__main__", "__mp_main__"):  # run as a file: the project's root is not on the path yet
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+
+from benchmarks import material
+from benchmarks.measure import Report, Target, spread
+from benchmarks.ours import joined, small_codec
+from flallm_ds import command, dist, preprocess
+from flallm_ds.contracts import Batch
+from flallm_ds.data.device import check_nvjpeg, on_device
+from flallm_ds.data.index import load_index
+from flallm_ds.errors import UserError
+from flallm_ds.recipes import resolve
+from flallm_ds.training.build import Task, build_task, make_loader
+from flallm_ds.training.stop import StopRequest
+from flallm_ds.training.trainer import Position, Trainer
+
+WARM_UP = 10  # steps until kernels are chosen and slots are as large as they get
+THREADS = (1, 2, 4, 8, 16)
+WAITING = 0.02  # of a step's time, at most
+COLUMNS = ("decoder", "threads", "kept frames per second into the device")
+STEP_COLUMNS = ("decoder", "threads", "ms a step", "kept frames per second", "share waiting for data")
+
+
+def run(
+    *,
+    out: Path | None = None,
+    hardware: str | None = None,
+    videos: Path | None = None,
+    clips: int = 64,
+    frames: int = 116,
+    steps: int = 100,
+    rounds: int = 3,
+) -> str:
+    """Load PHOENIX-size clips onto the GPU and train stage 1 of the recipe phoenix14t on them.
+
+    --out: folder for the report; --hardware: its name there. --videos: where frames come from, without it
+    they are synthetic. --clips, --frames: clips and frames of each. --steps: of a round; --rounds: of them.
+    """
+    if not torch.cuda.is_available():  # before anything is built
+        raise UserError(
+            "benchmarks/gpu.py needs a CUDA device, but PyTorch sees none: run it where there is one."
+        )
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        task = stage_1(folder, clips, frames, videos)
+        check_nvjpeg(task.world.device)
+        trainer = Trainer(task, folder, StopRequest())
+        trainer.progress.enabled = False
+        trainer.progress.start(task.config.train.epochs)
+        task.engine.module.train()
+        loading: list[tuple[str, ...]] = []
+        stepping: list[tuple[str, ...]] = []
+        waiting: dict[tuple[str, int], list[float]] = {}
+        for decoder, threads, side in sides(task):
+            print(f"{decoder}, {threads} threads", file=sys.stderr, flush=True)
+            rates = [into_the_device(side, steps) for _ in range(rounds)]
+            loading.append((decoder, str(threads), spread(rates)))
+            trained = [train_steps(trainer, side, steps) for _ in range(rounds)]
+            ms, rates, shares = map(list, zip(*trained, strict=True))
+            waiting[decoder, threads] = shares
+            percent = spread([100 * share for share in shares], 2, " %")
+            stepping.append((decoder, str(threads), spread(ms, 1), spread(rates), percent))
+        kernel = kernel_times(task, rounds)
+        dist.stop()
+
+    report = Report(__file__, "On a GPU", {"GPU": torch.cuda.get_device_name()})
+    data = task.config.data
+    report.text(
+        f"{clips} clips of {frames} frames of 210x260, stage 1 of the recipe phoenix14t with random weights "
+        f"({data.batch_clips} clips a step in {data.micro_batches} micro-batches, 1 in {data.keep_every} "
+        f"frames). Seconds are of the clock; the median of {rounds} rounds of "
+        f"{steps} steps, with the lowest and the highest.",
+        "## Into the device",
+        "torchvision's nvJPEG decoder is one for the process: threads only read for it.",
+    )
+    report.table(COLUMNS, loading)
+    report.text("## The stage-1 step")
+    report.table(STEP_COLUMNS, stepping)
+    report.text("## Preprocessing 256 frames, ms")
+    report.table(("way", "ms"), [(way, spread(ms, 3)) for way, ms in kernel.items()])
+    best = min(waiting, key=lambda key: sorted(waiting[key])[rounds // 2])
+    what = f"share of the step's time waiting for data, decoder {best[0]}, {best[1]} threads"
+    report.text("## Targets")
+    report.targets([Target(what, WAITING, waiting[best], at_least=False, digits=4)])
+    return report.finish(out, hardware)
+
+
+def stage_1(folder: Path, clips: int, frames: int, videos: Path | None) -> Task:
+    """The recipe's own task, but for weights and texts from a hub."""
+    pngs = material.png_folders(folder / "png", clips, frames, videos)
+    shards = material.build_shards([paths[0].parent for paths in pngs], folder / "shards")
+    small_codec(load_index(shards, "train")).tokenizer.save_pretrained(folder / "llm")
+    options = {"data.shards": str(shards), "run": str(folder / "run"), "llm.name": str(folder / "llm")}
+    options |= {"visual.weights": "none", "eval.split": "train"}
+    config = resolve("visual", "phoenix14t", options)
+    Path(config.run).mkdir()
+    return build_task(config, Path(config.run), dist.start())
+
+
+def sides(task: Task) -> Iterator[tuple[str, int, Task]]:
+    """(decoder, threads, the task with these options)."""
+    for decoder in ("cpu", "nvjpeg"):
+        for threads in THREADS:
+            options = {"data.decoder": decoder, "data.threads": str(threads)}
+            yield decoder, threads, replace(task, config=task.config.with_overrides(options))
+
+
+def steps_of(task: Task, num_steps: int) -> Iterator[list[Batch]]:
+    """Epochs joined to one: what a run pays once an epoch must not be paid every few steps."""
+    plan = task.plan(task.train_index)
+    epochs = -(-num_steps // plan.epoch(0).num_steps)
+    order = joined([plan.epoch(epoch) for epoch in range(epochs)])
+    loader = make_loader(task, task.train_index, order, task.broken)
+    return on_device(loader.steps(), task.world.device)
+
+
+def into_the_device(task: Task, num_steps: int) -> float:
+    """Frames per second, nothing computed on them."""
+    num_frames = 0
+    for number, batches in enumerate(steps_of(task, num_steps + WARM_UP)):
+        if number == WARM_UP:  # this step is here already
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+        if number > WARM_UP:
+            num_frames += sum(len(b.frames_NHWC) for b in batches)
+    torch.cuda.synchronize()
+    return num_frames / (time.perf_counter() - begin)
+
+
+def train_steps(trainer: Trainer, task: Task, num_steps: int) -> tuple[float, float, float]:
+    """(ms a step, frames per second, share of the time waiting for data) of real optimizer steps."""
+    trainer.task, trainer.at = task, Position()
+    waited = spent = num_frames = 0.0
+    since = time.perf_counter()
+    for number, batches in enumerate(steps_of(task, num_steps + WARM_UP)):
+        wait = time.perf_counter() - since
+        trainer._step(batches, num_steps, wait)  # it reads the loss, so the GPU is done with the forward
+        now = time.perf_counter()
+        if number >= WARM_UP:
+            waited, spent = waited + wait, spent + now - since
+            num_frames += sum(len(b.frames_NHWC) for b in batches)
+        since = now
+    return 1000 * spent / (number + 1 - WARM_UP), num_frames / spent, waited / spent
+
+
+def kernel_times(task: Task, rounds: int) -> dict[str, list[float]]:
+    """The fused kernel beside PyTorch's functions on the same frames."""
+    device, crop = task.world.device, task.preprocess.crop_size
+    frames = torch.randint(0, 256, (256, 260, 210, 3), dtype=torch.uint8, device=device)
+    draws, sizes = torch.rand(8, 9), torch.tensor([[260.0, 210.0]]).repeat(8, 1)
+    theta = task.preprocess.affine(draws, sizes, (260, 210), train=True).to(device)
+    clips = torch.arange(8, dtype=torch.int32, device=device).repeat_interleave(32)
+    ways: dict[str, Callable[[], torch.Tensor]] = {
+        "PyTorch": lambda: preprocess.resample(frames, theta, clips, crop),
+        "fused, float32": lambda: preprocess._fused(frames, theta, clips, crop),
+        "fused, bfloat16": lambda: preprocess._fused(frames, theta, clips, crop, torch.bfloat16),
+    }
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    for number in range(rounds + 1):
+        for way, call in ways.items():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            for _ in range(20):
+                call()
+            end.record()
+            end.synchronize()
+            if number:  # the first compiles
+                times[way].append(begin.elapsed_time(end) / 20)
+    return times
+
+
+if __name__ == "__main__":
+    command.main(run)
