@@ -10,7 +10,7 @@ import inspect
 import json
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ CORPORA: dict[str, Callable[..., Corpus]] = {
     "manifest": manifest.read,
 }
 _NUM_EXAMPLES = 3
-_IN_THE_INDEX = ("corpus", "options", "source")  # of a plan
+_IN_THE_INDEX = ("importer", "corpus", "options", "source")  # of a plan
 
 
 def build(corpus_name: str, source: Path, out: Path, options: Options, **own: Any) -> None:
@@ -69,7 +69,7 @@ def build(corpus_name: str, source: Path, out: Path, options: Options, **own: An
     check_budget(faults, options.max_skipped, num_rows)
     if not any(clips.values()):
         raise UserError(f"a corpus must have rows, but {', '.join(rows)} of {source} have none.")
-    plan = plan_of(corpus, clips, options.recorded() | own)
+    plan = plan_of(corpus_name, corpus, clips, options.recorded() | own)
     if is_built(out, plan) and not partial_folder(out).exists():
         return
     with hold(out) as partial:
@@ -107,12 +107,15 @@ def build(corpus_name: str, source: Path, out: Path, options: Options, **own: An
 
 
 def read_corpus(
-    name: str, source: Path, options: Options, own: dict[str, Any]
+    importer: str, source: Path, options: Options, own: Mapping[str, Any]
 ) -> tuple[Corpus, dict[str, list[Row]]]:
-    """A corpus, and each split's rows up to --limit. Raises UserError if there is no source."""
+    """What an importer reads of a source, and the rows of each split that --limit leaves.
+
+    Raises UserError if there is no source.
+    """
     if not source.exists():
         raise UserError(f"--source must exist, but does not: {source}. Check the path.")
-    corpus = CORPORA[name](source, options.splits, **own)
+    corpus = CORPORA[importer](source, options.splits, **own)
     return corpus, {split: table[: options.limit] for split, table in corpus.rows.items()}
 
 
@@ -161,7 +164,9 @@ def digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()[:16]
 
 
-def plan_of(corpus: Corpus, clips: dict[str, list[Clip]], options: dict[str, Any]) -> dict[str, Any]:
+def plan_of(
+    importer: str, corpus: Corpus, clips: dict[str, list[Clip]], options: dict[str, Any]
+) -> dict[str, Any]:
     """What is built from what. Neither where the source lies nor its times say what will be in the shards."""
     facts = {
         split: [[clip.key, asdict(clip.row) | {"path": None}] for clip in some]
@@ -169,6 +174,7 @@ def plan_of(corpus: Corpus, clips: dict[str, list[Clip]], options: dict[str, Any
     }
     sizes = {split: [clip.stamp.split()[0] for clip in some] for split, some in clips.items()}
     plan = {
+        "importer": importer,
         "corpus": corpus.name,
         "options": options,
         "rows": {split: digest(facts[split]) for split in clips},

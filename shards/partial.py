@@ -158,8 +158,9 @@ def _say(sentence: str) -> None:
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """In words, what two plans do not have in common; a bound on what is skipped is no part of a plan."""
     changes = []
-    if old.get("corpus") != new.get("corpus"):
-        changes.append(f"the corpus was {old.get('corpus')}, is {new.get('corpus')}")
+    for name in ("importer", "corpus"):
+        if old.get(name) != new.get(name):
+            changes.append(f"the {name} was {_word(old.get(name))}, is {_word(new.get(name))}")
     for section, prefix in (("options", "--"), ("made_by", "the version of ")):
         before, now = old.get(section, {}), new.get(section, {})
         changes += [
