@@ -40,6 +40,7 @@ _BLANK_COLUMN, _WILDCARD_COLUMN = 0, 1
 # Below 1, so that a letter's own frames and clear silence are not given to the wildcard.
 _WILDCARD_LOG_PROB = math.log(0.9)
 _OUTSIDE_LOG_PROB = -30.0  # added for each frame of a letter beyond the margin
+_AWAY_LOG_PROB = -0.01  # and for each second from the old time, which decides between equal sentences
 
 _NOT_HEARD, _NOT_SPELT, _CROWDED = "not heard", "not in the model's letters", "with more letters than frames"
 _NO_TIMES, _TOO_LONG = "without times", f"longer than {_LONGEST_S:.0f} s"
@@ -149,35 +150,38 @@ def _listen(
 
     position, floor_s = 0, 0.0  # floor_s: where the last caption that was found ends
     while position < len(captions):
-        stop, linked = _chunk(captions, position, margin_s)
+        stop, sure = _chunk(captions, position, margin_s)
         chunk = captions[position:stop]
         begin_s = max(floor_s, chunk[0].start_s - margin_s)
         end_s = max(caption.end_s for caption in chunk) + margin_s
         begin, end = (round(edge_s * recogniser.rate) for edge_s in (begin_s, end_s))
         frames_T2, log_probs_TC = recogniser.listen(sound[begin:end])
         _place(chunk, frames_T2 + begin / recogniser.rate, log_probs_TC, recogniser.blank, margin_s)
-        if linked and len(chunk) > 1:
-            # What follows the last one is not in the chunk and may be taken for it: it is placed again with
-            # its successors.
-            stop -= 1
-        done = captions[position:stop]
+        done = captions[position:sure]
         floor_s = max([floor_s, *(caption.heard[1] for caption in done if caption.heard)])
         tick(len(done))
-        position = stop
+        position = sure
     return why
 
 
-def _chunk(captions: Sequence[_Caption], position: int, margin_s: float) -> tuple[int, bool]:
-    """(where the captions to be placed together with this one end, whether the next one is near)."""
+def _chunk(captions: Sequence[_Caption], position: int, margin_s: float) -> tuple[int, int]:
+    """(where the captions to be placed together with this one end, up to where they are placed for good).
+
+    Those that could lie where captions beyond the chunk may be spoken are placed again together with them.
+    """
     end_s = captions[position].end_s
     for stop in range(position + 1, len(captions)):
         following = captions[stop]
         if following.start_s - margin_s >= end_s + margin_s:
-            return stop, False
+            return stop, stop
         if following.end_s - captions[position].start_s > _CHUNK_S:
-            return stop, True
+            sure_s = captions[stop - 1].start_s - margin_s
+            sure = position + 1
+            while sure < stop and captions[sure].end_s + margin_s <= sure_s:
+                sure += 1
+            return stop, sure
         end_s = max(end_s, following.end_s)
-    return len(captions), False
+    return len(captions), len(captions)
 
 
 def _place(
@@ -194,12 +198,12 @@ def _place(
     waiting = []
     for caption in captions:
         caption.heard, caption.why_kept = None, _NOT_HEARD
-        inside_T = _within(frames_T2, caption, margin_s)
+        num_frames = int((_away_s(frames_T2, caption) <= margin_s).sum())
         if not caption.letters:
             caption.why_kept = _NOT_SPELT
-        elif 0 < inside_T.sum() < _num_frames_needed(caption.letters):
+        elif 0 < num_frames < _num_frames_needed(caption.letters):
             caption.why_kept = _CROWDED
-        elif inside_T.any():
+        elif num_frames:
             waiting.append(caption)
     while waiting:
         if sum(_num_frames_needed(caption.letters) + 1 for caption in waiting) + 1 > len(frames_T2):
@@ -217,10 +221,11 @@ def _place(
         waiting = [caption for caption in waiting if caption is not worst]
 
 
-def _within(frames_T2: np.ndarray, caption: _Caption, margin_s: float) -> np.ndarray:
-    begins_T, ends_T = frames_T2[:, 0], frames_T2[:, 1]
-    inside_T: np.ndarray = (begins_T >= caption.start_s - margin_s) & (ends_T <= caption.end_s + margin_s)
-    return inside_T
+def _away_s(frames_T2: np.ndarray, caption: _Caption) -> np.ndarray:
+    """By how many seconds each frame lies before or after the caption's old time, shape (T,)."""
+    before_after_2T = caption.start_s - frames_T2[:, 0], frames_T2[:, 1] - caption.end_s
+    away_T: np.ndarray = np.maximum(*before_after_2T).clip(0)
+    return away_T
 
 
 def _num_frames_needed(letters: Sequence[int]) -> int:
@@ -248,9 +253,10 @@ def _force(
     targets, owners = [_WILDCARD_COLUMN], [_WILDCARD]
     num_columns = 2
     for owner, caption in enumerate(captions):
-        outside_T = ~_within(frames_T2, caption, margin_s)
+        away_T = _away_s(frames_T2, caption)
+        prior_T = _AWAY_LOG_PROB * away_T + _OUTSIDE_LOG_PROB * (away_T > margin_s)
         own = sorted(set(caption.letters) - {_WILDCARD})
-        columns.append(log_probs_TC[:, own] + (outside_T * np.float32(_OUTSIDE_LOG_PROB))[:, None])
+        columns.append(log_probs_TC[:, own] + prior_T[:, None])
         column_of = {letter: num_columns + n for n, letter in enumerate(own)} | {_WILDCARD: _WILDCARD_COLUMN}
         num_columns += len(own)
         for letter in [*caption.letters, _WILDCARD]:
@@ -259,7 +265,7 @@ def _force(
                 owners.append(_WILDCARD if letter == _WILDCARD else owner)
 
     # forced_align (2.11) takes a batch of one, contiguous.
-    emission_TC = np.ascontiguousarray(np.concatenate(columns, axis=1, dtype=np.float32))
+    emission_TC = np.ascontiguousarray(np.concatenate(columns, axis=1).astype(np.float32))
     emission_1TC = torch.from_numpy(emission_TC)[None]
     labels_1T, scores_1T = forced_align(emission_1TC, torch.tensor([targets]), blank=_BLANK_COLUMN)
     spans = merge_tokens(labels_1T[0], scores_1T[0], blank=_BLANK_COLUMN)
@@ -269,7 +275,7 @@ def _force(
     for owner, caption in enumerate(captions):
         own_spans = [span for span, of in zip(spans, owners, strict=True) if of == owner]
         first, last = own_spans[0].start, own_spans[-1].end - 1
-        inside = _within(frames_T2[[first, last]], caption, margin_s).all()
+        inside = (_away_s(frames_T2[[first, last]], caption) <= margin_s).all()
         score = float(np.mean([span.score for span in own_spans])) if inside else -math.inf
         found.append((score, round(float(frames_T2[first, 0]), 3), round(float(frames_T2[last, 1]), 3)))
     return found

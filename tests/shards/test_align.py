@@ -206,9 +206,28 @@ def test_long_talks_are_placed_piece_by_piece(model: str, tmp_path: Path) -> Non
 
 
 def test_equal_sentences_are_told_apart_by_their_order(model: str, tmp_path: Path) -> None:
-    spoken = [(3.0 + 2 * n, "abc dead") for n in range(6)]
-    record(tmp_path / "talk.mkv", spoken, 18.0)
-    new, _ = retime({"train": captions(tmp_path / "talk.mkv", spoken, [1.9] * 6)}, model)
+    """Over two minutes, so that some of a row are placed with one piece and some with the next."""
+    rng = np.random.default_rng(4)
+    spoken = [(3.0 + 2 * n, words(rng, 2) if n % 7 == 3 else "abc dead") for n in range(60)]
+    record(tmp_path / "talk.mkv", spoken, 126.0)
+    for shift_s in (1.5, -1.5):
+        new, _ = retime({"train": captions(tmp_path / "talk.mkv", spoken, [shift_s] * 60)}, model)
+        assert off_by(new["train"], spoken) < 0.1
+
+
+def test_of_equal_sentences_the_nearer_is_taken(model: str, tmp_path: Path) -> None:
+    said = [(10.0, "gag fab"), (13.0, "gag fab")]
+    record(tmp_path / "talk.mkv", said, 20.0)
+    for sentence, shift_s in zip(said, (0.5, -0.5), strict=True):
+        new, _ = retime({"train": captions(tmp_path / "talk.mkv", [sentence], [shift_s])}, model)
+        assert off_by(new["train"], [sentence]) < 0.1
+
+
+def test_a_sentence_said_again_beyond_the_margin_is_not_taken(model: str, tmp_path: Path) -> None:
+    said = [(5.0, "bad cafe"), (7.0, "gag fab"), (14.0, "gag fab"), (21.0, "gag fab"), (23.0, "head deaf")]
+    record(tmp_path / "talk.mkv", said, 28.0)
+    spoken = [said[0], said[2], said[4]]
+    new, _ = retime({"train": captions(tmp_path / "talk.mkv", spoken, [1.0, 0.5, -1.0])}, model)
     assert off_by(new["train"], spoken) < 0.1
 
 
@@ -219,18 +238,28 @@ def test_what_is_not_heard_keeps_its_time_and_is_counted(model: str, tmp_path: P
     unheard = replace(rows[0], id="unheard", text="fgfgf hghghg", start_s=6.0, end_s=8.0)
     foreign = replace(rows[0], id="foreign", text="привет abc", start_s=12.0, end_s=14.0)
     number = replace(rows[0], id="number", text="1984!", start_s=14.0, end_s=15.0)
-    crowded = replace(rows[0], id="crowded", text="abcdefgh" * 100, start_s=16.0, end_s=17.0)
+    crowded = replace(rows[0], id="crowded", text="a" * 400, start_s=16.0, end_s=17.0)
     late = replace(rows[0], id="late", start_s=70.0, end_s=71.0)
     timeless = replace(rows[0], id="timeless", start_s=None, end_s=None)
-    kept = [unheard, foreign, number, crowded, late, timeless]
+    whole = replace(rows[0], id="whole", start_s=0.0, end_s=900.0)
+    kept = [unheard, foreign, number, crowded, late, timeless, whole]
     new, notes = retime({"train": rows + kept}, model)
     assert off_by(new["train"][:3], spoken) < 0.1
     assert new["train"][3:] == kept
     assert len(notes) == 1
     assert notes[0].endswith(
-        "6 kept their times: 2 not heard, 2 not in the model's letters, 1 with more letters than frames, "
-        "1 without times"
+        "7 kept their times: 1 longer than 300 s, 2 not heard, 2 not in the model's letters, "
+        "1 with more letters than frames, 1 without times"
     )
+
+
+def test_captions_that_fit_only_alone_are_taken_singly(model: str, tmp_path: Path) -> None:
+    record(tmp_path / "talk.mkv", [(8.0, "bad cafe")], 16.0)
+    rows = captions(tmp_path / "talk.mkv", [(8.0, "bad cafe")], [0.0])
+    crowd = [replace(rows[0], text="ab" * count, start_s=6.0, end_s=7.0) for count in (160, 150)]
+    new, notes = retime({"train": crowd}, model)
+    assert new["train"] == crowd
+    assert notes[0].endswith("2 kept their times: 1 not heard, 1 with more letters than frames")
 
 
 def test_a_margin_bounds_how_far_a_caption_moves(model: str, tmp_path: Path) -> None:
@@ -365,7 +394,7 @@ def test_models_that_cannot_serve_are_refused(model: str, tmp_path: Path) -> Non
     without_tokenizer = copy("without_tokenizer")
     for name in ("vocab.json", "tokenizer_config.json"):
         (without_tokenizer / name).unlink()
-    with pytest.raises(UserError, match="the tokenizer of .* does not load"):
+    with pytest.raises(UserError, match=r"the tokenizer of .* does not load"):
         retime({"train": []}, str(without_tokenizer))
 
     pieces = copy("pieces")
@@ -381,19 +410,19 @@ def test_models_that_cannot_serve_are_refused(model: str, tmp_path: Path) -> Non
     pickled = copy("pickled")
     (pickled / "model.safetensors").unlink()
     torch.save({"lm_head.bias": _Opens(str(tmp_path / "ran"))}, pickled / "pytorch_model.bin")
-    with pytest.raises(UserError, match="the model of .* does not load: it holds more than tensors"):
+    with pytest.raises(UserError, match=r"the model of .* does not load: it holds more than tensors"):
         retime({"train": []}, str(pickled))
 
     torn = copy("torn")
     (torn / "model.safetensors").write_bytes((torn / "model.safetensors").read_bytes()[:5000])
-    with pytest.raises(UserError, match="the model of .* does not load"):
+    with pytest.raises(UserError, match=r"the model of .* does not load"):
         retime({"train": []}, str(torn))
 
     stranger = copy("stranger")
     (stranger / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     config = {"model_type": "stranger", "auto_map": {"AutoConfig": "code.C", "AutoModelForCTC": "code.M"}}
     (stranger / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="the model of .* does not load"):
+    with pytest.raises(UserError, match=r"the model of .* does not load"):
         retime({"train": []}, str(stranger))
     assert not (tmp_path / "ran").exists()
 
