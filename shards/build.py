@@ -10,8 +10,8 @@ import inspect
 import json
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -156,29 +156,36 @@ def stamp(path: Path) -> str:
         return ""
     if not facts:
         return ""
-    sizes = digest([(name, found.st_size) for name, found in facts])
-    return f"{sizes} {digest([found.st_mtime_ns for _, found in facts])}"
+    sizes = digest((name, found.st_size) for name, found in facts)
+    return f"{sizes} {digest(found.st_mtime_ns for _, found in facts)}"
 
 
-def digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()[:16]
+def digest(parts: Iterable[Any]) -> str:
+    """Sixteen hex digits of plain values, one after the other."""
+    sha256 = hashlib.sha256()
+    for part in parts:
+        sha256.update(json.dumps(part).encode() + b"\n")
+    return sha256.hexdigest()[:16]
+
+
+def _facts(clip: Clip) -> list[Any]:
+    """What the tables say of a clip."""
+    return [clip.key, vars(clip.row) | {"path": None}]
 
 
 def plan_of(
     importer: str, corpus: Corpus, clips: dict[str, list[Clip]], options: dict[str, Any]
 ) -> dict[str, Any]:
     """What is built from what. Neither where the source lies nor its times say what will be in the shards."""
-    facts = {
-        split: [[clip.key, asdict(clip.row) | {"path": None}] for clip in some]
-        for split, some in clips.items()
-    }
-    sizes = {split: [clip.stamp.split()[0] for clip in some] for split, some in clips.items()}
     plan = {
         "importer": importer,
         "corpus": corpus.name,
         "options": options,
-        "rows": {split: digest(facts[split]) for split in clips},
-        "source": {split: digest([facts[split], sizes[split]]) for split in clips},
+        "rows": {split: digest(map(_facts, some)) for split, some in clips.items()},
+        "source": {
+            split: digest((_facts(clip), clip.stamp.split()[0]) for clip in some)
+            for split, some in clips.items()
+        },
         "made_by": {
             "shards": FORMAT,
             "av": av.__version__,

@@ -8,7 +8,7 @@ from shards.corpora import SPLITS
 
 # 128 clips are 100 to 350 MB: few files, yet many shards to shuffle, to fetch and to give to workers.
 CLIPS_PER_SHARD = 128
-GOP, CRF = 12, 20
+GOP, CRF = 12, 23
 _NOT_IN_THE_BYTES = ("workers", "restart")
 
 
@@ -21,7 +21,7 @@ class Options:
     --crop=x0,y0,x1,y1: the part of every picture to keep, each 0 to 1 of its width or height.
     --margin=top,right,bottom,left: pixels of the source's picture to cut off.
     --clip_format: mjpeg (each frame a JPEG) or h264 (smaller, slower to read; --gop frames a group, 12, and
-        --crf, 0 to 51, 20: higher is smaller).
+        --crf, 0 to 51, 23: higher is smaller).
     --clips_per_shard: at most, 128; shards of a split differ by one clip.
     --mb_per_shard: at most so many megabytes instead.
     --splits: which to build, of train, dev, test.
