@@ -283,7 +283,8 @@ def reason_of(error: BaseException) -> str:
     if isinstance(error, _Fault):
         return str(error)
     if isinstance(error, FileNotFoundError):
-        return f"there is no {(error.filename or str(error)).split('?')[0].rpartition('/')[2]}"
+        _, slash, name = str(error.filename or error).split("?")[0].rpartition("/")
+        return f"there is no {name if slash else 'such file'}"
     status = getattr(error, "status", None)
     if isinstance(status, int) and status:
         return f"the server answered {status}"
