@@ -32,6 +32,7 @@ SHARE_AHEAD = 0.5  # of the cache; the rest is for what is in use
 
 # No slash, no leading dot or dash, nothing that a shell reads: an index names files of its own folder only.
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_SHA256 = re.compile(r"[0-9a-f]+")
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
@@ -46,7 +47,7 @@ class Shard:
 
     def __post_init__(self) -> None:
         checked_name(self.file)
-        if type(self.bytes) is not int or self.bytes < 0 or not re.fullmatch(r"[0-9a-f]+", str(self.sha256)):
+        if type(self.bytes) is not int or self.bytes < 0 or not _SHA256.fullmatch(str(self.sha256)):
             raise UserError(
                 f"index.json must give a shard's size and sha256, but gives {self.bytes!r} and "
                 f"{self.sha256!r} for {self.file}. Build the shards again."
@@ -168,6 +169,11 @@ class RemoteStore:
         return self._latest(name) if sha256 is None else self._table(name, sha256)
 
     def _table(self, name: str, sha256: str) -> Path:
+        if not _SHA256.fullmatch(sha256):  # it becomes part of a path
+            raise UserError(
+                f"index.json must give the sha256 of {name}, but gives {sha256!r}: {self.root}. "
+                "Do not use these shards, or build them again."
+            )
         place = f"{self._place}/tables/{sha256[:16]}-{name}"
         path = self._cache.folder / place
         if path.is_file() and file_sha256(path) != sha256:

@@ -357,6 +357,8 @@ def test_a_table_that_is_not_the_indexs_is_refused_and_a_damaged_copy_fetched_ag
     entry = json.loads((folder / "index.json").read_text())["splits"]["train"]
     with pytest.raises(RankError, match=r"train\.safetensors must .* its sha256 is"):
         store.file("train.safetensors", entry["table_sha256"])
+    with pytest.raises(UserError, match="must give the sha256"):
+        store.file("train.safetensors", "../../../../../aa")
 
 
 @pytest.mark.parametrize(
