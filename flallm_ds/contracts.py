@@ -5,6 +5,7 @@ tokens of the longest clip, L text tokens of the longest text, C channels, H and
 features, E width of the language model.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,18 @@ class Batch:
     @property
     def num_target_tokens(self) -> int:
         return int((self.target_ids_BL != -100).sum())
+
+
+@dataclass(frozen=True)
+class EncodedBatch:
+    """A batch whose frames are still JPEGs.
+
+    batch: all but the pixels; its frames_NHWC has a shape but no memory (PyTorch's device `meta`).
+    jpegs: those of its N frames, in order.
+    """
+
+    batch: Batch
+    jpegs: Sequence[bytes | memoryview]
 
 
 @dataclass(frozen=True)

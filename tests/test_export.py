@@ -107,8 +107,8 @@ def test_the_settings_say_what_a_video_needs(stage_1):
     settings = export.read(stage_1[0]).settings
     assert settings["stage"] == "visual" and settings["visual"] == {"width": 4, "temporal_kernel": 5}
     assert settings["frames"] == {
-        "short_side": 64, "fps": 12.5, "keep_every": 4, "target_fps": None, "max_frames": 512, "cap": "uniform",
-            "frame_size": 40, "crop_size": 32,
+        "short_side": 64, "fps": 12.5, "keep_every": 4, "target_fps": None, "max_frames": 512,
+        "cap": "uniform", "frame_size": 40, "crop_size": 32,
     }  # fmt: skip
     assert Beam(**settings["generation"]) == Beam(5, 1.0, 100) and settings["scores"] == {
         "dev": {"bleu4": 1.5}

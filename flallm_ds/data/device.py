@@ -17,22 +17,10 @@ import numpy as np
 import simplejpeg
 import torch
 
-from flallm_ds.contracts import Batch
+from flallm_ds.contracts import Batch, EncodedBatch
 from flallm_ds.errors import RankError, UserError
 
 STEPS_AHEAD = 2  # on their way to the device, besides the step in use
-
-
-@dataclass(frozen=True)
-class EncodedBatch:
-    """A batch whose frames are still JPEGs.
-
-    batch: all but the pixels; its frames_NHWC has a shape but no memory (PyTorch's device `meta`).
-    jpegs: those of its N frames, in order.
-    """
-
-    batch: Batch
-    jpegs: Sequence[bytes | memoryview]
 
 
 def on_device(steps: Iterable[Sequence[Batch | EncodedBatch]], device: torch.device) -> Iterator[list[Batch]]:

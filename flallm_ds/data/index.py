@@ -8,15 +8,15 @@ Both are plain data: nothing in them can execute. A million clips load in well u
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from flallm_ds.data.store import CacheOptions, LocalStore, Store, file_sha256, open_store
 from flallm_ds.data.store import Shard as Shard
@@ -57,6 +57,31 @@ class StringColumn(Sequence[str]):
         return {name: np.frombuffer(b"".join(encoded), np.uint8), f"{name}_ends": ends}
 
 
+class Table(Mapping[str, np.ndarray]):
+    """A table's columns, each read when it is first asked for: a run needs neither signers nor videos."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: Any = safe_open(path, framework="np")
+        self._read: dict[str, np.ndarray] = {}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._read:
+            if name not in self._file.keys():  # noqa: SIM118 - it is no mapping
+                raise KeyError(name)
+            self._read[name] = self._file.get_tensor(name)
+        return self._read[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file.keys())
+
+    def __len__(self) -> int:
+        return len(self._file.keys())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Table, (self._path,)
+
+
 @dataclass(frozen=True)
 class Index:
     """One split of a shard folder. Columns are arrays of length `len(index)`, one entry a clip."""
@@ -66,7 +91,7 @@ class Index:
     split: str
     fingerprint: str
     shards: tuple[Shard, ...]
-    arrays: dict[str, np.ndarray]
+    arrays: Mapping[str, np.ndarray]
     options: dict[str, Any] = field(default_factory=dict)  # of build.py, where one build made the shards
     corpora: tuple[str, ...] = ()  # of several joined shard folders; `arrays["corpus"]` says whose a clip is
 
@@ -149,7 +174,7 @@ def load_index(root: str | Path, split: str, cache: CacheOptions | None = None) 
             f"changed: {path}. Build the shards again."
         )
     try:
-        arrays = load_file(path)
+        arrays = Table(path)
     except SafetensorError as error:
         raise UserError(f"the table {path} cannot be read ({error}). Build the shards again.") from error
     return Index(

@@ -5,8 +5,9 @@ gets depends on the plan alone, never on threads or time.
 """
 
 import os
+import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from flallm_ds.contracts import Batch
+from flallm_ds.contracts import Batch, EncodedBatch
 from flallm_ds.data import mixture
 from flallm_ds.data.buffers import FrameBuffers
 from flallm_ds.data.decode import decode_frames, jpegs_of
-from flallm_ds.data.device import EncodedBatch
 from flallm_ds.data.index import Index
 from flallm_ds.data.plan import EpochPlan, Plan, slices_of_rank
 from flallm_ds.data.sampling import FrameSampling, sample_rng
@@ -69,25 +69,38 @@ class ClipReader:
         picks = self.sampling.picks(int(arrays["num_frames"][row]), float(arrays["fps"][row]), rng)
         return draws.astype(np.float32), picks
 
-    def read(self, row: int) -> bytes:
-        """The clip's bytes. Raises OSError or ValueError if they are not all there."""
+    def read(self, row: int, memory: Callable[[int], bytearray] = bytearray) -> memoryview:
+        """The clip's bytes, in what `memory(size)` gives. Raises OSError or ValueError if any is missing."""
         arrays = self.index.arrays
         size, offset = int(arrays["size"][row]), int(arrays["offset"][row])
+        member = memoryview(memory(size))[:size]
         with self.index.store.open(self.index.shards[int(arrays["shard"][row])]) as file:
-            member = os.pread(file.fileno(), size, offset)
-        if len(member) != size:
-            raise ValueError(f"must hold {size} bytes at {offset}, but ends after {len(member)}")
+            found = os.preadv(file.fileno(), [member], offset)
+        if found != size:
+            raise ValueError(f"must hold {size} bytes at {offset}, but ends after {found}")
         return member
 
     def read_into(self, frames_THWC: np.ndarray, row: int, picks: np.ndarray) -> None:
         """Decode the picked frames into the canvases' top left corners. Raises ValueError if it cannot."""
         arrays = self.index.arrays
         hw = int(arrays["height"][row]), int(arrays["width"][row])
-        decode_frames(self.read(row), picks, int(arrays["num_frames"][row]), frames_THWC, hw)
+        member = self.read(row, _memory_of_thread)
+        decode_frames(member, picks, int(arrays["num_frames"][row]), frames_THWC, hw)
 
     def read_jpegs(self, row: int, picks: np.ndarray) -> list[memoryview]:
-        """The picked frames as they are stored. Raises ValueError if the clip is broken, or holds no JPEGs."""
+        """The picked frames as they are stored. Raises ValueError if the clip is broken or holds none."""
         return jpegs_of(self.read(row), picks, int(self.index.arrays["num_frames"][row]))
+
+
+_of_thread = threading.local()
+
+
+def _memory_of_thread(size: int) -> bytearray:
+    """The same memory for one clip after the other: fresh memory costs as much as reading into it."""
+    memory: bytearray = getattr(_of_thread, "memory", bytearray())
+    if len(memory) < size:
+        memory = _of_thread.memory = bytearray(size + size // 4)
+    return memory
 
 
 @dataclass
@@ -184,8 +197,8 @@ class Loader:
         return _Pending(rows, epochs, real, list(draws), list(picks), frames, jobs)
 
     def _finish(self, pending: _Pending) -> Batch | EncodedBatch:
-        for position, job in enumerate(pending.jobs):
-            error = job.exception()
+        errors = [job.exception() for job in pending.jobs]  # of all before any is replaced: they share memory
+        for position, error in enumerate(errors):
             if isinstance(error, UserError):  # a store that gave up: the other ranks may not have met it
                 raise RankError(str(error)) from error
             if error is not None:

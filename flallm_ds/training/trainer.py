@@ -100,7 +100,7 @@ class Trainer:
                 slice_number = self.world.rank * len(batches) + place
                 seed_micro_batch(train.seed, at.epoch, at.step, slice_number)
                 inputs = task.inputs(batch, train=True)
-                target_ids_BL = batch.target_ids_BL.to(self.world.device)
+                target_ids_BL = batch.target_ids_BL.to(self.world.device, non_blocking=True)
                 loss = task.engine(inputs, batch.num_frames_B, target_ids_BL, train.label_smoothing)
                 loss_sum += loss.item()
                 task.engine.backward(loss * (self.world.size / tokens))
