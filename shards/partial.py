@@ -16,13 +16,14 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from flallm_ds.errors import UserError
 from shards.writer import publish, write_file
 
+_NAMES = {"lock", "plan.json", "work", "shards"}
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -80,10 +81,30 @@ class Partial:
         self.discard()
 
     def discard(self) -> None:
-        """Remove everything; the plan first, so that what is half removed is not gone on with."""
+        """Remove all results; the plan first, so that what is half removed is not gone on with."""
         self._plan.unlink(missing_ok=True)
         for path in (self.work, self.shards):
             shutil.rmtree(path, ignore_errors=True)
+
+    def remove(self) -> None:
+        """Remove the folder; the lock last, by which it is known as a build's."""
+        self.discard()
+        with suppress(OSError):
+            for path in self.folder.glob("*.tmp"):
+                path.unlink()
+            if [path.name for path in self.folder.iterdir()] == ["lock"]:
+                (self.folder / "lock").unlink()
+                self.folder.rmdir()
+
+    def check_ours(self) -> None:
+        """Raise UserError if the folder holds what no build made."""
+        names = {path.name for path in self.folder.iterdir()}
+        strange = {name for name in names - _NAMES if not name.endswith(".tmp")}
+        if strange or (names and "lock" not in names):
+            raise UserError(
+                f"a build needs {self.folder} for itself, but it holds what no build of ours made "
+                f"({min(strange or names)}). Move that, or name another --out."
+            )
 
 
 def partial_folder(out: Path) -> Path:
@@ -114,8 +135,7 @@ def hold(out: Path) -> Iterator[Partial]:
                 raise
             finally:
                 if not partial.num_kept():
-                    partial.discard()
-                    shutil.rmtree(partial.folder, ignore_errors=True)
+                    partial.remove()
     except OSError as error:
         advice = (
             "Make room; the same command then goes on where it was."
@@ -134,6 +154,7 @@ def _lock(partial: Partial) -> Iterator[None]:
     while True:
         partial.folder.mkdir(parents=True, exist_ok=True)
         try:
+            partial.check_ours()
             file = path.open("w")
         except FileNotFoundError:  # another build has just finished and removed the folder
             continue

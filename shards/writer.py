@@ -1,9 +1,9 @@
 """Writing a shard folder: clips into ordinary WebDataset tars, their places into the index.
 
-    with new_folder(out) as folder:                        # appears whole at `out`, or not at all
-        with ShardWriter(folder / "train-000000.tar", shard=0) as tar:
-            rows.append(tar.add(key, jpegs, fps=25.0, height=256, width=256, id=..., text=..., ...))
-        write_index(folder, ..., splits={"train": (rows, [tar.shard])})
+    with ShardWriter(folder / "train-000000.tar", shard=0) as tar:
+        rows.append(tar.add(key, jpegs, fps=25.0, height=256, width=256, id=..., text=..., ...))
+    write_index(folder, ..., splits={"train": (rows, [tar.shard_entry])})
+    publish(folder, out)                                   # appears whole at `out`, or not at all
 
 The bytes depend on nothing but the clips: no time, owner, or number of workers is in them.
 """
@@ -13,10 +13,9 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -147,28 +146,6 @@ class ShardWriter:
         self._position += len(content)
 
 
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A temporary sibling of `out` to write into: it becomes `out` at the end, or is removed on any error.
-
-    Raises UserError if `out` is a file or a folder that is not empty, or if the disk refuses.
-    """
-    out = out.resolve()
-    check_free(out)
-    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        publish(partial, out)
-    except OSError as error:
-        raise UserError(
-            f"shards must be written to {out}, but {error.strerror or error} ({error.filename or out}). "
-            "Nothing was left there; give --out a place with room that you may write to."
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
 def publish(folder: Path, out: Path) -> None:
     """Make a folder `out`, all at once and safe on the disk; `out` is absent or an empty folder."""
     for path in folder.iterdir():
@@ -220,16 +197,6 @@ def earlier_build(out: Path) -> dict[str, Any] | None:
             f"--out must be a new or empty folder, but {out} holds what no build of ours made ({first}). "
             "Name another folder."
         ) from None
-
-
-def check_free(out: Path) -> None:
-    """Raise UserError unless `out` is absent or an empty folder that can be replaced."""
-    found = earlier_build(out)
-    if found is not None:
-        raise UserError(
-            f"--out must be a new or empty folder, but {out} holds an earlier build (corpus "
-            f"{found['corpus']}). Remove it, or name another folder."
-        )
 
 
 def write_index(

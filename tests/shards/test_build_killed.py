@@ -283,6 +283,17 @@ def test_two_builds_of_one_folder_do_not_meet(source, tmp_path):
     assert done.returncode == 2 and "another is at work" in done.stderr and done.stderr.count("\n") == 1
 
 
+def test_a_folder_that_only_has_the_name_of_an_unfinished_build_is_left_alone(source, tmp_path):
+    for name in ("thesis.txt", "work/thesis.txt"):
+        path = tmp_path / "out.partial" / name
+        path.parent.mkdir(parents=True)
+        path.write_text("mine")
+        done = run(*words(source, tmp_path / "out", "--restart=true"))
+        assert done.returncode == 2 and "what no build of ours made" in done.stderr, done.stderr
+        assert path.read_text() == "mine"
+        shutil.rmtree(tmp_path / "out.partial")
+
+
 def test_more_may_be_skipped_when_going_on(tmp_path):
     source = make_corpus(tmp_path / "corpus", counts=(9, 3, 0), num_frames=2)
     (source.parent / "dev2" / "1.png").write_bytes(b"broken")
