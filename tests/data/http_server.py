@@ -3,6 +3,7 @@
 import http.server
 import re
 import threading
+import time
 from pathlib import Path
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import http.server
 import json
 import multiprocessing
 import os
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from http_server import Server
 
 from flallm_ds.data.fetch import Patience
 from flallm_ds.data.index import COLUMNS, STRING_COLUMNS, load_index, write_table
@@ -27,90 +27,6 @@ NUM_BYTES = 40_000
 PATIENCE = Patience(attempts=4, first_wait_s=0.01, longest_wait_s=0.02, total_s=20, connect_s=2, stall_s=0.4)
 SPAWN = multiprocessing.get_context("spawn")
 FORK = multiprocessing.get_context("fork")
-
-
-class Server(http.server.ThreadingHTTPServer):
-    """Serves a folder with ranges. `faults[name]` is a list of what goes wrong with the next requests."""
-
-    daemon_threads = True
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.folder, self.ranges = folder, True
-        self.faults: dict[str, list[str]] = {}
-        self.gets: list[tuple[str, str | None]] = []  # (name, range) of each GET
-        self.sent = 0
-        self.headers: list[dict[str, str]] = []
-        self.go_on = threading.Event()  # ends stalls
-        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/data"
-
-    def num_gets(self, name: str) -> int:
-        return sum(got == name for got, _ in self.gets)
-
-    def wait_until_kept(self, name: str, num_bytes: int) -> None:
-        """A client may lose what it has received but not yet read when the connection breaks."""
-        for _ in range(200):
-            parts = [*self.folder.parent.glob(f"cache/*/shards/*-{name}.*.part")]
-            if not self.ranges or any(part.stat().st_size >= num_bytes for part in parts):
-                break
-            time.sleep(0.01)
-
-    def handle_error(self, request, client_address) -> None:
-        pass  # clients that are killed are part of the tests
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: Server
-
-    def log_message(self, *args) -> None:
-        pass
-
-    def do_HEAD(self) -> None:
-        self.answer(body=False)
-
-    def do_GET(self) -> None:
-        self.answer(body=True)
-
-    def answer(self, body: bool) -> None:
-        name = self.path.split("?")[0].rpartition("/")[2]
-        fault = self.server.faults[name].pop(0) if self.server.faults.get(name) else ""
-        asked = self.headers.get("Range")
-        self.server.headers.append({**self.headers, "path": self.path})
-        if body:
-            self.server.gets.append((name, asked))
-        path = self.server.folder / name
-        if fault == "hang up":
-            self.close_connection = True
-            return
-        status = int(fault) if fault.isdigit() else 404 if not path.is_file() else 200
-        data = path.read_bytes() if status == 200 else b"nothing here"
-        if status == 200 and asked and self.server.ranges:
-            status, data = 206, data[int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) :]
-        if fault == "corrupt":
-            data = bytes([data[0] ^ 1]) + data[1:]
-        if fault == "longer":
-            data += b"x" * 10
-        if fault == "truncated":
-            data = data[: len(data) // 2]
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        if not body:
-            return
-        half = fault in ("drop", "stall")
-        sent = data[: len(data) // 2] if half else data
-        self.wfile.write(sent)
-        self.server.sent += len(sent)
-        if half:
-            self.server.wait_until_kept(name, len(path.read_bytes()) - len(data) + len(sent))
-        if fault == "stall":
-            self.server.go_on.wait(20)
-        self.close_connection = half
 
 
 def content(number: int, num_bytes: int = NUM_BYTES) -> bytes:
