@@ -223,12 +223,15 @@ def test_of_equal_sentences_the_nearer_is_taken(model: str, tmp_path: Path) -> N
         assert off_by(new["train"], [sentence]) < 0.1
 
 
-def test_a_sentence_said_again_beyond_the_margin_is_not_taken(model: str, tmp_path: Path) -> None:
-    said = [(5.0, "bad cafe"), (7.0, "gag fab"), (14.0, "gag fab"), (21.0, "gag fab"), (23.0, "head deaf")]
+def test_what_is_said_beyond_the_margin_is_not_taken(model: str, tmp_path: Path) -> None:
+    """Word for word it is said twice, but too far away; within the margin only nearly so."""
+    said = [(5.0, "bad cafe"), (7.0, "gag fab"), (14.0, "gag fad"), (21.0, "gag fab"), (23.0, "head deaf")]
     record(tmp_path / "talk.mkv", said, 28.0)
     spoken = [said[0], said[2], said[4]]
-    new, _ = retime({"train": captions(tmp_path / "talk.mkv", spoken, [1.0, 0.5, -1.0])}, model)
-    assert off_by(new["train"], spoken) < 0.1
+    rows = captions(tmp_path / "talk.mkv", spoken, [1.0, 0.5, -1.0])
+    rows[1] = replace(rows[1], text="gag fab")
+    new, _ = retime({"train": rows}, model)
+    assert off_by(new["train"], spoken) < 0.15
 
 
 def test_what_is_not_heard_keeps_its_time_and_is_counted(model: str, tmp_path: Path) -> None:
