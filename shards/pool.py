@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -94,7 +95,8 @@ def _run_in_processes(
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_begin_worker, initargs=(shared,))
     try:
-        positions: dict[Future[Any], int] = {pool.submit(function, job): n for n, job in enumerate(jobs)}
+        with _signals_held():  # workers start now, and inherit that until they ignore them
+            positions: dict[Future[Any], int] = {pool.submit(function, job): n for n, job in enumerate(jobs)}
         waiting = set(positions)
         while waiting:
             done, waiting = wait(waiting, timeout=_POLL_S, return_when=FIRST_COMPLETED)
@@ -110,6 +112,16 @@ def _run_in_processes(
     finally:
         shared.stop.set()
         pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Ctrl-C and SIGTERM come later."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def bar_s() -> float:
