@@ -207,6 +207,21 @@ def test_a_job_that_was_cut_in_two_goes_on_behind_its_first_tar(noisy, tmp_path)
     assert num_killed == len(list(out.glob("*.tar")))
 
 
+@pytest.mark.parametrize("given", [{"clip_format": "h264"}, {"fps": 12.5}])
+def test_every_strange_video_is_stored_or_named(shared_data, tmp_path, given):
+    """AV1, HEVC, 10 bits, full range, turned, portrait, a variable rate, unordered times, false counts."""
+    videos = sorted(path for path in (shared_data / "edge_videos").iterdir())
+    source = write_manifest(tmp_path / "m.csv", *(f"{path},{path.stem},train" for path in videos))
+    make(source, tmp_path / "out", short_side=48, max_skipped=1, **given)
+    found = rows(tmp_path / "out")
+    assert found.keys() == {path.stem for path in videos} - {"corrupted"} and len(found) >= 10
+    skipped = read_manifest(tmp_path / "out")["skipped"]
+    assert list(skipped) == ["cannot be decoded"] and "corrupted.mp4" in str(skipped)
+    assert found["signbank_metadata_109_decodes_99"]["num_frames"] == (83 if "fps" in given else 99)
+    assert found["video_90"]["height"] > found["video_90"]["width"] == 48
+    verify(tmp_path / "out", workers=1)
+
+
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
