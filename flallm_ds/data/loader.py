@@ -91,6 +91,22 @@ class ClipReader:
         """The picked frames as they are stored. Raises ValueError if the clip is broken or holds none."""
         return jpegs_of(self.read(row), picks, int(self.index.arrays["num_frames"][row]))
 
+    def load(self, row: int, epoch: int, frames_THWC: np.ndarray | None) -> "_Clip":
+        """Draw, then decode into frames_THWC, or without it keep the JPEGs."""
+        draws, picks = self.draws(row, epoch)
+        if frames_THWC is None:
+            return _Clip(draws, self.read_jpegs(row, picks))
+        self.read_into(frames_THWC, row, picks)
+        return _Clip(draws, [])
+
+
+@dataclass(frozen=True)
+class _Clip:
+    """What a job brings of a clip, besides pixels."""
+
+    draws: np.ndarray
+    jpegs: list[memoryview]
+
 
 _of_thread = threading.local()
 
@@ -110,10 +126,9 @@ class _Pending:
     rows: list[int]
     epochs: list[int]  # how often each clip came before
     real: bool
-    draws: list[np.ndarray]
-    picks: list[np.ndarray]
-    frames: torch.Tensor
-    jobs: list[Future[list[memoryview] | None]]
+    num_kept: list[int]
+    frames: torch.Tensor  # of device meta where they stay JPEGs
+    jobs: list[Future[_Clip]]
 
 
 class Loader:
@@ -180,21 +195,18 @@ class Loader:
         self, pool: ThreadPoolExecutor, buffers: FrameBuffers, places: np.ndarray, real: bool
     ) -> _Pending:
         rows, epochs = self.plan.order[places].tolist(), self.plan.passes[places].tolist()
-        draws, picks = zip(*map(self.reader.draws, rows, epochs), strict=True)
-        ends = np.cumsum([len(p) for p in picks])
-        shape = (int(ends[-1]), *self.reader.index.frame_hw, 3)
-        jobs: list[Future[Any]]
+        num_kept = self.plan.num_kept[rows].tolist()
+        shape = (sum(num_kept), *self.reader.index.frame_hw, 3)
+        frames = torch.empty(shape, dtype=torch.uint8, device="meta") if self.encoded else buffers.take(shape)
+        parts = self._parts(frames, num_kept)
+        jobs = [pool.submit(self.reader.load, *job) for job in zip(rows, epochs, parts, strict=True)]
+        return _Pending(rows, epochs, real, num_kept, frames, jobs)
+
+    def _parts(self, frames: torch.Tensor, num_kept: Sequence[int]) -> Sequence[np.ndarray | None]:
+        """Each clip's share of the memory, none where frames stay JPEGs."""
         if self.encoded:
-            frames = torch.empty(shape, dtype=torch.uint8, device="meta")
-            jobs = [pool.submit(self.reader.read_jpegs, row, p) for row, p in zip(rows, picks, strict=True)]
-        else:
-            frames = buffers.take(shape)
-            array = frames.numpy()
-            jobs = [
-                pool.submit(self.reader.read_into, array[end - len(p) : end], row, p)
-                for row, p, end in zip(rows, picks, ends, strict=True)
-            ]
-        return _Pending(rows, epochs, real, list(draws), list(picks), frames, jobs)
+            return [None] * len(num_kept)
+        return np.split(frames.numpy(), np.cumsum(num_kept)[:-1])
 
     def _finish(self, pending: _Pending) -> Batch | EncodedBatch:
         errors = [job.exception() for job in pending.jobs]  # of all before any is replaced: they share memory
@@ -205,16 +217,16 @@ class Loader:
                 if not isinstance(error, (ValueError, OSError)):
                     raise error
                 self._replace(pending, position, str(error))
-        index, rows = self.reader.index, pending.rows
+        index, rows, clips = self.reader.index, pending.rows, [job.result() for job in pending.jobs]
         texts = self._strings("text", rows)
         # A dummy has one place, which counts for nothing: the loss is not defined for none.
         ids = [[] if self.codec is None else self.codec.encode(t) if pending.real else [-100] for t in texts]
-        sizes = np.stack([index.arrays["height"][rows], index.arrays["width"][rows]], axis=1)
+        sizes = np.array([index.arrays["height"][rows], index.arrays["width"][rows]], np.float32).T
         batch = Batch(
             frames_NHWC=pending.frames,
-            num_frames_B=torch.tensor([len(p) for p in pending.picks]),
-            size_B2=torch.from_numpy(sizes.astype(np.float32)),
-            draws_B9=torch.from_numpy(np.stack(pending.draws)),
+            num_frames_B=torch.from_numpy(np.array(pending.num_kept, np.int64)),
+            size_B2=torch.from_numpy(sizes),
+            draws_B9=torch.from_numpy(np.array([clip.draws for clip in clips])),
             target_ids_BL=_pad(ids),
             keys=self._strings("key", rows),
             texts=texts,
@@ -224,7 +236,7 @@ class Loader:
         )
         if not self.encoded:
             return batch
-        return EncodedBatch(batch, [jpeg for job in pending.jobs for jpeg in job.result() or ()])
+        return EncodedBatch(batch, [jpeg for clip in clips for jpeg in clip.jpegs])
 
     def _strings(self, name: str, rows: list[int]) -> tuple[str, ...]:
         column = self.reader.index.strings(name)
@@ -241,23 +253,20 @@ class Loader:
                     f"a clip of {self.reader.index.root} must decode, but none of them does: {reason}."
                 )
             row = (row + 1) % len(self.reader.index)
-            draws, picks = self.reader.draws(row, pending.epochs[position])
-            shape = (len(picks), *pending.frames.shape[1:])
+            num_kept = int(self.plan.num_kept[row])
+            shape = (num_kept, *pending.frames.shape[1:])
             frames = torch.empty(shape, dtype=torch.uint8, device=pending.frames.device)
-            done: Future[Any] = Future()
+            done: Future[_Clip] = Future()
             try:
-                if self.encoded:
-                    done.set_result(self.reader.read_jpegs(row, picks))
-                else:
-                    self.reader.read_into(frames.numpy(), row, picks)
-                    done.set_result(None)
+                (part,) = self._parts(frames, [num_kept])
+                done.set_result(self.reader.load(row, pending.epochs[position], part))
                 break
             except (ValueError, OSError) as error:
                 reason = str(error)
-        parts = list(torch.split(pending.frames, [len(p) for p in pending.picks]))
-        parts[position], pending.jobs[position] = frames, done
+        parts = list(torch.split(pending.frames, pending.num_kept))
+        parts[position] = frames
         pending.frames = torch.cat(parts)
-        pending.rows[position], pending.draws[position], pending.picks[position] = row, draws, picks
+        pending.rows[position], pending.num_kept[position], pending.jobs[position] = row, num_kept, done
 
 
 class _Shards:
@@ -281,10 +290,8 @@ class _Shards:
 
 def _pad(ids: Sequence[Sequence[int]]) -> torch.Tensor:
     """Ids padded with -100."""
-    padded = torch.full((len(ids), max(map(len, ids))), -100)
-    for row, sentence in zip(padded, ids, strict=True):
-        row[: len(sentence)] = torch.tensor(sentence)
-    return padded
+    longest = max(map(len, ids))
+    return torch.from_numpy(np.array([[*row, *[-100] * (longest - len(row))] for row in ids], np.int64))
 
 
 def open_loader(

@@ -39,15 +39,16 @@ class FrameSampling:
                 f"{self.keep_every}, {self.max_frames} and {self.target_fps}"
             )
 
-    def stride(self, fps: np.ndarray | float) -> np.ndarray:
-        """Frames of a group, float64: at least 1."""
-        if self.target_fps is None:
-            return np.full(np.shape(fps), float(self.keep_every))
-        return np.maximum(np.asarray(fps, np.float64) / self.target_fps, 1.0)
+    def stride(self, fps: float) -> float:
+        """Frames of a group: at least 1."""
+        return float(self.keep_every) if self.target_fps is None else max(fps / self.target_fps, 1.0)
 
-    def num_kept(self, num_frames: np.ndarray, fps: np.ndarray | float = 25.0) -> np.ndarray:
-        """How many frames are kept of clips of these lengths, int64."""
-        groups = np.floor((num_frames - 1) / self.stride(fps) + _EDGE).astype(np.int64) + 1
+    def num_kept(self, num_frames: np.ndarray, fps: np.ndarray) -> np.ndarray:
+        """How many frames are kept of clips of these lengths and rates, int64."""
+        strides: np.ndarray | float = float(self.keep_every)
+        if self.target_fps is not None:
+            strides = np.maximum(np.asarray(fps, np.float64) / self.target_fps, 1.0)
+        groups = np.floor((num_frames - 1) / strides + _EDGE).astype(np.int64) + 1
         kept: np.ndarray = np.minimum(groups, self.max_frames)
         return kept
 
@@ -59,19 +60,19 @@ class FrameSampling:
         """
         if num_frames < 1:
             raise ValueError(f"num_frames must be at least 1, but is {num_frames}")
-        stride = float(self.stride(fps))
+        stride = self.stride(fps)
         num_groups = int((num_frames - 1) / stride + _EDGE) + 1
-        starts = np.ceil(np.arange(num_groups + 1) * stride - _EDGE).astype(np.int64)
+        starts = np.ceil(np.arange(num_groups + 1) * stride - _EDGE)
         starts[-1] = num_frames
-        kept: np.ndarray = starts[:-1]
+        kept = starts[:-1]
         if rng is not None:
-            kept = kept + (rng.random(num_groups) * np.diff(starts)).astype(np.int64)
-        picks: np.ndarray = kept[self.thin(num_groups, rng)]
-        return picks
+            kept = kept + rng.random(num_groups) * (starts[1:] - kept)
+        picks: np.ndarray = kept.astype(np.int64)
+        return picks if num_groups <= self.max_frames else picks[self.thin(num_groups, rng)]
 
     def keeps_first(self, frame: int, fps: float) -> bool:
         """Whether evaluation keeps this frame before the cap: for a video whose length is not known yet."""
-        stride = float(self.stride(fps))
+        stride = self.stride(fps)
         return math.ceil(int(frame / stride + _EDGE) * stride - _EDGE) == frame
 
     def thin(self, num: int, rng: np.random.Generator | None = None) -> np.ndarray:
