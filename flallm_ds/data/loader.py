@@ -8,7 +8,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -209,7 +209,8 @@ class Loader:
         return np.split(frames.numpy(), np.cumsum(num_kept)[:-1])
 
     def _finish(self, pending: _Pending) -> Batch | EncodedBatch:
-        errors = [job.exception() for job in pending.jobs]  # of all before any is replaced: they share memory
+        wait(pending.jobs)  # for all, before any is replaced: they share memory
+        errors = [job.exception() for job in pending.jobs]
         for position, error in enumerate(errors):
             if isinstance(error, UserError):  # a store that gave up: the other ranks may not have met it
                 raise RankError(str(error)) from error
