@@ -4,7 +4,7 @@ BIN := .venv/bin
 # pip compiles nothing, so Python must be free to keep the bytecode of what it imports: 7 s at every start.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: quickstart test check clean
+.PHONY: quickstart test check bench clean
 
 quickstart: .venv/ready  ## corpus -> shards -> stage visual -> stage llm -> scores -> a translated video
 	$(BIN)/python launch/quickstart.py
@@ -16,6 +16,10 @@ check: .venv/ready  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: .venv/ready  ## the figures of benchmarks/results, on a machine that does nothing else (half an hour)
+	for name in loader plan build memory clip_format; do \
+		$(BIN)/python benchmarks/$$name.py --out=benchmarks/results || exit 1; done
 
 .venv/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $$(command -v $(PYTHON) || command -v python3) -m venv .venv
