@@ -50,3 +50,4 @@ class Hypothesis:
     key: str
     hypothesis: str
     reference: str
+    corpus: str = ""

@@ -79,9 +79,13 @@ def evaluate(
             folder = Path(run) / "evaluation"
             folder.mkdir(exist_ok=True)
             report.write_hypotheses(folder / f"{split}.hypotheses.jsonl", hypotheses)
-            content = {"split": split, "beams": beams, "scores": scores, "blind": blind}
+            by_corpus = {}
+            if len(index.corpora) > 1:
+                parts = report.scores_by_corpus(hypotheses, language)
+                by_corpus = {f"{name} alone": part.as_dict() for name, part in parts.items()}
+            content = {"split": split, "beams": beams, "scores": scores, "blind": blind} | by_corpus
             replace_file(folder / f"{split}.json", json.dumps(content, indent=2) + "\n")
-            print(report.table({"model": scores, "blind control": blind}))
+            print(report.table({"model": scores, "blind control": blind} | by_corpus))
             print(
                 f"signature: {scores['bleu_signature']}\nhypotheses: {folder / f'{split}.hypotheses.jsonl'}"
             )

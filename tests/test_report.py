@@ -9,7 +9,14 @@ import pytest
 
 from flallm_ds.contracts import Hypothesis
 from flallm_ds.errors import UserError
-from flallm_ds.inference.report import by_epoch, draw_curves, draw_strip
+from flallm_ds.inference.report import (
+    by_epoch,
+    draw_curves,
+    draw_strip,
+    read_hypotheses,
+    scores_by_corpus,
+    write_hypotheses,
+)
 
 RED = (200, 30, 30)
 
@@ -23,6 +30,20 @@ def test_a_strip_shows_the_frames_of_each_clip(tmp_path: Path) -> None:
         picture = cv2.imread(str(tmp_path / "strip.png"))[..., ::-1]
         areas.append(int((np.abs(picture.astype(int) - RED).max(axis=2) < 3).sum()))
     assert areas[0] > 10_000 and areas[1] == pytest.approx(2 * areas[0], rel=0.1)
+
+
+def test_each_corpus_is_scored_alone_and_hypotheses_come_back(tmp_path: Path) -> None:
+    right, wrong = (
+        ("im norden regen am morgen", "im norden regen am morgen"),
+        ("a b c d", "im norden regen am"),
+    )
+    said = [Hypothesis(f"0_{n}", *right, "phoenix14t") for n in range(3)]
+    said += [Hypothesis(f"1_{n}", *wrong, "mine") for n in range(2)]
+    scores = scores_by_corpus(said, "de_DE")
+    assert list(scores) == ["mine", "phoenix14t"]
+    assert scores["phoenix14t"].bleu4 == pytest.approx(100) and scores["mine"].bleu4 < 10
+    write_hypotheses(tmp_path / "said.jsonl", said)
+    assert read_hypotheses(tmp_path / "said.jsonl") == said
 
 
 def test_curves_hold_each_epochs_mean_loss_and_its_score(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,20 @@ def blind_scores(hypotheses: Sequence[Hypothesis], language: str, seed: int = 0)
     )
 
 
+def scores_by_corpus(hypotheses: Sequence[Hypothesis], language: str) -> dict[str, Scores]:
+    """The scores of each corpus alone, by its name."""
+    parts: dict[str, list[Hypothesis]] = {}
+    for said in hypotheses:
+        parts.setdefault(said.corpus, []).append(said)
+    return {
+        name: score([h.hypothesis for h in part], [h.reference for h in part], language=language)
+        for name, part in sorted(parts.items())
+    }
+
+
 def write_hypotheses(path: Path, hypotheses: Sequence[Hypothesis]) -> None:
-    """JSON lines: key, hypothesis, reference."""
-    lines = [
-        json.dumps({"key": h.key, "hypothesis": h.hypothesis, "reference": h.reference}, ensure_ascii=False)
-        for h in hypotheses
-    ]
+    """JSON lines: key, hypothesis, reference, corpus."""
+    lines = [json.dumps(asdict(h), ensure_ascii=False) for h in hypotheses]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

@@ -31,11 +31,11 @@ class Evaluation:
         found: list[Hypothesis] = []
         for step, batches in enumerate(on_device(self.loader.steps(), self.world.device)):
             for batch in batches:
-                for key, text, real, ids in zip(
-                    batch.keys, batch.texts, batch.real_B, self.generate(batch), strict=True
+                for key, text, corpus, real, ids in zip(
+                    batch.keys, batch.texts, batch.corpora, batch.real_B, self.generate(batch), strict=True
                 ):
                     if real:
-                        found.append(Hypothesis(key, self.codec.decode(ids), text))
+                        found.append(Hypothesis(key, self.codec.decode(ids), text, corpus))
             if report is not None and self.world.is_main:
                 report(step + 1, len(self.loader))
         gathered = [h for part in gather_objects(found, self.world) for h in part]
