@@ -27,7 +27,7 @@ from benchmarks.measure import ROOT, Amount, Rates, Report, Target, Way, interle
 from flallm_ds import command
 from flallm_ds.data import h264
 from flallm_ds.data.clip_format import pack_frames
-from flallm_ds.data.decode import decode_frames, jpegs_of
+from flallm_ds.data.decode import FAST, decode_frames, jpegs_of
 from flallm_ds.data.video import fit_short_side
 from flallm_ds.errors import UserError
 
@@ -70,7 +70,7 @@ class Format:
 
 def decode_jpegs(jpegs: Sequence[object], out_THWC: np.ndarray) -> None:
     for canvas, jpeg in zip(out_THWC, jpegs, strict=True):
-        simplejpeg.decode_jpeg(jpeg, "RGB", buffer=canvas)
+        simplejpeg.decode_jpeg(jpeg, "RGB", buffer=canvas, **FAST)
 
 
 def write_pack(clip: Clip) -> bytes:

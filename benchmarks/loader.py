@@ -118,7 +118,9 @@ def run(
             add(f"ours {name}", FRAMES, Way("ours", Ours(loader, FRAMES)))
             add(f"crops {name}", CROPS, Way("ours, and crops cut on the CPU", Ours(loader, CROPS)))
             add(f"pixels {name}", PIXELS, Way("ours, and all preprocessing on the CPU", Ours(loader, PIXELS)))
-            add(f"bound {name}", "nothing", Way("bound: bare decode loop", peers.BareLoop(index, keep)))
+            for count in sorted({1, threads}):
+                bare = Way(f"bound: bare decode loop, threads: {count}", peers.BareLoop(index, keep, count))
+                add(f"bound {count} {name}", "nothing", bare)
             workers = peers.TorchDataLoader(index, keep, batch_clips, threads)
             add(f"workers {name}", FRAMES, Way(f"DataLoader, {threads} workers, our decoder", workers))
             add(
@@ -198,8 +200,12 @@ def targets(rates: dict[str, Rates], large_rates: dict[str, Rates]) -> list[Targ
         Target("the same, our crops cut on the CPU", 20, times("crops all", "png all")),
         Target("CPU-ms a clip, PNG folders with all kept / ours at 1 in 4", 60, cheaper("ours 4", "png all")),
         Target("the same, our crops cut on the CPU", 60, cheaper("crops 4", "png all")),
-        Target("ours / bound, all kept", 0.85, times("ours all", "bound all")),
-        Target("ours / bound, 1 in 4", 0.85, times("ours 4", "bound 4")),
+        *(
+            Target(f"ours / bound on {key.split()[1]} threads, {kept}", 0.85, times(f"ours {name}", key))
+            for name, kept in (("all", "all kept"), ("4", "1 in 4"))
+            for key in rates
+            if key.startswith("bound") and key.split()[-1] == name
+        ),
         Target("ours / DataLoader, all kept", 1.5, times("ours all", "workers all")),
         Target("ours / DataLoader, 1 in 4", 1.5, times("ours 4", "workers 4")),
         Target("ours / webdataset with a member a frame, 1 in 4", 2.5, times("ours 4", "members 4")),

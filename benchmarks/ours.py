@@ -9,6 +9,7 @@ import numpy as np
 import simplejpeg
 
 from flallm_ds.data.clip_format import frame_spans
+from flallm_ds.data.decode import FAST
 from flallm_ds.data.index import Index, load_index
 from flallm_ds.data.plan import EpochPlan, Plan
 from flallm_ds.data.sampling import FrameSampling
@@ -94,5 +95,5 @@ def decode_clip(index: Index, row: int, picks: np.ndarray) -> np.ndarray:
     height, width = int(index.arrays["height"][row]), int(index.arrays["width"][row])
     decoded = np.empty((len(picks), height, width, 3), np.uint8)
     for place, pick in zip(decoded, picks.tolist(), strict=True):
-        simplejpeg.decode_jpeg(encoded[pick], "RGB", buffer=place)
+        simplejpeg.decode_jpeg(encoded[pick], "RGB", buffer=place, **FAST)
     return decoded

@@ -2,7 +2,7 @@
 
 import os
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -152,3 +152,16 @@ def main_first(action: Any, world: World) -> Any:
     if sentence is not None:
         raise UserError(sentence)
     return value
+
+
+def on_each_machine(action: Callable[[], None], world: World) -> None:
+    """Run `action()` on one rank of each machine; the first UserError of any is raised by every rank."""
+    sentence = None
+    if world.local_rank == 0:
+        try:
+            action()
+        except UserError as error:
+            sentence = str(error)
+    for said in gather_objects(sentence, world):
+        if said is not None:
+            raise UserError(said)

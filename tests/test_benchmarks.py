@@ -114,7 +114,7 @@ def ways_of(clips, keep_every: int) -> dict[str, Callable[[], Amount]]:
         "ours": loader.Ours(OurLoader(shards, keep_every, 2, 1), loader.FRAMES),
         "crops": loader.Ours(OurLoader(shards, keep_every, 2, 1), loader.CROPS),
         "pixels": loader.Ours(OurLoader(shards, keep_every, 2, 1), loader.PIXELS),
-        "bound": peers.BareLoop(index, keep_every),
+        "bound": peers.BareLoop(index, keep_every, 2),
         "workers": peers.TorchDataLoader(index, keep_every, 2, 1),
         "members": peers.PlainWebdataset(tar, keep_every, 2),
         "png": peers.PngFolders(pngs, keep_every, 2),

@@ -10,6 +10,7 @@ from flallm_ds.dist import (
     free_port,
     gather_objects,
     main_first,
+    on_each_machine,
     rank_environment,
 )
 from flallm_ds.errors import UserError
@@ -115,6 +116,18 @@ def test_an_error_of_the_first_rank_is_raised():
 
     with pytest.raises(UserError, match="it must be, but is not"):
         main_first(fails, ALONE)
+
+
+def test_each_machine_looks_once_and_its_error_is_everybodys():
+    calls: list[int] = []
+    on_each_machine(lambda: calls.append(1), ALONE)
+    assert calls == [1]
+
+    def fails() -> None:
+        raise UserError("it must be, but is not.")
+
+    with pytest.raises(UserError, match="it must be, but is not"):
+        on_each_machine(fails, ALONE)
 
 
 def test_only_rank_0_is_main():

@@ -12,6 +12,10 @@ from flallm_ds.data import clip_format
 EXTENSIONS = (clip_format.EXTENSION, "mp4")
 
 
+# Of libjpeg-turbo: a sixth less time. At quality 90 a pixel is 1.9 of 255 from its source in place of 1.6.
+FAST = {"fastdct": True, "fastupsample": True}
+
+
 def decode_frames(
     member: bytes | memoryview, picks: np.ndarray, num_frames: int, out_THWC: np.ndarray, hw: tuple[int, int]
 ) -> None:
@@ -71,7 +75,7 @@ def _decode(jpeg: memoryview, into: np.ndarray, hw: tuple[int, int]) -> None:
     # With a buffer, a frame whose header lies about its size gets no memory for it.
     height, width = hw
     try:
-        frame = simplejpeg.decode_jpeg(jpeg, "RGB", buffer=into)
+        frame = simplejpeg.decode_jpeg(jpeg, "RGB", buffer=into, **FAST)
     except ValueError:
         height, width = simplejpeg.decode_jpeg_header(jpeg)[:2]
         if (height, width) == hw:

@@ -21,7 +21,7 @@ from flallm_ds.data.plan import EpochPlan, Plan, slices_of_rank, temperature_wei
 from flallm_ds.data.sampling import FrameSampling
 from flallm_ds.data.store import CacheOptions
 from flallm_ds.data.text import TextCodec
-from flallm_ds.dist import World, main_first
+from flallm_ds.dist import World, main_first, on_each_machine
 from flallm_ds.errors import UserError
 from flallm_ds.models.adapters import Adapter
 from flallm_ds.models.light_translator import build_light_translator
@@ -149,10 +149,10 @@ def default_json(config: RunConfig) -> str:
 
 
 def open_index(data: DataConfig, split: str, world: World) -> Index:
-    """The index of one split over all of data.shards; every shard is there with its size (and checksum)."""
+    """The index of one split over all of data.shards; every machine has each shard, whole."""
     cache = CacheOptions(Path(data.cache_dir) if data.cache_dir else None, data.cache_gb, data.allow_pipe)
     index = mixture.open_indexes(data.shards, split, cache)
-    main_first(lambda: index.store.check(index.shards, data.check_shards), world)
+    on_each_machine(lambda: index.store.check(index.shards, data.check_shards), world)
     return index
 
 

@@ -6,7 +6,7 @@ import pytest
 import simplejpeg
 
 from flallm_ds.data.clip_format import pack_frames
-from flallm_ds.data.decode import decode_frames, is_mp4, jpegs_of
+from flallm_ds.data.decode import FAST, decode_frames, is_mp4, jpegs_of
 from flallm_ds.data.h264 import encode_h264
 
 NUM_FRAMES = 9
@@ -38,7 +38,7 @@ def decode(member, picks, canvas=HW, hw=HW, num_frames=NUM_FRAMES) -> np.ndarray
 
 @pytest.mark.parametrize("picks", [[0], [8], [0, 4, 8], [5, 5, 2], list(range(9)), []])
 def test_the_picked_frames_are_the_jpegs_own_pixels(member, jpegs, picks):
-    expected = [simplejpeg.decode_jpeg(jpegs[n]) for n in picks]
+    expected = [simplejpeg.decode_jpeg(jpegs[n], **FAST) for n in picks]
     picks = np.array(picks, np.int64)
     assert (decode(member, picks) == np.reshape(expected, (len(picks), *HW, 3))).all()
     assert (decode(memoryview(member), picks) == decode(member, picks)).all()

@@ -15,6 +15,7 @@ import torch
 
 from flallm_ds.contracts import Batch
 from flallm_ds.data.clip_format import frame_spans, pack_frames
+from flallm_ds.data.decode import FAST
 from flallm_ds.data.index import Index, Shard, StringColumn, load_index
 from flallm_ds.data.loader import BrokenClips, ClipReader, Loader, open_loader
 from flallm_ds.data.mixture import open_indexes
@@ -128,7 +129,7 @@ def test_packed_frames_are_the_stored_ones_at_the_picked_places(train, codec, mo
             draws, picks = loader.reader.draws(row, epoch=0)
             member = clip_bytes(train, row)
             jpegs = [member[begin : begin + size] for begin, size in frame_spans(member)[picks]]
-            expected = np.stack([simplejpeg.decode_jpeg(jpeg, "RGB") for jpeg in jpegs])
+            expected = np.stack([simplejpeg.decode_jpeg(jpeg, "RGB", **FAST) for jpeg in jpegs])
             got = batch.frames_NHWC[begins[place] : begins[place + 1]].numpy()
             assert (got == expected).all()
             assert batch.draws_B9[place].tolist() == draws.tolist()
@@ -324,7 +325,7 @@ def test_an_encoded_batch_decodes_to_the_frames_of_the_other_kind(tiny_shards, c
     encoded = list(loader_of(index, codec, broken=BrokenClips(1), encoded=True))
     for batch, jpegs in zip(decoded, encoded, strict=True):
         assert jpegs.batch.frames_NHWC.device.type == "meta"
-        frames = np.stack([simplejpeg.decode_jpeg(jpeg, "RGB") for jpeg in jpegs.jpegs])
+        frames = np.stack([simplejpeg.decode_jpeg(jpeg, "RGB", **FAST) for jpeg in jpegs.jpegs])
         whole = replace(jpegs.batch, frames_NHWC=torch.from_numpy(frames))
         assert same(whole, batch)
 
