@@ -80,7 +80,7 @@ def evaluate(
             folder.mkdir(exist_ok=True)
             report.write_hypotheses(folder / f"{split}.hypotheses.jsonl", hypotheses)
             by_corpus = {}
-            if len(index.corpora) > 1:
+            if len(set(index.corpora)) > 1:
                 parts = report.scores_by_corpus(hypotheses, language)
                 by_corpus = {f"{name} alone": part.as_dict() for name, part in parts.items()}
             content = {"split": split, "beams": beams, "scores": scores, "blind": blind} | by_corpus
