@@ -186,9 +186,13 @@ def test_a_build_that_is_told_to_end_says_what_it_keeps(
     source, undisturbed, tmp_path, number, code, whole_group
 ):
     out = tmp_path / "out"
-    process = start(*words(source, out, "--workers=2"), num_records=2, out=out)
-    (os.killpg if whole_group else os.kill)(process.pid, number)
-    error = process.communicate(timeout=60)[1]
+    for _ in range(5):
+        process = start(*words(source, out, "--workers=2"), num_records=1, out=out)
+        (os.killpg if whole_group else os.kill)(process.pid, number)
+        error = process.communicate(timeout=60)[1]
+        if process.returncode != 0:
+            break
+        shutil.rmtree(out)  # on a busy machine it may be done before the signal comes
     assert process.returncode == code, error
     assert "stopped: " in error and f"results are kept in {out}.partial" in error and "Traceback" not in error
     assert not list((tmp_path / "out.partial" / "work").glob("*.tmp")) and not out.exists()
