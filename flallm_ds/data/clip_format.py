@@ -20,6 +20,7 @@ _INDEX_ENTRY = np.dtype([("id", "<u4"), ("flags", "<u4"), ("offset", "<u4"), ("s
 _FRAME_HEAD = np.dtype([("id", "<u4"), ("size", "<u4"), ("begin", "<u2")])  # of a chunk
 _KEYFRAME = 0x10
 _HAS_INDEX = 0x10
+_NO_FRAME = "every frame of the clip must be a JPEG where its index says, but one is not."
 _AVI_RATE_LIMIT = 1001  # denominators up to that of 30000/1001 frames a second
 
 
@@ -77,6 +78,13 @@ def frame_spans(member: bytes | memoryview) -> np.ndarray:
     Every length is checked against the bytes that are there, so a span can always be sliced.
     Raises ValueError if the member is not a whole Motion-JPEG AVI with an index.
     """
+    spans = indexed_spans(member)
+    check_frames(member, spans)
+    return spans
+
+
+def indexed_spans(member: bytes | memoryview) -> np.ndarray:
+    """`frame_spans` as the index has them, without a look at what is there: `check_frames` does that."""
     data = np.frombuffer(member, np.uint8)
     if len(data) < 12 or bytes(data[:4]) != b"RIFF" or bytes(data[8:12]) != b"AVI ":
         raise ValueError("a clip must be an AVI file, but its first bytes are not those of one.")
@@ -87,22 +95,28 @@ def frame_spans(member: bytes | memoryview) -> np.ndarray:
     if (idx1_end - idx1) % 16 or idx1_end == idx1:
         raise ValueError("the clip's index must hold 16 bytes a frame and at least one frame, but does not.")
     index = np.frombuffer(member, _INDEX_ENTRY, (idx1_end - idx1) // 16, idx1)
+    if (index["id"] != _FRAME_ID_U4).any():
+        raise ValueError(_NO_FRAME)
     offsets, sizes = index["offset"].astype(np.int64), index["size"].astype(np.int64)
     begins = offsets + movi + 8  # past the chunk's name and size
     ends = begins + sizes
     # Frames lie one after the other, so checking the last end and the order bounds every span.
     if (sizes < 4).any() or offsets[0] < 4 or (begins[1:] < ends[:-1] + 8).any() or ends[-1] > movi_end:
         raise ValueError("the clip's index must name frames in order within its data, but does not.")
+    return np.stack([begins, sizes], axis=1)
+
+
+def check_frames(member: bytes | memoryview, spans: np.ndarray) -> None:
+    """Raise ValueError unless a JPEG of that size begins at each of these spans."""
     # The chunk heads, gathered from a view that sees one beginning at every byte.
-    heads = np.ndarray(len(data) - _FRAME_HEAD.itemsize + 1, _FRAME_HEAD, member, strides=(1,))[begins - 8]
+    heads_everywhere = np.ndarray(len(member) - _FRAME_HEAD.itemsize + 1, _FRAME_HEAD, member, strides=(1,))
+    heads = heads_everywhere[spans[:, 0] - 8]
     if (
-        (index["id"] != _FRAME_ID_U4).any()
-        or (heads["id"] != _FRAME_ID_U4).any()
-        or (heads["size"] != sizes).any()
+        (heads["id"] != _FRAME_ID_U4).any()
+        or (heads["size"] != spans[:, 1]).any()
         or (heads["begin"] != int.from_bytes(_JPEG_BEGIN, "little")).any()
     ):
-        raise ValueError("every frame of the clip must be a JPEG where its index says, but one is not.")
-    return np.stack([begins, sizes], axis=1)
+        raise ValueError(_NO_FRAME)
 
 
 def _lists(member: bytes | memoryview, end: int) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -54,11 +54,13 @@ def jpegs_of(member: bytes | memoryview, picks: np.ndarray, num_frames: int) -> 
     """
     if is_mp4(member):
         raise ValueError("must hold its frames as JPEGs, but is an mp4")
-    spans = clip_format.frame_spans(member)
+    spans = clip_format.indexed_spans(member)
     if len(spans) != num_frames:
         raise ValueError(f"must hold {num_frames} frames, but holds {len(spans)}")
+    picked = spans[picks]
+    clip_format.check_frames(member, picked)
     view = memoryview(member)
-    return [view[begin : begin + size] for begin, size in spans[picks].tolist()]
+    return [view[begin : begin + size] for begin, size in picked.tolist()]
 
 
 def extension_of(member: bytes | memoryview) -> str:

@@ -110,6 +110,20 @@ def test_every_rank_has_the_same_number_of_steps_and_micro_batches(world_size, n
         assert len(epoch.slices_of(step)) == slices
 
 
+@pytest.mark.parametrize(("world_size", "num_shards"), [(3, 8), (7, 2), (5, 1)])
+def test_ranks_and_shards_need_not_divide_each_other(world_size, num_shards):
+    """Every rank has every step, and between them they have each clip once."""
+    plan = replace(plan_of(83, slices=world_size), shard=(np.arange(83) * num_shards // 83).astype(np.int32))
+    for order in (plan.epoch(1), plan.in_length_order()):
+        steps = micro_batches(order)
+        shares = [slices_of_rank(world_size, rank, world_size) for rank in range(world_size)]
+        dealt = [[[step[s] for s in share] for step in steps] for share in shares]
+        assert {len(of_rank) for of_rank in dealt} == {order.num_steps}
+        assert sorted(c for of_rank in dealt for step in of_rank for part in step for c in part) == list(
+            range(83)
+        )
+
+
 def test_one_two_and_four_ranks_see_the_same_micro_batches():
     epoch = plan_of(100, slices=4).epoch(0)
     whole = micro_batches(epoch)
