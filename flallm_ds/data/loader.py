@@ -329,5 +329,5 @@ def open_loader(
     )
     order = plan.epoch(epoch) if train else plan.in_length_order()
     reader = ClipReader(index, sampling, seed, train)
-    broken = BrokenClips(budget=len(index) // 100) if train else None
+    broken = BrokenClips(budget=-(-len(index) // 100)) if train else None  # 1 %, as in data.max_broken
     return Loader(reader, order, codec, rank=rank, world_size=world_size, threads=threads, broken=broken)

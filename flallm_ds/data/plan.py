@@ -146,13 +146,14 @@ class Plan:
         num = len(rows)
         rng = self._rng(epoch)
         window_of_shard = rng.permutation(int(self.shard.max()) + 1).astype(np.int32) // WINDOW_SHARDS
-        mixed = np.argsort(window_of_shard[self.shard[rows]] + rng.random(num))
+        # Stable sorts: others leave equal keys in an order that depends on the processor.
+        mixed = np.argsort(window_of_shard[self.shard[rows]] + rng.random(num), kind="stable")
         kept = self.num_kept[rows[mixed]].astype(np.float32)
         pool = self._pools(kept)
         # Up in one pool and down in the next: a batch that two pools share is of one length, too.
         length = kept * (1 + _JITTER * rng.random(num, np.float32)) * (1 - 2 * (pool % 2)).astype(np.float32)
-        length /= 4 * length.max()  # so that it orders within a pool alone
-        places = mixed[np.argsort(pool + length)]
+        length /= 4 * np.abs(length).max()  # so that it orders within a pool alone
+        places = mixed[np.argsort(pool + length, kind="stable")]
         ends = self._cut(self.num_kept[rows[places]])
         begins = np.concatenate([[0], ends[:-1]])
         batch_order = np.lexsort((rng.random(len(ends)), pool[begins]))
