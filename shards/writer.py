@@ -79,26 +79,11 @@ class ShardWriter:
         return index.Shard(self._path.name, self._position, self._hash.hexdigest(), self._num_clips)
 
     def add(
-        self,
-        key: str,
-        jpegs: Sequence[bytes],
-        *,
-        fps: float,
-        height: int,
-        width: int,
-        id: str,
-        text: str,
-        signer: str,
-        video: str,
-        language: str,
-        **more: Any,
+        self, key: str, jpegs: Sequence[bytes], *, fps: float, height: int, width: int, **facts: Any
     ) -> dict[str, Any]:
-        """Append a clip of JPEGs and return its row for the index: see `add_clip`."""
+        """Append a clip of JPEGs and return its row for the index. facts: the others of `add_clip`."""
         clip = pack_frames(jpegs, fps, width, height)
-        return self.add_clip(
-            key, clip, num_frames=len(jpegs), fps=fps, height=height, width=width, id=id,
-            text=text, signer=signer, video=video, language=language, **more,
-        )  # fmt: skip
+        return self.add_clip(key, clip, num_frames=len(jpegs), fps=fps, height=height, width=width, **facts)
 
     def add_clip(
         self,
