@@ -2,9 +2,10 @@
 
 import json
 import logging
+import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +224,20 @@ class Engine:
         """Norm of the last step's gradient over all parameters, before clipping."""
         norm = self._engine.get_global_grad_norm()
         return float(norm) if norm is not None else float("nan")
+
+    def grad_norms(self, groups: Mapping[str, Sequence[nn.Parameter]]) -> dict[str, float]:
+        """Norm of the step's gradient over each group of parameters, before clipping; frozen ones count as 0.
+
+        Every rank must call it with the same groups, after the last backward of a step and before that
+        micro-batch's `micro_step_done`. Gradients are gathered one parameter at a time.
+        """
+        scale = float(getattr(self._optimizer, "loss_scale", 1.0))
+        norms = {}
+        for name, parameters in groups.items():
+            gradients = (deepspeed.utils.safe_get_full_grad(p) for p in parameters if p.requires_grad)
+            squares = (g.double().square().sum().item() for g in gradients if g is not None)
+            norms[name] = math.sqrt(sum(squares)) / scale
+        return norms
 
     @property
     def skipped_steps(self) -> int:
