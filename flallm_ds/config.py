@@ -15,7 +15,7 @@ from typing import Any, Literal
 from flallm_ds.command import coerce, nearest
 from flallm_ds.errors import UserError
 
-Stage = Literal["visual", "llm"]
+Stage = Literal["visual", "llm", "joint"]
 
 
 def _must(holds: bool, sentence: str) -> None:
@@ -93,6 +93,7 @@ class VisualConfig:
     freeze_batch_norm: bool = False  # a pretrained backbone keeps its BatchNorm statistics in stage 1
     frozen_stages: int = 0  # of the backbone's four, from the stem up: they keep their weights in stage 1
     temporal_kernel: int = 3  # frames seen by the local temporal module
+    frozen: Literal["all", "backbone", "none"] = "all"  # what of stage 1's encoder stage llm keeps as it is
 
     def __post_init__(self) -> None:
         _must(self.width >= 1, f"visual.width must be at least 1, but is {self.width}.")
@@ -124,17 +125,39 @@ class LightTranslatorConfig:
 
 @dataclass(frozen=True)
 class LlmConfig:
-    """The pretrained LLM of stage 2; stage 1 uses its tokenizer."""
+    """The pretrained LLM of stage 2, encoder-decoder or decoder-only; stage 1 uses its tokenizer."""
 
     name: str = "facebook/mbart-large-cc25"  # hub id or folder
-    language: str = "de_DE"  # the tokenizer's id of the spoken language: the decoder starts with it
+    language: str = ""  # spoken in all clips: de, German or the tokenizer's own de_DE; empty: each clip's own
+    prompt: str = ""  # text with {video}, {language}, {sign_language}; empty: the usual one of the LLM's kind
+    sign_languages: tuple[str, ...] = ()  # CORPUS=NAME, where it is not the usual one of the language
     trim_vocabulary: bool = True  # keep the pieces of the training text, specials and language ids
+    pretrained: bool = True  # false: random weights
+    input: Literal["signs", "frames", "light_t"] = "signs"  # what it reads: with or without the local
+    # temporal module, or the states of stage 1's Light-T encoder
+    tune: Literal["full", "lora", "dora", "frozen"] = "full"
+    layers: str = ""  # a regular expression: with tune=full train only what it matches, else that, too
+    lora_rank: int = 16
+    lora_alpha: float = 32.0
+    lora_dropout: float = 0.05
+    lora_targets: str = "all-linear"  # or a regular expression of modules
+    bits: Literal[16, 8, 4] = 16  # of frozen weights under LoRA; 8 and 4 need bitsandbytes and a GPU
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    checkpointing: bool = False  # compute activations twice: less memory, a third slower
+    loss: Literal["auto", "logits", "chunks", "liger"] = "auto"  # auto: logits in one piece while small
+    hub_code: bool = False  # run code that comes with a hub's model
     dropout: float = 0.3
     attention_dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        _must_be_fraction("llm", "dropout", self.dropout)
-        _must_be_fraction("llm", "attention_dropout", self.attention_dropout)
+        for name in ("dropout", "attention_dropout", "lora_dropout"):
+            _must_be_fraction("llm", name, getattr(self, name))
+        _must(self.lora_rank >= 1, f"llm.lora_rank must be at least 1, but is {self.lora_rank}.")
+        for entry in self.sign_languages:
+            _must(
+                entry.count("=") == 1,
+                f"llm.sign_languages must be CORPUS=NAME,CORPUS=NAME, but {entry!r} is not.",
+            )
 
 
 @dataclass(frozen=True)
@@ -142,9 +165,9 @@ class OptimConfig:
     """Optimizer and rates."""
 
     name: Literal["sgd", "adamw"] = "adamw"
-    lr: float = 1e-3  # of all that is new: the whole of stage 1; the LLM-Adapter in stage 2
-    backbone_lr: float | None = None  # of the backbone in stage 1, where it is pretrained; none: lr
-    llm_lr: float = 1e-5  # of the LLM in stage 2
+    lr: float = 1e-3  # of all but the two below: the whole of stage 1; the LLM-Adapter in stage 2
+    backbone_lr: float | None = None  # of the backbone, where it is pretrained and trained; none: lr
+    llm_lr: float = 1e-5  # of the LLM, LoRA's matrices included
     weight_decay: float = 1e-3
     momentum: float = 0.9  # sgd
     betas: tuple[float, ...] = (0.9, 0.998)  # adamw
@@ -168,16 +191,17 @@ class TrainConfig:
     max_steps: int | None = None  # save and stop here; without it, the same command goes on to the last epoch
     seed: int = 0
     label_smoothing: float = 0.2
-    deepspeed: str = (
-        ""  # a DeepSpeed JSON; empty: ds_configs/zero2.json in stage visual, zero3_offload in llm
-    )
+    deepspeed: str = ""  # a DeepSpeed JSON; empty: of ds_configs, zero2 where the visual encoder is trained,
+    # else zero3_offload
     save_every_steps: int | None = None  # besides the checkpoint at the end of each epoch
     keep_checkpoints: int = 2
     log_every_s: float = 10.0
+    probe_every: int = 0  # steps between two looks at the gradients of the last layers; 0: none
 
     def __post_init__(self) -> None:
         _must(self.epochs >= 1, f"train.epochs must be at least 1, but is {self.epochs}.")
         _must(self.keep_checkpoints >= 1, "train.keep_checkpoints must be at least 1.")
+        _must(self.probe_every >= 0, f"train.probe_every must not be negative, but is {self.probe_every}.")
         _must(self.seed >= 0, f"train.seed must not be negative, but is {self.seed}.")
         _must_be_fraction("train", "label_smoothing", self.label_smoothing)
 
@@ -191,6 +215,7 @@ class EvalConfig:
     num_beams: int = 5
     length_penalty: float = 1.0
     max_new_tokens: int = 100
+    gather: Literal["auto", "never"] = "auto"  # ZeRO-3: hold all weights on each rank where they fit
 
     def __post_init__(self) -> None:
         for name in ("every_epochs", "num_beams", "max_new_tokens"):
@@ -203,7 +228,7 @@ class RunConfig:
 
     stage: Stage
     run: str  # the run's folder: started anew where there is none, resumed where there is one
-    visual_run: str | None = None  # stage llm: the run folder of stage 1 (or its export)
+    visual_run: str = ""  # stage llm: the run folder of stage 1 (or its export), or "none" to do without
     data: DataConfig = field(default_factory=DataConfig)
     visual: VisualConfig = field(default_factory=VisualConfig)
     light_t: LightTranslatorConfig = field(default_factory=LightTranslatorConfig)
@@ -215,9 +240,28 @@ class RunConfig:
     def __post_init__(self) -> None:
         _must(
             self.stage != "llm" or bool(self.visual_run),
-            "visual_run must name the run folder of stage visual in stage llm, but is empty. "
+            "visual_run must name the run folder of stage visual in stage llm (or be none), but is empty. "
             "Give --visual_run=FOLDER.",
         )
+        _must(
+            self.stage != "joint" or not self.visual_run,
+            f"visual_run must not be given in stage joint, which has no stage 1, but is {self.visual_run}.",
+        )
+        _must(
+            self.stage == "llm" or self.visual.frozen == "all",
+            f"visual.frozen is of stage llm and must not be given in stage {self.stage}, but is "
+            f"{self.visual.frozen}.",
+        )
+        _must(
+            self.stage == "visual" or self.llm.input != "light_t" or self.visual_run not in ("", "none"),
+            "llm.input must be signs or frames where there is no stage 1 whose Light-T could be read, but is "
+            "light_t.",
+        )
+
+    @property
+    def trains_visual(self) -> bool:
+        """Whether a part of the visual encoder is trained, inside the engine."""
+        return self.stage != "llm" or self.visual.frozen != "all"
 
     def with_overrides(self, overrides: Mapping[str, str]) -> "RunConfig":
         """A copy with dotted options set, e.g. {"optim.lr": "3e-4"}; strings are read by each field's type.
@@ -289,6 +333,8 @@ FREE_TO_CHANGE = (
     "train.keep_checkpoints",
     "train.log_every_s",
     "train.max_steps",
+    "train.probe_every",
+    "eval.gather",
 )
 
 

@@ -2,6 +2,7 @@
 
 flallm.json                  stage, widths, frame picking, preprocessing, scores
 visual_encoder.safetensors   the hand-over from stage 1 to stage 2
+feature_extractor.safetensors  where the LLM reads states of Light-T's encoder: that and its VL-Adapter
 adapter.safetensors
 language_model/              Light-T or the LLM in the Hugging Face layout, tokenizer and vocabulary.json
 """
@@ -22,6 +23,7 @@ from flallm_ds.data.sampling import FrameSampling
 from flallm_ds.data.text import TextCodec
 from flallm_ds.errors import UserError
 from flallm_ds.models.adapters import Adapter
+from flallm_ds.models.feature_extractor import FeatureExtractor, Kind, encoder_of
 from flallm_ds.models.light_translator import light_translator_from_config
 from flallm_ds.models.llm import load_llm
 from flallm_ds.models.sign_translator import SignTranslator
@@ -30,6 +32,7 @@ from flallm_ds.models.visual_encoder import VisualEncoder
 FORMAT = "flallm_ds export 1"
 SETTINGS_FILE = "flallm.json"
 VISUAL_FILE = "visual_encoder.safetensors"
+FEATURES_FILE = "feature_extractor.safetensors"
 ADAPTER_FILE = "adapter.safetensors"
 LANGUAGE_MODEL = "language_model"
 
@@ -39,20 +42,24 @@ class Export:
     """What an export folder holds, in eval mode on the host."""
 
     settings: dict[str, Any]
-    visual: VisualEncoder
+    visual: FeatureExtractor
     translator: SignTranslator
     codec: TextCodec
 
 
-def settings_of(config: RunConfig, index: Index, scores: dict[str, Any]) -> dict[str, Any]:
+def settings_of(
+    config: RunConfig, index: Index, scores: dict[str, Any], features: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """The content of flallm.json. index: of the training clips; a user's video is brought to their form.
 
+    features: `FeatureExtractor.settings`; none: sign-wise features.
     short_side: of the stored frames, px. fps: to which their build resampled them, if it did.
     """
     return {
         "format": FORMAT,
         "stage": config.stage,
         "visual": {"width": config.visual.width, "temporal_kernel": config.visual.temporal_kernel},
+        "features": features or {"kind": "signs"},
         "frames": {
             "short_side": min(index.frame_hw),
             "fps": index.options.get("fps"),
@@ -87,14 +94,17 @@ def write(
     language_model: Any,
     codec: TextCodec,
 ) -> None:
-    """Fill an empty folder. state: parameters named visual.*, adapter.* and language_model.*."""
-    parts: dict[str, dict[str, torch.Tensor]] = {"visual": {}, "adapter": {}, "language_model": {}}
+    """Fill an empty folder. state: parameters named visual.*, features.*, adapter.* and language_model.*."""
+    names = ("visual", "features", "adapter", "language_model")
+    parts: dict[str, dict[str, torch.Tensor]] = {name: {} for name in names}
     for name, tensor in state.items():
         part, _, rest = name.partition(".")
         parts[part][rest] = tensor
     lm_folder = folder / LANGUAGE_MODEL
     lm_folder.mkdir()
     save_file(parts["visual"], folder / VISUAL_FILE)
+    if parts["features"]:
+        save_file(parts["features"], folder / FEATURES_FILE)
     save_file(parts["adapter"], folder / ADAPTER_FILE)
     save_file(parts["language_model"], lm_folder / "model.safetensors", metadata={"format": "pt"})
     language_model.config.save_pretrained(lm_folder)
@@ -126,17 +136,45 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def read_visual(folder: Path) -> VisualEncoder:
-    """The visual encoder alone, in eval mode, without gradients: what stage 2 takes from stage 1."""
+    """The visual encoder alone, in eval mode."""
     settings = read_settings(folder)
     visual = VisualEncoder(**settings["visual"])
     _load_into(visual, folder / VISUAL_FILE)
-    return visual.eval().requires_grad_(False)
+    return visual.eval()
+
+
+def read_features(folder: Path, kind: Kind | None = None) -> FeatureExtractor:
+    """What an LLM's adapter reads, in eval mode: what stage 2 takes from stage 1.
+
+    kind: default that of the export. Raises UserError where the export has not got what this kind needs.
+    """
+    settings = read_settings(folder)
+    visual = read_visual(folder)
+    own = settings.get("features", {"kind": "signs"})
+    kind = kind or own["kind"]
+    if kind != "light_t":
+        return FeatureExtractor(visual, kind).eval()
+    if own["kind"] == "light_t":
+        extractor = FeatureExtractor.from_settings(visual, own)
+        state = _load(folder / FEATURES_FILE)
+        _load_into(extractor, folder / FEATURES_FILE, state | _prefixed("visual.", visual.state_dict()))
+        return extractor.eval()
+    if settings["stage"] != "visual":
+        raise UserError(
+            f"llm.input=light_t must read a result of stage visual, but {folder} is of stage "
+            f"{settings['stage']}. Give its stage 1 as --visual_run."
+        )
+    light_t = light_translator_from_config(_read_config(folder / LANGUAGE_MODEL))
+    _load_into(light_t, folder / LANGUAGE_MODEL / "model.safetensors")
+    adapter = Adapter(visual.feature_width, light_t.config.d_model, adapter_scale(light_t))
+    _load_into(adapter, folder / ADAPTER_FILE)
+    return FeatureExtractor(visual, kind, adapter, encoder_of(light_t.get_encoder())).eval()
 
 
 def read(folder: Path) -> Export:
     """Everything, ready to translate. Raises UserError where the folder is not whole."""
     settings = read_settings(folder)
-    visual = read_visual(folder)
+    visual = read_features(folder).requires_grad_(False)
     lm_folder = folder / LANGUAGE_MODEL
     codec = TextCodec.load(lm_folder)
     if settings["stage"] == "visual":
@@ -148,7 +186,7 @@ def read(folder: Path) -> Export:
         _must_hold(language_model, state, lm_folder / "model.safetensors")
     adapter = Adapter(visual.feature_width, language_model.config.d_model, adapter_scale(language_model))
     _load_into(adapter, folder / ADAPTER_FILE)
-    translator = SignTranslator(None, adapter, language_model, codec.start_id).eval().requires_grad_(False)
+    translator = SignTranslator(None, adapter, language_model, codec).eval().requires_grad_(False)
     return Export(settings, visual, translator, codec)
 
 
@@ -167,8 +205,15 @@ def _read_config(folder: Path) -> Any:
         ) from error
 
 
-def _load_into(module: torch.nn.Module, path: Path) -> None:
-    state = _load(path)
+def _prefixed(prefix: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+def _load_into(
+    module: torch.nn.Module, path: Path, state: dict[str, torch.Tensor] | None = None
+) -> None:
+    """state: default what the file at `path` holds."""
+    state = _load(path) if state is None else state
     _must_hold(module, state, path)
     try:
         module.load_state_dict(state, strict=False)  # second names of tied parameters are left out

@@ -13,12 +13,12 @@ from flallm_ds import export
 from flallm_ds.config import RunConfig
 from flallm_ds.data.index import Index, load_index
 from flallm_ds.data.store import LocalStore
-from flallm_ds.data.text import TextCodec
+from flallm_ds.data.text import Instruction, TextCodec
 from flallm_ds.errors import UserError
 from flallm_ds.models.adapters import Adapter
 from flallm_ds.models.light_translator import build_light_translator
 from flallm_ds.models.llm import load_llm, trim_llm
-from flallm_ds.models.sign_translator import Beam, SignTranslator
+from flallm_ds.models.sign_translator import Beam, Candidate, SignTranslator
 from flallm_ds.models.visual_encoder import VisualEncoder
 
 BEAM = Beam(num_beams=3, max_new_tokens=8)
@@ -27,7 +27,8 @@ BEAM = Beam(num_beams=3, max_new_tokens=8)
 @pytest.fixture(scope="module")
 def codec(tiny_corpus):
     texts = load_index(tiny_corpus / "shards", "train").strings("text")
-    return TextCodec.for_training_text(str(tiny_corpus / "llm"), "de_DE", texts, trim=True)
+    german = Instruction(language="de_DE")
+    return TextCodec.for_training_text(str(tiny_corpus / "llm"), german, texts, trim=True)
 
 
 def clips() -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,18 +73,22 @@ def stage_1(codec, tmp_path_factory):
     torch.manual_seed(0)
     visual = VisualEncoder(width=4, temporal_kernel=5)
     light_t = build_light_translator("tiny", codec, dropout=0.1)
-    model = used(SignTranslator(visual, Adapter(32, 256), light_t, codec.start_id))
+    model = used(SignTranslator(visual, Adapter(32, 256), light_t, codec))
     folder = tmp_path_factory.mktemp("run") / "best"
     folder.mkdir()
     export.write(folder, settings_of("visual"), state_of(model), light_t, codec)
     with torch.no_grad():
-        return folder, model.generate(*clips(), BEAM), model(*clips(), targets(codec)).item()
+        wordings = [codec.light_wording()] * len(clips()[1])
+        said = model.generate(*clips(), wordings, BEAM)
+        return folder, said, model(*clips(), wordings, targets(codec)).item()
 
 
-def translate(loaded: export.Export) -> list[list[int]]:
+def translate(loaded: export.Export) -> list[list[Candidate]]:
     pixels_NCHW, num_frames_B = clips()
+    wordings = [loaded.codec.wording()] * len(num_frames_B)
     with torch.no_grad():
-        return loaded.translator.generate(loaded.visual(pixels_NCHW, num_frames_B), num_frames_B, BEAM)
+        features_ND = loaded.visual(pixels_NCHW, num_frames_B)
+        return loaded.translator.generate(features_ND, num_frames_B, wordings, BEAM)
 
 
 def test_an_export_of_stage_visual_says_what_the_model_said(stage_1):
@@ -93,7 +98,8 @@ def test_an_export_of_stage_visual_says_what_the_model_said(stage_1):
     pixels_NCHW, num_frames_B = clips()
     with torch.no_grad():
         features_ND = loaded.visual(pixels_NCHW, num_frames_B)
-        assert loaded.translator(features_ND, num_frames_B, targets(loaded.codec)).item() == loss
+        wordings = [loaded.codec.light_wording()] * len(num_frames_B)
+        assert loaded.translator(features_ND, num_frames_B, wordings, targets(loaded.codec)).item() == loss
 
 
 def test_a_loaded_export_is_in_eval_mode_without_gradients(stage_1):
@@ -128,10 +134,11 @@ def test_an_export_of_stage_llm_says_what_the_model_said(tiny_corpus, codec, tmp
     trim_llm(str(tiny_corpus / "llm"), codec, tmp_path / "trimmed")
     llm = load_llm(str(tmp_path / "trimmed"))
     visual = VisualEncoder(width=4, temporal_kernel=5).eval()
-    model = used(SignTranslator(None, Adapter(32, 64, export.adapter_scale(llm)), llm, codec.start_id))
+    model = used(SignTranslator(None, Adapter(32, 64, export.adapter_scale(llm)), llm, codec))
     pixels_NCHW, num_frames_B = clips()
     with torch.no_grad():
-        before = model.generate(visual(pixels_NCHW, num_frames_B), num_frames_B, BEAM)
+        wordings = [codec.wording()] * len(num_frames_B)
+        before = model.generate(visual(pixels_NCHW, num_frames_B), num_frames_B, wordings, BEAM)
     state = state_of(model) | {f"visual.{n}": t for n, t in visual.state_dict().items()}
     (tmp_path / "best").mkdir()
     export.write(tmp_path / "best", settings_of("llm"), state, llm, codec)

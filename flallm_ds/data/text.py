@@ -1,60 +1,206 @@
-"""Sentences to token ids and back, in a vocabulary trimmed to the training text."""
+"""Sentences to token ids and back, in a vocabulary trimmed to the training text; the ids around a video."""
 
+import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+import string
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer
 
 from flallm_ds.command import nearest
+from flallm_ds.data.languages import LANGUAGES, find_language, token_of
 from flallm_ds.errors import UserError
 
 VOCABULARY_FILE = "vocabulary.json"
+DECODER_ONLY_PROMPT = "Translate this {sign_language} video into {language}:{video}\n"
+_PROMPT_FIELDS = ("sign_language", "language", "video")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """How an LLM is told what to say of a video.
+
+    prompt: text around {video}, with {language} and {sign_language}; empty: `DECODER_ONLY_PROMPT` for a
+    decoder-only LLM, nothing for an encoder-decoder. start_token: the encoder-decoder's own first token, an
+    id of its whole vocabulary. language: of all clips; empty: each clip's own.
+    """
+
+    decoder_only: bool = False
+    start_token: int | None = None
+    language: str = ""
+    languages: tuple[str, ...] = ()  # of the training text
+    prompt: str = ""
+    sign_languages: Mapping[str, str] = field(default_factory=dict)  # by corpus, if not the usual one
+
+    def parts(self, language: str, corpus: str) -> tuple[str, str]:
+        """The text (before, after) the video. Raises UserError for a language that the prompt cannot name."""
+        template = self.prompt or (DECODER_ONLY_PROMPT if self.decoder_only else "{video}")
+        check_prompt(template)
+        asked = {name for _, name, _, _ in string.Formatter().parse(template) if name}
+        found = find_language(language)
+        names = {"video": "{video}", "language": "", "sign_language": self.sign_languages.get(corpus, "")}
+        if found is not None:
+            names["language"] = found.name
+            names["sign_language"] = names["sign_language"] or found.sign_language
+        for name in sorted(asked):
+            if not names[name]:
+                codes = [*LANGUAGES, *(entry.name for entry in LANGUAGES.values())]
+                raise UserError(
+                    f"llm.language must be one whose {name} the prompt can name, but is {language!r}: "
+                    f"{nearest(language, codes)} Or give a --llm.prompt of your own."
+                )
+        before, after = template.format_map(names).split("{video}")
+        return before, after
+
+
+def check_prompt(template: str) -> None:
+    """Raise UserError if a prompt does not hold {video} once, or holds a field that does not exist."""
+    try:
+        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise UserError(f"llm.prompt must be text with fields in braces, but {error}: {template}.") from None
+    unknown = [name for name in names if name not in _PROMPT_FIELDS]
+    if unknown or names.count("video") != 1:
+        raise UserError(
+            "llm.prompt must hold {video} once, and else only {language} and {sign_language}, but is "
+            f"{template!r}."
+        )
+
+
+@dataclass(frozen=True)
+class Wording:
+    """Ids around the visual tokens of one clip.
+
+    before, after: ahead of and behind them, in the LLM's input. start: the decoder's first ids; none for a
+    decoder-only LLM.
+    """
+
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
+    start: tuple[int, ...] = ()
 
 
 class TextCodec:
-    """A Hugging Face tokenizer, the pieces of it that are kept, and the language that is spoken.
+    """A Hugging Face tokenizer, the pieces of it that are kept, and how the LLM is told what to say.
 
-    Ids outside this class are trimmed ids: 0 to `vocab_size` - 1. A piece that was not kept becomes unknown.
+    Ids outside this class are trimmed ids: 0 to `vocab_size` - 1. A piece that was not kept becomes unknown;
+    a tokenizer without an unknown token spells it in bytes.
     """
 
-    def __init__(self, tokenizer: Any, language: str, kept_ids: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, tokenizer: Any, instruction: Instruction, kept_ids: Sequence[int] | None = None
+    ) -> None:
         self.tokenizer = tokenizer
-        self.language = language
+        self.instruction = instruction
         full = len(tokenizer)
         self.kept_ids = np.asarray(sorted(set(kept_ids)) if kept_ids is not None else range(full))
         self._trimmed = np.full(full, -1, dtype=np.int64)
         self._trimmed[self.kept_ids] = np.arange(len(self.kept_ids))
-        self.pad_id = self.trimmed_id(tokenizer.pad_token_id)
         self.eos_id = self.trimmed_id(tokenizer.eos_token_id)
-        self._trimmed[self._trimmed == -1] = self.trimmed_id(tokenizer.unk_token_id)
-        self.start_id = self.trimmed_id(language_id(tokenizer, language))
+        pad = tokenizer.pad_token_id
+        self.pad_id = self.eos_id if pad is None else self.trimmed_id(pad)  # masked wherever it stands
+        self._wordings: dict[tuple[str, str], Wording] = {}
 
     @property
     def vocab_size(self) -> int:
         return len(self.kept_ids)
 
+    @property
+    def language(self) -> str:
+        """The language of every hypothesis; empty where there are several."""
+        known = self.instruction.languages
+        return self.instruction.language or (known[0] if len(known) == 1 else "")
+
+    @cached_property
+    def _vocabulary(self) -> dict[str, int]:
+        return dict(self.tokenizer.get_vocab())
+
     def trimmed_id(self, full_id: int) -> int:
+        """-1 for a piece that was not kept."""
         return int(self._trimmed[full_id])
 
     def encode(self, text: str) -> list[int]:
         """The sentence's pieces and the end of sentence, without a start token."""
-        full = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return [*self._trimmed[full].tolist(), self.eos_id]
+        return [*self._ids(text), self.eos_id]
+
+    def _ids(self, text: str, specials: bool = False) -> list[int]:
+        full = self.tokenizer(text, add_special_tokens=specials)["input_ids"] if text or specials else []
+        ids = self._trimmed[np.asarray(full, np.int64)]
+        if len(ids) == 0 or ids.min() >= 0:
+            return [int(i) for i in ids]
+        return [i for one, trimmed in zip(full, ids, strict=True) for i in self._known(one, int(trimmed))]
+
+    def _known(self, full_id: int, trimmed: int) -> list[int]:
+        if trimmed >= 0:
+            return [trimmed]
+        unknown = self.tokenizer.unk_token_id
+        if unknown is not None:
+            return [self.trimmed_id(unknown)]
+        letters = self.tokenizer.convert_ids_to_tokens(int(full_id))  # of byte-level pieces: one a byte
+        spelled = [self._vocabulary.get(letter, -1) for letter in letters]
+        return [self.trimmed_id(i) for i in spelled if i >= 0 and self.trimmed_id(i) >= 0]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The sentence, specials and everything after its end left out."""
         ids = list(ids)
-        if self.eos_id in ids[1:]:  # a generated sequence may start with it
-            ids = ids[: ids.index(self.eos_id, 1)]
+        if self.eos_id in ids:
+            ids = ids[: ids.index(self.eos_id)]
+        ids = [i for i in ids if i < len(self.kept_ids)]  # an LLM's embedding may have rows to spare
         return str(self.tokenizer.decode(self.kept_ids[ids], skip_special_tokens=True)).strip()
+
+    def wording(self, language: str = "", corpus: str = "") -> Wording:
+        """The ids around a clip's visual tokens.
+
+        language: the clip's, where the run does not say one for all; empty where there is only one.
+        Raises UserError for a language that the LLM cannot be told.
+        """
+        language = self.instruction.language or language or self.language
+        if (language, corpus) not in self._wordings:
+            self._wordings[language, corpus] = self._wording(language, corpus)
+        return self._wordings[language, corpus]
+
+    def light_wording(self, language: str = "", corpus: str = "") -> Wording:
+        """The same for Light-T, of which every word is new: any id can stand for a language."""
+        languages = self.instruction.languages
+        start = self.wording(language, corpus).start
+        told_apart = len({self.wording(each).start for each in languages}) == len(languages)
+        if self.instruction.language or len(languages) < 2 or told_apart:
+            return Wording(start=start or (self.eos_id,))
+        return Wording(start=(self.eos_id, languages.index(language)))
+
+    def _wording(self, language: str, corpus: str) -> Wording:
+        token = None
+        if language or not self.instruction.decoder_only:
+            token = token_of(language, self._vocabulary)
+        before, after = self.instruction.parts(language, corpus)
+        if self.instruction.decoder_only:
+            ids = self._ids(before, specials=True)
+            if len(ids) > 1 and ids[-1] == self.eos_id:
+                ids = ids[:-1]
+            return Wording(tuple(ids), tuple(self._ids(after)))
+        language_ids = [] if token is None else [self.trimmed_id(self._vocabulary[token[0]])]
+        in_source = language_ids if token is not None and token[1] == "source" else []
+        start = [] if in_source else language_ids
+        if self._starts_with_its_own_token(language_ids):
+            start = [self.trimmed_id(self.instruction.start_token or 0), *start]
+        return Wording((*in_source, *self._ids(before)), tuple(self._ids(after)), tuple(start))
+
+    def _starts_with_its_own_token(self, language_ids: list[int]) -> bool:
+        """Not mBART, whose stored start, if any, is some language's token."""
+        start = self.instruction.start_token
+        ordinary = {self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, self.tokenizer.bos_token_id}
+        return start is not None and (start in ordinary or not language_ids)
 
     def save(self, folder: Path) -> None:
         """Tokenizer files and the map of kept pieces, in the Hugging Face layout."""
         self.tokenizer.save_pretrained(folder)
-        content = {"language": self.language, "kept_ids": self.kept_ids.tolist()}
+        content = {**dataclasses.asdict(self.instruction), "kept_ids": self.kept_ids.tolist()}
         (folder / VOCABULARY_FILE).write_text(json.dumps(content), encoding="utf-8")
 
     @classmethod
@@ -62,55 +208,78 @@ class TextCodec:
         """What `save` wrote. Raises UserError where the folder is not whole."""
         try:
             content = json.loads((folder / VOCABULARY_FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            kept_ids = content.pop("kept_ids")
+            content["languages"] = tuple(content["languages"])
+            instruction = Instruction(**content)
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{folder / VOCABULARY_FILE} must be a codec's file, but is not ({error})."
             ) from error
         tokenizer = load_tokenizer(str(folder))
-        if max(content["kept_ids"]) >= len(tokenizer):
+        if max(kept_ids) >= len(tokenizer):
             raise UserError(
                 f"the tokenizer in {folder} must hold the pieces of {VOCABULARY_FILE}, but holds fewer."
             )
-        return cls(tokenizer, content["language"], content["kept_ids"])
+        return cls(tokenizer, instruction, kept_ids)
+
+    def untrimmed(self) -> "TextCodec":
+        """The same with all pieces of its tokenizer."""
+        return TextCodec(self.tokenizer, self.instruction)
 
     @classmethod
-    def for_training_text(cls, name: str, language: str, texts: Iterable[str], trim: bool) -> "TextCodec":
-        """The codec of the LLM `name` (hub id or folder) for sentences in `language`.
+    def for_training_text(
+        cls, name: str, instruction: Instruction, texts: Iterable[str], trim: bool, hub_code: bool = False
+    ) -> "TextCodec":
+        """The codec of the LLM `name` (hub id or folder) for sentences in `instruction.languages`.
 
-        trim: keep only the pieces of `texts`, the specials and the language ids (FLa-LLM, section 4.1).
+        trim: keep only the pieces of `texts` and of the prompts, the specials, the language ids, and bytes
+        where pieces are spelled in them (FLa-LLM, section 4.1). Raises UserError for a language that the LLM
+        cannot be told, or where there are several and nothing tells it which.
         """
-        tokenizer = load_tokenizer(name)
+        tokenizer = load_tokenizer(name, hub_code)
+        if tokenizer.eos_token_id is None:
+            raise UserError(f"the tokenizer of {name} must have an end-of-sentence token, but has none.")
+        whole = cls(tokenizer, instruction)
+        languages = [instruction.language] if instruction.language else list(instruction.languages) or [""]
+        corpora = ["", *instruction.sign_languages]
+        wordings = {whole.wording(language, corpus) for language in languages for corpus in corpora}
+        if len({whole.wording(language) for language in languages}) < len(set(languages)):
+            raise UserError(
+                f"the LLM {name} must be told which of {', '.join(languages)} to speak, but its "
+                "tokenizer has no tokens for them. Give a --llm.prompt with {language}."
+            )
         if not trim:
-            return cls(tokenizer, language)
-        kept = set(tokenizer.all_special_ids) | {language_id(tokenizer, language)}
+            return whole
+        kept = set(tokenizer.all_special_ids) | _byte_pieces(whole._vocabulary)
+        kept.update(i for w in wordings for i in (*w.before, *w.after, *w.start))
         for text in set(texts):
             kept.update(tokenizer(text, add_special_tokens=False)["input_ids"])
-        return cls(tokenizer, language, sorted(kept))
+        return cls(tokenizer, instruction, sorted(kept))
 
 
-def load_tokenizer(name: str) -> Any:
-    """AutoTokenizer from a hub id or a folder; UserError where there is none."""
+def _byte_pieces(vocabulary: Mapping[str, int]) -> set[int]:
+    """Ids of the 256 pieces that stand for bytes, of byte-level BPE or of SentencePiece's byte fallback."""
+    for names in (ByteLevel.alphabet(), [f"<0x{byte:02X}>" for byte in range(256)]):
+        if all(name in vocabulary for name in names):
+            return {vocabulary[name] for name in names}
+    return set()
+
+
+def load_tokenizer(name: str, hub_code: bool = False) -> Any:
+    """AutoTokenizer from a hub id or a folder; UserError where there is none.
+
+    hub_code: run code that comes with the tokenizer.
+    """
     if ("/" not in name or name.startswith((".", "/")) or name.count("/") > 1) and not Path(name).is_dir():
         raise UserError(
             f"llm.name must be a hub id or a folder with an LLM, but there is nothing at {name}. "
             "flallm standin_llm makes a small one for machines without a hub."
         )
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=hub_code)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"the tokenizer of {name} must load, but did not: {reason} "
             "Name a folder that holds one, or connect to the hub."
         ) from error
-
-
-def language_id(tokenizer: Any, language: str) -> int:
-    """The id of a language token such as de_DE. Raises UserError that lists near ones."""
-    vocabulary = tokenizer.get_vocab()
-    if language not in vocabulary:
-        known = [t for t in tokenizer.all_special_tokens if "_" in t] or list(tokenizer.all_special_tokens)
-        raise UserError(
-            f"llm.language {language!r} is not an id of the tokenizer: {nearest(language, known)}"
-        )
-    return int(vocabulary[language])

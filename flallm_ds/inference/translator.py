@@ -11,7 +11,7 @@ from flallm_ds.contracts import Batch
 from flallm_ds.data.loader import NUM_DRAWS
 from flallm_ds.data.video import Video
 from flallm_ds.errors import UserError
-from flallm_ds.models.sign_translator import Beam
+from flallm_ds.models.sign_translator import Beam, Candidate
 from flallm_ds.preprocess import Preprocess
 
 
@@ -61,7 +61,7 @@ class Translator:
             languages=("",),
             real_B=(True,),
         )
-        return self.export.codec.decode(self.generate(batch)[0])
+        return self.export.codec.decode(self.generate(batch)[0][0].ids)
 
     def kept_frames(self, path: Path) -> np.ndarray:
         """The frames that the model sees of a video, uint8 (T, H, W, 3)."""
@@ -74,11 +74,13 @@ class Translator:
         return np.stack([kept[i] for i in sampling.thin(len(kept))])
 
     @torch.no_grad()
-    def generate(self, batch: Batch) -> list[list[int]]:
-        """Token ids of the best hypothesis of each clip of a batch."""
+    def generate(self, batch: Batch) -> list[list[Candidate]]:
+        """The hypotheses of each clip of a batch, best first."""
         half = self.device.type == "cuda"
+        codec = self.export.codec
+        wording = codec.light_wording if self.export.settings["stage"] == "visual" else codec.wording
+        wordings = [wording(*of) for of in zip(batch.languages, batch.corpora, strict=True)]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
             pixels_NCHW = self.preprocess(batch, train=False, device=self.device)
             features_ND = self.export.visual(pixels_NCHW, batch.num_frames_B)
-            ids: list[list[int]] = self.export.translator.generate(features_ND, batch.num_frames_B, self.beam)
-        return ids
+            return self.export.translator.generate(features_ND, batch.num_frames_B, wordings, self.beam)

@@ -1,15 +1,24 @@
 """The only place that knows how packed clips are laid out."""
 
+from collections.abc import Sequence
+from typing import Literal
+
 import torch
+
+
+def pad_parts(
+    parts: Sequence[torch.Tensor], side: Literal["left", "right"] = "right"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(padded_BSE with zeros on one side of each part, mask_BS of 1 where there is a token)."""
+    padded_BSE = torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True, padding_side=side)
+    ones = [torch.ones(len(part), dtype=torch.long) for part in parts]
+    mask_BS = torch.nn.utils.rnn.pad_sequence(ones, batch_first=True, padding_side=side)
+    return padded_BSE, mask_BS.to(padded_BSE.device)
 
 
 def pad_packed(packed_ND: torch.Tensor, num_frames_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(padded_BSD with zeros after each clip's end, mask_BS of 1 where there is a token)."""
-    parts = torch.split(packed_ND, num_frames_B.tolist())
-    padded_BSD = torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True)
-    steps_S = torch.arange(padded_BSD.shape[1])
-    mask_BS = (steps_S < num_frames_B.cpu().unsqueeze(1)).long().to(packed_ND.device)
-    return padded_BSD, mask_BS
+    return pad_parts(torch.split(packed_ND, num_frames_B.tolist()))
 
 
 def gap_positions(num_frames_B: torch.Tensor, gap: int) -> torch.Tensor:

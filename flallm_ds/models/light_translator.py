@@ -45,9 +45,9 @@ def build_light_translator(size: str, codec: TextCodec, dropout: float) -> MBart
         scale_embedding=False,
         tie_word_embeddings=False,
         pad_token_id=codec.pad_id,
-        bos_token_id=codec.start_id,
+        bos_token_id=codec.eos_id,
         eos_token_id=codec.eos_id,
-        decoder_start_token_id=codec.start_id,
+        decoder_start_token_id=codec.eos_id,  # the search is always given its start (TextCodec.light_wording)
         forced_eos_token_id=None,
     )
     return light_translator_from_config(config)

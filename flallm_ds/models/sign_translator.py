@@ -1,18 +1,21 @@
-"""From frames or visual features to a sentence: [visual encoder ->] adapter -> encoder-decoder model.
+"""From frames or visual features to a sentence: [visual encoder ->] adapter -> Light-T or an LLM.
 
-B clips, N packed frames, S visual tokens, L text tokens, D visual width, E language width.
+B clips, N packed frames, S visual tokens with the words around them, L text tokens, D visual width,
+E language width.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from flallm_ds.data.text import TextCodec, Wording
 from flallm_ds.models.adapters import Adapter
-from flallm_ds.models.lengths import pad_packed
-from flallm_ds.models.visual_encoder import VisualEncoder
+from flallm_ds.models.lengths import pad_parts
+from flallm_ds.models.loss import Head, LossKind, token_loss
 
 
 @dataclass(frozen=True)
@@ -22,26 +25,43 @@ class Beam:
     num_beams: int = 5
     length_penalty: float = 1.0
     max_new_tokens: int = 100
+    num_return: int = 1  # hypotheses a clip, at most num_beams
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One hypothesis. ids: without the start, the end of sentence included where it came."""
+
+    ids: tuple[int, ...]
+    score: float | None = None  # log probability / length ** length_penalty, where several are asked for
 
 
 class SignTranslator(nn.Module):
     """What is trained in a stage.
 
-    visual: trained with the rest in stage 1; None in stage 2, whose frozen encoder stays outside and whose
-    inputs are its features. start_id: the decoder's first token, the target language's id.
+    visual: trained with the rest, as in stage 1; None where the frozen encoder stays outside and the inputs
+    are its features. loss: see models/loss.py.
     """
 
     def __init__(
-        self, visual: VisualEncoder | None, adapter: Adapter, language_model: Any, start_id: int
+        self,
+        visual: nn.Module | None,
+        adapter: Adapter,
+        language_model: Any,
+        codec: TextCodec,
+        loss: LossKind = "auto",
     ) -> None:
         super().__init__()
         self.visual = visual
         self.adapter = adapter
         self.language_model = language_model
-        self.start_id = start_id
+        self.decoder_only = not language_model.config.is_encoder_decoder
+        self.pad_id, self.eos_id = codec.pad_id, codec.eos_id
+        self.loss = loss
+        self._head = Head.of(language_model)
 
-    def memory(self, inputs: torch.Tensor, num_frames_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(memory_BSE, mask_BS): what stands in place of the language model's source words.
+    def visual_tokens(self, inputs: torch.Tensor, num_frames_B: torch.Tensor) -> torch.Tensor:
+        """tokens_NE that stand in place of words.
 
         inputs: pixels_NCHW where the visual encoder is inside, features_ND where it is not.
         """
@@ -50,50 +70,144 @@ class SignTranslator(nn.Module):
             features_ND = features_ND.to(
                 next(self.adapter.parameters()).dtype
             )  # a bf16 engine, an fp32 encoder
-        return pad_packed(self.adapter(features_ND), num_frames_B)
+        tokens_NE: torch.Tensor = self.adapter(features_ND)
+        return tokens_NE
+
+    def _source(
+        self,
+        inputs: torch.Tensor,
+        num_frames_B: torch.Tensor,
+        wordings: Sequence[Wording],
+        targets: Sequence[Sequence[int]],
+        side: Literal["left", "right"],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(embeddings_BSE, mask_BS) of: before, visual tokens, after, target."""
+        tokens_NE = self.visual_tokens(inputs, num_frames_B)
+        videos = torch.split(tokens_NE, num_frames_B.tolist())
+        around = [(w.before, (*w.after, *target)) for w, target in zip(wordings, targets, strict=True)]
+        ids = [i for pair in around for part in pair for i in part]
+        if not ids:
+            return pad_parts(videos, side)
+        # One call of the embedding for the batch: under ZeRO-3 each is a gather.
+        words_NE = self.language_model.get_input_embeddings()(torch.tensor(ids, device=tokens_NE.device))
+        words = iter(torch.split(words_NE, [len(part) for pair in around for part in pair]))
+        return pad_parts([torch.cat([next(words), video, next(words)]) for video in videos], side)
 
     def forward(
         self,
         inputs: torch.Tensor,
         num_frames_B: torch.Tensor,
+        wordings: Sequence[Wording],
         target_ids_BL: torch.Tensor,
         label_smoothing: float = 0.0,
     ) -> torch.Tensor:
         """Cross entropy summed over the target tokens (those that are not -100)."""
-        memory_BSE, mask_BS = self.memory(inputs, num_frames_B)
-        start_B1 = target_ids_BL.new_full((len(target_ids_BL), 1), self.start_id)
-        pad_id = self.language_model.config.pad_token_id
-        shifted_BL = torch.cat(
-            [start_B1, target_ids_BL[:, :-1].masked_fill(target_ids_BL[:, :-1] == -100, pad_id)], 1
+        states = self._decoder_only_states if self.decoder_only else self._encoder_decoder_states
+        states_NE = states(inputs, num_frames_B, wordings, target_ids_BL)
+        targets_N = target_ids_BL[target_ids_BL != -100]
+        if self._head is None:
+            return F.cross_entropy(
+                states_NE.float(), targets_N, label_smoothing=label_smoothing, reduction="sum"
+            )
+        return token_loss(self._head, states_NE, targets_N, label_smoothing, self.loss)
+
+    def _decoder_only_states(
+        self,
+        inputs: torch.Tensor,
+        num_frames_B: torch.Tensor,
+        wordings: Sequence[Wording],
+        target_ids_BL: torch.Tensor,
+    ) -> torch.Tensor:
+        """The states that predict each target token, packed; logits where the LLM's head is not known."""
+        targets = [[i for i in row if i != -100] for row in target_ids_BL.tolist()]
+        embeddings_BSE, mask_BS = self._source(
+            inputs, num_frames_B, wordings, [t[:-1] for t in targets], "right"
         )
-        logits_BLV = self.language_model(
-            inputs_embeds=memory_BSE, attention_mask=mask_BS, decoder_input_ids=shifted_BL, use_cache=False
-        ).logits
-        return F.cross_entropy(
-            logits_BLV.flatten(0, 1).float(),
-            target_ids_BL.flatten(),
-            ignore_index=-100,
-            label_smoothing=label_smoothing,
-            reduction="sum",
-        )
+        llm = self.language_model
+        module = llm if self._head is None else llm.get_decoder()
+        out = module(inputs_embeds=embeddings_BSE, attention_mask=mask_BS, use_cache=False)
+        states_BSE = out.logits if self._head is None else out.last_hidden_state
+        ends = mask_BS.sum(1).tolist()
+        parts = [row[end - len(t) : end] for row, end, t in zip(states_BSE, ends, targets, strict=True)]
+        return torch.cat(parts)
+
+    def _encoder_decoder_states(
+        self,
+        inputs: torch.Tensor,
+        num_frames_B: torch.Tensor,
+        wordings: Sequence[Wording],
+        target_ids_BL: torch.Tensor,
+    ) -> torch.Tensor:
+        """As `_decoder_only_states`."""
+        no_targets: list[list[int]] = [[] for _ in wordings]
+        embeddings_BSE, mask_BS = self._source(inputs, num_frames_B, wordings, no_targets, "right")
+        start_BP = torch.tensor([w.start for w in wordings], device=target_ids_BL.device)
+        before_last_BL = target_ids_BL[:, :-1].masked_fill(target_ids_BL[:, :-1] == -100, self.pad_id)
+        decoder_ids_BL = torch.cat([start_BP, before_last_BL], 1)
+        llm = self.language_model
+        if self._head is None:
+            states_BLE = llm(
+                inputs_embeds=embeddings_BSE,
+                attention_mask=mask_BS,
+                decoder_input_ids=decoder_ids_BL,
+                use_cache=False,
+            ).logits
+        else:
+            memory_BSE = llm.get_encoder()(
+                inputs_embeds=embeddings_BSE, attention_mask=mask_BS
+            ).last_hidden_state
+            states_BLE = llm.get_decoder()(
+                input_ids=decoder_ids_BL,
+                encoder_hidden_states=memory_BSE,
+                encoder_attention_mask=mask_BS,
+                use_cache=False,
+            ).last_hidden_state
+        states_NE: torch.Tensor = states_BLE[:, start_BP.shape[1] - 1 :][target_ids_BL != -100]
+        return states_NE
 
     @torch.no_grad()
     def generate(
-        self, inputs: torch.Tensor, num_frames_B: torch.Tensor, beam: Beam, synced: bool = False
-    ) -> list[list[int]]:
-        """Token ids of the best hypothesis of each clip, specials included.
+        self,
+        inputs: torch.Tensor,
+        num_frames_B: torch.Tensor,
+        wordings: Sequence[Wording],
+        beam: Beam,
+        synced: bool = False,
+    ) -> list[list[Candidate]]:
+        """`beam.num_return` hypotheses of each clip, best first.
 
         synced: all ranks keep generating until the last is done, as ZeRO-3's gathers need.
         """
-        memory_BSE, mask_BS = self.memory(inputs, num_frames_B)
-        ids = self.language_model.generate(
-            inputs_embeds=memory_BSE,
+        no_targets: list[list[int]] = [[] for _ in wordings]
+        side: Literal["left", "right"] = "left" if self.decoder_only else "right"
+        embeddings_BSE, mask_BS = self._source(inputs, num_frames_B, wordings, no_targets, side)
+        start: dict[str, Any] = {}
+        if not self.decoder_only:
+            start_BP = torch.tensor([w.start for w in wordings], device=mask_BS.device)
+            start = {"decoder_input_ids": start_BP, "decoder_start_token_id": start_BP[:, 0].tolist()}
+        scored = beam.num_return > 1
+        found = self.language_model.generate(
+            inputs_embeds=embeddings_BSE,
             attention_mask=mask_BS,
-            decoder_start_token_id=self.start_id,
             num_beams=beam.num_beams,
+            num_return_sequences=beam.num_return,
             length_penalty=beam.length_penalty,
             max_new_tokens=beam.max_new_tokens,
             do_sample=False,
+            eos_token_id=self.eos_id,
+            pad_token_id=self.pad_id,
             synced_gpus=synced,
+            return_dict_in_generate=True,
+            output_scores=scored,
+            **start,
         )
-        return list(ids.tolist())
+        skip = 0 if self.decoder_only else start_BP.shape[1]
+        scores = found.sequences_scores.tolist() if scored else [None] * len(found.sequences)
+        candidates = [
+            Candidate(self._until_end(ids[skip:]), score)
+            for ids, score in zip(found.sequences.tolist(), scores, strict=True)
+        ]
+        return [candidates[i : i + beam.num_return] for i in range(0, len(candidates), beam.num_return)]
+
+    def _until_end(self, ids: list[int]) -> tuple[int, ...]:
+        return tuple(ids[: ids.index(self.eos_id) + 1] if self.eos_id in ids else ids)

@@ -20,17 +20,26 @@ from flallm_ds.data.loader import BrokenClips, ClipReader, Loader
 from flallm_ds.data.plan import EpochPlan, Plan, slices_of_rank, temperature_weights
 from flallm_ds.data.sampling import FrameSampling
 from flallm_ds.data.store import CacheOptions
-from flallm_ds.data.text import TextCodec
+from flallm_ds.data.text import Instruction, TextCodec, Wording
 from flallm_ds.dist import World, main_first, on_each_machine
 from flallm_ds.errors import UserError
 from flallm_ds.models.adapters import Adapter
+from flallm_ds.models.feature_extractor import FeatureExtractor
 from flallm_ds.models.light_translator import build_light_translator
-from flallm_ds.models.llm import load_llm, trim_llm
-from flallm_ds.models.sign_translator import Beam, SignTranslator
+from flallm_ds.models.llm import (
+    LlmOptions,
+    embedding_scale,
+    is_decoder_only,
+    llm_config,
+    llm_width,
+    load_llm,
+    trim_llm,
+)
+from flallm_ds.models.sign_translator import Beam, Candidate, SignTranslator
 from flallm_ds.models.visual_encoder import VisualEncoder
 from flallm_ds.preprocess import Preprocess
 from flallm_ds.training import engine as ds
-from flallm_ds.training.batch_statistics import BatchStatistics
+from flallm_ds.training.batch_statistics import BatchStatistics, KeptStatistics
 from flallm_ds.training.checkpoint import replace_folder
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -40,7 +49,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 class Task:
     """One stage, ready to run on this rank.
 
-    frozen: stage 2's visual encoder, outside the engine; None in stage 1. rates: each group's base rate.
+    frozen: stage 2's visual encoder, outside the engine; None where it is trained in it. rates: each group's
+    base rate. kept: BatchNorm statistics inside the engine that must stay as they are.
     """
 
     config: RunConfig
@@ -49,11 +59,17 @@ class Task:
     dev_index: Index
     codec: TextCodec
     preprocess: Preprocess
-    frozen: VisualEncoder | None
+    frozen: FeatureExtractor | None
     engine: ds.Engine
     rates: tuple[float, ...]
     statistics: BatchStatistics
+    kept: KeptStatistics
     broken: BrokenClips
+
+    @property
+    def extractor(self) -> FeatureExtractor:
+        """The visual encoder, wherever it is."""
+        return self.frozen or self.engine.module.visual
 
     def plan(self, index: Index) -> Plan:
         return make_plan(index, self.config)
@@ -65,7 +81,7 @@ class Task:
         return make_loader(self, self.dev_index, self.plan(self.dev_index).in_length_order(), None)
 
     def inputs(self, batch: Batch, train: bool) -> torch.Tensor:
-        """What the engine's module reads: pixels_NCHW in stage 1, frozen features_ND in stage 2."""
+        """What the engine's module reads: pixels_NCHW, or features_ND of an encoder that is frozen."""
         device = self.world.device
         pixels_NCHW = self.preprocess(batch, train, device)
         if self.frozen is None:
@@ -77,16 +93,21 @@ class Task:
             features_ND: torch.Tensor = self.frozen(pixels_NCHW, batch.num_frames_B)
         return features_ND.float()
 
-    def generate(self, batch: Batch) -> list[list[int]]:
-        """Token ids of the dev search."""
+    def wordings(self, batch: Batch) -> list[Wording]:
+        """The ids around each clip's visual tokens."""
+        wording = self.codec.light_wording if self.config.stage == "visual" else self.codec.wording
+        return [wording(*of) for of in zip(batch.languages, batch.corpora, strict=True)]
+
+    def generate(self, batch: Batch) -> list[list[Candidate]]:
+        """The hypotheses of the dev search."""
         beam = Beam(
             self.config.eval.num_beams, self.config.eval.length_penalty, self.config.eval.max_new_tokens
         )
         synced = self.engine.partitions_parameters and self.world.size > 1
-        ids: list[list[int]] = self.engine.module.generate(
-            self.inputs(batch, train=False), batch.num_frames_B, beam, synced
+        found: list[list[Candidate]] = self.engine.module.generate(
+            self.inputs(batch, train=False), batch.num_frames_B, self.wordings(batch), beam, synced
         )
-        return ids
+        return found
 
 
 def build_task(config: RunConfig, folder: Path, world: World) -> Task:
@@ -99,17 +120,17 @@ def build_task(config: RunConfig, folder: Path, world: World) -> Task:
     train_index, dev_index = (open_index(config.data, s, world) for s in ("train", config.eval.split))
     json_path = Path(config.train.deepspeed or REPOSITORY / "ds_configs" / f"{default_json(config)}.json")
     accumulation = config.data.micro_batches // world.size
-    ds_config = ds.complete(
-        ds.read_deepspeed_config(json_path), world.device, accumulation, config.optim.clip
-    )
+    json_config = ds.read_deepspeed_config(json_path)
+    check_precision(config, json_config, json_path)
+    ds_config = ds.complete(json_config, world.device, accumulation, config.optim.clip)
     ds.check_compilation_locks()
     torch.manual_seed(config.train.seed)  # the same initial weights on every rank
     codec = _open_codec(config, folder, train_index, world)
-    frozen = export.read_visual(stage_1_export(config)).to(world.device) if config.stage == "llm" else None
+    extractor = feature_extractor(config, world).to(world.device)
     model = (
-        visual_model(config, codec, world)
-        if frozen is None
-        else llm_model(config, codec, folder, frozen, ds_config, world)
+        visual_model(config, codec, extractor).to(world.device)
+        if config.stage == "visual"
+        else llm_model(config, codec, folder, extractor, ds_config, world)
     )
     groups = parameter_groups(model, config)
     engine = ds.Engine(model, groups, config.optim, ds_config, world)
@@ -120,20 +141,21 @@ def build_task(config: RunConfig, folder: Path, world: World) -> Task:
         dev_index=dev_index,
         codec=codec,
         preprocess=Preprocess(config.data.frame_size, config.data.crop_size, config.data.augment),
-        frozen=frozen,
+        frozen=None if config.trains_visual else extractor,
         engine=engine,
         rates=tuple(group["lr"] for group in groups),
         statistics=BatchStatistics(engine.module, world),
+        kept=KeptStatistics(engine.module.train()),
         broken=BrokenClips(math.ceil(config.data.max_broken * len(train_index))),
     )
 
 
 def parameter_groups(model: SignTranslator, config: RunConfig) -> list[dict[str, Any]]:
-    """The parameters by base rate: the backbone (stage 1 alone), the language model, and the rest."""
+    """The trained parameters by base rate: the backbone, the LLM, and the rest."""
     optim = config.optim
     rates = {
-        "visual.backbone.": optim.lr if optim.backbone_lr is None else optim.backbone_lr,
-        "language_model.": optim.llm_lr if config.stage == "llm" else optim.lr,
+        "visual.visual.backbone.": optim.lr if optim.backbone_lr is None else optim.backbone_lr,
+        "language_model.": optim.lr if config.stage == "visual" else optim.llm_lr,
         "": optim.lr,  # all that no other prefix took
     }
     groups: dict[str, list[torch.nn.Parameter]] = {prefix: [] for prefix in rates}
@@ -145,7 +167,23 @@ def parameter_groups(model: SignTranslator, config: RunConfig) -> list[dict[str,
 
 
 def default_json(config: RunConfig) -> str:
-    return "zero2" if config.stage == "visual" else "zero3_offload"
+    return "zero2" if config.trains_visual else "zero3_offload"
+
+
+def check_precision(config: RunConfig, json_config: dict[str, Any], path: Path) -> None:
+    """Raise UserError for BatchNorm in an engine that casts parameters, but not the statistics beside them."""
+    for precision in ("bf16", "fp16"):
+        _must(
+            not (config.trains_visual and json_config.get(precision, {}).get("enabled")),
+            f"train.deepspeed must compute by torch_autocast where the visual encoder is trained, because "
+            f"BatchNorm's statistics stay fp32, but {path} enables {precision}. Take ds_configs/zero2.json "
+            "or leave --visual.frozen=all.",
+        )
+
+
+def _must(holds: bool, sentence: str) -> None:
+    if not holds:
+        raise UserError(sentence)
 
 
 def open_index(data: DataConfig, split: str, world: World) -> Index:
@@ -206,7 +244,11 @@ def _open_codec(config: RunConfig, folder: Path, train_index: Index, world: Worl
     def make() -> None:
         if not path.is_dir():
             codec = TextCodec.for_training_text(
-                config.llm.name, config.llm.language, train_index.strings("text"), config.llm.trim_vocabulary
+                config.llm.name,
+                _instruction(config, train_index),
+                train_index.strings("text"),
+                config.llm.trim_vocabulary,
+                config.llm.hub_code,
             )
             replace_folder(path, codec.save)
 
@@ -214,7 +256,30 @@ def _open_codec(config: RunConfig, folder: Path, train_index: Index, world: Worl
     return TextCodec.load(path)
 
 
-def visual_model(config: RunConfig, codec: TextCodec, world: World) -> SignTranslator:
+def _instruction(config: RunConfig, train_index: Index) -> Instruction:
+    llm = llm_config(config.llm.name, config.llm.hub_code)
+    return Instruction(
+        decoder_only=is_decoder_only(llm),
+        start_token=getattr(llm, "decoder_start_token_id", None),
+        language=config.llm.language,
+        languages=tuple(sorted(set(train_index.strings("language")))),
+        prompt=config.llm.prompt,
+        sign_languages=dict(entry.split("=") for entry in config.llm.sign_languages),
+    )
+
+
+def feature_extractor(config: RunConfig, world: World) -> FeatureExtractor:
+    """The visual encoder, from stage 1 or with ImageNet weights, and what of it stays frozen."""
+    if config.stage == "visual":
+        return FeatureExtractor(imagenet_encoder(config, world))
+    if config.stage == "joint" or config.visual_run == "none":
+        extractor = FeatureExtractor(imagenet_encoder(config, world), config.llm.input)
+    else:
+        extractor = export.read_features(stage_1_export(config), config.llm.input)
+    return extractor.freeze(config.visual.frozen if config.stage == "llm" else "none")
+
+
+def imagenet_encoder(config: RunConfig, world: World) -> VisualEncoder:
     visual = VisualEncoder(
         config.visual.width,
         config.visual.temporal_kernel,
@@ -225,9 +290,13 @@ def visual_model(config: RunConfig, codec: TextCodec, world: World) -> SignTrans
         main_first(lambda: _load_imagenet(visual, config.visual.weights, world), world)
         if not world.is_main:
             _load_imagenet(visual, config.visual.weights, world)
+    return visual
+
+
+def visual_model(config: RunConfig, codec: TextCodec, visual: FeatureExtractor) -> SignTranslator:
     light_t = build_light_translator(config.light_t.size, codec, config.light_t.dropout)
     adapter = Adapter(visual.feature_width, light_t.config.d_model, export.adapter_scale(light_t))
-    return SignTranslator(visual, adapter, light_t, codec.start_id).to(world.device)
+    return SignTranslator(visual, adapter, light_t, codec)
 
 
 def _load_imagenet(visual: VisualEncoder, weights: str, world: World) -> None:
@@ -265,7 +334,7 @@ def llm_model(
     config: RunConfig,
     codec: TextCodec,
     folder: Path,
-    frozen: VisualEncoder,
+    extractor: FeatureExtractor,
     ds_config: dict[str, Any],
     world: World,
 ) -> SignTranslator:
@@ -275,13 +344,21 @@ def llm_model(
 
         def trim() -> None:
             if not trimmed.is_dir():
-                replace_folder(trimmed, lambda out: trim_llm(name, codec, out))
+                replace_folder(trimmed, lambda out: trim_llm(name, codec, out, config.llm.hub_code))
 
         main_first(trim, world)
         name = str(trimmed)
     partitioning = ds.model_loading(ds_config)  # held until the model is loaded
-    llm = load_llm(name, config.llm.dropout, config.llm.attention_dropout)
+    options = LlmOptions(
+        config.llm.dropout,
+        config.llm.attention_dropout,
+        config.llm.attention,
+        config.llm.pretrained,
+        config.llm.hub_code,
+    )
+    llm = load_llm(name, options)
     del partitioning
-    adapter = Adapter(frozen.feature_width, llm.config.d_model, export.adapter_scale(llm))
-    model = SignTranslator(None, adapter, llm, codec.start_id)
+    adapter = Adapter(extractor.feature_width, llm_width(llm), embedding_scale(llm))
+    visual = extractor if config.trains_visual else None
+    model = SignTranslator(visual, adapter, llm, codec, config.llm.loss)
     return model if ds.zero_stage(ds_config) == 3 else model.to(world.device)

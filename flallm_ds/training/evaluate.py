@@ -9,9 +9,10 @@ from flallm_ds.data.loader import Loader
 from flallm_ds.data.text import TextCodec
 from flallm_ds.dist import World, gather_objects
 from flallm_ds.errors import UserError
+from flallm_ds.models.sign_translator import Candidate
 
-# Token ids of the best hypothesis of each clip of a batch.
-Generate = Callable[[Batch], list[list[int]]]
+# The hypotheses of each clip of a batch, best first.
+Generate = Callable[[Batch], list[list[Candidate]]]
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,11 @@ class Evaluation:
         found: list[Hypothesis] = []
         for step, batches in enumerate(on_device(self.loader.steps(), self.world.device)):
             for batch in batches:
-                for key, text, corpus, real, ids in zip(
+                for key, text, corpus, real, candidates in zip(
                     batch.keys, batch.texts, batch.corpora, batch.real_B, self.generate(batch), strict=True
                 ):
                     if real:
-                        found.append(Hypothesis(key, self.codec.decode(ids), text, corpus))
+                        found.append(Hypothesis(key, self.codec.decode(candidates[0].ids), text, corpus))
             if report is not None and self.world.is_main:
                 report(step + 1, len(self.loader))
         gathered = [h for part in gather_objects(found, self.world) for h in part]

@@ -15,9 +15,11 @@ from flallm_ds.data.plan import PlanState
 from flallm_ds.dist import all_reduce_sum, main_first
 from flallm_ds.errors import Preempted, UserError
 from flallm_ds.metrics import score
+from flallm_ds.models.feature_extractor import named_for_export
 from flallm_ds.training import checkpoint
 from flallm_ds.training.build import Task
 from flallm_ds.training.evaluate import Evaluation, texts_of
+from flallm_ds.training.probe import last_layers
 from flallm_ds.training.progress import Progress
 from flallm_ds.training.run_folder import Metrics
 from flallm_ds.training.schedule import rate_factor
@@ -42,7 +44,9 @@ class Trainer:
         self.config, self.world = task.config, task.world
         self.at = Position()
         self.stop = stop
-        self.progress = Progress(self.config.train.log_every_s, enabled=self.world.is_main)
+        self.progress = Progress(
+            self.config.train.log_every_s, enabled=self.world.is_main, stage=self.config.stage
+        )
         self.metrics: Metrics | None = None
 
     def run(self) -> None:
@@ -101,10 +105,15 @@ class Trainer:
                 seed_micro_batch(train.seed, at.epoch, at.step, slice_number)
                 inputs = task.inputs(batch, train=True)
                 target_ids_BL = batch.target_ids_BL.to(self.world.device, non_blocking=True)
-                loss = task.engine(inputs, batch.num_frames_B, target_ids_BL, train.label_smoothing)
+                loss = task.engine(
+                    inputs, batch.num_frames_B, task.wordings(batch), target_ids_BL, train.label_smoothing
+                )
                 loss_sum += loss.item()
                 task.engine.backward(loss * (self.world.size / tokens))
+                if place == len(batches) - 1:
+                    self._probe()
                 task.engine.micro_step_done(rates)
+        task.kept.check()
         loss_mean = all_reduce_sum([loss_sum], self.world)[0] / tokens
         if not np.isfinite(loss_mean):
             raise UserError(
@@ -132,6 +141,14 @@ class Trainer:
             )
         self.progress.step(at.epoch, at.step, num_steps, loss_mean, frames, seconds, waited)
         return stops > 0
+
+    def _probe(self) -> None:
+        """Log the gradients of the last layers, before the optimizer takes the step that they are of."""
+        every = self.config.train.probe_every
+        if every and self.at.global_step % every == 0:
+            norms = self.task.engine.grad_norms(last_layers(self.task.engine.module))
+            if self.metrics is not None:
+                self.metrics.write("probe", self.at.global_step + 1, {"epoch": self.at.epoch, **norms})
 
     def _end_of_epoch(self) -> None:
         every, epochs = self.config.eval.every_epochs, self.config.train.epochs
@@ -164,9 +181,11 @@ class Trainer:
         state = task.engine.whole_state()
         if not self.world.is_main:
             return
+        visual = {n.removeprefix("visual."): state.pop(n) for n in list(state) if n.startswith("visual.")}
         if task.frozen is not None:
-            state |= {f"visual.{n}": t.detach().cpu() for n, t in task.frozen.state_dict().items()}
-        settings = export.settings_of(self.config, task.train_index, scores)
+            visual = {n: t.detach().cpu() for n, t in task.frozen.state_dict().items()}
+        state |= named_for_export(visual)
+        settings = export.settings_of(self.config, task.train_index, scores, task.extractor.settings())
         language_model = task.engine.module.language_model
         checkpoint.replace_folder(
             self.folder / "best", lambda out: export.write(out, settings, state, language_model, task.codec)

@@ -22,7 +22,7 @@ from flallm_ds.data.mixture import open_indexes
 from flallm_ds.data.plan import Plan
 from flallm_ds.data.sampling import FrameSampling
 from flallm_ds.data.store import LocalStore
-from flallm_ds.data.text import TextCodec
+from flallm_ds.data.text import Instruction, TextCodec
 from flallm_ds.errors import RankError, UserError
 
 SEED = 3
@@ -31,7 +31,9 @@ SEED = 3
 @pytest.fixture(scope="module")
 def codec(tiny_corpus):
     texts = load_index(tiny_corpus / "shards", "train").strings("text")
-    return TextCodec.for_training_text(str(tiny_corpus / "llm"), "de_DE", texts, trim=True)
+    return TextCodec.for_training_text(
+        str(tiny_corpus / "llm"), Instruction(language="de_DE"), texts, trim=True
+    )
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 import pytest
 
 from flallm_ds.data.index import load_index
-from flallm_ds.data.text import TextCodec
+from flallm_ds.data.text import Instruction, TextCodec
 from flallm_ds.errors import UserError
 
 TRAINING_TEXT = ["regen sonne wind morgen", "wolken wolken wind morgen"]
@@ -9,17 +9,23 @@ TRAINING_TEXT = ["regen sonne wind morgen", "wolken wolken wind morgen"]
 
 @pytest.fixture(scope="module")
 def trimmed(tiny_corpus):
-    return TextCodec.for_training_text(str(tiny_corpus / "llm"), "de_DE", TRAINING_TEXT, trim=True)
+    return TextCodec.for_training_text(
+        str(tiny_corpus / "llm"), Instruction(language="de_DE"), TRAINING_TEXT, trim=True
+    )
 
 
 @pytest.fixture(scope="module")
 def whole(tiny_corpus):
-    return TextCodec.for_training_text(str(tiny_corpus / "llm"), "de_DE", TRAINING_TEXT, trim=False)
+    return TextCodec.for_training_text(
+        str(tiny_corpus / "llm"), Instruction(language="de_DE"), TRAINING_TEXT, trim=False
+    )
 
 
 def test_the_training_text_survives_encoding_and_decoding(tiny_corpus):
     texts = list(load_index(tiny_corpus / "shards", "train").strings("text"))
-    codec = TextCodec.for_training_text(str(tiny_corpus / "llm"), "de_DE", texts, trim=True)
+    codec = TextCodec.for_training_text(
+        str(tiny_corpus / "llm"), Instruction(language="de_DE"), texts, trim=True
+    )
     assert [codec.decode(codec.encode(text)) for text in texts] == texts
     assert all(codec.tokenizer.unk_token_id not in codec.kept_ids[codec.encode(t)] for t in texts)
 
@@ -86,17 +92,21 @@ def test_a_saved_codec_is_the_same_when_loaded(trimmed, tmp_path):
 
 def test_an_unknown_language_is_refused_with_near_ones(tiny_corpus):
     with pytest.raises(UserError, match=r"llm\.language 'de_De' is not .* did you mean .*de_DE"):
-        TextCodec.for_training_text(str(tiny_corpus / "llm"), "de_De", TRAINING_TEXT, trim=True)
+        TextCodec.for_training_text(
+            str(tiny_corpus / "llm"), Instruction(language="de_De"), TRAINING_TEXT, trim=True
+        )
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(UserError, match="there is nothing at"):
-        TextCodec.for_training_text(str(tmp_path / "none"), "de_DE", TRAINING_TEXT, trim=True)
+        TextCodec.for_training_text(
+            str(tmp_path / "none"), Instruction(language="de_DE"), TRAINING_TEXT, trim=True
+        )
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
     with pytest.raises(UserError, match="must load, but did not"):
-        TextCodec.for_training_text(str(tmp_path), "de_DE", TRAINING_TEXT, trim=True)
+        TextCodec.for_training_text(str(tmp_path), Instruction(language="de_DE"), TRAINING_TEXT, trim=True)
 
 
 def test_a_folder_without_a_vocabulary_is_refused(trimmed, tmp_path):

@@ -1,11 +1,12 @@
 import pytest
 
 from flallm_ds.data.index import load_index
-from flallm_ds.data.text import TextCodec
+from flallm_ds.data.text import Instruction, TextCodec
 
 
 @pytest.fixture(scope="session")
 def codec(tiny_corpus):
     """The tiny LLM's tokenizer, trimmed to the tiny corpus's training text."""
     texts = load_index(tiny_corpus / "shards", "train").strings("text")
-    return TextCodec.for_training_text(str(tiny_corpus / "llm"), "de_DE", texts, trim=True)
+    german = Instruction(language="de_DE")
+    return TextCodec.for_training_text(str(tiny_corpus / "llm"), german, texts, trim=True)

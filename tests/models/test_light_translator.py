@@ -30,7 +30,7 @@ def test_there_is_one_word_embedding_and_an_untied_head():
 def test_the_codecs_ids_are_the_models(codec):
     config = build_light_translator("tiny", codec, dropout=0.25).config
     assert (config.vocab_size, config.pad_token_id, config.eos_token_id, config.decoder_start_token_id) == (
-        codec.vocab_size, codec.pad_id, codec.eos_id, codec.start_id,
+        codec.vocab_size, codec.pad_id, codec.eos_id, codec.eos_id,
     )  # fmt: skip
     assert config.dropout == config.attention_dropout == 0.25
 

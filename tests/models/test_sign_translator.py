@@ -1,6 +1,8 @@
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from flallm_ds.data.text import Instruction, TextCodec
 from flallm_ds.models.adapters import Adapter
 from flallm_ds.models.light_translator import build_light_translator
 from flallm_ds.models.sign_translator import Beam, SignTranslator
@@ -16,25 +18,25 @@ def translator(codec):
     with torch.no_grad():
         for parameter in light_t.parameters():
             parameter.mul_(4)  # far from uniform predictions
-    return SignTranslator(None, Adapter(WIDTH, 256), light_t, codec.start_id).eval()
+    return SignTranslator(None, Adapter(WIDTH, 256), light_t, codec).eval()
 
 
 @pytest.fixture
 def batch(codec):
-    """features_ND of three clips of 7, 3 and 5 frames, and their target ids."""
+    """features_ND of three clips of 7, 3 and 5 frames, the ids around them, and their target ids."""
     torch.manual_seed(1)
     ids = [codec.encode(t) for t in ("regen sonne wind morgen", "nebel", "wolken schnee")]
     target_ids_BL = torch.full((3, max(map(len, ids))), -100)
     for row, sentence in zip(target_ids_BL, ids, strict=True):
         row[: len(sentence)] = torch.tensor(sentence)
-    return torch.randn(15, WIDTH), torch.tensor([7, 3, 5]), target_ids_BL
+    return torch.randn(15, WIDTH), torch.tensor([7, 3, 5]), [codec.light_wording("de")] * 3, target_ids_BL
 
 
 def parts_of(batch):
-    features_ND, num_frames_B, target_ids_BL = batch
+    features_ND, num_frames_B, wordings, target_ids_BL = batch
     features = features_ND.split(num_frames_B.tolist())
     return [
-        (f, torch.tensor([len(f)]), row[row != -100][None])
+        (f, torch.tensor([len(f)]), wordings[:1], row[row != -100][None])
         for f, row in zip(features, target_ids_BL, strict=True)
     ]
 
@@ -43,9 +45,9 @@ def test_the_loss_is_the_smoothed_cross_entropy_of_each_next_token(translator, b
     """By hand: one clip after the other, token by token, the decoder fed with what came before."""
     smoothing, expected = 0.2, 0.0
     with torch.no_grad():
-        for features, _, ids in parts_of(batch):
+        for features, _, wordings, ids in parts_of(batch):
             memory = translator.adapter(features)[None]
-            fed = [translator.start_id]
+            fed = list(wordings[0].start)
             for target in ids[0].tolist():
                 logits = translator.language_model(
                     inputs_embeds=memory, decoder_input_ids=torch.tensor([fed])
@@ -64,16 +66,16 @@ def test_a_batch_is_the_sum_of_its_clips(translator, batch):
 
 
 def test_the_loss_depends_on_the_video(translator, batch):
-    features_ND, num_frames_B, target_ids_BL = batch
+    features_ND, *rest = batch
     with torch.no_grad():
-        assert abs(translator(*batch) - translator(-features_ND, num_frames_B, target_ids_BL)) > 1e-2
+        assert abs(translator(*batch) - translator(-features_ND, *rest)) > 1e-2
 
 
 def test_a_dummy_adds_exactly_nothing(translator, batch):
-    features_ND, num_frames_B, target_ids_BL = batch
+    features_ND, num_frames_B, wordings, _ = batch
     translator.adapter.requires_grad_(True)
     dummy = torch.full((1, 1), -100)
-    loss = translator(features_ND[:7], num_frames_B[:1], dummy, 0.2)
+    loss = translator(features_ND[:7], num_frames_B[:1], wordings[:1], dummy, 0.2)
     loss.backward()
     assert loss.item() == 0.0
     gradients = [p.grad for p in translator.parameters() if p.grad is not None]
@@ -81,46 +83,47 @@ def test_a_dummy_adds_exactly_nothing(translator, batch):
 
 
 def test_a_dummy_beside_a_clip_changes_nothing(translator, batch):
-    features_ND, num_frames_B, target_ids_BL = batch
+    *rest, target_ids_BL = batch
     with_dummy = target_ids_BL.clone()
     with_dummy[1:] = -100
     with torch.no_grad():
         alone = translator(*parts_of(batch)[0]).item()
-        assert translator(features_ND, num_frames_B, with_dummy).item() == pytest.approx(alone, rel=1e-4)
+        assert translator(*rest, with_dummy).item() == pytest.approx(alone, rel=1e-4)
 
 
 def test_generation_does_not_depend_on_the_batch(translator, batch, codec):
     beam = Beam(num_beams=2, max_new_tokens=8)
-    together = translator.generate(*batch[:2], beam)
-    alone = [translator.generate(*part[:2], beam)[0] for part in parts_of(batch)]
-    assert len(together) == 3
-    assert [codec.decode(ids) for ids in together] == [codec.decode(ids) for ids in alone]
-    assert all(ids[0] == codec.start_id for ids in together + alone)
+    together = translator.generate(*batch[:3], beam)
+    alone = [translator.generate(*part[:3], beam)[0] for part in parts_of(batch)]
+    assert [clip[0].ids for clip in together] == [clip[0].ids for clip in alone]
+    assert len({clip[0].ids for clip in together}) == 3
 
 
 def test_generation_stops_after_max_new_tokens(translator, batch):
-    (ids,) = translator.generate(batch[0][:7], torch.tensor([7]), Beam(num_beams=1, max_new_tokens=3))
-    assert len(ids) <= 4
+    beam = Beam(num_beams=1, max_new_tokens=3)
+    ((said,),) = translator.generate(batch[0][:7], torch.tensor([7]), batch[2][:1], beam)
+    assert len(said.ids) <= 3
 
 
 def test_greedy_generation_picks_the_likeliest_next_token(translator, batch, codec):
-    features, num_frames, _ = parts_of(batch)[0]
-    (ids,) = translator.generate(features, num_frames, Beam(num_beams=1, max_new_tokens=6))
+    features, num_frames, wordings, _ = parts_of(batch)[0]
+    ((said,),) = translator.generate(features, num_frames, wordings, Beam(num_beams=1, max_new_tokens=6))
     with torch.no_grad():
-        fed = torch.tensor([ids[:-1]])
+        fed = torch.tensor([[*wordings[0].start, *said.ids[:-1]]])
         logits = translator.language_model(
             inputs_embeds=translator.adapter(features)[None], decoder_input_ids=fed
         ).logits[0]
-    assert logits.argmax(-1).tolist() == ids[1:]
+    assert logits.argmax(-1).tolist() == list(said.ids)
 
 
 def test_in_stage_1_gradients_reach_every_part_of_the_visual_encoder(codec):
     torch.manual_seed(0)
     visual = VisualEncoder(width=4)
     light_t = build_light_translator("tiny", codec, dropout=0.1)
-    model = SignTranslator(visual, Adapter(visual.feature_width, 256), light_t, codec.start_id).train()
+    model = SignTranslator(visual, Adapter(visual.feature_width, 256), light_t, codec).train()
     ids = torch.tensor([codec.encode("regen wind")] * 2)
-    model(torch.randn(5, 3, 32, 32), torch.tensor([2, 3]), ids, 0.2).backward()
+    wordings = [codec.light_wording("de")] * 2
+    model(torch.randn(5, 3, 32, 32), torch.tensor([2, 3]), wordings, ids, 0.2).backward()
     without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert without == []
 
@@ -136,6 +139,59 @@ def test_the_adapter_is_scaled_where_it_is_told_to(batch):
 def test_features_of_another_precision_fit_the_adapter(translator, batch):
     """A bf16 engine beside an fp32 encoder."""
     translator.bfloat16()
-    features_ND, num_frames_B, target_ids_BL = batch
+    features_ND, *rest = batch
     with torch.no_grad():
-        assert translator(features_ND, num_frames_B, target_ids_BL).dtype == torch.float32
+        assert translator(features_ND, *rest).dtype == torch.float32
+
+
+def decoder_only(codec, seed=0):
+    """A tiny Llama behind a codec that words its prompts; (translator, codec)."""
+    config = LlamaConfig(
+        vocab_size=codec.vocab_size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        pad_token_id=codec.pad_id,
+    )
+    torch.manual_seed(seed)
+    llm = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in llm.parameters():
+            parameter.mul_(4)
+    instruction = Instruction(decoder_only=True, languages=("de",), prompt="regen {video} sonne wind")
+    prompting = TextCodec(codec.tokenizer, instruction, codec.kept_ids)
+    return SignTranslator(None, Adapter(WIDTH, 32), llm, prompting).eval(), prompting
+
+
+def test_a_decoder_only_llm_is_asked_for_the_target_alone(codec, batch):
+    """By hand: prompt, visual tokens, the rest of the prompt, then the target token by token."""
+    translator, codec = decoder_only(codec)
+    wording = codec.wording("de")
+    assert wording.before and wording.after and not wording.start
+    features_ND, num_frames_B, _, target_ids_BL = batch
+    expected = 0.0
+    words = translator.language_model.get_input_embeddings()
+    with torch.no_grad():
+        for features, _, _, ids in parts_of(batch):
+            video = translator.adapter(features)
+            for place, target in enumerate(ids[0].tolist()):
+                after = torch.tensor([*wording.after, *ids[0, :place].tolist()])
+                fed = torch.cat([words(torch.tensor(wording.before)), video, words(after)])[None]
+                expected -= translator.language_model(inputs_embeds=fed).logits[0, -1].log_softmax(-1)[target]
+        loss = translator(features_ND, num_frames_B, [wording] * 3, target_ids_BL)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_a_decoder_only_llm_generates_the_same_alone_and_in_a_batch(codec, batch):
+    translator, codec = decoder_only(codec)
+    features_ND, num_frames_B, _, _ = batch
+    beam = Beam(num_beams=3, max_new_tokens=8, num_return=2)
+    wordings = [codec.wording("de")] * 3
+    together = translator.generate(features_ND, num_frames_B, wordings, beam)
+    alone = [translator.generate(*part[:2], wordings[:1], beam)[0] for part in parts_of(batch)]
+    assert [[c.ids for c in clip] for clip in together] == [[c.ids for c in clip] for clip in alone]
+    for clip, same in zip(together, alone, strict=True):
+        assert clip[0].score >= clip[1].score
+        assert [c.score for c in clip] == pytest.approx([c.score for c in same], abs=1e-4)
+    assert len({clip[0].ids for clip in together}) == 3

@@ -129,7 +129,10 @@ def test_the_engine_gives_the_losses_of_a_plain_pytorch_loop(runs: Path, tiny_co
             for number, batch in enumerate(batches):
                 seed_micro_batch(config.train.seed, epoch, step, number)
                 pixels = preprocess(batch, train=True, device=torch.device("cpu"))
-                loss = model(pixels, batch.num_frames_B, batch.target_ids_BL, config.train.label_smoothing)
+                wordings = [codec.light_wording("de")] * len(batch.keys)
+                loss = model(
+                    pixels, batch.num_frames_B, wordings, batch.target_ids_BL, config.train.label_smoothing
+                )
                 (loss / tokens).backward()
                 total += loss.item()
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
