@@ -7,6 +7,7 @@ A docstring gives the paper's figure (FLa-LLM, arXiv 2403.12556; test BLEU-4) be
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import get_args
 
 from flallm_ds.command import nearest
 from flallm_ds.config import (
@@ -16,6 +17,7 @@ from flallm_ds.config import (
     LlmConfig,
     OptimConfig,
     RunConfig,
+    Stage,
     TrainConfig,
     VisualConfig,
     check_names,
@@ -62,6 +64,20 @@ def quickstart_llm() -> RunConfig:
         optim=OptimConfig(name="adamw", lr=1e-3, llm_lr=5e-4, weight_decay=1e-2, warmup=0.05),
         train=TrainConfig(epochs=11),
         eval=EvalConfig(every_epochs=6, num_beams=1, max_new_tokens=40),
+    )
+
+
+def quickstart_joint() -> RunConfig:
+    """The embedded default without stages: visual encoder and LLM trained together, as long as both stages."""
+    visual, llm = quickstart_visual(), quickstart_llm()
+    return replace(
+        llm,
+        stage="joint",
+        run="runs/quickstart_joint",
+        visual_run="",
+        data=visual.data,
+        optim=replace(llm.optim, backbone_lr=visual.optim.backbone_lr),
+        train=replace(llm.train, epochs=visual.train.epochs + llm.train.epochs),
     )
 
 
@@ -123,6 +139,7 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
     for f in (
         quickstart_visual,
         quickstart_llm,
+        quickstart_joint,
         phoenix14t_visual,
         phoenix14t_llm,
         csl_daily_visual,
@@ -140,8 +157,8 @@ def resolve(stage: str | None, recipe: str | None, overrides: Mapping[str, str])
     Raises UserError for an unknown option, recipe or stage, or where stage and recipe disagree.
     """
     check_names(overrides)
-    if stage not in (None, "visual", "llm"):
-        raise UserError(f"--stage must be visual or llm, but is {stage!r}.")
+    if stage not in (None, *get_args(Stage)):
+        raise UserError(f"--stage must be visual, llm, joint or both, but is {stage!r}.")
     if stage is None and recipe is None:
         raise UserError("--stage must be given: --stage visual first, then --stage llm.")
     name = recipe or "quickstart"

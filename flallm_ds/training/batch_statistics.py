@@ -9,6 +9,34 @@ from torch import nn
 from flallm_ds.dist import World
 
 
+class KeptStatistics:
+    """BatchNorm modules that stay in eval mode while the module trains, and the statistics they must keep.
+
+    "Frozen" BatchNorm that goes on counting is the known fault of this method's re-implementations.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        """module: in train mode."""
+        self.norms = [m for m in batch_norms(module) if not m.training]
+        self._before = [b.clone() for b in _statistics(self.norms)]
+
+    def check(self) -> None:
+        """Assert that nothing put them into train mode or changed a statistic."""
+        assert not any(norm.training for norm in self.norms), "a frozen BatchNorm is in train mode"
+        same = zip(self._before, _statistics(self.norms), strict=True)
+        assert all(torch.equal(before, now) for before, now in same), "a frozen BatchNorm changed"
+
+
+def batch_norms(module: nn.Module) -> list[nn.BatchNorm1d | nn.BatchNorm2d]:
+    """Those with running statistics."""
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d)
+    return [m for m in module.modules() if isinstance(m, kinds) and m.running_mean is not None]
+
+
+def _statistics(norms: list[nn.BatchNorm1d | nn.BatchNorm2d]) -> list[torch.Tensor]:
+    return [b for m in norms for b in (m.running_mean, m.running_var) if b is not None]
+
+
 class BatchStatistics:
     """`with statistics:` around the forwards of one step.
 
@@ -18,18 +46,14 @@ class BatchStatistics:
     """
 
     def __init__(self, module: nn.Module, world: World) -> None:
-        kinds = (nn.BatchNorm1d, nn.BatchNorm2d)
-        self._all = [m for m in module.modules() if isinstance(m, kinds) and m.running_mean is not None]
+        self._all = batch_norms(module)
         self.norms = self._all
         self.world = world
-
-    def _buffers(self) -> list[torch.Tensor]:
-        return [b for m in self.norms for b in (m.running_mean, m.running_var) if b is not None]
 
     def __enter__(self) -> None:
         self.norms = [m for m in self._all if m.training]  # a frozen one keeps its statistics
         self.momentum = [m.momentum if m.momentum is not None else 0.1 for m in self.norms]
-        self._before = [b.clone() for b in self._buffers()]
+        self._before = [b.clone() for b in _statistics(self.norms)]
         for norm in self.norms:
             norm.reset_running_stats()
             norm.momentum = None  # running statistics are now the mean over the forwards
@@ -37,7 +61,7 @@ class BatchStatistics:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        buffers = self._buffers()
+        buffers = _statistics(self.norms)
         if buffers and kind is None and self.world.size > 1:
             flat = torch.cat([b.flatten() for b in buffers])
             dist.all_reduce(flat)

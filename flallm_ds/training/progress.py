@@ -6,8 +6,8 @@ import time
 class Progress:
     """Prints a line every `every_s` seconds, on rank 0 alone."""
 
-    def __init__(self, every_s: float, enabled: bool) -> None:
-        self.every_s, self.enabled = every_s, enabled
+    def __init__(self, every_s: float, enabled: bool, stage: str) -> None:
+        self.every_s, self.enabled, self.stage = every_s, enabled, stage
         self._epochs = 0
         self._reset()
         self._last_print = time.perf_counter()
@@ -46,7 +46,7 @@ class Progress:
             done = self._fraction_done - self._first_fraction
             left = self._busy_s * (1 - self._fraction_done) / done if done else 0.0
             self.say(
-                f"epoch {epoch + 1}/{self._epochs}  step {step}/{num_steps}  loss "
+                f"stage {self.stage}  epoch {epoch + 1}/{self._epochs}  step {step}/{num_steps}  loss "
                 f"{self._loss / self._steps:.3f}  {self._frames / self._seconds:,.0f} frames/s  waiting "
                 f"{100 * self._waited / self._seconds:.1f} %  left {clock(left)}"
             )

@@ -1,0 +1,128 @@
+"""What turns pixels into the features that a language model's adapter reads.
+
+N packed frames, B clips, C H W of a frame, D width of the features.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+from transformers import MBartConfig
+from transformers.models.mbart.modeling_mbart import MBartEncoder
+
+from flallm_ds.errors import UserError
+from flallm_ds.models.adapters import Adapter
+from flallm_ds.models.lengths import pad_packed
+from flallm_ds.models.visual_encoder import VisualEncoder
+
+Kind = Literal["signs", "frames", "light_t"]
+Frozen = Literal["all", "backbone", "none"]
+
+
+class FeatureExtractor(nn.Module):
+    """pixels_NCHW of packed clips -> features_ND (FLa-LLM, Table 8).
+
+    kind: "signs", the visual encoder's output; "frames", what its local temporal module would read;
+    "light_t", the states of stage 1's Light-T encoder, which reads the visual encoder through `vl_adapter`.
+    light_t_encoder: as `encoder_of` returns it.
+    """
+
+    def __init__(
+        self,
+        visual: VisualEncoder,
+        kind: Kind = "signs",
+        vl_adapter: Adapter | None = None,
+        light_t_encoder: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        assert kind in get_args(Kind)
+        assert (kind == "light_t") == (vl_adapter is not None) == (light_t_encoder is not None)
+        self.kind = kind
+        self.visual = visual
+        self.vl_adapter = vl_adapter
+        self.light_t_encoder = light_t_encoder
+        self.frozen_parts: tuple[nn.Module, ...] = ()
+
+    @property
+    def feature_width(self) -> int:
+        if self.light_t_encoder is not None:
+            return int(self.light_t_encoder.config.d_model)
+        frames = self.kind == "frames"
+        return self.visual.temporal.conv.in_channels if frames else self.visual.feature_width
+
+    def forward(self, pixels_NCHW: torch.Tensor, num_frames_B: torch.Tensor) -> torch.Tensor:
+        if self.kind == "frames":
+            return self.visual.frame_features(pixels_NCHW)
+        features_ND: torch.Tensor = self.visual(pixels_NCHW, num_frames_B)
+        if self.vl_adapter is None or self.light_t_encoder is None:
+            return features_ND
+        embeds_BSE, mask_BS = pad_packed(self.vl_adapter(features_ND), num_frames_B)
+        states_BSE = self.light_t_encoder(inputs_embeds=embeds_BSE, attention_mask=mask_BS).last_hidden_state
+        packed_ND: torch.Tensor = states_BSE[mask_BS.bool()]
+        return packed_ND
+
+    def freeze(self, how: Frozen) -> "FeatureExtractor":
+        """Keep parts as they are: their weights, and, in eval mode for good, their BatchNorm statistics.
+
+        The Light-T encoder is never trained in stage 2, nor is what "frames" does not use.
+        """
+        parts: list[nn.Module | None] = [self.vl_adapter, self.light_t_encoder]
+        if how == "all":
+            parts = [self]
+        else:
+            parts += [self.visual.backbone] * (how == "backbone")
+            parts += [self.visual.temporal] * (self.kind == "frames")
+        self.frozen_parts = tuple(part for part in parts if part is not None)
+        for part in self.frozen_parts:
+            part.requires_grad_(False)
+        return self.train(self.training)
+
+    def train(self, mode: bool = True) -> "FeatureExtractor":
+        """As ever, but frozen parts stay in eval mode."""
+        super().train(mode and self not in self.frozen_parts)
+        for part in self.frozen_parts:
+            if part is not self:
+                part.eval()
+        return self
+
+    def settings(self) -> dict[str, Any]:
+        """What `from_settings` needs besides the visual encoder; plain values for a JSON file."""
+        if self.light_t_encoder is None:
+            return {"kind": self.kind}
+        return {"kind": self.kind, "light_t": self.light_t_encoder.config.to_diff_dict()}
+
+    @classmethod
+    def from_settings(cls, visual: VisualEncoder, settings: dict[str, Any]) -> "FeatureExtractor":
+        """One of these settings with the visual encoder given, the rest with random weights."""
+        if settings["kind"] != "light_t":
+            return cls(visual, settings["kind"])
+        try:
+            encoder = encoder_of(MBartEncoder(MBartConfig(**settings["light_t"])))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"the settings of a Light-T encoder must be mBART's, but {error}.") from error
+        return cls(visual, "light_t", Adapter(visual.feature_width, encoder.config.d_model), encoder)
+
+    def fingerprint(self) -> str:
+        """sha256 of settings and weights: equal for extractors that make the same features."""
+        settings = {"features": self.settings(), "visual": self.visual.settings()}
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            if not name.endswith("num_batches_tracked"):
+                plain = tensor.detach().cpu().contiguous().reshape(-1)
+                digest.update(f"{name} {plain.dtype} {list(tensor.shape)}".encode())
+                digest.update(plain.view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+def named_for_export(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """An extractor's state as an export names it: visual.* of the visual encoder, features.* of the rest."""
+    return {name if name.startswith("visual.") else f"features.{name}": t for name, t in state.items()}
+
+
+def encoder_of(light_t_encoder: nn.Module) -> nn.Module:
+    """Light-T's encoder without the word embedding, which visual tokens have no use for; in place."""
+    light_t_encoder.embed_tokens = nn.Identity()
+    return light_t_encoder
