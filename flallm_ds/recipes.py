@@ -68,7 +68,7 @@ def quickstart_llm() -> RunConfig:
 
 
 def quickstart_joint() -> RunConfig:
-    """The embedded default without stages: visual encoder and LLM trained together, as long as both stages."""
+    """The embedded default without stages: encoder and LLM trained together, as long as both stages."""
     visual, llm = quickstart_visual(), quickstart_llm()
     return replace(
         llm,

@@ -35,7 +35,7 @@ class FeatureExtractor(nn.Module):
         visual: VisualEncoder,
         kind: Kind = "signs",
         vl_adapter: Adapter | None = None,
-        light_t_encoder: nn.Module | None = None,
+        light_t_encoder: Any = None,
     ) -> None:
         super().__init__()
         assert kind in get_args(Kind)
@@ -43,7 +43,7 @@ class FeatureExtractor(nn.Module):
         self.kind = kind
         self.visual = visual
         self.vl_adapter = vl_adapter
-        self.light_t_encoder = light_t_encoder
+        self.light_t_encoder: Any = light_t_encoder
         self.frozen_parts: tuple[nn.Module, ...] = ()
 
     @property
@@ -122,7 +122,7 @@ def named_for_export(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tenso
     return {name if name.startswith("visual.") else f"features.{name}": t for name, t in state.items()}
 
 
-def encoder_of(light_t_encoder: nn.Module) -> nn.Module:
+def encoder_of(light_t_encoder: Any) -> Any:
     """Light-T's encoder without the word embedding, which visual tokens have no use for; in place."""
     light_t_encoder.embed_tokens = nn.Identity()
     return light_t_encoder
