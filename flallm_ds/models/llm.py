@@ -230,7 +230,7 @@ def _renumber(config: Any, codec: TextCodec) -> None:
         config.eos_token_id = codec.eos_id
     elif codec.eos_id not in config.eos_token_id:
         config.eos_token_id = [codec.eos_id, *config.eos_token_id]
-    if getattr(config, "is_encoder_decoder", False) and codec.language:
+    if codec.language and not codec.instruction.decoder_only:
         config.decoder_start_token_id = codec.wording().start[0]
 
 

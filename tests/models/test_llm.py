@@ -15,7 +15,7 @@ from transformers import (
 from flallm_ds.data.text import TextCodec
 from flallm_ds.errors import UserError
 from flallm_ds.models.adapters import Adapter
-from flallm_ds.models.llm import load_llm, trim_llm
+from flallm_ds.models.llm import LlmOptions, load_llm, trim_llm
 from flallm_ds.models.sign_translator import Beam, SignTranslator
 
 
@@ -34,7 +34,7 @@ def logits_of(model, memory_BSE, decoder_ids) -> torch.Tensor:
 def test_a_trimmed_model_says_of_kept_pieces_what_the_whole_one_says(tiny_corpus, codec, trimmed):
     whole, small = load_llm(str(tiny_corpus / "llm")), load_llm(str(trimmed))
     assert small.config.vocab_size == codec.vocab_size < whole.config.vocab_size
-    ids = [codec.start_id, *codec.encode("regen sonne wind morgen")]
+    ids = [codec.wording().start[0], *codec.encode("regen sonne wind morgen")]
     memory_BSE = torch.randn(1, 6, 64, generator=torch.Generator().manual_seed(0))
     expected = logits_of(whole, memory_BSE, codec.kept_ids[ids].tolist())[:, codec.kept_ids]
     assert torch.allclose(logits_of(small, memory_BSE, ids), expected, atol=1e-4)
@@ -74,7 +74,7 @@ def test_an_llm_whose_head_is_not_its_embedding_is_trimmed_in_both(codec, tmp_pa
     trim_llm(str(tmp_path / "llm"), codec, tmp_path / "trimmed")
     whole, small = load_llm(str(tmp_path / "llm")), load_llm(str(tmp_path / "trimmed"))
     assert small.lm_head.weight is not small.shared.weight
-    ids = [codec.start_id, *codec.encode("regen sonne")]
+    ids = [codec.wording().start[0], *codec.encode("regen sonne")]
     memory_BSE = torch.randn(1, 6, 16)
     expected = logits_of(whole, memory_BSE, codec.kept_ids[ids].tolist())[:, codec.kept_ids]
     assert torch.allclose(logits_of(small, memory_BSE, ids), expected, atol=1e-5)
@@ -84,7 +84,7 @@ def test_the_specials_of_a_trimmed_model_are_the_codecs(trimmed, codec):
     model = load_llm(str(trimmed))
     for config in (model.config, model.generation_config):
         assert config.pad_token_id == codec.pad_id and config.eos_token_id == codec.eos_id
-        assert config.decoder_start_token_id == codec.start_id
+        assert config.decoder_start_token_id == codec.wording().start[0]
         assert not getattr(config, "forced_eos_token_id", None)
         for name, value in config.to_dict().items():
             if name.endswith("_token_id") and isinstance(value, int):
@@ -102,13 +102,14 @@ def test_a_forced_first_token_of_the_full_vocabulary_is_not_carried_over(tiny_co
     llm.save_pretrained(tmp_path / "llm")
     trim_llm(str(tmp_path / "llm"), codec, tmp_path / "trimmed")
     small = load_llm(str(tmp_path / "trimmed"))
-    translator = SignTranslator(None, Adapter(8, 64), small, codec.start_id).eval()
-    (ids,) = translator.generate(torch.randn(4, 8), torch.tensor([4]), Beam(num_beams=2, max_new_tokens=5))
-    assert ids[0] == codec.start_id and max(ids) < codec.vocab_size
+    translator = SignTranslator(None, Adapter(8, 64), small, codec).eval()
+    beam = Beam(num_beams=2, max_new_tokens=5)
+    ((best, *_),) = translator.generate(torch.randn(4, 8), torch.tensor([4]), [codec.wording()], beam)
+    assert best.ids and max(best.ids) < codec.vocab_size
 
 
 def test_dropouts_are_as_given_or_as_stored(tiny_corpus):
-    given = load_llm(str(tiny_corpus / "llm"), dropout=0.3, attention_dropout=0.05).config
+    given = load_llm(str(tiny_corpus / "llm"), LlmOptions(dropout=0.3, attention_dropout=0.05)).config
     stored = load_llm(str(tiny_corpus / "llm")).config
     assert (given.dropout, given.attention_dropout) == (0.3, 0.05)
     assert (stored.dropout, stored.attention_dropout) == (0.1, 0.0)
@@ -129,7 +130,7 @@ def test_a_folder_that_is_no_llm_is_refused(tmp_path, content):
         ).save_pretrained(tmp_path)
     elif content == "a broken config":
         (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"must load as an encoder-decoder model.*--llm\.name"):
+    with pytest.raises(UserError, match=r"(must load, but did not|neither).*--llm\.name"):
         load_llm(str(tmp_path))
 
 
@@ -137,7 +138,7 @@ def test_weights_that_were_cut_off_are_refused(tiny_corpus, tmp_path):
     AutoModelForSeq2SeqLM.from_pretrained(tiny_corpus / "llm").save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(UserError, match="must load as an encoder-decoder model"):
+    with pytest.raises(UserError, match="must load, but did not"):
         load_llm(str(tmp_path))
 
 
