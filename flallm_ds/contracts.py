@@ -13,7 +13,10 @@ import torch
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch of one rank: B clips, their kept frames packed one after another."""
+    """One micro-batch of one rank: B clips, their kept frames packed one after another.
+
+    With `features_ND` there are no frames: frames_NHWC has none, and N and num_frames_B count features.
+    """
 
     frames_NHWC: torch.Tensor  # uint8; a clip's frame fills the top left corner of the canvas
     num_frames_B: torch.Tensor  # int64, on the host; sums to N
@@ -25,6 +28,7 @@ class Batch:
     corpora: tuple[str, ...]  # each clip's corpus
     languages: tuple[str, ...]  # of each text: de, en, zh, ...
     real_B: tuple[bool, ...]  # False: a dummy that keeps ranks in step; it weighs nothing and is not scored
+    features_ND: torch.Tensor | None = None  # cached features (float32 or float16) in place of frames
 
     @property
     def num_target_tokens(self) -> int:

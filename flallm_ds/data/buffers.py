@@ -1,4 +1,4 @@
-"""Memory for frames that is used again and again: fresh memory costs a page fault for each 4 kB written."""
+"""Memory for frames or features that is used again and again: fresh memory costs a page fault each 4 kB."""
 
 import sys
 
@@ -9,7 +9,7 @@ _UNHELD = 2  # references to a buffer that nobody holds: this list's, and the ar
 
 
 class FrameBuffers:
-    """Hands out uint8 tensors and takes their memory back once nobody refers to it any more.
+    """Hands out tensors and takes their memory back once nobody refers to it any more.
 
     A tensor from here may be kept as long as anyone likes: every view of it holds its buffer. Pinned where
     there is a GPU, so that copies to it run beside everything else. Not for several threads at once.
@@ -21,9 +21,9 @@ class FrameBuffers:
     def __len__(self) -> int:
         return len(self._buffers)
 
-    def take(self, shape: tuple[int, ...]) -> torch.Tensor:
+    def take(self, shape: tuple[int, ...], dtype: str = "uint8") -> torch.Tensor:
         """A tensor of this shape whose content is whatever was there before."""
-        size = int(np.prod(shape))
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         free = [n for n in range(len(self._buffers)) if sys.getrefcount(self._buffers[n]) == _UNHELD]
         fitting = [n for n in free if len(self._buffers[n]) >= size]
         if fitting:
@@ -33,4 +33,4 @@ class FrameBuffers:
             self._buffers[chosen : chosen + 1] = []
             memory = torch.empty(size + size // 4, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
             self._buffers.insert(chosen, memory.numpy())
-        return torch.from_numpy(self._buffers[chosen][:size].reshape(shape))
+        return torch.from_numpy(self._buffers[chosen][:size].view(dtype).reshape(shape))

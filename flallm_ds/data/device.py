@@ -24,7 +24,8 @@ STEPS_AHEAD = 2  # on their way to the device, besides the step in use
 
 
 def on_device(steps: Iterable[Sequence[Batch | EncodedBatch]], device: torch.device) -> Iterator[list[Batch]]:
-    """The same steps, their frames on the device; all else stays on the host. On a CPU: the steps themselves.
+    """The same steps, their frames (or cached features) on the device; all else stays on the host. On a CPU:
+    the steps themselves.
 
     Frames on a GPU are valid until the next step is asked for; use them on the stream that is current there.
     Raises RankError if a JPEG does not decode.
@@ -47,7 +48,7 @@ class Queues(Protocol):
     def memory(self, num_bytes: int) -> torch.Tensor: ...
     def computed(self) -> Mark: ...  # all that was handed to the computing queue by now
     def compute_after(self, mark: Mark) -> None: ...
-    def fill(self, frames_NHWC: torch.Tensor, source: Batch | EncodedBatch, after: Mark) -> Mark: ...
+    def fill(self, content: torch.Tensor, source: Batch | EncodedBatch, after: Mark) -> Mark: ...
 
 
 class CudaQueues:
@@ -66,13 +67,13 @@ class CudaQueues:
     def compute_after(self, mark: Any) -> None:
         torch.cuda.current_stream(self.device).wait_event(mark)
 
-    def fill(self, frames_NHWC: torch.Tensor, source: Batch | EncodedBatch, after: Any) -> Any:
+    def fill(self, content: torch.Tensor, source: Batch | EncodedBatch, after: Any) -> Any:
         with torch.cuda.stream(self.copies):
             self.copies.wait_event(after)
             if isinstance(source, EncodedBatch):
-                decode_batch(source, frames_NHWC)
+                decode_batch(source, content)
             else:
-                frames_NHWC.copy_(source.frames_NHWC, non_blocking=True)
+                content.copy_(_content(source), non_blocking=True)
             return self.copies.record_event()
 
 
@@ -106,15 +107,18 @@ class _Slots:
 
     def _fill(self, source: Batch | EncodedBatch) -> _Filled:
         batch = source.batch if isinstance(source, EncodedBatch) else source
-        shape = batch.frames_NHWC.shape
+        host = _content(batch)
+        num_bytes = host.numel() * host.element_size()
         slot = self._free.popleft() if self._free else None
-        if slot is None or len(slot.memory) < shape.numel():
-            memory = self._queues.memory(shape.numel())
+        if slot is None or len(slot.memory) < num_bytes:
+            memory = self._queues.memory(num_bytes)
             slot = _Slot(memory, self._queues.computed())  # it may have been in use until now
-        frames_NHWC = slot.memory[: shape.numel()].view(shape)
-        mark = self._worker.submit(self._queues.fill, frames_NHWC, source, slot.free)
+        content = slot.memory[:num_bytes].view(host.dtype).view(host.shape)
+        mark = self._worker.submit(self._queues.fill, content, source, slot.free)
         self._held.append((mark, source))
-        return _Filled(replace(batch, frames_NHWC=frames_NHWC), slot, mark)
+        if batch.features_ND is None:
+            return _Filled(replace(batch, frames_NHWC=content), slot, mark)
+        return _Filled(replace(batch, features_ND=content), slot, mark)
 
     def lend(self, step: list[_Filled]) -> Iterator[list[Batch]]:
         """Yield the step's batches once; their slots are free when the consumer comes back."""
@@ -150,6 +154,11 @@ def ahead(steps: Iterable[Sequence[Batch | EncodedBatch]], queues: Queues) -> It
         slots.settle()
         if isinstance(steps, Generator):  # a traceback would keep it, and the loader's threads, for a while
             steps.close()
+
+
+def _content(batch: Batch) -> torch.Tensor:
+    """What a batch is for: its frames, or the features that stand for them."""
+    return batch.frames_NHWC if batch.features_ND is None else batch.features_ND
 
 
 def _is_done(mark: Future[Mark]) -> bool:

@@ -4,12 +4,15 @@ A shard folder holds, beside its ordinary WebDataset tars,
     index.json           corpus, build options, and for each split its tars with sizes and sha256 checksums
     {split}.safetensors  one row a clip, as columns (see `COLUMNS` and `STRING_COLUMNS`)
 Both are plain data: nothing in them can execute. A million clips load in well under a second.
+
+A folder of kind "features" (launch/features.py) has the rows of the video shards it was made from, in their
+order and with their shard numbers. For each of those shards it holds one tar a view.
 """
 
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from flallm_ds.data.feature_facts import FeatureFacts
 from flallm_ds.data.store import CacheOptions, LocalStore, Store, file_sha256, open_store
 from flallm_ds.data.store import Shard as Shard
 from flallm_ds.errors import UserError
@@ -26,8 +30,8 @@ FORMAT = "flallm_ds shards 1"
 
 COLUMNS: dict[str, Any] = {
     "shard": np.int32,  # row of the split's list of tars
-    "offset": np.int64,  # of the video member's bytes within the tar
-    "size": np.int64,  # of the video member, bytes
+    "offset": np.int64,  # of the clip's bytes (video, or features) within the tar
+    "size": np.int64,  # of these, bytes
     "num_frames": np.int32,  # as decoded, never as the container's metadata says
     "height": np.int32,  # of a stored frame, pixels
     "width": np.int32,
@@ -84,7 +88,12 @@ class Table(Mapping[str, np.ndarray]):
 
 @dataclass(frozen=True)
 class Index:
-    """One split of a shard folder. Columns are arrays of length `len(index)`, one entry a clip."""
+    """One split of a shard folder. Columns are arrays of length `len(index)`, one entry a clip.
+
+    shards: all tars; of features, the views of a shard are beside each other, and `views` counts them.
+    fingerprint: of the clips, which the order comes from; of features, that of the video they were made from.
+    features: what they are, one entry a folder; empty for video.
+    """
 
     store: Store
     corpus: str
@@ -94,6 +103,8 @@ class Index:
     arrays: Mapping[str, np.ndarray]
     options: dict[str, Any] = field(default_factory=dict)  # of build.py, where one build made the shards
     corpora: tuple[str, ...] = ()  # of several joined shard folders; `arrays["corpus"]` says whose a clip is
+    features: tuple[FeatureFacts, ...] = ()
+    views: np.ndarray | None = None  # tars of each shard number, int (shards,); None: one each
 
     def __len__(self) -> int:
         return len(self.arrays["num_frames"])
@@ -111,6 +122,41 @@ class Index:
     def corpus_of(self, row: int) -> str:
         """The corpus that a clip belongs to."""
         return self.corpora[int(self.arrays["corpus"][row])] if self.corpora else self.corpus
+
+    def own_row(self, row: int) -> int:
+        """The clip's row in its own folder: its random numbers come from there, whatever is joined to it."""
+        return int(self.arrays["own_row"][row]) if self.corpora else row
+
+    def features_of(self, row: int) -> FeatureFacts:
+        """What the clip's features are."""
+        return self.features[int(self.arrays["corpus"][row]) if self.corpora else 0]
+
+    @property
+    def features_digest(self) -> str:
+        """Sixteen hex digits that differ whenever a byte of the features does; empty for video."""
+        if not self.features:
+            return ""
+        return hashlib.sha256("+".join(facts.digest for facts in self.features).encode()).hexdigest()[:16]
+
+    @cached_property
+    def _first_tar(self) -> np.ndarray:
+        assert self.views is not None
+        first: np.ndarray = np.cumsum(self.views) - self.views
+        return first
+
+    def tars(self, rows: Any, passes: Any) -> Any:
+        """Places in `shards` of clips that came so often before: each pass reads the next view."""
+        shard = self.arrays["shard"][rows]
+        return shard if self.views is None else self._first_tar[shard] + passes % self.views[shard]
+
+    def tar(self, row: int, passes: int = 0) -> Shard:
+        """The tar of a clip that came so often before."""
+        return self.shards[int(self.tars(row, passes))]
+
+    @property
+    def num_shards(self) -> int:
+        """Shard numbers; for features there are more tars."""
+        return len(self.shards) if self.views is None else len(self.views)
 
     def strings(self, name: str) -> StringColumn:
         """A string column (one of `STRING_COLUMNS`), decoded row by row when read."""
@@ -177,15 +223,21 @@ def load_index(root: str | Path, split: str, cache: CacheOptions | None = None) 
         arrays = Table(path)
     except SafetensorError as error:
         raise UserError(f"the table {path} cannot be read ({error}). Build the shards again.") from error
-    return Index(
+    shards = tuple(Shard(**shard) for shard in entry["shards"])
+    index = Index(
         store=store,
         corpus=manifest["corpus"],
         split=split,
         fingerprint=fingerprint(entry),
-        shards=tuple(Shard(**shard) for shard in entry["shards"]),
+        shards=shards,
         arrays=arrays,
         options=manifest.get("options", {}),
     )
+    if manifest.get("kind") != FeatureFacts.KIND:
+        return index
+    facts = FeatureFacts.load(manifest, entry, store.root, fingerprint(entry))
+    views = np.full(len(shards) // facts.views, facts.views)
+    return replace(index, fingerprint=entry["source_fingerprint"], features=(facts,), views=views)
 
 
 def write_table(path: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -193,13 +245,27 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
     arrays = {name: np.asarray([row[name] for row in rows], dtype=dtype) for name, dtype in COLUMNS.items()}
     for name in STRING_COLUMNS:
         arrays |= StringColumn.columns(name, [row[name] for row in rows])
-    save_file(arrays, path)
+    return write_arrays(path, arrays)
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """`write_table` of columns that are there already."""
+    save_file(dict(arrays), path)
     return {
         "table": path.name,
         "table_sha256": file_sha256(path),
-        "clips": len(rows),
+        "clips": len(arrays["num_frames"]),
         "frames": int(arrays["num_frames"].sum()),
     }
+
+
+def check_video(manifest: Mapping[str, Any], root: str | Path, what: str) -> None:
+    """Raise UserError unless a folder's clips are video. what: that which needs it."""
+    if manifest.get("kind") == FeatureFacts.KIND:
+        raise UserError(
+            f"{what} needs shards of video, but {root} holds features of {manifest['features']['source']}. "
+            "Name those shards."
+        )
 
 
 def fingerprint(entry: dict[str, Any]) -> str:

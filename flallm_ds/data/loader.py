@@ -1,5 +1,7 @@
 """The downsampling loader: from a plan to packed uint8 batches; only the frames that are kept are decoded.
 
+Of a folder of features it packs these instead, and nothing is decoded.
+
 Threads decode (simplejpeg releases the GIL) straight into the batch's memory, a few steps ahead. What a rank
 gets depends on the plan alone, never on threads or time.
 """
@@ -20,6 +22,8 @@ from flallm_ds.contracts import Batch, EncodedBatch
 from flallm_ds.data import mixture
 from flallm_ds.data.buffers import FrameBuffers
 from flallm_ds.data.decode import decode_frames, jpegs_of
+from flallm_ds.data.feature_facts import from_npy
+from flallm_ds.data.features import resample, resampled_lengths
 from flallm_ds.data.index import Index
 from flallm_ds.data.plan import EpochPlan, Plan, slices_of_rank
 from flallm_ds.data.sampling import FrameSampling, sample_rng
@@ -51,30 +55,32 @@ class BrokenClips:
 
 @dataclass(frozen=True)
 class ClipReader:
-    """Reads clips of one split: their bytes by offset, then the kept frames alone.
+    """Reads clips of one split: their bytes by offset, then the kept frames alone, or the features.
 
     seed, train: with `train`, a random frame of each group is kept, drawn from (seed, epoch, sample).
+    Of features, each epoch reads the next view. feature_fps: the rate that they are brought to.
     """
 
     index: Index
     sampling: FrameSampling
     seed: int
     train: bool
+    feature_fps: float | None = None
 
     def draws(self, row: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """(the clip's random numbers, float32 (9,); indices of its kept frames)."""
         arrays = self.index.arrays
-        rng = sample_rng(self.seed, epoch, row) if self.train else None
+        rng = sample_rng(self.seed, epoch, self.index.own_row(row)) if self.train else None
         draws = rng.random(NUM_DRAWS) if rng is not None else np.zeros(NUM_DRAWS)
         picks = self.sampling.picks(int(arrays["num_frames"][row]), float(arrays["fps"][row]), rng)
         return draws.astype(np.float32), picks
 
-    def read(self, row: int, memory: Callable[[int], bytearray] = bytearray) -> memoryview:
+    def read(self, row: int, memory: Callable[[int], bytearray] = bytearray, epoch: int = 0) -> memoryview:
         """The clip's bytes, in what `memory(size)` gives. Raises OSError or ValueError if any is missing."""
         arrays = self.index.arrays
         size, offset = int(arrays["size"][row]), int(arrays["offset"][row])
         member = memoryview(memory(size))[:size]
-        with self.index.store.open(self.index.shards[int(arrays["shard"][row])]) as file:
+        with self.index.store.open(self.index.tar(row, epoch)) as file:
             found = os.preadv(file.fileno(), [member], offset)
         if found != size:
             raise ValueError(f"must hold {size} bytes at {offset}, but ends after {found}")
@@ -91,13 +97,37 @@ class ClipReader:
         """The picked frames as they are stored. Raises ValueError if the clip is broken or holds none."""
         return jpegs_of(self.read(row), picks, int(self.index.arrays["num_frames"][row]))
 
-    def load(self, row: int, epoch: int, frames_THWC: np.ndarray | None) -> "_Clip":
-        """Draw, then decode into frames_THWC, or without it keep the JPEGs."""
+    def read_features(self, features_SD: np.ndarray, row: int, epoch: int, num_kept: int) -> None:
+        """Copy the clip's features, at `feature_fps`. Raises ValueError if they are broken."""
+        facts, arrays = self.index.features_of(row), self.index.arrays
+        member = self.read(row, _memory_of_thread, epoch)
+        stored = from_npy(member, (num_kept, facts.width), facts.dtype)
+        if self.feature_fps is None:
+            features_SD[:] = stored
+            return
+        rate = self.sampling.rates(arrays["num_frames"][row], arrays["fps"][row])
+        stored_1TD = torch.from_numpy(stored.astype(np.float32))[None]
+        length = torch.tensor([num_kept])
+        features_SD[:] = resample(stored_1TD, length, float(rate), self.feature_fps)[0][0].numpy()
+
+    def load(self, row: int, epoch: int, content: np.ndarray | None) -> "_Clip":
+        """Draw, then decode frames_THWC or copy features_SD into `content`, or without it keep the JPEGs."""
         draws, picks = self.draws(row, epoch)
-        if frames_THWC is None:
+        if content is None:
             return _Clip(draws, self.read_jpegs(row, picks))
-        self.read_into(frames_THWC, row, picks)
+        if self.index.features:
+            self.read_features(content, row, epoch, len(picks))
+        else:
+            self.read_into(content, row, picks)
         return _Clip(draws, [])
+
+    def content(self, num: int) -> tuple[tuple[int, ...], str]:
+        """Shape and dtype of `num` packed frames or features."""
+        features = self.index.features
+        if not features:
+            return (num, *self.index.frame_hw, 3), "uint8"
+        half = self.feature_fps is None and {facts.dtype for facts in features} == {"float16"}
+        return (num, features[0].width), "float16" if half else "float32"
 
 
 @dataclass(frozen=True)
@@ -127,7 +157,7 @@ class _Pending:
     epochs: list[int]  # how often each clip came before
     real: bool
     num_kept: list[int]
-    frames: torch.Tensor  # of device meta where they stay JPEGs
+    content: torch.Tensor  # frames_NHWC, of device meta where they stay JPEGs, or features_ND
     jobs: list[Future[_Clip]]
 
 
@@ -153,7 +183,8 @@ class Loader:
         broken: BrokenClips | None = None,
         encoded: bool = False,
     ) -> None:
-        self.reader, self.plan, self.codec, self.encoded = reader, plan, codec, encoded
+        self.reader, self.plan, self.codec = reader, plan, codec
+        self.encoded = encoded and not reader.index.features
         self.slices = slices_of_rank(plan.slices, rank, world_size)
         self.threads = threads
         self.broken = broken if broken is not None else BrokenClips(budget=0)
@@ -196,17 +227,17 @@ class Loader:
     ) -> _Pending:
         rows, epochs = self.plan.order[places].tolist(), self.plan.passes[places].tolist()
         num_kept = self.plan.num_kept[rows].tolist()
-        shape = (sum(num_kept), *self.reader.index.frame_hw, 3)
-        frames = torch.empty(shape, dtype=torch.uint8, device="meta") if self.encoded else buffers.take(shape)
-        parts = self._parts(frames, num_kept)
+        shape, dtype = self.reader.content(sum(num_kept))
+        content = _on_meta(shape) if self.encoded else buffers.take(shape, dtype)
+        parts = self._parts(content, num_kept)
         jobs = [pool.submit(self.reader.load, *job) for job in zip(rows, epochs, parts, strict=True)]
-        return _Pending(rows, epochs, real, num_kept, frames, jobs)
+        return _Pending(rows, epochs, real, num_kept, content, jobs)
 
-    def _parts(self, frames: torch.Tensor, num_kept: Sequence[int]) -> Sequence[np.ndarray | None]:
+    def _parts(self, content: torch.Tensor, num_kept: Sequence[int]) -> Sequence[np.ndarray | None]:
         """Each clip's share of the memory, none where frames stay JPEGs."""
         if self.encoded:
             return [None] * len(num_kept)
-        return np.split(frames.numpy(), np.cumsum(num_kept)[:-1])
+        return np.split(content.numpy(), np.cumsum(num_kept)[:-1])
 
     def _finish(self, pending: _Pending) -> Batch | EncodedBatch:
         wait(pending.jobs)  # for all, before any is replaced: they share memory
@@ -223,8 +254,10 @@ class Loader:
         # A dummy has one place, which counts for nothing: the loss is not defined for none.
         ids = [[] if self.codec is None else self.codec.encode(t) if pending.real else [-100] for t in texts]
         sizes = np.array([index.arrays["height"][rows], index.arrays["width"][rows]], np.float32).T
+        cached = bool(index.features)
         batch = Batch(
-            frames_NHWC=pending.frames,
+            frames_NHWC=torch.empty(0, *index.frame_hw, 3, dtype=torch.uint8) if cached else pending.content,
+            features_ND=pending.content if cached else None,
             num_frames_B=torch.from_numpy(np.array(pending.num_kept, np.int64)),
             size_B2=torch.from_numpy(sizes),
             draws_B9=torch.from_numpy(np.array([clip.draws for clip in clips])),
@@ -246,8 +279,9 @@ class Loader:
     def _replace(self, pending: _Pending, position: int, reason: str) -> None:
         """Put the next clip of the index that decodes in the broken one's place."""
         first = row = pending.rows[position]
+        epoch = pending.epochs[position]
         while True:
-            shard = self.reader.index.shards[int(self.reader.index.arrays["shard"][row])].file
+            shard = self.reader.index.tar(row, epoch).file
             self.broken.add(shard, self.reader.index.strings("key")[row], reason)
             if (row + 1) % len(self.reader.index) == first:
                 raise RankError(
@@ -255,18 +289,17 @@ class Loader:
                 )
             row = (row + 1) % len(self.reader.index)
             num_kept = int(self.plan.num_kept[row])
-            shape = (num_kept, *pending.frames.shape[1:])
-            frames = torch.empty(shape, dtype=torch.uint8, device=pending.frames.device)
+            content = pending.content.new_empty(num_kept, *pending.content.shape[1:])
             done: Future[_Clip] = Future()
             try:
-                (part,) = self._parts(frames, [num_kept])
-                done.set_result(self.reader.load(row, pending.epochs[position], part))
+                (part,) = self._parts(content, [num_kept])
+                done.set_result(self.reader.load(row, epoch, part))
                 break
             except (ValueError, OSError) as error:
                 reason = str(error)
-        parts = list(torch.split(pending.frames, pending.num_kept))
-        parts[position] = frames
-        pending.frames = torch.cat(parts)
+        parts = list(torch.split(pending.content, pending.num_kept))
+        parts[position] = content
+        pending.content = torch.cat(parts)
         pending.rows[position], pending.num_kept[position], pending.jobs[position] = row, num_kept, done
 
 
@@ -275,7 +308,7 @@ class _Shards:
 
     def __init__(self, index: Index, plan: EpochPlan) -> None:
         self._index = index
-        shards, places = np.unique(index.arrays["shard"][plan.order], return_index=True)
+        shards, places = np.unique(index.tars(plan.order, plan.passes), return_index=True)
         by_place = np.argsort(places)
         self._order = shards[by_place].tolist()
         self._first_step = np.searchsorted(plan.ends, places[by_place], side="right")
@@ -289,10 +322,29 @@ class _Shards:
             self._index.store.want([self._index.shards[shard] for shard in coming])
 
 
+def _on_meta(shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.uint8, device="meta")
+
+
 def _pad(ids: Sequence[Sequence[int]]) -> torch.Tensor:
     """Ids padded with -100."""
     longest = max(map(len, ids))
     return torch.from_numpy(np.array([[*row, *[-100] * (longest - len(row))] for row in ids], np.int64))
+
+
+def num_places(index: Index, sampling: FrameSampling, feature_fps: float | None = None) -> np.ndarray:
+    """How many frames or features of each clip a batch holds, int64.
+
+    Raises UserError where features cannot be brought to that rate.
+    """
+    fps = index.arrays["fps"]
+    kept = sampling.num_kept(index.num_frames, fps)
+    if feature_fps is None:
+        return kept
+    try:
+        return resampled_lengths(kept, sampling.rates(index.num_frames, fps), feature_fps)
+    except ValueError as error:
+        raise UserError(f"data.feature_fps cannot be {feature_fps} for {index.root}: {error}.") from error
 
 
 def open_loader(
@@ -300,7 +352,7 @@ def open_loader(
     split: str = "train",
     *,
     batch_clips: int = 8,
-    sampling: FrameSampling = FrameSampling(),  # noqa: B008 (frozen)
+    sampling: FrameSampling | None = None,
     train: bool = True,
     seed: int = 0,
     epoch: int = 0,
@@ -313,10 +365,12 @@ def open_loader(
     """A loader for a loop of your own: `for batch in open_loader("data/mine"): ...`.
 
     shards: one shard folder (or address) or several. train: shuffled anew each epoch, with random frame
-    picks; otherwise longest first, each clip once. batch_clips: of one batch of this rank.
+    picks; otherwise longest first, each clip once. batch_clips: of one batch of this rank. sampling: without
+    one, every frame of a video, and of features those that they were made of.
     """
     index = mixture.open_indexes(shards, split)
-    num_kept = sampling.num_kept(index.num_frames, index.arrays["fps"])
+    sampling = sampling or (index.features[0].sampling if index.features else FrameSampling())
+    num_kept = num_places(index, sampling)
     plan = Plan(
         index.fingerprint,
         num_kept,
@@ -326,6 +380,7 @@ def open_loader(
         world_size,
         corpus=index.arrays.get("corpus"),
         weights=tuple(weights),
+        features=index.features_digest,
     )
     order = plan.epoch(epoch) if train else plan.in_length_order()
     reader = ClipReader(index, sampling, seed, train)

@@ -18,7 +18,7 @@ def open_indexes(
 ) -> Index:
     """The index of one split of one shard folder (or address), or of several joined.
 
-    Raises UserError as `load_index` does, or where a folder is named twice.
+    Raises UserError as `load_index` does, or where a folder is named twice, or video is mixed with features.
     """
     roots = [shards] if isinstance(shards, str | Path) else list(shards)
     if not roots:
@@ -29,6 +29,12 @@ def open_indexes(
             "Give a corpus more weight with --data.weights."
         )
     indexes = [load_index(root, split, cache) for root in roots]
+    kinds = {"features" if index.features else "video": index.root for index in indexes}
+    if len(kinds) > 1:
+        raise UserError(
+            f"data.shards must all be video or all be features, but {kinds['video']} is video and "
+            f"{kinds['features']} is features. Make features of all with launch/features.py."
+        )
     return indexes[0] if len(indexes) == 1 else join(indexes)
 
 
@@ -36,9 +42,10 @@ def join(indexes: Sequence[Index]) -> Index:
     """One index of all clips of several. Keys begin with their folder's place: folders number alike."""
     arrays = {name: np.concatenate([index.arrays[name] for index in indexes]) for name in COLUMNS}
     counts = [len(index) for index in indexes]
-    num_shards = np.cumsum([0, *(len(index.shards) for index in indexes)])
+    num_shards = np.cumsum([0, *(index.num_shards for index in indexes)])
     arrays["shard"] = arrays["shard"] + np.repeat(num_shards[:-1], counts).astype(np.int32)
     arrays["corpus"] = np.repeat(np.arange(len(indexes), dtype=np.int32), counts)
+    arrays["own_row"] = np.concatenate([np.arange(count, dtype=np.int32) for count in counts])
     for name in STRING_COLUMNS:
         if name == "key":
             keys = (f"{n}_{key}" for n, index in enumerate(indexes) for key in index.strings(name))
@@ -57,6 +64,10 @@ def join(indexes: Sequence[Index]) -> Index:
         arrays=arrays,
         store=JoinedStore({shard: index.store for index in reversed(indexes) for shard in index.shards}),
         corpora=tuple(index.corpus for index in indexes),
+        features=tuple(facts for index in indexes for facts in index.features),
+        views=np.concatenate([v for index in indexes if (v := index.views) is not None])
+        if indexes[0].features
+        else None,
     )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from flallm_ds.errors import UserError
 
-VERSION = 3
+VERSION = 4
 # Batches that are bucketed by length together: more pad less, fewer mix better. Small corpora take the least.
 POOL_BATCHES = (8, 64)
 EPOCH_POOLS = 32  # that an epoch should have at least, before its pools grow
@@ -28,10 +28,12 @@ class PlanState:
     """Where a run is in its data, as a few plain values; enough to go on to the bit, at any world size.
 
     batch_frames is 0 where `batch_clips` cuts the batches; weights are empty where every clip counts alike.
+    features: the digest of cached features, empty for video.
     """
 
     version: int
     fingerprint: str
+    features: str
     seed: int
     batch_clips: int
     batch_frames: int
@@ -114,7 +116,7 @@ class Plan:
     batch_clips: clips of a global batch at most. batch_frames: kept frames of a global batch at most,
     instead; a clip with more is a batch of its own.
     corpus, weights: each clip's corpus, int (clips,), and each corpus's share of an epoch; without weights an
-    epoch holds every clip once.
+    epoch holds every clip once. features: their digest, for the state; the order is that of the video.
     """
 
     fingerprint: str
@@ -126,11 +128,13 @@ class Plan:
     batch_frames: int = 0
     corpus: np.ndarray | None = None
     weights: tuple[float, ...] = ()
+    features: str = ""
 
     def state(self, epoch: int, step: int) -> PlanState:
         return PlanState(
             VERSION,
             self.fingerprint,
+            self.features,
             self.seed,
             self.batch_clips,
             self.batch_frames,

@@ -52,6 +52,14 @@ class FrameSampling:
         kept: np.ndarray = np.minimum(groups, self.max_frames)
         return kept
 
+    def rates(self, num_frames: np.ndarray, fps: np.ndarray) -> np.ndarray:
+        """Kept frames a second of clips of these lengths and rates, float64; fewer where they are thinned."""
+        fps = np.asarray(fps, np.float64)
+        strides = self.keep_every if self.target_fps is None else np.maximum(fps / self.target_fps, 1.0)
+        groups = np.floor((num_frames - 1) / strides + _EDGE) + 1
+        rates: np.ndarray = fps / strides * np.minimum(1.0, self.max_frames / groups)
+        return rates
+
     def picks(self, num_frames: int, fps: float = 25.0, rng: np.random.Generator | None = None) -> np.ndarray:
         """Indices of the kept frames, ascending, int64.
 

@@ -256,12 +256,12 @@ def test_a_state_of_the_same_plan_at_another_step_is_accepted():
     plan = plan_of(100)
     state = plan.state(2, 7)
     plan.state(0, 0).check_same_plan(state)
-    assert state == PlanState(3, "00112233445566aa", 0, 8, 0, (), 2, 2, 7)
+    assert state == PlanState(4, "00112233445566aa", "", 0, 8, 0, (), 2, 2, 7)
 
 
 def test_a_state_survives_json_and_one_of_another_version_is_refused():
     state = replace(plan_of(100), weights=(0.5,)).state(2, 7)
     assert PlanState.load(json.loads(json.dumps(asdict(state)))) == state
     old = {k: v for k, v in asdict(state).items() if k != "weights"} | {"version": 2}
-    with pytest.raises(UserError, match=r"version must be 3, but the checkpoint's is 2"):
+    with pytest.raises(UserError, match=r"version must be 4, but the checkpoint's is 2"):
         PlanState.load(old)

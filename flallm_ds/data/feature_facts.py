@@ -1,0 +1,105 @@
+"""What a folder of features says of itself, and one clip's features as bytes. numpy alone."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any, ClassVar
+
+import numpy as np
+
+from flallm_ds.data.sampling import FrameSampling
+from flallm_ds.errors import UserError
+
+DTYPES = ("float32", "float16")
+# The options of a run (data.NAME) that decide which pixels the encoder saw.
+OPTIONS = ("keep_every", "target_fps", "max_frames", "cap", "frame_size", "crop_size", "augment")
+
+
+@dataclass(frozen=True)
+class FeatureFacts:
+    """The features of one split of one folder.
+
+    root: where they lie. encoder: the fingerprint of what made them; made_by: where that was read from.
+    options: the values of `OPTIONS`. training: whether the views are training's (random picks, augmented),
+    drawn with `seed`; else there is one view, evaluation's. digest: of the tars' bytes.
+    """
+
+    KIND: ClassVar[str] = "features"  # of the folder, in index.json
+
+    root: str
+    source: str
+    encoder: str
+    made_by: str
+    width: int
+    dtype: str
+    options: Mapping[str, Any]
+    seed: int
+    views: int
+    training: bool
+    digest: str
+
+    @classmethod
+    def load(
+        cls, manifest: Mapping[str, Any], entry: Mapping[str, Any], root: str, digest: str
+    ) -> "FeatureFacts":
+        """From index.json and its entry of the split. Raises UserError where they do not fit each other."""
+        try:
+            facts = cls(
+                root=root,
+                views=entry["views"],
+                training=entry["training"],
+                digest=digest,
+                **manifest["features"],
+            )
+            whole = facts.dtype in DTYPES and facts.views >= 1 and len(entry["shards"]) % facts.views == 0
+        except (KeyError, TypeError):
+            whole = False
+        if not whole:
+            raise UserError(
+                f"index.json must say what its features are, but does not: {root}. Make them again with "
+                "launch/features.py."
+            )
+        return facts
+
+    @property
+    def sampling(self) -> FrameSampling:
+        """Which frames the encoder saw."""
+        return FrameSampling(
+            *(self.options[name] for name in ("keep_every", "max_frames", "target_fps", "cap"))
+        )
+
+    @property
+    def seed_matters(self) -> bool:
+        """Whether anything was drawn."""
+        of = self.options
+        still = of["keep_every"] == 1 and of["target_fps"] is None and of["cap"] == "uniform"
+        return self.training and not (still and of["crop_size"] == of["frame_size"] and not of["augment"])
+
+
+def to_npy(features_SD: np.ndarray) -> bytes:
+    """A member's bytes: numpy's plain format."""
+    file = BytesIO()
+    np.lib.format.write_array(file, np.ascontiguousarray(features_SD), version=(1, 0), allow_pickle=False)
+    return file.getvalue()
+
+
+def from_npy(member: memoryview, shape: tuple[int, int], dtype: str) -> np.ndarray:
+    """A view of the member's numbers. Raises ValueError unless it is an array of this shape, all finite.
+
+    Nothing is unpickled, and no memory is taken for what a header claims.
+    """
+    file = BytesIO(member[:256])
+    try:
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError("it is of another version")
+        found = np.lib.format.read_array_header_1_0(file)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"features must be in numpy's format, but are not ({error})") from error
+    if found != (shape, False, np.dtype(dtype)):
+        raise ValueError(f"features must be {dtype} of shape {shape}, but are {found[2]} of shape {found[0]}")
+    if len(member) != file.tell() + shape[0] * shape[1] * np.dtype(dtype).itemsize:
+        raise ValueError(f"features must be of shape {shape}, but are {len(member)} bytes")
+    features_SD: np.ndarray = np.frombuffer(member, dtype, offset=file.tell()).reshape(shape)
+    if not np.isfinite(features_SD).all():
+        raise ValueError("features must be finite, but are not: the clip was broken when they were made")
+    return features_SD
