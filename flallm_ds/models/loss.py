@@ -11,7 +11,6 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from flallm_ds.errors import UserError
 
@@ -55,7 +54,7 @@ class Head:
 
     @property
     def embedding(self) -> nn.Module:
-        """The output embedding; to be called, never read: ZeRO-3 gathers its weight around the call."""
+        """The output embedding. Its weight is whole only within a call of it: ZeRO-3 gathers it there."""
         module: nn.Module = self.llm.get_output_embeddings()
         return module
 
@@ -80,17 +79,16 @@ class Head:
         bias = getattr(self.llm, BIAS, None)
         return None if bias is None else bias.flatten()
 
-    @property
-    def is_partitioned(self) -> bool:
-        """Whether ZeRO-3 has the weight in parts, so that each call is a collective of all ranks."""
-        return any(hasattr(p, "ds_id") for p in self.embedding.parameters())
-
     def scaled(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden if self.scale == 1.0 else hidden * self.scale
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(..., E) -> (..., V)."""
-        logits: torch.Tensor = self.embedding(self.scaled(hidden))
+        products: torch.Tensor = self.embedding(self.scaled(hidden))
+        return self.finished(products)
+
+    def finished(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits from the product of scaled hidden states and the embedding's weight."""
         if self.bias_V is not None:
             logits = logits + self.bias_V
         if self.softcap:
@@ -107,100 +105,150 @@ def token_loss(
 ) -> torch.Tensor:
     """Cross entropy with label smoothing, summed over tokens, as a scalar in fp32.
 
-    how: "logits" of all tokens in one piece; "chunks" of them, each computed again in the backward pass;
-    "liger", liger-kernel's fused loss on CUDA; "auto": liger where it can, else logits while they are small.
-    Under ZeRO-3 every rank must call this, with as many tokens as it has, if none.
-    Raises UserError where "liger" is asked for and cannot be.
+    how: "logits" of all tokens in one piece; "chunks" of them, whose gradients are taken at once; "liger",
+    liger-kernel's fused loss on CUDA; "auto": liger where it can, else logits while they are small.
+    Each calls the output embedding once, and so may ranks under ZeRO-3, whatever their numbers of tokens.
+    Raises UserError where "liger" or "chunks" is asked for and cannot be.
     """
-    if how == "liger" or (how == "auto" and why_not_liger(head, hidden_NE.device) is None):
-        return _liger_loss(head, hidden_NE, targets_N, label_smoothing)
-    if how == "logits":
-        return _loss(head, hidden_NE, targets_N, label_smoothing)
-    most_tokens = _most_tokens(len(targets_N), head, hidden_NE.device)
-    logits_bytes = most_tokens * head.vocab_size * 4
-    if how == "auto" and logits_bytes <= SMALL_BYTES:
-        return _loss(head, hidden_NE, targets_N, label_smoothing)
-    return _chunked_loss(head, hidden_NE, targets_N, label_smoothing, num_chunks(logits_bytes))
+    reasons = {"chunks": why_not_plain(head), "liger": why_not_liger(head, hidden_NE.device)}
+    if how == "auto":
+        small = len(targets_N) * head.vocab_size * 4 <= SMALL_BYTES
+        how = "liger" if reasons["liger"] is None else "chunks"
+        if reasons["chunks"] is not None or (small and how == "chunks"):
+            how = "logits"
+    reason = reasons.get(how)
+    if reason is not None:
+        raise UserError(f"llm.loss={how} cannot be: {reason}. Use --llm.loss=auto.")
+    if how == "logits" or len(targets_N) == 0:
+        logits_NV = head.logits(hidden_NE).float()
+        return F.cross_entropy(logits_NV, targets_N, reduction="sum", label_smoothing=label_smoothing)
+    loss = _liger if how == "liger" else _chunked
+    embedding = head.embedding
+    assert isinstance(embedding, nn.Linear)
+
+    def forward(hidden_NE: torch.Tensor) -> torch.Tensor:
+        return loss(head, embedding.weight, hidden_NE, targets_N, label_smoothing)
+
+    # In place of the embedding's own forward, around which ZeRO-3 gathers the weight and lets it go.
+    embedding.forward = forward  # type: ignore[method-assign, assignment]
+    try:
+        summed: torch.Tensor = embedding(head.scaled(hidden_NE))
+    finally:
+        del embedding.forward
+    return summed
 
 
-def num_chunks(logits_bytes: int) -> int:
-    """The least power of two of chunks of at most CHUNK_BYTES.
-
-    A power of two, so that batches of other lengths seldom change it: ZeRO-3 records the order in which
-    modules are called and must forget it, and what it would have fetched ahead, when that changes.
-    """
-    return int(2 ** max(0, (-(-logits_bytes // CHUNK_BYTES) - 1).bit_length()))
-
-
-def _most_tokens(num_tokens: int, head: Head, device: torch.device) -> int:
-    """The largest number of tokens of any rank, where ranks must call the head equally often."""
-    if not (head.is_partitioned and torch.distributed.get_world_size() > 1):
-        return num_tokens
-    most = torch.tensor(num_tokens, device=device)
-    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
-    return int(most.item())
-
-
-def _loss(
-    head: Head, hidden_NE: torch.Tensor, targets_N: torch.Tensor, label_smoothing: float
-) -> torch.Tensor:
-    logits_NV = head.logits(hidden_NE).float()
-    return F.cross_entropy(logits_NV, targets_N, reduction="sum", label_smoothing=label_smoothing)
-
-
-def _chunked_loss(
-    head: Head, hidden_NE: torch.Tensor, targets_N: torch.Tensor, label_smoothing: float, chunks: int
-) -> torch.Tensor:
-    """A rank with fewer tokens than chunks has empty ones, so that all call the head equally often."""
-    parts = zip(hidden_NE.tensor_split(chunks), targets_N.tensor_split(chunks), strict=True)
-    losses = [
-        checkpoint(_loss, head, hidden, targets, label_smoothing, use_reentrant=False)
-        for hidden, targets in parts
-    ]
-    return torch.stack(losses).sum()
+def why_not_plain(head: Head) -> str | None:
+    """Why the output embedding is more than a weight; None where it is not."""
+    embedding = head.embedding
+    if type(embedding) is nn.Linear and embedding.bias is None:
+        return None
+    return f"the output embedding must be a Linear without bias, but is {embedding}"
 
 
 def why_not_liger(head: Head, device: torch.device) -> str | None:
-    """What stands against liger-kernel's loss, as the end of a sentence; None where nothing does."""
+    """What stands against liger-kernel's loss; None where nothing does."""
     if device.type != "cuda":
-        return "this machine computes without a CUDA device"
+        return "it needs a CUDA device, but there is none"
     if importlib.util.find_spec("liger_kernel") is None:
-        return "liger-kernel is not installed (pip install flallm_ds[gpu])"
-    if type(head.embedding) is not nn.Linear or head.embedding.bias is not None:
-        return f"the output embedding is a {type(head.embedding).__name__} with more than a weight"
-    return None
+        return "liger-kernel must be installed, but is not (pip install 'flallm_ds[gpu]')"
+    return why_not_plain(head)
 
 
-def _liger_loss(
-    head: Head, hidden_NE: torch.Tensor, targets_N: torch.Tensor, label_smoothing: float
+def _operand_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """What a matrix product here is computed in."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
+
+
+def _liger(
+    head: Head,
+    weight_VE: torch.Tensor,
+    hidden_NE: torch.Tensor,
+    targets_N: torch.Tensor,
+    label_smoothing: float,
 ) -> torch.Tensor:
-    reason = why_not_liger(head, hidden_NE.device)
-    if reason is not None:
-        raise UserError(
-            f"llm.loss=liger must have a CUDA device, liger-kernel and a plain output embedding, but "
-            f"{reason}. Use --llm.loss=auto."
-        )
-    if len(targets_N) == 0:  # its chunk length would be 0
-        return _loss(head, hidden_NE, targets_N, label_smoothing)
     from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
 
     fused = LigerFusedLinearCrossEntropyLoss(
         reduction="sum", label_smoothing=label_smoothing, softcap=head.softcap, accum_dtype=torch.float32
     )
-    embedding = head.embedding
+    dtype = _operand_dtype(hidden_NE)  # it casts nothing itself
+    bias_V = None if head.bias_V is None else head.bias_V.to(dtype)
+    loss: torch.Tensor = fused(weight_VE.to(dtype), hidden_NE.to(dtype), targets_N, bias_V)
+    return loss.float()
 
-    def forward(hidden: torch.Tensor) -> torch.Tensor:
-        # The fused loss casts no operand itself.
-        device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        bias = None if head.bias_V is None else head.bias_V.to(dtype)
-        loss: torch.Tensor = fused(embedding.weight.to(dtype), hidden.to(dtype), targets_N, bias)
+
+def _chunked(
+    head: Head,
+    weight_VE: torch.Tensor,
+    hidden_NE: torch.Tensor,
+    targets_N: torch.Tensor,
+    label_smoothing: float,
+) -> torch.Tensor:
+    loss: torch.Tensor = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
+        hidden_NE, weight_VE, targets_N, head, label_smoothing, torch.is_grad_enabled()
+    )
+    return loss
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """The loss and, chunk by chunk in the same pass, its gradients: no logits are kept or computed twice.
+
+    The idea of liger-kernel's fused loss (Hsu et al. 2024, arXiv 2410.10989, section 3.2).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_NE: torch.Tensor,
+        weight_VE: torch.Tensor,
+        targets_N: torch.Tensor,
+        head: Head,
+        label_smoothing: float,
+        with_gradients: bool,
+    ) -> torch.Tensor:
+        ctx.dtypes = hidden_NE.dtype, weight_VE.dtype
+        dtype = _operand_dtype(hidden_NE)
+        hidden_NE, weight = hidden_NE.to(dtype), weight_VE.to(dtype)
+        gradient_NE = torch.empty_like(hidden_NE) if with_gradients and ctx.needs_input_grad[0] else None
+        # Summed in fp32: a sum of many chunks in bf16 loses what the last ones add.
+        wanted = with_gradients and ctx.needs_input_grad[1]
+        gradient_VE = torch.zeros_like(weight, dtype=torch.float32) if wanted else None
+        loss = hidden_NE.new_zeros((), dtype=torch.float32)
+        length = max(1, CHUNK_BYTES // (4 * len(weight)))
+        with torch.autocast(hidden_NE.device.type, enabled=False):
+            for begin in range(0, len(hidden_NE), length):
+                part = slice(begin, begin + length)
+                products = (hidden_NE[part] @ weight.T).requires_grad_(with_gradients)
+                with torch.set_grad_enabled(with_gradients):
+                    chunk_loss = F.cross_entropy(
+                        head.finished(products).float(),
+                        targets_N[part],
+                        reduction="sum",
+                        label_smoothing=label_smoothing,
+                    )
+                loss += chunk_loss.detach()
+                if not with_gradients:
+                    continue
+                (gradient,) = torch.autograd.grad(chunk_loss, products)
+                if gradient_NE is not None:
+                    torch.mm(gradient, weight, out=gradient_NE[part])
+                if gradient_VE is not None:
+                    _add_product(gradient_VE, gradient.T, hidden_NE[part])
+        ctx.save_for_backward(gradient_NE, gradient_VE)
         return loss
 
-    # Inside a call of the embedding, where ZeRO-3 has gathered its weight.
-    embedding.forward = forward
-    try:
-        loss: torch.Tensor = embedding(head.scaled(hidden_NE))
-    finally:
-        del embedding.forward
-    return loss
+    @staticmethod
+    def backward(ctx: Any, factor: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gradient_NE, gradient_VE = ctx.saved_tensors
+        scaled = [None if g is None else g.mul_(factor) for g in (gradient_NE, gradient_VE)]
+        gradients = [None if g is None else g.to(d) for g, d in zip(scaled, ctx.dtypes, strict=True)]
+        return (*gradients, None, None, None, None)
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right

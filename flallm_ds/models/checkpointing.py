@@ -1,0 +1,78 @@
+"""Activation checkpointing: what a layer computed is dropped and computed again in the backward pass."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from flallm_ds.errors import UserError
+
+
+def checkpoint_llm(llm: Any) -> None:
+    """Keep only each layer's input. Raises UserError for a model that transformers cannot do it for."""
+    if not llm.supports_gradient_checkpointing:
+        raise UserError(
+            f"llm.checkpointing must be false for a {llm.config.model_type} model, which cannot do it, "
+            "but is true."
+        )
+    # The name changes with transformers 6; until 5.22 there is only the old one.
+    enable = getattr(llm, "activation_checkpointing_enable", None) or llm.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+def checkpoint_stages(backbone: nn.Module) -> None:
+    """Keep only the input of each stage of a network for images. Raises ValueError where it has no stages."""
+    for stage in stages_of(backbone):
+        _checkpoint_forward(stage)
+
+
+def stages_of(backbone: nn.Module) -> list[nn.Module]:
+    """What a network for images applies one after another, the stem and the pooling apart.
+
+    The first list of several modules, in whatever depth (transformers), or the likes of layer1 ... layer4
+    and a sequence named stages or blocks (timm).
+    """
+    for name, module in backbone.named_modules():
+        named = name.rpartition(".")[2] in ("stages", "blocks") and isinstance(module, nn.Sequential)
+        if (named or isinstance(module, nn.ModuleList)) and len(list(module.children())) > 1:
+            return list(module.children())
+    layers = [m for name, m in backbone.named_children() if name.startswith("layer") and name[5:].isdigit()]
+    if not layers:
+        raise ValueError(f"{type(backbone).__name__} must have a list of stages, but has none.")
+    return layers
+
+
+def _checkpoint_forward(module: nn.Module) -> None:
+    forward = module.forward
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), _statistics_kept(norms)
+
+    def checkpointed(*args: Any, **kwargs: Any) -> Any:
+        if not (module.training and torch.is_grad_enabled()):
+            return forward(*args, **kwargs)
+        # To its end, or hooks that ZeRO-3 has set behind the last modules would not run.
+        return checkpoint(
+            forward, *args, use_reentrant=False, context_fn=contexts, early_stop=False, **kwargs
+        )
+
+    module.forward = checkpointed
+
+
+@contextmanager
+def _statistics_kept(norms: Iterable[_BatchNorm]) -> Iterator[None]:
+    """Batches seen in here are normalised as ever, but do not enter the running statistics again."""
+    before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm, _, _ in before:
+        # A momentum of 0 leaves the statistics to the bit. With the counter away nothing counts either.
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, momentum, counter in before:
+            norm.momentum, norm.num_batches_tracked = momentum, counter
