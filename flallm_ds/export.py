@@ -1,20 +1,24 @@
 """The export folder: a trained translator that loads without DeepSpeed.
 
-flallm.json                  stage, widths, frame picking, preprocessing, scores
-visual_encoder.safetensors   the hand-over from stage 1 to stage 2
+README.md                      the model card
+flallm.json                    stage, widths, frame picking, preprocessing, scores, how it was trained
+visual_encoder.safetensors     the hand-over from stage 1 to stage 2
 feature_extractor.safetensors  where the LLM reads states of Light-T's encoder: that and its VL-Adapter
 adapter.safetensors
-language_model/              Light-T or the LLM in the Hugging Face layout, tokenizer and vocabulary.json
+language_model/                Light-T or the LLM in the Hugging Face layout, tokenizer and vocabulary.json
+
+Numbers are stored as the engine held them: bf16 under a bf16 engine, as they were scored, else fp32.
 """
 
 import json
+from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoConfig
 
 from flallm_ds.config import RunConfig
@@ -22,19 +26,29 @@ from flallm_ds.data.index import Index
 from flallm_ds.data.sampling import FrameSampling
 from flallm_ds.data.text import TextCodec
 from flallm_ds.errors import UserError
+from flallm_ds.model_card import model_card, training_facts
 from flallm_ds.models.adapters import Adapter
 from flallm_ds.models.feature_extractor import FeatureExtractor, Kind, encoder_of
 from flallm_ds.models.light_translator import light_translator_from_config
-from flallm_ds.models.llm import load_llm
+from flallm_ds.models.llm import LlmOptions, embedding_scale, llm_width, load_llm
 from flallm_ds.models.sign_translator import SignTranslator
 from flallm_ds.models.visual_encoder import VisualEncoder
+from flallm_ds.models.weights import Weights, WeightsWriter, load_weights, must_hold
 
-FORMAT = "flallm_ds export 1"
+FORMAT = "flallm_ds export 2"
 SETTINGS_FILE = "flallm.json"
+CARD_FILE = "README.md"
 VISUAL_FILE = "visual_encoder.safetensors"
 FEATURES_FILE = "feature_extractor.safetensors"
 ADAPTER_FILE = "adapter.safetensors"
 LANGUAGE_MODEL = "language_model"
+# Where the parameters of a SignTranslator go, by the beginnings of their names; the first that fits.
+PLACES = {
+    "visual.visual.": VISUAL_FILE,
+    "visual.": FEATURES_FILE,
+    "adapter.": ADAPTER_FILE,
+    "language_model.": f"{LANGUAGE_MODEL}/model.safetensors",
+}
 
 
 @dataclass(frozen=True)
@@ -76,6 +90,7 @@ def settings_of(
             "max_new_tokens": config.eval.max_new_tokens,
         },
         "scores": scores,
+        "training": training_facts(config, index),
     }
 
 
@@ -90,27 +105,30 @@ def frame_sampling(settings: dict[str, Any]) -> FrameSampling:
 def write(
     folder: Path,
     settings: dict[str, Any],
-    state: dict[str, torch.Tensor],
+    state: Iterable[tuple[str, torch.Tensor]],
     language_model: Any,
     codec: TextCodec,
 ) -> None:
-    """Fill an empty folder. state: parameters named visual.*, features.*, adapter.* and language_model.*."""
-    names = ("visual", "features", "adapter", "language_model")
-    parts: dict[str, dict[str, torch.Tensor]] = {name: {} for name in names}
-    for name, tensor in state.items():
-        part, _, rest = name.partition(".")
-        parts[part][rest] = tensor
+    """Fill an empty folder.
+
+    state: (name, tensor) of a `SignTranslator` with its feature extractor as `visual`, in any order; at most
+    2 GB of it for each file are held at a time.
+    """
     lm_folder = folder / LANGUAGE_MODEL
     lm_folder.mkdir()
-    save_file(parts["visual"], folder / VISUAL_FILE)
-    if parts["features"]:
-        save_file(parts["features"], folder / FEATURES_FILE)
-    save_file(parts["adapter"], folder / ADAPTER_FILE)
-    save_file(parts["language_model"], lm_folder / "model.safetensors", metadata={"format": "pt"})
+    with ExitStack() as stack:
+        writers: dict[str, WeightsWriter] = {}
+        for name, tensor in state:
+            prefix = next(prefix for prefix in PLACES if name.startswith(prefix))
+            if prefix not in writers:
+                place = folder / PLACES[prefix]
+                writers[prefix] = stack.enter_context(WeightsWriter(place.parent, place.name))
+            writers[prefix].add(name.removeprefix(prefix), tensor)
     language_model.config.save_pretrained(lm_folder)
     language_model.generation_config.save_pretrained(lm_folder)
     codec.save(lm_folder)
     (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (folder / CARD_FILE).write_text(model_card(settings, codec), encoding="utf-8")
 
 
 def find(folder: str | Path) -> Path:
@@ -128,18 +146,21 @@ def read_settings(folder: Path) -> dict[str, Any]:
     """flallm.json. Raises UserError for another format."""
     try:
         settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{folder / SETTINGS_FILE} must be JSON, but {error}.") from error
-    if settings.get("format") != FORMAT:
-        raise UserError(f"{folder} must be of format {FORMAT!r}, but is {settings.get('format')!r}.")
-    return dict(settings)
+    if not isinstance(settings, dict) or settings.get("format") != FORMAT:
+        found = settings.get("format") if isinstance(settings, dict) else None
+        raise UserError(
+            f"{folder} must be of format {FORMAT!r}, but is {found!r}: load it with the version that wrote "
+            "it, or train again."
+        )
+    return settings
 
 
 def read_visual(folder: Path) -> VisualEncoder:
     """The visual encoder alone, in eval mode."""
-    settings = read_settings(folder)
-    visual = VisualEncoder(**settings["visual"])
-    _load_into(visual, folder / VISUAL_FILE)
+    visual = VisualEncoder(**read_settings(folder)["visual"])
+    load_weights(visual, Weights(folder, VISUAL_FILE))
     return visual.eval()
 
 
@@ -150,89 +171,58 @@ def read_features(folder: Path, kind: Kind | None = None) -> FeatureExtractor:
     """
     settings = read_settings(folder)
     visual = read_visual(folder)
-    own = settings.get("features", {"kind": "signs"})
+    own = settings["features"]
     kind = kind or own["kind"]
     if kind != "light_t":
         return FeatureExtractor(visual, kind).eval()
     if own["kind"] == "light_t":
         extractor = FeatureExtractor.from_settings(visual, own)
-        state = _load(folder / FEATURES_FILE)
-        _load_into(extractor, folder / FEATURES_FILE, state | _prefixed("visual.", visual.state_dict()))
+        parts = {name: part for name, part in extractor.named_children() if name != "visual"}
+        load_weights(nn.ModuleDict(parts), Weights(folder, FEATURES_FILE))
         return extractor.eval()
     if settings["stage"] != "visual":
         raise UserError(
             f"llm.input=light_t must read a result of stage visual, but {folder} is of stage "
             f"{settings['stage']}. Give its stage 1 as --visual_run."
         )
-    light_t = light_translator_from_config(_read_config(folder / LANGUAGE_MODEL))
-    _load_into(light_t, folder / LANGUAGE_MODEL / "model.safetensors")
-    adapter = Adapter(visual.feature_width, light_t.config.d_model, adapter_scale(light_t))
-    _load_into(adapter, folder / ADAPTER_FILE)
+    light_t = _read_light_translator(folder / LANGUAGE_MODEL)
+    adapter = _read_adapter(folder, visual.feature_width, light_t)
     return FeatureExtractor(visual, kind, adapter, encoder_of(light_t.get_encoder())).eval()
 
 
-def read(folder: Path) -> Export:
-    """Everything, ready to translate. Raises UserError where the folder is not whole."""
+def read(folder: Path, options: LlmOptions | None = None) -> Export:
+    """Everything, ready to translate; no second copy of the weights is held on the way.
+
+    Raises UserError where the folder is not whole.
+    """
     settings = read_settings(folder)
     visual = read_features(folder).requires_grad_(False)
     lm_folder = folder / LANGUAGE_MODEL
     codec = TextCodec.load(lm_folder)
     if settings["stage"] == "visual":
-        language_model = light_translator_from_config(_read_config(lm_folder))
-        _load_into(language_model, lm_folder / "model.safetensors")
+        language_model = _read_light_translator(lm_folder)
     else:
-        state = _load(lm_folder / "model.safetensors")
-        language_model = load_llm(str(lm_folder))  # transformers fills what is missing with random numbers
-        _must_hold(language_model, state, lm_folder / "model.safetensors")
-    adapter = Adapter(visual.feature_width, language_model.config.d_model, adapter_scale(language_model))
-    _load_into(adapter, folder / ADAPTER_FILE)
+        weights = Weights(lm_folder)
+        language_model = load_llm(str(lm_folder), options or LlmOptions())
+        must_hold(weights, language_model)  # transformers fills what is missing with random numbers
+    adapter = _read_adapter(folder, visual.feature_width, language_model)
     translator = SignTranslator(None, adapter, language_model, codec).eval().requires_grad_(False)
     return Export(settings, visual, translator, codec)
 
 
-def adapter_scale(language_model: Any) -> float:
-    """sqrt(E) where the language model scales its word embeddings, so that visual tokens are as large."""
-    config = language_model.config
-    return float(config.d_model) ** 0.5 if getattr(config, "scale_embedding", False) else 1.0
-
-
-def _read_config(folder: Path) -> Any:
+def _read_light_translator(folder: Path) -> Any:
     try:
-        return AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise UserError(
             f"{folder} must hold a config.json, but does not: {str(error).splitlines()[0]}"
         ) from error
+    light_t = light_translator_from_config(config)
+    load_weights(light_t, Weights(folder))
+    return light_t
 
 
-def _prefixed(prefix: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {prefix + name: tensor for name, tensor in state.items()}
-
-
-def _load_into(
-    module: torch.nn.Module, path: Path, state: dict[str, torch.Tensor] | None = None
-) -> None:
-    """state: default what the file at `path` holds."""
-    state = _load(path) if state is None else state
-    _must_hold(module, state, path)
-    try:
-        module.load_state_dict(state, strict=False)  # second names of tied parameters are left out
-    except RuntimeError as error:
-        raise UserError(
-            f"{path} must fit its settings, but does not: {str(error).splitlines()[-1].strip()}"
-        ) from error
-
-
-def _must_hold(module: torch.nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
-    """Raise UserError if a parameter or a running statistic would keep the value it was made with."""
-    tensors = [*module.named_parameters(), *module.named_buffers()]
-    missing = [n for n, _ in tensors if n not in state and n in module.state_dict()]
-    if missing:
-        raise UserError(f"{path} must hold {missing[0]}, but does not: it is of another model or not whole.")
-
-
-def _load(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        return dict(load_file(path))
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} must be a whole safetensors file, but is not ({error}).") from error
+def _read_adapter(folder: Path, in_width: int, language_model: Any) -> Adapter:
+    adapter = Adapter(in_width, llm_width(language_model), embedding_scale(language_model))
+    load_weights(adapter, Weights(folder, ADAPTER_FILE))
+    return adapter

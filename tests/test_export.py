@@ -16,12 +16,14 @@ from flallm_ds.data.store import LocalStore
 from flallm_ds.data.text import Instruction, TextCodec
 from flallm_ds.errors import UserError
 from flallm_ds.models.adapters import Adapter
+from flallm_ds.models.feature_extractor import FeatureExtractor
 from flallm_ds.models.light_translator import build_light_translator
-from flallm_ds.models.llm import load_llm, trim_llm
+from flallm_ds.models.llm import embedding_scale, load_llm, trim_llm
 from flallm_ds.models.sign_translator import Beam, Candidate, SignTranslator
 from flallm_ds.models.visual_encoder import VisualEncoder
+from flallm_ds.models.weights import named_state
 
-BEAM = Beam(num_beams=3, max_new_tokens=8)
+BEAM = Beam(num_beams=3, max_new_tokens=8, num_return=2)  # scores are compared, too
 
 
 @pytest.fixture(scope="module")
@@ -40,18 +42,11 @@ def targets(codec: TextCodec) -> torch.Tensor:
     return torch.tensor([codec.encode("regen wind sonne"), codec.encode("nebel wolken schnee")])
 
 
-def state_of(model: SignTranslator) -> dict[str, torch.Tensor]:
-    """As the engine gathers it: each parameter once, tied ones under their first name, then the buffers."""
-    state = {name: p.detach().clone() for name, p in model.named_parameters()}
-    kept = model.state_dict().keys()
-    return state | {name: b.clone() for name, b in model.named_buffers() if name in kept}
-
-
 def settings_of(stage: str) -> dict:
     config = RunConfig(stage=stage, run="r", visual_run="v").with_overrides(
         {"visual.width": "4", "visual.temporal_kernel": "5", "data.frame_size": "40", "data.crop_size": "32"}
     )
-    arrays = {"height": np.array([79]), "width": np.array([64])}
+    arrays = {"height": np.array([79]), "width": np.array([64]), "num_frames": np.array([20])}
     index = Index(LocalStore("shards"), "toy", "train", "ab", (), arrays, options={"fps": 12.5})
     return export.settings_of(config, index, scores={"dev": {"bleu4": 1.5}})
 
@@ -71,12 +66,12 @@ def used(model: SignTranslator) -> SignTranslator:
 def stage_1(codec, tmp_path_factory):
     """(folder of an export of stage visual; the ids and the loss before it was written)."""
     torch.manual_seed(0)
-    visual = VisualEncoder(width=4, temporal_kernel=5)
+    visual = FeatureExtractor(VisualEncoder(width=4, temporal_kernel=5))
     light_t = build_light_translator("tiny", codec, dropout=0.1)
     model = used(SignTranslator(visual, Adapter(32, 256), light_t, codec))
     folder = tmp_path_factory.mktemp("run") / "best"
     folder.mkdir()
-    export.write(folder, settings_of("visual"), state_of(model), light_t, codec)
+    export.write(folder, settings_of("visual"), named_state(model), light_t, codec)
     with torch.no_grad():
         wordings = [codec.light_wording()] * len(clips()[1])
         said = model.generate(*clips(), wordings, BEAM)
@@ -85,7 +80,9 @@ def stage_1(codec, tmp_path_factory):
 
 def translate(loaded: export.Export) -> list[list[Candidate]]:
     pixels_NCHW, num_frames_B = clips()
-    wordings = [loaded.codec.wording()] * len(num_frames_B)
+    codec = loaded.codec
+    wording = codec.light_wording() if loaded.settings["stage"] == "visual" else codec.wording()
+    wordings = [wording] * len(num_frames_B)
     with torch.no_grad():
         features_ND = loaded.visual(pixels_NCHW, num_frames_B)
         return loaded.translator.generate(features_ND, num_frames_B, wordings, BEAM)
@@ -133,13 +130,13 @@ def test_an_export_of_stage_llm_says_what_the_model_said(tiny_corpus, codec, tmp
     torch.manual_seed(0)
     trim_llm(str(tiny_corpus / "llm"), codec, tmp_path / "trimmed")
     llm = load_llm(str(tmp_path / "trimmed"))
-    visual = VisualEncoder(width=4, temporal_kernel=5).eval()
-    model = used(SignTranslator(None, Adapter(32, 64, export.adapter_scale(llm)), llm, codec))
+    visual = FeatureExtractor(VisualEncoder(width=4, temporal_kernel=5)).eval()
+    model = used(SignTranslator(None, Adapter(32, 64, embedding_scale(llm)), llm, codec))
     pixels_NCHW, num_frames_B = clips()
     with torch.no_grad():
         wordings = [codec.wording()] * len(num_frames_B)
         before = model.generate(visual(pixels_NCHW, num_frames_B), num_frames_B, wordings, BEAM)
-    state = state_of(model) | {f"visual.{n}": t for n, t in visual.state_dict().items()}
+    state = [*named_state(model), *((f"visual.{n}", t) for n, t in named_state(visual))]
     (tmp_path / "best").mkdir()
     export.write(tmp_path / "best", settings_of("llm"), state, llm, codec)
     loaded = export.read(tmp_path / "best")

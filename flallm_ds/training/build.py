@@ -103,7 +103,7 @@ class Task:
         beam = Beam(
             self.config.eval.num_beams, self.config.eval.length_penalty, self.config.eval.max_new_tokens
         )
-        synced = self.engine.partitions_parameters and self.world.size > 1
+        synced = self.engine.searches_in_step
         found: list[list[Candidate]] = self.engine.module.generate(
             self.inputs(batch, train=False), batch.num_frames_B, self.wordings(batch), beam, synced
         )
@@ -295,7 +295,7 @@ def imagenet_encoder(config: RunConfig, world: World) -> VisualEncoder:
 
 def visual_model(config: RunConfig, codec: TextCodec, visual: FeatureExtractor) -> SignTranslator:
     light_t = build_light_translator(config.light_t.size, codec, config.light_t.dropout)
-    adapter = Adapter(visual.feature_width, light_t.config.d_model, export.adapter_scale(light_t))
+    adapter = Adapter(visual.feature_width, llm_width(light_t), embedding_scale(light_t))
     return SignTranslator(visual, adapter, light_t, codec)
 
 

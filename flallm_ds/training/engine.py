@@ -5,9 +5,10 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -22,7 +23,7 @@ from torch import nn
 
 from flallm_ds.command import nearest
 from flallm_ds.config import OptimConfig
-from flallm_ds.dist import World
+from flallm_ds.dist import World, all_reduce_sum
 from flallm_ds.errors import UserError
 
 # Numbers that RunConfig owns: a second value in the JSON would be a second truth.
@@ -169,6 +170,9 @@ def check_compilation_locks() -> None:
         )
 
 
+HELD = -1  # among the modules that are busy with a parameter; DeepSpeed numbers its own from 0
+
+
 class Engine:
     """A module under DeepSpeed.
 
@@ -190,6 +194,7 @@ class Engine:
             if names:
                 deepspeed.utils.set_z3_leaf_modules(module, names)
         self.world, self.config = world, config
+        self._holds_all = False
         self.weight_decay = optim.weight_decay
         self._engine, self._optimizer, *_ = deepspeed.initialize(
             model=module,
@@ -267,21 +272,57 @@ class Engine:
         if path is None:
             raise UserError(f"the checkpoint must hold DeepSpeed's files, but does not: {folder}.")
 
-    def whole_state(self) -> dict[str, torch.Tensor]:
-        """All parameters and persistent buffers on rank 0's host memory, fp32; empty on the other ranks.
+    def state(self) -> Iterator[tuple[str, torch.Tensor | None]]:
+        """(name, tensor on the host) of each parameter and persistent buffer, in the engine's precision.
 
-        Every rank must call it. Parameters are gathered one at a time; tied ones appear once.
+        Every rank must drive it to its end, since each parameter is gathered by all; one is held at a time.
+        Tensors come on rank 0, None on the others; tied parameters come once.
         """
-        state: dict[str, torch.Tensor] = {}
         for name, parameter in self.module.named_parameters():
+            tensor = None
             with deepspeed.zero.GatheredParameters([parameter], enabled=self.partitions_parameters):
                 if self.world.is_main:
-                    state[name] = parameter.detach().float().cpu().clone().contiguous()
-        if self.world.is_main:
-            persistent = self.module.state_dict().keys()
-            buffers = {n: b for n, b in self.module.named_buffers() if n in persistent}
-            state |= {n: b.detach().cpu().clone().contiguous() for n, b in buffers.items()}
-        return state
+                    tensor = parameter.detach().cpu().clone()
+            yield name, tensor
+        persistent = self.module.state_dict().keys()
+        for name, buffer in self.module.named_buffers():
+            if name in persistent:
+                yield name, buffer.detach().cpu().clone() if self.world.is_main else None
+
+    @contextmanager
+    def gathered(self, how: Literal["auto", "never"]) -> Iterator[None]:
+        """Within it every rank holds all parameters: a search does not gather them again for every token.
+
+        how: "auto", where they take at most half of the memory that is free on every rank.
+        """
+        parameters = [p for p in self.module.parameters() if hasattr(p, "ds_id")]
+        if not parameters or how == "never" or not self._fit(parameters):
+            yield
+            return
+        with ExitStack() as stack:
+            for parameter in parameters:
+                stack.enter_context(deepspeed.zero.GatheredParameters([parameter]))
+                # As if a module were always busy with it, else the first one that is done would let it go.
+                parameter.ds_active_sub_modules.add(HELD)
+            self._holds_all = True
+            try:
+                yield
+            finally:
+                self._holds_all = False
+                for parameter in parameters:
+                    parameter.ds_active_sub_modules.discard(HELD)
+
+    @property
+    def searches_in_step(self) -> bool:
+        """Whether every rank must make as many forwards as the others while sentences are searched for."""
+        return self.partitions_parameters and self.world.size > 1 and not self._holds_all
+
+    def _fit(self, parameters: Sequence[Any]) -> bool:
+        size = sum(p.ds_numel * p.element_size() for p in parameters)
+        accelerator = deepspeed.accelerator.get_accelerator()
+        sharers = self.world.local_size if self.world.device.type == "cpu" else 1
+        too_large = size > accelerator.available_memory() / sharers / 2
+        return all_reduce_sum([too_large], self.world)[0] == 0
 
 
 def _checkpoint_classes() -> list[Any]:

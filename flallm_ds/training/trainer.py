@@ -1,5 +1,6 @@
 """The loop: steps, progress, dev scores, checkpoints, and going on where a run was."""
 
+import itertools
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -7,15 +8,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from flallm_ds import export
 from flallm_ds.contracts import Batch
 from flallm_ds.data.device import on_device
 from flallm_ds.data.plan import PlanState
-from flallm_ds.dist import all_reduce_sum, main_first
+from flallm_ds.dist import all_reduce_sum, gather_objects, main_first
 from flallm_ds.errors import Preempted, UserError
 from flallm_ds.metrics import score
-from flallm_ds.models.feature_extractor import named_for_export
+from flallm_ds.models.weights import named_state
 from flallm_ds.training import checkpoint
 from flallm_ds.training.build import Task
 from flallm_ds.training.evaluate import Evaluation, texts_of
@@ -92,7 +94,7 @@ class Trainer:
         task, train, at = self.task, self.config.train, self.at
         counts = [
             sum(b.num_target_tokens for b in batches),
-            sum(len(b.frames_NHWC) for b in batches),
+            sum(int(b.num_frames_B.sum()) for b in batches),
             bool(self.stop),
         ]
         tokens, frames, stops = all_reduce_sum(counts, self.world)
@@ -162,7 +164,8 @@ class Trainer:
         begin = time.perf_counter()
         task.engine.module.eval()
         evaluation = Evaluation(task.dev_loader(), task.generate, task.codec, self.world)
-        hypotheses = evaluation.hypotheses()
+        with task.engine.gathered(self.config.eval.gather):
+            hypotheses = evaluation.hypotheses()
         scores = score(*texts_of(hypotheses), language=task.codec.language)
         seconds = time.perf_counter() - begin
         self.progress.pause(seconds)
@@ -177,19 +180,32 @@ class Trainer:
             self._export({self.config.eval.split: scores.as_dict(), "epoch": self.at.epoch})
 
     def _export(self, scores: dict[str, Any]) -> None:
+        """Write best/, tensor by tensor. Raises UserError on every rank where it cannot be written."""
         task = self.task
-        state = task.engine.whole_state()
-        if not self.world.is_main:
-            return
-        visual = {n.removeprefix("visual."): state.pop(n) for n in list(state) if n.startswith("visual.")}
-        if task.frozen is not None:
-            visual = {n: t.detach().cpu() for n, t in task.frozen.state_dict().items()}
-        state |= named_for_export(visual)
-        settings = export.settings_of(self.config, task.train_index, scores, task.extractor.settings())
-        language_model = task.engine.module.language_model
-        checkpoint.replace_folder(
-            self.folder / "best", lambda out: export.write(out, settings, state, language_model, task.codec)
-        )
+        state = task.engine.state()  # every rank must drive it to its end, whatever becomes of the files
+        problem = None
+        if self.world.is_main:
+            frozen = named_state(task.frozen) if task.frozen is not None else ()
+            tensors = itertools.chain(
+                ((name, tensor) for name, tensor in state if tensor is not None),
+                ((f"visual.{name}", tensor) for name, tensor in frozen),
+            )
+            settings = export.settings_of(self.config, task.train_index, scores, task.extractor.settings())
+            llm = task.engine.module.language_model
+            try:
+                checkpoint.replace_folder(
+                    self.folder / "best", lambda out: export.write(out, settings, tensors, llm, task.codec)
+                )
+            except (OSError, SafetensorError) as error:
+                problem = str(error)
+        for _ in state:
+            pass
+        problems = [p for p in gather_objects(problem, self.world) if p]
+        if problems:
+            raise UserError(
+                f"the export must be written to {self.folder / 'best'}, but was not ({problems[0]}). "
+                "The run is whole; free some space and run the same command again."
+            )
 
     def _save(self) -> None:
         begin = time.perf_counter()

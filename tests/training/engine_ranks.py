@@ -73,7 +73,7 @@ def grad_norms(zero: dict[str, Any], world: dist.World) -> list[dict[str, Any]]:
     found = []
     for step in range(2):
         plain = Plain()
-        weights = dist.broadcast_object(engine.whole_state(), world)
+        weights = dist.broadcast_object(dict(engine.state()), world)
         plain.load_state_dict(weights)
         for rank in range(world.size):
             for batch in batches(dist.World(rank, world.size, rank, world.size), step):

@@ -1,0 +1,180 @@
+"""The model card of an export: what it is, how it was trained, how well it does; from what is recorded."""
+
+import json
+import shlex
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from flallm_ds.config import FREE_TO_CHANGE, RunConfig
+from flallm_ds.data.index import Index
+from flallm_ds.data.languages import find_language
+from flallm_ds.data.text import TextCodec
+from flallm_ds.recipes import RECIPES
+
+SCORES = {
+    "bleu1": "BLEU-1",
+    "bleu2": "BLEU-2",
+    "bleu3": "BLEU-3",
+    "bleu4": "BLEU-4",
+    "rouge_l": "ROUGE-L",
+    "chrf": "chrF",
+}
+SIGNATURES = {"bleu_signature": "BLEU", "rouge_signature": "ROUGE-L", "chrf_signature": "chrF"}
+PACKAGES = ("flallm_ds", "torch", "transformers", "deepspeed")
+
+
+def training_facts(config: RunConfig, index: Index) -> dict[str, Any]:
+    """How a model was trained, as plain values. index: of the training clips.
+
+    Absolute paths are cut to their last part: a card is made to be shown.
+    """
+    llm = None if config.stage == "visual" else config.llm.name
+    return {
+        "command": command(config),
+        "llm": _without_folders(llm),
+        "llm_is_of_a_hub": llm is not None and not Path(llm).exists(),
+        "tune": None if config.stage == "visual" else config.llm.tune,
+        "corpora": list(index.corpora) or [index.corpus],
+        "num_clips": len(index),
+        "epochs": config.train.epochs,
+        "versions": {name: metadata.version(name) for name in PACKAGES},
+    }
+
+
+def command(config: RunConfig) -> str:
+    """The training command by the recipe that is nearest; options that change no number are left out."""
+
+    def differences(name: str) -> dict[str, Any]:
+        base = RECIPES[name]().options()
+        mine = config.options()
+        return {o: v for o, v in mine.items() if o not in FREE_TO_CHANGE and v != base[o]}
+
+    names = [name for name in RECIPES if RECIPES[name]().stage == config.stage]
+    if not names:
+        names = list(RECIPES)
+    nearest = min(names, key=lambda name: len(differences(name)))
+    flags = [f"--{option}={_flag(value)}" for option, value in differences(nearest).items()]
+    return shlex.join(["deepspeed", "launch/train.py", f"--recipe={nearest}", *flags])
+
+
+def _flag(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(_flag(part) for part in value)
+    return str(_without_folders(value)) if isinstance(value, str) else str(value)
+
+
+def _without_folders(value: str | None) -> str | None:
+    return Path(value).name if value is not None and value.startswith("/") else value
+
+
+def model_card(settings: dict[str, Any], codec: TextCodec) -> str:
+    """README.md of an export, with a hub's front matter. settings: of flallm.json.
+
+    The license is the user's to say: a model's depends on the corpora and on the LLM it came from.
+    """
+    training = settings["training"]
+    languages = [find_language(code) or code for code in spoken(codec)]
+    names = [one if isinstance(one, str) else one.name for one in languages]
+    front: dict[str, Any] = {
+        "language": [one if isinstance(one, str) else one.code for one in languages],
+        "tags": ["sign-language-translation", "gloss-free", "flallm_ds"],
+        "datasets": training["corpora"],
+    }
+    if training["llm_is_of_a_hub"]:
+        front["base_model"] = training["llm"]
+    spoken_in = _listed(names) or "a spoken language"
+    parts = [
+        _front_matter(front),
+        f"# Sign language translation into {spoken_in}",
+        _what_it_is(settings, codec),
+        "## Use\n\n```python\nfrom flallm_ds.inference import Translator\n\n"
+        'print(Translator.from_pretrained("FOLDER_OR_HUB_ID").translate("video.mp4"))\n```\n\n'
+        "Or `flallm translate VIDEO --model FOLDER_OR_HUB_ID`. DeepSpeed is not needed for it.",
+        _scores(settings["scores"]),
+        _training(training),
+        _limits(settings, codec),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def spoken(codec: TextCodec) -> list[str]:
+    """The languages that a codec's model was trained to say."""
+    instruction = codec.instruction
+    return [instruction.language] if instruction.language else [one for one in instruction.languages if one]
+
+
+def _front_matter(front: dict[str, Any]) -> str:
+    lines = [f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in front.items() if value]
+    lines.append("# license: yours to say; those of the corpora and of the base model bind it")
+    return "\n".join(["---", *lines, "---"])
+
+
+def _listed(words: list[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def _what_it_is(settings: dict[str, Any], codec: TextCodec) -> str:
+    training, frames = settings["training"], settings["frames"]
+    translator = (
+        "Light-T, a small translator with weights of its own (stage 1)"
+        if settings["stage"] == "visual"
+        else f"the language model {training['llm']} (stage {settings['stage']}, tuned: {training['tune']})"
+    )
+    return (
+        "Videos of signing in, sentences out, without glosses, by the method FLa-LLM (arXiv 2403.12556). "
+        f"A visual encoder reads frames of {frames['crop_size']} pixels, an adapter turns their features "
+        f"into tokens, and {translator} says the sentence with {codec.vocab_size} pieces of vocabulary. "
+        "Trained with flallm_ds."
+    )
+
+
+def _scores(scores: dict[str, Any]) -> str:
+    splits = {name: value for name, value in scores.items() if isinstance(value, dict) and "bleu4" in value}
+    if not splits:
+        return ""
+    lines = [f"| split | {' | '.join(SCORES.values())} |", "|---" * (len(SCORES) + 1) + "|"]
+    for name, values in splits.items():
+        cells = [f"{values[key]:.2f}" if key in values else "" for key in SCORES]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    signatures = [
+        f"- {split}, {metric}: `{values[key]}`"
+        for split, values in splits.items()
+        for key, metric in SIGNATURES.items()
+        if key in values
+    ]
+    return "\n".join(["## Scores", "", *lines, "", "In percent. How they were computed:", "", *signatures])
+
+
+def _training(training: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in training["versions"].items())
+    return (
+        f"## Training\n\n{training['num_clips']} clips of {_listed(training['corpora'])}, "
+        f"{training['epochs']} epochs.\n\n```\n{training['command']}\n```\n\n{versions}."
+    )
+
+
+def _limits(settings: dict[str, Any], codec: TextCodec) -> str:
+    frames, generation = settings["frames"], settings["generation"]
+    pace = (
+        f"{frames['target_fps']:g} frames a second are kept"
+        if frames["target_fps"]
+        else f"one frame of {frames['keep_every']} is kept"
+    )
+    lines = [
+        f"- At most {frames['max_frames']} frames of a video are seen: {pace}.",
+        f"- A sentence has at most {generation['max_new_tokens']} pieces.",
+        "- Other corpora, signers and topics than those above were not measured.",
+    ]
+    if codec.vocab_size < len(codec.tokenizer):
+        lines.insert(
+            2,
+            f"- The vocabulary is trimmed to the {codec.vocab_size} pieces that the training text needs "
+            f"(of {len(codec.tokenizer)}): what is spelled with others cannot be said.",
+        )
+    return "\n".join(["## Limits", "", *lines])
+
+
+def with_scores(settings: dict[str, Any], split: str, scores: dict[str, Any]) -> dict[str, Any]:
+    """The settings with one more split's scores."""
+    return {**settings, "scores": {**settings["scores"], split: scores}}
