@@ -22,6 +22,7 @@ from transformers import (
 
 from flallm_ds.errors import UserError
 from flallm_ds.models.checkpointing import checkpoint_llm, checkpoint_stages, stages_of
+from flallm_ds.models.visual_encoder import VisualEncoder
 
 
 def kept_bytes(forward: Callable[[], torch.Tensor], module: nn.Module) -> tuple[torch.Tensor, int]:
@@ -135,7 +136,8 @@ def mbart() -> MBartForConditionalGeneration:
     return MBartForConditionalGeneration(
         MBartConfig(
             vocab_size=50, d_model=32, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=64,
-            decoder_ffn_dim=64, encoder_attention_heads=4, decoder_attention_heads=4, dropout=0.3, attention_dropout=0.1,
+            decoder_ffn_dim=64,
+            encoder_attention_heads=4, decoder_attention_heads=4, dropout=0.3, attention_dropout=0.1,
         )
     )  # fmt: skip
 
@@ -185,3 +187,19 @@ def test_an_llm_that_cannot_be_checkpointed_is_named() -> None:
     model.supports_gradient_checkpointing = False
     with pytest.raises(UserError, match="must be false for a qwen3 model"):
         checkpoint_llm(model)
+
+
+@pytest.mark.parametrize("pixels", [32, 64])  # 32: the last stage sees one place of one frame
+def test_a_micro_batch_of_one_clip_of_one_frame_trains_the_visual_encoder(pixels: int) -> None:
+    encoder = VisualEncoder(width=8)
+    encoder.train()
+    frame = torch.randn(1, 3, pixels, pixels)
+    features = encoder(frame, torch.tensor([1]))
+    assert features.shape == (1, encoder.feature_width)
+    features.sum().backward()
+    for name, tensor in (*encoder.named_buffers(), *((n, p.grad) for n, p in encoder.named_parameters())):
+        assert tensor is not None and torch.isfinite(tensor).all(), name
+    several = encoder(torch.randn(3, 3, pixels, pixels), torch.tensor([1, 2]))
+    assert several.shape[0] == 3 and several.std() > 0
+    encoder.eval()
+    assert encoder(frame, torch.tensor([1])).shape == (1, encoder.feature_width)
