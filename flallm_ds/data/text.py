@@ -28,11 +28,13 @@ class Instruction:
 
     prompt: text around {video}, with {language} and {sign_language}; empty: `DECODER_ONLY_PROMPT` for a
     decoder-only LLM, nothing for an encoder-decoder. start_token: the encoder-decoder's own first token, an
-    id of its whole vocabulary. language: of all clips; empty: each clip's own.
+    id of its whole vocabulary. rows: of its embedding, which may be fewer than its tokenizer has pieces.
+    language: of all clips; empty: each clip's own.
     """
 
     decoder_only: bool = False
     start_token: int | None = None
+    rows: int | None = None
     language: str = ""
     languages: tuple[str, ...] = ()  # of the training text
     prompt: str = ""
@@ -99,12 +101,15 @@ class TextCodec:
         self.tokenizer = tokenizer
         self.instruction = instruction
         full = len(tokenizer)
-        self.kept_ids = np.asarray(sorted(set(kept_ids)) if kept_ids is not None else range(full))
+        whole = range(min(full, instruction.rows or full))
+        self.kept_ids = np.asarray(sorted(set(whole if kept_ids is None else kept_ids)))
         self._trimmed = np.full(full, -1, dtype=np.int64)
         self._trimmed[self.kept_ids] = np.arange(len(self.kept_ids))
         self.eos_id = self.trimmed_id(tokenizer.eos_token_id)
         pad = tokenizer.pad_token_id
         self.pad_id = self.eos_id if pad is None else self.trimmed_id(pad)  # masked wherever it stands
+        unknown = tokenizer.unk_token_id
+        self._unknown_id = None if unknown in (None, tokenizer.eos_token_id) else self.trimmed_id(unknown)
         self._wordings: dict[tuple[str, str], Wording] = {}
 
     @property
@@ -127,7 +132,11 @@ class TextCodec:
 
     def encode(self, text: str) -> list[int]:
         """The sentence's pieces and the end of sentence, without a start token."""
-        return [*self._ids(text), self.eos_id]
+        ids = self._ids(text)
+        if self.eos_id in ids:  # written in the text, or what transformers takes for MADLAD's unknown token
+            unknown = [] if self._unknown_id is None else [self._unknown_id]
+            ids = [i for one in ids for i in (unknown if one == self.eos_id else [one])]
+        return [*ids, self.eos_id]
 
     def _ids(self, text: str, specials: bool = False) -> list[int]:
         full = self.tokenizer(text, add_special_tokens=specials)["input_ids"] if text or specials else []
@@ -139,9 +148,8 @@ class TextCodec:
     def _known(self, full_id: int, trimmed: int) -> list[int]:
         if trimmed >= 0:
             return [trimmed]
-        unknown = self.tokenizer.unk_token_id
-        if unknown is not None:
-            return [self.trimmed_id(unknown)]
+        if self._unknown_id is not None:
+            return [self._unknown_id]
         letters = self.tokenizer.convert_ids_to_tokens(int(full_id))  # of byte-level pieces: one a byte
         spelled = [self._vocabulary.get(letter, -1) for letter in letters]
         return [self.trimmed_id(i) for i in spelled if i >= 0 and self.trimmed_id(i) >= 0]
@@ -175,27 +183,25 @@ class TextCodec:
         return Wording(start=(self.eos_id, languages.index(language)))
 
     def _wording(self, language: str, corpus: str) -> Wording:
-        token = None
-        if language or not self.instruction.decoder_only:
-            token = token_of(language, self._vocabulary)
         before, after = self.instruction.parts(language, corpus)
         if self.instruction.decoder_only:
             ids = self._ids(before, specials=True)
             if len(ids) > 1 and ids[-1] == self.eos_id:
                 ids = ids[:-1]
             return Wording(tuple(ids), tuple(self._ids(after)))
+        token = token_of(language, self._vocabulary)
         language_ids = [] if token is None else [self.trimmed_id(self._vocabulary[token[0]])]
         in_source = language_ids if token is not None and token[1] == "source" else []
         start = [] if in_source else language_ids
-        if self._starts_with_its_own_token(language_ids):
+        if self._starts_with_its_own_token(bool(start)):
             start = [self.trimmed_id(self.instruction.start_token or 0), *start]
         return Wording((*in_source, *self._ids(before)), tuple(self._ids(after)), tuple(start))
 
-    def _starts_with_its_own_token(self, language_ids: list[int]) -> bool:
+    def _starts_with_its_own_token(self, starts_with_language: bool) -> bool:
         """Not mBART, whose stored start, if any, is some language's token."""
         start = self.instruction.start_token
         ordinary = {self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, self.tokenizer.bos_token_id}
-        return start is not None and (start in ordinary or not language_ids)
+        return start is not None and (start in ordinary or not starts_with_language)
 
     def save(self, folder: Path) -> None:
         """Tokenizer files and the map of kept pieces, in the Hugging Face layout."""
@@ -251,10 +257,10 @@ class TextCodec:
         if not trim:
             return whole
         kept = set(tokenizer.all_special_ids) | _byte_pieces(whole._vocabulary)
-        kept.update(i for w in wordings for i in (*w.before, *w.after, *w.start))
+        kept.update(int(whole.kept_ids[i]) for w in wordings for i in (*w.before, *w.after, *w.start))
         for text in set(texts):
             kept.update(tokenizer(text, add_special_tokens=False)["input_ids"])
-        return cls(tokenizer, instruction, sorted(kept))
+        return cls(tokenizer, instruction, [i for i in kept if whole.trimmed_id(i) >= 0])
 
 
 def _byte_pieces(vocabulary: Mapping[str, int]) -> set[int]:

@@ -1,10 +1,19 @@
+import csv
+
 import pytest
+from llms import FAMILIES, make_tiny_llm
+from transformers import AutoConfig
 
 from flallm_ds.data.index import load_index
-from flallm_ds.data.text import Instruction, TextCodec
+from flallm_ds.data.text import DECODER_ONLY_PROMPT, Instruction, TextCodec
 from flallm_ds.errors import UserError
+from flallm_ds.standin_llm import train_tokenizer
 
 TRAINING_TEXT = ["regen sonne wind morgen", "wolken wolken wind morgen"]
+GERMAN = ["Am Tag scheint überall die Sonne.", "Morgen regnet es im Süden, im Norden weht kräftiger Wind."]
+ENGLISH = ["Today the sun shines everywhere.", "It's raining in the south tomorrow."]
+CHINESE = ["今天到处阳光明媚。", "明天南方有雨。"]
+SENTENCES = [*GERMAN, *ENGLISH, *CHINESE]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +58,7 @@ def test_the_specials_are_where_the_codec_says(trimmed):
     for trimmed_id, token in (
         (trimmed.pad_id, "<pad>"),
         (trimmed.eos_id, "</s>"),
-        (trimmed.start_id, "de_DE"),
+        (trimmed.wording().start[0], "de_DE"),
     ):
         assert tokenizer.convert_ids_to_tokens(int(trimmed.kept_ids[trimmed_id])) == token
 
@@ -63,14 +72,14 @@ def test_unseen_words_become_unknown(trimmed, whole):
 
 def test_a_sentence_ends_with_its_end_and_has_no_start(whole):
     ids = whole.encode("regen")
-    assert ids[-1] == whole.eos_id and ids.count(whole.eos_id) == 1 and whole.start_id not in ids
+    assert ids[-1] == whole.eos_id and ids.count(whole.eos_id) == 1 and whole.wording().start[0] not in ids
     assert whole.encode("") == [whole.eos_id]
 
 
 def test_what_follows_the_end_is_not_decoded(trimmed):
     ids = trimmed.encode("regen sonne")
-    assert trimmed.decode([trimmed.start_id, *ids, *ids, trimmed.pad_id]) == "regen sonne"
-    assert trimmed.decode([trimmed.eos_id, *ids]) == "regen sonne"  # some models start with the end token
+    assert trimmed.decode([*ids, *ids, trimmed.pad_id]) == "regen sonne"
+    assert trimmed.decode([trimmed.eos_id, *ids]) == ""
     assert trimmed.decode([]) == ""
 
 
@@ -83,18 +92,12 @@ def test_a_saved_codec_is_the_same_when_loaded(trimmed, tmp_path):
     trimmed.save(tmp_path)
     loaded = TextCodec.load(tmp_path)
     assert loaded.kept_ids.tolist() == trimmed.kept_ids.tolist()
-    assert (loaded.language, loaded.pad_id, loaded.eos_id, loaded.start_id) == (
-        "de_DE", trimmed.pad_id, trimmed.eos_id, trimmed.start_id,
+    assert (loaded.instruction, loaded.pad_id, loaded.eos_id) == (
+        trimmed.instruction, trimmed.pad_id, trimmed.eos_id,
     )  # fmt: skip
+    assert loaded.wording() == trimmed.wording()
     text = "regen schnee wolken"
     assert loaded.encode(text) == trimmed.encode(text)
-
-
-def test_an_unknown_language_is_refused_with_near_ones(tiny_corpus):
-    with pytest.raises(UserError, match=r"llm\.language 'de_De' is not .* did you mean .*de_DE"):
-        TextCodec.for_training_text(
-            str(tiny_corpus / "llm"), Instruction(language="de_De"), TRAINING_TEXT, trim=True
-        )
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path):
@@ -114,3 +117,217 @@ def test_a_folder_without_a_vocabulary_is_refused(trimmed, tmp_path):
     (tmp_path / "vocabulary.json").unlink()
     with pytest.raises(UserError, match=r"vocabulary\.json"):
         TextCodec.load(tmp_path)
+
+
+# --- every family, by a tiny one in the layout of its repository
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    texts = [*SENTENCES, *TRAINING_TEXT, DECODER_ONLY_PROMPT, "German English"]
+    root = tmp_path_factory.mktemp("llms")
+    return {family: make_tiny_llm(family, root / family, texts) for family in FAMILIES}
+
+
+def codec_of(folder, texts=SENTENCES, trim=True, **instruction):
+    config = AutoConfig.from_pretrained(folder)
+    known = {
+        "decoder_only": not config.is_encoder_decoder,
+        "start_token": getattr(config, "decoder_start_token_id", None),
+        "rows": config.vocab_size,
+        "languages": ("de",),
+    }
+    return TextCodec.for_training_text(str(folder), Instruction(**known | instruction), texts, trim)
+
+
+def pieces(codec, ids):
+    return tuple(codec.tokenizer.convert_ids_to_tokens(codec.kept_ids[list(ids)].tolist()))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family_gives_back_the_text_that_it_was_trimmed_to(folders, family):
+    whole, trimmed = (codec_of(folders[family], trim=trim) for trim in (False, True))
+    assert trimmed.vocab_size < whole.vocab_size <= whole.instruction.rows
+    for text in SENTENCES:
+        ids = trimmed.encode(text)
+        assert trimmed.decode(ids) == text and whole.decode(whole.encode(text)) == text
+        assert trimmed.kept_ids[ids].tolist() == whole.kept_ids[whole.encode(text)].tolist()
+    assert [trimmed.trimmed_id(full) for full in trimmed.kept_ids] == list(range(trimmed.vocab_size))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("trim", [False, True])
+def test_text_that_was_never_seen_is_spelled_or_unknown_and_ends_once(folders, family, trim, tmp_path):
+    codec = codec_of(folders[family], GERMAN, trim)
+    text = "Schnee Ωß 😀 </s> <|endoftext|> <image_soft_token> Sonne."
+    ids = codec.encode(text)
+    assert min(ids) >= 0 and max(ids) < codec.vocab_size
+    assert ids.count(codec.eos_id) == 1 and ids[-1] == codec.eos_id
+    assert "Sonne" in codec.decode(ids)
+    if codec.tokenizer.unk_token_id is None:
+        spelled = codec.decode(codec.encode("Schnee Ωß 😀"))
+        assert spelled == "Schnee Ωß 😀"
+    codec.save(tmp_path)
+    loaded = TextCodec.load(tmp_path)
+    assert loaded.encode(text) == ids and loaded.wording("de") == codec.wording("de")
+
+
+STARTS = {
+    "mbart": ("de_DE",),
+    "mbart50": ("</s>", "de_DE"),
+    "m2m100": ("</s>", "__de__"),
+    "nllb": ("</s>", "deu_Latn"),
+    "t5": ("<pad>",),
+    "flan_t5": ("<pad>",),
+    "mt5": ("<pad>",),
+    "madlad": ("<unk>",),
+}
+
+
+@pytest.mark.parametrize("family", [f for f, entry in FAMILIES.items() if not entry.decoder_only])
+@pytest.mark.parametrize("trim", [False, True])
+def test_an_encoder_decoder_is_told_the_language_where_it_looks_for_it(folders, family, trim):
+    codec = codec_of(folders[family], trim=trim)
+    wording = codec.wording("de")
+    assert pieces(codec, wording.start) == STARTS[family]
+    assert pieces(codec, wording.before) == (("<2de>",) if family == "madlad" else ())
+    assert wording.after == ()
+
+
+@pytest.mark.parametrize("family", ["mbart", "mbart50", "m2m100", "nllb", "madlad"])
+def test_each_clip_is_told_its_own_language(folders, family):
+    codec = codec_of(folders[family], languages=("de", "en", "zh"))
+    told = [
+        pieces(codec, (*w.before, *w.start))[-1 if family != "madlad" else 0]
+        for w in map(codec.wording, ("de", "en", "zh"))
+    ]
+    tokens = {
+        "mbart": ["de_DE", "en_XX", "zh_CN"],
+        "mbart50": ["de_DE", "en_XX", "zh_CN"],
+        "m2m100": ["__de__", "__en__", "__zh__"],
+        "nllb": ["deu_Latn", "eng_Latn", "zho_Hans"],
+        "madlad": ["<2de>", "<2en>", "<2zh>"],
+    }
+    assert told == tokens[family]
+
+
+@pytest.mark.parametrize("language", ["de", "German", "de_DE", "deu_Latn", "<2de>", "__de__", "de-AT"])
+@pytest.mark.parametrize("family", ["mbart", "nllb", "m2m100", "madlad"])
+def test_a_language_may_be_named_in_anybodys_words(folders, family, language):
+    codec = codec_of(folders[family], language=language)
+    assert codec.wording("en") == codec_of(folders[family]).wording("de")  # llm.language is for all clips
+
+
+@pytest.mark.parametrize("family", [f for f, entry in FAMILIES.items() if entry.decoder_only])
+def test_a_decoder_only_llm_reads_a_prompt_as_its_tokenizer_begins_one(folders, family):
+    codec = codec_of(folders[family], trim=False)
+    before, after = "Translate this German Sign Language video into German:", "\n"
+    wording = codec.wording("de")
+    assert wording.start == ()
+    assert list(wording.before) == codec.tokenizer(before)["input_ids"]
+    assert list(wording.after) == codec.tokenizer(after, add_special_tokens=False)["input_ids"]
+    first = {"xglm": "</s>", "llama": "<s>", "mistral": "<s>", "llama3": "<|begin_of_text|>"}
+    first |= {"gemma2": "<bos>", "gemma3": "<bos>", "cohere": "<BOS_TOKEN>", "cohere2": "<BOS_TOKEN>"}
+    begun = pieces(codec, wording.before)[0]
+    assert begun == first[family] if family in first else begun not in codec.tokenizer.all_special_tokens
+    trimmed = codec_of(folders[family])
+    assert pieces(trimmed, trimmed.wording("de").before) == pieces(codec, wording.before)
+
+
+def test_a_prompt_names_language_and_sign_language_of_the_clip(folders):
+    codec = codec_of(
+        folders["qwen3"],
+        trim=False,
+        languages=("de", "en"),
+        prompt="{sign_language} to {language}: {video} ",
+        sign_languages={"bsl_news": "British Sign Language"},
+    )
+    asked = [("de", ""), ("en", ""), ("en", "bsl_news")]
+    told = [codec.tokenizer.decode(codec.wording(*of).before) for of in asked]
+    assert told == [
+        "German Sign Language to German: ",
+        "American Sign Language to English: ",
+        "British Sign Language to English: ",
+    ]
+
+
+@pytest.mark.parametrize("family", ["t5", "mt5", "flan_t5"])
+def test_t5_takes_a_prompt_where_one_is_given(folders, family):
+    codec = codec_of(folders[family], trim=False, languages=("de", "en"), prompt="to {language}: {video}")
+    wordings = [codec.wording(language) for language in ("de", "en")]
+    assert [codec.tokenizer.decode(w.before) for w in wordings] == ["to German:", "to English:"]
+    assert {pieces(codec, w.start) for w in wordings} == {("<pad>",)}
+
+
+@pytest.mark.parametrize(
+    ("family", "near"),
+    [
+        ("mbart", "de_DE"),
+        ("mbart50", "de_DE"),
+        ("nllb", "deu_Latn"),
+        ("m2m100", "__de__"),
+        ("madlad", "<2de>"),
+    ],
+)
+def test_an_unknown_language_is_refused_with_near_ones(folders, family, near):
+    wrong = near.replace("de", "dee")
+    with pytest.raises(UserError, match=rf"^llm\.language must be .*'{wrong}'.*: did you mean .*{near}.*\?$"):
+        codec_of(folders[family], language=wrong)
+
+
+def test_a_prompt_for_an_unknown_language_is_refused_with_near_ones(folders):
+    with pytest.raises(
+        UserError, match=r"must be one whose language .* 'Germann': did you mean German.*prompt"
+    ):
+        codec_of(folders["qwen3"], language="Germann")
+
+
+@pytest.mark.parametrize("family", ["t5", "mt5", "flan_t5"])
+def test_two_languages_are_refused_where_nothing_tells_the_llm_which(folders, family):
+    with pytest.raises(
+        UserError, match=r"must be told which of de, en .* Give a --llm\.prompt with \{language\}"
+    ):
+        codec_of(folders[family], languages=("de", "en"))
+
+
+def test_two_languages_are_refused_where_the_prompt_names_none(folders):
+    with pytest.raises(UserError, match="must be told which"):
+        codec_of(folders["llama"], languages=("de", "en"), prompt="Translate: {video}")
+    assert codec_of(folders["llama"], languages=("de",), prompt="Translate: {video}").wording().before
+
+
+@pytest.mark.parametrize(
+    "prompt", ["no video", "{video} {video}", "{video} {speaker}", "{video", "{video} {}"]
+)
+def test_a_prompt_with_wrong_fields_is_refused(folders, prompt):
+    with pytest.raises(UserError, match=r"llm\.prompt must"):
+        codec_of(folders["llama"], prompt=prompt)
+
+
+def test_a_decoder_only_llm_is_told_by_the_prompt_whatever_words_are_in_its_vocabulary(folders, tmp_path):
+    texts = ["de_DE en_XX it_IT " * 9, *SENTENCES]
+    folder = make_tiny_llm("bloom", tmp_path, texts)
+    codec = codec_of(folder, languages=("ru",))
+    assert "de_DE" in codec.tokenizer.get_vocab() and "en_XX" in str(codec.tokenizer.get_vocab())
+    assert codec.wording("ru").before
+
+
+def test_mbart_is_trimmed_to_specials_languages_and_the_pieces_of_the_training_text(shared_data, tmp_path):
+    """The rule of FLa-LLM's section 4.1, on real weather reports and a tokenizer trained on the spot."""
+    table = shared_data / "phoenix14t" / "full-test-split.PHOENIX-2014-T.test.corpus.csv"
+    with table.open(encoding="utf-8", newline="") as file:
+        reports = [row["translation"] for row in csv.DictReader(file, delimiter="|")]
+    general = (shared_data / "text_cc0" / "de.txt").read_text(encoding="utf-8").splitlines()
+    tokenizer = train_tokenizer([*reports, *general[:4000]], 4000, "de_DE")
+    tokenizer.save_pretrained(tmp_path)
+    AutoConfig.for_model("mbart").save_pretrained(tmp_path)
+    codec = TextCodec.for_training_text(str(tmp_path), Instruction(language="de_DE"), reports, trim=True)
+    used = {i for report in reports for i in tokenizer(report, add_special_tokens=False)["input_ids"]}
+    languages = [i for token, i in tokenizer.get_vocab().items() if token[2:3] == "_" and len(token) == 5]
+    assert len(reports) == 642 and len(languages) == 25
+    specials = {0, 1, 2, 3, tokenizer.mask_token_id}
+    assert set(codec.kept_ids.tolist()) == specials | set(languages) | used
+    assert 900 < codec.vocab_size < len(tokenizer) // 2
+    assert [codec.decode(codec.encode(report)) for report in reports] == [
+        " ".join(r.split()) for r in reports
+    ]
