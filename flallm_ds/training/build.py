@@ -261,6 +261,7 @@ def _instruction(config: RunConfig, train_index: Index) -> Instruction:
     return Instruction(
         decoder_only=is_decoder_only(llm),
         start_token=getattr(llm, "decoder_start_token_id", None),
+        rows=getattr(llm.get_text_config(), "vocab_size", None),
         language=config.llm.language,
         languages=tuple(sorted(set(train_index.strings("language")))),
         prompt=config.llm.prompt,
