@@ -2,7 +2,8 @@
 
 import os
 import socket
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -106,6 +107,18 @@ def stop() -> None:
     """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def session() -> Iterator[World]:
+    """This process's World; at the end it leaves the process group, unless it was in it before."""
+    begins = not dist.is_initialized()
+    world = start()
+    try:
+        yield world
+    finally:
+        if begins:
+            stop()
 
 
 def free_port() -> int:

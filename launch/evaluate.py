@@ -44,8 +44,7 @@ def evaluate(
     if not shards and not config_path.is_file():
         raise UserError(f"--shards must be given where {run} is no run folder (it has no config.json).")
     data = RunConfig.load(config_path).data if config_path.is_file() else DataConfig()
-    world = dist.start()
-    try:
+    with dist.session() as world:
         index = open_index(replace(data, shards=shards or data.shards, weights=()), split, world)
         translator = Translator.from_pretrained(run, world.device)
         translator = replace(translator, beam=replace(translator.beam, num_beams=beams))
@@ -89,8 +88,6 @@ def evaluate(
             print(
                 f"signature: {scores['bleu_signature']}\nhypotheses: {folder / f'{split}.hypotheses.jsonl'}"
             )
-    finally:
-        dist.stop()
 
 
 if __name__ == "__main__":

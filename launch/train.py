@@ -1,40 +1,63 @@
-"""Train one stage: `deepspeed launch/train.py --stage visual`, then `deepspeed launch/train.py --stage llm`.
+"""Train: `deepspeed launch/train.py --stage visual`, then `--stage llm`; or `--stage both`, or `joint`.
 
 Also `python launch/train.py …` for one process, `torchrun launch/train.py …`, and launch/slurm/train.sbatch.
 Running the same command again goes on where the run was.
 """
 
-from quickstart import prepare  # type: ignore[import-not-found]  # beside this file
+from evaluate import evaluate  # type: ignore[import-not-found]  # beside this file
+from quickstart import prepare  # type: ignore[import-not-found]
 
 from flallm_ds import dist
 from flallm_ds.command import main
-from flallm_ds.recipes import quickstart_visual, resolve
+from flallm_ds.config import RunConfig
+from flallm_ds.errors import UserError
+from flallm_ds.recipes import quickstart_visual, resolve, resolve_both
 from flallm_ds.training.stop import StopRequest
+
+SPLIT = "test"  # that --stage both ends with
 
 
 def train(*, stage: str | None = None, recipe: str | None = None, **overrides: str) -> None:
-    """Train a stage (visual or llm) by a recipe (default: quickstart) with dotted overrides.
+    """Train by a recipe (default: quickstart) with dotted overrides.
 
+    stage: visual, then llm; or both, one after the other, each scored on test; or joint.
     deepspeed launch/train.py --stage llm --recipe phoenix14t --data.shards=FOLDER --optim.llm_lr=2e-5
-    """
-    config = resolve(stage, recipe, overrides)
-    stop = StopRequest()
-    # Slow imports come after the options are known to be right.
-    from flallm_ds.training.build import build_task, stage_1_export
-    from flallm_ds.training.run_folder import run_folder
-    from flallm_ds.training.trainer import Trainer
 
-    world = dist.start()
-    try:
-        if config.stage == "llm":
-            stage_1_export(config)  # before minutes of preparation
-        if config.data.shards == quickstart_visual().data.shards:
-            dist.main_first(prepare, world)
-        with run_folder(config, world) as folder:
-            task = build_task(config, folder, world)
-        Trainer(task, folder, stop).run()
-    finally:
-        dist.stop()
+    With --stage both, options go to both stages, --stage1.OPTION and --stage2.OPTION to one, and --run=RUN
+    means the folders RUN_visual and RUN_llm.
+    """
+    both = stage == "both"
+    configs = resolve_both(recipe, overrides) if both else (resolve(stage, recipe, overrides),)
+    stop = StopRequest()
+    with dist.session() as world:
+        _check_and_prepare(configs, world)
+        # Slow imports come after the options are known to be right.
+        from flallm_ds.training.stages import is_evaluated, run_stage
+
+        for config in configs:
+            if both and world.is_main:
+                print(f"== stage {config.stage}: {config.run}", flush=True)
+            if not run_stage(config, world, stop):
+                return
+            if both and not dist.main_first(lambda run=config: is_evaluated(run, SPLIT), world):
+                evaluate(run=config.run, split=SPLIT)
+
+
+def _check_and_prepare(configs: tuple[RunConfig, ...], world: dist.World) -> None:
+    """Raise UserError for what would only be found after minutes, or after a whole stage."""
+    from flallm_ds.training.build import open_index, stage_1_export
+
+    if configs[0].stage == "llm" and configs[0].visual_run != "none":
+        stage_1_export(configs[0])
+    if any(config.data.shards == quickstart_visual().data.shards for config in configs):
+        dist.main_first(prepare, world)
+    if len(configs) == 1:
+        return
+    widths = [config.visual.width for config in configs]
+    if widths[0] != widths[1]:
+        raise UserError(f"visual.width must be the same in both stages, but is {widths[0]} and {widths[1]}.")
+    for config in configs:
+        open_index(config.data, SPLIT, world)
 
 
 if __name__ == "__main__":

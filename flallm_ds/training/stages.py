@@ -1,0 +1,57 @@
+"""One stage of training from its options, and whether it is done: what `launch/train.py` runs."""
+
+import gc
+from pathlib import Path
+
+import torch
+
+from flallm_ds import export
+from flallm_ds.config import RunConfig
+from flallm_ds.dist import World, main_first
+from flallm_ds.training import checkpoint
+from flallm_ds.training.build import build_task
+from flallm_ds.training.run_folder import open_run_folder, run_folder
+from flallm_ds.training.stop import StopRequest
+from flallm_ds.training.trainer import Trainer
+
+
+def run_stage(config: RunConfig, world: World, stop: StopRequest) -> bool:
+    """Train a stage from where it is; False if it stopped at train.max_steps before its end.
+
+    Raises UserError for options that do not fit, Preempted when asked to stop.
+    """
+    if main_first(lambda: is_finished(config), world):
+        if world.is_main:
+            print(f"stage {config.stage} is finished: {config.run}", flush=True)
+        return True
+    with run_folder(config, world) as folder:
+        task = build_task(config, folder, world)
+    trainer = Trainer(task, folder, stop)
+    trainer.run()
+    finished = trainer.at.epoch >= config.train.epochs
+    del trainer, task
+    gc.collect()  # an engine's hooks refer to it in circles; the next stage needs its memory
+    if world.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return finished
+
+
+def is_finished(config: RunConfig) -> bool:
+    """Whether the run is there, is this very run, and has an export and a checkpoint after its last epoch."""
+    folder = Path(config.run)
+    if not (folder / "config.json").is_file():
+        return False
+    open_run_folder(config)
+    for parent in (folder, folder / "checkpoints"):
+        checkpoint.recover_folders(parent)
+    saved = checkpoint.committed(folder / "checkpoints")
+    if not saved or not (folder / "best" / export.SETTINGS_FILE).is_file():
+        return False
+    return int(checkpoint.read_state(saved[-1])["position"]["epoch"]) >= config.train.epochs
+
+
+def is_evaluated(config: RunConfig, split: str) -> bool:
+    """Whether the run's best export has been scored on the split."""
+    scores = Path(config.run) / "evaluation" / f"{split}.json"
+    exported = Path(config.run) / "best" / export.SETTINGS_FILE
+    return scores.is_file() and scores.stat().st_mtime >= exported.stat().st_mtime
