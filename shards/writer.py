@@ -105,15 +105,23 @@ class ShardWriter:
 
         more: goes into its JSON only (gloss, for one). Raises ValueError for a key that WebDataset would cut.
         """
-        if not key or "." in key or "/" in key:
-            raise ValueError(f"a key must be dot-free (WebDataset cuts names there), but is {key!r}.")
         facts = {"id": id, "text": text, "signer": signer, "video": video, "language": language} | {
             "num_frames": num_frames, "fps": fps, "width": width, "height": height
         }  # fmt: skip
-        offset = self._add_member(f"{key}.{extension_of(clip)}", clip)
-        self._add_member(f"{key}.json", json.dumps(facts | more, ensure_ascii=False).encode())
-        self._num_clips += 1
+        offset = self.add_sample(key, extension_of(clip), clip, facts | more)
         return facts | {"key": key, "shard": self._shard, "offset": offset, "size": len(clip)}
+
+    def add_sample(self, key: str, extension: str, content: bytes, facts: Mapping[str, Any]) -> int:
+        """Append a member and a JSON of facts behind it; where the member's bytes begin.
+
+        Raises ValueError for a key that WebDataset would cut.
+        """
+        if not key or "." in key or "/" in key:
+            raise ValueError(f"a key must be dot-free (WebDataset cuts names there), but is {key!r}.")
+        offset = self._add_member(f"{key}.{extension}", content)
+        self._add_member(f"{key}.json", json.dumps(facts, ensure_ascii=False).encode())
+        self._num_clips += 1
+        return offset
 
     def _add_member(self, name: str, content: bytes) -> int:
         """Write one member and return where its bytes begin."""

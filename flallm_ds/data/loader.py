@@ -110,16 +110,16 @@ class ClipReader:
         length = torch.tensor([num_kept])
         features_SD[:] = resample(stored_1TD, length, float(rate), self.feature_fps)[0][0].numpy()
 
-    def load(self, row: int, epoch: int, content: np.ndarray | None) -> "_Clip":
+    def load(self, row: int, epoch: int, content: np.ndarray | None) -> "Clip":
         """Draw, then decode frames_THWC or copy features_SD into `content`, or without it keep the JPEGs."""
         draws, picks = self.draws(row, epoch)
         if content is None:
-            return _Clip(draws, self.read_jpegs(row, picks))
+            return Clip(draws, self.read_jpegs(row, picks))
         if self.index.features:
             self.read_features(content, row, epoch, len(picks))
         else:
             self.read_into(content, row, picks)
-        return _Clip(draws, [])
+        return Clip(draws, [])
 
     def content(self, num: int) -> tuple[tuple[int, ...], str]:
         """Shape and dtype of `num` packed frames or features."""
@@ -131,8 +131,8 @@ class ClipReader:
 
 
 @dataclass(frozen=True)
-class _Clip:
-    """What a job brings of a clip, besides pixels."""
+class Clip:
+    """What a job brings of a clip, besides what it wrote into the batch's memory."""
 
     draws: np.ndarray
     jpegs: list[memoryview]
@@ -158,7 +158,7 @@ class _Pending:
     real: bool
     num_kept: list[int]
     content: torch.Tensor  # frames_NHWC, of device meta where they stay JPEGs, or features_ND
-    jobs: list[Future[_Clip]]
+    jobs: list[Future[Clip]]
 
 
 class Loader:
@@ -290,7 +290,7 @@ class Loader:
             row = (row + 1) % len(self.reader.index)
             num_kept = int(self.plan.num_kept[row])
             content = pending.content.new_empty(num_kept, *pending.content.shape[1:])
-            done: Future[_Clip] = Future()
+            done: Future[Clip] = Future()
             try:
                 (part,) = self._parts(content, [num_kept])
                 done.set_result(self.reader.load(row, epoch, part))
