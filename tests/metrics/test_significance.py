@@ -7,24 +7,7 @@ from flallm_ds.errors import UserError
 from flallm_ds.metrics import score
 from flallm_ds.metrics.significance import paired_bootstrap
 
-WORDS = [
-    "der",
-    "regen",
-    "zieht",
-    "am",
-    "abend",
-    "von",
-    "westen",
-    "nach",
-    "osten",
-    "über",
-    "das",
-    "land",
-    "und",
-    "die",
-    "sonne",
-    "kommt",
-]
+WORDS = "der regen zieht am abend von westen nach osten über das land".split()  # noqa: SIM905
 
 
 def sentences(count: int, seed: int) -> list[str]:
