@@ -41,6 +41,7 @@ class Tuning:
     alpha: float = 32.0  # what lora adds is scaled by alpha / rank
     dropout: float = 0.05
     targets: str = ALL_LINEAR  # the linear layers that get low-rank additions; the output head never does
+    section: Literal["llm", "visual"] = "llm"  # of the options: what the model is, and what errors name
 
     @property
     def low_rank(self) -> bool:
@@ -68,10 +69,7 @@ def _chosen(parameters: dict[str, nn.Parameter], tuning: Tuning) -> list[nn.Para
     if not tuning.layers:
         return []
     whole = [n for n, p in parameters.items() if type(p).__name__ not in _QUANTIZED]
-    return [
-        parameters[name]
-        for name in _search(tuning.layers, whole, f"{tuning.section}.layers", "a parameter of the LLM")
-    ]
+    return [parameters[n] for n in _search(tuning.layers, whole, f"{tuning.section}.layers", "a parameter")]
 
 
 def _add_low_rank(llm: Any, tuning: Tuning, seed: int) -> None:
@@ -80,18 +78,28 @@ def _add_low_rank(llm: Any, tuning: Tuning, seed: int) -> None:
         "DoRA reads the weights' norms: keep the HfDeepSpeedConfig alive, or peft sees empty weights"
     )
     targets = low_rank_targets(llm, tuning.targets, tuning.section)
+    task = TaskType.FEATURE_EXTRACTION
+    if tuning.section == "llm":
+        task = TaskType.SEQ_2_SEQ_LM if llm.config.is_encoder_decoder else TaskType.CAUSAL_LM
     config = LoraConfig(
         r=tuning.rank,
         lora_alpha=tuning.alpha,  # type: ignore[arg-type]  # peft divides it by r; it need not be whole
         lora_dropout=tuning.dropout,
         use_dora=tuning.how == "dora",
         target_modules=targets,
-        task_type=_task_type(llm),
+        task_type=task,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(config, llm)
     assert _low_rank_layers(llm).keys() == set(targets), "peft took other layers than those named"
+
+
+def _task_type(llm: Any) -> TaskType | None:
+    """What peft's adapter_config.json says; none for an image encoder."""
+    if not (hasattr(llm, "can_generate") and llm.can_generate()):
+        return None
+    return TaskType.SEQ_2_SEQ_LM if llm.config.is_encoder_decoder else TaskType.CAUSAL_LM
 
 
 def low_rank_targets(llm: Any, pattern: str, section: str = "llm") -> list[str]:
@@ -102,7 +110,8 @@ def low_rank_targets(llm: Any, pattern: str, section: str = "llm") -> list[str]:
     names = [n for n in names if not isinstance(llm.get_submodule(n), NonDynamicallyQuantizableLinear)]
     if pattern == ALL_LINEAR:
         return names
-    return _search(pattern, names, f"{section}.lora_targets", "a linear layer")
+    what = "a linear layer of the " + {"llm": "LLM", "visual": "backbone"}[section]
+    return _search(pattern, names, f"{section}.lora_targets", what)
 
 
 def _search(pattern: str, names: Sequence[str], option: str, what: str) -> list[str]:
