@@ -1,5 +1,6 @@
 """The LLM, encoder-decoder or decoder-only: loaded from a hub id or folder; its vocabulary trimmed."""
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +14,16 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     BitsAndBytesConfig,
+    GenerationConfig,
 )
+from transformers.initialization import no_init_weights
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.modeling_utils import set_zero3_state
 from transformers.utils import is_bitsandbytes_available, is_flash_attn_2_available
 
 from flallm_ds.data.text import TextCodec
 from flallm_ds.errors import UserError
+from flallm_ds.models.stored import open_checkpoint, tied_as_stored
 
 # What transformers raises for a folder or hub id that does not hold a model it can load.
 _LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
@@ -98,20 +104,13 @@ def load_llm(name: str, options: LlmOptions = LlmOptions()) -> Any:
     _set(config, _DROPOUTS, options.dropout)
     _set(config, _ATTENTION_DROPOUTS, options.attention_dropout)
     _set(config, _LAYER_DROPS, 0.0)
-    auto = _auto_class(config)
     arguments = {
-        "trust_remote_code": options.hub_code,
         "dtype": torch.float32 if options.bits == 32 else torch.bfloat16,
         **_attention(options.attention),
+        **_quantization(options.bits),
     }
     try:
-        if options.pretrained:
-            model, found = auto.from_pretrained(
-                name, config=config, output_loading_info=True, **arguments, **_quantization(options.bits)
-            )
-            _must_be_whole(name, model, found["missing_keys"])
-        else:
-            model = auto.from_config(config, **arguments).eval()
+        model = _model(name, config, options, arguments)
     except _LOAD_ERRORS as error:
         raise _not_loaded(name, error) from error
     for stored in (model.config, model.generation_config):
@@ -119,6 +118,57 @@ def load_llm(name: str, options: LlmOptions = LlmOptions()) -> Any:
             if getattr(stored, field, None) is not None:
                 setattr(stored, field, None)  # our texts start with the language, and end by themselves
     return model
+
+
+def _model(name: str, config: Any, options: LlmOptions, arguments: dict[str, Any]) -> Any:
+    auto = _auto_class(config)
+    if not options.pretrained:
+        return auto.from_config(config, trust_remote_code=options.hub_code, **arguments).eval()
+    if is_deepspeed_zero3_enabled() and options.bits > 8:
+        return _partitioned(name, config, options.hub_code, arguments)
+    model, found = auto.from_pretrained(
+        name, config=config, trust_remote_code=options.hub_code, output_loading_info=True, **arguments
+    )
+    _must_be_whole(name, model, found["missing_keys"])
+    return model
+
+
+def _partitioned(name: str, config: Any, hub_code: bool, arguments: dict[str, Any]) -> Any:
+    """The pretrained model under ZeRO-3: rank 0 reads one tensor at a time, every rank keeps its part of it.
+
+    transformers' own way maps all files at once, so that rank 0 comes to hold the whole checkpoint.
+    """
+    skeleton = _skeleton(config, hub_code)
+    state = open_checkpoint(name)
+    with tied_as_stored(skeleton, state) as untied:
+        if torch.distributed.get_rank() != 0:
+            state = {key: torch.empty_like(tensor, device="meta") for key, tensor in state.items()}
+        model, found = type(skeleton).from_pretrained(
+            None,
+            config=skeleton.config,
+            state_dict=state,
+            generation_config=_generation_config(name),
+            output_loading_info=True,
+            **arguments,
+        )
+    if untied:
+        model._tied_weights_keys = {t: s for t, s in model._tied_weights_keys.items() if t not in untied}
+    model.config.name_or_path = model.name_or_path = name
+    _must_be_whole(name, model, found["missing_keys"])
+    return model
+
+
+def _skeleton(config: Any, hub_code: bool) -> Any:
+    """The model on the meta device: names and shapes, no weights; whole under ZeRO-3 as well."""
+    with set_zero3_state(), torch.device("meta"), no_init_weights():
+        return _auto_class(config).from_config(copy.deepcopy(config), trust_remote_code=hub_code)
+
+
+def _generation_config(name: str) -> Any:
+    try:
+        return GenerationConfig.from_pretrained(name)
+    except OSError:  # an old checkpoint, whose config.json holds it
+        return GenerationConfig.from_pretrained(name, config_file_name="config.json", _from_model_config=True)
 
 
 def _set(config: Any, names: tuple[str, ...], value: float | None) -> None:

@@ -1,0 +1,146 @@
+"""An LLM's checkpoint as a state dict whose tensors stay in their files until somebody needs their values."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch.utils._pytree import tree_map_only
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, rename_source_key
+from transformers.modeling_utils import load_state_dict, str_to_torch_dtype
+from transformers.utils import cached_file
+
+CHECKPOINT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+BLOCK_BYTES = 64 * 2**20  # how much of a tensor is read at once where rows are chosen or compared
+
+
+class StoredTensor(torch.Tensor):
+    """A tensor of a safetensors file. It has shape and type; every operation on it reads its values anew.
+
+    So transformers' own loading code, handed a dict of these, holds one tensor at a time instead of all.
+    """
+
+    path: Path
+    key: str
+
+    @staticmethod
+    def __new__(cls, path: Path, key: str, shape: Sequence[int], dtype: torch.dtype) -> "StoredTensor":
+        wrap: Any = torch.Tensor._make_wrapper_subclass
+        tensor: StoredTensor = wrap(cls, tuple(shape), dtype=dtype)
+        tensor.path, tensor.key = path, key
+        return tensor
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        args, kwargs = tree_map_only(cls, lambda stored: stored.read(), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def read(self) -> torch.Tensor:
+        with safe_open(self.path, framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(self.key)
+        return tensor
+
+    def blocks(self) -> Iterator[torch.Tensor]:
+        """The rows in order, a few at a time; at least one dimension."""
+        step = max(1, BLOCK_BYTES // (self.shape[1:].numel() * self.element_size()))
+        with safe_open(self.path, framework="pt") as file:
+            rows = file.get_slice(self.key)
+            for start in range(0, self.shape[0], step):
+                yield rows[start : start + step]
+
+
+def checkpoint_files(name: str) -> list[Path]:
+    """The weight files of a hub id (then downloaded) or folder. Raises OSError where there are none."""
+    for candidate in CHECKPOINT_FILES:
+        found = cached_file(name, candidate, _raise_exceptions_for_missing_entries=False)
+        if found is None:
+            continue
+        if not candidate.endswith(".json"):
+            return [Path(found)]
+        places = json.loads(Path(found).read_text(encoding="utf-8"))["weight_map"]
+        return [Path(cached_file(name, file)) for file in sorted(set(places.values()))]
+    raise OSError(f"no file named {', '.join(CHECKPOINT_FILES)} found in {name}.")
+
+
+def open_checkpoint(name: str) -> dict[str, torch.Tensor]:
+    """Every tensor of a hub id or folder by its name there; pickled ones (.bin) are mapped from the file."""
+    state: dict[str, torch.Tensor] = {}
+    for path in checkpoint_files(name):
+        if path.suffix != ".safetensors":
+            state |= load_state_dict(path)  # unpickles tensors alone
+            continue
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                described = file.get_slice(key)
+                dtype = str_to_torch_dtype[described.get_dtype()]
+                state[key] = StoredTensor(path, key, described.get_shape(), dtype)
+    return state
+
+
+def model_names(skeleton: Any, stored: Sequence[str]) -> dict[str, str]:
+    """{name in a checkpoint: the model's own name of what it becomes}, as transformers renames.
+
+    skeleton: the model on the meta device. Names of no part of it are left out.
+    """
+    transforms = get_model_conversion_mapping(skeleton)
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
+    own = skeleton.state_dict()
+    renamed = {
+        key: rename_source_key(key, renamings, converters, skeleton.base_model_prefix, own)[0]
+        for key in stored
+    }
+    return {key: name for key, name in renamed.items() if name in own}
+
+
+def chosen_rows(tensor: torch.Tensor, rows: np.ndarray, dim: int) -> torch.Tensor:
+    """`tensor.index_select(dim, rows)` for rising rows, without the whole tensor in memory where dim is 0."""
+    if dim != 0 or not isinstance(tensor, StoredTensor):
+        return tensor.index_select(dim, torch.from_numpy(rows))
+    parts, start = [], 0
+    for block in tensor.blocks():
+        inside = rows[(rows >= start) & (rows < start + len(block))] - start
+        parts.append(block[torch.from_numpy(inside)])
+        start += len(block)
+    return torch.cat(parts)
+
+
+def are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if one.shape != other.shape:
+        return False
+    if isinstance(one, StoredTensor) and isinstance(other, StoredTensor):
+        return all(torch.equal(a, b) for a, b in zip(one.blocks(), other.blocks(), strict=True))
+    return one.data_ptr() == other.data_ptr() or torch.equal(one, other)
+
+
+@contextmanager
+def tied_as_stored(skeleton: Any, state: dict[str, torch.Tensor]) -> Iterator[set[str]]:
+    """Within, a model of the skeleton's class ties no two parameters that the checkpoint holds as different.
+
+    mT5's head is not its embedding, although its config says so. transformers compares the two, but under
+    ZeRO-3 it compares what is left of them, nothing, and ties them. Yields the names that stay untied.
+    """
+    by_name = {name: state[key] for key, name in model_names(skeleton, list(state)).items()}
+    untied = {
+        target
+        for target, source in skeleton.all_tied_weights_keys.items()
+        if target in by_name and source in by_name and not are_equal(by_name[target], by_name[source])
+    }
+    kind = type(skeleton)
+    before = kind._tied_weights_keys
+    if untied:
+        kind._tied_weights_keys = {t: s for t, s in before.items() if t not in untied}
+    try:
+        yield untied
+    finally:
+        kind._tied_weights_keys = before
