@@ -14,7 +14,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, TaskType, get_peft_model_state_dict, inject_adapter_in_model
+from peft import (
+    LoraConfig,
+    TaskType,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import nn
@@ -24,6 +30,7 @@ from transformers.pytorch_utils import Conv1D
 
 from flallm_ds.command import nearest
 from flallm_ds.errors import UserError
+from flallm_ds.models.weights import Weights
 
 ALL_LINEAR = "all-linear"
 NamedTensors = Iterable[tuple[str, torch.Tensor | None]]
@@ -92,6 +99,7 @@ def _add_low_rank(llm: Any, tuning: Tuning, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(config, llm)
+    llm.train(llm.training)  # new layers come in train mode, with dropout
     assert _low_rank_layers(llm).keys() == set(targets), "peft took other layers than those named"
 
 
@@ -231,3 +239,21 @@ def write_additions(folder: Path, tensors: NamedTensors, llm: Any, base: str) ->
     config = copy.copy(llm.peft_config["default"])
     config.base_model_name_or_path, config.inference_mode = base, True
     config.save_pretrained(folder)
+
+
+def read_additions(folder: Path, llm: Any) -> None:
+    """Put into a loaded LLM, in place, what `write_additions` wrote of it.
+
+    Raises UserError where the folder is not whole or is of another LLM.
+    """
+    weights = Weights(folder, "adapter_model.safetensors")
+    try:
+        inject_adapter_in_model(LoraConfig.from_pretrained(folder), llm)
+        result = set_peft_model_state_dict(llm, dict(weights))
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
+        raise UserError(
+            f"the low-rank additions in {folder} must fit their LLM, but do not: {str(error).splitlines()[0]}"
+        ) from error
+    wrong = [name for name in result.missing_keys if ".lora_" in name] + list(result.unexpected_keys)
+    if wrong:
+        raise UserError(f"the low-rank additions in {folder} must fit their LLM, but {wrong[0]} does not.")
