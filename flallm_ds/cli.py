@@ -1,23 +1,80 @@
 """The `flallm` command: the verbs that need one process only. What runs under a launcher is in launch/."""
 
 from pathlib import Path
+from typing import Literal
 
 from flallm_ds.command import main
+from flallm_ds.errors import UserError
 
 
-def translate(video: Path, *, model: Path, beams: int | None = None) -> None:
+def translate(
+    video: Path,
+    *,
+    model: str,
+    language: str = "",
+    beams: int | None = None,
+    nbest: int = 1,
+    length_penalty: float | None = None,
+    stream: bool = False,
+    bits: Literal["32", "16", "8", "4"] = "32",
+    hub_code: bool = False,
+) -> None:
     """Translate one video file or folder of frames: flallm translate VIDEO --model FOLDER.
+
+    model: an export, a run folder (its best export), or USER/NAME of the hub. language: of the sentence,
+    where the model speaks several: de, German. nbest: as many sentences, each after its score.
+    length_penalty: above 0 for longer sentences. stream: word by word, with one beam. bits: of the LLM's
+    weights. hub_code: run code that comes with the LLM.
+    """
+    from flallm_ds.inference.translator import Translator
+
+    if stream and (nbest > 1 or (beams or 1) > 1):
+        raise UserError(
+            f"--stream must go with one beam and one sentence, but --beams is {beams} and --nbest {nbest}."
+        )
+    translator = Translator.from_pretrained(model, bits=int(bits), hub_code=hub_code)  # type: ignore[arg-type]
+    translator = translator.searching(beams, nbest, length_penalty)
+    if stream:
+        for piece in translator.stream(video, language):
+            print(piece, end="", flush=True)
+        print()
+    elif nbest == 1:
+        print(translator.translate(video, language))
+    else:
+        for sentence, score in translator.nbest(video, language):
+            print(f"{score:.4f}\t{sentence}")
+
+
+def export(
+    *,
+    run: Path,
+    out: Path,
+    lora: Literal["merged", "apart"] = "merged",
+    untrimmed: bool = False,
+    llm_name: str = "",
+    hub_code: bool = False,
+) -> None:
+    """Make a run's best model ready to be given away: flallm export --run RUN --out FOLDER.
+
+    Its model card has the scores of launch/evaluate.py, too. lora: low-rank additions merged into the LLM, or
+    apart beside the name (or a copy) of the LLM that they belong to. untrimmed: with all pieces of the
+    vocabulary again, those that were cut from --llm_name (the LLM that the training began with).
+    """
+    from flallm_ds.inference.publish import publish
+
+    print(
+        f"{publish(run, out, lora=lora, untrimmed=untrimmed, llm_name=llm_name, hub_code=hub_code)} is ready."
+    )
+
+
+def push(*, model: Path, repo: str, private: bool = False) -> None:
+    """Upload an export to the Hugging Face hub: flallm push --model FOLDER --repo USER/NAME.
 
     model: an export, or a run folder (its best export).
     """
-    from dataclasses import replace
+    from flallm_ds.inference.hub import push as upload
 
-    from flallm_ds.inference.translator import Translator
-
-    translator = Translator.from_pretrained(model)
-    if beams is not None:
-        translator = replace(translator, beam=replace(translator.beam, num_beams=beams))
-    print(translator.translate(video))
+    print(upload(model, repo, private))
 
 
 def standin_llm(
@@ -57,9 +114,29 @@ def curves(*, runs: str, out: Path) -> None:
     draw_curves(out, [Path(run) for run in runs.split(",")])
 
 
+def probe(*, runs: str, out: Path) -> None:
+    """A picture of the last layers' gradients: flallm probe --runs RUN[,RUN] --out FILE.png.
+
+    Of runs that were trained with --train.probe_every.
+    """
+    from flallm_ds.inference.probe import draw_probe
+
+    draw_probe(out, [Path(run) for run in runs.split(",")])
+
+
 def run() -> None:
     """Entry point of the `flallm` script and of `python -m flallm_ds`."""
-    main({"translate": translate, "standin_llm": standin_llm, "strip": strip, "curves": curves})
+    main(
+        {
+            "translate": translate,
+            "export": export,
+            "push": push,
+            "standin_llm": standin_llm,
+            "strip": strip,
+            "curves": curves,
+            "probe": probe,
+        }
+    )
 
 
 if __name__ == "__main__":

@@ -55,3 +55,5 @@ class Hypothesis:
     hypothesis: str
     reference: str
     corpus: str = ""
+    language: str = ""  # of both sentences
+    nbest: tuple[tuple[str, float], ...] = ()  # (sentence, score), best first, where several were asked for

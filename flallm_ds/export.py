@@ -7,6 +7,8 @@ feature_extractor.safetensors  where the LLM reads states of Light-T's encoder: 
 adapter.safetensors
 language_model/                Light-T or the LLM in the Hugging Face layout, tokenizer and vocabulary.json
 
+Of an LLM with low-rank additions, or one that was not trained, only what was trained is stored, beside the
+name of the LLM that it belongs to; `flallm export` makes one whole folder of both.
 Numbers are stored as the engine held them: bf16 under a bf16 engine, as they were scored, else fp32.
 """
 
@@ -32,6 +34,7 @@ from flallm_ds.models.feature_extractor import FeatureExtractor, Kind, encoder_o
 from flallm_ds.models.light_translator import light_translator_from_config
 from flallm_ds.models.llm import LlmOptions, embedding_scale, llm_width, load_llm
 from flallm_ds.models.sign_translator import SignTranslator
+from flallm_ds.models.tuning import read_additions, write_additions
 from flallm_ds.models.visual_encoder import VisualEncoder
 from flallm_ds.models.weights import Weights, WeightsWriter, load_weights, must_hold
 
@@ -42,6 +45,7 @@ VISUAL_FILE = "visual_encoder.safetensors"
 FEATURES_FILE = "feature_extractor.safetensors"
 ADAPTER_FILE = "adapter.safetensors"
 LANGUAGE_MODEL = "language_model"
+ADDITIONS = "adapter_config.json"  # in it, where the LLM has low-rank additions
 # Where the parameters of a SignTranslator go, by the beginnings of their names; the first that fits.
 PLACES = {
     "visual.visual.": VISUAL_FILE,
@@ -62,17 +66,22 @@ class Export:
 
 
 def settings_of(
-    config: RunConfig, index: Index, scores: dict[str, Any], features: dict[str, Any] | None = None
+    config: RunConfig,
+    index: Index,
+    scores: dict[str, Any],
+    features: dict[str, Any] | None = None,
+    visual: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The content of flallm.json. index: of the training clips; a user's video is brought to their form.
 
-    features: `FeatureExtractor.settings`; none: sign-wise features.
+    features: `FeatureExtractor.settings`; none: sign-wise features. visual: `VisualEncoder.settings`; none: a
+    ResNet-18 of visual.width.
     short_side: of the stored frames, px. fps: to which their build resampled them, if it did.
     """
     return {
         "format": FORMAT,
         "stage": config.stage,
-        "visual": {"width": config.visual.width, "temporal_kernel": config.visual.temporal_kernel},
+        "visual": visual or {"width": config.visual.width, "temporal_kernel": config.visual.temporal_kernel},
         "features": features or {"kind": "signs"},
         "frames": {
             "short_side": min(index.frame_hw),
@@ -83,15 +92,44 @@ def settings_of(
             "cap": config.data.cap,
             "frame_size": config.data.frame_size,
             "crop_size": config.data.crop_size,
+            "feature_fps": config.data.feature_fps,
         },
         "generation": {
             "num_beams": 5,
             "length_penalty": config.eval.length_penalty,
             "max_new_tokens": config.eval.max_new_tokens,
         },
+        "base": base_of(config),
         "scores": scores,
         "training": training_facts(config, index),
     }
+
+
+def base_of(config: RunConfig) -> str | None:
+    """The LLM that an export of low-rank additions (or none) belongs to; None where all of it is stored.
+
+    A hub id, or a folder: of the run's own trimmed LLM relative to the export.
+    """
+    llm = config.llm
+    adds = llm.tune in ("lora", "dora") or (llm.tune == "frozen" and not llm.layers)
+    if config.stage == "visual" or not adds or not llm.pretrained:
+        return None
+    if llm.trim_vocabulary:
+        return "../llm_trimmed"
+    return str(Path(llm.name).resolve()) if Path(llm.name).exists() else llm.name
+
+
+def base_llm(folder: Path, base: str) -> str:
+    """The name or folder of an export's base LLM. Raises UserError where a folder is gone."""
+    if not base.startswith(".") and not Path(base).is_absolute():
+        return base
+    path = (folder / base).resolve()
+    if not path.is_dir():
+        raise UserError(
+            f"the LLM that {folder} adds to must be at {path}, but is not: put it there, or make a folder "
+            "that needs no other with flallm export."
+        )
+    return str(path)
 
 
 def frame_sampling(settings: dict[str, Any]) -> FrameSampling:
@@ -116,14 +154,20 @@ def write(
     """
     lm_folder = folder / LANGUAGE_MODEL
     lm_folder.mkdir()
+    additions: list[tuple[str, torch.Tensor | None]] = []
     with ExitStack() as stack:
         writers: dict[str, WeightsWriter] = {}
         for name, tensor in state:
             prefix = next(prefix for prefix in PLACES if name.startswith(prefix))
+            if settings["base"] and prefix == "language_model.":
+                additions.append((name.removeprefix(prefix), tensor))
+                continue
             if prefix not in writers:
                 place = folder / PLACES[prefix]
                 writers[prefix] = stack.enter_context(WeightsWriter(place.parent, place.name))
             writers[prefix].add(name.removeprefix(prefix), tensor)
+    if additions:
+        write_additions(lm_folder, additions, language_model, settings["base"])
     language_model.config.save_pretrained(lm_folder)
     language_model.generation_config.save_pretrained(lm_folder)
     codec.save(lm_folder)
@@ -159,7 +203,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 def read_visual(folder: Path) -> VisualEncoder:
     """The visual encoder alone, in eval mode."""
-    visual = VisualEncoder(**read_settings(folder)["visual"])
+    visual = VisualEncoder.from_settings(read_settings(folder)["visual"])
     load_weights(visual, Weights(folder, VISUAL_FILE))
     return visual.eval()
 
@@ -202,12 +246,26 @@ def read(folder: Path, options: LlmOptions | None = None) -> Export:
     if settings["stage"] == "visual":
         language_model = _read_light_translator(lm_folder)
     else:
-        weights = Weights(lm_folder)
-        language_model = load_llm(str(lm_folder), options or LlmOptions())
-        must_hold(weights, language_model)  # transformers fills what is missing with random numbers
+        language_model = read_llm(folder, settings, options or LlmOptions())
     adapter = _read_adapter(folder, visual.feature_width, language_model)
     translator = SignTranslator(None, adapter, language_model, codec).eval().requires_grad_(False)
     return Export(settings, visual, translator, codec)
+
+
+def read_llm(folder: Path, settings: dict[str, Any], options: LlmOptions) -> Any:
+    """The LLM of an export, with its low-rank additions beside its weights where it has some."""
+    lm_folder = folder / LANGUAGE_MODEL
+    if settings["base"] is None:
+        weights = Weights(lm_folder)
+        language_model = load_llm(str(lm_folder), options)
+        must_hold(weights, language_model)  # transformers fills what is missing with random numbers
+        return language_model
+    language_model = load_llm(base_llm(folder, settings["base"]), options)
+    if (lm_folder / ADDITIONS).is_file():
+        read_additions(lm_folder, language_model)
+    elif settings["training"]["tune"] != "frozen":
+        raise UserError(f"{lm_folder} must hold {ADDITIONS}, but does not: it is not whole.")
+    return language_model
 
 
 def _read_light_translator(folder: Path) -> Any:

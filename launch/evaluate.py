@@ -2,12 +2,20 @@
 
 import json
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from flallm_ds import dist
 from flallm_ds.command import main
 from flallm_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from flallm_ds.contracts import Hypothesis
+    from flallm_ds.data.index import Index
+    from flallm_ds.inference.translator import Translator
+    from flallm_ds.models.sign_translator import Beam
 
 CLIPS_A_BATCH = 8
 
@@ -17,27 +25,24 @@ def evaluate(
     run: str,
     split: str = "test",
     beams: int = 5,
+    nbest: int = 1,
+    length_penalty: float | None = None,
     shards: tuple[str, ...] = (),
     threads: int = 0,
 ) -> None:
     """BLEU-1..4, ROUGE-L, chrF, the blind control and a file of hypotheses for the best export of a run.
 
-    run: a run's folder or an export. shards: default those the run was trained on. The results go to
-    RUN/evaluation/SPLIT.json and SPLIT.hypotheses.jsonl.
+    run: a run's folder or an export. nbest: as many hypotheses of each clip, with scores, into the file;
+    the best one counts. length_penalty: default the run's; above 0 for longer sentences. shards: default
+    those the run was trained on. The results go to RUN/evaluation/SPLIT.json and SPLIT.hypotheses.jsonl.
     """
     if beams < 1:
         raise UserError(f"--beams must be at least 1, but is {beams}.")
     from flallm_ds import export
     from flallm_ds.config import DataConfig, RunConfig
-    from flallm_ds.data.loader import ClipReader, Loader
-    from flallm_ds.data.plan import Plan
-    from flallm_ds.inference import report
     from flallm_ds.inference.translator import Translator
-    from flallm_ds.metrics import score
     from flallm_ds.training.build import decode_threads, open_index
-    from flallm_ds.training.checkpoint import replace_file
-    from flallm_ds.training.evaluate import Evaluation, texts_of
-    from flallm_ds.training.progress import clock
+    from flallm_ds.training.evaluate import Evaluation
 
     export.find(run)
     config_path = Path(run) / "config.json"
@@ -46,48 +51,84 @@ def evaluate(
     data = RunConfig.load(config_path).data if config_path.is_file() else DataConfig()
     with dist.session() as world:
         index = open_index(replace(data, shards=shards or data.shards, weights=()), split, world)
-        translator = Translator.from_pretrained(run, world.device)
-        translator = replace(translator, beam=replace(translator.beam, num_beams=beams))
-        sampling = export.frame_sampling(translator.export.settings)
-        kept = sampling.num_kept(index.num_frames, index.arrays["fps"])
-        plan = Plan(index.fingerprint, kept, index.arrays["shard"], 0, CLIPS_A_BATCH * world.size, world.size)
-        reader = ClipReader(index, sampling, seed=0, train=False)
-        loader = Loader(
-            reader,
-            plan.in_length_order(),
-            translator.export.codec,
-            rank=world.rank,
-            world_size=world.size,
-            threads=threads or decode_threads(world),
-        )
-        begin = time.perf_counter()
-
-        def progress(done: int, steps: int) -> None:
-            seconds = time.perf_counter() - begin
-            if done == steps or done % max(1, steps // 10) == 0:
-                rate, left = done * CLIPS_A_BATCH * world.size / seconds, seconds * (steps / done - 1)
-                print(f"{split}: batch {done}/{steps}  {rate:.1f} clips/s  left {clock(left)}", flush=True)
-
-        hypotheses = Evaluation(loader, translator.generate, translator.export.codec, world).hypotheses(
-            progress
-        )
+        translator = Translator.from_pretrained(run, world.device).searching(beams, nbest, length_penalty)
+        loader = split_loader(translator, index, run, world, threads or decode_threads(world))
+        evaluation = Evaluation(loader, translator.generate, translator.export.codec, world)
+        hypotheses = evaluation.hypotheses(progress_of(split, world))
         if world.is_main:
-            language = translator.export.codec.language
-            scores = score(*texts_of(hypotheses), language=language).as_dict()
-            blind = report.blind_scores(hypotheses, language).as_dict()
-            folder = Path(run) / "evaluation"
-            folder.mkdir(exist_ok=True)
-            report.write_hypotheses(folder / f"{split}.hypotheses.jsonl", hypotheses)
-            by_corpus = {}
-            if len(set(index.corpora)) > 1:
-                parts = report.scores_by_corpus(hypotheses, language)
-                by_corpus = {f"{name} alone": part.as_dict() for name, part in parts.items()}
-            content = {"split": split, "beams": beams, "scores": scores, "blind": blind} | by_corpus
-            replace_file(folder / f"{split}.json", json.dumps(content, indent=2) + "\n")
-            print(report.table({"model": scores, "blind control": blind} | by_corpus))
-            print(
-                f"signature: {scores['bleu_signature']}\nhypotheses: {folder / f'{split}.hypotheses.jsonl'}"
-            )
+            write_results(Path(run) / "evaluation", split, translator.beam, hypotheses)
+
+
+def split_loader(translator: "Translator", index: "Index", run: str, world: dist.World, threads: int) -> Any:
+    """A loader over the split in length order. Raises UserError for features of another encoder."""
+    from flallm_ds import export
+    from flallm_ds.data.feature_facts import OPTIONS
+    from flallm_ds.data.loader import ClipReader, Loader, num_places
+    from flallm_ds.data.plan import Plan
+    from flallm_ds.training.cached_features import check_evaluation, check_features
+
+    frames = translator.export.settings["frames"]
+    if index.features:
+        options = {name: frames[name] for name in OPTIONS if name != "augment"}
+        check_features(index, options, translator.export.visual.fingerprint(), f"--run={run}")
+        check_evaluation(index)
+    elif frames["feature_fps"] is not None:
+        raise UserError(
+            f"--shards must be features where a model was trained on them at {frames['feature_fps']:g} a "
+            f"second, but {index.root} is video. Make them with launch/features.py."
+        )
+    sampling = export.frame_sampling(translator.export.settings)
+    return Loader(
+        ClipReader(index, sampling, seed=0, train=False, feature_fps=frames["feature_fps"]),
+        Plan(
+            index.fingerprint,
+            num_places(index, sampling, frames["feature_fps"]),
+            index.arrays["shard"],
+            seed=0,
+            batch_clips=CLIPS_A_BATCH * world.size,
+            slices=world.size,
+        ).in_length_order(),
+        translator.export.codec,
+        rank=world.rank,
+        world_size=world.size,
+        threads=threads,
+    )
+
+
+def progress_of(split: str, world: dist.World) -> Callable[[int, int], None]:
+    """What prints how far a split is, ten times."""
+    from flallm_ds.training.progress import clock
+
+    begin = time.perf_counter()
+
+    def progress(done: int, steps: int) -> None:
+        seconds = time.perf_counter() - begin
+        if done == steps or done % max(1, steps // 10) == 0:
+            rate, left = done * CLIPS_A_BATCH * world.size / seconds, seconds * (steps / done - 1)
+            print(f"{split}: batch {done}/{steps}  {rate:.1f} clips/s  left {clock(left)}", flush=True)
+
+    return progress
+
+
+def write_results(folder: Path, split: str, beam: "Beam", hypotheses: Sequence["Hypothesis"]) -> None:
+    """SPLIT.json, SPLIT.hypotheses.jsonl, and the table on the screen."""
+    from flallm_ds.inference import report
+    from flallm_ds.training.checkpoint import replace_file
+    from flallm_ds.training.evaluate import scores_of
+
+    rows = {"scores": scores_of(hypotheses).as_dict(), "blind": report.blind_scores(hypotheses).as_dict()}
+    for part in ("corpus", "language"):
+        found = report.scores_by(hypotheses, part)
+        if len(found) > 1:
+            rows |= {f"{name} alone": scores.as_dict() for name, scores in found.items()}
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{split}.hypotheses.jsonl"
+    report.write_hypotheses(path, hypotheses)
+    search = {"split": split, "beams": beam.num_beams, "length_penalty": beam.length_penalty}
+    replace_file(folder / f"{split}.json", json.dumps(search | rows, indent=2) + "\n")
+    names = {"scores": "model", "blind": "blind control"}
+    print(report.table({names.get(name, name): row for name, row in rows.items()}))
+    print(f"signature: {rows['scores']['bleu_signature']}\nhypotheses: {path}")
 
 
 if __name__ == "__main__":

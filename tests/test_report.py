@@ -1,6 +1,7 @@
 """Pictures of results: strips of frames and curves."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -10,11 +11,12 @@ import pytest
 from flallm_ds.contracts import Hypothesis
 from flallm_ds.errors import UserError
 from flallm_ds.inference.report import (
+    blind_scores,
     by_epoch,
     draw_curves,
     draw_strip,
     read_hypotheses,
-    scores_by_corpus,
+    scores_by,
     write_hypotheses,
 )
 
@@ -37,13 +39,26 @@ def test_each_corpus_is_scored_alone_and_hypotheses_come_back(tmp_path: Path) ->
         ("im norden regen am morgen", "im norden regen am morgen"),
         ("a b c d", "im norden regen am"),
     )
-    said = [Hypothesis(f"0_{n}", *right, "phoenix14t") for n in range(3)]
-    said += [Hypothesis(f"1_{n}", *wrong, "mine") for n in range(2)]
-    scores = scores_by_corpus(said, "de_DE")
+    said = [Hypothesis(f"0_{n}", *right, "phoenix14t", "de") for n in range(3)]
+    said += [Hypothesis(f"1_{n}", *wrong, "mine", "de", (("a b c d", -0.5), ("a", -1.5))) for n in range(2)]
+    scores = scores_by(said, "corpus")
     assert list(scores) == ["mine", "phoenix14t"]
     assert scores["phoenix14t"].bleu4 == pytest.approx(100) and scores["mine"].bleu4 < 10
     write_hypotheses(tmp_path / "said.jsonl", said)
     assert read_hypotheses(tmp_path / "said.jsonl") == said
+    assert '"nbest"' not in (tmp_path / "said.jsonl").read_text(encoding="utf-8").splitlines()[0]
+
+
+def test_the_blind_control_stays_within_a_language() -> None:
+    """Each language has one sentence: a control that mixed them would find other words."""
+    texts = {"de": "im norden regen am morgen", "en": "rain in the north at dawn"}
+    said = [
+        Hypothesis(f"{n}_{code}", text, text, "c", code) for code, text in texts.items() for n in range(3)
+    ]
+    assert blind_scores(said).bleu4 == pytest.approx(100)
+    alone = [said[0], *said[3:]]
+    assert blind_scores(alone).bleu4 == pytest.approx(100)
+    assert blind_scores([replace(h, reference=f"{h.key} a b c") for h in said]).bleu4 < 10
 
 
 def test_curves_hold_each_epochs_mean_loss_and_its_score(tmp_path: Path) -> None:

@@ -2,9 +2,9 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -14,43 +14,50 @@ from flallm_ds.data.loader import ClipReader
 from flallm_ds.data.mixture import open_indexes
 from flallm_ds.data.sampling import FrameSampling
 from flallm_ds.errors import UserError
-from flallm_ds.metrics import Scores, score
+from flallm_ds.metrics import Scores
+from flallm_ds.training.checkpoint import replace_file
+from flallm_ds.training.evaluate import scores_of
 
 
-def blind_scores(hypotheses: Sequence[Hypothesis], language: str, seed: int = 0) -> Scores:
+def blind_scores(hypotheses: Sequence[Hypothesis], seed: int = 0) -> Scores:
     """Scores of the same model with the videos shuffled among the samples: what it guesses without looking.
 
-    A hypothesis depends on its video alone, so each reference meets the hypothesis of another clip; no clip
-    keeps its own.
+    A hypothesis depends on its video (and language) alone, so each reference meets the hypothesis of another
+    clip of its language; no clip keeps its own, unless it is the only one of its language.
     """
     order = np.random.default_rng(seed).permutation(len(hypotheses))
+    rows: dict[str, list[int]] = {}
+    for row in order.tolist():
+        rows.setdefault(hypotheses[row].language, []).append(row)
     other = np.empty_like(order)
-    other[order] = np.roll(order, 1)
-    return score(
-        [hypotheses[i].hypothesis for i in other], [h.reference for h in hypotheses], language=language
-    )
+    for part in rows.values():
+        other[part] = np.roll(part, 1)
+    said = [hypotheses[i].hypothesis for i in other]
+    return scores_of([replace(h, hypothesis=other) for h, other in zip(hypotheses, said, strict=True)])
 
 
-def scores_by_corpus(hypotheses: Sequence[Hypothesis], language: str) -> dict[str, Scores]:
-    """The scores of each corpus alone, by its name."""
+def scores_by(hypotheses: Sequence[Hypothesis], part: Literal["corpus", "language"]) -> dict[str, Scores]:
+    """The scores of each corpus or language alone, by its name."""
     parts: dict[str, list[Hypothesis]] = {}
     for said in hypotheses:
-        parts.setdefault(said.corpus, []).append(said)
-    return {
-        name: score([h.hypothesis for h in part], [h.reference for h in part], language=language)
-        for name, part in sorted(parts.items())
-    }
+        parts.setdefault(getattr(said, part), []).append(said)
+    return {name: scores_of(said) for name, said in sorted(parts.items())}
 
 
 def write_hypotheses(path: Path, hypotheses: Sequence[Hypothesis]) -> None:
-    """JSON lines: key, hypothesis, reference, corpus."""
-    lines = [json.dumps(asdict(h), ensure_ascii=False) for h in hypotheses]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    """JSON lines: key, hypothesis, reference, corpus, language, and nbest where several were asked for."""
+    lines = [
+        json.dumps({k: v for k, v in asdict(h).items() if k != "nbest" or v}, ensure_ascii=False)
+        for h in hypotheses
+    ]
+    replace_file(path, "\n".join(lines) + "\n")
 
 
 def read_hypotheses(path: Path) -> list[Hypothesis]:
     """What `write_hypotheses` wrote."""
-    return [Hypothesis(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    nbest = [tuple((said, score) for said, score in line.pop("nbest", ())) for line in lines]
+    return [Hypothesis(**line, nbest=best) for line, best in zip(lines, nbest, strict=True)]
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:

@@ -1,16 +1,27 @@
 """An export folder as an object that turns videos into sentences, without DeepSpeed."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from transformers import TextStreamer
 
 from flallm_ds import export
 from flallm_ds.contracts import Batch
+from flallm_ds.data.features import resample
+from flallm_ds.data.languages import find_language
 from flallm_ds.data.loader import NUM_DRAWS
+from flallm_ds.data.text import Wording
 from flallm_ds.data.video import Video
 from flallm_ds.errors import UserError
+from flallm_ds.inference.hub import folder_of
+from flallm_ds.model_card import spoken
+from flallm_ds.models.llm import LlmOptions
 from flallm_ds.models.sign_translator import Beam, Candidate
 from flallm_ds.preprocess import Preprocess
 
@@ -25,30 +36,104 @@ class Translator:
     device: torch.device
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device: str | torch.device | None = None) -> "Translator":
-        """Load an export folder, or the best export of a run folder. device: a GPU where there is one.
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        device: str | torch.device | None = None,
+        bits: Literal[32, 16, 8, 4] = 32,
+        hub_code: bool = False,
+    ) -> "Translator":
+        """Load an export folder, the best export of a run folder, or USER/NAME of the hub.
 
-        Raises UserError where the folder holds no whole export.
+        device: a GPU where there is one. bits: of the LLM's parameters (8 and 4 need bitsandbytes).
+        hub_code: run code that comes with the LLM. Raises UserError where there is no whole export.
         """
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        loaded = export.read(export.find(folder))
+        loaded = export.read(folder_of(model), LlmOptions(bits=bits, hub_code=hub_code))
         loaded.visual.to(chosen)
-        loaded.translator.to(chosen)
+        if bits > 8:  # bitsandbytes has put them where they belong
+            loaded.translator.to(chosen)
+        loaded.translator.adapter.to(chosen)
         frames = loaded.settings["frames"]
         preprocess = Preprocess(frames["frame_size"], frames["crop_size"])
         return cls(loaded, preprocess, Beam(**loaded.settings["generation"]), chosen)
 
-    def translate(self, video: str | Path) -> str:
+    def searching(
+        self, beams: int | None = None, nbest: int | None = None, length_penalty: float | None = None
+    ) -> "Translator":
+        """The same with another search. Raises UserError for one that cannot be."""
+        given = {"num_beams": beams, "num_return": nbest, "length_penalty": length_penalty}
+        changed: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        beam = replace(self.beam, **changed)
+        if not 1 <= beam.num_return <= beam.num_beams:
+            raise UserError(
+                f"the sentences of a clip must be 1 to as many as there are beams, but are {beam.num_return} "
+                f"of {beam.num_beams}. Give --nbest of at least 1, and --beams as large or larger."
+            )
+        return replace(self, beam=beam)
+
+    def translate(self, video: str | Path, language: str = "") -> str:
         """The sentence signed in a video file or a folder of frames.
 
-        Frames are scaled and picked as in training's evaluation. Raises UserError if nothing can be decoded.
+        language: of the sentence, where the model speaks several. Frames are scaled and picked as in
+        training's evaluation. Raises UserError if nothing can be decoded.
         """
-        path = Path(video)
+        return self.nbest(video, language)[0][0]
+
+    def nbest(self, video: str | Path, language: str = "") -> list[tuple[str, float | None]]:
+        """(sentence, score) of each hypothesis that `beam` asks for, best first, as `translate`.
+
+        score: log probability over length ** length_penalty; None where only one is asked for.
+        """
+        candidates = self.generate(*self._read(Path(video), self.language(language)))[0]
+        return [(self.export.codec.decode(candidate.ids), candidate.score) for candidate in candidates]
+
+    def stream(self, video: str | Path, language: str = "") -> Iterator[str]:
+        """The sentence as `translate` with one beam says it, word by word."""
+        greedy = self.searching(beams=1, nbest=1)
+        batch, rate = self._read(Path(video), self.language(language))
+        pieces = _Pieces(self.export.codec)
+        failure: list[BaseException] = []
+
+        def say() -> None:
+            try:
+                greedy.generate(batch, rate, pieces)
+            except BaseException as error:  # noqa: BLE001 - raised below, by the thread that asked
+                failure.append(error)
+            pieces.queue.put(None)
+
+        thread = Thread(target=say, daemon=True)
+        thread.start()
+        while (piece := pieces.queue.get()) is not None:
+            yield piece
+        thread.join()
+        if failure:
+            raise failure[0]
+
+    def language(self, asked: str = "") -> str:
+        """One of the languages that the model was trained to say: the one asked for, or the only one.
+
+        Raises UserError where it is none of them, or where there are several and none is asked for.
+        """
+        known = spoken(self.export.codec)
+        same = [k for k in known if asked in (k, "") or (find_language(asked) or 0) == find_language(k)]
+        if len(same) == 1:
+            return same[0]
+        if not known and not asked:
+            return ""
+        must = "be one of those the model speaks" if asked else "be given where the model speaks several"
+        raise UserError(
+            f"--language must {must} ({', '.join(known) or 'which are not recorded'}), but is {asked!r}."
+        )
+
+    def _read(self, path: Path, language: str) -> tuple[Batch, float]:
+        """(the kept frames as a batch of one clip, how many of them a second has)."""
         if not path.exists():
             raise UserError(
                 f"there must be a video file or a folder of frames at {path}, but there is nothing."
             )
-        kept = self.kept_frames(path)
+        kept, rate = self.kept_frames(path)
+        corpora = self.export.settings["training"]["corpora"]
         batch = Batch(
             frames_NHWC=torch.from_numpy(kept),
             num_frames_B=torch.tensor([len(kept)]),
@@ -57,30 +142,70 @@ class Translator:
             target_ids_BL=torch.full((1, 1), -100),
             keys=(path.name,),
             texts=("",),
-            corpora=("",),
-            languages=("",),
+            corpora=(corpora[0] if len(corpora) == 1 else "",),  # a prompt may name its sign language
+            languages=(language,),
             real_B=(True,),
         )
-        return self.export.codec.decode(self.generate(batch)[0][0].ids)
+        return batch, rate
 
-    def kept_frames(self, path: Path) -> np.ndarray:
-        """The frames that the model sees of a video, uint8 (T, H, W, 3)."""
+    def kept_frames(self, path: Path) -> tuple[np.ndarray, float]:
+        """(the frames that the model sees of a video, uint8 (T, H, W, 3), how many of them a second has)."""
         settings = self.export.settings["frames"]
         sampling = export.frame_sampling(self.export.settings)
         video = Video(path)
         fps = settings.get("fps")
         stored = video.frames(short_side=settings["short_side"], fps=fps)
-        kept = [frame for i, frame in enumerate(stored) if sampling.keeps_first(i, fps or video.fps)]
-        return np.stack([kept[i] for i in sampling.thin(len(kept))])
+        kept: list[np.ndarray] = []
+        num_frames = 0
+        for frame in stored:
+            if sampling.keeps_first(num_frames, fps or video.fps):
+                kept.append(frame)
+            num_frames += 1
+        (rate,) = sampling.rates(np.array([num_frames]), np.array([fps or video.fps]))
+        return np.stack([kept[i] for i in sampling.thin(len(kept))]), float(rate)
 
     @torch.no_grad()
-    def generate(self, batch: Batch) -> list[list[Candidate]]:
-        """The hypotheses of each clip of a batch, best first."""
+    def generate(
+        self, batch: Batch, rate: float | None = None, streamer: TextStreamer | None = None
+    ) -> list[list[Candidate]]:
+        """The hypotheses of each clip of a batch, best first.
+
+        rate: of the frames, a second, where the LLM reads features at another one.
+        """
         half = self.device.type == "cuda"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+            features_ND, num_frames_B = self._features(batch, rate)
+            return self.export.translator.generate(
+                features_ND, num_frames_B, self._wordings(batch), self.beam, streamer=streamer
+            )
+
+    def _features(self, batch: Batch, rate: float | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(features_ND, how many each clip has)."""
+        if batch.features_ND is not None:
+            return batch.features_ND.to(self.device).float(), batch.num_frames_B
+        pixels_NCHW = self.preprocess(batch, train=False, device=self.device)
+        features_ND = self.export.visual(pixels_NCHW, batch.num_frames_B)
+        wanted = self.export.settings["frames"]["feature_fps"]
+        if wanted is None or rate is None:
+            return features_ND, batch.num_frames_B
+        lengths_B = batch.num_frames_B.to(self.device)
+        features_BSD, lengths_B = resample(features_ND[None].float(), lengths_B, rate, wanted)
+        return features_BSD[0], lengths_B.cpu()
+
+    def _wordings(self, batch: Batch) -> list[Wording]:
         codec = self.export.codec
         wording = codec.light_wording if self.export.settings["stage"] == "visual" else codec.wording
-        wordings = [wording(*of) for of in zip(batch.languages, batch.corpora, strict=True)]
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
-            pixels_NCHW = self.preprocess(batch, train=False, device=self.device)
-            features_ND = self.export.visual(pixels_NCHW, batch.num_frames_B)
-            return self.export.translator.generate(features_ND, batch.num_frames_B, wordings, self.beam)
+        return [wording(*of) for of in zip(batch.languages, batch.corpora, strict=True)]
+
+
+class _Pieces(TextStreamer):  # type: ignore[misc]  # transformers is untyped
+    """Whole words of a sentence, as its pieces come, into a queue."""
+
+    def __init__(self, codec: object) -> None:
+        super().__init__(codec, skip_prompt=True)  # of a tokenizer it uses `decode` alone
+        self.queue: SimpleQueue[str | None] = SimpleQueue()
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Called by `put` and `end`."""
+        if text:
+            self.queue.put(text)

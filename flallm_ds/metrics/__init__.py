@@ -5,14 +5,16 @@ and ROUGE tokens made from the same parts (bleu.py, rouge.py).
 """
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from flallm_ds.errors import UserError
 from flallm_ds.metrics.bleu import corpus_bleu, corpus_chrf
 from flallm_ds.metrics.rouge import BETA, rouge_l
 
-__all__ = ["Scores", "is_chinese", "rouge_tokens", "score"]
+__all__ = ["Scores", "is_chinese", "rouge_tokens", "score", "score_by_language"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,34 @@ def score(hypotheses: Sequence[str], references: Sequence[str], language: str) -
         chrf_signature=chrf_signature,
         rouge_signature=f"F|beta:{BETA}|tok:{'char' if chinese else 'whitespace'}|mean:sentences",
     )
+
+
+def score_by_language(
+    hypotheses: Sequence[str], references: Sequence[str], languages: Sequence[str]
+) -> Scores:
+    """Scores of sentences in several languages: each language alone by its own rule, then their mean.
+
+    languages: of each pair. Every language weighs the same, however many sentences it has; the numbers of
+    one language alone are those of `score`.
+    """
+    rows = defaultdict(list)
+    for row, language in enumerate(languages):
+        rows[language].append(row)
+    found = {
+        language: score([hypotheses[r] for r in part], [references[r] for r in part], language)
+        for language, part in sorted(rows.items())
+    }
+    if len(found) <= 1:
+        return next(iter(found.values())) if found else score(hypotheses, references, "")
+    columns = {f.name: [getattr(s, f.name) for s in found.values()] for f in dataclasses.fields(Scores)}
+    mean: dict[str, Any] = {}
+    for name, column in columns.items():
+        if name.endswith("_signature"):
+            parts = (f"{language}: {signature}" for language, signature in zip(found, column, strict=True))
+            mean[name] = f"mean over languages ({'; '.join(parts)})"
+        else:
+            mean[name] = sum(column) if name == "num_sentences" else sum(column) / len(column)
+    return Scores(**mean)
 
 
 def is_chinese(language: str) -> bool:

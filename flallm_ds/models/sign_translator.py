@@ -141,7 +141,7 @@ class SignTranslator(nn.Module):
         """As `_decoder_only_states`."""
         no_targets: list[list[int]] = [[] for _ in wordings]
         embeddings_BSE, mask_BS = self._source(inputs, num_frames_B, wordings, no_targets, "right")
-        start_BP = torch.tensor([w.start for w in wordings], device=target_ids_BL.device)
+        start_BP = torch.tensor([w.start for w in wordings], dtype=torch.long, device=target_ids_BL.device)
         before_last_BL = target_ids_BL[:, :-1].masked_fill(target_ids_BL[:, :-1] == -100, self.pad_id)
         decoder_ids_BL = torch.cat([start_BP, before_last_BL], 1)
         llm = self.language_model
@@ -173,17 +173,19 @@ class SignTranslator(nn.Module):
         wordings: Sequence[Wording],
         beam: Beam,
         synced: bool = False,
+        streamer: Any = None,
     ) -> list[list[Candidate]]:
         """`beam.num_return` hypotheses of each clip, best first.
 
-        synced: all ranks keep generating until the last is done, as ZeRO-3's gathers need.
+        synced: all ranks keep generating until the last is done, as ZeRO-3's gathers need. streamer: one of
+        transformers, given the start and then each piece of a single clip, where num_beams is 1.
         """
         no_targets: list[list[int]] = [[] for _ in wordings]
         side: Literal["left", "right"] = "left" if self.decoder_only else "right"
         embeddings_BSE, mask_BS = self._source(inputs, num_frames_B, wordings, no_targets, side)
         start: dict[str, Any] = {}
         if not self.decoder_only:
-            start_BP = torch.tensor([w.start for w in wordings], device=mask_BS.device)
+            start_BP = torch.tensor([w.start for w in wordings], dtype=torch.long, device=mask_BS.device)
             start = {"decoder_input_ids": start_BP, "decoder_start_token_id": start_BP[:, 0].tolist()}
         scored = beam.num_return > 1
         found = self.language_model.generate(
@@ -197,6 +199,7 @@ class SignTranslator(nn.Module):
             eos_token_id=self.eos_id,
             pad_token_id=self.pad_id,
             synced_gpus=synced,
+            streamer=streamer,
             return_dict_in_generate=True,
             output_scores=scored,
             **start,

@@ -249,7 +249,7 @@ def read_additions(folder: Path, llm: Any) -> None:
     weights = Weights(folder, "adapter_model.safetensors")
     try:
         inject_adapter_in_model(LoraConfig.from_pretrained(folder), llm)
-        result = set_peft_model_state_dict(llm, dict(weights))
+        result: Any = set_peft_model_state_dict(llm, dict(weights))
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         raise UserError(
             f"the low-rank additions in {folder} must fit their LLM, but do not: {str(error).splitlines()[0]}"

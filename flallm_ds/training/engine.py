@@ -272,13 +272,17 @@ class Engine:
         if path is None:
             raise UserError(f"the checkpoint must hold DeepSpeed's files, but does not: {folder}.")
 
-    def state(self) -> Iterator[tuple[str, torch.Tensor | None]]:
+    def state(self, trained_of: str | None = None) -> Iterator[tuple[str, torch.Tensor | None]]:
         """(name, tensor on the host) of each parameter and persistent buffer, in the engine's precision.
 
+        trained_of: a module of which only the parameters that are trained come.
         Every rank must drive it to its end, since each parameter is gathered by all; one is held at a time.
         Tensors come on rank 0, None on the others; tied parameters come once.
         """
+        left_out = f"{trained_of}." if trained_of else None
         for name, parameter in self.module.named_parameters():
+            if left_out and name.startswith(left_out) and not parameter.requires_grad:
+                continue
             tensor = None
             with deepspeed.zero.GatheredParameters([parameter], enabled=self.partitions_parameters):
                 if self.world.is_main:
@@ -286,7 +290,7 @@ class Engine:
             yield name, tensor
         persistent = self.module.state_dict().keys()
         for name, buffer in self.module.named_buffers():
-            if name in persistent:
+            if name in persistent and not (left_out and name.startswith(left_out)):
                 yield name, buffer.detach().cpu().clone() if self.world.is_main else None
 
     @contextmanager

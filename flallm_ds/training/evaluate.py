@@ -9,6 +9,7 @@ from flallm_ds.data.loader import Loader
 from flallm_ds.data.text import TextCodec
 from flallm_ds.dist import World, gather_objects
 from flallm_ds.errors import UserError
+from flallm_ds.metrics import Scores, score_by_language
 from flallm_ds.models.sign_translator import Candidate
 
 # The hypotheses of each clip of a batch, best first.
@@ -32,11 +33,9 @@ class Evaluation:
         found: list[Hypothesis] = []
         for step, batches in enumerate(on_device(self.loader.steps(), self.world.device)):
             for batch in batches:
-                for key, text, corpus, real, candidates in zip(
-                    batch.keys, batch.texts, batch.corpora, batch.real_B, self.generate(batch), strict=True
-                ):
-                    if real:
-                        found.append(Hypothesis(key, self.codec.decode(candidates[0].ids), text, corpus))
+                for row, candidates in enumerate(self.generate(batch)):
+                    if batch.real_B[row]:
+                        found.append(self._hypothesis(batch, row, candidates))
             if report is not None and self.world.is_main:
                 report(step + 1, len(self.loader))
         gathered = [h for part in gather_objects(found, self.world) for h in part]
@@ -48,7 +47,23 @@ class Evaluation:
             )
         return [by_key[key] for key in sorted(by_key)]
 
+    def _hypothesis(self, batch: Batch, row: int, candidates: Sequence[Candidate]) -> Hypothesis:
+        sentences = [self.codec.decode(candidate.ids) for candidate in candidates]
+        scored = [(s, c.score) for s, c in zip(sentences, candidates, strict=True) if c.score is not None]
+        return Hypothesis(
+            key=batch.keys[row],
+            hypothesis=sentences[0],
+            reference=batch.texts[row],
+            corpus=batch.corpora[row],
+            language=self.codec.instruction.language or batch.languages[row] or self.codec.language,
+            nbest=tuple(scored),
+        )
 
-def texts_of(hypotheses: Sequence[Hypothesis]) -> tuple[list[str], list[str]]:
-    """(hypotheses, references) in the same order, for metrics."""
-    return [h.hypothesis for h in hypotheses], [h.reference for h in hypotheses]
+
+def scores_of(hypotheses: Sequence[Hypothesis]) -> Scores:
+    """Scores of hypotheses, each by the rule of its language; of several languages the mean over them."""
+    return score_by_language(
+        [h.hypothesis for h in hypotheses],
+        [h.reference for h in hypotheses],
+        [h.language for h in hypotheses],
+    )

@@ -16,11 +16,10 @@ from flallm_ds.data.device import on_device
 from flallm_ds.data.plan import PlanState
 from flallm_ds.dist import all_reduce_sum, gather_objects, main_first
 from flallm_ds.errors import Preempted, UserError
-from flallm_ds.metrics import score
 from flallm_ds.models.weights import named_state
 from flallm_ds.training import checkpoint
 from flallm_ds.training.build import Task
-from flallm_ds.training.evaluate import Evaluation, texts_of
+from flallm_ds.training.evaluate import Evaluation, scores_of
 from flallm_ds.training.probe import last_layers
 from flallm_ds.training.progress import Progress
 from flallm_ds.training.run_folder import Metrics
@@ -166,7 +165,7 @@ class Trainer:
         evaluation = Evaluation(task.dev_loader(), task.generate, task.codec, self.world)
         with task.engine.gathered(self.config.eval.gather):
             hypotheses = evaluation.hypotheses()
-        scores = score(*texts_of(hypotheses), language=task.codec.language)
+        scores = scores_of(hypotheses)
         seconds = time.perf_counter() - begin
         self.progress.pause(seconds)
         values = {"bleu4": scores.bleu4, "rouge_l": scores.rouge_l, "chrf": scores.chrf, "seconds": seconds}
@@ -182,7 +181,9 @@ class Trainer:
     def _export(self, scores: dict[str, Any]) -> None:
         """Write best/, tensor by tensor. Raises UserError on every rank where it cannot be written."""
         task = self.task
-        state = task.engine.state()  # every rank must drive it to its end, whatever becomes of the files
+        base = export.base_of(self.config)
+        # Every rank must drive it to its end, whatever becomes of the files.
+        state = task.engine.state(trained_of="language_model" if base else None)
         problem = None
         if self.world.is_main:
             frozen = named_state(task.frozen) if task.frozen is not None else ()
@@ -190,7 +191,8 @@ class Trainer:
                 ((name, tensor) for name, tensor in state if tensor is not None),
                 ((f"visual.{name}", tensor) for name, tensor in frozen),
             )
-            settings = export.settings_of(self.config, task.train_index, scores, task.extractor.settings())
+            parts = task.extractor.settings(), task.extractor.visual.settings()
+            settings = export.settings_of(self.config, task.train_index, scores, *parts)
             llm = task.engine.module.language_model
             try:
                 checkpoint.replace_folder(

@@ -4,7 +4,7 @@ import pytest
 from sacrebleu.metrics import BLEU
 
 from flallm_ds.errors import UserError
-from flallm_ds.metrics import is_chinese, rouge_tokens, score
+from flallm_ds.metrics import is_chinese, rouge_tokens, score, score_by_language
 
 REFERENCES = ["am tag regnet es im norden .", "morgen scheint die sonne im süden ."]
 
@@ -68,3 +68,22 @@ def test_unequal_numbers_are_an_error_that_names_both():
 def test_nothing_to_score_is_an_error():
     with pytest.raises(UserError, match="at least one sentence"):
         score([], [], "de")
+
+
+def test_several_languages_are_scored_each_by_its_own_rule_and_weigh_the_same():
+    """Chinese by characters, for it has no spaces. Two German sentences weigh as much as one Chinese."""
+    german = ["im norden regen am morgen", "im süden sonne am abend"]
+    said, meant = [*german, "明天北方有雨雪"], [*german, "明天北方有大雨"]
+    mixed = score_by_language(said, meant, ["de", "de", "zh"])
+    alone = score([said[2]], [meant[2]], "zh")
+    assert 10 < alone.bleu4 < 100
+    assert mixed.bleu4 == pytest.approx((100 + alone.bleu4) / 2) and mixed.num_sentences == 3
+    assert "de: nrefs" in mixed.bleu_signature and "zh: nrefs" in mixed.bleu_signature
+    assert "tok:zh" in mixed.bleu_signature and "tok:13a" in mixed.bleu_signature
+
+
+def test_one_language_alone_has_the_scores_of_the_usual_rule():
+    said, meant = ["im norden regen am morgen"], ["im norden schnee am morgen"]
+    assert score_by_language(said, meant, ["de"]) == score(said, meant, "de")
+    with pytest.raises(UserError, match="at least one sentence"):
+        score_by_language([], [], [])
