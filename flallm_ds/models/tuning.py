@@ -248,7 +248,7 @@ def read_additions(folder: Path, llm: Any) -> None:
     """
     weights = Weights(folder, "adapter_model.safetensors")
     try:
-        inject_adapter_in_model(LoraConfig.from_pretrained(folder), llm)
+        inject_adapter_in_model(LoraConfig.from_pretrained(str(folder)), llm)
         result: Any = set_peft_model_state_dict(llm, dict(weights))
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         raise UserError(
