@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 from flallm_ds import command
 from flallm_ds.data.decode import decode_frames, is_mp4
 from flallm_ds.data.h264 import encode_h264
-from flallm_ds.data.index import COLUMNS, STRING_COLUMNS, Index, load_index, read_manifest
+from flallm_ds.data.index import COLUMNS, STRING_COLUMNS, Index, check_video, load_index, read_manifest
 from flallm_ds.errors import UserError
 
 _GOP, _CRF = 25, 26  # a look, not a master: a clip of 5 s is about 100 kB
@@ -115,6 +115,7 @@ def preview(folder: Path, *, out: Path, clips: int = 24, split: str | None = Non
             f"--out must be a name in a folder that exists, but is {out}. Write it as FOLDER/NAME."
         )
     manifest = read_manifest(folder)
+    check_video(manifest, folder, "shards/preview.py")
     names = [split] if split is not None else list(manifest["splits"])
     indices = [load_index(folder, name) for name in names]
     drawn = draw([len(index) for index in indices], clips, seed)

@@ -20,7 +20,8 @@ import numpy as np
 
 from flallm_ds import command
 from flallm_ds.data.decode import EXTENSIONS, decode_frames, extension_of
-from flallm_ds.data.index import STRING_COLUMNS, Shard, iter_rows, load_index, read_manifest
+from flallm_ds.data.feature_facts import FeatureFacts, from_npy
+from flallm_ds.data.index import STRING_COLUMNS, Shard, check_video, iter_rows, load_index, read_manifest
 from flallm_ds.errors import UserError
 from shards import pool, stats
 
@@ -37,12 +38,17 @@ class ShardFault(UserError):
 
 @dataclass(frozen=True)
 class Job:
-    """One tar to check, with its rows of the index."""
+    """One tar to check, with its rows of the index. features: what its clips are, none for video."""
 
     path: Path
     split: str
     shard: Shard
     rows: list[dict[str, Any]]
+    features: FeatureFacts | None = None
+
+    @property
+    def extensions(self) -> tuple[str, ...]:
+        return tuple(EXTENSIONS) if self.features is None else ("npy",)
 
 
 @dataclass
@@ -80,7 +86,8 @@ def verify(
 ) -> None:
     """Check tars' sizes and checksums, tables, every clip and its JSON, and that every frame decodes.
 
-    What splits share is said too: signers and texts in notes, source videos in warnings.
+    Of a folder of features, that every clip's are whole. What splits share is said too: signers and texts in
+    notes, source videos in warnings.
 
     --workers: processes, 0 for one a core.
     --repair: `rebuild` makes broken tars again from the corpus, byte by byte as they were; `drop` takes
@@ -90,6 +97,9 @@ def verify(
     """
     if (repair == "rebuild") != (source is not None):
         raise UserError("--repair=rebuild and --source must be given together, but one is missing.")
+    if repair is not None:
+        again = "Remove broken tars and run launch/features.py as before: it makes them again"
+        check_video(read_manifest(folder), folder, "--repair", again)
     report = check(folder, workers)
     if repair is not None:
         from shards.repair import SCRATCH, mend  # it needs this module
@@ -130,7 +140,7 @@ def check(folder: Path, workers: int = 0, only: Collection[str] | None = None) -
             report.add(split, str(error))
             report.lost_tables.append(split)
             continue
-        rows: list[list[dict[str, Any]]] = [[] for _ in index.shards]
+        rows: list[list[dict[str, Any]]] = [[] for _ in range(index.num_shards)]
         for row in iter_rows(index):
             if 0 <= row["shard"] < len(rows):
                 rows[row["shard"]].append(row)
@@ -139,7 +149,11 @@ def check(folder: Path, workers: int = 0, only: Collection[str] | None = None) -
                     split,
                     f"{split} {row['key']} must be in a shard of {len(rows)}, but is in {row['shard']}.",
                 )
-        report.jobs += [Job(folder / s.file, split, s, r) for s, r in zip(index.shards, rows, strict=True)]
+        facts = index.features[0] if index.features else None
+        views = [part for part in rows for _ in range(facts.views if facts else 1)]
+        report.jobs += [
+            Job(folder / s.file, split, s, r, facts) for s, r in zip(index.shards, views, strict=True)
+        ]
         for what, count in (("clips", len(index)), ("frames", int(index.num_frames.sum()))):
             if count != entry[what]:
                 report.add(split, f"{split} must hold {entry[what]:,} {what}, but its table holds {count:,}.")
@@ -183,7 +197,7 @@ def check_shard(job: Job) -> list[str]:
     except ValueError as error:
         faults.append(f"{name} must be a tar file, but {error}.")
     else:
-        keys, extensions = [row["key"] for row in job.rows], {f".{extension}" for extension in EXTENSIONS}
+        keys, extensions = [row["key"] for row in job.rows], {f".{extension}" for extension in job.extensions}
         clips, facts = [Path(member) for member in members[::2]], members[1::2]
         if (
             [clip.stem for clip in clips] != keys
@@ -192,7 +206,10 @@ def check_shard(job: Job) -> list[str]:
         ):
             faults.append(f"{name} must hold the members that its index names, in order, but holds others.")
     for row in job.rows:
-        faults += [f"{name} {row['key']} {fault}." for fault in check_clip(content, row)]
+        check = (
+            check_clip(content, row) if job.features is None else check_features(content, row, job.features)
+        )
+        faults += [f"{name} {row['key']} {fault}." for fault in check]
         pool.check_stop()
         pool.tick()
     return faults
@@ -228,7 +245,9 @@ def _header(content: memoryview, position: int) -> tuple[str, int]:
     return header.name, header.size
 
 
-def clip_span(content: memoryview, row: dict[str, Any]) -> tuple[int, int, int, int]:
+def clip_span(
+    content: memoryview, row: dict[str, Any], extensions: Collection[str] = EXTENSIONS
+) -> tuple[int, int, int, int]:
     """Where a clip's member and its JSON lie: begin of the first header, of the clip, of the JSON, its end.
 
     Raises ValueError, the rest of a sentence about the clip, if the two are not where the index says.
@@ -240,7 +259,7 @@ def clip_span(content: memoryview, row: dict[str, Any]) -> tuple[int, int, int, 
         json_name, json_size = _header(content, json_begin - BLOCK)
     except ValueError as error:
         raise ValueError("must lie where the index says, but does not") from error
-    if name not in [f"{key}.{extension}" for extension in EXTENSIONS] or size != row["size"]:
+    if name not in [f"{key}.{extension}" for extension in extensions] or size != row["size"]:
         raise ValueError("must lie where the index says, but does not")
     if json_name != f"{key}.json":
         raise ValueError("must have a JSON member behind it, but has none")
@@ -259,6 +278,17 @@ def check_clip(content: memoryview, row: dict[str, Any]) -> list[str]:
     except ValueError as error:
         return [str(error)]
     return _check_frames(clip, row) + _check_facts(bytes(content[json_begin:json_end]), row)
+
+
+def check_features(content: memoryview, row: dict[str, Any], facts: FeatureFacts) -> list[str]:
+    """What is wrong with one clip's features, each the rest of a sentence."""
+    kept = facts.sampling.num_kept(np.array([row["num_frames"]]), np.array([row["fps"]]))
+    try:
+        _, begin, _, _ = clip_span(content, row, ["npy"])
+        from_npy(content[begin : begin + row["size"]], (int(kept[0]), facts.width), facts.dtype)
+    except ValueError as error:
+        return [f"is broken: {error}"]
+    return []
 
 
 def _check_frames(clip: memoryview, row: dict[str, Any]) -> list[str]:

@@ -259,12 +259,14 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]
     }
 
 
-def check_video(manifest: Mapping[str, Any], root: str | Path, what: str) -> None:
+def check_video(
+    manifest: Mapping[str, Any], root: str | Path, what: str, to_do: str = "Name those shards"
+) -> None:
     """Raise UserError unless a folder's clips are video. what: that which needs it."""
     if manifest.get("kind") == FeatureFacts.KIND:
         raise UserError(
             f"{what} needs shards of video, but {root} holds features of {manifest['features']['source']}. "
-            "Name those shards."
+            f"{to_do}."
         )
 
 
