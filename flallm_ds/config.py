@@ -44,6 +44,11 @@ class DataConfig:
     batch_clips: int = 8  # clips of one optimizer step, over all ranks
     batch_frames: int = 0  # kept frames of one optimizer step at most, instead of batch_clips
     micro_batches: int = 2  # slices of that batch; world size must divide it; the rest is accumulation
+    feature_fps: float | None = None  # cached features (launch/features.py) are resampled to this rate
+    time_masks: int = 0  # spans of frozen features that become zeros in training, a clip
+    time_mask_frames: int = 8  # features of such a span at most
+    feature_masks: int = 0  # the same across the numbers of a feature
+    feature_mask_width: int = 64  # of these at most
     decoder: Literal["cpu", "nvjpeg"] = "cpu"  # of the JPEGs in training; nvjpeg: on the GPU
     threads: int = 0  # decode threads a rank; 0: the cores of the machine shared among its ranks
     max_broken: float = 0.01  # share of the clips that a rank may fail to decode before the run stops
@@ -58,12 +63,17 @@ class DataConfig:
         _must(bool(self.shards), "data.shards must name a shard folder, but is empty.")
         for name in ("temperature", "cache_gb"):
             _must(getattr(self, name) > 0, f"data.{name} must be above 0, but is {getattr(self, name)}.")
-        _must(
-            self.target_fps is None or self.target_fps > 0,
-            f"data.target_fps must be above 0, but is {self.target_fps}.",
-        )
+        for name in ("target_fps", "feature_fps"):
+            rate = getattr(self, name)
+            _must(rate is None or rate > 0, f"data.{name} must be above 0, but is {rate}.")
         _must(self.batch_frames >= 0, f"data.batch_frames must not be negative, but is {self.batch_frames}.")
         _must_be_fraction("data", "max_broken", self.max_broken)
+        for name in ("time_masks", "feature_masks"):
+            _must(
+                getattr(self, name) >= 0, f"data.{name} must not be negative, but is {getattr(self, name)}."
+            )
+        for name in ("time_mask_frames", "feature_mask_width"):
+            _must(getattr(self, name) >= 1, f"data.{name} must be at least 1, but is {getattr(self, name)}.")
         _must(
             not self.weights or (len(self.weights) == len(self.shards) and min(self.weights) > 0),
             f"data.weights must be one number above 0 for each of the {len(self.shards)} data.shards, "
@@ -86,25 +96,49 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class VisualConfig:
-    """The visual encoder: a per-frame ResNet-18 and the local temporal module."""
+    """The visual encoder: a per-frame backbone, ResNet-18 by default, and the local temporal module.
 
-    weights: str = "microsoft/resnet-18"  # hub id or folder, a torchvision .pth file, or "none"
-    width: int = 64  # channels of the first stage: 64 is ResNet-18, whose features have 8 * width numbers
+    All but `frozen` and `chunk_frames` is of the stages visual and joint; stage llm takes it from stage 1.
+    """
+
+    weights: str = "microsoft/resnet-18"  # an image encoder: hub id or folder of transformers or timm,
+    # timm/NAME, timm/NAME@FILE, torchvision's ResNet as a .pth file, or "none": a random ResNet-18
+    pretrained: bool = True  # false: its architecture with random weights
+    width: int = 64  # channels of a ResNet's first stage; ImageNet weights are for 64
+    tune: Literal["full", "lora", "frozen"] = "full"  # how the backbone is trained
+    lora_rank: int = 16
+    lora_alpha: float = 32.0
+    lora_targets: str = "all-linear"  # or a regular expression of modules
     freeze_batch_norm: bool = False  # a pretrained backbone keeps its BatchNorm statistics in stage 1
-    frozen_stages: int = 0  # of the backbone's four, from the stem up: they keep their weights in stage 1
+    frozen_stages: int = 0  # of the backbone's, from the stem up: they keep their weights in stage 1
+    checkpointing: bool = False  # compute the backbone's activations again in the backward pass: less memory
+    chunk_frames: int = 0  # frames that a frozen encoder sees at a time, in less memory; 0: all
     temporal_kernel: int = 3  # frames seen by the local temporal module
     frozen: Literal["all", "backbone", "none"] = "all"  # what of stage 1's encoder stage llm keeps as it is
 
     def __post_init__(self) -> None:
         _must(self.width >= 1, f"visual.width must be at least 1, but is {self.width}.")
+        for name in ("frozen_stages", "chunk_frames"):
+            _must(
+                getattr(self, name) >= 0,
+                f"visual.{name} must not be negative, but is {getattr(self, name)}.",
+            )
+        _must(self.lora_rank >= 1, f"visual.lora_rank must be at least 1, but is {self.lora_rank}.")
+        pretrained = self.pretrained and self.weights != "none"
         _must(
-            0 <= self.frozen_stages <= 4,
-            f"visual.frozen_stages must be 0 to 4 (the backbone has four), but is {self.frozen_stages}.",
+            self.frozen_stages == 0 or pretrained,
+            "visual.frozen_stages must be 0 where visual.weights is none or visual.pretrained is false, or "
+            f"random weights would stay random, but is {self.frozen_stages}.",
         )
         _must(
-            self.frozen_stages == 0 or self.weights != "none",
-            "visual.frozen_stages must be 0 where visual.weights is none, or random weights would stay "
-            f"random, but is {self.frozen_stages}.",
+            self.tune == "full" or pretrained,
+            "visual.tune must be full where visual.weights is none or visual.pretrained is false, or random "
+            f"weights would stay random, but is {self.tune}.",
+        )
+        _must(
+            self.frozen_stages == 0 or self.tune == "full",
+            f"visual.frozen_stages must be 0 where visual.tune is {self.tune}, which freezes all stages, but "
+            f"is {self.frozen_stages}.",
         )
         _must(
             self.temporal_kernel % 2 == 1,

@@ -5,7 +5,7 @@ import pytest
 
 from flallm_ds.config import FREE_TO_CHANGE, RunConfig
 from flallm_ds.errors import UserError
-from flallm_ds.recipes import RECIPES
+from flallm_ds.recipes import RECIPES, resolve_both
 from flallm_ds.recipes import resolve as resolve_with
 
 
@@ -78,7 +78,7 @@ def test_a_section_is_no_option(config):
         ("data.crop_size", "300", "data.crop_size must be at most data.frame_size (256)"),
         ("data.batch_clips", "1", "data.batch_clips must be at least data.micro_batches (2)"),
         ("visual.temporal_kernel", "4", "visual.temporal_kernel must be odd"),
-        ("visual.frozen_stages", "5", "visual.frozen_stages must be 0 to 4"),
+        ("visual.frozen_stages", "-1", "visual.frozen_stages must not be negative"),
         ("optim.name", "adam", "--optim.name must be one of sgd, adamw"),
         ("optim.betas", "0.9", "optim.betas must be two numbers"),
         ("optim.warmup", "1", "optim.warmup must be in [0, 1)"),
@@ -89,12 +89,34 @@ def test_a_section_is_no_option(config):
         ("train.seed", "-1", "train.seed must not be negative"),
         ("llm.dropout", "1.5", "llm.dropout must be in [0, 1)"),
         ("stage", "llm", "visual_run must name the run folder of stage visual"),
-        ("stage", "both", "--stage must be one of visual, llm"),
+        ("stage", "both", "--stage must be one of visual, llm, joint"),
+        ("visual.frozen", "none", "visual.frozen is of stage llm and must not be given in stage visual"),
+        ("visual.frozen", "half", "--visual.frozen must be one of all, backbone, none"),
+        ("llm.input", "poses", "--llm.input must be one of signs, frames, light_t"),
+        ("train.probe_every", "-1", "train.probe_every must not be negative"),
     ],
 )
 def test_values_that_cannot_be_are_refused(config, name, value, sentence):
     with pytest.raises(UserError) as caught:
         config.with_overrides({name: value})
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"stage": "joint", "visual_run": "elsewhere"}, "visual_run must not be given in stage joint"),
+        ({"stage": "joint", "llm.input": "light_t"}, "llm.input must be signs or frames where there is no"),
+        (
+            {"stage": "llm", "visual_run": "none", "llm.input": "light_t"},
+            "llm.input must be signs or frames where there is no stage 1",
+        ),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(config, options, sentence):
+    """All sections are replaced at once, so their order does not matter."""
+    with pytest.raises(UserError) as caught:
+        config.with_overrides(options)
     assert sentence in str(caught.value)
 
 
@@ -137,14 +159,63 @@ def test_every_recipe_is_a_complete_config_that_survives_a_dump(name, tmp_path):
 
 
 def test_stage_llm_of_a_recipe_starts_from_its_stage_visual_with_the_same_eyes():
-    for name in (n.removesuffix("_llm") for n in RECIPES if n.endswith("_llm")):
-        visual, llm = resolve("visual", name), resolve("llm", name)
-        assert (
-            llm.visual_run == visual.run and llm.visual == visual.visual and llm.llm.name == visual.llm.name
-        )
+    for llm in (resolve(None, n) for n in RECIPES if n.endswith("_llm")):
+        if llm.visual_run == "none":
+            continue
+        visual = resolve(None, llm.visual_run.removeprefix("runs/"))
+        assert dataclasses.replace(llm.visual, frozen="all") == visual.visual
         for field in ("shards", "keep_every", "max_frames", "frame_size", "crop_size"):
             assert getattr(llm.data, field) == getattr(visual.data, field)
-        assert llm.llm.language == visual.llm.language
+        assert llm.llm.language[:2] == visual.llm.language[:2]
+
+
+def test_the_ablations_change_what_they_name_alone():
+    base = resolve(None, "phoenix14t_llm").options()
+    changes = {}
+    for name in (n for n in RECIPES if n.startswith("phoenix14t_") and n.endswith("_llm")):
+        options = resolve(None, name).options()
+        changes[name.removeprefix("phoenix14t_")] = {
+            option: value for option, value in options.items() if value != base[option] and option != "run"
+        }
+    assert changes["unfrozen_llm"] == {"visual.frozen": "none"}
+    assert changes["temporal_llm"] == {"visual.frozen": "backbone"}
+    assert changes["light_t_llm"] == {"llm.input": "light_t"}
+    assert changes["imagenet_llm"] == {"visual_run": "none", "llm.input": "frames"}
+    assert changes["random_llm"] == {"llm.pretrained": False}
+    assert changes["keep8_llm"] == {"data.keep_every": 8, "visual_run": "runs/phoenix14t_keep8_visual"}
+    assert resolve(None, "phoenix14t_large_visual").light_t.size == "large"
+
+
+# --- both stages
+
+
+def test_options_go_to_both_stages_or_to_one():
+    given = {"optim.lr": "0.5", "stage1.train.epochs": "3", "stage2.train.epochs": "4", "run": "runs/mine"}
+    visual, llm = resolve_both("phoenix14t", given)
+    assert (visual.stage, visual.optim.lr, visual.train.epochs) == ("visual", 0.5, 3)
+    assert (llm.stage, llm.optim.lr, llm.train.epochs) == ("llm", 0.5, 4)
+    assert (visual.run, llm.run, llm.visual_run) == ("runs/mine_visual", "runs/mine_llm", "runs/mine_visual")
+
+
+def test_both_stages_of_a_recipe_are_the_recipes_own():
+    assert resolve_both("csl_daily", {}) == (resolve("visual", "csl_daily"), resolve("llm", "csl_daily"))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "sentence"),
+    [
+        (None, {"stage1.optim.lrr": "1"}, "did you mean optim.lr"),
+        (None, {"stage3.optim.lr": "1"}, "there is no option --stage3.optim.lr"),
+        (None, {"visual_run": "elsewhere"}, "--visual_run must not be given for one stage of --stage both"),
+        (None, {"stage2.run": "elsewhere"}, "Give --run=RUN for the folders RUN_visual and RUN_llm"),
+        ("phoenix14t_visual", {}, "--stage must be visual for the recipe phoenix14t_visual, but is llm"),
+        ("phoenix14t_frames", {}, "there is no recipe 'phoenix14t_frames'"),
+    ],
+)
+def test_stages_that_would_part_are_refused(recipe, options, sentence):
+    with pytest.raises(UserError) as caught:
+        resolve_both(recipe, options)
+    assert sentence in str(caught.value)
 
 
 def test_the_papers_recipes_have_the_papers_numbers():
@@ -180,7 +251,7 @@ def test_a_mistyped_option_is_found_before_the_recipe_is():
     ("stage", "recipe", "sentence"),
     [
         (None, None, "--stage must be given"),
-        ("both", None, "--stage must be visual or llm, but is 'both'"),
+        ("bth", None, "--stage must be visual, llm, joint or both, but is 'bth'"),
         (None, "phoenix_visual", "there is no recipe 'phoenix_visual': did you mean phoenix14t_visual"),
         (None, "phoenix14t", "there is no recipe 'phoenix14t'"),
         ("llm", "phoenix14t_visual", "--stage must be visual for the recipe phoenix14t_visual, but is llm"),

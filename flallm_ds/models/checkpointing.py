@@ -33,17 +33,31 @@ def checkpoint_stages(backbone: nn.Module) -> None:
 def stages_of(backbone: nn.Module) -> list[nn.Module]:
     """What a network for images applies one after another, the stem and the pooling apart.
 
-    The first list of several modules, in whatever depth (transformers), or the likes of layer1 ... layer4
-    and a sequence named stages or blocks (timm).
+    Of its lists and sequences of several modules that are in no other, and of modules beside one another that
+    are numbered (layer1 ... layer4), those with the most parameters.
     """
-    for name, module in backbone.named_modules():
-        named = name.rpartition(".")[2] in ("stages", "blocks") and isinstance(module, nn.Sequential)
-        if (named or isinstance(module, nn.ModuleList)) and len(list(module.children())) > 1:
-            return list(module.children())
-    layers = [m for name, m in backbone.named_children() if name.startswith("layer") and name[5:].isdigit()]
-    if not layers:
-        raise ValueError(f"{type(backbone).__name__} must have a list of stages, but has none.")
-    return layers
+    groups = [list(module) for module in _outermost_lists(backbone)]
+    numbered: dict[str, list[nn.Module]] = {}
+    for name, module in backbone.named_children():
+        if name[-1:].isdigit():
+            numbered.setdefault(name.rstrip("0123456789"), []).append(module)
+    groups += numbered.values()
+    groups = [group for group in groups if len(group) > 1 and _size(group)]
+    if not groups:
+        raise ValueError(f"{type(backbone).__name__} must have a list of stages, but has none")
+    return max(groups, key=_size)
+
+
+def _outermost_lists(module: nn.Module) -> Iterator[Iterable[nn.Module]]:
+    for child in module.children():
+        if isinstance(child, nn.ModuleList | nn.Sequential) and len(child) > 1:
+            yield child
+        else:
+            yield from _outermost_lists(child)
+
+
+def _size(modules: Iterable[nn.Module]) -> int:
+    return sum(p.numel() for module in modules for p in module.parameters())
 
 
 def _checkpoint_forward(module: nn.Module) -> None:

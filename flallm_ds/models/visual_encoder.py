@@ -1,16 +1,21 @@
-"""The visual encoder: a per-frame ResNet-18 and the local temporal module (FLa-LLM, section 3.2)."""
+"""The visual encoder: an image encoder per frame and the local temporal module (FLa-LLM, section 3.2)."""
 
-import pickle
-import re
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import ResNetConfig, ResNetModel
 
 from flallm_ds.errors import UserError
+from flallm_ds.models.backbones import Backbone, resnet_18
 from flallm_ds.models.lengths import gap_positions
+
+
+def resnet_width(settings: dict[str, Any]) -> int | None:
+    """Channels of the first stage, by a visual encoder's settings; None where it is no such ResNet."""
+    if "backbone" not in settings:
+        return int(settings["width"])
+    config = settings["backbone"]["config"]
+    return int(config["embedding_size"]) if config.get("model_type") == "resnet" else None
 
 
 class LocalTemporalModule(nn.Module):
@@ -31,118 +36,75 @@ class LocalTemporalModule(nn.Module):
         length = len(frames_ND) + self.gap * len(num_frames_B)
         spread = frames_ND.new_zeros(length, frames_ND.shape[1]).index_copy(0, places_N, frames_ND)
         signs = self.conv(spread.T.unsqueeze(0)).squeeze(0).T.index_select(0, places_N)
-        return torch.relu(self.norm(signs))
+        normalised = self.norm(two_at_least(signs)) if self.training else self.norm(signs)
+        return torch.relu(normalised[: len(signs)])
+
+
+def two_at_least(batch: torch.Tensor) -> torch.Tensor:
+    """A batch of one frame twice: BatchNorm refuses to train on one value a channel. Others as they are."""
+    return batch.expand(2, *batch.shape[1:]) if len(batch) == 1 else batch
 
 
 class VisualEncoder(nn.Module):
-    """pixels_NCHW of packed clips -> sign-wise features_ND, D = 8 * width.
+    """pixels_NCHW of packed clips -> sign-wise features_ND.
 
-    width: channels of the backbone's first stage; 64 is ResNet-18, whose ImageNet weights then fit.
-    freeze_batch_norm: the backbone's BatchNorm keeps its statistics in training.
-    frozen_stages: the stem and this many stages keep their weights, if any do; the backward pass ends there.
+    width: channels of the first stage of a ResNet-18 with random weights, where no backbone is given.
+    chunk_frames: what needs no gradient and no batch statistics is seen this many frames at a time, in less
+    memory; 0: all at once.
     """
 
     def __init__(
         self,
         width: int = 64,
         temporal_kernel: int = 3,
-        freeze_batch_norm: bool = False,
-        frozen_stages: int = 0,
+        backbone: Backbone | None = None,
+        chunk_frames: int = 0,
     ) -> None:
         super().__init__()
-        self.freeze_batch_norm = freeze_batch_norm
-        stages = [width, 2 * width, 4 * width, 8 * width]
-        config = ResNetConfig(
-            embedding_size=width, hidden_sizes=stages, depths=[2, 2, 2, 2], layer_type="basic"
-        )
-        self.backbone = ResNetModel(config)
-        if frozen_stages:
-            for part in (self.backbone.embedder, *self.backbone.encoder.stages[:frozen_stages]):
-                part.requires_grad_(False)
-        self.temporal = LocalTemporalModule(8 * width, temporal_kernel)
+        self.chunk_frames = chunk_frames
+        self.backbone = backbone or resnet_18(width)
+        self.temporal = LocalTemporalModule(self.backbone.feature_width, temporal_kernel)
 
-    def train(self, mode: bool = True) -> "VisualEncoder":
-        """As ever, but the backbone's BatchNorm stays in eval mode where it is frozen.
-
-        A micro-batch of few clips shows few signers: its statistics tell who signs, unlike evaluation's.
-        """
-        super().train(mode)
-        if self.freeze_batch_norm:
-            for module in self.backbone.modules():
-                if isinstance(module, nn.BatchNorm2d):
-                    module.eval()
-        return self
+    @property
+    def frame_width(self) -> int:
+        return self.backbone.feature_width
 
     @property
     def feature_width(self) -> int:
         return self.temporal.conv.out_channels
 
     def frame_features(self, pixels_NCHW: torch.Tensor) -> torch.Tensor:
-        """Frame-wise features_ND: each frame alone, after average pooling."""
-        # Channels last is 1.3x faster on one CPU thread, but below 16 channels the backward pass of oneDNN's
-        # strided 1x1 convolution writes past its workspace (its issue 6035: "free(): invalid next size").
-        if pixels_NCHW.is_cuda or self.feature_width >= 8 * 16:
-            pixels_NCHW = pixels_NCHW.contiguous(memory_format=torch.channels_last)
-        pooled: torch.Tensor = self.backbone(pixels_NCHW).pooler_output
-        return pooled.flatten(1)
+        """Frame-wise features_ND: each frame alone."""
+        learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.backbone.parameters())
+        if learns or self.backbone.training:
+            features_ND: torch.Tensor = self.backbone(two_at_least(pixels_NCHW))
+            return features_ND[: len(pixels_NCHW)]
+        with torch.no_grad():
+            chunks = torch.split(pixels_NCHW, self.chunk_frames or max(1, len(pixels_NCHW)))
+            return torch.cat([self.backbone(chunk) for chunk in chunks])
 
     def forward(self, pixels_NCHW: torch.Tensor, num_frames_B: torch.Tensor) -> torch.Tensor:
         features_ND: torch.Tensor = self.temporal(self.frame_features(pixels_NCHW), num_frames_B)
         return features_ND
 
-    def load_backbone(self, weights: str) -> None:
-        """ImageNet weights from a hub id or folder (transformers' ResNet) or a torchvision .pth file.
+    def settings(self) -> dict[str, Any]:
+        """What `from_settings` needs; plain values for a JSON file."""
+        return {"backbone": self.backbone.settings(), "temporal_kernel": self.temporal.conv.kernel_size[0]}
 
-        Raises UserError where the file is missing or its widths differ; OSError where a hub is out of reach.
+    @classmethod
+    def from_settings(cls, settings: dict[str, Any]) -> "VisualEncoder":
+        """The same architecture with random weights; no file and no hub is read.
+
+        {"width", "temporal_kernel"} alone is a ResNet-18. Raises UserError where they are not settings.
         """
-        path = Path(weights)
-        if weights.endswith(".pth") and not path.is_file():
-            raise UserError(f"visual.weights must be a file, but there is none at {weights}.")
-        if path.is_file():
-            state = _from_torchvision(_read_pth(path))
-        else:
-            state = ResNetModel.from_pretrained(weights).state_dict()
-        # Files from before 2018 lack BatchNorm's counter, which nothing reads.
-        own = {n: t for n, t in self.backbone.state_dict().items() if not n.endswith("num_batches_tracked")}
-        wrong = [n for n in own if n not in state or state[n].shape != own[n].shape]
-        if wrong:
-            raise UserError(
-                f"the weights {weights} must fit visual.width={self.feature_width // 8}, but {wrong[0]} does "
-                "not. ImageNet weights are for --visual.width=64; use --visual.weights=none for other widths."
+        try:
+            if "backbone" not in settings:
+                return cls(**settings)
+            return cls(
+                temporal_kernel=settings["temporal_kernel"],
+                backbone=Backbone.from_settings(settings["backbone"]),
             )
-        self.backbone.load_state_dict({n: state[n] for n in own}, strict=False)
-
-
-def _read_pth(path: Path) -> dict[str, Any]:
-    try:
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, TypeError, ValueError) as error:
-        raise UserError(
-            f"visual.weights must be a torchvision state dict, but {path} cannot be read as one "
-            f"({str(error).splitlines()[0]})."
-        ) from error
-
-
-def _from_torchvision(state: dict[str, Any]) -> dict[str, Any]:
-    """torchvision's ResNet parameter names as transformers' ones."""
-    kinds = {"conv": "convolution", "bn": "normalization"}
-
-    def rename(name: str) -> str:
-        name = re.sub(r"^(conv|bn)1\.", lambda m: f"embedder.embedder.{kinds[m[1]]}.", name)
-        block = r"^layer(\d)\.(\d)\."
-        name = re.sub(
-            block + r"(conv|bn)(\d)\.",
-            lambda m: f"encoder.stages.{int(m[1]) - 1}.layers.{m[2]}.layer.{int(m[4]) - 1}.{kinds[m[3]]}.",
-            name,
-        )
-        name = re.sub(
-            block + r"downsample\.(\d)\.",
-            lambda m: (
-                f"encoder.stages.{int(m[1]) - 1}.layers.{m[2]}.shortcut."
-                f"{'convolution' if m[3] == '0' else 'normalization'}."
-            ),
-            name,
-        )
-        return name
-
-    return {rename(name): value for name, value in state.items()}
+        except (TypeError, KeyError) as error:
+            raise UserError(
+                f"the settings of a visual encoder must be those of this version, but {error!r}."
+            ) from error

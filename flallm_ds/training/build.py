@@ -4,19 +4,20 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from transformers.utils import logging as transformers_logging
 
 from flallm_ds import export
-from flallm_ds.config import DataConfig, RunConfig
+from flallm_ds.config import DataConfig, RunConfig, VisualConfig
 from flallm_ds.contracts import Batch
 from flallm_ds.data import mixture
 from flallm_ds.data.device import check_nvjpeg
+from flallm_ds.data.features import FeatureMasks
 from flallm_ds.data.index import Index
-from flallm_ds.data.loader import BrokenClips, ClipReader, Loader
+from flallm_ds.data.loader import BrokenClips, ClipReader, Loader, num_places
 from flallm_ds.data.plan import EpochPlan, Plan, slices_of_rank, temperature_weights
 from flallm_ds.data.sampling import FrameSampling
 from flallm_ds.data.store import CacheOptions
@@ -24,6 +25,8 @@ from flallm_ds.data.text import Instruction, TextCodec, Wording
 from flallm_ds.dist import World, main_first, on_each_machine
 from flallm_ds.errors import UserError
 from flallm_ds.models.adapters import Adapter
+from flallm_ds.models.backbones import Backbone, build_backbone
+from flallm_ds.models.checkpointing import checkpoint_llm
 from flallm_ds.models.feature_extractor import FeatureExtractor
 from flallm_ds.models.light_translator import build_light_translator
 from flallm_ds.models.llm import (
@@ -36,10 +39,12 @@ from flallm_ds.models.llm import (
     trim_llm,
 )
 from flallm_ds.models.sign_translator import Beam, Candidate, SignTranslator
-from flallm_ds.models.visual_encoder import VisualEncoder
+from flallm_ds.models.tuning import Tuning, tune
+from flallm_ds.models.visual_encoder import VisualEncoder, resnet_width
 from flallm_ds.preprocess import Preprocess
 from flallm_ds.training import engine as ds
 from flallm_ds.training.batch_statistics import BatchStatistics, KeptStatistics
+from flallm_ds.training.cached_features import check_run, check_stage
 from flallm_ds.training.checkpoint import replace_folder
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -83,15 +88,20 @@ class Task:
     def inputs(self, batch: Batch, train: bool) -> torch.Tensor:
         """What the engine's module reads: pixels_NCHW, or features_ND of an encoder that is frozen."""
         device = self.world.device
-        pixels_NCHW = self.preprocess(batch, train, device)
-        if self.frozen is None:
-            return pixels_NCHW
-        assert not self.frozen.training, (
-            "a frozen encoder in train mode would change its BatchNorm statistics"
+        if batch.features_ND is not None:
+            features_ND = batch.features_ND.to(device, non_blocking=True).float()
+        else:
+            pixels_NCHW = self.preprocess(batch, train, device)
+            if self.frozen is None:
+                return pixels_NCHW
+            features_ND = frozen_features(self.frozen, pixels_NCHW, batch.num_frames_B)
+        if not train:
+            return features_ND
+        data = self.config.data
+        masks = FeatureMasks(
+            data.time_masks, data.time_mask_frames, data.feature_masks, data.feature_mask_width
         )
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            features_ND: torch.Tensor = self.frozen(pixels_NCHW, batch.num_frames_B)
-        return features_ND.float()
+        return masks(features_ND, batch.num_frames_B, batch.draws_B9)
 
     def wordings(self, batch: Batch) -> list[Wording]:
         """The ids around each clip's visual tokens."""
@@ -110,6 +120,18 @@ class Task:
         return found
 
 
+@torch.no_grad()
+def frozen_features(
+    extractor: FeatureExtractor, pixels_NCHW: torch.Tensor, num_frames_B: torch.Tensor
+) -> torch.Tensor:
+    """features_ND, float32, of an encoder outside the engine."""
+    assert not extractor.training, "a frozen encoder in train mode would change its BatchNorm statistics"
+    device = pixels_NCHW.device
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        features_ND: torch.Tensor = extractor(pixels_NCHW, num_frames_B)
+    return features_ND.float()
+
+
 def build_task(config: RunConfig, folder: Path, world: World) -> Task:
     """Load the index, the texts' codec, the models and the engine of a run whose folder is open."""
     ds.prepare()
@@ -118,15 +140,23 @@ def build_task(config: RunConfig, folder: Path, world: World) -> Task:
     if config.data.decoder == "nvjpeg":
         check_nvjpeg(world.device)
     train_index, dev_index = (open_index(config.data, s, world) for s in ("train", config.eval.split))
+    check_stage(config, train_index)
     json_path = Path(config.train.deepspeed or REPOSITORY / "ds_configs" / f"{default_json(config)}.json")
     accumulation = config.data.micro_batches // world.size
     json_config = ds.read_deepspeed_config(json_path)
     check_precision(config, json_config, json_path)
     ds_config = ds.complete(json_config, world.device, accumulation, config.optim.clip)
+    _must(
+        not (config.visual.chunk_frames and config.trains_visual and ds.zero_stage(ds_config) == 3),
+        "visual.chunk_frames must be 0 where ZeRO-3 partitions the visual encoder, because ranks with fewer "
+        f"chunks would leave the others waiting, but is {config.visual.chunk_frames}.",
+    )
     ds.check_compilation_locks()
     torch.manual_seed(config.train.seed)  # the same initial weights on every rank
     codec = _open_codec(config, folder, train_index, world)
     extractor = feature_extractor(config, world).to(world.device)
+    if train_index.features:
+        check_run(config, train_index, dev_index, extractor.fingerprint())
     model = (
         visual_model(config, codec, extractor).to(world.device)
         if config.stage == "visual"
@@ -171,7 +201,7 @@ def default_json(config: RunConfig) -> str:
 
 
 def check_precision(config: RunConfig, json_config: dict[str, Any], path: Path) -> None:
-    """Raise UserError for BatchNorm in an engine that casts parameters, but not the statistics beside them."""
+    """Raise UserError for BatchNorm in an engine that casts its parameters but not the statistics."""
     for precision in ("bf16", "fp16"):
         _must(
             not (config.trains_visual and json_config.get(precision, {}).get("enabled")),
@@ -205,7 +235,7 @@ def make_plan(index: Index, config: RunConfig) -> Plan:
         weights = temperature_weights(np.bincount(index.arrays["corpus"]).tolist(), data.temperature)
     return Plan(
         fingerprint=index.fingerprint,
-        num_kept=make_sampling(data).num_kept(index.num_frames, index.arrays["fps"]),
+        num_kept=num_places(index, make_sampling(data), data.feature_fps),
         shard=index.arrays["shard"],
         seed=config.train.seed,
         batch_clips=data.batch_clips,
@@ -213,13 +243,16 @@ def make_plan(index: Index, config: RunConfig) -> Plan:
         batch_frames=data.batch_frames,
         corpus=index.arrays.get("corpus"),
         weights=weights,
+        features=index.features_digest,
     )
 
 
 def make_loader(task: Task, index: Index, epoch_plan: EpochPlan, broken: BrokenClips | None) -> Loader:
     """broken: where broken clips of training are counted; None for evaluation, which replaces nothing."""
     data, world = task.config.data, task.world
-    reader = ClipReader(index, make_sampling(data), task.config.train.seed, train=broken is not None)
+    reader = ClipReader(
+        index, make_sampling(data), task.config.train.seed, broken is not None, data.feature_fps
+    )
     return Loader(
         reader,
         epoch_plan,
@@ -271,27 +304,35 @@ def _instruction(config: RunConfig, train_index: Index) -> Instruction:
 
 def feature_extractor(config: RunConfig, world: World) -> FeatureExtractor:
     """The visual encoder, from stage 1 or with ImageNet weights, and what of it stays frozen."""
-    if config.stage == "visual":
-        return FeatureExtractor(imagenet_encoder(config, world))
-    if config.stage == "joint" or config.visual_run == "none":
-        extractor = FeatureExtractor(imagenet_encoder(config, world), config.llm.input)
+    if config.stage != "llm" or config.visual_run == "none":
+        kind = "signs" if config.stage == "visual" else config.llm.input
+        extractor = FeatureExtractor(imagenet_encoder(config, world), kind)
     else:
         extractor = export.read_features(stage_1_export(config), config.llm.input)
+    extractor.visual.chunk_frames = config.visual.chunk_frames
+    if config.visual.checkpointing and config.trains_visual:
+        extractor.visual.backbone.checkpoint_activations()
     return extractor.freeze(config.visual.frozen if config.stage == "llm" else "none")
 
 
 def imagenet_encoder(config: RunConfig, world: World) -> VisualEncoder:
-    visual = VisualEncoder(
-        config.visual.width,
-        config.visual.temporal_kernel,
-        config.visual.freeze_batch_norm,
-        config.visual.frozen_stages,
+    """With a new temporal module and the backbone of visual.weights, as it is to be tuned."""
+    visual, made = config.visual, list[Backbone]()
+    main_first(lambda: made.append(_load_backbone(config, world)), world)  # it fills the hub's cache
+    backbone = made[0] if made else _load_backbone(config, world)
+    backbone.freeze_batch_norm = visual.freeze_batch_norm
+    backbone.freeze(visual.frozen_stages)
+    backbone.tune(
+        Tuning(
+            visual.tune,
+            rank=visual.lora_rank,
+            alpha=visual.lora_alpha,
+            targets=visual.lora_targets,
+            section="visual",
+        ),
+        config.train.seed,
     )
-    if config.visual.weights != "none":
-        main_first(lambda: _load_imagenet(visual, config.visual.weights, world), world)
-        if not world.is_main:
-            _load_imagenet(visual, config.visual.weights, world)
-    return visual
+    return VisualEncoder(temporal_kernel=visual.temporal_kernel, backbone=backbone)
 
 
 def visual_model(config: RunConfig, codec: TextCodec, visual: FeatureExtractor) -> SignTranslator:
@@ -300,17 +341,26 @@ def visual_model(config: RunConfig, codec: TextCodec, visual: FeatureExtractor) 
     return SignTranslator(visual, adapter, light_t, codec)
 
 
-def _load_imagenet(visual: VisualEncoder, weights: str, world: World) -> None:
+def _load_backbone(config: RunConfig, world: World) -> Backbone:
+    """That of visual.weights; where the default one is out of reach, the same with random weights."""
+    visual = config.visual
     try:
-        visual.load_backbone(weights)
+        return build_backbone(visual.weights, visual.width, visual.pretrained, config.data.crop_size)
     except OSError as error:
-        if world.is_main:
-            print(
-                f"warning: the ImageNet weights {weights} are out of reach ({str(error).splitlines()[0]}); "
-                "the backbone starts from random weights, which costs accuracy. Give --visual.weights=FILE, "
-                "or --visual.weights=none to say that this is meant.",
-                flush=True,
-            )
+        reason = str(error).splitlines()[0]
+        if visual.weights != VisualConfig().weights or visual.frozen_stages or visual.tune != "full":
+            raise UserError(
+                f"visual.weights must be within reach, but {visual.weights} is not: {reason} Give a folder "
+                "or file of this machine."
+            ) from error
+    if world.is_main:
+        print(
+            f"warning: the ImageNet weights {visual.weights} are out of reach ({reason}); the backbone "
+            "starts from random weights, which costs accuracy. Give --visual.weights=FILE, or "
+            "--visual.weights=none to say that this is meant.",
+            flush=True,
+        )
+    return build_backbone("none", visual.width)
 
 
 def stage_1_export(config: RunConfig) -> Path:
@@ -322,11 +372,11 @@ def stage_1_export(config: RunConfig) -> Path:
             f"stage llm needs a result of stage visual: {error} Make one with: "
             f"deepspeed launch/train.py --stage visual --run={config.visual_run}"
         ) from error
-    settings = export.read_settings(folder)
-    if settings["visual"]["width"] != config.visual.width:
+    width = resnet_width(export.read_settings(folder)["visual"])
+    if width not in (None, config.visual.width):
         raise UserError(
-            f"visual.width must be {settings['visual']['width']} as in the stage-1 result {folder}, but is "
-            f"{config.visual.width}. Give --visual.width={settings['visual']['width']} or a --visual_run."
+            f"visual.width must be {width} as in the stage-1 result {folder}, but is "
+            f"{config.visual.width}. Give --visual.width={width} or a --visual_run."
         )
     return folder
 
@@ -350,16 +400,30 @@ def llm_model(
         main_first(trim, world)
         name = str(trimmed)
     partitioning = ds.model_loading(ds_config)  # held until the model is loaded
-    options = LlmOptions(
-        config.llm.dropout,
-        config.llm.attention_dropout,
-        config.llm.attention,
-        config.llm.pretrained,
-        config.llm.hub_code,
-    )
-    llm = load_llm(name, options)
+    llm = load_llm(name, llm_options(config, ds_config))
+    tune(llm, llm_tuning(config), config.train.seed)
     del partitioning
+    if config.llm.checkpointing:
+        checkpoint_llm(llm)
     adapter = Adapter(extractor.feature_width, llm_width(llm), embedding_scale(llm))
     visual = extractor if config.trains_visual else None
     model = SignTranslator(visual, adapter, llm, codec, config.llm.loss)
     return model if ds.zero_stage(ds_config) == 3 else model.to(world.device)
+
+
+def llm_options(config: RunConfig, ds_config: dict[str, Any]) -> LlmOptions:
+    llm = config.llm
+    bits: Literal[32, 16, 8, 4] = 16 if ds_config.get("bf16", {}).get("enabled") else 32
+    return LlmOptions(
+        llm.dropout,
+        llm.attention_dropout,
+        llm.attention,
+        llm.pretrained,
+        llm.hub_code,
+        llm.bits if llm.bits < 16 else bits,
+    )
+
+
+def llm_tuning(config: RunConfig) -> Tuning:
+    llm = config.llm
+    return Tuning(llm.tune, llm.layers, llm.lora_rank, llm.lora_alpha, llm.lora_dropout, llm.lora_targets)

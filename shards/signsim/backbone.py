@@ -132,7 +132,7 @@ def backbone(*, out: Path, width: int = 16, frames: int = 20000, epochs: int = 4
                 flush=True,
             )
     partial = out.with_name(f".partial-{out.name}")
-    encoder.backbone.save_pretrained(partial)
+    encoder.backbone.model.save_pretrained(partial)
     if out.exists():
         out.rmdir()
     partial.rename(out)

@@ -1,9 +1,13 @@
+import copy
+import json
+
 import pytest
 import torch
 from torch import nn
 
 from flallm_ds.errors import UserError
-from flallm_ds.models.visual_encoder import VisualEncoder
+from flallm_ds.models.backbones import build_backbone
+from flallm_ds.models.visual_encoder import VisualEncoder, resnet_width
 
 NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
@@ -121,6 +125,60 @@ def test_at_width_64_the_backbone_is_resnet18():
         assert sum(p.numel() for p in VisualEncoder().backbone.parameters()) == 11_689_512 - 513_000
 
 
+# --- frames at a time
+
+
+def test_chunks_of_frames_give_the_same_features(encoder):
+    pixels_NCHW, num_frames_B = torch.randn(11, 3, 32, 32), torch.tensor([8, 3])
+    chunked = copy.deepcopy(encoder)
+    chunked.chunk_frames = 4
+    seen = []
+    chunked.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    with torch.no_grad():
+        assert torch.allclose(
+            chunked(pixels_NCHW, num_frames_B), encoder(pixels_NCHW, num_frames_B), atol=1e-6
+        )
+        assert seen == [4, 4, 3]
+        assert chunked.frame_features(pixels_NCHW[:0]).shape == (0, 64)
+
+
+def test_what_learns_or_counts_is_never_cut_into_chunks():
+    encoder = VisualEncoder(width=4, chunk_frames=2)
+    seen = []
+    encoder.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    pixels_NCHW = torch.randn(5, 3, 32, 32)
+    encoder.train().frame_features(pixels_NCHW)
+    encoder.eval().frame_features(pixels_NCHW)  # with gradients
+    with torch.no_grad():
+        encoder.train().frame_features(pixels_NCHW)  # BatchNorm sees the batch
+    assert seen == [5, 5, 5]
+    encoder.backbone.freeze()
+    encoder.train().frame_features(pixels_NCHW)
+    assert seen[3:] == [2, 2, 1]
+
+
+# --- settings
+
+
+def test_settings_build_the_same_architecture(encoder):
+    settings = json.loads(json.dumps(VisualEncoder(width=8, temporal_kernel=5).settings()))
+    again = VisualEncoder.from_settings(settings)
+    assert again.temporal.conv.kernel_size == (5,) and again.feature_width == again.frame_width == 64
+    assert resnet_width(settings) == 8
+    same = VisualEncoder.from_settings(encoder.settings()).eval()
+    same.load_state_dict(encoder.state_dict())
+    pixels_NCHW = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(same.frame_features(pixels_NCHW), encoder.frame_features(pixels_NCHW))
+
+
+def test_settings_of_a_width_alone_are_a_resnet_18():
+    settings = {"width": 4, "temporal_kernel": 5}
+    assert VisualEncoder.from_settings(settings).feature_width == 32 and resnet_width(settings) == 4
+    with pytest.raises(UserError, match="settings of a visual encoder"):
+        VisualEncoder.from_settings({"depth": 4})
+
+
 # --- ImageNet weights
 
 
@@ -128,9 +186,7 @@ def test_at_width_64_the_backbone_is_resnet18():
 def test_torchvision_weights_land_where_they_belong(tmp_path, batches_tracked):
     state = torchvision_resnet18(width=4, batches_tracked=batches_tracked)
     torch.save(state, tmp_path / "resnet18.pth")
-    encoder = VisualEncoder(width=4)
-    encoder.load_backbone(str(tmp_path / "resnet18.pth"))
-    loaded = encoder.backbone.state_dict()
+    loaded = build_backbone(str(tmp_path / "resnet18.pth"), width=4).model.state_dict()
     assert torch.equal(loaded["embedder.embedder.convolution.weight"], state["conv1.weight"])
     assert torch.equal(
         loaded["encoder.stages.2.layers.1.layer.0.normalization.running_var"],
@@ -142,61 +198,66 @@ def test_torchvision_weights_land_where_they_belong(tmp_path, batches_tracked):
     assert used == given and len(set(used)) == len(used)
 
 
-def test_the_backbone_computes_what_torchvision_computes(tmp_path):
+@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50"])
+def test_the_backbone_computes_what_torchvision_computes(name, tmp_path):
     torchvision = pytest.importorskip("torchvision")
     torch.manual_seed(0)
-    theirs = torchvision.models.resnet18().eval()
-    torch.save(theirs.state_dict(), tmp_path / "resnet18.pth")
-    ours = VisualEncoder().eval()
-    ours.load_backbone(str(tmp_path / "resnet18.pth"))
+    theirs = torchvision.models.get_model(name).eval()
+    torch.save(theirs.state_dict(), tmp_path / f"{name}.pth")
+    ours = build_backbone(str(tmp_path / f"{name}.pth")).eval()
     theirs.fc = nn.Identity()
     pixels_NCHW = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        assert torch.allclose(ours.frame_features(pixels_NCHW), theirs(pixels_NCHW), atol=1e-4)
+        features_ND = ours(pixels_NCHW)
+        assert features_ND.shape == (2, ours.feature_width)
+        assert torch.allclose(features_ND, theirs(pixels_NCHW), atol=1e-4)
 
 
 def test_transformers_weights_load_from_a_folder(tmp_path):
-    source, encoder = VisualEncoder(width=4), VisualEncoder(width=4)
-    source.backbone.save_pretrained(tmp_path)
-    encoder.load_backbone(str(tmp_path))
-    for name, tensor in source.backbone.state_dict().items():
-        assert torch.equal(encoder.backbone.state_dict()[name], tensor)
+    source = VisualEncoder(width=4).backbone
+    source.model.save_pretrained(tmp_path)
+    loaded = build_backbone(str(tmp_path), width=4, crop_size=32)
+    for name, tensor in source.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
 
 
 def test_weights_of_another_width_are_refused(tmp_path):
     torch.save(torchvision_resnet18(width=8), tmp_path / "resnet18.pth")
-    encoder = VisualEncoder(width=4)
-    before = encoder.backbone.embedder.embedder.convolution.weight.clone()
     with pytest.raises(UserError, match=r"must fit visual\.width=4"):
-        encoder.load_backbone(str(tmp_path / "resnet18.pth"))
-    assert torch.equal(encoder.backbone.embedder.embedder.convolution.weight, before)
+        build_backbone(str(tmp_path / "resnet18.pth"), width=4)
 
 
 def test_a_missing_weights_file_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"visual\.weights must be a file, but there is none"):
-        VisualEncoder(width=4).load_backbone(str(tmp_path / "none.pth"))
+        build_backbone(str(tmp_path / "none.pth"))
 
 
 def test_a_weights_file_that_is_no_state_dict_is_refused(tmp_path):
     (tmp_path / "resnet18.pth").write_bytes(b"<html>404</html>")
     with pytest.raises(UserError, match=r"resnet18\.pth"):
-        VisualEncoder(width=4).load_backbone(str(tmp_path / "resnet18.pth"))
+        build_backbone(str(tmp_path / "resnet18.pth"))
+    torch.save({"fc.weight": torch.zeros(2, 2)}, tmp_path / "head.pth")
+    with pytest.raises(UserError, match=r"torchvision's ResNet"):
+        build_backbone(str(tmp_path / "head.pth"))
 
 
 def test_a_frozen_batch_norm_stays_in_eval_mode_and_keeps_its_statistics():
-    encoder = VisualEncoder(width=16, freeze_batch_norm=True).train()
+    encoder = VisualEncoder(width=16)
+    encoder.backbone.freeze_batch_norm = True
+    encoder.train()
     before = {name: value.clone() for name, value in encoder.backbone.named_buffers()}
     encoder(torch.randn(6, 3, 32, 32), torch.tensor([2, 4])).sum().backward()
     assert all(torch.equal(value, before[name]) for name, value in encoder.backbone.named_buffers())
     assert encoder.temporal.norm.training
-    convolution = encoder.backbone.embedder.embedder.convolution.weight
+    convolution = encoder.backbone.model.embedder.embedder.convolution.weight
     assert convolution.grad is not None and convolution.grad.abs().sum() > 0
 
 
 def test_frozen_stages_keep_their_weights_and_the_rest_learns():
-    encoder = VisualEncoder(width=16, frozen_stages=3).train()
+    encoder = VisualEncoder(width=16).train()
+    encoder.backbone.freeze(stages=3)
     encoder(torch.randn(6, 3, 32, 32), torch.tensor([2, 4])).sum().backward()
     learns = {name for name, p in encoder.backbone.named_parameters() if p.grad is not None}
-    assert learns and all(name.startswith("encoder.stages.3.") for name in learns)
+    assert learns and all(name.startswith("model.encoder.stages.3.") for name in learns)
     assert all(p.requires_grad == (name in learns) for name, p in encoder.backbone.named_parameters())
     assert all(p.grad is not None for p in encoder.temporal.parameters())

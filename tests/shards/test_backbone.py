@@ -7,19 +7,18 @@ import pytest
 import torch
 
 from flallm_ds.errors import UserError
-from flallm_ds.models.visual_encoder import VisualEncoder
+from flallm_ds.models.backbones import build_backbone
 from shards.signsim.backbone import FRAMES_A_TASK, NUM_TARGETS, backbone, random_poses, render, targets
 
 
 def test_the_folder_loads_by_the_path_of_a_hub_model(tmp_path: Path) -> None:
     backbone(out=tmp_path / "backbone", width=8, frames=250, epochs=1)
-    encoder = VisualEncoder(8)
-    before = {name: value.clone() for name, value in encoder.backbone.state_dict().items()}
-    encoder.load_backbone(str(tmp_path / "backbone"))
-    after = encoder.backbone.state_dict()
-    assert any(not torch.equal(before[name], after[name]) for name in before)
+    weights = str(tmp_path / "backbone")
+    loaded, other = (build_backbone(weights, width=8, pretrained=p, crop_size=60) for p in (True, False))
+    random = other.state_dict()
+    assert any(not torch.equal(random[name], value) for name, value in loaded.state_dict().items())
     with pytest.raises(UserError, match=r"visual\.width"):
-        VisualEncoder(16).load_backbone(str(tmp_path / "backbone"))
+        build_backbone(weights, width=16)
 
 
 def test_a_folder_that_holds_something_is_refused(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ def runs(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     two/frozen and two/frozen_stopped_4 train a part of the backbone of backbone/.
     """
     folder = tmp_path_factory.mktemp("runs")
-    VisualEncoder(width=8).backbone.save_pretrained(folder / "backbone")
+    VisualEncoder(width=8).backbone.model.save_pretrained(folder / "backbone")
     for name, ranks in (("two", 2), ("one", 1)):
         (folder / name).mkdir()
         scenarios: list[dict[str, object]] = []
