@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "launch"))
 
 import evaluate
 import train
 
-from flallm_ds import cli, command
+from flallm_ds import cli, command, export
+from flallm_ds.models.visual_encoder import VisualEncoder
 from shards.build import CORPORA, verb
 from shards.verify import verify
 
@@ -165,7 +167,7 @@ def test_stage_llm_without_stage_1_prepares_nothing(
 def test_a_stage_1_export_of_another_width(refused: Run, tmp_path: Path, tiny_corpus: Path) -> None:
     best = tmp_path / "visual" / "best"
     best.mkdir(parents=True)
-    settings = {"format": "flallm_ds export 1", "visual": {"width": 32, "temporal_kernel": 3}}
+    settings = {"format": export.FORMAT, "visual": {"width": 32, "temporal_kernel": 3}}
     (best / "flallm.json").write_text(json.dumps(settings))
     given = options(tiny_corpus, tmp_path / "run", visual_run=tmp_path / "visual")
     sentence = refused(train.train, "--stage=llm", *given)
@@ -240,3 +242,72 @@ def test_a_corrupted_video_of_a_corpus_leaves_nothing(
     given = ["manifest", f"--source={tmp_path / 'm.csv'}", f"--out={tmp_path / 'o'}", "--language=en"]
     assert "corrupted.mp4" in refused(BUILD, *given)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["corrupted.mp4", "m.csv"]
+
+
+# --- stages
+
+
+@pytest.mark.parametrize(
+    ("stage", "given", "said"),
+    [
+        ("joint", {"visual_run": "runs/v"}, "visual_run must not be given in stage joint"),
+        ("joint", {"llm.input": "light_t"}, "llm.input must be signs or frames where there is no stage 1"),
+        ("llm", {"visual_run": "none", "llm.input": "light_t"}, "llm.input must be signs or frames"),
+        ("visual", {"visual.frozen": "backbone"}, "visual.frozen is of stage llm"),
+        ("visual", {"train.probe_every": -1}, "train.probe_every must not be negative"),
+        ("both", {"visual_run": "runs/v"}, "--visual_run must not be given for one stage of --stage both"),
+        ("both", {"stage2.run": "runs/v"}, "--run=RUN for the folders RUN_visual and RUN_llm"),
+        ("both", {"stage1.optim.lrr": 1}, "did you mean optim.lr"),
+        ("both", {"stage1.visual.width": 8, "stage2.visual.width": 16}, "visual.width must be the same"),
+        ("visuall", {}, "--stage must be visual, llm, joint or both"),
+    ],
+)
+def test_stages_that_cannot_be(
+    refused: Run, tmp_path: Path, tiny_corpus: Path, stage: str, given: dict[str, object], said: str
+) -> None:
+    assert said in refused(train.train, f"--stage={stage}", *options(tiny_corpus, tmp_path / "run", **given))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("given", [{"stage": "visual"}, {"stage": "joint"}])
+def test_a_bf16_engine_with_batch_norm_inside(
+    refused: Run, tmp_path: Path, tiny_corpus: Path, given: dict[str, str]
+) -> None:
+    """DeepSpeed would cast the parameters, not the statistics, and fail at the first step on a GPU."""
+    more = {"train.deepspeed": "ds_configs/zero3.json"}
+    words = options(tiny_corpus, tmp_path / "run", **more)
+    sentence = refused(train.train, f"--stage={given['stage']}", *words)
+    assert "must compute by torch_autocast" in sentence and "ds_configs/zero2.json" in sentence
+    assert not (tmp_path / "run").exists()
+
+
+def test_light_t_states_of_an_export_that_has_no_light_t(
+    refused: Run, tmp_path: Path, tiny_corpus: Path
+) -> None:
+    best = tmp_path / "other" / "best"
+    best.mkdir(parents=True)
+    visual = VisualEncoder(width=8)
+    settings = {"format": export.FORMAT, "stage": "llm", "visual": visual.settings()}
+    (best / "flallm.json").write_text(json.dumps({**settings, "features": {"kind": "signs"}}))
+    save_file(visual.state_dict(), best / "visual_encoder.safetensors")
+    more = {"visual_run": tmp_path / "other", "visual.width": 8, "llm.input": "light_t"}
+    sentence = refused(train.train, "--stage=llm", *options(tiny_corpus, tmp_path / "run", **more))
+    assert "llm.input=light_t must read a result of stage visual" in sentence
+
+
+def test_both_stages_on_shards_without_the_split_that_they_end_with(
+    refused: Run, tmp_path: Path, tiny_shards: Path, tiny_corpus: Path
+) -> None:
+    """Found at the start, not after both stages."""
+    manifest = json.loads((tiny_shards / "index.json").read_text())
+    del manifest["splits"]["test"]
+    (tiny_shards / "index.json").write_text(json.dumps(manifest))
+    given = options(tiny_corpus, tmp_path / "run", **{"data.shards": tiny_shards})
+    assert "test" in refused(train.train, "--stage=both", *given)
+    assert not list(tmp_path.glob("run*"))
+
+
+def test_a_probe_of_a_run_that_did_not_look(refused: Run, tmp_path: Path) -> None:
+    sentence = refused(cli.probe, f"--runs={tmp_path}", f"--out={tmp_path / 'p.png'}")
+    assert "--train.probe_every=10" in sentence
+    assert not (tmp_path / "p.png").exists()
