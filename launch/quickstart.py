@@ -1,4 +1,4 @@
-"""`make quickstart`: corpus -> shards -> stage visual -> stage llm -> scores -> a translated video.
+"""`make quickstart`: corpus -> shards -> both stages and their scores -> a translated video.
 
 Each step is an ordinary command, printed as it runs, and is left out where its result is there already.
 """
@@ -39,12 +39,9 @@ def quickstart() -> None:
     os.chdir(ROOT)
     begin = time.perf_counter()
     prepare()
-    runs = [Path(quickstart_visual().run), Path(quickstart_llm().run)]
-    for run, stage in zip(runs, ("visual", "llm"), strict=True):
-        _step(run / "done", [*_launcher(), "launch/train.py", "--stage", stage])
-        (run / "done").touch()
-        _step(run / "evaluation" / "test.json", [*_launcher(), "launch/evaluate.py", "--run", str(run)])
-    _show(*runs)
+    visual, llm = Path(quickstart_visual().run), Path(quickstart_llm().run)
+    _step(llm / "evaluation" / "test.json", [*_launcher(), "launch/train.py", "--stage", "both"])
+    _show(visual, llm)
     print(f"\nThe whole took {(time.perf_counter() - begin) / 60:.1f} minutes (without installation).")
 
 
