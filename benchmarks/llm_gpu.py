@@ -1,0 +1,304 @@
+"""Stage 2 on one GPU: steps of an mBART-large; ways of attention and loss; the largest LLM that trains.
+
+python benchmarks/llm_gpu.py --out=benchmarks/results
+python benchmarks/llm_gpu.py --small=true          (everything at toy size, on a CPU as well)
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))  # the optimizer of an offload
+
+if __name__ in ("__main__", "__mp_main__"):  # run as a file: the project's root is not on the path yet
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers.initialization import no_init_weights
+from transformers.utils import is_flash_attn_2_available
+
+from benchmarks.measure import ROOT, Report
+from benchmarks.plan import memory_kb
+from flallm_ds import command
+from flallm_ds.errors import UserError
+
+MBART = {
+    "d_model": 1024, "encoder_layers": 12, "decoder_layers": 12, "encoder_attention_heads": 16,
+    "decoder_attention_heads": 16, "encoder_ffn_dim": 4096, "decoder_ffn_dim": 4096, "scale_embedding": True,
+    "dropout": 0.3, "attention_dropout": 0.1,
+}  # fmt: skip
+
+
+def _qwen3(
+    width: int, ffn: int, layers: int, heads: int, tied: bool, kv_heads: int = 8, head: int = 128
+) -> dict[str, Any]:
+    return {
+        "hidden_size": width, "intermediate_size": ffn, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head,
+        "tie_word_embeddings": tied,
+    }  # fmt: skip
+
+
+# Sizes as their config.json on the hub has them; the last of each list is for trying this script.
+MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "mBART-large, trimmed": ("mbart", 2_454, MBART),
+    "mBART-large": ("mbart", 250_027, MBART),
+    "Qwen3-0.6B": ("qwen3", 151_936, _qwen3(1024, 3072, 28, 16, True)),
+    "Qwen3-1.7B": ("qwen3", 151_936, _qwen3(2048, 6144, 28, 16, True)),
+    "Qwen3-4B": ("qwen3", 151_936, _qwen3(2560, 9728, 36, 32, True)),
+    "Qwen3-8B": ("qwen3", 151_936, _qwen3(4096, 12288, 36, 32, False)),
+    "Qwen3-14B": ("qwen3", 151_936, _qwen3(5120, 17408, 40, 40, False)),
+    "Qwen3-32B": ("qwen3", 151_936, _qwen3(5120, 25600, 64, 64, False)),
+    "toy mBART": (
+        "mbart",
+        300,
+        MBART | {n: 2 for n in MBART if n.endswith(("layers", "heads"))}
+        | {n: 32 for n in MBART if n.endswith(("d_model", "ffn_dim"))},
+    ),
+    "toy Qwen3": ("qwen3", 300, _qwen3(32, 48, 2, 4, False, kv_heads=2, head=8)),
+}  # fmt: skip
+LADDER = ("Qwen3-0.6B", "Qwen3-1.7B", "Qwen3-4B", "Qwen3-8B", "Qwen3-14B", "Qwen3-32B")
+ZEROS = ("zero3", "zero3_offload")
+COLUMNS = (
+    "LLM", "parameters, M", "trained, M", "DeepSpeed", "tuning", "attention", "loss", "checkpointing",
+    "ms a step", "tokens/s", "device, GB", "host, GB",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Job:
+    """Some steps of stage 2 with random weights and synthetic features, in a process of its own."""
+
+    model: str
+    deepspeed: str = "zero3"
+    tuning: str = "full"
+    attention: str = "sdpa"
+    loss: str = "auto"
+    checkpointing: bool = False
+    clips: int = 16
+    frames: int = 29  # kept of a clip: visual tokens
+    words: int = 30  # target tokens of a clip
+    steps: int = 10
+    warm_up: int = 3
+
+
+@dataclass(frozen=True)
+class Measured:
+    """host_gb: the most that this process held, pinned memory included."""
+
+    parameters: int
+    trained: int
+    step_s: float
+    tokens_per_s: float
+    device_gb: float
+    host_gb: float
+
+
+def run(
+    *,
+    out: Path | None = None,
+    hardware: str | None = None,
+    ladder: tuple[str, ...] = LADDER,
+    clips: int = 16,
+    steps: int = 10,
+    limit_s: float = 1800.0,
+    small: bool = False,
+) -> str:
+    """Each row is a process of its own: one that runs out of memory or time ends that row alone.
+
+    --out: folder for the report; --hardware: its name there. --ladder: sizes of LLMs, comma between.
+    --clips: of a step; --steps: that count. --limit_s: seconds a row may take. --small: toy sizes.
+    """
+    if not (small or torch.cuda.is_available()):
+        raise UserError(
+            "benchmarks/llm_gpu.py needs a CUDA device, but PyTorch sees none: run it where there is one, or "
+            "try it at toy size with --small=true."
+        )
+    for name in ladder:
+        if name not in MODELS:
+            raise UserError(f"--ladder must name sizes of {', '.join(MODELS)}, but {name!r} is none of them.")
+    shape = {"clips": clips, "steps": steps}
+    versions = {"GPU": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    report = Report(__file__, "Stage 2 on one GPU" if versions else "Stage 2 at toy size", versions)
+    example = Job("")
+    report.text(
+        f"Random weights, synthetic features of a frozen encoder: {clips} clips a step in one micro-batch, "
+        f"{example.frames} visual and {example.words} target tokens each; tokens are of both. {steps} steps "
+        f"after {example.warm_up} that do not count, by the clock. Device memory is the most that PyTorch "
+        "had allocated in those steps; host memory the most that the process ever held."
+    )
+    for title, jobs in parts(tuple(ladder), shape, small).items():
+        report.text(f"## {title}")
+        report.table(COLUMNS, [row(job, in_a_process(job, limit_s)) for job in jobs])
+    return report.finish(out, hardware)
+
+
+def parts(ladder: tuple[str, ...], shape: dict[str, int], small: bool) -> dict[str, list[Job]]:
+    """The jobs under each heading."""
+    mbart, trimmed, qwen = "mBART-large", "mBART-large, trimmed", "Qwen3-0.6B"
+    if small:
+        mbart, trimmed, qwen, ladder = "toy mBART", "toy mBART", "toy Qwen3", ("toy Qwen3",)
+    flash = ["flash_attention_2"] if is_flash_attn_2_available() else []
+    liger = ["liger"] if torch.cuda.is_available() else []
+    plain = [Job(name, loss="logits", **shape) for name in (mbart, qwen)]
+    large = Job("", "zero3_offload", checkpointing=True, **shape)
+    return {
+        "A step of mBART-large": [Job(n, z, **shape) for n in (trimmed, mbart) for z in ZEROS],
+        "Attention and loss": [
+            *plain,
+            *(replace(job, loss=loss) for job in plain for loss in ("chunks", *liger)),
+            *(replace(job, attention=attention) for job in plain for attention in ("eager", *flash)),
+            *(replace(job, checkpointing=True) for job in plain),
+        ],
+        "The largest LLM that trains": [
+            replace(large, model=name, tuning=tuning) for tuning in ("full", "lora") for name in ladder
+        ],
+    }  # fmt: skip
+
+
+def row(job: Job, found: Measured | str) -> tuple[str, ...]:
+    how = (job.deepspeed, job.tuning, job.attention, job.loss, "yes" if job.checkpointing else "no")
+    if isinstance(found, str):
+        return (job.model, "", "", *how, found, "", "", "")
+    return (
+        job.model,
+        f"{found.parameters / 1e6:,.2f}",
+        f"{found.trained / 1e6:,.2f}",
+        *how,
+        f"{1000 * found.step_s:,.1f}",
+        f"{found.tokens_per_s:,.0f}",
+        f"{found.device_gb:.2f}",
+        f"{found.host_gb:.2f}",
+    )
+
+
+def in_a_process(job: Job, limit_s: float) -> Measured | str:
+    """What was measured, or in a few words why nothing was."""
+    print(job, file=sys.stderr, flush=True)
+    arguments = [sys.executable, __file__, "child", json.dumps(asdict(job))]
+    try:
+        ended = subprocess.run(arguments, capture_output=True, text=True, timeout=limit_s, check=False)
+    except subprocess.TimeoutExpired:
+        return f"not done after {limit_s:.0f} s"
+    if ended.returncode == 0:
+        return Measured(**json.loads(ended.stdout.splitlines()[-1]))
+    print(ended.stderr[-3000:], file=sys.stderr, flush=True)
+    if ended.returncode < 0:  # the kernel's way to say that the host's memory is full is signal 9
+        return f"ended by signal {-ended.returncode}"
+    lines = ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"]
+    if any("OutOfMemoryError" in line for line in lines):
+        return "out of device memory"
+    last = re.sub(r"^\[rank\d+\]: ([\w.]+\.)?", "", lines[-1]).replace(f"{ROOT}/", "")
+    return last[:120].replace("|", "/")
+
+
+# --- the process of one row
+
+
+def child(job: Job) -> Measured:
+    from flallm_ds import dist
+    from flallm_ds.config import OptimConfig
+    from flallm_ds.training import engine as ds
+
+    world = dist.start()
+    ds.prepare()
+    path = ROOT / "ds_configs" / f"{job.deepspeed}.json"
+    config = ds.complete(ds.read_deepspeed_config(path), world.device, 1, 1.0)
+    dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
+    model = translator(job, dtype)
+    parameters = list(model.parameters())
+    counts = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+    ds.deepspeed.zero.Init(module=model, config_dict_or_path=config)  # one parameter after another
+    new = {id(p) for p in model.adapter.parameters()}
+    trained = [p for p in parameters if p.requires_grad]
+    groups = [
+        {"name": "adapter", "lr": 1e-3, "params": [p for p in trained if id(p) in new]},
+        {"name": "llm", "lr": 1e-5, "params": [p for p in trained if id(p) not in new]},
+    ]
+    engine = ds.Engine(model, groups, OptimConfig(), config, world)
+    step_s, device_gb = steps_of(job, engine, world.device)
+    dist.stop()
+    tokens = job.clips * (job.frames + job.words)
+    return Measured(*counts, step_s, tokens / step_s, device_gb, memory_kb("VmHWM") * 1024 / 1e9)
+
+
+def translator(job: Job, dtype: torch.dtype) -> Any:
+    """SignTranslator of random weights, ready for the engine."""
+    from flallm_ds.models.adapters import Adapter
+    from flallm_ds.models.checkpointing import checkpoint_llm
+    from flallm_ds.models.llm import embedding_scale, llm_width
+    from flallm_ds.models.sign_translator import SignTranslator
+    from flallm_ds.models.tuning import Tuning, tune
+
+    family, vocabulary, sizes = MODELS[job.model]
+    config = AutoConfig.for_model(family, vocab_size=vocabulary, pad_token_id=1, **sizes)
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    with no_init_weights():  # drawing billions of numbers takes longer than the steps
+        llm = auto.from_config(config, dtype=dtype, attn_implementation=job.attention)
+    fill(llm)
+    tune(llm, Tuning(job.tuning))  # type: ignore[arg-type]
+    if job.checkpointing:
+        checkpoint_llm(llm)
+    codec: Any = SimpleNamespace(pad_id=1, eos_id=2)
+    adapter = Adapter(512, llm_width(llm), embedding_scale(llm))
+    return SignTranslator(None, adapter, llm, codec, job.loss).to(dtype)  # type: ignore[arg-type]
+
+
+def fill(llm: Any) -> None:
+    """Random numbers, a million of them again and again; ones in norms."""
+    torch.manual_seed(0)
+    numbers = 0.02 * torch.randn(2**20)
+    for parameter in llm.parameters():
+        flat = parameter.data.view(-1)
+        if parameter.dim() == 1:
+            flat.fill_(1)
+            continue
+        for part in flat.split(len(numbers)):
+            part.copy_(numbers[: len(part)])
+
+
+def steps_of(job: Job, engine: Any, device: torch.device) -> tuple[float, float]:
+    """(seconds a step, GB of device memory at its highest)."""
+    from flallm_ds.data.text import Wording
+
+    family, vocabulary, _ = MODELS[job.model]
+    # As of "Translate this German Sign Language video into German:" in Qwen3's chat.
+    wording = Wording(start=(5,)) if family == "mbart" else Wording(before=(3,) * 12, after=(4,) * 6)
+    features_ND = torch.randn(job.clips * job.frames, 512, device=device)
+    num_frames_B = torch.full((job.clips,), job.frames)
+    targets_BL = torch.randint(3, vocabulary, (job.clips, job.words), device=device)
+    engine.module.train()
+    for step in range(job.warm_up + job.steps):
+        if step == job.warm_up:
+            synchronize(device)
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            begin = time.perf_counter()
+        loss = engine(features_ND, num_frames_B, [wording] * job.clips, targets_BL, 0.2)
+        engine.backward(loss / targets_BL.numel())
+        engine.micro_step_done([1e-3, 1e-5])
+    synchronize(device)
+    step_s = (time.perf_counter() - begin) / job.steps
+    if not torch.isfinite(loss):
+        raise RuntimeError(f"the loss is {loss.item()}")
+    return step_s, torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0.0
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["child"]:
+        print(json.dumps(asdict(child(Job(**json.loads(sys.argv[2]))))), flush=True)
+    else:
+        command.main(run)
