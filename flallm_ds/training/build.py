@@ -309,6 +309,8 @@ def feature_extractor(config: RunConfig, world: World) -> FeatureExtractor:
         extractor = FeatureExtractor(imagenet_encoder(config, world), kind)
     else:
         extractor = export.read_features(stage_1_export(config), config.llm.input)
+    if config.stage != "llm" or config.visual.frozen == "none":
+        _tune_backbone(extractor.visual.backbone, config)
     extractor.visual.chunk_frames = config.visual.chunk_frames
     if config.visual.checkpointing and config.trains_visual:
         extractor.visual.backbone.checkpoint_activations()
@@ -316,10 +318,16 @@ def feature_extractor(config: RunConfig, world: World) -> FeatureExtractor:
 
 
 def imagenet_encoder(config: RunConfig, world: World) -> VisualEncoder:
-    """With a new temporal module and the backbone of visual.weights, as it is to be tuned."""
-    visual, made = config.visual, list[Backbone]()
+    """With a new temporal module and the backbone of visual.weights."""
+    made = list[Backbone]()
     main_first(lambda: made.append(_load_backbone(config, world)), world)  # it fills the hub's cache
     backbone = made[0] if made else _load_backbone(config, world)
+    return VisualEncoder(temporal_kernel=config.visual.temporal_kernel, backbone=backbone)
+
+
+def _tune_backbone(backbone: Backbone, config: RunConfig) -> None:
+    """What of a backbone that is trained stays as it is, and what is added to it."""
+    visual = config.visual
     backbone.freeze_batch_norm = visual.freeze_batch_norm
     backbone.freeze(visual.frozen_stages)
     backbone.tune(
@@ -332,7 +340,6 @@ def imagenet_encoder(config: RunConfig, world: World) -> VisualEncoder:
         ),
         config.train.seed,
     )
-    return VisualEncoder(temporal_kernel=visual.temporal_kernel, backbone=backbone)
 
 
 def visual_model(config: RunConfig, codec: TextCodec, visual: FeatureExtractor) -> SignTranslator:
