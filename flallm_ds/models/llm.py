@@ -1,6 +1,7 @@
 """The LLM, encoder-decoder or decoder-only: loaded from a hub id or folder; its vocabulary trimmed."""
 
 import copy
+import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import (
     BitsAndBytesConfig,
     GenerationConfig,
 )
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.initialization import no_init_weights
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import set_zero3_state
@@ -23,10 +25,20 @@ from transformers.utils import is_bitsandbytes_available, is_flash_attn_2_availa
 
 from flallm_ds.data.text import TextCodec
 from flallm_ds.errors import UserError
-from flallm_ds.models.stored import open_checkpoint, tied_as_stored
+from flallm_ds.models.stored import model_names, open_checkpoint, tying_all_but, untied_names
+from flallm_ds.models.vocabulary import chosen_rows, renumber, trimmed_config, word_dims
+from flallm_ds.models.weights import write_weights
 
 # What transformers raises for a folder or hub id that does not hold a model it can load.
-_LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
+_LOAD_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    ImportError,
+    RuntimeError,
+    SafetensorError,
+    pickle.UnpicklingError,
+)
 # What models call the two dropouts.
 _DROPOUTS = (
     "dropout",
@@ -40,6 +52,8 @@ _DROPOUTS = (
 _ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 # A layer that one rank skips and another does not would let ZeRO-3's gathers wait for ever.
 _LAYER_DROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
+
+_FILE_BYTES = 10**9  # of a trimmed LLM's files: what waits in memory while one is written
 
 
 @dataclass(frozen=True)
@@ -140,7 +154,8 @@ def _partitioned(name: str, config: Any, hub_code: bool, arguments: dict[str, An
     """
     skeleton = _skeleton(config, hub_code)
     state = open_checkpoint(name)
-    with tied_as_stored(skeleton, state) as untied:
+    untied = untied_names(skeleton, state)
+    with tying_all_but(type(skeleton), untied):
         if torch.distributed.get_rank() != 0:
             state = {key: torch.empty_like(tensor, device="meta") for key, tensor in state.items()}
         model, found = type(skeleton).from_pretrained(
@@ -230,66 +245,100 @@ def embedding_scale(llm: Any) -> float:
 
 
 def trim_llm(name: str, codec: TextCodec, out: Path, hub_code: bool = False) -> None:
-    """Write the model to `out` with the embedding rows of the codec's kept pieces alone, codec beside it.
+    """Write the LLM `name` to `out` with the rows of the codec's kept pieces alone, codec beside it.
 
-    Run once on one rank, never under zero.Init. Source: FLa-LLM, section 4.1 (2,215 pieces on PHOENIX14T).
+    Tensor by tensor, in the types they are stored in. Run on one rank. Ids that the LLM has no rows for stay
+    without. Source: FLa-LLM, section 4.1 (2,215 pieces on PHOENIX14T).
     """
-    model = load_llm(name, LlmOptions(hub_code=hub_code))
-    kept = torch.from_numpy(codec.kept_ids)
-    embedding = model.get_input_embeddings().weight.data[kept].clone()
-    head = model.get_output_embeddings().weight.data[kept].clone()
-    untied = model.get_output_embeddings().weight is not model.get_input_embeddings().weight
-    bias = getattr(model, "final_logits_bias", None)
-    model.resize_token_embeddings(len(kept), mean_resizing=False)
-    if untied:  # resizing ties what the config says is tied, although mT5's weights are not
-        model.get_output_embeddings().weight = torch.nn.Parameter(head.clone())
-    model.get_input_embeddings().weight.data.copy_(embedding)
-    model.get_output_embeddings().weight.data.copy_(head)
-    if bias is not None:
-        model.final_logits_bias.copy_(bias[:, kept])
-    for config in _with_parts(model.config):
-        _renumber(config, codec)
-    _renumber(model.generation_config, codec)
-    model.save_pretrained(out)
+    try:
+        skeleton = _skeleton(llm_config(name, hub_code), hub_code)
+        state = open_checkpoint(name)
+        names = model_names(skeleton, list(state))
+        twins = skeleton.all_tied_weights_keys.keys() - untied_names(skeleton, state)
+    except _LOAD_ERRORS as error:
+        raise _not_loaded(name, error) from error
+    words = skeleton.get_input_embeddings().num_embeddings
+    kept = codec.kept_ids[codec.kept_ids < words]
+    config = trimmed_config(skeleton.config, codec, words, len(kept))
+    dims = word_dims(skeleton, _skeleton(config, hub_code))
+    out.mkdir(parents=True, exist_ok=True)
+    twins = {t for t in twins if skeleton.all_tied_weights_keys[t] in names.values()}
+    write_weights(
+        out,
+        (
+            (key, chosen_rows(state[key], kept, dims[own]) if own in dims else state[key])
+            for key, own in names.items()
+            if own not in twins
+        ),
+        file_bytes=_FILE_BYTES,
+    )
+    generation = _generation_config(name)
+    renumber(generation, codec)
+    _save_configs(skeleton, config, generation, out)
     codec.save(out)
 
 
-# Text specials are absent where they were not kept; other ids (of pictures, of sounds) must be some number.
-_TEXT_SPECIALS = ("pad", "bos", "eos", "sep", "cls", "unk", "decoder_start", "forced_bos", "forced_eos")
-_ID_LISTS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids")
+def untrim_llm(trimmed: Path, base_name: str, codec: TextCodec, out: Path, hub_code: bool = False) -> None:
+    """Write a trained, trimmed LLM into the folder `out` with all the words of the LLM that it began as.
+
+    trimmed: a folder that was written by `trim_llm` or trained since. Words that were not kept have the rows
+    of `base_name`. Raises UserError where the two are not of one kind.
+    """
+    small = _skeleton(llm_config(str(trimmed), hub_code), hub_code)
+    whole = _skeleton(llm_config(base_name, hub_code), hub_code)
+    try:
+        state, base = open_checkpoint(str(trimmed)), open_checkpoint(base_name)
+    except _LOAD_ERRORS as error:
+        raise _not_loaded(f"{trimmed} or {base_name}", error) from error
+    names = model_names(small, list(state))
+    dims = _same_but_for_words(small, whole, base_name)
+    base_rows = _by_own_name(whole, base)
+    kept = codec.kept_ids[codec.kept_ids < whole.get_input_embeddings().num_embeddings]
+
+    out.mkdir(parents=True, exist_ok=True)
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        for key, own in names.items():
+            tensor = state[key].detach()
+            if own in dims:
+                rows = base_rows.get(own)
+                if rows is None:  # a bias that old checkpoints leave out
+                    rows = torch.zeros(whole.state_dict()[own].shape)
+                place = torch.from_numpy(kept)
+                tensor = rows.to(tensor.dtype, copy=True).index_copy_(dims[own], place, tensor)
+            yield key, tensor
+
+    write_weights(out, tensors(), file_bytes=_FILE_BYTES)
+    whole.config.dtype = small.config.dtype
+    _save_configs(whole, whole.config, _generation_config(base_name), out)
+    codec.untrimmed().save(out)
 
 
-def _with_parts(config: Any) -> Iterator[Any]:
-    yield config
-    for name in config.sub_configs:
-        part = getattr(config, name, None)
-        if part is not None:
-            yield from _with_parts(part)
+def _same_but_for_words(small: Any, whole: Any, base_name: str) -> dict[str, int]:
+    """The dimension of words of each tensor that has one. Raises UserError where more differs."""
+    names = small.state_dict().keys()
+    if small.config.model_type == whole.config.model_type and names == whole.state_dict().keys():
+        dims = word_dims(whole, small)
+        words = {small.get_input_embeddings().num_embeddings}
+        if {small.state_dict()[name].shape[dim] for name, dim in dims.items()} <= words:
+            return dims
+    raise UserError(f"the base LLM must be the one that was trimmed, but {base_name} has other tensors.")
 
 
-def _renumber(config: Any, codec: TextCodec) -> None:
-    """Write trimmed ids into a config: nothing may point past the vocabulary."""
-    for field, value in config.to_dict().items():
-        if value is None or not (field.endswith(("_token_id", "_token_index")) or field in _ID_LISTS):
-            continue
-        trimmed = _renumbered(value, codec)
-        if trimmed is None and field.rpartition("_token")[0] not in (*_TEXT_SPECIALS, ""):
-            trimmed = codec.pad_id
-        setattr(config, field, trimmed)
-    if getattr(config, "eos_token_id", None) is None or isinstance(config.eos_token_id, int):
-        config.eos_token_id = codec.eos_id
-    elif codec.eos_id not in config.eos_token_id:
-        config.eos_token_id = [codec.eos_id, *config.eos_token_id]
-    if codec.language and not codec.instruction.decoder_only:
-        config.decoder_start_token_id = codec.wording().start[0]
+def _by_own_name(skeleton: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The checkpoint's tensors by every name that the model has for them, tied ones by each of theirs."""
+    stored = {name: state[key] for key, name in model_names(skeleton, list(state)).items()}
+    ties = skeleton.all_tied_weights_keys
+    for target, source in ties.items():
+        if target in stored:
+            stored.setdefault(source, stored[target])
+    return stored | {t: stored[s] for t, s in ties.items() if t not in stored and s in stored}
 
 
-def _renumbered(value: Any, codec: TextCodec) -> Any:
-    """An id, or lists of ids; None for what was not kept."""
-    if isinstance(value, int):
-        known = value < len(codec.tokenizer) and codec.trimmed_id(value) >= 0
-        return codec.trimmed_id(value) if known else None
-    trimmed = [_renumbered(one, codec) for one in value]
-    if any(isinstance(one, list) for one in value):
-        return [one for one in trimmed if one] or None
-    return [one for one in trimmed if one is not None] or None
+def _save_configs(skeleton: Any, config: Any, generation: Any, out: Path) -> None:
+    """config.json, generation_config.json, and the model's own code where it has some."""
+    config.architectures = [type(skeleton).__name__]
+    if skeleton._auto_class is not None:
+        custom_object_save(skeleton, out, config=config)
+    config.save_pretrained(out)
+    generation.to_json_file(out / "generation_config.json")  # whatever its checks think of it

@@ -1,12 +1,11 @@
 """An LLM's checkpoint as a state dict whose tensors stay in their files until somebody needs their values."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from torch.utils._pytree import tree_map_only
@@ -103,18 +102,6 @@ def model_names(skeleton: Any, stored: Sequence[str]) -> dict[str, str]:
     return {key: name for key, name in renamed.items() if name in own}
 
 
-def chosen_rows(tensor: torch.Tensor, rows: np.ndarray, dim: int) -> torch.Tensor:
-    """`tensor.index_select(dim, rows)` for rising rows, without the whole tensor in memory where dim is 0."""
-    if dim != 0 or not isinstance(tensor, StoredTensor):
-        return tensor.index_select(dim, torch.from_numpy(rows))
-    parts, start = [], 0
-    for block in tensor.blocks():
-        inside = rows[(rows >= start) & (rows < start + len(block))] - start
-        parts.append(block[torch.from_numpy(inside)])
-        start += len(block)
-    return torch.cat(parts)
-
-
 def are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
     if one.shape != other.shape:
         return False
@@ -123,24 +110,29 @@ def are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.data_ptr() == other.data_ptr() or torch.equal(one, other)
 
 
-@contextmanager
-def tied_as_stored(skeleton: Any, state: dict[str, torch.Tensor]) -> Iterator[set[str]]:
-    """Within, a model of the skeleton's class ties no two parameters that the checkpoint holds as different.
+def untied_names(skeleton: Any, state: Mapping[str, torch.Tensor]) -> set[str]:
+    """The model's names of what may be another's tied twin, but is stored with values of its own.
 
-    mT5's head is not its embedding, although its config says so. transformers compares the two, but under
-    ZeRO-3 it compares what is left of them, nothing, and ties them. Yields the names that stay untied.
+    mT5's head is not its embedding, although its config says so.
     """
-    by_name = {name: state[key] for key, name in model_names(skeleton, list(state)).items()}
-    untied = {
+    stored = {name: state[key] for key, name in model_names(skeleton, list(state)).items()}
+    return {
         target
         for target, source in skeleton.all_tied_weights_keys.items()
-        if target in by_name and source in by_name and not are_equal(by_name[target], by_name[source])
+        if target in stored and source in stored and not are_equal(stored[target], stored[source])
     }
-    kind = type(skeleton)
+
+
+@contextmanager
+def tying_all_but(kind: Any, untied: set[str]) -> Iterator[None]:
+    """Within, models of this class are built without tying these names.
+
+    transformers compares twins before it ties them. Under ZeRO-3 it compares what is left of them, nothing.
+    """
     before = kind._tied_weights_keys
     if untied:
         kind._tied_weights_keys = {t: s for t, s in before.items() if t not in untied}
     try:
-        yield untied
+        yield
     finally:
         kind._tied_weights_keys = before

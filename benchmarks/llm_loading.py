@@ -1,0 +1,239 @@
+"""Memory that loading a large LLM takes on each rank: ours and transformers' own way under ZeRO-3, and whole.
+
+python benchmarks/llm_loading.py --out=benchmarks/results
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+if __name__ in ("__main__", "__mp_main__"):  # run as a file: the project's root is not on the path yet
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.utils import logging
+
+from benchmarks.measure import ROOT, Report, Target
+from flallm_ds import command
+from flallm_ds.dist import free_port
+from flallm_ds.models.weights import write_weights
+
+WAYS = {
+    "whole": "a full copy (no ZeRO)",
+    "transformers": "ZeRO-3, `from_pretrained` alone",
+    "ours": "ZeRO-3, `load_llm`",
+}
+COLUMNS = (
+    "way", "rank", "after imports, MB", "highest, MB", "anonymous, MB", "files, MB", "left at the end, MB",
+    "highest, of a full copy", "the same without imports",
+)  # fmt: skip
+SAMPLE_S = 0.005
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "vocab_size": 64,
+}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """One rank, MB. before: after imports. highest: by the kernel's own mark, not by samples."""
+
+    before: float
+    highest: float
+    anonymous: float
+    files: float
+    after: float
+
+
+def run(
+    *,
+    out: Path | None = None,
+    hardware: str | None = None,
+    width: int = 2048,
+    layers: int = 16,
+    vocabulary: int = 32_000,
+    shard_mb: int = 500,
+    ranks: int = 2,
+    way: str = "",
+    folder: Path | None = None,
+) -> str:
+    """Save an LLM with random weights in bf16, load it in fp32 each way, and report each rank's peak memory.
+
+    --out: folder for the report; --hardware: its name there. --width, --layers, --vocabulary: of a Llama;
+    the defaults make a billion parameters. --shard-mb: of one file. --ranks: on this machine's CPU.
+    --way, --folder: of one rank, which this command starts itself.
+    """
+    if way:
+        return rank_of(way, folder or Path())
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        num_key_value_heads=max(1, width // 256),
+        tie_word_embeddings=True,
+        dtype="bfloat16",
+    )
+    with tempfile.TemporaryDirectory() as temporary:
+        model = Path(temporary)
+        num_parameters, num_files = write_llm(model, config, shard_mb)
+        config.update(TINY)
+        write_llm(model / "tiny", config, shard_mb)
+        found = {way: measure(way, model, 1 if way == "whole" else ranks) for way in WAYS}
+    whole = found["whole"][0]
+    report = Report(
+        __file__,
+        f"Memory to load an LLM of {num_parameters / 1e9:.2f} billion parameters on {ranks} CPU ranks",
+        {name: metadata.version(name) for name in ("transformers", "deepspeed", "safetensors")},
+    )
+    report.text(
+        f"A Llama of {layers} layers, {width} wide, {vocabulary:,} words, random weights; in bf16 on disk in "
+        f"{num_files} safetensors files, in fp32 once loaded: {4 * num_parameters / 1e6:,.0f} MB whole. ZeRO "
+        "stage 3 with CPU offload (`ds_configs/zero3_offload.json`). Resident memory of each rank (VmHWM, "
+        "RssAnon, RssFile), which counts pages of mapped files. What imports take is measured after a tiny "
+        "LLM was loaded the same way. A full copy was measured on one rank: on more, each would hold as much."
+    )
+    report.table(COLUMNS, [_row(way, n, m, whole) for way in WAYS for n, m in enumerate(found[way])])
+    ours = [m.highest / whole.highest for m in found["ours"]]
+    bare = [(m.highest - m.before) / (whole.highest - whole.before) for m in found["ours"]]
+    report.targets(
+        [
+            Target("highest memory of the fullest rank, of a full copy's", 0.65, [max(ours)], at_least=False),
+            Target("the same, both without what imports take", 0.65, [max(bare)], at_least=False),
+        ]
+    )
+    return report.finish(out, hardware)
+
+
+def _row(way: str, rank: int, memory: Memory, whole: Memory) -> tuple[str, ...]:
+    figures = (memory.before, memory.highest, memory.anonymous, memory.files, memory.after)
+    shares = (
+        memory.highest / whole.highest,
+        (memory.highest - memory.before) / (whole.highest - whole.before),
+    )
+    return (WAYS[way], str(rank), *(f"{f:,.0f}" for f in figures), *(f"{s:.2f}" for s in shares))
+
+
+def write_llm(folder: Path, config: Any, shard_mb: int) -> tuple[int, int]:
+    """Save a model tensor by tensor, so that it never is in memory; (parameters, files)."""
+    folder.mkdir(exist_ok=True)
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config)
+    generator = torch.Generator().manual_seed(0)
+    weights = (
+        (name, torch.randn(meta.shape, generator=generator, dtype=torch.bfloat16) * 0.02)
+        for name, meta in skeleton.named_parameters()
+    )
+    write_weights(folder, weights, file_bytes=shard_mb * 10**6)
+    skeleton.config.save_pretrained(folder)
+    skeleton.generation_config.save_pretrained(folder)
+    num_parameters = sum(meta.numel() for meta in skeleton.parameters())
+    return num_parameters, len(list(folder.glob("*.safetensors")))
+
+
+def measure(way: str, model: Path, ranks: int) -> list[Memory]:
+    """The way's ranks as processes of their own."""
+    print(f"{way} ...", file=sys.stderr, flush=True)
+    port = str(free_port())
+    children = []
+    for rank in range(ranks):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        children.append(
+            subprocess.Popen(
+                [sys.executable, __file__, f"--way={way}", f"--folder={model}"],
+                env={**os.environ, **place, **address},
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        )
+    pages = [child.communicate()[0] for child in children]
+    if any(child.returncode for child in children):
+        raise RuntimeError(f"a rank of {way} failed")
+    return [Memory(**json.loads(page.splitlines()[-1])) for page in pages]
+
+
+def rank_of(way: str, model: Path) -> str:
+    """Load the LLM in this process; print its memory."""
+    import deepspeed
+
+    from flallm_ds.models.llm import load_llm
+    from flallm_ds.training import engine
+
+    logging.disable_progress_bar()
+    engine.prepare()
+    device = torch.device("cpu")
+    config = engine.complete(
+        engine.read_deepspeed_config(ROOT / "ds_configs" / "zero3_offload.json"), device, 1, 1.0
+    )
+    deepspeed.init_distributed("gloo")
+    partitioning = None if way == "whole" else engine.model_loading(config)
+    loading: dict[str, Callable[[Path], Any]] = {
+        "whole": lambda folder: touched(load_llm(str(folder))),
+        "transformers": lambda folder: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        "ours": lambda folder: load_llm(str(folder)),
+    }
+    loading[way](model / "tiny")
+    memory = watched(lambda: loading[way](model))
+    del partitioning
+    page = json.dumps(asdict(memory))
+    print(page, flush=True)
+    torch.distributed.barrier()
+    return page
+
+
+def touched(model: Any) -> Any:
+    for parameter in model.parameters():
+        parameter.data.mul_(1)  # a page that nobody wrote may not be there yet
+    return model
+
+
+def watched(load: Callable[[], Any]) -> Memory:
+    """Memory of this process while `load` runs; anonymous and file pages by samples, each at its highest."""
+    Path("/proc/self/clear_refs").write_text("5")  # the kernel's mark begins anew
+    before = status()
+    highest = dict(before)
+    done = threading.Event()
+
+    def sample() -> None:
+        while not done.wait(SAMPLE_S):
+            for name, value in status().items():
+                highest[name] = max(highest[name], value)
+
+    watcher = threading.Thread(target=sample, daemon=True)
+    watcher.start()
+    kept = load()
+    time.sleep(2 * SAMPLE_S)
+    done.set()
+    watcher.join()
+    after = status()
+    del kept
+    return Memory(before["VmRSS"], after["VmHWM"], highest["RssAnon"], highest["RssFile"], after["VmRSS"])
+
+
+def status() -> dict[str, float]:
+    """MB of /proc/self/status."""
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    wanted = ("VmRSS:", "VmHWM:", "RssAnon:", "RssFile:")
+    return {line[0][:-1]: int(line[1]) * 1024 / 1e6 for line in lines if line and line[0] in wanted}
+
+
+if __name__ == "__main__":
+    command.main(run)
