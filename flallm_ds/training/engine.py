@@ -1,5 +1,6 @@
 """The only place that knows DeepSpeed: its configuration, initialisation, steps, checkpoints and gathers."""
 
+import hashlib
 import json
 import logging
 import math
@@ -23,7 +24,7 @@ from torch import nn
 
 from flallm_ds.command import nearest
 from flallm_ds.config import OptimConfig
-from flallm_ds.dist import World, all_reduce_sum
+from flallm_ds.dist import World, all_reduce_sum, gather_objects
 from flallm_ds.errors import UserError
 
 # Numbers that RunConfig owns: a second value in the JSON would be a second truth.
@@ -170,6 +171,7 @@ def check_compilation_locks() -> None:
         )
 
 
+FROZEN = "engine/frozen.json"  # of a checkpoint
 HELD = -1  # among the modules that are busy with a parameter; DeepSpeed numbers its own from 0
 
 
@@ -193,8 +195,10 @@ class Engine:
             names = sorted({type(m).__name__ for m in module.modules()} & set(layers or ()))
             if names:
                 deepspeed.utils.set_z3_leaf_modules(module, names)
+            _one_precision(module)
         self.world, self.config = world, config
         self._holds_all = False
+        self._digest: str | None = None  # of the frozen parameters, once it is known
         self.weight_decay = optim.weight_decay
         self._engine, self._optimizer, *_ = deepspeed.initialize(
             model=module,
@@ -249,21 +253,35 @@ class Engine:
         return int(self._engine.skipped_steps)
 
     def save(self, folder: Path) -> None:
-        """Every rank writes its shards into `folder`; nothing is committed (see training/checkpoint.py)."""
+        """Every rank writes its shards into `folder`; nothing is committed (see training/checkpoint.py).
+
+        Frozen parameters are left out, a digest of them is put in: a run loads them from where it had them.
+        """
+        digest = self._frozen_digest()
         try:
-            self._engine.save_checkpoint(str(folder), tag="engine", save_latest=False)
+            self._engine.save_checkpoint(
+                str(folder), tag="engine", save_latest=False, exclude_frozen_parameters=bool(digest)
+            )
         except (OSError, RuntimeError):
             if self.world.size > 1:
                 torch.distributed.barrier()  # its last one, in which the other ranks would wait for ever
             raise
+        if digest and self.world.is_main:
+            (folder / FROZEN).write_text(json.dumps({"sha256": digest}) + "\n", encoding="utf-8")
 
     def load(self, folder: Path) -> None:
-        """Restore parameters, optimizer and counters that `save` wrote, unpickling nothing but plain data."""
+        """Restore parameters, optimizer and counters that `save` wrote, unpickling nothing but plain data.
+
+        Raises UserError where the parameters that are frozen now are others than in the run that saved.
+        """
+        complete = not (folder / FROZEN).is_file()
+        if not complete:
+            self._check_frozen(folder)
         before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
         os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # DeepSpeed asks torch.load for full unpickling
         try:
             with torch.serialization.safe_globals(_checkpoint_classes()):
-                path, _ = self._engine.load_checkpoint(str(folder), tag="engine")
+                path, _ = self._engine.load_checkpoint(str(folder), tag="engine", load_module_strict=complete)
         finally:
             if before is None:
                 del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
@@ -271,6 +289,30 @@ class Engine:
                 os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before
         if path is None:
             raise UserError(f"the checkpoint must hold DeepSpeed's files, but does not: {folder}.")
+
+    def _check_frozen(self, folder: Path) -> None:
+        saved = json.loads((folder / FROZEN).read_text(encoding="utf-8"))["sha256"]
+        if self._frozen_digest() != saved:
+            raise UserError(
+                f"the frozen parameters must be those with which {folder} was saved, but are others. Give "
+                "the LLM, the visual encoder and the DeepSpeed JSON of then, or start another run."
+            )
+
+    def _frozen_digest(self) -> str:
+        """sha256 over names, shapes and values of the frozen parameters; empty where none is frozen.
+
+        It does not depend on the number of ranks, each of which reads a part; every rank must call it.
+        """
+        if self._digest is None:
+            own: dict[str, str] = {}
+            frozen = [(n, p) for n, p in self.module.named_parameters() if not p.requires_grad]
+            for number, (name, parameter) in enumerate(frozen):
+                with deepspeed.zero.GatheredParameters([parameter], enabled=self.partitions_parameters):
+                    if number % self.world.size == self.world.rank:
+                        own[name] = _sha256(parameter)
+            of_all = sorted(item for part in gather_objects(own, self.world) for item in part.items())
+            self._digest = hashlib.sha256(json.dumps(of_all).encode()).hexdigest() if of_all else ""
+        return self._digest
 
     def state(self, trained_of: str | None = None) -> Iterator[tuple[str, torch.Tensor | None]]:
         """(name, tensor on the host) of each parameter and persistent buffer, in the engine's precision.
@@ -327,6 +369,25 @@ class Engine:
         sharers = self.world.local_size if self.world.device.type == "cpu" else 1
         too_large = size > accelerator.available_memory() / sharers / 2
         return all_reduce_sum([too_large], self.world)[0] == 0
+
+
+def _one_precision(module: nn.Module) -> None:
+    """Give what was made after zero.Init (adapters, low-rank layers) the precision of what was made under it.
+
+    DeepSpeed casts no parameter of a model that is partitioned already, and fails on mixed ones.
+    """
+    partitioned = {p.dtype for p in module.parameters() if hasattr(p, "ds_id") and p.is_floating_point()}
+    if len(partitioned) != 1:
+        return
+    (precision,) = partitioned
+    for parameter in module.parameters():
+        if not hasattr(parameter, "ds_id") and parameter.is_floating_point():
+            parameter.data = parameter.data.to(precision)
+
+
+def _sha256(tensor: torch.Tensor) -> str:
+    values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return f"{tuple(tensor.shape)} {hashlib.sha256(values.data).hexdigest()}"
 
 
 def _checkpoint_classes() -> list[Any]:

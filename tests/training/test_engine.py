@@ -4,9 +4,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from launching import launch
 
+from flallm_ds.training import engine as ds
+
+TUNINGS = ("full", "pattern", "lora", "dora", "frozen", "lora_and_pattern")
+RESUMED = (
+    "mbart/lora/zero2",
+    "mbart/dora/zero3",
+    "llama/lora_and_pattern/zero3_offload",
+)
 ZEROS = ("none", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
 
 
@@ -19,15 +29,84 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     first, second = (json.loads((out / f"rank-{rank}.json").read_text()) for rank in (0, 1))
     differing = [name for name in first if str(first[name]) != str(second[name])]  # nan is nan
     assert not differing
-    return dict(first)
+    return {"out": out, **first}
 
 
 @pytest.mark.parametrize("zero", ZEROS)
 def test_gradient_norms_of_groups_are_those_of_plain_pytorch(results: dict[str, Any], zero: str) -> None:
-    """Two micro-batches on two ranks against all four in one process; one weight is frozen; clipping is on."""
+    """Two micro-batches on two ranks against all four in one process; one weight is frozen; clipping on."""
     steps = results[f"grad_norms/{zero}"]
     for step in steps:
         assert step["norms"] == pytest.approx(step["expected"], rel=1e-5)
         if zero != "none":
             assert step["grad_norm"] == pytest.approx(step["norms"]["all"], rel=1e-5)
     assert steps[0]["norms"]["last"] != pytest.approx(steps[1]["norms"]["last"], rel=1e-2)
+
+
+def losses(results: dict[str, Any], case: str) -> list[float]:
+    return list(results[f"tuned/{case}"]["losses"])
+
+
+@pytest.mark.parametrize("how", TUNINGS)
+def test_an_llm_that_zero3_loaded_in_parts_is_tuned_as_a_whole_one(results: dict[str, Any], how: str) -> None:
+    """Dropout is on, also that of the low-rank layers."""
+    np.testing.assert_allclose(
+        losses(results, f"mbart/{how}/zero3"), losses(results, f"mbart/{how}/zero2"), rtol=1e-6
+    )
+
+
+def test_low_rank_layers_give_the_same_losses_with_offload_and_in_a_decoder_only_llm(
+    results: dict[str, Any],
+) -> None:
+    for one, other in (
+        ("mbart/lora/zero3_offload", "mbart/lora/zero2"),
+        ("llama/lora/zero3", "llama/lora/zero2"),
+    ):
+        np.testing.assert_allclose(losses(results, one), losses(results, other), rtol=1e-6)
+
+
+@pytest.mark.parametrize("how", TUNINGS)
+@pytest.mark.parametrize("zero", ["zero2", "zero3"])
+def test_what_is_trained_moves_and_what_is_frozen_stays_to_the_bit(
+    results: dict[str, Any], how: str, zero: str
+) -> None:
+    found = results[f"tuned/mbart/{how}/{zero}"]
+    assert found["losses"][-1] < found["losses"][0]
+    assert found["changed"] == found["trained"]
+    assert "adapter.weight" in found["trained"]
+    assert (found["num_frozen"] > 0) == (how != "full")
+    assert (found["num_trained"] == 2) == (how == "frozen")
+
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_a_run_with_frozen_parameters_is_resumed_with_the_same_losses(
+    results: dict[str, Any], case: str
+) -> None:
+    found = results[f"resumed/{case}"]
+    assert found["resumed"] == found["whole"][2:]
+    assert found["whole"][2] != found["whole"][0]
+
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_a_checkpoint_leaves_frozen_parameters_out_and_refuses_others(
+    results: dict[str, Any], case: str
+) -> None:
+    """Names of tied parameters after the first stay in DeepSpeed's file, as one tensor."""
+    sentence = results[f"resumed/{case}"]["another_base"]
+    assert sentence.startswith("the frozen parameters must be those with which") and "\n" not in sentence
+    stored = 0
+    for file in (results["out"] / "saved" / case / "engine").glob("*model_states.pt"):
+        with torch.serialization.safe_globals(ds._checkpoint_classes()):
+            content = torch.load(file, weights_only=True)
+        assert not content["frozen_param_fragments"]
+        stored += len([name for name in content["module"] if ".layers." in name])
+        assert not [n for n in content["module"] if "fc1.base_layer" in n or "up_proj.base_layer" in n]
+    assert stored
+
+
+@pytest.mark.parametrize("how", ["lora", "frozen"])
+def test_what_is_made_after_zero_init_takes_its_precision(results: dict[str, Any], how: str) -> None:
+    """In bf16; DeepSpeed would fail on fp32 adapters beside it."""
+    found = results[f"bf16/{how}"]
+    assert found["dtypes"] == ["torch.bfloat16"]
+    np.testing.assert_allclose(found["losses"], losses(results, f"mbart/{how}/zero3"), rtol=2e-3)
