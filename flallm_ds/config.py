@@ -201,7 +201,7 @@ class OptimConfig:
     name: Literal["sgd", "adamw"] = "adamw"
     lr: float = 1e-3  # of all but the two below: the whole of stage 1; the LLM-Adapter in stage 2
     backbone_lr: float | None = None  # of the backbone, where it is pretrained and trained; none: lr
-    llm_lr: float = 1e-5  # of the LLM, LoRA's matrices included
+    llm_lr: float = 1e-5  # of what is trained of the LLM; low-rank layers want more: 1e-4 to 2e-4
     weight_decay: float = 1e-3
     momentum: float = 0.9  # sgd
     betas: tuple[float, ...] = (0.9, 0.998)  # adamw

@@ -39,7 +39,7 @@ from flallm_ds.models.llm import (
     trim_llm,
 )
 from flallm_ds.models.sign_translator import Beam, Candidate, SignTranslator
-from flallm_ds.models.tuning import Tuning, tune
+from flallm_ds.models.tuning import Tuning, check_bits, tune
 from flallm_ds.models.visual_encoder import VisualEncoder, resnet_width
 from flallm_ds.preprocess import Preprocess
 from flallm_ds.training import engine as ds
@@ -397,6 +397,7 @@ def llm_model(
     world: World,
 ) -> SignTranslator:
     name = config.llm.name
+    check_bits(config.llm.bits, config.llm.tune, ds.zero_stage(ds_config), world.device)
     if config.llm.trim_vocabulary:
         trimmed = folder / "llm_trimmed"
 
@@ -407,6 +408,8 @@ def llm_model(
         main_first(trim, world)
         name = str(trimmed)
     partitioning = ds.model_loading(ds_config)  # held until the model is loaded
+    if not config.llm.pretrained:
+        torch.manual_seed(config.train.seed)  # a resumed run, which trims nothing, draws the same weights
     llm = load_llm(name, llm_options(config, ds_config))
     tune(llm, llm_tuning(config), config.train.seed)
     del partitioning
