@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
+from torch import nn
 
 from flallm_ds import export
 from flallm_ds.contracts import Batch
@@ -16,6 +17,7 @@ from flallm_ds.data.device import on_device
 from flallm_ds.data.plan import PlanState
 from flallm_ds.dist import all_reduce_sum, gather_objects, main_first
 from flallm_ds.errors import Preempted, UserError
+from flallm_ds.models.tuning import merged
 from flallm_ds.models.weights import named_state
 from flallm_ds.training import checkpoint
 from flallm_ds.training.build import Task
@@ -183,7 +185,8 @@ class Trainer:
         task = self.task
         base = export.base_of(self.config)
         # Every rank must drive it to its end, whatever becomes of the files.
-        state = task.engine.state(trained_of="language_model" if base else None)
+        whole = task.engine.state(trained_of="language_model" if base else None)
+        state = merged(whole, nn.ModuleDict({"visual": task.extractor}))  # the LLM's additions stay apart
         problem = None
         if self.world.is_main:
             frozen = named_state(task.frozen) if task.frozen is not None else ()

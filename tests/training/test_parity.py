@@ -75,7 +75,7 @@ def test_frozen_stages_keep_their_weights_and_a_resumed_run_its_losses(runs: Pat
         if not name.endswith(("weight", "bias")):
             continue
         frozen = name.startswith(("embedder.", "encoder.stages.0.", "encoder.stages.1."))
-        assert torch.equal(weight, after[f"backbone.{name}"]) == frozen, name
+        assert torch.equal(weight, after[f"backbone.model.{name}"]) == frozen, name
 
 
 @pytest.mark.parametrize("ranks", ["one", "two"])
