@@ -94,7 +94,9 @@ def for_cpu(config: dict[str, Any]) -> dict[str, Any]:
     zero["overlap_comm"] = False
     for part in ("offload_optimizer", "offload_param"):
         if part in zero:
-            zero[part] = {**zero[part], "pin_memory": False}
+            device = "none" if zero[part].get("device", "none") == "none" else "cpu"
+            zero[part] = {**zero[part], "pin_memory": False, "device": device}
+    zero.pop("zero_hpz_partition_size", None)  # of a node's GPUs
     if zero.get("stage") == 3:
         zero["stage3_param_persistence_threshold"] = 0
     twin["zero_optimization"] = zero
@@ -138,7 +140,12 @@ def _optimizer(
     offloaded = "offload_optimizer" in config.get("zero_optimization", {})
     if offloaded and torch.cuda.is_available():
         offloading: torch.optim.Optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(
-            groups, lr=optim.lr, betas=betas, weight_decay=optim.weight_decay, adamw_mode=True
+            groups,
+            lr=optim.lr,
+            betas=betas,
+            weight_decay=optim.weight_decay,
+            adamw_mode=True,
+            fp32_optimizer_states=not config.get("bf16", {}).get("bf16_optimizer_states", False),
         )
         return offloading
     return torch.optim.AdamW(groups, lr=optim.lr, betas=betas, weight_decay=optim.weight_decay, fused=True)

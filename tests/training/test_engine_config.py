@@ -28,14 +28,26 @@ def test_every_shipped_json_is_accepted_by_us_and_by_deepspeed(path):
 
     config = ds.read_deepspeed_config(path)
     assert ds.zero_stage(config) == int(path.stem[4])
-    assert ("offload" in path.stem) == ("offload_optimizer" in config["zero_optimization"])
+    on_the_host = any(word in path.stem for word in ("offload", "nvme", "bf16_states"))
+    assert on_the_host == ("offload_optimizer" in config["zero_optimization"])
     for device in (CPU, torch.device("cuda")):
         parsed = DeepSpeedConfig(ds.complete(config, device, accumulation=1, clip=1.0))
         assert parsed.zero_optimization_stage == int(path.stem[4]) and parsed.gradient_clipping == 1.0
 
 
 def test_there_are_jsons():
-    assert {"zero2", "zero3", "zero3_offload"} <= {path.stem for path in JSONS}
+    assert {"zero1", "zero2", "zero3", "zero3_offload", "zero3_nvme"} <= {path.stem for path in JSONS}
+    readme = (JSONS[0].parent / "README.md").read_text(encoding="utf-8")
+    assert [path.name for path in JSONS if f"| `{path.name}` |" not in readme] == []
+
+
+def test_on_a_cpu_the_disk_and_the_node_are_left_out():
+    config = ds.for_cpu(json.loads((JSONS[0].parent / "zero3_nvme.json").read_text()))
+    assert {
+        config["zero_optimization"][part]["device"] for part in ("offload_optimizer", "offload_param")
+    } == {"cpu"}
+    config = ds.for_cpu(json.loads((JSONS[0].parent / "zero3_hpz.json").read_text()))
+    assert "zero_hpz_partition_size" not in config["zero_optimization"]
 
 
 def test_an_unknown_key_is_refused_with_the_nearest(tmp_path):
