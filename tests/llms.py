@@ -256,7 +256,7 @@ def _gemma_like(ids: Ids) -> dict[str, Any]:
 def _cohere_like(ids: Ids) -> dict[str, Any]:
     return _llama_like(ids) | {
         "pad_token_id": 0, "bos_token_id": 5, "eos_token_id": ids["<|END_OF_TURN_TOKEN|>"],
-        "logit_scale": 0.25,
+        "logit_scale": 0.5, "initializer_range": 0.3,
     }  # fmt: skip
 
 
