@@ -1,0 +1,231 @@
+"""`flallm export`: merged, apart and untrimmed folders say what the run's own export says."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from exports import DECODER_ONLY, ENCODER_DECODER, write_export
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from flallm_ds import cli, export
+from flallm_ds.errors import UserError
+from flallm_ds.inference.publish import publish
+from flallm_ds.inference.translator import Translator
+from flallm_ds.models.sign_translator import Beam, Candidate
+
+BEAM = Beam(num_beams=3, max_new_tokens=8, num_return=2)
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """A function of the kind of LLM and how it was tuned: the run folder."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    def run(kind: str, tuning: str) -> Path:
+        path = folder / kind / tuning
+        if not path.exists():
+            write_export(kind, tiny_corpus, path, tuning)
+        return path
+
+    return run
+
+
+def said(folder: Path) -> list[Candidate]:
+    """What an export says of random features."""
+    loaded = export.read(export.find(folder))
+    torch.manual_seed(5)
+    features_ND, num_frames_B = torch.randn(9, 32), torch.tensor([4, 5])
+    wordings = [loaded.codec.wording("de", "toy")] * 2
+    candidates = loaded.translator.generate(features_ND, num_frames_B, wordings, BEAM)
+    return [candidate for clip in candidates for candidate in clip]
+
+
+def assert_same(folder: Path, run: Path) -> None:
+    """The same ids with the same scores."""
+    for one, other in zip(said(run), said(folder), strict=True):
+        assert other.ids == one.ids
+        assert other.score == pytest.approx(one.score, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", [ENCODER_DECODER, DECODER_ONLY])
+def test_a_fully_tuned_run(runs: Callable[[str, str], Path], tmp_path: Path, kind: str) -> None:
+    run = runs(kind, "full")
+    assert publish(run, tmp_path / "out") == tmp_path / "out"
+    assert_same(tmp_path / "out", run)
+    assert export.read_settings(tmp_path / "out")["base"] is None
+
+
+@pytest.mark.parametrize("tuning", ["lora", "dora"])
+@pytest.mark.parametrize("kind", [ENCODER_DECODER, DECODER_ONLY])
+def test_low_rank_additions_merged_or_apart(
+    runs: Callable[[str, str], Path], tmp_path: Path, kind: str, tuning: str
+) -> None:
+    run = runs(kind, tuning)
+    lm = run / "best" / "language_model"
+    assert not (lm / "model.safetensors").exists() and (lm / "adapter_model.safetensors").exists()
+    publish(run, tmp_path / "merged")
+    publish(run, tmp_path / "apart", lora="apart")
+    moved = shutil.move(tmp_path / "apart", tmp_path / "elsewhere")
+    assert_same(tmp_path / "merged", run)
+    assert_same(Path(moved), run)
+    assert not list((tmp_path / "merged").glob("**/adapter_*"))
+
+
+def test_peft_reads_additions_that_are_apart(runs: Callable[[str, str], Path], tmp_path: Path) -> None:
+    run = runs(DECODER_ONLY, "lora")
+    folder = publish(run, tmp_path / "apart", lora="apart")
+    base = AutoModelForCausalLM.from_pretrained(folder / "base_model")
+    theirs = PeftModel.from_pretrained(base, folder / "language_model").eval()
+    ours = export.read(folder).translator.language_model
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        plain = AutoModelForCausalLM.from_pretrained(folder / "base_model")(ids).logits
+        torch.testing.assert_close(theirs(ids).logits, ours(ids).logits)
+        assert not torch.allclose(plain, ours(ids).logits, atol=1e-3)
+
+
+def test_a_frozen_llm_is_copied_from_its_base(runs: Callable[[str, str], Path], tmp_path: Path) -> None:
+    run = runs(DECODER_ONLY, "frozen")
+    assert not list((run / "best" / "language_model").glob("*.safetensors"))
+    assert_same(publish(run, tmp_path / "out"), run)
+
+
+def names_of(kind: str) -> list[str]:
+    return ["input_ids", "decoder_input_ids"] if kind == ENCODER_DECODER else ["input_ids"]
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+@pytest.mark.parametrize("kind", [ENCODER_DECODER, DECODER_ONLY])
+def test_untrimmed(runs: Callable[[str, str], Path], tmp_path: Path, kind: str, tuning: str) -> None:
+    """With all pieces again, those that were kept are as likely beside each other as before."""
+    run = runs(kind, tuning)
+    folder = publish(run, tmp_path / "out", untrimmed=True)
+    loaded = export.read(folder)
+    trimmed = export.read(run / "best")
+    kept = torch.from_numpy(trimmed.codec.kept_ids)
+    assert loaded.codec.vocab_size > trimmed.codec.vocab_size == len(kept)
+    assert "is trimmed" not in (folder / "README.md").read_text(encoding="utf-8")
+    ids = torch.arange(3, 12)[None]
+    before, after = (
+        model.translator.language_model(**dict.fromkeys(names_of(kind), known)).logits
+        for model, known in ((trimmed, ids), (loaded, kept[ids]))
+    )
+    torch.testing.assert_close(after[..., kept], before)
+    assert said(folder)
+
+
+# --- the card
+
+
+def test_the_card_says_what_is_recorded(runs: Callable[[str, str], Path], tmp_path: Path) -> None:
+    run = runs(ENCODER_DECODER, "full")
+    evaluation = run / "evaluation"
+    evaluation.mkdir(exist_ok=True)
+    scores = {"bleu1": 40.0, "bleu2": 30.0, "bleu3": 25.0, "bleu4": 21.25, "rouge_l": 44.0, "chrf": 50.0}
+    scores |= {"bleu_signature": "nrefs:1|case:mixed"}
+    (evaluation / "test.json").write_text(json.dumps({"split": "test", "scores": scores}), encoding="utf-8")
+    card = (publish(run, tmp_path / "out") / "README.md").read_text(encoding="utf-8")
+    shutil.rmtree(evaluation)
+    front = card.split("---")[1]
+    assert 'language: ["de"]' in front and 'datasets: ["toy"]' in front and "# license: yours" in front
+    assert "base_model" not in front, "a folder is no model of the hub"
+    assert "| test | 40.00 | 30.00 | 25.00 | 21.25 | 44.00 | 50.00 |" in card and "| dev |" in card
+    assert "test, BLEU: `nrefs:1|case:mixed`" in card
+    assert "1 clips of toy" in card and "--recipe=" in card and "--visual.width=4" in card
+    assert "Translator.from_pretrained(" in card and str(tmp_path) not in card and str(run) not in card
+    assert "is trimmed to the" in card
+
+
+def test_scores_of_an_older_export_are_left_out(runs: Callable[[str, str], Path], tmp_path: Path) -> None:
+    run = runs(ENCODER_DECODER, "full")
+    (run / "evaluation").mkdir(exist_ok=True)
+    path = run / "evaluation" / "test.json"
+    path.write_text(json.dumps({"split": "test", "scores": {"bleu4": 9.0}}), encoding="utf-8")
+    os.utime(path, (0, 0))
+    card = (publish(run, tmp_path / "out") / "README.md").read_text(encoding="utf-8")
+    shutil.rmtree(run / "evaluation")
+    assert "| test |" not in card
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    ("kind", "tuning", "arguments", "sentence"),
+    [
+        (ENCODER_DECODER, "full", {"lora": "apart"}, "--lora=apart must be asked of an LLM with low-rank"),
+        (DECODER_ONLY, "frozen", {"lora": "apart"}, "--lora=apart must be asked of an LLM with low-rank"),
+        (
+            DECODER_ONLY,
+            "lora",
+            {"lora": "apart", "untrimmed": True},
+            "--untrimmed must go with --lora=merged",
+        ),
+    ],
+)
+def test_what_a_run_has_not_got(
+    runs: Callable[[str, str], Path],
+    tmp_path: Path,
+    kind: str,
+    tuning: str,
+    arguments: dict[str, object],
+    sentence: str,
+) -> None:
+    with pytest.raises(UserError, match=sentence):
+        cli.export(run=runs(kind, tuning), out=tmp_path / "out", **arguments)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_untrimmed_one_has_nothing_to_put_back(runs: Callable[[str, str], Path], tmp_path: Path) -> None:
+    whole = publish(runs(ENCODER_DECODER, "full"), tmp_path / "whole", untrimmed=True)
+    with pytest.raises(UserError, match="must be asked of a trimmed LLM"):
+        publish(whole, tmp_path / "out", untrimmed=True)
+
+
+def test_an_export_without_its_run_must_be_told_the_llm(
+    runs: Callable[[str, str], Path], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="--llm_name must say which LLM was trimmed"):
+        publish(runs(ENCODER_DECODER, "full") / "best", tmp_path / "out", untrimmed=True)
+
+
+def test_a_folder_that_holds_something_is_left_alone(
+    runs: Callable[[str, str], Path], tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="--out must name a new or an empty folder"):
+        publish(runs(ENCODER_DECODER, "full"), tmp_path / "out")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        ("base", "the LLM that .* adds to must be at .*llm_trimmed, but is not"),
+        ("adapter_config.json", "must hold adapter_config.json, but does not"),
+        ("adapter_model.safetensors", "adapter_model.safetensors must be a whole safetensors file"),
+        ("another LLM", "the low-rank additions in .* must fit their LLM, but"),
+    ],
+)
+def test_additions_that_are_not_whole(
+    runs: Callable[[str, str], Path], tmp_path: Path, damage: str, sentence: str
+) -> None:
+    run = Path(shutil.copytree(runs(DECODER_ONLY, "lora"), tmp_path / "run"))
+    lm = run / "best" / "language_model"
+    if damage == "base":
+        shutil.rmtree(run / "llm_trimmed")
+    elif damage == "another LLM":
+        state = load_file(lm / "adapter_model.safetensors")
+        renamed = {name.replace("layers.0", "layers.7"): tensor for name, tensor in state.items()}
+        save_file(renamed, lm / "adapter_model.safetensors")
+    else:
+        (lm / damage).unlink()
+    with pytest.raises(UserError, match=sentence):
+        Translator.from_pretrained(run, "cpu")
