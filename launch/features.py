@@ -74,9 +74,7 @@ def features(
     stop = StopRequest()
     world = dist.start(PATIENCE)
     try:
-        writing = Writing.begin(config, world, out, views, dtype, splits)
-        writing.run(stop)
-        writing.folder.end()
+        Writing.begin(config, world, out, views, dtype, splits).run(stop)
     finally:
         dist.stop()
 
@@ -132,6 +130,12 @@ class Writing:
 
     def run(self, stop: StopRequest) -> None:
         """Write what is left. Raises Preempted where it is asked to stop."""
+        try:
+            self._write(stop)
+        finally:
+            self.folder.end()
+
+    def _write(self, stop: StopRequest) -> None:
         sampling = self.reader(TRAINING).sampling
         sizes = {
             split: sampling.num_kept(index.num_frames, index.arrays["fps"])

@@ -68,7 +68,15 @@ class FeatureFolder:
                 "holds something else. Name another folder."
             )
         self._begun.mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(self._begun / "lock", self.out)
+        lock = _locked(self._begun / "lock", self.out)
+        try:
+            self._compare(plan, path)
+        except UserError:
+            lock.close()
+            raise
+        self._lock = lock
+
+    def _compare(self, plan: Mapping[str, Any], path: Path) -> None:
         if not path.is_file():
             write_file(path, _json(plan))
         before = _read(path)

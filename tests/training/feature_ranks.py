@@ -1,0 +1,48 @@
+"""Started under a launcher by test_features.py: writes features and trains on them, all in one go."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launch"))
+
+from features import Writing
+from launching import tiny_options
+
+from flallm_ds import dist
+from flallm_ds.command import main
+from flallm_ds.recipes import resolve
+from flallm_ds.training.build import build_task
+from flallm_ds.training.run_folder import open_run_folder
+from flallm_ds.training.stop import StopRequest
+from flallm_ds.training.trainer import Trainer
+
+MASKS = {"data.time_masks": 2, "data.time_mask_frames": 3, "data.feature_masks": 1}
+ONE_EPOCH = {"train.epochs": 1, "eval.every_epochs": 1}
+
+
+def runs(*, folder: Path, corpus: Path) -> None:
+    """In `folder`: visual/, its features/, and runs of stage llm on the video and on the features."""
+    world = dist.start()
+    stop = StopRequest()
+
+    def train(stage: str, run: str, **more: object) -> None:
+        config = resolve(stage, None, tiny_options(corpus, stage, folder / run, **more))
+        place = dist.main_first(lambda: open_run_folder(config), world)
+        Trainer(build_task(config, place, world), place, stop).run()
+
+    train("visual", "visual", **ONE_EPOCH)
+    config = resolve("llm", None, tiny_options(corpus, "llm", folder / "features"))
+    Writing.begin(config, world, folder / "features", 2, "float32", ("train", "dev", "test")).run(stop)
+    cached = {"data.shards": folder / "features"}
+    train("llm", "video")
+    train("llm", "cached", **cached)
+    train("llm", "resumed", **cached, **{"train.max_steps": 7})
+    train("llm", "resumed", **cached)
+    two_steps = {"train.max_steps": 2}
+    train("llm", "masked_video", **MASKS, **two_steps)
+    train("llm", "masked", **cached, **MASKS, **two_steps)
+    train("llm", "slower", **cached, **{"data.feature_fps": 8}, **ONE_EPOCH)
+    dist.stop()
+
+
+main(runs)
