@@ -52,13 +52,15 @@ class Instruction:
             names["sign_language"] = names["sign_language"] or found.sign_language
         for name in sorted(asked):
             if not names[name]:
-                codes = [*LANGUAGES, *(entry.name for entry in LANGUAGES.values())]
-                raise UserError(
-                    f"llm.language must be one whose {name} the prompt can name, but is {language!r}: "
-                    f"{nearest(language, codes)} Or give a --llm.prompt of your own."
-                )
+                error = _unknown_language(language, f"has a {name} that the prompt can name")
+                raise UserError(f"{error} Or give a --llm.prompt of your own.")
         before, after = template.format_map(names).split("{video}")
         return before, after
+
+
+def _unknown_language(language: str, must: str) -> UserError:
+    names = [*LANGUAGES, *(entry.name for entry in LANGUAGES.values())]
+    return UserError(f"llm.language must be one that {must}, but is {language!r}: {nearest(language, names)}")
 
 
 def check_prompt(template: str) -> None:
@@ -190,6 +192,8 @@ class TextCodec:
                 ids = ids[:-1]
             return Wording(tuple(ids), tuple(self._ids(after)))
         token = token_of(language, self._vocabulary)
+        if token is None and self.instruction.language and find_language(language) is None:
+            raise _unknown_language(language, "is known")
         language_ids = [] if token is None else [self.trimmed_id(self._vocabulary[token[0]])]
         in_source = language_ids if token is not None and token[1] == "source" else []
         start = [] if in_source else language_ids

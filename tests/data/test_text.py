@@ -277,9 +277,15 @@ def test_an_unknown_language_is_refused_with_near_ones(folders, family, near):
 
 def test_a_prompt_for_an_unknown_language_is_refused_with_near_ones(folders):
     with pytest.raises(
-        UserError, match=r"must be one whose language .* 'Germann': did you mean German.*prompt"
+        UserError, match=r"must be one that has a language .* 'Germann': did you mean German.*prompt"
     ):
         codec_of(folders["qwen3"], language="Germann")
+
+
+def test_a_misspelt_language_is_refused_where_the_llm_is_told_none(folders):
+    with pytest.raises(UserError, match=r"must be one that is known, but is 'Germann': did you mean German"):
+        codec_of(folders["mt5"], language="Germann")
+    assert codec_of(folders["mt5"], language="German").language == "German"
 
 
 @pytest.mark.parametrize("family", ["t5", "mt5", "flan_t5"])
