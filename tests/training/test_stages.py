@@ -1,0 +1,249 @@
+"""Every stage and every ablation on two ranks; both stages in one command, killed and started again."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from launching import REPOSITORY, command, environment, flags, launch, losses, run_scenarios, tiny_options
+from llms import make_tiny_llm
+
+from flallm_ds import export
+from flallm_ds.config import RunConfig
+from flallm_ds.inference.probe import draw_probe, read_probe
+from flallm_ds.inference.translator import Translator
+from flallm_ds.recipes import RECIPES
+
+WHOLE = ("joint", "imagenet_llm", "unfrozen_llm", "temporal_llm", "frames_llm", "light_t_llm")
+# One of each kind: these differ in a number alone.
+NUMBERS = (
+    "keep1_visual",
+    "keep1_llm",
+    "keep2_visual",
+    "keep2_llm",
+    "tiny_visual",
+    "tiny_llm",
+    "large_visual",
+)
+NUMBERS += ("large_llm", "small_llm", "mt5_random_llm")
+OTHER_RUNS = ("run", "visual_run", "train.epochs", "llm.name", "llm.language")  # of no interest here
+
+
+def ablations() -> Iterator[tuple[str, RunConfig, dict[str, object]]]:
+    """(name, config, what it changes) of each recipe for an ablation on PHOENIX14T."""
+    base = {"visual": RECIPES["phoenix14t_visual"](), "llm": RECIPES["phoenix14t_llm"]()}
+    base["joint"] = base["llm"]
+    for name in (n for n in RECIPES if n.startswith("phoenix14t_")):
+        config = RECIPES[name]()
+        if name.removeprefix("phoenix14t_") in NUMBERS:
+            continue
+        before, now = base[config.stage].options(), config.options()
+        changed = {o: v for o, v in now.items() if v != before[o] and o not in (*OTHER_RUNS, "stage")}
+        yield name.removeprefix("phoenix14t_"), config, changed
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny run of each ablation on two ranks, and in one/ some of them on one."""
+    folder = tmp_path_factory.mktemp("ablations")
+    texts = (tiny_corpus / "text.txt").read_text(encoding="utf-8").splitlines()
+    mt5 = make_tiny_llm("mt5", folder / "mt5_hub", texts)
+
+    def scenario(out: Path, name: str, config: RunConfig, changed: dict[str, object]) -> dict[str, object]:
+        given: dict[str, object] = {"train.epochs": 1, "eval.every_epochs": 1, "train.probe_every": 2}
+        given["light_t.size"] = "tiny"
+        if name not in (*WHOLE, "visual"):
+            given["train.max_steps"] = 2
+        if config.llm.name != RECIPES["phoenix14t_llm"]().llm.name:
+            given["llm.name"] = mt5
+        if config.stage == "llm":
+            given["visual_run"] = "none" if config.visual_run == "none" else out / "visual"
+        options = tiny_options(tiny_corpus, config.stage, out / name, **given | changed)
+        return {"stage": config.stage, "options": options}
+
+    two = [scenario(folder, *of) for of in ablations()]
+    run_scenarios(two, folder / "two.json", 2)
+    alone = [
+        scenario(folder / "one", *of) for of in ablations() if of[0] in ("visual", "joint", "unfrozen_llm")
+    ]
+    (folder / "one").mkdir()
+    run_scenarios(alone, folder / "one.json", 1)
+    return folder
+
+
+@pytest.mark.parametrize("name", [name for name, _, _ in ablations()])
+def test_every_ablation_trains(runs: Path, name: str) -> None:
+    found = losses(runs / name)
+    assert len(found) == (5 if name in (*WHOLE, "visual") else 2)
+    assert np.isfinite(found).all() and found[0] != found[1]
+
+
+def test_an_ablation_is_not_its_neighbour(runs: Path) -> None:
+    """Each option reaches the model: no two runs of stage llm have the same second loss."""
+    names = ["llm", "frames_llm", "light_t_llm", "random_llm", "keep8_llm", "imagenet_llm"]
+    seconds = [losses(runs / name)[1] for name in names]
+    assert len(set(seconds)) == len(seconds)
+
+
+@pytest.mark.parametrize("name", ["joint", "unfrozen_llm"])
+def test_an_encoder_inside_the_engine_gives_the_losses_of_a_single_process(runs: Path, name: str) -> None:
+    np.testing.assert_allclose(losses(runs / name), losses(runs / "one" / name), atol=1e-4)
+
+
+def changed_parts(before: Path, after: Path) -> set[str]:
+    old, new = (export.read_visual(run / "best").state_dict() for run in (before, after))
+    return {name.split(".")[0] for name in old if not torch.equal(old[name], new[name])}
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("llm", set()),
+        ("frames_llm", set()),
+        ("light_t_llm", set()),
+        ("temporal_llm", {"temporal"}),
+        ("unfrozen_llm", {"backbone", "temporal"}),
+    ],
+)
+def test_stage_llm_changes_what_is_not_frozen(runs: Path, name: str, parts: set[str]) -> None:
+    """Weights and BatchNorm statistics alike."""
+    if name == "llm":
+        pytest.skip("test_parity compares whole runs")
+    assert changed_parts(runs / "visual", runs / name) == parts
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        ("visual", {"visual", "language"}),
+        ("joint", {"visual", "language"}),
+        ("temporal_llm", {"visual", "language"}),
+        ("llm", {"language"}),
+        ("imagenet_llm", {"language"}),
+    ],
+)
+def test_the_probe_looks_at_what_is_trained(runs: Path, name: str, layers: set[str]) -> None:
+    found = read_probe(runs / name)
+    assert found.keys() == layers
+    for steps, norms in found.values():
+        assert steps == ([1, 3, 5] if name in (*WHOLE, "visual") else [1])
+        assert all(norm > 0 for norm in norms)
+    assert list((runs / name / "tensorboard").iterdir())
+
+
+def test_the_probe_is_drawn(runs: Path, tmp_path: Path) -> None:
+    draw_probe(tmp_path / "probe.png", [runs / "joint", runs / "llm"])
+    assert (tmp_path / "probe.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_an_export_needs_no_stage_1(runs: Path, tmp_path: Path, name: str) -> None:
+    alone = shutil.copytree(runs / name / "best", tmp_path / "export")
+    translator = Translator.from_pretrained(alone)
+    kind = {"frames_llm": "frames", "imagenet_llm": "frames", "light_t_llm": "light_t"}.get(name, "signs")
+    extractor = translator.export.visual
+    assert extractor.kind == kind
+    if name in ("frames_llm", "light_t_llm"):
+        assert extractor.fingerprint() == export.read_features(runs / "visual" / "best", kind).fingerprint()
+    pixels_NCHW, num_frames_B = torch.randn(5, 3, 28, 28), torch.tensor([2, 3])
+    features_ND = extractor(pixels_NCHW, num_frames_B)
+    assert features_ND.shape == (5, extractor.feature_width)
+    assert translator.export.translator.adapter[0].in_features == extractor.feature_width
+
+
+# --- both stages in one command
+
+
+def both(corpus: Path, run: Path, **more: object) -> list[str]:
+    options = tiny_options(corpus, "visual", run, **more)
+    return flags("both", options)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """(RUN of a `--stage both` on two ranks, what it printed)."""
+    run = tmp_path_factory.mktemp("both") / "whole"
+    more = {"stage1.light_t.size": "tiny", "stage2.optim.llm_lr": "3e-4"}
+    done = launch("launch/train.py", *both(tiny_corpus, run, **more))
+    assert done.returncode == 0, done.stdout[-6000:]
+    return run, done.stdout
+
+
+def folder_of(run: Path, stage: str) -> Path:
+    return run.with_name(f"{run.name}_{stage}")
+
+
+def test_both_stages_are_trained_and_scored(whole: tuple[Path, str]) -> None:
+    run, said = whole
+    for stage in ("visual", "llm"):
+        assert len(losses(folder_of(run, stage))) == 10
+        scores = json.loads((folder_of(run, stage) / "evaluation" / "test.json").read_text())
+        assert scores["scores"]["num_sentences"] == 9
+        assert f"== stage {stage}: {folder_of(run, stage)}" in said
+    llm = RunConfig.load(folder_of(run, "llm") / "config.json")
+    visual = RunConfig.load(folder_of(run, "visual") / "config.json")
+    assert llm.visual_run == visual.run == str(folder_of(run, "visual"))
+    assert (visual.light_t.size, llm.optim.llm_lr, visual.optim.llm_lr) == ("tiny", 3e-4, 1e-5)
+
+
+def test_killed_in_either_stage_it_goes_on_to_the_same_end(
+    whole: tuple[Path, str], tiny_corpus: Path, tmp_path: Path
+) -> None:
+    """One process, where the run it is compared with had two ranks."""
+    run = tmp_path / "killed"
+    given = both(
+        tiny_corpus,
+        run,
+        **{"stage1.light_t.size": "tiny", "stage2.optim.llm_lr": "3e-4", "train.save_every_steps": 2},
+    )
+    for stage in ("visual", "llm"):
+        kill_after(4, folder_of(run, stage), given)
+    done = launch("launch/train.py", *given, ranks=1)
+    assert done.returncode == 0, done.stdout[-6000:]
+    assert f"stage visual is finished: {folder_of(run, 'visual')}" in done.stdout
+    for stage in ("visual", "llm"):
+        expected = losses(folder_of(whole[0], stage))
+        np.testing.assert_allclose(losses(folder_of(run, stage)), expected, atol=1e-4)
+        assert (folder_of(run, stage) / "evaluation" / "test.hypotheses.jsonl").is_file()
+
+
+def kill_after(steps: int, run: Path, given: list[str]) -> None:
+    """Start the command and kill it once the run has made so many steps."""
+    process = subprocess.Popen(
+        command("launch/train.py", *given, ranks=1),
+        cwd=REPOSITORY,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    metrics = run / "metrics.jsonl"
+    until = time.monotonic() + 300
+    while not (metrics.is_file() and metrics.read_text().count('"train"') >= steps):
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_a_finished_pair_does_nothing(
+    whole: tuple[Path, str], tiny_corpus: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    run, _ = whole
+    sys.path.insert(0, str(REPOSITORY / "launch"))
+    import train
+
+    before = {path: path.stat().st_mtime_ns for path in run.parent.rglob("*")}
+    more = {"stage1.light_t.size": "tiny", "stage2.optim.llm_lr": "3e-4"}
+    options = tiny_options(tiny_corpus, "visual", run, **more)
+    train.train(stage="both", **options)
+    said = capsys.readouterr().out
+    assert "stage visual is finished" in said and "stage llm is finished" in said
+    assert {path: path.stat().st_mtime_ns for path in run.parent.rglob("*")} == before
