@@ -1,6 +1,7 @@
 """Joint training, stage 1 alone, and both stages on signsim: FLa-LLM's Tables 4 and 5 in small.
 
     python benchmarks/factorised.py --out runs/factorised
+    python benchmarks/factorised.py --out runs/factorised_weak --visual.weights=FOLDER --visual.frozen_stages=0
 
 Every run is an ordinary command of launch/, one process each, `jobs` of them at a time. Started again, it
 goes on where it was. The corpus, the stand-in backbone and the stand-in LLM are the quickstart's
@@ -30,13 +31,15 @@ def factorised(
     visual_epochs: int = 6,
     llm_epochs: int = 6,
     jobs: int = 2,
+    **overrides: str,
 ) -> None:
     """Train and score three systems for each seed, then write table.md and probe.png.
 
-    visual_epochs, llm_epochs: of the two stages; joint training has their sum.
+    visual_epochs, llm_epochs: of the two stages; joint training has their sum. Other options go to every run.
     """
     (out / "logs").mkdir(parents=True, exist_ok=True)
-    lines = [line for s in seeds for line in _lines(out, s, visual_epochs, llm_epochs)]
+    options = [f"--{name}={value}" for name, value in overrides.items()]
+    lines = [line for s in seeds for line in _lines(out, s, visual_epochs, llm_epochs, options)]
     with ThreadPoolExecutor(jobs) as pool:
         for future in [pool.submit(_run_line, line) for line in lines]:
             future.result()
@@ -47,11 +50,16 @@ def factorised(
     print(f"{table}\n\n{out / 'table.md'}  {out / 'probe.png'}")
 
 
-def _lines(out: Path, seed: int, visual_epochs: int, llm_epochs: int) -> list[list[list[str]]]:
+def _lines(
+    out: Path, seed: int, visual_epochs: int, llm_epochs: int, overrides: list[str]
+) -> list[list[list[str]]]:
     """Commands that follow one another; the lines of a seed may go side by side."""
     runs = {system: out / f"{system}_{seed}" for system in SYSTEMS}
     common = [f"--train.seed={seed}", f"--train.probe_every={PROBE_EVERY}"]
-    common += ["--train.deepspeed=ds_configs/zero2.json"]  # one process: nothing to split, nothing to offload
+    common += [
+        *overrides,
+        "--train.deepspeed=ds_configs/zero2.json",
+    ]  # one process: nothing to split, nothing to offload
     options = {"joint": [], "visual": [], "llm": [f"--visual_run={runs['visual']}"]}
     epochs = {"joint": visual_epochs + llm_epochs, "visual": visual_epochs, "llm": llm_epochs}
     for system, count in epochs.items():
