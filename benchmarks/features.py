@@ -1,0 +1,177 @@
+"""How much cheaper an epoch of stage llm is on cached features than on video, and what writing them costs.
+
+python benchmarks/features.py --out=benchmarks/results
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+if __name__ in ("__main__", "__mp_main__"):  # run as a file: the project's root is not on the path yet
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks.measure import ROOT, Report, cpu_seconds, ratios, spread
+from flallm_ds import command, dist
+from flallm_ds.config import RunConfig
+from flallm_ds.recipes import resolve
+from flallm_ds.training.stop import StopRequest
+
+VIEWS = 2
+COLUMNS = (
+    "clips",
+    "frames an epoch",
+    "on video, CPU s an epoch",
+    "on features, CPU s an epoch",
+    "times cheaper",
+    "writing, CPU s a view",
+    "epochs until writing has paid, a view",
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained on. short_side: of the stored frames, px. more: options besides the quickstart's."""
+
+    label: str
+    clips: int
+    short_side: int
+    more: Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """CPU seconds; an entry each round. writing: of one view."""
+
+    clips: int
+    frames: int
+    video: list[float]
+    features: list[float]
+    writing: float
+
+
+def run(
+    *,
+    out: Path | None = None,
+    hardware: str | None = None,
+    clips: int = 240,
+    large_clips: int = 40,
+    rounds: int = 3,
+) -> str:
+    """Train epochs of stage llm on video and on features in turn, in one process, and write a page.
+
+    --clips, --large_clips: of the corpora at 64 and at 256 px, three splits together.
+    """
+    settings = (
+        Setting("quickstart: 64 px, ResNet-18 a quarter as wide", clips, 64, {}),
+        Setting(
+            "ResNet-18 at 224 px",
+            large_clips,
+            256,
+            {"visual.width": 64, "data.frame_size": 256, "data.crop_size": 224, "data.augment": True},
+        ),
+    )
+    world = dist.start()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        costs = [measure(setting, folder / str(n), rounds, world) for n, setting in enumerate(settings)]
+    dist.stop()
+    report = Report(__file__, "Stage llm on cached features", {"deepspeed": "", "transformers": ""})
+    report.text(
+        "CPU seconds of one process, one thread a library: epochs on video and on features in turn, "
+        f"{rounds} rounds after one that does not count. Figures are ratios of one run; the seconds hold "
+        "for this machine on this day. The LLM is the stand-in (d_model 256, two layers each way): with a "
+        "larger one an epoch on features costs more, and the factor is smaller. 1 frame in 4 is kept."
+    )
+    rows = [(s.label, *row_of(cost)) for s, cost in zip(settings, costs, strict=True)]
+    report.table(("setting", *COLUMNS), rows)
+    return report.finish(out, hardware)
+
+
+def row_of(costs: Costs) -> tuple[str, ...]:
+    saved = sum(costs.video) / len(costs.video) - sum(costs.features) / len(costs.features)
+    return (
+        f"{costs.clips:,}",
+        f"{costs.frames:,}",
+        spread(costs.video, 1),
+        spread(costs.features, 2),
+        spread(ratios(costs.video, costs.features), 1),
+        f"{costs.writing:.1f}",
+        f"{costs.writing / saved:.1f}",
+    )
+
+
+def measure(setting: Setting, folder: Path, rounds: int, world: dist.World) -> Costs:
+    from launch.features import Writing
+
+    material(setting, folder)
+    video, cached = (options(setting, folder, name) for name in ("shards", "features"))
+    begin = cpu_seconds()
+    Writing.begin(video, world, folder / "features", VIEWS, "float32", ("train", "dev")).run(StopRequest())
+    writing = (cpu_seconds() - begin) / VIEWS
+    ways = [Epochs(config, world) for config in (video, cached)]
+    spent: list[list[float]] = [[], []]
+    for number in range(rounds + 1):
+        for way, found in zip(ways, spent, strict=True):
+            seconds = way.epoch()
+            if number:
+                found.append(seconds)
+    return Costs(ways[0].num_clips, ways[0].frames, *spent, writing)
+
+
+class Epochs:
+    """Epochs of one run, without evaluation and checkpoints."""
+
+    def __init__(self, config: RunConfig, world: dist.World) -> None:
+        from flallm_ds.training.build import build_task
+        from flallm_ds.training.run_folder import open_run_folder
+        from flallm_ds.training.trainer import Trainer
+
+        folder = open_run_folder(config)
+        self._task = build_task(config, folder, world)
+        self._trainer = Trainer(self._task, folder, StopRequest())
+        self._trainer.progress.start(config.train.epochs)
+        plan = self._task.plan(self._task.train_index)
+        self.frames, self.num_clips = int(plan.num_kept.sum()), len(plan.num_kept)
+
+    def epoch(self) -> float:
+        """CPU seconds of the next one."""
+        at = self._trainer.at
+        begin = cpu_seconds()
+        self._trainer._epoch(self._task.train_loader(at.epoch))
+        at.epoch, at.step = at.epoch + 1, 0
+        return cpu_seconds() - begin
+
+
+def options(setting: Setting, folder: Path, shards: str) -> RunConfig:
+    """Of the quickstart's stage llm; the encoder has random weights, which cost as much as trained ones."""
+    given: dict[str, object] = {
+        "run": folder / f"run_{shards}",
+        "data.shards": folder / shards,
+        "llm.name": folder / "llm",
+        "visual_run": "none",
+        "visual.weights": "none",
+        "visual.frozen_stages": 0,
+        "data.batch_clips": 8,
+        "train.log_every_s": 1e9,
+    }
+    return resolve("llm", None, {name: str(value) for name, value in (given | setting.more).items()})
+
+
+def material(setting: Setting, folder: Path) -> None:
+    """In `folder`: corpus/, shards/ and llm/, by the project's own commands."""
+    corpus = folder / "corpus"
+    make = ["shards/signsim/make.py", f"--out={corpus}", f"--clips={setting.clips}", "--monolingual=500"]
+    build = ["shards/build.py", "phoenix14t", f"--source={corpus}", f"--out={folder / 'shards'}"]
+    llm = ["-m", "flallm_ds", "standin_llm", f"--texts={corpus / 'monolingual.txt'}", "--steps=5"]
+    for words in (make, [*build, f"--short_side={setting.short_side}"], [*llm, f"--out={folder / 'llm'}"]):
+        subprocess.run([sys.executable, *words], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
+if __name__ == "__main__":
+    command.main(run)
