@@ -25,7 +25,7 @@ from transformers.utils import is_bitsandbytes_available, is_flash_attn_2_availa
 
 from flallm_ds.data.text import TextCodec
 from flallm_ds.errors import UserError
-from flallm_ds.models.stored import model_names, open_checkpoint, tying_all_but, untied_names
+from flallm_ds.models.stored import freed_at_once, model_names, open_checkpoint, tying_all_but, untied_names
 from flallm_ds.models.vocabulary import chosen_rows, renumber, trimmed_config, word_dims
 from flallm_ds.models.weights import write_weights
 
@@ -63,7 +63,7 @@ class LlmOptions:
     dropout: float | None = None
     attention_dropout: float | None = None
     attention: str = "sdpa"  # where the model has it, else eager; or eager, flash_attention_2
-    pretrained: bool = True  # false: random weights, drawn from PyTorch's generator
+    pretrained: bool = True  # false: random weights, drawn from PyTorch's generator, which does not move
     hub_code: bool = False  # run code that comes with the model
     bits: Literal[32, 16, 8, 4] = 32  # of a parameter: fp32, bf16, or integers of bitsandbytes
 
@@ -124,7 +124,8 @@ def load_llm(name: str, options: LlmOptions = LlmOptions()) -> Any:
         **_quantization(options.bits),
     }
     try:
-        model = _model(name, config, options, arguments)
+        with freed_at_once():
+            model = _model(name, config, options, arguments)
     except _LOAD_ERRORS as error:
         raise _not_loaded(name, error) from error
     for stored in (model.config, model.generation_config):
@@ -137,7 +138,8 @@ def load_llm(name: str, options: LlmOptions = LlmOptions()) -> Any:
 def _model(name: str, config: Any, options: LlmOptions, arguments: dict[str, Any]) -> Any:
     auto = _auto_class(config)
     if not options.pretrained:
-        return auto.from_config(config, trust_remote_code=options.hub_code, **arguments).eval()
+        with torch.random.fork_rng():  # under ZeRO-3 rank 0 alone draws
+            return auto.from_config(config, trust_remote_code=options.hub_code, **arguments).eval()
     if is_deepspeed_zero3_enabled() and options.bits > 8:
         return _partitioned(name, config, options.hub_code, arguments)
     model, found = auto.from_pretrained(
