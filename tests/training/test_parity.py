@@ -104,7 +104,7 @@ def test_the_engine_gives_the_losses_of_a_plain_pytorch_loop(runs: Path, tiny_co
     from flallm_ds.data.text import TextCodec
     from flallm_ds.preprocess import Preprocess
     from flallm_ds.recipes import resolve
-    from flallm_ds.training.build import make_plan, make_sampling, visual_model
+    from flallm_ds.training.build import feature_extractor, make_plan, make_sampling, visual_model
     from flallm_ds.training.schedule import rate_factor
     from flallm_ds.training.trainer import seed_micro_batch
 
@@ -112,7 +112,8 @@ def test_the_engine_gives_the_losses_of_a_plain_pytorch_loop(runs: Path, tiny_co
     config = resolve("visual", None, tiny_options(tiny_corpus, "visual", run))
     torch.manual_seed(config.train.seed)
     codec = TextCodec.load(run / "tokenizer")
-    model = visual_model(config, codec, World(0, 1, 0, 1)).train()
+    extractor = feature_extractor(config, World(0, 1, 0, 1))
+    model = visual_model(config, codec, extractor).train()
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=config.optim.weight_decay
     )
