@@ -79,7 +79,11 @@ def run(
     world = dist.start()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        costs = [measure(setting, folder / str(n), rounds, world) for n, setting in enumerate(settings)]
+        costs = []
+        for setting in settings:
+            place = folder / str(setting.short_side)
+            material(setting, place)
+            costs.append(measure(setting, place, rounds, world))
     dist.stop()
     report = Report(__file__, "Stage llm on cached features", {"deepspeed": "", "transformers": ""})
     report.text(
@@ -107,9 +111,9 @@ def row_of(costs: Costs) -> tuple[str, ...]:
 
 
 def measure(setting: Setting, folder: Path, rounds: int, world: dist.World) -> Costs:
+    """folder: as `material` made it."""
     from launch.features import Writing
 
-    material(setting, folder)
     video, cached = (options(setting, folder, name) for name in ("shards", "features"))
     begin = cpu_seconds()
     Writing.begin(video, world, folder / "features", VIEWS, "float32", ("train", "dev")).run(StopRequest())

@@ -51,7 +51,15 @@ class FeatureFacts:
                 digest=digest,
                 **manifest["features"],
             )
-            whole = facts.dtype in DTYPES and facts.views >= 1 and len(entry["shards"]) % facts.views == 0
+            numbers = (facts.views, facts.width, facts.seed)
+            whole = (
+                facts.dtype in DTYPES
+                and all(type(number) is int for number in numbers)
+                and min(facts.views, facts.width) >= 1
+                and len(entry["shards"]) % facts.views == 0
+                and set(facts.options) == set(OPTIONS)
+                and "source_fingerprint" in entry
+            )
         except (KeyError, TypeError):
             whole = False
         if not whole:

@@ -42,8 +42,10 @@ def batch_of(frames_NHWC: torch.Tensor, **others: object) -> Batch:
 class Source:
     """Steps of batches of one colour each, in memory that is used again once nobody holds it."""
 
-    def __init__(self, num_steps: int = NUM_STEPS, fail_at: int | None = None) -> None:
-        self.buffers = FrameBuffers()
+    def __init__(
+        self, num_steps: int = NUM_STEPS, fail_at: int | None = None, features: str | None = None
+    ) -> None:
+        self.buffers, self.features = FrameBuffers(), features  # features: their dtype
         self.num_steps, self.fail_at = num_steps, fail_at
         self.closed = False
         self.sizes = np.random.default_rng(0).integers(1, 9, num_steps * MICRO_BATCHES).tolist()
@@ -58,6 +60,11 @@ class Source:
             self.closed = True
 
     def _batch(self, number: int) -> Batch:
+        if self.features is not None:
+            features_ND = self.buffers.take((self.sizes[number], 40), self.features)
+            features_ND.fill_(self.colour(number))
+            nothing = torch.empty(0, 40, 30, 3, dtype=torch.uint8)
+            return replace(batch_of(nothing, name=str(number)), features_ND=features_ND)
         frames = self.buffers.take((self.sizes[number], 40, 30, 3))
         frames.fill_(self.colour(number))
         return batch_of(frames, name=str(number))
@@ -104,8 +111,9 @@ class ThreadQueues:
     def compute_after(self, mark: Passed) -> None:
         self.computing.submit(mark.synchronize)
 
-    def fill(self, frames_NHWC: torch.Tensor, source: Batch, after: Passed) -> Passed:
-        addresses = frames_NHWC.data_ptr(), source.frames_NHWC.data_ptr(), frames_NHWC.numel()
+    def fill(self, content: torch.Tensor, source: Batch, after: Passed) -> Passed:
+        host = source.frames_NHWC if source.features_ND is None else source.features_ND
+        addresses = content.data_ptr(), host.data_ptr(), content.numel() * content.element_size()
         return Passed(self.copies.submit(self._copy, *addresses, after))
 
     def _copy(self, target: int, source: int, num_bytes: int, after: Passed) -> None:
@@ -136,6 +144,28 @@ def test_every_batch_arrives_whole_whichever_queue_is_behind(copy_s, compute_s):
     seen = [queues.summary(b.frames_NHWC) for step in device.ahead(source.steps(), queues) for b in step]
     assert [s.result() for s in seen] == source.expected()
     assert not to_device_threads()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_cached_features_arrive_in_place_of_frames(dtype):
+    source, queues = Source(features=dtype), ThreadQueues(0.001, 0.001)
+    seen = []
+    for step in device.ahead(source.steps(), queues):
+        for batch in step:
+            assert batch.features_ND.dtype == getattr(torch, dtype) and not len(batch.frames_NHWC)
+            seen.append(queues.summary(batch.features_ND))
+    assert [s.result() for s in seen] == source.expected()
+
+
+@pytest.mark.gpu
+def test_cached_features_arrive_on_a_gpu():
+    source = Source(features="float16")
+    seen = []
+    for step in on_device(source.steps(), CUDA):
+        for batch in step:
+            assert batch.features_ND.is_cuda
+            seen.append((len(batch.features_ND), int(batch.features_ND.min()), int(batch.features_ND.max())))
+    assert seen == source.expected()
 
 
 def test_slots_and_host_memory_are_used_again():

@@ -245,7 +245,7 @@ def test_features_at_an_address_give_the_batches_of_the_folder(features, tmp_pat
 
 def test_an_index_that_does_not_say_what_its_features_are(copy):
     manifest = json.loads((copy / "index.json").read_text())
-    for change in ({"dtype": "object"}, {"views": 2}, {"odd": 1}):
+    for change in ({"dtype": "object"}, {"views": 2}, {"odd": 1}, {"width": 0.5}, {"options": {}}):
         (copy / "index.json").write_text(json.dumps(manifest | {"features": manifest["features"] | change}))
         with pytest.raises(UserError, match=r"must say what its features are.*launch/features\.py"):
             load_index(copy, "train")
