@@ -111,7 +111,7 @@ def test_the_settings_say_what_a_video_needs(stage_1):
     assert settings["stage"] == "visual" and settings["visual"] == {"width": 4, "temporal_kernel": 5}
     assert settings["frames"] == {
         "short_side": 64, "fps": 12.5, "keep_every": 4, "target_fps": None, "max_frames": 512,
-        "cap": "uniform", "frame_size": 40, "crop_size": 32,
+        "cap": "uniform", "frame_size": 40, "crop_size": 32, "feature_fps": None,
     }  # fmt: skip
     assert Beam(**settings["generation"]) == Beam(5, 1.0, 100) and settings["scores"] == {
         "dev": {"bleu4": 1.5}
@@ -210,7 +210,8 @@ def test_a_missing_file_of_the_language_model_is_an_error(copied, name):
 
 
 @pytest.mark.parametrize(
-    ("content", "reason"), [("{", "must be JSON"), ('{"format": "flallm_ds export 9"}', "but is")]
+    ("content", "reason"),
+    [("{", "must be JSON"), ("[1]", "but is None"), ('{"format": "flallm_ds export 1"}', "or train again")],
 )
 def test_settings_of_another_format_are_refused(copied, content, reason):
     (copied / "flallm.json").write_text(content)

@@ -1,6 +1,8 @@
 """An export as an object: languages, n-best, streaming, no DeepSpeed; and `flallm translate`."""
 
 import dataclasses
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,10 @@ import cv2
 import numpy as np
 import pytest
 from exports import DECODER_ONLY, ENCODER_DECODER, write_export
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "launch"))
+
+from evaluate import evaluate
 
 from flallm_ds.cli import push as push_verb
 from flallm_ds.cli import translate as translate_verb
@@ -161,6 +167,28 @@ def test_the_verb_prints_sentences_scores_and_streams(
     assert all(float(score) < 0 for score, _ in lines)
     with pytest.raises(UserError, match="--stream must go with one beam"):
         printed(stream=True, nbest=2)
+
+
+def test_a_split_is_scored_with_nbest_and_its_language(
+    exports: dict[str, Path], tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    run = tmp_path / "run"
+    shutil.copytree(exports[DECODER_ONLY].parent, run)
+    shards = (str(tiny_corpus / "shards"),)
+    evaluate(run=str(run), split="dev", beams=3, nbest=2, length_penalty=0.5, shards=shards)
+    lines = (run / "evaluation" / "dev.hypotheses.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 9
+    for said in map(json.loads, lines):
+        assert said["language"] == "de" and len(said["nbest"]) == 2
+        assert said["nbest"][0][0] == said["hypothesis"] and said["nbest"][0][1] > said["nbest"][1][1]
+    content = json.loads((run / "evaluation" / "dev.json").read_text(encoding="utf-8"))
+    assert (
+        content["beams"] == 3 and content["length_penalty"] == 0.5 and content["scores"]["num_sentences"] == 9
+    )
+    with pytest.raises(UserError, match="as there are beams"):
+        evaluate(run=str(run), split="dev", beams=1, nbest=2, shards=shards)
 
 
 # --- the hub
