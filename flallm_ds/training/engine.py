@@ -255,6 +255,10 @@ class Engine:
             norms[name] = math.sqrt(sum(squares)) / scale
         return norms
 
+    def close(self) -> None:
+        """Let go of the memory, which DeepSpeed's hooks would keep for as long as the process lives."""
+        self._engine.destroy()
+
     @property
     def skipped_steps(self) -> int:
         return int(self._engine.skipped_steps)

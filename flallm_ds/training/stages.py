@@ -29,8 +29,9 @@ def run_stage(config: RunConfig, world: World, stop: StopRequest) -> bool:
     trainer = Trainer(task, folder, stop)
     trainer.run()
     finished = trainer.at.epoch >= config.train.epochs
+    task.engine.close()
     del trainer, task
-    gc.collect()  # an engine's hooks refer to it in circles; the next stage needs its memory
+    gc.collect()  # its parts refer to one another; the next stage needs their memory
     if world.device.type == "cuda":
         torch.cuda.empty_cache()
     return finished

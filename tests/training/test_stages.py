@@ -1,5 +1,6 @@
 """Every stage and every ablation on two ranks; both stages in one command, killed and started again."""
 
+import gc
 import json
 import os
 import shutil
@@ -16,11 +17,13 @@ import torch
 from launching import REPOSITORY, command, environment, flags, launch, losses, run_scenarios, tiny_options
 from llms import make_tiny_llm
 
-from flallm_ds import export
+from flallm_ds import dist, export
 from flallm_ds.config import RunConfig
 from flallm_ds.inference.probe import draw_probe, read_probe
 from flallm_ds.inference.translator import Translator
-from flallm_ds.recipes import RECIPES
+from flallm_ds.recipes import RECIPES, resolve
+from flallm_ds.training.stages import run_stage
+from flallm_ds.training.stop import StopRequest
 
 WHOLE = ("joint", "imagenet_llm", "unfrozen_llm", "temporal_llm", "frames_llm", "light_t_llm")
 # One of each kind: these differ in a number alone.
@@ -231,6 +234,16 @@ def kill_after(steps: int, run: Path, given: list[str]) -> None:
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def test_a_stage_leaves_no_engine_behind(tiny_corpus: Path, tmp_path: Path) -> None:
+    """The next stage of the same process needs the memory."""
+    given = {"light_t.size": "tiny", "train.epochs": 1, "train.max_steps": 1}
+    config = resolve("visual", None, tiny_options(tiny_corpus, "visual", tmp_path / "visual", **given))
+    with dist.session() as world:
+        assert run_stage(config, world, StopRequest()) is False  # one of five steps
+    left = {type(thing).__name__ for thing in gc.get_objects()}
+    assert not left & {"SignTranslator", "DeepSpeedEngine", "DeepSpeedZeroOptimizer"}
 
 
 def test_a_finished_pair_does_nothing(
