@@ -16,7 +16,7 @@ from flallm_ds.data.sampling import FrameSampling
 
 if TYPE_CHECKING:
     from flallm_ds.contracts import Batch
-    from flallm_ds.data.text import Instruction, TextCodec
+    from flallm_ds.data.text import TextCodec
 
 SEED = 1
 
@@ -70,7 +70,8 @@ def small_codec(index: Index) -> "TextCodec":
     from flallm_ds.data.text import Instruction, TextCodec
     from flallm_ds.standin_llm import train_tokenizer
 
-    return TextCodec(train_tokenizer(list(index.strings("text")), 200, "de_DE"), Instruction(language="de_DE"))
+    tokenizer = train_tokenizer(list(index.strings("text")), 200, "de_DE")
+    return TextCodec(tokenizer, Instruction(language="de_DE"))
 
 
 def tar_of(index: Index, row: int) -> Path:
