@@ -25,7 +25,13 @@ from transformers.utils import is_bitsandbytes_available, is_flash_attn_2_availa
 
 from flallm_ds.data.text import TextCodec
 from flallm_ds.errors import UserError
-from flallm_ds.models.stored import freed_at_once, model_names, open_checkpoint, tying_all_but, untied_names
+from flallm_ds.models.stored import (
+    freed_at_once,
+    model_names,
+    open_checkpoint,
+    tied_before_loading,
+    untied_names,
+)
 from flallm_ds.models.vocabulary import chosen_rows, renumber, trimmed_config, word_dims
 from flallm_ds.models.weights import write_weights
 
@@ -157,7 +163,7 @@ def _partitioned(name: str, config: Any, hub_code: bool, arguments: dict[str, An
     skeleton = _skeleton(config, hub_code)
     state = open_checkpoint(name)
     untied = untied_names(skeleton, state)
-    with tying_all_but(type(skeleton), untied):
+    with tied_before_loading(type(skeleton), untied):
         if torch.distributed.get_rank() != 0:
             state = {key: torch.empty_like(tensor, device="meta") for key, tensor in state.items()}
         model, found = type(skeleton).from_pretrained(

@@ -125,18 +125,25 @@ def untied_names(skeleton: Any, state: Mapping[str, torch.Tensor]) -> set[str]:
 
 
 @contextmanager
-def tying_all_but(kind: Any, untied: set[str]) -> Iterator[None]:
-    """Within, models of this class are built without tying these names.
+def tied_before_loading(kind: Any, untied: set[str]) -> Iterator[None]:
+    """Within, `from_pretrained` of this class ties parameters before it loads them, and never these names.
 
-    transformers compares twins before it ties them. Under ZeRO-3 it compares what is left of them, nothing.
+    transformers ties afterwards: until then every twin of a large embedding takes its part of the memory. And
+    it compares twins before it ties them; under ZeRO-3 it compares what is left of them, nothing.
     """
-    before = kind._tied_weights_keys
+    ties, load = kind._tied_weights_keys, kind._load_pretrained_model
+
+    def tie_and_load(model: Any, *arguments: Any, **more: Any) -> Any:
+        model.tie_weights(recompute_mapping=False)
+        return load(model, *arguments, **more)
+
+    kind._load_pretrained_model = staticmethod(tie_and_load)
     if untied:
-        kind._tied_weights_keys = {t: s for t, s in before.items() if t not in untied}
+        kind._tied_weights_keys = {t: s for t, s in ties.items() if t not in untied}
     try:
         yield
     finally:
-        kind._tied_weights_keys = before
+        kind._tied_weights_keys, kind._load_pretrained_model = ties, staticmethod(load)
 
 
 @contextmanager
