@@ -1,4 +1,4 @@
-"""Started under a launcher by test_features.py: writes features and trains on them, all in one go."""
+"""Started under a launcher by test_cached_features.py: writes features and trains on them, all in one go."""
 
 import sys
 from pathlib import Path

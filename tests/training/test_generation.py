@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import WORDS, write_phoenix
+from bars import WORDS, write_phoenix
 from launching import launch, tiny_options
 from llms import make_tiny_llm
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import WORDS
+from bars import WORDS
 from launching import REPOSITORY, environment, launch, losses, tiny_options
 from llms import FAMILIES, make_tiny_llm
 from safetensors.torch import load_file
