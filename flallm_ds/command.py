@@ -53,9 +53,10 @@ def coerce(value: str, hint: Any, name: str) -> Any:
             return None
         return coerce(value, next(a for a in args if a is not type(None)), name)
     if origin is typing.Literal:
-        if value not in args:
+        found = next((choice for choice in args if str(choice) == value), None)
+        if found is None:
             raise UserError(f"--{name} must be one of {', '.join(map(str, args))}, but is {value!r}.")
-        return value
+        return found
     if origin is tuple:
         return tuple(
             coerce(part.strip(), args[0], name) for part in value.strip("()[]").split(",") if part.strip()
