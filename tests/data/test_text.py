@@ -1,4 +1,5 @@
 import csv
+import shutil
 
 import pytest
 from llms import FAMILIES, make_tiny_llm
@@ -280,6 +281,16 @@ def test_a_prompt_for_an_unknown_language_is_refused_with_near_ones(folders):
         UserError, match=r"must be one that has a language .* 'Germann': did you mean German.*prompt"
     ):
         codec_of(folders["qwen3"], language="Germann")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_llm_folder_without_a_tokenizer_is_refused(folders, tmp_path, family):
+    """transformers makes a tokenizer of special tokens alone where there are no files."""
+    for path in folders[family].iterdir():
+        if path.name.endswith(("config.json", ".safetensors")) and not path.name.startswith("tokenizer"):
+            shutil.copy(path, tmp_path)
+    with pytest.raises(UserError, match=r"tokenizer of .* must load, but did not: .*Name a folder"):
+        codec_of(tmp_path)
 
 
 def test_a_misspelt_language_is_refused_where_the_llm_is_told_none(folders):
