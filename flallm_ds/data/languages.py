@@ -83,12 +83,12 @@ TOKEN_STYLES = (
 
 def find_language(name: str) -> Language | None:
     """The language of a code (de, de-AT), a name (German) or a tokenizer's token (de_DE, deu_Latn, <2de>)."""
-    wanted = name.strip().lower().replace("-", "_")
+    wanted = name.strip().lower()
     for language in LANGUAGES.values():
         names = [language.name, *(style.pattern.format_map(vars(language)) for style in TOKEN_STYLES)]
         if wanted in (n.lower() for n in names if n):
             return language
-    return LANGUAGES.get(wanted.split("_")[0])
+    return LANGUAGES.get(wanted.split("-")[0])  # not of de_DF, which is a token misspelt
 
 
 def token_of(language: str, vocabulary: Iterable[str]) -> tuple[str, Literal["decoder", "source"]] | None:
