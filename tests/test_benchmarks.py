@@ -193,8 +193,8 @@ def test_sides_are_interleaved_and_fast_ones_run_more_often():
             pass
         return Amount(10, 2)
 
-    ways = {name: Way(name, lambda name=name, s=s: busy(name, s)) for name, s in (("a", 0.02), ("b", 0.002))}
-    rates = interleave(ways, rounds=3, seconds=0.02)
+    ways = {name: Way(name, lambda name=name, s=s: busy(name, s)) for name, s in (("a", 0.1), ("b", 0.005))}
+    rates = interleave(ways, rounds=3, seconds=0.1)
     order = [a for a, b in pairwise([*calls, ""]) if a != b]
     assert order == ["a", "b"] * 4
     assert calls.count("b") > calls.count("a")

@@ -94,20 +94,21 @@ def to_npy(features_SD: np.ndarray) -> bytes:
 def from_npy(member: memoryview, shape: tuple[int, int], dtype: str) -> np.ndarray:
     """A view of the member's numbers. Raises ValueError unless it is an array of this shape, all finite.
 
-    Nothing is unpickled, and no memory is taken for what a header claims.
+    Nothing is unpickled, and no memory is taken for what a header claims. The header is compared, not parsed:
+    numpy parses it with `ast`, which fails where several threads do so at once (CPython issue 106905).
     """
-    file = BytesIO(member[:256])
-    try:
-        if np.lib.format.read_magic(file) != (1, 0):
-            raise ValueError("it is of another version")
-        found = np.lib.format.read_array_header_1_0(file)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"features must be in numpy's format, but are not ({error})") from error
-    if found != (shape, False, np.dtype(dtype)):
-        raise ValueError(f"features must be {dtype} of shape {shape}, but are {found[2]} of shape {found[0]}")
-    if len(member) != file.tell() + shape[0] * shape[1] * np.dtype(dtype).itemsize:
+    magic = np.lib.format.magic(1, 0)
+    begin = len(magic) + 2
+    end = begin + int.from_bytes(member[len(magic) : begin], "little")
+    if bytes(member[: len(magic)]) != magic or end > len(member):
+        raise ValueError("features must be in numpy's format 1.0, but are not")
+    header = bytes(member[begin:end]).decode("latin1").strip()
+    expected = f"{{'descr': '{np.dtype(dtype).str}', 'fortran_order': False, 'shape': {shape}, }}"
+    if header != expected:
+        raise ValueError(f"features must be {dtype} of shape {shape}, but their header says {header[:200]}")
+    if len(member) != end + shape[0] * shape[1] * np.dtype(dtype).itemsize:
         raise ValueError(f"features must be of shape {shape}, but are {len(member)} bytes")
-    features_SD: np.ndarray = np.frombuffer(member, dtype, offset=file.tell()).reshape(shape)
+    features_SD: np.ndarray = np.frombuffer(member, dtype, offset=end).reshape(shape)
     if not np.isfinite(features_SD).all():
         raise ValueError("features must be finite, but are not: the clip was broken when they were made")
     return features_SD

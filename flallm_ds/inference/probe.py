@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from flallm_ds.errors import UserError
+from flallm_ds.inference.report import save_figure
 
 LINES = {"language": "last language layer", "visual": "last visual layer"}
 SMOOTHED_OVER = 15  # looks; the median of as many
@@ -49,14 +50,7 @@ def draw_probe(path: Path, runs: Sequence[Path]) -> None:
         axis.grid(alpha=0.3)
         axis.legend()
     axes[0][0].set_ylabel("gradient norm")
-    try:
-        figure.savefig(path, dpi=110, bbox_inches="tight")
-    except OSError as error:
-        raise UserError(
-            f"the picture must go where it can be written, but {path}: {error.strerror}. Give another --out."
-        ) from error
-    finally:
-        pyplot.close(figure)
+    save_figure(figure, path)
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:

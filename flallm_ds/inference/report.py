@@ -104,10 +104,11 @@ def draw_strip(
             loc="left",
             fontsize=11,
         )
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a picture and close it. Raises UserError where it cannot be written."""
     from matplotlib import pyplot
 
     try:
@@ -163,7 +164,7 @@ def draw_curves(path: Path, runs: Sequence[Path]) -> None:
     for axis in (left, right):
         axis.grid(alpha=0.3)
     left.legend()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def by_epoch(run: Path) -> tuple[dict[int, float], dict[int, float]]:

@@ -103,13 +103,6 @@ def _add_low_rank(llm: Any, tuning: Tuning, seed: int) -> None:
     assert _low_rank_layers(llm).keys() == set(targets), "peft took other layers than those named"
 
 
-def _task_type(llm: Any) -> TaskType | None:
-    """What peft's adapter_config.json says; none for an image encoder."""
-    if not (hasattr(llm, "can_generate") and llm.can_generate()):
-        return None
-    return TaskType.SEQ_2_SEQ_LM if llm.config.is_encoder_decoder else TaskType.CAUSAL_LM
-
-
 def low_rank_targets(llm: Any, pattern: str, section: str = "llm") -> list[str]:
     """Names of the linear layers, the output head left out, that `pattern` is found in; ALL_LINEAR: all."""
     head = llm.get_output_embeddings() if hasattr(llm, "get_output_embeddings") else None

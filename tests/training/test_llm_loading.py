@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 from launching import launch
+from llms import make_tiny_llm
 from transformers import LlamaConfig, LlamaForCausalLM
-
-from tests.llms import make_tiny_llm
 
 FAMILIES = ("mbart", "m2m100", "t5", "mt5", "qwen3", "gemma3", "bloom", "xglm")  # mt5's head is its own
 LARGE = LlamaConfig(
