@@ -148,7 +148,7 @@ def tied_before_loading(kind: Any, untied: set[str]) -> Iterator[None]:
 
 @contextmanager
 def freed_at_once() -> Iterator[None]:
-    """Within, freed memory of more than 1 MB goes back to the system at once, where the C library is glibc.
+    """Within, freed memory of more than 128 KB goes back to the system at once, where the C library is glibc.
 
     It would keep pieces of up to 32 MB; between parts of a model that stay, they add up to a third of them.
     """
@@ -157,7 +157,7 @@ def freed_at_once() -> Iterator[None]:
         yield
         return
     mmap_threshold, trim_threshold = -3, -1  # malloc.h
-    mallopt(mmap_threshold, 2**20)
+    mallopt(mmap_threshold, 2**17)
     try:
         yield
     finally:
