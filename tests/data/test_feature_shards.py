@@ -221,7 +221,6 @@ def test_many_threads_read_members_at_once():
         gc.set_threshold(*thresholds)
 
 
-
 def to_npy_of_objects() -> bytes:
     import io
 
