@@ -16,6 +16,10 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "launch"))
+
+from quickstart import prepare
+
 from flallm_ds.command import main
 from flallm_ds.errors import UserError
 
@@ -37,7 +41,9 @@ def factorised(
 
     visual_epochs, llm_epochs: of the two stages; joint training has their sum. Other options go to every run.
     """
+    out = out.resolve()
     (out / "logs").mkdir(parents=True, exist_ok=True)
+    prepare()  # once, before two runs of it side by side
     options = [f"--{name}={value}" for name, value in overrides.items()]
     lines = [line for s in seeds for line in _lines(out, s, visual_epochs, llm_epochs, options)]
     with ThreadPoolExecutor(jobs) as pool:
@@ -81,7 +87,7 @@ _printing = threading.Lock()
 def _run_line(commands: list[list[str]]) -> None:
     for command in commands:
         run = next(Path(word.removeprefix("--run=")) for word in command if word.startswith("--run="))
-        if (run / "evaluation" / "test.json").is_file():
+        if command[0] == "launch/evaluate.py" and (run / "evaluation" / "test.json").is_file():
             continue
         with _printing:
             print(f"== {' '.join(command)}", flush=True)

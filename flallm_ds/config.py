@@ -67,6 +67,7 @@ class DataConfig:
             rate = getattr(self, name)
             _must(rate is None or rate > 0, f"data.{name} must be above 0, but is {rate}.")
         _must(self.batch_frames >= 0, f"data.batch_frames must not be negative, but is {self.batch_frames}.")
+        _must(self.threads >= 0, f"data.threads must not be negative, but is {self.threads}.")
         _must_be_fraction("data", "max_broken", self.max_broken)
         for name in ("time_masks", "feature_masks"):
             _must(
@@ -98,7 +99,8 @@ class DataConfig:
 class VisualConfig:
     """The visual encoder: a per-frame backbone, ResNet-18 by default, and the local temporal module.
 
-    All but `frozen` and `chunk_frames` is of the stages visual and joint; stage llm takes it from stage 1.
+    What makes an encoder (weights, pretrained, width, temporal_kernel) is of its first stage: visual, joint,
+    or llm with visual_run=none. How its backbone is trained counts in any stage that trains it.
     """
 
     weights: str = "microsoft/resnet-18"  # an image encoder: hub id or folder of transformers or timm,
@@ -141,8 +143,9 @@ class VisualConfig:
             f"is {self.frozen_stages}.",
         )
         _must(
-            self.temporal_kernel % 2 == 1,
-            f"visual.temporal_kernel must be odd (so that length is kept), but is {self.temporal_kernel}.",
+            self.temporal_kernel >= 1 and self.temporal_kernel % 2 == 1,
+            "visual.temporal_kernel must be odd and above 0 (so that length is kept), but is "
+            f"{self.temporal_kernel}.",
         )
 
 
@@ -187,6 +190,10 @@ class LlmConfig:
         for name in ("dropout", "attention_dropout", "lora_dropout"):
             _must_be_fraction("llm", name, getattr(self, name))
         _must(self.lora_rank >= 1, f"llm.lora_rank must be at least 1, but is {self.lora_rank}.")
+        _must(
+            self.pretrained or self.bits == 16,
+            f"llm.bits must be 16 where llm.pretrained is false, but is {self.bits}.",
+        )
         for entry in self.sign_languages:
             _must(
                 entry.count("=") == 1,
@@ -200,7 +207,7 @@ class OptimConfig:
 
     name: Literal["sgd", "adamw"] = "adamw"
     lr: float = 1e-3  # of all but the two below: the whole of stage 1; the LLM-Adapter in stage 2
-    backbone_lr: float | None = None  # of the backbone, where it is pretrained and trained; none: lr
+    backbone_lr: float | None = None  # of the backbone, where it is trained; none: lr
     llm_lr: float = 1e-5  # of what is trained of the LLM; low-rank layers want more: 1e-4 to 2e-4
     weight_decay: float = 1e-3
     momentum: float = 0.9  # sgd
@@ -213,7 +220,14 @@ class OptimConfig:
             min(self.lr, self.llm_lr, self.backbone_lr or 0.0) >= 0,
             f"rates must not be negative, but are {self.lr}, {self.llm_lr}, {self.backbone_lr}.",
         )
-        _must(len(self.betas) == 2, f"optim.betas must be two numbers, but are {self.betas}.")
+        _must(
+            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+            f"optim.betas must be two numbers from 0 to below 1, but are {self.betas}.",
+        )
+        for name in ("weight_decay", "momentum", "clip"):
+            _must(
+                getattr(self, name) >= 0, f"optim.{name} must not be negative, but is {getattr(self, name)}."
+            )
         _must_be_fraction("optim", "warmup", self.warmup)
 
 
@@ -235,6 +249,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _must(self.epochs >= 1, f"train.epochs must be at least 1, but is {self.epochs}.")
         _must(self.keep_checkpoints >= 1, "train.keep_checkpoints must be at least 1.")
+        _must(
+            self.save_every_steps is None or self.save_every_steps >= 1,
+            f"train.save_every_steps must be none or at least 1, but is {self.save_every_steps}.",
+        )
         _must(self.probe_every >= 0, f"train.probe_every must not be negative, but is {self.probe_every}.")
         _must(self.seed >= 0, f"train.seed must not be negative, but is {self.seed}.")
         _must_be_fraction("train", "label_smoothing", self.label_smoothing)

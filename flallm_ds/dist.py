@@ -1,9 +1,10 @@
 """Ranks: who this process is under any launcher, and the few collectives outside DeepSpeed."""
 
 import os
+import random
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -122,10 +123,12 @@ def session() -> Iterator[World]:
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on now."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+    """A TCP port that nobody uses now, below those that systems hand out to connections: it is bound later."""
+    draw = random.Random()  # by the clock and the system, whatever seed torch or the caller has set
+    while True:
+        with socket.socket() as s, suppress(OSError):
+            s.bind(("127.0.0.1", draw.randrange(16_384, 32_768)))
+            return int(s.getsockname()[1])
 
 
 def all_reduce_sum(values: Iterable[float], world: World) -> list[float]:

@@ -32,7 +32,7 @@ from flallm_ds.model_card import model_card, training_facts
 from flallm_ds.models.adapters import Adapter
 from flallm_ds.models.feature_extractor import FeatureExtractor, Kind, encoder_of
 from flallm_ds.models.light_translator import light_translator_from_config
-from flallm_ds.models.llm import LlmOptions, embedding_scale, llm_width, load_llm
+from flallm_ds.models.llm import LlmOptions, embedding_scale, llm_width, load_llm, save_configs
 from flallm_ds.models.sign_translator import SignTranslator
 from flallm_ds.models.tuning import read_additions, write_additions
 from flallm_ds.models.visual_encoder import VisualEncoder
@@ -93,6 +93,7 @@ def settings_of(
             "frame_size": config.data.frame_size,
             "crop_size": config.data.crop_size,
             "feature_fps": config.data.feature_fps,
+            "chunk_frames": config.visual.chunk_frames,
         },
         "generation": {
             "num_beams": 5,
@@ -168,8 +169,7 @@ def write(
             writers[prefix].add(name.removeprefix(prefix), tensor)
     if additions:
         write_additions(lm_folder, additions, language_model, settings["base"])
-    language_model.config.save_pretrained(lm_folder)
-    language_model.generation_config.save_pretrained(lm_folder)
+    save_configs(language_model, language_model.config, language_model.generation_config, lm_folder)
     codec.save(lm_folder)
     (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     (folder / CARD_FILE).write_text(model_card(settings, codec), encoding="utf-8")
@@ -203,7 +203,9 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 def read_visual(folder: Path) -> VisualEncoder:
     """The visual encoder alone, in eval mode."""
-    visual = VisualEncoder.from_settings(read_settings(folder)["visual"])
+    settings = read_settings(folder)
+    visual = VisualEncoder.from_settings(settings["visual"])
+    visual.chunk_frames = settings.get("frames", {}).get("chunk_frames", 0)
     load_weights(visual, Weights(folder, VISUAL_FILE))
     return visual.eval()
 
@@ -242,11 +244,12 @@ def read(folder: Path, options: LlmOptions | None = None) -> Export:
     settings = read_settings(folder)
     visual = read_features(folder).requires_grad_(False)
     lm_folder = folder / LANGUAGE_MODEL
-    codec = TextCodec.load(lm_folder)
+    options = options or LlmOptions()
+    codec = TextCodec.load(lm_folder, options.hub_code)
     if settings["stage"] == "visual":
         language_model = _read_light_translator(lm_folder)
     else:
-        language_model = read_llm(folder, settings, options or LlmOptions())
+        language_model = read_llm(folder, settings, options)
     adapter = _read_adapter(folder, visual.feature_width, language_model)
     translator = SignTranslator(None, adapter, language_model, codec).eval().requires_grad_(False)
     return Export(settings, visual, translator, codec)

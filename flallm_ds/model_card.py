@@ -48,7 +48,8 @@ def command(config: RunConfig) -> str:
     def differences(name: str) -> dict[str, Any]:
         base = RECIPES[name]().options()
         mine = config.options()
-        return {o: v for o, v in mine.items() if o not in FREE_TO_CHANGE and v != base[o]}
+        counts = [o for o in mine if o == "visual_run" or o not in FREE_TO_CHANGE]  # that run decides much
+        return {o: mine[o] for o in counts if mine[o] != base[o]}
 
     names = [name for name in RECIPES if RECIPES[name]().stage == config.stage]
     if not names:
@@ -173,8 +174,3 @@ def _limits(settings: dict[str, Any], codec: TextCodec) -> str:
             f"(of {len(codec.tokenizer)}): what is spelled with others cannot be said.",
         )
     return "\n".join(["## Limits", "", *lines])
-
-
-def with_scores(settings: dict[str, Any], split: str, scores: dict[str, Any]) -> dict[str, Any]:
-    """The settings with one more split's scores."""
-    return {**settings, "scores": {**settings["scores"], split: scores}}

@@ -29,12 +29,14 @@ def evaluate(
     length_penalty: float | None = None,
     shards: tuple[str, ...] = (),
     threads: int = 0,
+    hub_code: bool = False,
 ) -> None:
     """BLEU-1..4, ROUGE-L, chrF, the blind control and a file of hypotheses for the best export of a run.
 
     run: a run's folder or an export. nbest: as many hypotheses of each clip, with scores, into the file;
     the best one counts. length_penalty: default the run's; above 0 for longer sentences. shards: default
-    those the run was trained on. The results go to RUN/evaluation/SPLIT.json and SPLIT.hypotheses.jsonl.
+    those the run was trained on. hub_code: run code that comes with the LLM. The results go to
+    RUN/evaluation/SPLIT.json and SPLIT.hypotheses.jsonl.
     """
     if beams < 1:
         raise UserError(f"--beams must be at least 1, but is {beams}.")
@@ -51,7 +53,8 @@ def evaluate(
     data = RunConfig.load(config_path).data if config_path.is_file() else DataConfig()
     with dist.session() as world:
         index = open_index(replace(data, shards=shards or data.shards, weights=()), split, world)
-        translator = Translator.from_pretrained(run, world.device).searching(beams, nbest, length_penalty)
+        translator = Translator.from_pretrained(run, world.device, hub_code=hub_code)
+        translator = translator.searching(beams, nbest, length_penalty)
         loader = split_loader(translator, index, run, world, threads or decode_threads(world))
         evaluation = Evaluation(loader, translator.generate, translator.export.codec, world)
         hypotheses = evaluation.hypotheses(progress_of(split, world))

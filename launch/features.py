@@ -6,14 +6,16 @@ then `--data.shards` of stage llm. Killed at any moment, the same command goes o
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from flallm_ds import dist
 from flallm_ds.command import main
@@ -50,7 +52,7 @@ def features(
 ) -> None:
     """Write the features of a stage-1 result's frozen encoder, for stage llm to train on.
 
-    deepspeed launch/features.py --visual_run=RUN --out=FOLDER --views=4 --data.shards=SHARDS
+    deepspeed launch/features.py --recipe=RECIPE --visual_run=RUN --out=FOLDER --views=4
 
     Recipe and dotted options are those of the run that is to train on them: frames, crops, seed.
     --views: how many epochs' frame picks and augmentations of the training clips; a longer run begins again.
@@ -79,6 +81,13 @@ def features(
         dist.stop()
 
 
+def _written(out: Path, write: Callable[[], None]) -> None:
+    try:
+        write()
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--out must be where files can be written, but {out}: {error}.") from error
+
+
 @dataclass(frozen=True)
 class Writing:
     """What one rank needs to write its part."""
@@ -99,9 +108,9 @@ class Writing:
 
         if config.visual_run != "none":
             stage_1_export(config)
-        manifest = dist.main_first(lambda: read_manifest(config.data.shards[0]), world)
-        check_video(manifest, config.data.shards[0], "launch/features.py")
         sources = {split: open_index(config.data, split, world) for split in splits}
+        manifest = dist.main_first(lambda: read_manifest(sources[splits[0]].store), world)
+        check_video(manifest, config.data.shards[0], "launch/features.py")
         torch.manual_seed(config.train.seed)  # as in stage llm, where parts of the encoder may be random
         extractor = feature_extractor(config, world).to(world.device)
         options = {name: getattr(config.data, name) for name in OPTIONS}
@@ -124,7 +133,7 @@ class Writing:
             **{f"data.{name}": value for name, value in options.items()},
             **{f"the source of {split}": index.fingerprint for split, index in sources.items()},
         }
-        dist.main_first(lambda: folder.begin(plan), world)
+        dist.main_first(lambda: _written(out, lambda: folder.begin(plan)), world)
         dist.on_each_machine(folder.check_shared, world)
         return cls(config, world, extractor, folder, facts, manifest)
 
@@ -136,7 +145,9 @@ class Writing:
             self.folder.end()
 
     def _write(self, stop: StopRequest) -> None:
-        sampling = self.reader(TRAINING).sampling
+        from flallm_ds.training.build import make_sampling
+
+        sampling = make_sampling(self.config.data)
         sizes = {
             split: sampling.num_kept(index.num_frames, index.arrays["fps"])
             for split, index in self.folder.sources.items()
@@ -156,7 +167,8 @@ class Writing:
                     ) from error
                 progress.tar(sum(map(len, clips)))
         dist.gather_objects(None, self.world)  # until all have written theirs
-        dist.main_first(lambda: self.folder.finish(self.facts, self.manifest), self.world)
+        finish = partial(self.folder.finish, self.facts, self.manifest)
+        dist.main_first(lambda: _written(self.folder.out, finish), self.world)
 
     def reader(self, split: str) -> "TolerantReader":
         from flallm_ds.training.build import make_sampling

@@ -40,7 +40,7 @@ def train(*, stage: str | None = None, recipe: str | None = None, **overrides: s
             if not run_stage(config, world, stop):
                 return
             if both and not dist.main_first(lambda run=config: is_evaluated(run, SPLIT), world):
-                evaluate(run=config.run, split=SPLIT)
+                evaluate(run=config.run, split=SPLIT, hub_code=config.llm.hub_code)
 
 
 def _check_and_prepare(configs: tuple[RunConfig, ...], world: dist.World) -> None:

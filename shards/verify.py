@@ -98,7 +98,7 @@ def verify(
     if (repair == "rebuild") != (source is not None):
         raise UserError("--repair=rebuild and --source must be given together, but one is missing.")
     if repair is not None:
-        again = "Remove broken tars and run launch/features.py as before: it makes them again"
+        again = "Remove broken tars and run launch/features.py as before; mend a broken source first"
         check_video(read_manifest(folder), folder, "--repair", again)
     report = check(folder, workers)
     if repair is not None:

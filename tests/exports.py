@@ -44,7 +44,7 @@ def write_export(kind: str, corpus: Path, run: Path, tuning: str = "full") -> Pa
     trim_llm(str(name), codec, run / "llm_trimmed")
     options = {
         "llm.name": name, "llm.tune": tuning, "visual.width": 4, "data.frame_size": 40, "data.crop_size": 32,
-        "eval.max_new_tokens": 12,
+        "visual.chunk_frames": 3, "eval.max_new_tokens": 12,
     }  # fmt: skip
     config = RunConfig(stage="llm", run=str(run), visual_run="v")
     config = config.with_overrides({option: str(value) for option, value in options.items()})

@@ -70,8 +70,10 @@ def make_tiny_llm(family: str, folder: Path, texts: Sequence[str]) -> Path:
         if entry.own_head:
             model.lm_head.weight = torch.nn.Parameter(torch.randn(rows, WIDTH) * 0.1)
     model.generation_config = GenerationConfig.from_model_config(config)
-    model.generation_config.update(**entry.generation(ids))
     model.save_pretrained(folder)
+    model.generation_config.update(**entry.generation(ids))
+    # As published: save_pretrained would refuse what hubs hold, such as a temperature without do_sample.
+    model.generation_config.to_json_file(folder / "generation_config.json")
     if entry.own_head:
         saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         _write(folder / "config.json", saved | {"tie_word_embeddings": False})
@@ -381,7 +383,7 @@ FAMILIES: dict[str, Family] = {
         "llama",
         _LLAMA,
         lambda ids: _llama_like(ids) | {"bos_token_id": 1, "eos_token_id": 2},
-        lambda ids: {"do_sample": True, "temperature": 0.6, "top_p": 0.9},
+        lambda ids: {"temperature": 0.9, "top_p": 0.6},  # without do_sample
         decoder_only=True,
     ),
     "llama3": Family(

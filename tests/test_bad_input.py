@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "launch"))
 
 import evaluate
 import train
+from exports import ENCODER_DECODER, write_export
 
 from flallm_ds import cli, command, export
 from flallm_ds.models.visual_encoder import VisualEncoder
@@ -226,8 +227,26 @@ def test_a_language_that_the_tokenizer_does_not_know(refused: Run, tmp_path: Pat
     assert "de_DE" in refused(train.train, "--stage=visual", *given)
 
 
-def test_a_video_that_is_not_there_or_cannot_be_decoded(refused: Run, tmp_path: Path) -> None:
-    assert "no" in refused(cli.translate, str(tmp_path / "no.mp4"), f"--model={tmp_path}")
+def test_clips_longer_than_what_reads_them(refused: Run, tmp_path: Path, tiny_corpus: Path) -> None:
+    """Its table of positions would end in the middle of training."""
+    llm = Path(shutil.copytree(tiny_corpus / "llm", tmp_path / "llm"))
+    config = json.loads((llm / "config.json").read_text())
+    (llm / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 6}))
+    state = load_file(llm / "model.safetensors")
+    tables = {name: tensor[:8] for name, tensor in state.items() if "embed_positions" in name}
+    assert tables
+    save_file(state | {n: t.clone() for n, t in tables.items()}, llm / "model.safetensors", {"format": "pt"})
+    given = options(tiny_corpus, tmp_path / "run", **{"llm.name": llm, "data.max_frames": 7})
+    sentence = refused(train.train, "--stage=llm", "--visual_run=none", *given)
+    assert "at most 6 frames" in sentence and "one keeps 7" in sentence and "--data.max_frames=6" in sentence
+
+
+def test_a_video_that_is_not_there_or_cannot_be_decoded(
+    refused: Run, tmp_path: Path, tiny_corpus: Path, shared_data: Path
+) -> None:
+    export = write_export(ENCODER_DECODER, tiny_corpus, tmp_path / "run")
+    for video in (tmp_path / "no.mp4", shared_data / "edge_videos" / "corrupted.mp4"):
+        assert str(video) in refused(cli.translate, str(video), f"--model={export}")
 
 
 def test_evaluating_a_folder_without_an_export(refused: Run, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The benchmarks of the LLM plane, each once at a tiny size: that they run, never how fast."""
+"""Benchmarks of the LLM plane at a tiny size: that they run, never how fast."""
 
 from datetime import date
 

@@ -93,6 +93,12 @@ def test_a_section_is_no_option(config):
         ("visual.frozen", "none", "visual.frozen is of stage llm and must not be given in stage visual"),
         ("visual.frozen", "half", "--visual.frozen must be one of all, backbone, none"),
         ("llm.input", "poses", "--llm.input must be one of signs, frames, light_t"),
+        ("visual.temporal_kernel", "-1", "visual.temporal_kernel must be odd and above 0"),
+        ("data.threads", "-1", "data.threads must not be negative"),
+        ("optim.betas", "0.9,1.5", "optim.betas must be two numbers from 0 to below 1"),
+        ("optim.weight_decay", "-1", "optim.weight_decay must not be negative"),
+        ("optim.momentum", "-1", "optim.momentum must not be negative"),
+        ("train.save_every_steps", "0", "train.save_every_steps must be none or at least 1"),
         ("train.probe_every", "-1", "train.probe_every must not be negative"),
     ],
 )

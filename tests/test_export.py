@@ -45,6 +45,7 @@ def targets(codec: TextCodec) -> torch.Tensor:
 def settings_of(stage: str) -> dict:
     config = RunConfig(stage=stage, run="r", visual_run="v").with_overrides(
         {"visual.width": "4", "visual.temporal_kernel": "5", "data.frame_size": "40", "data.crop_size": "32"}
+        | {"visual.chunk_frames": "7"}
     )
     arrays = {"height": np.array([79]), "width": np.array([64]), "num_frames": np.array([20])}
     index = Index(LocalStore("shards"), "toy", "train", "ab", (), arrays, options={"fps": 12.5})
@@ -111,7 +112,7 @@ def test_the_settings_say_what_a_video_needs(stage_1):
     assert settings["stage"] == "visual" and settings["visual"] == {"width": 4, "temporal_kernel": 5}
     assert settings["frames"] == {
         "short_side": 64, "fps": 12.5, "keep_every": 4, "target_fps": None, "max_frames": 512,
-        "cap": "uniform", "frame_size": 40, "crop_size": 32, "feature_fps": None,
+        "cap": "uniform", "frame_size": 40, "crop_size": 32, "feature_fps": None, "chunk_frames": 7,
     }  # fmt: skip
     assert Beam(**settings["generation"]) == Beam(5, 1.0, 100) and settings["scores"] == {
         "dev": {"bleu4": 1.5}
@@ -120,6 +121,7 @@ def test_the_settings_say_what_a_video_needs(stage_1):
 
 def test_stage_llm_takes_the_visual_encoder_as_it_was(stage_1):
     visual = export.read_visual(stage_1[0])
+    assert visual.chunk_frames == 7
     stored = load_file(stage_1[0] / "visual_encoder.safetensors")
     assert {n: t.sum().item() for n, t in visual.state_dict().items()} == {
         n: t.sum().item() for n, t in stored.items()

@@ -14,10 +14,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from flallm_ds import cli, export
+from flallm_ds.config import FREE_TO_CHANGE
 from flallm_ds.errors import UserError
 from flallm_ds.inference.publish import publish
 from flallm_ds.inference.translator import Translator
+from flallm_ds.model_card import command
 from flallm_ds.models.sign_translator import Beam, Candidate
+from flallm_ds.recipes import RECIPES
 
 BEAM = Beam(num_beams=3, max_new_tokens=8, num_return=2)
 
@@ -140,6 +143,23 @@ def test_the_card_says_what_is_recorded(runs: Callable[[str, str], Path], tmp_pa
     assert "1 clips of toy" in card and "--recipe=" in card and "--visual.width=4" in card
     assert "Translator.from_pretrained(" in card and str(tmp_path) not in card and str(run) not in card
     assert "is trimmed to the" in card
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_cards_command_is_of_the_same_run(name: str) -> None:
+    words = command(RECIPES[name]())
+    recipe = next(w.removeprefix("--recipe=") for w in words.split() if w.startswith("--recipe="))
+    given = dict(w.removeprefix("--").split("=", 1) for w in words.split()[2:] if "recipe" not in w)
+    mine, cards = RECIPES[name]().options(), RECIPES[recipe]().with_overrides(given).options()
+    assert {o: v for o, v in cards.items() if o not in FREE_TO_CHANGE or o == "visual_run"} == {
+        o: v for o, v in mine.items() if o not in FREE_TO_CHANGE or o == "visual_run"
+    }
+
+
+def test_a_place_where_nothing_can_be_written(runs: Callable[[str, str], Path], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="--out must be where files can be written"):
+        publish(runs(ENCODER_DECODER, "full"), tmp_path / "file" / "model")
 
 
 def test_scores_of_an_older_export_are_left_out(runs: Callable[[str, str], Path], tmp_path: Path) -> None:

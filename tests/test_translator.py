@@ -219,3 +219,8 @@ def test_push_without_a_token_or_a_network(
         push(model, "model", private=False)
     with pytest.raises(UserError, match="there must be an export"):
         push(tmp_path, "me/model", private=False)
+    apart = Path(shutil.copytree(model, tmp_path / "apart"))
+    settings = json.loads((apart / "flallm.json").read_text()) | {"base": "../llm_trimmed"}
+    (apart / "flallm.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=r"adds to the LLM \.\./llm_trimmed\. Make a whole folder"):
+        push(apart, "me/model", private=False)

@@ -110,5 +110,5 @@ def from_npy(member: memoryview, shape: tuple[int, int], dtype: str) -> np.ndarr
         raise ValueError(f"features must be of shape {shape}, but are {len(member)} bytes")
     features_SD: np.ndarray = np.frombuffer(member, dtype, offset=end).reshape(shape)
     if not np.isfinite(features_SD).all():
-        raise ValueError("features must be finite, but are not: the clip was broken when they were made")
+        raise ValueError("features must be finite, but are not: the clip was broken in their source")
     return features_SD

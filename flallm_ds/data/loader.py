@@ -37,14 +37,20 @@ SHARDS_AHEAD = 32  # fetched before they are needed, where they are remote: two 
 
 @dataclass
 class BrokenClips:
-    """Clips that this rank could not decode, by name; past `budget` of them the run stops."""
+    """Clips that this rank could not decode, by name; past `budget` of them the run stops.
+
+    A clip of cached features counts once, however many views of it are broken.
+    """
 
     budget: int
     reasons: dict[str, str] = field(default_factory=dict)
+    keys: set[str] = field(default_factory=set)
 
     def add(self, shard: str, key: str, reason: str) -> None:
-        if f"{shard}:{key}" not in self.reasons:
-            print(f"warning: clip {key} in {shard} is broken ({reason}); another takes its place", flush=True)
+        if key in self.keys:
+            return
+        print(f"warning: clip {key} in {shard} is broken ({reason}); another takes its place", flush=True)
+        self.keys.add(key)
         self.reasons[f"{shard}:{key}"] = reason
         if len(self.reasons) > self.budget:
             raise RankError(

@@ -63,6 +63,13 @@ def _unknown_language(language: str, must: str) -> UserError:
     return UserError(f"llm.language must be one that {must}, but is {language!r}: {nearest(language, names)}")
 
 
+def _new_language(language: str, known: Sequence[str]) -> UserError:
+    return UserError(
+        f"the language of each clip must be one of the training text ({', '.join(known)}), but one is "
+        f"{language!r}. Leave such clips out, or train on text of that language too."
+    )
+
+
 def check_prompt(template: str) -> None:
     """Raise UserError if a prompt does not hold {video} once, or holds a field that does not exist."""
     try:
@@ -182,6 +189,8 @@ class TextCodec:
         told_apart = len({self.wording(each).start for each in languages}) == len(languages)
         if self.instruction.language or len(languages) < 2 or told_apart:
             return Wording(start=start or (self.eos_id,))
+        if language not in languages:
+            raise _new_language(language, languages)
         return Wording(start=(self.eos_id, languages.index(language)))
 
     def _wording(self, language: str, corpus: str) -> Wording:
@@ -199,6 +208,8 @@ class TextCodec:
         start = [] if in_source else language_ids
         if self._starts_with_its_own_token(bool(start)):
             start = [self.trimmed_id(self.instruction.start_token or 0), *start]
+        if min(language_ids, default=0) < 0:  # its token was not kept
+            raise _new_language(language, self.instruction.languages)
         return Wording((*in_source, *self._ids(before)), tuple(self._ids(after)), tuple(start))
 
     def _starts_with_its_own_token(self, starts_with_language: bool) -> bool:
@@ -214,7 +225,7 @@ class TextCodec:
         (folder / VOCABULARY_FILE).write_text(json.dumps(content), encoding="utf-8")
 
     @classmethod
-    def load(cls, folder: Path) -> "TextCodec":
+    def load(cls, folder: Path, hub_code: bool = False) -> "TextCodec":
         """What `save` wrote. Raises UserError where the folder is not whole."""
         try:
             content = json.loads((folder / VOCABULARY_FILE).read_text(encoding="utf-8"))
@@ -225,7 +236,7 @@ class TextCodec:
             raise UserError(
                 f"{folder / VOCABULARY_FILE} must be a codec's file, but is not ({error})."
             ) from error
-        tokenizer = load_tokenizer(str(folder))
+        tokenizer = load_tokenizer(str(folder), hub_code)
         if max(kept_ids) >= len(tokenizer):
             raise UserError(
                 f"the tokenizer in {folder} must hold the pieces of {VOCABULARY_FILE}, but holds fewer."

@@ -2,17 +2,13 @@
 
 import re
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import HfApi, get_token, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from flallm_ds import export
 from flallm_ds.errors import UserError
+from flallm_ds.models.stored import HUB_ERRORS
 
-# What goes wrong between here and the hub: no network, no such name, no right to it.
-_CLIENT_ERROR = HfHubHTTPError.__mro__[1]  # of whichever HTTP client this version uses
-_ERRORS: Any = (OSError, _CLIENT_ERROR, HFValidationError)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -25,7 +21,7 @@ def folder_of(model: str | Path) -> Path:
         return export.find(model)
     try:
         return export.find(snapshot_download(str(model)))
-    except _ERRORS as error:
+    except HUB_ERRORS as error:
         raise UserError(
             f"{model} must be a folder with an export, or an export on the hub that can be reached, but is "
             f"neither: {_first_line(error)}"
@@ -35,7 +31,12 @@ def folder_of(model: str | Path) -> Path:
 def push(model: Path, repo: str, private: bool) -> str:
     """Upload an export to USER/NAME and return its address. Raises UserError where that cannot be done."""
     folder = export.find(model)
-    export.read_settings(folder)
+    base = export.read_settings(folder)["base"]
+    if base is not None and (base.startswith("..") or Path(base).is_absolute()):
+        raise UserError(
+            f"what is pushed must need nothing else of this machine, but {folder} adds to the LLM {base}. "
+            "Make a whole folder with flallm export, and push that."
+        )
     if not _HUB_ID.fullmatch(repo):
         raise UserError(f"--repo must be USER/NAME, but is {repo!r}.")
     if get_token() is None:
@@ -47,7 +48,7 @@ def push(model: Path, repo: str, private: bool) -> str:
     try:
         api.create_repo(repo, private=private, exist_ok=True)
         return str(api.upload_folder(repo_id=repo, folder_path=folder).repo_url)
-    except _ERRORS as error:
+    except HUB_ERRORS as error:
         raise UserError(
             f"{folder} must go to {repo}, but the hub cannot be reached or refuses it: {_first_line(error)}"
         ) from error

@@ -5,6 +5,8 @@ import shutil
 from pathlib import Path
 from typing import Any, Literal
 
+from safetensors import SafetensorError
+
 from flallm_ds import export
 from flallm_ds.config import RunConfig
 from flallm_ds.data.text import TextCodec
@@ -37,7 +39,7 @@ def publish(
     settings = export.read_settings(source)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out must name a new or an empty folder, but {out} holds something.")
-    codec = TextCodec.load(source / export.LANGUAGE_MODEL)
+    codec = TextCodec.load(source / export.LANGUAGE_MODEL, hub_code)
     if lora == "apart":
         _check_apart(source, settings, untrimmed)
     if untrimmed:
@@ -54,9 +56,12 @@ def publish(
             found = _merge(source, folder, settings, hub_code)
         if untrimmed:
             _untrim(folder, name, codec, hub_code)
-        _describe(folder, found)
+        _describe(folder, found, hub_code)
 
-    replace_folder(out, write)
+    try:
+        replace_folder(out, write)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--out must be where files can be written, but {out}: {error}.") from error
     return out
 
 
@@ -131,7 +136,7 @@ def _untrim(folder: Path, name: str, codec: TextCodec, hub_code: bool) -> None:
     shutil.rmtree(trimmed)
 
 
-def _describe(folder: Path, settings: dict[str, Any]) -> None:
-    codec = TextCodec.load(folder / export.LANGUAGE_MODEL)
+def _describe(folder: Path, settings: dict[str, Any], hub_code: bool) -> None:
+    codec = TextCodec.load(folder / export.LANGUAGE_MODEL, hub_code)
     (folder / export.SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     (folder / export.CARD_FILE).write_text(model_card(settings, codec), encoding="utf-8")

@@ -134,6 +134,8 @@ def strip_of_run(run: Path, out: Path, split: str, num_clips: int) -> None:
         )
     hypotheses = {h.key: h for h in read_hypotheses(path)}
     index = open_indexes(RunConfig.load(run / "config.json").data.shards, split)
+    if index.features:  # of clips with the same keys
+        index = open_indexes([facts.source for facts in index.features], split)
     reader = ClipReader(index, FrameSampling(max_frames=10**9), seed=0, train=False)
     clips = []
     for row in np.linspace(0, len(index) - 1, num_clips).round().astype(int).tolist():

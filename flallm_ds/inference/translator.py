@@ -51,7 +51,7 @@ class Translator:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         loaded = export.read(folder_of(model), LlmOptions(bits=bits, hub_code=hub_code))
         loaded.visual.to(chosen)
-        if bits > 8:  # bitsandbytes has put them where they belong
+        if bits > 8 or loaded.settings["stage"] == "visual":  # bitsandbytes puts its weights itself
             loaded.translator.to(chosen)
         loaded.translator.adapter.to(chosen)
         frames = loaded.settings["frames"]

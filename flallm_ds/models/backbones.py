@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import _CACHED_NO_EXIST, file_exists, try_to_load_from_cache
 from safetensors import SafetensorError
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -26,6 +27,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from flallm_ds.command import nearest
 from flallm_ds.errors import UserError
 from flallm_ds.models.checkpointing import checkpoint_stages, stages_of
+from flallm_ds.models.stored import HUB_ERRORS
 from flallm_ds.models.tuning import Tuning, tune
 from flallm_ds.preprocess import IMAGENET_MEAN, IMAGENET_STD
 
@@ -228,9 +230,8 @@ def _build_transformers(weights: str, width: int, pretrained: bool, crop_size: i
             f"visual.width must be {config.embedding_size}, as of {weights}, but is {width}. ImageNet "
             "weights are for --visual.width=64; use --visual.weights=none for other widths."
         )
-    mean, std = _processor_norm(weights)
-    values = json.loads(config.to_json_string(use_diff=False))
-    recipe = Recipe("transformers", values, mean=mean, std=std)
+    mean, std = _processor_norm(weights, config.model_type)
+    recipe = Recipe("transformers", plain_config(config), mean=mean, std=std)
     model = recipe.build()  # drawn even where weights follow: what is drawn later must not depend on that
     if pretrained:
         recipe = _load_transformers(model, weights, config, recipe)
@@ -269,16 +270,47 @@ def _image_config(weights: str) -> Any:
     return config
 
 
-def _processor_norm(weights: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _processor_norm(weights: str, model_type: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """(mean, std) of the model's image processor; ImageNet's where it comes without one."""
     try:
         processor, _ = ImageProcessingMixin.get_image_processor_dict(weights)
-    except OSError:
-        return IMAGENET_MEAN, IMAGENET_STD
-    if not processor.get("do_normalize", True):
+    except OSError as error:
+        if model_type == "resnet" or not _may_have_processor(weights):  # a ResNet's is ImageNet's
+            return IMAGENET_MEAN, IMAGENET_STD
+        raise UserError(
+            "visual.weights must be within reach with its preprocessor_config.json, but that of "
+            f"{weights} is not: {_first_line(error)} Fetch it where there is a network, or give a folder."
+        ) from error
+    if processor.get("do_flip_channel_order"):
+        raise UserError(f"visual.weights must name an encoder of RGB images, but {weights} reads BGR.")
+    if not processor.get("do_normalize", "image_mean" in processor):
         return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     mean, std = processor.get("image_mean"), processor.get("image_std")
     return tuple(mean or IMAGENET_MEAN), tuple(std or IMAGENET_STD)
+
+
+def _may_have_processor(weights: str) -> bool:
+    """Whether a hub's model may have a processor that is only out of reach."""
+    if Path(weights).is_dir():
+        return False
+    known = try_to_load_from_cache(weights, "preprocessor_config.json")
+    try:
+        return known is not _CACHED_NO_EXIST and file_exists(weights, "preprocessor_config.json")
+    except HUB_ERRORS:
+        return True
+
+
+def plain_config(config: Any) -> dict[str, Any]:
+    """All values of a config but those that do not make the model: see `without_origin`."""
+    return dict(without_origin(json.loads(config.to_json_string(use_diff=False))))
+
+
+def without_origin(values: Any) -> Any:
+    """A config's values without the version that wrote it and the place that it came from."""
+    if not isinstance(values, dict):
+        return values
+    origin = ("transformers_version", "_name_or_path")
+    return {name: without_origin(value) for name, value in values.items() if name not in origin}
 
 
 def _load_transformers(model: Any, weights: str, config: Any, recipe: Recipe) -> Recipe:
@@ -404,8 +436,7 @@ def _resnet_recipe(width: int, depths: list[int], layer_type: str) -> Recipe:
         depths=depths,
         layer_type=layer_type,
     )
-    values = json.loads(config.to_json_string(use_diff=False))
-    return Recipe("transformers", values, feature_width=8 * first)
+    return Recipe("transformers", plain_config(config), feature_width=8 * first)
 
 
 def _random(recipe: Recipe) -> Backbone:

@@ -5,7 +5,6 @@ N packed frames, B clips, C H W of a frame, D width of the features.
 
 import hashlib
 import json
-from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import torch
@@ -15,6 +14,7 @@ from transformers.models.mbart.modeling_mbart import MBartEncoder
 
 from flallm_ds.errors import UserError
 from flallm_ds.models.adapters import Adapter
+from flallm_ds.models.backbones import without_origin
 from flallm_ds.models.lengths import pad_packed
 from flallm_ds.models.visual_encoder import VisualEncoder
 
@@ -92,7 +92,7 @@ class FeatureExtractor(nn.Module):
         """What `from_settings` needs besides the visual encoder; plain values for a JSON file."""
         if self.light_t_encoder is None:
             return {"kind": self.kind}
-        return {"kind": self.kind, "light_t": self.light_t_encoder.config.to_diff_dict()}
+        return {"kind": self.kind, "light_t": without_origin(self.light_t_encoder.config.to_diff_dict())}
 
     @classmethod
     def from_settings(cls, visual: VisualEncoder, settings: dict[str, Any]) -> "FeatureExtractor":
@@ -108,18 +108,13 @@ class FeatureExtractor(nn.Module):
     def fingerprint(self) -> str:
         """sha256 of settings and weights: equal for extractors that make the same features."""
         settings = {"features": self.settings(), "visual": self.visual.settings()}
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps(without_origin(settings), sort_keys=True).encode())
         for name, tensor in sorted(self.state_dict().items()):
             if not name.endswith("num_batches_tracked"):
                 plain = tensor.detach().cpu().contiguous().reshape(-1)
                 digest.update(f"{name} {plain.dtype} {list(tensor.shape)}".encode())
                 digest.update(plain.view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
-
-
-def named_for_export(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """An extractor's state as an export names it: visual.* of the visual encoder, features.* of the rest."""
-    return {name if name.startswith("visual.") else f"features.{name}": t for name, t in state.items()}
 
 
 def encoder_of(light_t_encoder: Any) -> Any:

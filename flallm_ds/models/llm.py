@@ -114,6 +114,18 @@ def _not_loaded(name: str, error: Exception) -> UserError:
     return UserError(f"the LLM {name} must load, but did not: {reason} Check --llm.name.")
 
 
+def longest_input(llm: Any) -> int | None:
+    """Most embeddings that the LLM can read; None where its positions are not a table that ends."""
+    reader = llm.get_encoder() if llm.config.is_encoder_decoder else llm
+    tables = [
+        module.num_embeddings
+        for name, module in reader.named_modules()
+        if isinstance(module, torch.nn.Embedding) and name.rpartition(".")[2] in ("embed_positions", "wpe")
+    ]
+    most = getattr(llm.config.get_text_config(), "max_position_embeddings", None)
+    return min(*tables, most or tables[0]) if tables else None
+
+
 def load_llm(name: str, options: LlmOptions = LlmOptions()) -> Any:
     """The LLM `name`, in eval mode.
 
@@ -282,7 +294,7 @@ def trim_llm(name: str, codec: TextCodec, out: Path, hub_code: bool = False) -> 
     )
     generation = _generation_config(name)
     renumber(generation, codec)
-    _save_configs(skeleton, config, generation, out)
+    save_configs(skeleton, config, generation, out)
     codec.save(out)
 
 
@@ -318,7 +330,7 @@ def untrim_llm(trimmed: Path, base_name: str, codec: TextCodec, out: Path, hub_c
 
     write_weights(out, tensors(), file_bytes=_FILE_BYTES)
     whole.config.dtype = small.config.dtype
-    _save_configs(whole, whole.config, _generation_config(base_name), out)
+    save_configs(whole, whole.config, _generation_config(base_name), out)
     codec.untrimmed().save(out)
 
 
@@ -343,10 +355,10 @@ def _by_own_name(skeleton: Any, state: dict[str, torch.Tensor]) -> dict[str, tor
     return stored | {t: stored[s] for t, s in ties.items() if t not in stored and s in stored}
 
 
-def _save_configs(skeleton: Any, config: Any, generation: Any, out: Path) -> None:
-    """config.json, generation_config.json, and the model's own code where it has some."""
-    config.architectures = [type(skeleton).__name__]
-    if skeleton._auto_class is not None:
-        custom_object_save(skeleton, out, config=config)
+def save_configs(llm: Any, config: Any, generation: Any, out: Path) -> None:
+    """Write config.json, generation_config.json, and the code of the LLM's class where it is its own."""
+    config.architectures = [type(llm).__name__]
+    if llm._auto_class is not None:
+        custom_object_save(llm, out, config=config)
     config.save_pretrained(out)
     generation.to_json_file(out / "generation_config.json")  # whatever its checks think of it

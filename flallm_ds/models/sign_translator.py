@@ -71,6 +71,8 @@ class SignTranslator(nn.Module):
                 next(self.adapter.parameters()).dtype
             )  # a bf16 engine, an fp32 encoder
         tokens_NE: torch.Tensor = self.adapter(features_ND)
+        if not torch.is_autocast_enabled(tokens_NE.device.type):
+            tokens_NE = tokens_NE.to(self.language_model.dtype)  # an LLM in bf16 behind an fp32 adapter
         return tokens_NE
 
     def _source(
@@ -86,10 +88,11 @@ class SignTranslator(nn.Module):
         videos = torch.split(tokens_NE, num_frames_B.tolist())
         around = [(w.before, (*w.after, *target)) for w, target in zip(wordings, targets, strict=True)]
         ids = [i for pair in around for part in pair for i in part]
-        if not ids:
+        if not ids and not self.decoder_only:  # there a rank without clips must embed as the others do
             return pad_parts(videos, side)
         # One call of the embedding for the batch: under ZeRO-3 each is a gather.
-        words_NE = self.language_model.get_input_embeddings()(torch.tensor(ids, device=tokens_NE.device))
+        ids_N = torch.tensor(ids, dtype=torch.long, device=tokens_NE.device)
+        words_NE = self.language_model.get_input_embeddings()(ids_N)
         words = iter(torch.split(words_NE, [len(part) for pair in around for part in pair]))
         return pad_parts([torch.cat([next(words), video, next(words)]) for video in videos], side)
 

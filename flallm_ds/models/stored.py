@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import safe_open
 from torch.utils._pytree import tree_map_only
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -21,6 +22,9 @@ CHECKPOINT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+# What goes wrong between here and the hub: no network, no such name, no right to it. The second is the base
+# of whichever HTTP client this version of it uses.
+HUB_ERRORS: Any = (OSError, HfHubHTTPError.__mro__[1], HFValidationError)
 BLOCK_BYTES = 64 * 2**20  # how much of a tensor is read at once where rows are chosen or compared
 
 

@@ -66,10 +66,6 @@ class VisualEncoder(nn.Module):
         self.temporal = LocalTemporalModule(self.backbone.feature_width, temporal_kernel)
 
     @property
-    def frame_width(self) -> int:
-        return self.backbone.feature_width
-
-    @property
     def feature_width(self) -> int:
         return self.temporal.conv.out_channels
 

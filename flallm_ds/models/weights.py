@@ -34,7 +34,7 @@ class WeightsWriter:
         self._files: list[tuple[Path, list[str]]] = []
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Take a tensor that nobody changes until the next call."""
+        """Take a tensor that nobody changes until the writer is closed."""
         size = tensor.numel() * tensor.element_size()
         if self._waiting and self._waiting_bytes + size > self.file_bytes:
             self._flush()

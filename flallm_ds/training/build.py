@@ -2,12 +2,15 @@
 
 import math
 import os
+import socket
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from flallm_ds import export
@@ -23,7 +26,7 @@ from flallm_ds.data.sampling import FrameSampling
 from flallm_ds.data.store import CacheOptions
 from flallm_ds.data.text import Instruction, TextCodec, Wording
 from flallm_ds.dist import World, main_first, on_each_machine
-from flallm_ds.errors import UserError
+from flallm_ds.errors import RankError, UserError
 from flallm_ds.models.adapters import Adapter
 from flallm_ds.models.backbones import Backbone, build_backbone
 from flallm_ds.models.checkpointing import checkpoint_llm
@@ -36,6 +39,7 @@ from flallm_ds.models.llm import (
     llm_config,
     llm_width,
     load_llm,
+    longest_input,
     trim_llm,
 )
 from flallm_ds.models.sign_translator import Beam, Candidate, SignTranslator
@@ -151,7 +155,7 @@ def build_task(config: RunConfig, folder: Path, world: World) -> Task:
         "visual.chunk_frames must be 0 where ZeRO-3 partitions the visual encoder, because ranks with fewer "
         f"chunks would leave the others waiting, but is {config.visual.chunk_frames}.",
     )
-    ds.check_compilation_locks()
+    on_each_machine(ds.check_compilation_locks, world)
     torch.manual_seed(config.train.seed)  # the same initial weights on every rank
     codec = _open_codec(config, folder, train_index, world)
     extractor = feature_extractor(config, world).to(world.device)
@@ -162,6 +166,7 @@ def build_task(config: RunConfig, folder: Path, world: World) -> Task:
         if config.stage == "visual"
         else llm_model(config, codec, folder, extractor, ds_config, world)
     )
+    check_clips(config, (train_index, dev_index), codec, model, extractor)
     groups = parameter_groups(model, config)
     engine = ds.Engine(model, groups, config.optim, ds_config, world)
     return Task(
@@ -177,6 +182,31 @@ def build_task(config: RunConfig, folder: Path, world: World) -> Task:
         statistics=BatchStatistics(engine.module, world),
         kept=KeptStatistics(engine.module.train()),
         broken=BrokenClips(math.ceil(config.data.max_broken * len(train_index))),
+    )
+
+
+def check_clips(
+    config: RunConfig,
+    indexes: Sequence[Index],
+    codec: TextCodec,
+    model: SignTranslator,
+    extractor: FeatureExtractor,
+) -> None:
+    """Raise UserError for a language that the codec does not know, or a clip longer than what reads it."""
+    wording = codec.light_wording if config.stage == "visual" else codec.wording
+    languages = sorted({language for index in indexes for language in index.strings("language")})
+    around = max(len(w.before) + len(w.after) for w in map(wording, languages))
+    reads = longest_input(model.language_model)
+    limits = [reads - around] if reads is not None else []
+    if extractor.light_t_encoder is not None:
+        limits.append(extractor.light_t_encoder.config.max_position_embeddings)
+    data = config.data
+    longest = max(int(num_places(i, make_sampling(data), data.feature_fps).max()) for i in indexes)
+    _must(
+        not limits or longest <= min(limits),
+        f"clips must have at most {min(limits, default=0)} frames, which is as much as what reads them can "
+        f"tell apart, but one keeps {longest}. Give --data.max_frames={min(limits, default=0)}, or a larger "
+        "--data.keep_every (of cached features: a smaller --data.feature_fps).",
     )
 
 
@@ -274,19 +304,34 @@ def _open_codec(config: RunConfig, folder: Path, train_index: Index, world: Worl
     """The codec of this run's training text, made by rank 0 once and read by all."""
     path = folder / "tokenizer"
 
-    def make() -> None:
-        if not path.is_dir():
-            codec = TextCodec.for_training_text(
-                config.llm.name,
-                _instruction(config, train_index),
-                train_index.strings("text"),
-                config.llm.trim_vocabulary,
-                config.llm.hub_code,
-            )
-            replace_folder(path, codec.save)
+    def write(out: Path) -> None:
+        TextCodec.for_training_text(
+            config.llm.name,
+            _instruction(config, train_index),
+            train_index.strings("text"),
+            config.llm.trim_vocabulary,
+            config.llm.hub_code,
+        ).save(out)
 
-    main_first(make, world)
-    return TextCodec.load(path)
+    _write_once(path, write, world)
+    return TextCodec.load(path, config.llm.hub_code)
+
+
+def _write_once(folder: Path, write: Callable[[Path], None], world: World) -> None:
+    """Rank 0 writes a folder where it is not there. Raises UserError on every rank where it cannot."""
+
+    def first() -> None:
+        if folder.is_dir():
+            return
+        try:
+            replace_folder(folder, write)
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"{folder} must be written, but was not ({error}). Free some space and give the same command "
+                "again."
+            ) from error
+
+    main_first(first, world)
 
 
 def _instruction(config: RunConfig, train_index: Index) -> Instruction:
@@ -319,9 +364,7 @@ def feature_extractor(config: RunConfig, world: World) -> FeatureExtractor:
 
 def imagenet_encoder(config: RunConfig, world: World) -> VisualEncoder:
     """With a new temporal module and the backbone of visual.weights."""
-    made = list[Backbone]()
-    main_first(lambda: made.append(_load_backbone(config, world)), world)  # it fills the hub's cache
-    backbone = made[0] if made else _load_backbone(config, world)
+    backbone = _load_backbone(config, world)
     return VisualEncoder(temporal_kernel=config.visual.temporal_kernel, backbone=backbone)
 
 
@@ -349,17 +392,38 @@ def visual_model(config: RunConfig, codec: TextCodec, visual: FeatureExtractor) 
 
 
 def _load_backbone(config: RunConfig, world: World) -> Backbone:
-    """That of visual.weights; where the default one is out of reach, the same with random weights."""
+    """That of visual.weights; where the default one is out of reach, a random one, on all ranks."""
     visual = config.visual
-    try:
-        return build_backbone(visual.weights, visual.width, visual.pretrained, config.data.crop_size)
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        if visual.weights != VisualConfig().weights or visual.frozen_stages or visual.tune != "full":
-            raise UserError(
-                f"visual.weights must be within reach, but {visual.weights} is not: {reason} Give a folder "
-                "or file of this machine."
+    made = list[Backbone]()
+
+    def load() -> None:
+        made.append(build_backbone(visual.weights, visual.width, visual.pretrained, config.data.crop_size))
+
+    def first() -> str:
+        """Why rank 0, which fills the hub's cache, cannot have the default weights; or nothing."""
+        try:
+            load()
+        except OSError as error:
+            reason = str(error).splitlines()[0]
+            if visual.weights != VisualConfig().weights or visual.frozen_stages or visual.tune != "full":
+                raise UserError(
+                    f"visual.weights must be within reach, but {visual.weights} is not: {reason} Give a "
+                    "folder or file of this machine."
+                ) from error
+            return reason
+        return ""
+
+    reason = main_first(first, world)
+    if not reason:
+        try:
+            if not made:
+                load()
+        except OSError as error:
+            raise RankError(
+                f"visual.weights must be within reach of every machine, but {visual.weights} is not of "
+                f"{socket.gethostname()}: {error}. Give a folder that all machines see."
             ) from error
+        return made[0]
     if world.is_main:
         print(
             f"warning: the ImageNet weights {visual.weights} are out of reach ({reason}); the backbone "
@@ -400,17 +464,17 @@ def llm_model(
     check_bits(config.llm.bits, config.llm.tune, ds.zero_stage(ds_config), world.device)
     if config.llm.trim_vocabulary:
         trimmed = folder / "llm_trimmed"
-
-        def trim() -> None:
-            if not trimmed.is_dir():
-                replace_folder(trimmed, lambda out: trim_llm(name, codec, out, config.llm.hub_code))
-
-        main_first(trim, world)
+        _write_once(trimmed, lambda out: trim_llm(config.llm.name, codec, out, config.llm.hub_code), world)
         name = str(trimmed)
     partitioning = ds.model_loading(ds_config)  # held until the model is loaded
     if not config.llm.pretrained:
         torch.manual_seed(config.train.seed)  # a resumed run, which trims nothing, draws the same weights
-    llm = load_llm(name, llm_options(config, ds_config))
+    try:
+        llm = load_llm(name, llm_options(config, ds_config))
+    except UserError as error:
+        if world.is_main or world.local_rank:
+            raise
+        raise RankError(f"{error} (On {socket.gethostname()}.)") from error  # rank 0 may not have met it
     tune(llm, llm_tuning(config), config.train.seed)
     del partitioning
     if config.llm.checkpointing:

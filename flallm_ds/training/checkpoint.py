@@ -104,17 +104,22 @@ def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
 def recover_folders(parent: Path) -> None:
     """Put every old folder back whose replacement was killed between its two renames."""
     for old in parent.glob(".old-*"):
-        path = parent / old.name.removeprefix(".old-")
-        if path.exists():
-            shutil.rmtree(old)
-        else:
-            old.rename(path)
+        _recover(old)
+
+
+def _recover(old: Path) -> None:
+    path = old.with_name(old.name.removeprefix(".old-"))
+    if path.exists():
+        shutil.rmtree(old)
+    else:
+        old.rename(path)
 
 
 def _put(partial: Path, path: Path) -> None:
     """Give a complete folder its name; one that has it stands aside until then."""
-    recover_folders(path.parent)
     old = path.with_name(f".old-{path.name}")
+    if old.exists():
+        _recover(old)
     if path.exists():
         path.rename(old)
     partial.rename(path)

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -70,8 +70,10 @@ def read_deepspeed_config(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} must be JSON, but {error}.") from error
-    if not isinstance(config, dict) or not isinstance(config.get("zero_optimization", {}), dict):
-        raise UserError(f"{path} and its zero_optimization must be JSON objects, but one is not.")
+    if not isinstance(config, dict):
+        raise UserError(f"{path} must hold a JSON object, but does not.")
+    _must_be_objects(config, ("zero_optimization", "bf16", "fp16", "torch_autocast", "data_types"), path)
+    _must_be_objects(config.get("zero_optimization", {}), ("offload_param", "offload_optimizer"), path)
     for name in config:
         if name in OWNED_BY_RUN:
             raise UserError(f"{name} must not be in {path}: set --{OWNED_BY_RUN[name].split()[0]} instead.")
@@ -85,6 +87,12 @@ def read_deepspeed_config(path: Path) -> dict[str, Any]:
                 f"{path} has an unknown key zero_optimization.{name}: {nearest(name, zero_fields)}"
             )
     return dict(config)
+
+
+def _must_be_objects(config: dict[str, Any], names: Iterable[str], path: Path) -> None:
+    for name in names:
+        if not isinstance(config.get(name, {}), dict):
+            raise UserError(f"{name} must be a JSON object in {path}, but is {json.dumps(config[name])}.")
 
 
 def for_cpu(config: dict[str, Any]) -> dict[str, Any]:
@@ -137,7 +145,8 @@ def _optimizer(
     if optim.name == "sgd":
         return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay)
     betas = (optim.betas[0], optim.betas[1])
-    offloaded = "offload_optimizer" in config.get("zero_optimization", {})
+    offload = config.get("zero_optimization", {}).get("offload_optimizer", {})
+    offloaded = offload.get("device", "none") != "none"
     if offloaded and torch.cuda.is_available():
         offloading: torch.optim.Optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(
             groups,
@@ -185,7 +194,7 @@ HELD = -1  # among the modules that are busy with a parameter; DeepSpeed numbers
 class Engine:
     """A module under DeepSpeed.
 
-    groups: one dict a parameter group with "params", "lr" and "name". config: what `complete` returned.
+    groups: one dict a parameter group with "params" and "lr". config: what `complete` returned.
     """
 
     def __init__(

@@ -38,7 +38,7 @@ def run_folder(config: RunConfig, world: World) -> Iterator[Path]:
     folder = main_first(lambda: open_run_folder(config), world)
     try:
         yield folder
-    except UserError:
+    except Exception:
         if is_new:
             shutil.rmtree(path)
         raise

@@ -3,6 +3,7 @@
 import itertools
 import time
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -215,7 +216,12 @@ class Trainer:
     def _save(self) -> None:
         begin = time.perf_counter()
         plan_state = self.task.plan(self.task.train_index).state(self.at.epoch, self.at.step)
-        state = {"position": asdict(self.at), "plan": asdict(plan_state), "world_size": self.world.size}
+        state = {
+            "position": asdict(self.at),
+            "plan": asdict(plan_state),
+            "world_size": self.world.size,
+            "frozen_encoder": self._frozen_encoder,
+        }
         checkpoint.save(
             self.folder / "checkpoints",
             self.at.global_step,
@@ -240,9 +246,19 @@ class Trainer:
                 f"a run must be resumed with the ranks it was saved by ({state['world_size']}), but there "
                 f"are {self.world.size}: {newest}. Start that many ranks, or another run folder."
             )
+        if state["frozen_encoder"] != self._frozen_encoder:
+            raise UserError(
+                f"the frozen visual encoder must be the one with which {newest} was saved, but is another. "
+                "Give the --visual_run of then (has its stage 1 gone on since?), or another run folder."
+            )
         self.task.engine.load(newest)
         self.at = position
         self.progress.say(f"resumed at epoch {position.epoch}, step {position.step} from {newest}")
+
+    @cached_property
+    def _frozen_encoder(self) -> str:
+        """Fingerprint of the encoder outside the engine, which no checkpoint holds; or nothing."""
+        return self.task.frozen.fingerprint() if self.task.frozen is not None else ""
 
     def _newest_checkpoint(self) -> Path | None:
         for parent in (self.folder, self.folder / "checkpoints"):

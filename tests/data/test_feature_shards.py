@@ -250,6 +250,20 @@ def test_broken_features_are_replaced_and_counted_as_broken_clips_are(copy, tiny
         list(none)
 
 
+def test_a_clip_that_is_broken_in_all_views_counts_once(copy, tiny_corpus):
+    """As it would on video, where a run reads the same bytes in every epoch."""
+    index = load_index(copy, "train")
+    for view in range(VIEWS):
+        with (copy / index.tar(13, view).file).open("r+b") as file:
+            file.seek(int(index.arrays["offset"][13]) + 200)
+            file.write(np.float32(np.nan).tobytes())
+    broken = BrokenClips(1)
+    for epoch in range(VIEWS):
+        loader = open_loader(copy, sampling=SAMPLING, epoch=epoch)
+        list(Loader(loader.reader, loader.plan, broken=broken))
+    assert len(broken.reasons) == 1
+
+
 def test_a_missing_view_is_found_at_the_start(copy):
     (copy / "train-000002.view1.tar").unlink()
     index = load_index(copy, "train")

@@ -212,6 +212,14 @@ def test_each_clip_is_told_its_own_language(folders, family):
     assert told == tokens[family]
 
 
+@pytest.mark.parametrize("family", ["madlad", "mt5", "qwen3"])
+def test_a_clip_in_a_language_that_training_had_not(folders, family):
+    """MADLAD's own token of it was not kept; Light-T has no id that stands for it."""
+    codec = codec_of(folders[family], languages=("de", "en"), prompt="{language}: {video}")
+    with pytest.raises(UserError, match=r"one of the training text \(de, en\), but one is 'zh'"):
+        codec.light_wording("zh")
+
+
 @pytest.mark.parametrize("language", ["de", "German", "de_DE", "deu_Latn", "<2de>", "__de__", "de-AT"])
 @pytest.mark.parametrize("family", ["mbart", "nllb", "m2m100", "madlad"])
 def test_a_language_may_be_named_in_anybodys_words(folders, family, language):

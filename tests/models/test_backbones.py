@@ -15,6 +15,7 @@ from torch import nn
 
 from flallm_ds.dist import World
 from flallm_ds.errors import UserError
+from flallm_ds.models import backbones
 from flallm_ds.models.backbones import Backbone, build_backbone
 from flallm_ds.models.tuning import Tuning, merged
 from flallm_ds.models.visual_encoder import VisualEncoder
@@ -238,6 +239,24 @@ def test_pixels_are_normalised_as_the_weights_know_them(
     assert torch.allclose(ours, theirs, atol=1e-5)
     assert backbone.settings()["mean"] == mean and backbone.settings()["std"] == std
     assert "scale" not in backbone.state_dict()
+
+
+def test_a_processor_out_of_reach_is_not_taken_for_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A compute node whose cache holds a model's weights, but not how its pixels are normalised."""
+    saved("vit", tmp_path)
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    monkeypatch.setattr(backbones, "_image_config", lambda weights: config)
+    with pytest.raises(UserError, match=r"with its preprocessor_config.json, but that of no/vit is not"):
+        build_backbone("no/vit", crop_size=CROP)
+
+
+def test_pixels_in_another_order_are_refused(tmp_path: Path) -> None:
+    weights = saved("vit", tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"do_flip_channel_order": True}))
+    with pytest.raises(UserError, match="RGB"):
+        build_backbone(weights, crop_size=CROP)
 
 
 def test_timms_features_are_timms(tmp_path: Path, pixels_NCHW: torch.Tensor) -> None:

@@ -1,5 +1,7 @@
 """The three kinds of features, what stays frozen, and the fingerprint."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -41,6 +43,17 @@ def test_features_of_a_clip_do_not_depend_on_its_batch(kind, width):
         ]
     assert features_ND.shape == (9, width) and model.feature_width == width
     torch.testing.assert_close(features_ND, torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+
+def test_a_fingerprint_is_of_the_model_and_not_of_what_wrote_it():
+    model = extractor("light_t")
+    config = model.light_t_encoder.config
+    before, settings = model.fingerprint(), model.settings()
+    config._name_or_path, config.transformers_version = "/elsewhere", "99"
+    assert model.fingerprint() == before and model.settings() == settings
+    assert "transformers_version" not in json.dumps(settings | model.visual.settings())
+    config.encoder_layers = 2
+    assert model.fingerprint() != before
 
 
 def test_frame_wise_features_are_what_the_temporal_module_reads():

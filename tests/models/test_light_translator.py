@@ -7,7 +7,7 @@ from flallm_ds.models.light_translator import SIZES, build_light_translator, lig
 
 
 def vocabulary(size: int) -> SimpleNamespace:
-    return SimpleNamespace(vocab_size=size, pad_id=1, eos_id=2, start_id=5)
+    return SimpleNamespace(vocab_size=size, pad_id=1, eos_id=2)
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from flallm_ds.models.llm import (
     llm_config,
     llm_width,
     load_llm,
+    save_configs,
     trim_llm,
     untrim_llm,
 )
@@ -149,8 +150,8 @@ FAMILIES = (
 )  # fmt: skip
 
 
-def codec_of(folder: Path, trim: bool = True) -> TextCodec:
-    config = llm_config(str(folder))
+def codec_of(folder: Path, trim: bool = True, hub_code: bool = False) -> TextCodec:
+    config = llm_config(str(folder), hub_code)
     only = is_decoder_only(config)
     instruction = Instruction(
         decoder_only=only,
@@ -158,7 +159,7 @@ def codec_of(folder: Path, trim: bool = True) -> TextCodec:
         rows=config.get_text_config().vocab_size,
         language="German",
     )
-    return TextCodec.for_training_text(str(folder), instruction, TEXTS, trim)
+    return TextCodec.for_training_text(str(folder), instruction, TEXTS, trim, hub_code)
 
 
 def inputs_of(llm, codec: TextCodec, rows) -> dict[str, torch.Tensor]:
@@ -398,14 +399,24 @@ def test_embedding_scales_are_as_the_models_have_them(tmp_path):
 # --- code of a model's own
 
 
-OWN_CODE = """
-from pathlib import Path
-from transformers import LlamaConfig, LlamaForCausalLM
-
-Path(__file__).with_suffix(".ran").touch()
+OWN_CONFIG = """
+from transformers import LlamaConfig
 
 class OwnConfig(LlamaConfig):
     model_type = "own"
+"""
+OWN_TOKENIZER = """
+from transformers import PreTrainedTokenizerFast
+
+class OwnTokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+OWN_CODE = """
+from pathlib import Path
+from transformers import LlamaForCausalLM
+from .configuration_own import OwnConfig
+
+Path(__file__).with_suffix(".ran").touch()
 
 class OwnForCausalLM(LlamaForCausalLM):
     config_class = OwnConfig
@@ -416,9 +427,16 @@ class OwnForCausalLM(LlamaForCausalLM):
 def own_code(llama, tmp_path) -> Path:
     """An LLM with its code in its folder, and a test that it ran."""
     folder = Path(shutil.copytree(llama, tmp_path / "own"))
+    (folder / "configuration_own.py").write_text(OWN_CONFIG)
+    (folder / "tokenization_own.py").write_text(OWN_TOKENIZER)
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    tokenizer |= {"tokenizer_class": "OwnTokenizer"}
+    tokenizer |= {"auto_map": {"AutoTokenizer": [None, "tokenization_own.OwnTokenizer"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
     (folder / "modeling_own.py").write_text(OWN_CODE.replace("__file__", repr(str(folder / "code"))))
     config = json.loads((folder / "config.json").read_text())
-    auto_map = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    auto_map = {"AutoConfig": "configuration_own.OwnConfig"}
+    auto_map |= {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
     config |= {"model_type": "own", "auto_map": auto_map, "architectures": ["OwnForCausalLM"]}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
@@ -431,10 +449,22 @@ def test_a_models_own_code_runs_only_when_asked_for(own_code, llama, tmp_path, m
     assert not (own_code / "code.ran").exists()
     llm = load_llm(str(own_code), LlmOptions(hub_code=True))
     assert (own_code / "code.ran").exists() and type(llm).__name__ == "OwnForCausalLM"
-    codec = codec_of(llama)
+    with pytest.raises(UserError, match="code"):
+        codec_of(own_code)
+    codec = codec_of(own_code, hub_code=True)
     trim_llm(str(own_code), codec, tmp_path / "trimmed", hub_code=True)
+    loaded = TextCodec.load(tmp_path / "trimmed", hub_code=True)
+    assert type(loaded.tokenizer).__name__ == "OwnTokenizer" and loaded.vocab_size == codec.vocab_size
+    with pytest.raises(UserError, match="code"):
+        TextCodec.load(tmp_path / "trimmed")
     small = load_llm(str(tmp_path / "trimmed"), LlmOptions(hub_code=True))
     assert type(small).__name__ == "OwnForCausalLM" and small.config.vocab_size == codec.vocab_size
+    (tmp_path / "saved").mkdir()  # as an export is
+    save_configs(small, small.config, small.generation_config, tmp_path / "saved")
+    shutil.copy(tmp_path / "trimmed" / "model.safetensors", tmp_path / "saved")
+    shutil.rmtree(tmp_path / "trimmed")
+    again = load_llm(str(tmp_path / "saved"), LlmOptions(hub_code=True))
+    assert torch.equal(again.get_input_embeddings().weight, small.get_input_embeddings().weight)
 
 
 # --- what is refused

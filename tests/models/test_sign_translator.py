@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from flallm_ds.data.text import Instruction, TextCodec
+from flallm_ds.data.text import Instruction, TextCodec, Wording
 from flallm_ds.models.adapters import Adapter
 from flallm_ds.models.light_translator import build_light_translator
 from flallm_ds.models.sign_translator import Beam, SignTranslator
@@ -181,6 +181,24 @@ def test_a_decoder_only_llm_is_asked_for_the_target_alone(codec, batch):
                 expected -= translator.language_model(inputs_embeds=fed).logits[0, -1].log_softmax(-1)[target]
         loss = translator(features_ND, num_frames_B, [wording] * 3, target_ids_BL)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_a_rank_without_clips_embeds_as_the_others_do(codec, batch):
+    """Even where nothing stands around the video: under ZeRO-3 the embedding is a gather of all ranks."""
+    translator, codec = decoder_only(codec)
+    calls = []
+    translator.language_model.get_input_embeddings().register_forward_hook(lambda *_: calls.append(1))
+    dummy = torch.full((1, 1), -100)
+    loss = translator(batch[0][:1], torch.tensor([1]), [Wording()], dummy)
+    assert len(calls) == 1 and loss.item() == 0
+
+
+def test_an_llm_in_bf16_reads_an_fp32_adapter(codec, batch):
+    translator, codec = decoder_only(codec)
+    features_ND, num_frames_B, _, _ = batch
+    translator.language_model.bfloat16()
+    found = translator.generate(features_ND, num_frames_B, [codec.wording("de")] * 3, Beam(max_new_tokens=4))
+    assert all(clip[0].ids for clip in found)
 
 
 def test_a_decoder_only_llm_generates_the_same_alone_and_in_a_batch(codec, batch):

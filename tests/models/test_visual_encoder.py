@@ -163,7 +163,9 @@ def test_what_learns_or_counts_is_never_cut_into_chunks():
 def test_settings_build_the_same_architecture(encoder):
     settings = json.loads(json.dumps(VisualEncoder(width=8, temporal_kernel=5).settings()))
     again = VisualEncoder.from_settings(settings)
-    assert again.temporal.conv.kernel_size == (5,) and again.feature_width == again.frame_width == 64
+    assert (
+        again.temporal.conv.kernel_size == (5,) and again.feature_width == again.backbone.feature_width == 64
+    )
     assert resnet_width(settings) == 8
     same = VisualEncoder.from_settings(encoder.settings()).eval()
     same.load_state_dict(encoder.state_dict())

@@ -1,5 +1,6 @@
 """Started under a launcher by test_cached_features.py: writes features and trains on them, all in one go."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -7,9 +8,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launch"))
 
 from features import Writing
 from launching import tiny_options
+from safetensors.torch import load_file, save_file
 
 from flallm_ds import dist
 from flallm_ds.command import main
+from flallm_ds.errors import UserError
 from flallm_ds.recipes import resolve
 from flallm_ds.training.build import build_task
 from flallm_ds.training.run_folder import open_run_folder
@@ -18,6 +21,14 @@ from flallm_ds.training.trainer import Trainer
 
 MASKS = {"data.time_masks": 2, "data.time_mask_frames": 3, "data.feature_masks": 1}
 ONE_EPOCH = {"train.epochs": 1, "eval.every_epochs": 1}
+
+
+def another_encoder(exported: Path, out: Path) -> None:
+    """A copy whose visual encoder has one other weight."""
+    shutil.copytree(exported, out)
+    state = load_file(out / "visual_encoder.safetensors")
+    state["temporal.conv.bias"][0] += 1e-3
+    save_file(state, out / "visual_encoder.safetensors")
 
 
 def runs(*, folder: Path, corpus: Path) -> None:
@@ -38,6 +49,12 @@ def runs(*, folder: Path, corpus: Path) -> None:
     train("llm", "cached", **cached)
     train("llm", "resumed", **cached, **{"train.max_steps": 7})
     train("llm", "resumed", **cached)
+    other = folder / "other"
+    dist.main_first(lambda: another_encoder(folder / "visual" / "best", other), world)
+    try:
+        train("llm", "video", visual_run=other)
+    except UserError as error:
+        (folder / f"another_encoder_{world.rank}.txt").write_text(str(error))
     two_steps = {"train.max_steps": 2}
     train("llm", "masked_video", **MASKS, **two_steps)
     train("llm", "masked", **cached, **MASKS, **two_steps)

@@ -29,6 +29,7 @@ from flallm_ds.data.loader import open_loader
 from flallm_ds.data.sampling import FrameSampling
 from flallm_ds.dist import World
 from flallm_ds.errors import UserError
+from flallm_ds.inference.report import strip_of_run
 from flallm_ds.inference.translator import Translator
 from flallm_ds.preprocess import Preprocess
 from flallm_ds.recipes import resolve
@@ -66,6 +67,27 @@ def test_two_epochs_on_features_have_the_losses_of_video(runs: Path) -> None:
 
 def test_a_resumed_run_on_features_has_the_same_losses(runs: Path) -> None:
     assert losses(runs / "resumed") == losses(runs / "cached")
+
+
+def test_a_run_on_video_is_not_resumed_with_another_encoder(runs: Path) -> None:
+    """No checkpoint holds the frozen encoder: a stage 1 that went on since would change the losses unseen."""
+    for rank in (0, 1):
+        sentence = (runs / f"another_encoder_{rank}.txt").read_text()
+        assert "the frozen visual encoder must be the one with which" in sentence and "\n" not in sentence
+
+
+def test_features_of_one_split_alone(runs: Path, tiny_corpus: Path, tmp_path: Path) -> None:
+    write(tiny_corpus, runs, tmp_path / "features", splits="test")
+    evaluate.evaluate(run=str(runs / "video"), split="test", beams=2, shards=(str(tmp_path / "features"),))
+    cached = (runs / "video" / "evaluation" / "test.hypotheses.jsonl").read_text()
+    evaluate.evaluate(run=str(runs / "video"), split="test", beams=2)
+    assert cached == (runs / "video" / "evaluation" / "test.hypotheses.jsonl").read_text()
+
+
+def test_a_strip_of_a_run_on_features_shows_the_video(runs: Path, tmp_path: Path) -> None:
+    evaluate.evaluate(run=str(runs / "cached"), split="dev", beams=2)
+    strip_of_run(runs / "cached", tmp_path / "strip.png", "dev", 2)
+    assert cv2.imread(str(tmp_path / "strip.png")).std() > 10
 
 
 def test_masks_are_the_same_on_video_and_on_features(runs: Path) -> None:
@@ -310,6 +332,14 @@ def test_features_that_cannot_be_written_are_refused(
     said: str,
 ) -> None:
     assert said in refused(features.features, *writing(tiny_corpus, runs, tmp_path / "out", **more))
+
+
+def test_features_are_not_written_where_nothing_can_be(
+    runs: Path, tiny_corpus: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    (tmp_path / "file").touch()
+    words = writing(tiny_corpus, runs, tmp_path / "file" / "out")
+    assert "--out must be where files can be written" in refused(features.features, *words)
 
 
 def test_features_are_not_written_from_features_nor_over_others(

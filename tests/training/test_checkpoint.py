@@ -160,6 +160,14 @@ def test_an_old_folder_stays_when_the_new_one_cannot_be_written(tmp_path):
     assert (path / "word").read_text() == "new" and list(tmp_path.iterdir()) == [path]
 
 
+def test_other_folders_beside_it_are_left_alone(tmp_path):
+    """`flallm export` writes where the user says."""
+    for name in (".old-data", "data", ".old-gone"):
+        (tmp_path / name).mkdir()
+    checkpoint.replace_folder(tmp_path / "model", write_word("new"))
+    assert {p.name for p in tmp_path.iterdir()} == {".old-data", "data", ".old-gone", "model"}
+
+
 def test_a_kill_between_the_two_renames_is_recovered_from(tmp_path, monkeypatch):
     path = tmp_path / "best"
     checkpoint.replace_folder(path, write_word("old"))

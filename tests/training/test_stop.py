@@ -16,8 +16,8 @@ DEADLINE_S = 240
 
 
 def options(corpus: Path, run: Path) -> list[str]:
-    """Some hundred steps of stage visual, a checkpoint every 5."""
-    more = {"train.epochs": 12, "eval.every_epochs": 12, "train.save_every_steps": 5}
+    """25 steps of stage visual, a checkpoint every 5."""
+    more = {"train.epochs": 5, "eval.every_epochs": 5, "train.save_every_steps": 5}
     return flags("visual", tiny_options(corpus, "visual", run, **more))
 
 
