@@ -123,7 +123,7 @@ def session() -> Iterator[World]:
 
 
 def free_port() -> int:
-    """A TCP port that nobody uses now, below those that systems hand out to connections: it is bound later."""
+    """A TCP port that nobody uses now, below those handed out to connections: it is bound later."""
     draw = random.Random()  # by the clock and the system, whatever seed torch or the caller has set
     while True:
         with socket.socket() as s, suppress(OSError):
