@@ -247,6 +247,7 @@ def test_a_processor_out_of_reach_is_not_taken_for_none(
     """A compute node whose cache holds a model's weights, but not how its pixels are normalised."""
     saved("vit", tmp_path)
     config = transformers.AutoConfig.from_pretrained(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(backbones, "_image_config", lambda weights: config)
     with pytest.raises(UserError, match=r"with its preprocessor_config.json, but that of no/vit is not"):
         build_backbone("no/vit", crop_size=CROP)
