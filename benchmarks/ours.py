@@ -31,7 +31,7 @@ def plan_of(index: Index, *, keep_every: int, batch_clips: int, slices: int) -> 
 
 
 class OurLoader:
-    """The loader on one rank, one micro-batch a step, over `epochs` epochs as one.
+    """The loader on one rank, one micro-batch a step, over `epochs` epochs as one; texts are left out.
 
     The benchmark's few clips are read again and again, as if the corpus were as large as a real one: what a
     run pays once an epoch (threads, memory) must not be paid every few steps.
@@ -47,7 +47,7 @@ class OurLoader:
         plan = plan_of(index, keep_every=keep_every, batch_clips=batch_clips, slices=1)
         reader = ClipReader(index, FrameSampling(keep_every), SEED, train=True)
         order = joined([plan.epoch(epoch) for epoch in range(epochs)])
-        self._loader = Loader(reader, order, small_codec(index), threads=threads)
+        self._loader = Loader(reader, order, threads=threads)
 
     def batches(self) -> Iterator["Batch"]:
         yield from self._loader

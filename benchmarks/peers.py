@@ -1,7 +1,7 @@
 """Other ways of loading the same clips, each as its users run it, and the bound that none can pass.
 
 Where a way of doing it left a choice, the one that is cheaper for the peer was taken; its docstring says so.
-Texts are left out of all of them, while our own rows tokenize theirs.
+Texts are left out of all of them, and of our own rows.
 """
 
 import json

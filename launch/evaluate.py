@@ -1,8 +1,7 @@
 """Score a run on a split with all ranks: `deepspeed launch/evaluate.py --run DIR --split test`."""
 
 import json
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from flallm_ds.models.sign_translator import Beam
 
 CLIPS_A_BATCH = 8
+PRINT_EVERY_S = 5.0
 
 
 def evaluate(
@@ -45,6 +45,7 @@ def evaluate(
     from flallm_ds.inference.translator import Translator
     from flallm_ds.training.build import decode_threads, open_index
     from flallm_ds.training.evaluate import Evaluation
+    from flallm_ds.training.progress import ScoringProgress
 
     export.find(run)
     config_path = Path(run) / "config.json"
@@ -57,7 +58,7 @@ def evaluate(
         translator = translator.searching(beams, nbest, length_penalty)
         loader = split_loader(translator, index, run, world, threads or decode_threads(world))
         evaluation = Evaluation(loader, translator.generate, translator.export.codec, world)
-        hypotheses = evaluation.hypotheses(progress_of(split, world))
+        hypotheses = evaluation.hypotheses(ScoringProgress(split, PRINT_EVERY_S, world.is_main))
         if world.is_main:
             write_results(Path(run) / "evaluation", split, translator.beam, hypotheses)
 
@@ -96,21 +97,6 @@ def split_loader(translator: "Translator", index: "Index", run: str, world: dist
         world_size=world.size,
         threads=threads,
     )
-
-
-def progress_of(split: str, world: dist.World) -> Callable[[int, int], None]:
-    """What prints how far a split is, ten times."""
-    from flallm_ds.training.progress import clock
-
-    begin = time.perf_counter()
-
-    def progress(done: int, steps: int) -> None:
-        seconds = time.perf_counter() - begin
-        if done == steps or done % max(1, steps // 10) == 0:
-            rate, left = done * CLIPS_A_BATCH * world.size / seconds, seconds * (steps / done - 1)
-            print(f"{split}: batch {done}/{steps}  {rate:.1f} clips/s  left {clock(left)}", flush=True)
-
-    return progress
 
 
 def write_results(folder: Path, split: str, beam: "Beam", hypotheses: Sequence["Hypothesis"]) -> None:

@@ -25,10 +25,11 @@ class Evaluation:
     codec: TextCodec
     world: World
 
-    def hypotheses(self, report: Callable[[int, int], None] | None = None) -> list[Hypothesis]:
+    def hypotheses(self, between: Callable[[int, int], None] | None = None) -> list[Hypothesis]:
         """Every clip's hypothesis, sorted by key, the same list on every rank.
 
-        Every rank makes the same number of `generate` calls. report(done, all): called after each step.
+        Every rank makes the same number of `generate` calls. between(clips done, all clips): called on every
+        rank after each step; where it raises on all of them, scoring ends.
         """
         found: list[Hypothesis] = []
         for step, batches in enumerate(on_device(self.loader.steps(), self.world.device)):
@@ -36,8 +37,8 @@ class Evaluation:
                 for row, candidates in enumerate(self.generate(batch)):
                     if batch.real_B[row]:
                         found.append(self._hypothesis(batch, row, candidates))
-            if report is not None and self.world.is_main:
-                report(step + 1, len(self.loader))
+            if between is not None:
+                between(int(self.loader.plan.ends[step]), len(self.loader.reader.index))
         gathered = [h for part in gather_objects(found, self.world) for h in part]
         by_key = {h.key: h for h in gathered}
         if not len(by_key) == len(gathered) == len(self.loader.reader.index):

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: loss, rate, waiting for data, time left."""
+"""What a person sees while a run trains or is scored: loss, rate, waiting for data, time left."""
 
 import time
 
@@ -52,6 +52,25 @@ class Progress:
             )
             self._last_print = now
             self._reset()
+
+
+class ScoringProgress:
+    """Prints how far a split is every `every_s` seconds, on rank 0 alone: call it with (clips done, all)."""
+
+    def __init__(self, split: str, every_s: float, enabled: bool) -> None:
+        self.split, self.every_s, self.enabled = split, every_s, enabled
+        self._begin = self._last_print = time.perf_counter()
+
+    def __call__(self, done: int, clips: int) -> None:
+        now = time.perf_counter()
+        if not self.enabled or now - self._last_print < self.every_s:
+            return
+        self._last_print, seconds = now, now - self._begin
+        left = seconds * (clips / done - 1)
+        print(
+            f"{self.split}: {done}/{clips} clips  {done / seconds:.1f} clips/s  left {clock(left)}",
+            flush=True,
+        )
 
 
 def clock(seconds: float) -> str:

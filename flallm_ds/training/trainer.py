@@ -24,7 +24,7 @@ from flallm_ds.training import checkpoint
 from flallm_ds.training.build import Task
 from flallm_ds.training.evaluate import Evaluation, scores_of
 from flallm_ds.training.probe import last_layers
-from flallm_ds.training.progress import Progress
+from flallm_ds.training.progress import Progress, ScoringProgress
 from flallm_ds.training.run_folder import Metrics
 from flallm_ds.training.schedule import rate_factor
 from flallm_ds.training.stop import StopRequest
@@ -60,17 +60,19 @@ class Trainer:
         if self.world.is_main:
             self.metrics = Metrics(self.folder, self.at.global_step)
         self.progress.start(config.train.epochs)
-        while self.at.epoch < config.train.epochs and not self._out_of_steps():
+        while self.at.epoch < config.train.epochs:
             loader = self.task.train_loader(self.at.epoch)
             self._epoch(loader)
-            if self.at.step == len(loader):
-                self.at.epoch, self.at.step = self.at.epoch + 1, 0
-                self._end_of_epoch()
+            if self.at.step < len(loader):
+                break  # at train.max_steps
+            self._end_of_epoch()
         if self.metrics is not None:
             self.metrics.close()
 
     def _epoch(self, loader: Any) -> None:
         """Steps from where the run is to the epoch's end, the step limit or a stop."""
+        if self._out_of_steps():
+            return
         self.task.engine.module.train()
         num_steps = len(loader)
         waiting_since = time.perf_counter()
@@ -82,10 +84,7 @@ class Trainer:
             if stop or due or self._out_of_steps():
                 self._save()
             if stop:
-                raise Preempted(
-                    f"stopped after step {self.at.global_step}; the same command goes on from there "
-                    f"({self.folder})."
-                )
+                raise self._preempted("stopped")
             if self._out_of_steps():
                 return
             waiting_since = time.perf_counter()
@@ -155,31 +154,49 @@ class Trainer:
                 self.metrics.write("probe", self.at.global_step + 1, {"epoch": self.at.epoch, **norms})
 
     def _end_of_epoch(self) -> None:
-        every, epochs = self.config.eval.every_epochs, self.config.train.epochs
-        if self.at.epoch % every == 0 or self.at.epoch == epochs:
-            self._evaluate()
+        done, epochs = self.at.epoch + 1, self.config.train.epochs
+        if done % self.config.eval.every_epochs == 0 or done == epochs:
+            self._evaluate(done)
+        self.at.epoch, self.at.step = done, 0
         self._save()
 
-    def _evaluate(self) -> None:
-        """Score the dev split and keep the export if it is the best so far."""
-        task = self.task
+    def _evaluate(self, epoch: int) -> None:
+        """Score the dev split and keep the export if it is the best so far.
+
+        Asked to stop, it saves the run as it is before the scores and raises Preempted.
+        """
+        task, split = self.task, self.config.eval.split
         begin = time.perf_counter()
         task.engine.module.eval()
         evaluation = Evaluation(task.dev_loader(), task.generate, task.codec, self.world)
-        with task.engine.gathered(self.config.eval.gather):
-            hypotheses = evaluation.hypotheses()
+        progress = ScoringProgress(split, self.config.train.log_every_s, self.world.is_main)
+
+        def between(done: int, clips: int) -> None:
+            progress(done, clips)
+            if all_reduce_sum([bool(self.stop)], self.world)[0]:
+                raise self._preempted(f"stopped while {split} was scored")
+
+        try:
+            with task.engine.gathered(self.config.eval.gather):
+                hypotheses = evaluation.hypotheses(between)
+        except Preempted:
+            self._save()
+            raise
         scores = scores_of(hypotheses)
         seconds = time.perf_counter() - begin
         self.progress.pause(seconds)
         values = {"bleu4": scores.bleu4, "rouge_l": scores.rouge_l, "chrf": scores.chrf, "seconds": seconds}
         if self.metrics is not None:
-            self.metrics.write(
-                self.config.eval.split, self.at.global_step, {"epoch": self.at.epoch, **values}
-            )
-        self.progress.say(f"epoch {self.at.epoch} {self.config.eval.split}: BLEU-4 {scores.bleu4:.2f}")
+            self.metrics.write(split, self.at.global_step, {"epoch": epoch, **values})
+        self.progress.say(f"epoch {epoch} {split}: BLEU-4 {scores.bleu4:.2f}")
         if scores.bleu4 > self.at.best_bleu4:
             self.at.best_bleu4 = scores.bleu4
-            self._export({self.config.eval.split: scores.as_dict(), "epoch": self.at.epoch})
+            self._export({split: scores.as_dict(), "epoch": epoch})
+
+    def _preempted(self, how: str) -> Preempted:
+        return Preempted(
+            f"{how} after step {self.at.global_step}; the same command goes on from there ({self.folder})."
+        )
 
     def _export(self, scores: dict[str, Any]) -> None:
         """Write best/, tensor by tensor. Raises UserError on every rank where it cannot be written."""

@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -40,14 +40,18 @@ def ranks_of(launcher: subprocess.Popen[bytes]) -> list[psutil.Process]:
     return sorted(found, key=lambda p: next(a for a in p.cmdline() if a.startswith("--local_rank")))
 
 
-def wait_for_steps(run: Path, steps: int) -> None:
+def wait_for(reached: Callable[[], bool], what: str) -> None:
     deadline = time.monotonic() + DEADLINE_S
     while time.monotonic() < deadline:
-        path = run / "metrics.jsonl"
-        if path.is_file() and path.read_text().count('"kind": "train"') >= steps:
+        if reached():
             return
         time.sleep(0.05)
-    raise AssertionError(f"no {steps} steps within {DEADLINE_S} s")
+    raise AssertionError(f"no {what} within {DEADLINE_S} s")
+
+
+def wait_for_steps(run: Path, steps: int) -> None:
+    path = run / "metrics.jsonl"
+    wait_for(lambda: path.is_file() and path.read_text().count('"kind": "train"') >= steps, f"{steps} steps")
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +114,32 @@ def test_ranks_whose_launcher_is_killed_stop_and_save(
         -1
     ]
     assert (run / "checkpoints" / f"step-{reached:08d}").is_dir()
+
+
+def test_stopped_while_scored(
+    tiny_corpus: Path, tmp_path: Path, launchers: list[subprocess.Popen[bytes]]
+) -> None:
+    """SIGUSR1 to one rank ends the scoring, keeps the epoch's steps, and the next start scores anew."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    more = {
+        "train.epochs": 1,
+        "train.log_every_s": 0.001,
+        "data.batch_clips": 2,
+        "data.micro_batches": 2,
+        "eval.split": "train",
+        "eval.num_beams": 5,
+        "eval.max_new_tokens": 60,
+    }
+    arguments = flags("visual", tiny_options(tiny_corpus, "visual", run, **more))
+    launchers.append(start(arguments, log))
+    wait_for(lambda: log.is_file() and " clips/s" in log.read_text(), "progress of the scoring")
+    ranks_of(launchers[0])[1].send_signal(signal.SIGUSR1)
+    assert launchers[0].wait(DEADLINE_S) == 75, log.read_text()[-4000:]
+    assert "stopped while train was scored" in log.read_text()
+    before = (run / "metrics.jsonl").read_text()
+    assert "bleu4" not in before and not (run / "best").exists()
+    launchers.append(start(arguments, log))
+    assert launchers[1].wait(DEADLINE_S) == 0, log.read_text()[-4000:]
+    after = (run / "metrics.jsonl").read_text()
+    assert after.startswith(before), "no step may be made again"
+    assert after.count("bleu4") == 1 and (run / "best").is_dir()
