@@ -39,9 +39,9 @@ class World:
 def rank_environment(env: Mapping[str, str]) -> dict[str, str]:
     """RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT under any launcher.
 
-    deepspeed and torchrun set the first ones themselves; `srun python` tells them as SLURM_*, with the
-    rendezvous exported by launch/slurm/train.sbatch; a plain `python` is a world of one.
-    Raises UserError where a launcher told only half of it.
+    deepspeed and torchrun set the first ones themselves; Open MPI's `mpirun` tells them as OMPI_COMM_WORLD_*,
+    `srun python` as SLURM_*, with the rendezvous exported by launch/slurm/train.sbatch; a plain `python` is
+    a world of one. Raises UserError where a launcher told only half of it.
     """
     if "RANK" in env or "WORLD_SIZE" in env:
         found = {
@@ -50,6 +50,16 @@ def rank_environment(env: Mapping[str, str]) -> dict[str, str]:
         found["LOCAL_WORLD_SIZE"] = (
             env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or found["WORLD_SIZE"]
         )
+    elif int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:  # under SLURM, too: srun started mpirun's daemons
+        names = {
+            "RANK": "RANK",
+            "WORLD_SIZE": "SIZE",
+            "LOCAL_RANK": "LOCAL_RANK",
+            "LOCAL_WORLD_SIZE": "LOCAL_SIZE",
+        }
+        found = {
+            name: _told(env, f"OMPI_COMM_WORLD_{its}", "OMPI_COMM_WORLD_SIZE") for name, its in names.items()
+        }
     elif "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         found = {
             "RANK": env["SLURM_PROCID"],
@@ -57,6 +67,11 @@ def rank_environment(env: Mapping[str, str]) -> dict[str, str]:
             "LOCAL_RANK": _told(env, "SLURM_LOCALID", "SLURM_PROCID"),
             "LOCAL_WORLD_SIZE": env.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0],
         }
+    elif int(env.get("PMI_SIZE", "1")) > 1:
+        raise UserError(
+            f"RANK and WORLD_SIZE must be set where PMI_SIZE says {env['PMI_SIZE']} processes, but are not. "
+            "Start with deepspeed, torchrun, Open MPI's mpirun, or launch/slurm/train.sbatch."
+        )
     else:
         port = str(free_port()) if "MASTER_PORT" not in env else env["MASTER_PORT"]
         return {

@@ -40,6 +40,7 @@ from flallm_ds.models.weights import Weights, WeightsWriter, load_weights, must_
 
 FORMAT = "flallm_ds export 2"
 SETTINGS_FILE = "flallm.json"
+EVALUATION = "evaluation"  # of a run: what launch/evaluate.py writes
 CARD_FILE = "README.md"
 VISUAL_FILE = "visual_encoder.safetensors"
 FEATURES_FILE = "feature_extractor.safetensors"

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from flallm_ds.contracts import Hypothesis
     from flallm_ds.data.index import Index
     from flallm_ds.inference.translator import Translator
-    from flallm_ds.models.sign_translator import Beam
+    from flallm_ds.training.stop import StopRequest
 
 CLIPS_A_BATCH = 8
 PRINT_EVERY_S = 5.0
@@ -38,6 +38,21 @@ def evaluate(
     those the run was trained on. hub_code: run code that comes with the LLM. The results go to
     RUN/evaluation/SPLIT.json and SPLIT.hypotheses.jsonl.
     """
+    score(run, split, beams, nbest, length_penalty, shards, threads, hub_code)
+
+
+def score(
+    run: str,
+    split: str = "test",
+    beams: int = 5,
+    nbest: int = 1,
+    length_penalty: float | None = None,
+    shards: tuple[str, ...] = (),
+    threads: int = 0,
+    hub_code: bool = False,
+    stop: "StopRequest | None" = None,
+) -> None:
+    """`evaluate`, for a caller that may be asked to stop: raises Preempted then."""
     if beams < 1:
         raise UserError(f"--beams must be at least 1, but is {beams}.")
     from flallm_ds import export
@@ -58,9 +73,15 @@ def evaluate(
         translator = translator.searching(beams, nbest, length_penalty)
         loader = split_loader(translator, index, run, world, threads or decode_threads(world))
         evaluation = Evaluation(loader, translator.generate, translator.export.codec, world)
-        hypotheses = evaluation.hypotheses(ScoringProgress(split, PRINT_EVERY_S, world.is_main))
+        hypotheses = evaluation.hypotheses(ScoringProgress(split, PRINT_EVERY_S, world.is_main), stop)
         if world.is_main:
-            write_results(Path(run) / "evaluation", split, translator.beam, hypotheses)
+            search = {
+                "split": split,
+                "shards": list(shards or data.shards),
+                "beams": translator.beam.num_beams,
+                "length_penalty": translator.beam.length_penalty,
+            }
+            write_results(Path(run) / export.EVALUATION, search, hypotheses)
 
 
 def split_loader(translator: "Translator", index: "Index", run: str, world: dist.World, threads: int) -> Any:
@@ -99,7 +120,7 @@ def split_loader(translator: "Translator", index: "Index", run: str, world: dist
     )
 
 
-def write_results(folder: Path, split: str, beam: "Beam", hypotheses: Sequence["Hypothesis"]) -> None:
+def write_results(folder: Path, search: dict[str, Any], hypotheses: Sequence["Hypothesis"]) -> None:
     """SPLIT.json, SPLIT.hypotheses.jsonl, and the table on the screen."""
     from flallm_ds.inference import report
     from flallm_ds.training.checkpoint import replace_file
@@ -111,9 +132,9 @@ def write_results(folder: Path, split: str, beam: "Beam", hypotheses: Sequence["
         if len(found) > 1:
             rows |= {f"{name} alone": scores.as_dict() for name, scores in found.items()}
     folder.mkdir(exist_ok=True)
+    split = search["split"]
     path = folder / f"{split}.hypotheses.jsonl"
     report.write_hypotheses(path, hypotheses)
-    search = {"split": split, "beams": beam.num_beams, "length_penalty": beam.length_penalty}
     replace_file(folder / f"{split}.json", json.dumps(search | rows, indent=2) + "\n")
     names = {"scores": "model", "blind": "blind control"}
     print(report.table({names.get(name, name): row for name, row in rows.items()}))

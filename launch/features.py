@@ -166,7 +166,8 @@ class Writing:
                         f"{job.name} could not be written to {self.folder.out}: {error}."
                     ) from error
                 progress.tar(sum(map(len, clips)))
-        dist.gather_objects(None, self.world)  # until all have written theirs
+        if any(dist.gather_objects(bool(stop), self.world)):  # when all have written theirs, or stopped
+            raise Preempted("stopped; the same command goes on with the tars that are left.")
         finish = partial(self.folder.finish, self.facts, self.manifest)
         dist.main_first(lambda: _written(self.folder.out, finish), self.world)
 
@@ -182,7 +183,10 @@ class Writing:
     def encoded(
         self, jobs: list[Job], num_kept: np.ndarray, stop: StopRequest
     ) -> Iterator[tuple[Job, list[np.ndarray]]]:
-        """Jobs of one split in order, each with the features of its clips: NaN for a broken one."""
+        """Jobs of one split in order, each with the features of its clips: NaN for a broken one.
+
+        It ends early where this rank is asked to stop.
+        """
         if not jobs:
             return
         from flallm_ds.training.build import decode_threads
@@ -193,7 +197,7 @@ class Writing:
         found: dict[int, np.ndarray] = {}
         for step, (batch,) in enumerate(on_device(loader.steps(), self.world.device)):
             if stop:
-                raise Preempted("stopped; the same command goes on with the tars that are left.")
+                return
             view = int(plan.passes[plan.places_of(step)[0][0]])
             rows = plan.slices_of(step)[0].tolist()
             for row, features_SD in zip(rows, self.encode(batch, reader.train), strict=True):

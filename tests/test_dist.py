@@ -53,6 +53,20 @@ def test_srun_is_understood(per_node, local_size):
     assert found(env) == (1, 4, 1, local_size)
 
 
+@pytest.mark.parametrize(
+    "srun", [{}, {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0"}]
+)
+def test_open_mpi_is_understood_also_where_srun_started_its_daemons(srun):
+    mpirun = {"RANK": "3", "SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}
+    env = {f"OMPI_COMM_WORLD_{name}": value for name, value in mpirun.items()}
+    assert found({**srun, **env, **MASTER}) == (3, 4, 1, 2)
+
+
+def test_a_launcher_that_is_not_understood_is_no_world_of_one():
+    with pytest.raises(UserError, match="must be set where PMI_SIZE says 2 processes"):
+        rank_environment({"PMI_SIZE": "2", "PMI_RANK": "1"})
+
+
 def test_a_launcher_within_an_srun_step_wins_over_srun():
     srun = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0"}
     torchrun = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}

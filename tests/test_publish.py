@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from flallm_ds import cli, export
-from flallm_ds.config import FREE_TO_CHANGE
+from flallm_ds.config import FREE_TO_CHANGE, RunConfig
 from flallm_ds.errors import UserError
 from flallm_ds.inference.publish import publish
 from flallm_ds.inference.translator import Translator
@@ -132,14 +132,17 @@ def test_the_card_says_what_is_recorded(runs: Callable[[str, str], Path], tmp_pa
     evaluation.mkdir(exist_ok=True)
     scores = {"bleu1": 40.0, "bleu2": 30.0, "bleu3": 25.0, "bleu4": 21.25, "rouge_l": 44.0, "chrf": 50.0}
     scores |= {"bleu_signature": "nrefs:1|case:mixed"}
-    (evaluation / "test.json").write_text(json.dumps({"split": "test", "scores": scores}), encoding="utf-8")
+    own = list(RunConfig.load(run / "config.json").data.shards)
+    for split, shards in (("test", own), ("elsewhere", ["another corpus"])):
+        content = {"split": split, "shards": shards, "scores": scores}
+        (evaluation / f"{split}.json").write_text(json.dumps(content), encoding="utf-8")
     card = (publish(run, tmp_path / "out") / "README.md").read_text(encoding="utf-8")
     shutil.rmtree(evaluation)
     front = card.split("---")[1]
     assert 'language: ["de"]' in front and 'datasets: ["toy"]' in front and "# license: yours" in front
     assert "base_model" not in front, "a folder is no model of the hub"
     assert "| test | 40.00 | 30.00 | 25.00 | 21.25 | 44.00 | 50.00 |" in card and "| dev |" in card
-    assert "test, BLEU: `nrefs:1|case:mixed`" in card
+    assert "test, BLEU: `nrefs:1|case:mixed`" in card and "elsewhere" not in card
     assert "1 clips of toy" in card and "--recipe=" in card and "--visual.width=4" in card
     assert "Translator.from_pretrained(" in card and str(tmp_path) not in card and str(run) not in card
     assert "is trimmed to the" in card
@@ -166,7 +169,8 @@ def test_scores_of_an_older_export_are_left_out(runs: Callable[[str, str], Path]
     run = runs(ENCODER_DECODER, "full")
     (run / "evaluation").mkdir(exist_ok=True)
     path = run / "evaluation" / "test.json"
-    path.write_text(json.dumps({"split": "test", "scores": {"bleu4": 9.0}}), encoding="utf-8")
+    own = list(RunConfig.load(run / "config.json").data.shards)
+    path.write_text(json.dumps({"split": "test", "shards": own, "scores": {"bleu4": 9.0}}), encoding="utf-8")
     os.utime(path, (0, 0))
     card = (publish(run, tmp_path / "out") / "README.md").read_text(encoding="utf-8")
     shutil.rmtree(run / "evaluation")

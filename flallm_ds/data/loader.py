@@ -49,6 +49,11 @@ class BrokenClips:
     def add(self, shard: str, key: str, reason: str) -> None:
         if key in self.keys:
             return
+        if self.budget == 0:
+            raise RankError(
+                f"every clip must decode here, but {key} in {shard} does not ({reason}). "
+                "Run shards/verify.py on the shards; its --repair drops or rebuilds what is broken."
+            )
         print(f"warning: clip {key} in {shard} is broken ({reason}); another takes its place", flush=True)
         self.keys.add(key)
         self.reasons[f"{shard}:{key}"] = reason

@@ -47,7 +47,12 @@ def push(model: Path, repo: str, private: bool) -> str:
     api = HfApi()
     try:
         api.create_repo(repo, private=private, exist_ok=True)
-        return str(api.upload_folder(repo_id=repo, folder_path=folder).repo_url)
+        # What was scored there holds a corpus's texts, which may not be passed on.
+        return str(
+            api.upload_folder(
+                repo_id=repo, folder_path=folder, ignore_patterns=[f"{export.EVALUATION}/**"]
+            ).repo_url
+        )
     except HUB_ERRORS as error:
         raise UserError(
             f"{folder} must go to {repo}, but the hub cannot be reached or refuses it: {_first_line(error)}"

@@ -48,7 +48,8 @@ def publish(
     settings = {**settings, "scores": settings["scores"] | evaluated(source)}
 
     def write(folder: Path) -> None:
-        shutil.copytree(source, folder, dirs_exist_ok=True)
+        # What was scored there holds a corpus's texts, which may not be passed on.
+        shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(export.EVALUATION))
         found = settings
         if lora == "apart":
             found = _copy_base(source, folder, settings)
@@ -66,11 +67,15 @@ def publish(
 
 
 def evaluated(source: Path) -> dict[str, Any]:
-    """Scores by split that launch/evaluate.py found after this export of a run was written."""
+    """Scores by split, on the run's own shards, that were found after this export of it was written."""
+    config = source.parent / "config.json"
+    if not config.is_file():
+        return {}
+    shards = list(RunConfig.load(config).data.shards)
     written = (source / export.SETTINGS_FILE).stat().st_mtime
-    paths = sorted((source.parent / "evaluation").glob("*.json"))
+    paths = sorted((source.parent / export.EVALUATION).glob("*.json"))
     contents = [json.loads(p.read_text(encoding="utf-8")) for p in paths if p.stat().st_mtime >= written]
-    return {content["split"]: content["scores"] for content in contents}
+    return {content["split"]: content["scores"] for content in contents if content.get("shards") == shards}
 
 
 def _check_apart(source: Path, settings: dict[str, Any], untrimmed: bool) -> None:

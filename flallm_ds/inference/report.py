@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from flallm_ds import export
 from flallm_ds.config import RunConfig
 from flallm_ds.contracts import Hypothesis
 from flallm_ds.data.loader import ClipReader
@@ -124,9 +125,13 @@ def save_figure(figure: Any, path: Path) -> None:
 def strip_of_run(run: Path, out: Path, split: str, num_clips: int) -> None:
     """Draw clips of an evaluated split of a run, evenly spaced over its hypotheses.
 
-    Raises UserError where the split has not been evaluated.
+    Raises UserError where the split has not been evaluated, or not on the run's own shards.
     """
-    path = run / "evaluation" / f"{split}.hypotheses.jsonl"
+    if num_clips < 1:
+        raise UserError(f"--clips must be at least 1, but is {num_clips}.")
+    if not (run / "config.json").is_file():
+        raise UserError(f"--run must name a run's folder, but {run} has no config.json.")
+    path = run / export.EVALUATION / f"{split}.hypotheses.jsonl"
     if not path.is_file():
         raise UserError(
             f"{split} must have been evaluated, but there is no {path}. "
@@ -137,6 +142,12 @@ def strip_of_run(run: Path, out: Path, split: str, num_clips: int) -> None:
     if index.features:  # of clips with the same keys
         index = open_indexes([facts.source for facts in index.features], split)
     reader = ClipReader(index, FrameSampling(max_frames=10**9), seed=0, train=False)
+    if missing := set(index.strings("key")) - set(hypotheses):
+        raise UserError(
+            f"{path} must hold a hypothesis for each clip of the run's own shards, but has none for "
+            f"{len(missing)} ({min(missing)} for one). Run deepspeed launch/evaluate.py --run {run} "
+            f"--split {split} again, without --shards."
+        )
     clips = []
     for row in np.linspace(0, len(index) - 1, num_clips).round().astype(int).tolist():
         num_frames, height, width = (int(index.arrays[c][row]) for c in ("num_frames", "height", "width"))

@@ -1,8 +1,9 @@
 """Checkpoints that are whole or absent: every rank writes, all agree, then one rename commits.
 
-checkpoints/step-00001200/  engine/ (DeepSpeed's shards)  state.json  manifest.json (sha256 of each file)
+checkpoints/step-00001200/  engine/ (DeepSpeed's shards)  manifest.json (state, and sha256 of each file)
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -15,7 +16,6 @@ from flallm_ds.dist import World, gather_objects
 from flallm_ds.errors import UserError
 
 MANIFEST = "manifest.json"
-STATE = "state.json"
 
 
 def save(
@@ -33,9 +33,9 @@ def save(
         partial.mkdir(parents=True)
 
     def commit() -> None:
-        _write_synced(partial / STATE, state)
         names = sorted(p.relative_to(partial).as_posix() for p in partial.rglob("*") if p.is_file())
-        _write_synced(partial / MANIFEST, {name: file_sha256(partial / name) for name in names})
+        files = {name: file_sha256(partial / name) for name in names}
+        _write_synced(partial / MANIFEST, _manifest(files, state))
         _put(partial, final)
         _sync_folder(folder)
         for old in committed(folder)[:-keep]:
@@ -45,6 +45,21 @@ def save(
     _together(lambda: write(partial), final, world)
     _together(commit if world.is_main else None, final, world)
     return final
+
+
+def replace_state(folder: Path, step: int, state: dict[str, Any], world: World) -> None:
+    """Give the committed checkpoint of that step another state, where the engine is as it was.
+
+    Raises UserError on every rank if it could not be written.
+    """
+    final = folder / f"step-{step:08d}"
+
+    def replace() -> None:
+        partial = final / f".partial-{MANIFEST}"
+        _write_synced(partial, _manifest(_read_manifest(final)["files"], state))
+        partial.replace(final / MANIFEST)
+
+    _together(replace if world.is_main else None, final, world)
 
 
 def _together(action: Callable[[], None] | None, final: Path, world: World) -> None:
@@ -73,16 +88,38 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
     Raises UserError that names a missing or changed file.
     """
-    manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-    for name, sha256 in manifest.items():
+    manifest = _read_manifest(checkpoint)
+    for name, sha256 in manifest["files"].items():
         path = checkpoint / name
         if not path.is_file() or file_sha256(path) != sha256:
-            what = "was changed" if path.is_file() else "is missing"
-            raise UserError(
-                f"the checkpoint must be as it was written, but {name} {what}: {checkpoint}. "
-                "Delete that folder to resume from the checkpoint before it."
-            )
-    return dict(json.loads((checkpoint / STATE).read_text(encoding="utf-8")))
+            raise _broken(checkpoint, name, "was changed" if path.is_file() else "is missing")
+    return dict(manifest["state"])
+
+
+def _manifest(files: dict[str, str], state: dict[str, Any]) -> dict[str, Any]:
+    return {"files": files, "state": state, "sha256": _sha256(files, state)}
+
+
+def _sha256(files: dict[str, str], state: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps([files, state], sort_keys=True).encode()).hexdigest()
+
+
+def _read_manifest(checkpoint: Path) -> dict[str, Any]:
+    try:
+        manifest = dict(json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8")))
+        is_whole = manifest["sha256"] == _sha256(manifest["files"], manifest["state"])
+    except (ValueError, KeyError):
+        is_whole = False
+    if not is_whole:
+        raise _broken(checkpoint, MANIFEST, "was changed")
+    return manifest
+
+
+def _broken(checkpoint: Path, name: str, what: str) -> UserError:
+    return UserError(
+        f"the checkpoint must be as it was written, but {name} {what}: {checkpoint}. "
+        "Delete that folder to resume from the checkpoint before it."
+    )
 
 
 def replace_file(path: Path, text: str) -> None:

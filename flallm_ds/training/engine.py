@@ -117,6 +117,7 @@ def complete(config: dict[str, Any], device: torch.device, accumulation: int, cl
     """The JSON with what RunConfig owns filled in, for this device."""
     config = config if device.type == "cuda" else for_cpu(config)
     return {
+        "zero_force_ds_cpu_optimizer": False,  # it would refuse SGD; of AdamW we take its own (`_optimizer`)
         **config,
         "train_micro_batch_size_per_gpu": 1,  # a micro-batch is one packed batch, whatever its clips
         "gradient_accumulation_steps": accumulation,

@@ -7,10 +7,11 @@ from flallm_ds.contracts import Batch, Hypothesis
 from flallm_ds.data.device import on_device
 from flallm_ds.data.loader import Loader
 from flallm_ds.data.text import TextCodec
-from flallm_ds.dist import World, gather_objects
-from flallm_ds.errors import UserError
+from flallm_ds.dist import World, all_reduce_sum, gather_objects
+from flallm_ds.errors import Preempted, UserError
 from flallm_ds.metrics import Scores, score_by_language
 from flallm_ds.models.sign_translator import Candidate
+from flallm_ds.training.stop import StopRequest
 
 # The hypotheses of each clip of a batch, best first.
 Generate = Callable[[Batch], list[list[Candidate]]]
@@ -25,11 +26,13 @@ class Evaluation:
     codec: TextCodec
     world: World
 
-    def hypotheses(self, between: Callable[[int, int], None] | None = None) -> list[Hypothesis]:
+    def hypotheses(
+        self, report: Callable[[int, int], None] | None = None, stop: StopRequest | None = None
+    ) -> list[Hypothesis]:
         """Every clip's hypothesis, sorted by key, the same list on every rank.
 
-        Every rank makes the same number of `generate` calls. between(clips done, all clips): called on every
-        rank after each step; where it raises on all of them, scoring ends.
+        Every rank makes the same number of `generate` calls. report(clips done, all clips): called after each
+        step. Raises Preempted on every rank soon after any of them was asked to stop.
         """
         found: list[Hypothesis] = []
         for step, batches in enumerate(on_device(self.loader.steps(), self.world.device)):
@@ -37,8 +40,10 @@ class Evaluation:
                 for row, candidates in enumerate(self.generate(batch)):
                     if batch.real_B[row]:
                         found.append(self._hypothesis(batch, row, candidates))
-            if between is not None:
-                between(int(self.loader.plan.ends[step]), len(self.loader.reader.index))
+            if report is not None:
+                report(int(self.loader.plan.ends[step]), len(self.loader.reader.index))
+            if stop is not None and all_reduce_sum([bool(stop)], self.world)[0]:
+                raise Preempted("stopped while clips were scored; the same command scores them anew.")
         gathered = [h for part in gather_objects(found, self.world) for h in part]
         by_key = {h.key: h for h in gathered}
         if not len(by_key) == len(gathered) == len(self.loader.reader.index):

@@ -32,15 +32,19 @@ PACKAGES = (
 
 @contextmanager
 def run_folder(config: RunConfig, world: World) -> Iterator[Path]:
-    """`open_run_folder` on all ranks while a run is built: one that is refused leaves no new folder."""
+    """`open_run_folder` on all ranks while a run is built: one that is refused leaves nothing new."""
     path = Path(config.run)
     is_new = world.is_main and not (path / "config.json").is_file()  # and empty, or it is refused at once
+    was_there = path.exists()
     folder = main_first(lambda: open_run_folder(config), world)
     try:
         yield folder
     except Exception:
         if is_new:
-            shutil.rmtree(path)
+            for new in path.iterdir():
+                shutil.rmtree(new) if new.is_dir() else new.unlink()
+            if not was_there:
+                path.rmdir()
         raise
 
 

@@ -1,4 +1,4 @@
-"""How a run is asked to stop between two steps."""
+"""How a run is asked to stop between two steps of training or of scoring."""
 
 import os
 import signal

@@ -47,6 +47,7 @@ class Trainer:
         self.task, self.folder = task, folder
         self.config, self.world = task.config, task.world
         self.at = Position()
+        self._saved: int | None = None  # the global step of the newest checkpoint
         self.stop = stop
         self.progress = Progress(
             self.config.train.log_every_s, enabled=self.world.is_main, stage=self.config.stage
@@ -84,7 +85,10 @@ class Trainer:
             if stop or due or self._out_of_steps():
                 self._save()
             if stop:
-                raise self._preempted("stopped")
+                raise Preempted(
+                    f"stopped after step {self.at.global_step}; the same command goes on from there "
+                    f"({self.folder})."
+                )
             if self._out_of_steps():
                 return
             waiting_since = time.perf_counter()
@@ -156,32 +160,25 @@ class Trainer:
     def _end_of_epoch(self) -> None:
         done, epochs = self.at.epoch + 1, self.config.train.epochs
         if done % self.config.eval.every_epochs == 0 or done == epochs:
+            if self._saved != self.at.global_step:
+                self._save()  # scoring takes minutes, and may fail
             self._evaluate(done)
         self.at.epoch, self.at.step = done, 0
-        self._save()
+        if self._saved == self.at.global_step:
+            state = self._state()
+            checkpoint.replace_state(self.folder / "checkpoints", self._saved, state, self.world)
+        else:
+            self._save()
 
     def _evaluate(self, epoch: int) -> None:
-        """Score the dev split and keep the export if it is the best so far.
-
-        Asked to stop, it saves the run as it is before the scores and raises Preempted.
-        """
+        """Score the dev split and keep the export if it is the best so far."""
         task, split = self.task, self.config.eval.split
         begin = time.perf_counter()
         task.engine.module.eval()
         evaluation = Evaluation(task.dev_loader(), task.generate, task.codec, self.world)
         progress = ScoringProgress(split, self.config.train.log_every_s, self.world.is_main)
-
-        def between(done: int, clips: int) -> None:
-            progress(done, clips)
-            if all_reduce_sum([bool(self.stop)], self.world)[0]:
-                raise self._preempted(f"stopped while {split} was scored")
-
-        try:
-            with task.engine.gathered(self.config.eval.gather):
-                hypotheses = evaluation.hypotheses(between)
-        except Preempted:
-            self._save()
-            raise
+        with task.engine.gathered(self.config.eval.gather):
+            hypotheses = evaluation.hypotheses(progress, self.stop)
         scores = scores_of(hypotheses)
         seconds = time.perf_counter() - begin
         self.progress.pause(seconds)
@@ -192,11 +189,6 @@ class Trainer:
         if scores.bleu4 > self.at.best_bleu4:
             self.at.best_bleu4 = scores.bleu4
             self._export({split: scores.as_dict(), "epoch": epoch})
-
-    def _preempted(self, how: str) -> Preempted:
-        return Preempted(
-            f"{how} after step {self.at.global_step}; the same command goes on from there ({self.folder})."
-        )
 
     def _export(self, scores: dict[str, Any]) -> None:
         """Write best/, tensor by tensor. Raises UserError on every rank where it cannot be written."""
@@ -232,22 +224,25 @@ class Trainer:
 
     def _save(self) -> None:
         begin = time.perf_counter()
+        checkpoint.save(
+            self.folder / "checkpoints",
+            self.at.global_step,
+            self._state(),
+            self.task.engine.save,
+            self.world,
+            self.config.train.keep_checkpoints,
+        )
+        self._saved = self.at.global_step
+        self.progress.pause(time.perf_counter() - begin)
+
+    def _state(self) -> dict[str, Any]:
         plan_state = self.task.plan(self.task.train_index).state(self.at.epoch, self.at.step)
-        state = {
+        return {
             "position": asdict(self.at),
             "plan": asdict(plan_state),
             "world_size": self.world.size,
             "frozen_encoder": self._frozen_encoder,
         }
-        checkpoint.save(
-            self.folder / "checkpoints",
-            self.at.global_step,
-            state,
-            self.task.engine.save,
-            self.world,
-            self.config.train.keep_checkpoints,
-        )
-        self.progress.pause(time.perf_counter() - begin)
 
     def _resume(self) -> None:
         """Go on from the newest committed checkpoint, if there is one."""
@@ -269,7 +264,7 @@ class Trainer:
                 "Give the --visual_run of then (has its stage 1 gone on since?), or another run folder."
             )
         self.task.engine.load(newest)
-        self.at = position
+        self.at, self._saved = position, position.global_step
         self.progress.say(f"resumed at epoch {position.epoch}, step {position.step} from {newest}")
 
     @cached_property

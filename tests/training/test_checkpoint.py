@@ -85,10 +85,29 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def test_a_changed_state_is_named(tmp_path):
+    manifest = save(tmp_path, 3) / "manifest.json"
+    whole = manifest.read_text()
+    for changed in (whole.replace('"step": 3', '"step": 4'), whole[:-9], "{}"):
+        assert changed != whole
+        manifest.write_text(changed)
+        with pytest.raises(UserError, match=r"manifest\.json was changed"):
+            checkpoint.read_state(manifest.parent)
+
+
+def test_a_state_may_be_replaced_whole(tmp_path):
     path = save(tmp_path, 3)
-    (path / "state.json").write_text('{"step": 4}')
-    with pytest.raises(UserError, match=r"state\.json was changed"):
-        checkpoint.read_state(path)
+    engine = (path / "engine" / "model.pt").read_bytes()
+    checkpoint.replace_state(tmp_path, 3, {"step": 3, "epoch": 1}, ALONE)
+    assert checkpoint.read_state(path) == {"step": 3, "epoch": 1}
+    assert (path / "engine" / "model.pt").read_bytes() == engine
+
+
+def test_a_state_that_cannot_be_replaced_stays(tmp_path):
+    path = save(tmp_path, 3)
+    (path / ".partial-manifest.json").mkdir()
+    with pytest.raises(UserError, match="could not be written"):
+        checkpoint.replace_state(tmp_path, 3, {"step": 4}, ALONE)
+    assert checkpoint.read_state(path)["step"] == 3
 
 
 def no_space(folder: Path) -> None:
@@ -115,7 +134,7 @@ def test_a_commit_that_cannot_be_written_is_an_error_too(tmp_path):
 
     def blocked(folder: Path) -> None:
         write_weights(folder)
-        (folder / "state.json").mkdir()
+        (folder / "manifest.json").mkdir()
 
     with pytest.raises(UserError, match="could not be written"):
         save(tmp_path, 2, write=blocked)

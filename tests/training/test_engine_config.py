@@ -125,6 +125,12 @@ def test_on_a_gpu_the_json_stays_as_it_is():
     assert (whole["gradient_accumulation_steps"], whole["gradient_clipping"]) == (3, 0.5)
 
 
+@pytest.mark.parametrize("said", [{}, {"zero_force_ds_cpu_optimizer": True}])
+def test_any_optimizer_may_be_offloaded_unless_the_json_says_otherwise(said):
+    whole = ds.complete(said, torch.device("cuda"), 1, 1.0)
+    assert whole["zero_force_ds_cpu_optimizer"] is bool(said)
+
+
 def test_without_zero_the_stage_is_0():
     assert ds.zero_stage({}) == 0 and ds.model_loading({}) is None
 

@@ -3,8 +3,9 @@ import json
 import pytest
 
 from flallm_ds.config import FREE_TO_CHANGE, RunConfig
+from flallm_ds.dist import World
 from flallm_ds.errors import UserError
-from flallm_ds.training.run_folder import Metrics, open_run_folder
+from flallm_ds.training.run_folder import Metrics, open_run_folder, run_folder
 
 
 @pytest.fixture
@@ -23,6 +24,22 @@ def test_a_new_run_records_what_it_is(config):
 def test_an_empty_folder_may_become_a_run(config, tmp_path):
     (tmp_path / "runs" / "one").mkdir(parents=True)
     assert open_run_folder(config) == tmp_path / "runs" / "one"
+
+
+@pytest.mark.parametrize("before", ["nothing", "a folder", "a link"])
+def test_a_run_that_cannot_be_built_leaves_what_was_there(config, tmp_path, before):
+    path = tmp_path / "runs" / "one"
+    if before == "a folder":
+        path.mkdir(parents=True)
+    elif before == "a link":
+        path.parent.mkdir()
+        (tmp_path / "scratch").mkdir()
+        path.symlink_to(tmp_path / "scratch")
+    with pytest.raises(UserError, match="no such LLM"), run_folder(config, World(0, 1, 0, 1)) as folder:
+        (folder / "tokenizer").mkdir()
+        raise UserError("no such LLM")
+    assert path.exists() == (before != "nothing") and path.is_symlink() == (before == "a link")
+    assert not path.exists() or list(path.iterdir()) == []
 
 
 def test_the_same_run_opens_again(config):

@@ -116,10 +116,11 @@ def test_ranks_whose_launcher_is_killed_stop_and_save(
     assert (run / "checkpoints" / f"step-{reached:08d}").is_dir()
 
 
-def test_stopped_while_scored(
-    tiny_corpus: Path, tmp_path: Path, launchers: list[subprocess.Popen[bytes]]
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGKILL], ids=["signalled", "killed"])
+def test_disturbed_while_scored(
+    number: signal.Signals, tiny_corpus: Path, tmp_path: Path, launchers: list[subprocess.Popen[bytes]]
 ) -> None:
-    """SIGUSR1 to one rank ends the scoring, keeps the epoch's steps, and the next start scores anew."""
+    """Whatever ends the scoring, the epoch's steps are kept, and the next start scores anew."""
     run, log = tmp_path / "run", tmp_path / "log"
     more = {
         "train.epochs": 1,
@@ -133,9 +134,10 @@ def test_stopped_while_scored(
     arguments = flags("visual", tiny_options(tiny_corpus, "visual", run, **more))
     launchers.append(start(arguments, log))
     wait_for(lambda: log.is_file() and " clips/s" in log.read_text(), "progress of the scoring")
-    ranks_of(launchers[0])[1].send_signal(signal.SIGUSR1)
-    assert launchers[0].wait(DEADLINE_S) == 75, log.read_text()[-4000:]
-    assert "stopped while train was scored" in log.read_text()
+    ranks_of(launchers[0])[1].send_signal(number)
+    code = launchers[0].wait(DEADLINE_S)
+    assert code == 75 if number == signal.SIGUSR1 else code != 0, log.read_text()[-4000:]
+    assert ("stopped while clips were scored" in log.read_text()) == (number == signal.SIGUSR1)
     before = (run / "metrics.jsonl").read_text()
     assert "bleu4" not in before and not (run / "best").exists()
     launchers.append(start(arguments, log))
