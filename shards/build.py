@@ -134,12 +134,23 @@ def check_rows(rows: dict[str, list[Row]], options: Options) -> tuple[dict[str, 
                 faults.append(Fault("without video", f"{split} {row.id} has no frames at {row.path}"))
             elif not row.text:
                 faults.append(Fault("without text", f"{split} {row.id} has an empty text"))
+            elif not is_unicode(row):
+                faults.append(Fault("no Unicode", f"{split} {row.id!a} holds half a character: {row.text!a}"))
             elif box[0] >= box[2] or box[1] >= box[3]:
                 faults.append(Fault("outside the crop", f"{split} {row.id} has a box outside --crop"))
             else:
                 usable.append(Clip(f"{number:08d}", row, stamps[row.path]))
         clips[split] = jobs.stored_order(split, usable)
     return clips, faults
+
+
+def is_unicode(row: Row) -> bool:
+    """Whether all of a row's strings can be written: JSON may hold half of a surrogate pair."""
+    try:
+        "".join((row.id, row.text, row.language, row.signer, row.video, row.gloss)).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def stamp(path: Path) -> str:
@@ -152,7 +163,7 @@ def stamp(path: Path) -> str:
             found = path.stat()
             return f"{found.st_size} {found.st_mtime_ns}"
         facts = [(image.name, image.stat()) for image in image_paths(path)]
-    except OSError:
+    except (OSError, ValueError):  # ValueError: of a name that no file can have
         return ""
     if not facts:
         return ""

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from flallm_ds.data.feature_facts import FeatureFacts
-from flallm_ds.data.store import CacheOptions, LocalStore, Store, file_sha256, open_store
+from flallm_ds.data.store import CacheOptions, LocalStore, Store, checked_name, file_sha256, open_store
 from flallm_ds.data.store import Shard as Shard
 from flallm_ds.errors import UserError
 
@@ -179,7 +179,7 @@ class Index:
 
 
 def read_manifest(root: str | Path | Store) -> dict[str, Any]:
-    """The folder's index.json. Raises UserError where there is none or it is of another format."""
+    """The folder's index.json. Raises UserError where there is none, or where it is not as it was written."""
     store = open_store(root) if isinstance(root, str | Path) else root
     path = store.file("index.json")
     if not path.is_file():
@@ -191,11 +191,22 @@ def read_manifest(root: str | Path | Store) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"index.json must be JSON, but {error}: {path}. Build the shards again.") from error
-    if manifest.get("format") != FORMAT:
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != FORMAT:
         raise UserError(
-            f"index.json must have format {FORMAT!r}, but has {manifest.get('format')!r}: {path}. "
-            "Build the shards again."
+            f"index.json must have format {FORMAT!r}, but has {found!r}: {path}. Build the shards again."
         )
+    try:
+        _ = manifest["corpus"]
+        for entry in manifest["splits"].values():
+            checked_name(entry["table"])
+            for shard in entry["shards"]:
+                checked_name(Shard(**shard).file)
+            fingerprint(entry)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"index.json must be as it was written, but is not ({error}): {path}. Build the shards again."
+        ) from error
     return manifest
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 
 Cap = Literal["uniform", "random", "segment"]
-_EDGE = 1e-6  # of a group: 25 frames a second at a target of 12.5 are groups of two, whatever the rounding
+_EDGE = 1e-6  # of a frame: 25 frames a second at a target of 12.5 are groups of two, whatever the rounding
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class FrameSampling:
         strides: np.ndarray | float = float(self.keep_every)
         if self.target_fps is not None:
             strides = np.maximum(np.asarray(fps, np.float64) / self.target_fps, 1.0)
-        groups = np.floor((num_frames - 1) / strides + _EDGE).astype(np.int64) + 1
+        groups = np.floor((num_frames - 1 + _EDGE) / strides).astype(np.int64) + 1
         kept: np.ndarray = np.minimum(groups, self.max_frames)
         return kept
 
@@ -56,7 +56,7 @@ class FrameSampling:
         """Kept frames a second of clips of these lengths and rates, float64; fewer where they are thinned."""
         fps = np.asarray(fps, np.float64)
         strides = self.keep_every if self.target_fps is None else np.maximum(fps / self.target_fps, 1.0)
-        groups = np.floor((num_frames - 1) / strides + _EDGE) + 1
+        groups = np.floor((num_frames - 1 + _EDGE) / strides) + 1
         rates: np.ndarray = fps / strides * np.minimum(1.0, self.max_frames / groups)
         return rates
 
@@ -69,7 +69,7 @@ class FrameSampling:
         if num_frames < 1:
             raise ValueError(f"num_frames must be at least 1, but is {num_frames}")
         stride = self.stride(fps)
-        num_groups = int((num_frames - 1) / stride + _EDGE) + 1
+        num_groups = int((num_frames - 1 + _EDGE) / stride) + 1
         starts = np.ceil(np.arange(num_groups + 1) * stride - _EDGE)
         starts[-1] = num_frames
         kept = starts[:-1]
@@ -81,7 +81,7 @@ class FrameSampling:
     def keeps_first(self, frame: int, fps: float) -> bool:
         """Whether evaluation keeps this frame before the cap: for a video whose length is not known yet."""
         stride = self.stride(fps)
-        return math.ceil(int(frame / stride + _EDGE) * stride - _EDGE) == frame
+        return math.ceil(int((frame + _EDGE) / stride) * stride - _EDGE) == frame
 
     def thin(self, num: int, rng: np.random.Generator | None = None) -> np.ndarray:
         """At most `max_frames` places of `num`, ascending."""

@@ -32,6 +32,8 @@ OPEN_OPTIONS = {
     "h264,hevc,m4v,obu,ivf,mjpeg,mxf,dv",
 }
 _REORDER = 8  # frames held back to put unordered timestamps in order (decoders reorder B-frames themselves)
+# FFmpeg's names of the containers where a seek is sound: in an MPEG program stream it loses frames.
+_SEEKABLE = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "mpegts", "flv", "avi")
 _EDGE_S = 1e-6  # a frame that begins at the span's start is in, one at its end is out
 _ROUNDED_S = 1e-3  # Matroska and FLV round times to milliseconds: a frame may come so much after its tick
 _MAX_STILL_S = 600  # timestamps that jump further are no times
@@ -207,8 +209,11 @@ class Video:
         """(seconds, frame) in order of time, from the first frame or from one before start_s."""
         if start_s is not None and start_s > 0:
             jumped = self._decode(start_s)
-            first = next(jumped, None)
-            # Broken seek tables land too late: then read from the beginning.
+            # Broken seek tables fail or land too late: then read from the beginning.
+            try:
+                first = next(jumped, None)
+            except BrokenVideo:
+                first = None
             if first is not None and first[0] <= start_s + _EDGE_S:
                 yield first
                 yield from jumped
@@ -229,7 +234,7 @@ class Video:
                 nominal = float(stream.average_rate or stream.guessed_rate or 0)
                 self.fps = nominal if 1 <= nominal <= 480 else _DEFAULT_FPS
                 begin_s = (container.start_time or 0) / av.time_base
-                if seek_s is not None:
+                if seek_s is not None and container.format.name in _SEEKABLE:
                     container.seek(int((seek_s + begin_s) * av.time_base), backward=True)
                 reformatter = VideoReformatter()
                 waiting: list[tuple[float, int, _Picture]] = []

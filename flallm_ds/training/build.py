@@ -19,11 +19,11 @@ from flallm_ds.contracts import Batch
 from flallm_ds.data import mixture
 from flallm_ds.data.device import check_nvjpeg
 from flallm_ds.data.features import FeatureMasks
-from flallm_ds.data.index import Index
+from flallm_ds.data.index import Index, read_manifest
 from flallm_ds.data.loader import BrokenClips, ClipReader, Loader, num_places
 from flallm_ds.data.plan import EpochPlan, Plan, slices_of_rank, temperature_weights
 from flallm_ds.data.sampling import FrameSampling
-from flallm_ds.data.store import CacheOptions
+from flallm_ds.data.store import CacheOptions, open_store
 from flallm_ds.data.text import Instruction, TextCodec, Wording
 from flallm_ds.dist import World, main_first, on_each_machine
 from flallm_ds.errors import RankError, UserError
@@ -249,6 +249,12 @@ def _must(holds: bool, sentence: str) -> None:
 def open_index(data: DataConfig, split: str, world: World) -> Index:
     """The index of one split over all of data.shards; every machine has each shard, whole."""
     cache = CacheOptions(Path(data.cache_dir) if data.cache_dir else None, data.cache_gb, data.allow_pipe)
+    for folder in data.shards if data.decoder == "nvjpeg" else ():
+        options = read_manifest(open_store(folder, cache)).get("options", {})
+        _must(
+            options.get("clip_format") != "h264",
+            f"data.decoder must be cpu where shards hold H.264, but is nvjpeg for {folder}.",
+        )
     index = mixture.open_indexes(data.shards, split, cache)
     on_each_machine(lambda: index.store.check(index.shards, data.check_shards), world)
     return index

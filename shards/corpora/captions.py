@@ -4,7 +4,7 @@ import html
 import json
 import re
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import dropwhile, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,10 @@ def read_vtt(text: str) -> tuple[list[Cue], bool]:
         raise ValueError("captions must begin with WEBVTT")
     shown: list[Cue] = []
     lines_of: list[list[str]] = []
-    for block in re.split(r"\n\n+", re.sub(r"\r\n?", "\n", text))[1:]:
+    header, *blocks = re.split(r"\n\n+", re.sub(r"\r\n?", "\n", text))
+    if "-->" in header:  # a caption may follow the header without an empty line
+        blocks.insert(0, "\n".join(dropwhile(lambda line: "-->" not in line, header.split("\n"))))
+    for block in blocks:
         lines = block.strip("\n").split("\n")
         number = next((n for n, line in enumerate(lines[:2]) if "-->" in line), 0)  # after a name, if any
         times = None if re.match(r"NOTE\b", block) else _TIMES.fullmatch(lines[number])

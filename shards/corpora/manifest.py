@@ -108,7 +108,7 @@ def _read_json_lines(source: Path) -> Iterator[tuple[int, dict[str, str]]]:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield number, _plain(json.loads(line))
-    except (OSError, ValueError) as error:  # of which a JSON and a UTF-8 error are kinds
+    except (OSError, ValueError, RecursionError) as error:  # JSON's and UTF-8's errors are ValueErrors
         raise UserError(f"a manifest must be JSON lines, but {error}: {source}.") from error
 
 

@@ -82,7 +82,7 @@ def read_boxes(path: Path | None) -> dict[str, Box]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"the boxes must be readable JSON, but {error}: {path}. Fetch them again.") from error
     if not isinstance(content, dict):
         raise UserError(f"the boxes must be a JSON object by clip, but are not: {path}. Fetch them again.")

@@ -111,7 +111,23 @@ def test_a_folder_that_holds_no_shards_is_refused(tmp_path):
         load_index(tmp_path, "train")
 
 
-@pytest.mark.parametrize(("content", "reason"), [("{", "must be JSON"), ('{"format": "x"}', "but has 'x'")])
+FORMAT = '"format": "flallm_ds shards 1"'
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("{", "must be JSON"),
+        ('{"format": "x"}', "but has 'x'"),
+        ("[]", "but has None"),
+        (f"{{{FORMAT}}}", r"must be as it was written, but is not \('corpus'\)"),
+        (f'{{{FORMAT}, "corpus": "a", "splits": []}}', "must be as it was written"),
+        (
+            f'{{{FORMAT}, "corpus": "a", "splits": {{"train": {{"table": "../a"}}}}}}',
+            "file names in index.json",
+        ),
+    ],
+)
 def test_an_index_of_another_format_is_refused(tmp_path, content, reason):
     (tmp_path / "index.json").write_text(content)
     with pytest.raises(UserError, match=reason):

@@ -84,6 +84,22 @@ def test_a_video_whose_length_is_unknown_keeps_the_same_frames():
             assert first == sampling.picks(111, fps).tolist()
 
 
+@pytest.mark.parametrize("fps", [24000 / 1001, 30000 / 1001, 60000 / 1001])
+def test_every_pick_lies_within_the_clip(fps):
+    """A target that is nearly a fraction of the rate: groups begin a hair before or after whole frames."""
+    lengths = np.arange(1, 900)
+    fps = float(np.float32(fps))
+    for divisor in (2, 3, 4, 10):
+        for digits in (2, 6):
+            sampling = FrameSampling(target_fps=round(fps / divisor, digits), max_frames=10**6)
+            for num_frames, num_kept in zip(
+                lengths, sampling.num_kept(lengths, np.float32(fps)), strict=True
+            ):
+                picks = sampling.picks(int(num_frames), fps)
+                assert len(picks) == num_kept and picks[-1] < num_frames and (np.diff(picks) > 0).all()
+                assert sampling.keeps_first(int(picks[-1]), fps)
+
+
 # --- the cap
 
 

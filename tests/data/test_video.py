@@ -127,6 +127,17 @@ def test_a_span_takes_the_frames_shown_in_it(tmp_path):
     assert numbers(read_frames(path, None, 0.2)) == [0, 1]
 
 
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [("a.mpg", "mpeg2video"), ("a.h264", "libx264"), ("a.ts", "libx264"), ("a.mkv", "libx264")],
+)
+def test_a_span_is_the_same_in_every_container(tmp_path, name, codec):
+    """In an MPEG program stream a seek loses frames, and a raw stream cannot seek."""
+    path = write_video(tmp_path / name, fps=25, codec=codec)
+    whole = numbers(read_frames(path))
+    assert numbers(read_frames(path, 0.48, 0.88)) == whole[12:22]
+
+
 def test_a_span_past_the_end_is_cut_there_and_said(tmp_path):
     video = Video(write_video(tmp_path / "x.mp4"))
     assert numbers(video.frames(2.5, 4.0)) == [25, 26, 27, 28, 29]

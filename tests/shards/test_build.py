@@ -201,6 +201,21 @@ def test_rows_that_may_be_skipped_are_left_out_counted_and_listed(tmp_path, caps
         build("phoenix14t", release, tmp_path / "out2", options(max_skipped=1))
 
 
+def test_text_that_cannot_be_written_is_a_skipped_row(tmp_path, capsys):
+    """JSON may hold half an emoji, and a name that no file can have."""
+    write_video(tmp_path / "a.mp4", num_frames=9)
+    lines = [
+        {"video": "a.mp4", "text": "gut"},
+        {"video": "a.mp4", "text": "halb \ud83d"},
+        {"video": "a\0.mp4", "text": "gut"},
+    ]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    build("manifest", tmp_path / "m.jsonl", tmp_path / "out", options(max_skipped=2), language="de")
+    assert list(load_index(tmp_path / "out", "train").strings("text")) == ["gut"]
+    said = capsys.readouterr()
+    assert "holds half a character: 'halb \\ud83d'" in said.out + said.err
+
+
 def test_tars_that_lose_all_their_clips_leave_no_gap(tmp_path):
     release = make_phoenix(tmp_path / "source", counts=(1, 3, 1))
     next(release.rglob("dev/*tagesschau-1/images0001.png")).write_bytes(b"broken")

@@ -218,6 +218,12 @@ def test_a_wrong_manifest_row_is_one_sentence_with_its_line(tmp_path, row, messa
         manifest.read(write_manifest(tmp_path / "m.jsonl", [row]), ("train",), language="de")
 
 
+def test_a_line_that_is_nested_without_end_is_one_sentence(tmp_path):
+    (tmp_path / "m.jsonl").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="a manifest must be JSON lines"):
+        manifest.read(tmp_path / "m.jsonl", ("train",), language="de")
+
+
 def test_manifest_times_may_be_read_from_a_clock(tmp_path):
     row = {"video": "a", "text": "x", "start": "00:01:02.5", "end": "1:03"}
     corpus = manifest.read(write_manifest(tmp_path / "m.csv", [row]), SPLITS, language="en")

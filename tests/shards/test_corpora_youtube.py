@@ -81,6 +81,14 @@ def test_webvtt_without_tags_entities_settings_comments_and_styles(newline):
     ]
 
 
+def test_a_caption_may_follow_the_header_at_once():
+    text = (
+        "WEBVTT - a --> b\nKind: captions\n00:01.000 --> 00:02.000\nhello\n\n00:03.000 --> 00:04.000\nyou\n"
+    )
+    assert cues_of(text.replace(" - a --> b", "")) == [(1.0, 2.0, "hello"), (3.0, 4.0, "you")]
+    assert cues_of("WEBVTT - a --> b\n\n00:03.000 --> 00:04.000\nyou\n") == [(3.0, 4.0, "you")]
+
+
 def test_automatic_captions_that_scroll_give_each_line_once():
     cues, scroll = read_vtt(SCROLLING)
     assert scroll and [(cue.start_s, cue.text) for cue in cues] == [

@@ -219,6 +219,20 @@ def test_a_lost_table_is_restored_from_its_tars(built, copy, release, capsys, ho
     assert tree(copy) == tree(built)
 
 
+@pytest.mark.parametrize("what", ["table", "file"])
+def test_nothing_beside_the_folder_is_touched(copy, what):
+    """Whoever made the shards chose the names and the checksums in index.json."""
+    path = copy / "index.json"
+    manifest = json.loads(path.read_text())
+    entry = manifest["splits"]["train"]
+    (entry if what == "table" else entry["shards"][0])[what] = "../mine"
+    path.write_text(json.dumps(manifest))
+    (copy.parent / "mine").write_text("mine")
+    with pytest.raises(UserError, match=r"file names in index\.json must consist of .*'\.\./mine'"):
+        verify(copy, workers=1, repair="drop")
+    assert (copy.parent / "mine").read_text() == "mine"
+
+
 def test_a_lost_table_of_broken_tars_is_one_sentence(copy, capsys):
     (copy / "train.safetensors").unlink()
     truncate_at = (copy / "train-000001.tar").stat().st_size // 2
