@@ -136,6 +136,7 @@ def test_a_span_is_the_same_in_every_container(tmp_path, name, codec):
     path = write_video(tmp_path / name, fps=25, codec=codec)
     whole = numbers(read_frames(path))
     assert numbers(read_frames(path, 0.48, 0.88)) == whole[12:22]
+    assert numbers(read_frames(path, 0.8)) == whole[20:]
 
 
 def test_a_span_past_the_end_is_cut_there_and_said(tmp_path):
