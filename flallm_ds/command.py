@@ -5,10 +5,12 @@ fire alone runs a function with its defaults before it complains about a mistype
 name is known and every value is of the annotated type.
 """
 
+import atexit
 import difflib
 import inspect
 import os
 import sys
+import threading
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -81,11 +83,12 @@ def coerce(value: str, hint: Any, name: str) -> Any:
 def bind(function: Callable[..., Any], words: list[str], options: Mapping[str, str]) -> dict[str, Any]:
     """Arguments for `function` from words and options; raises UserError where they do not fit its signature.
 
-    A function that takes **overrides receives the options it does not name as they came (strings).
+    A function that takes **overrides receives the options it does not name as they came (strings). What is
+    positional-only is for callers in Python.
     """
     parameters = inspect.signature(function).parameters
     hints = typing.get_type_hints(function)
-    named = {n: p for n, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    named = {n: p for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     open_ended = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
     positional = [n for n, p in named.items() if p.kind == p.POSITIONAL_OR_KEYWORD]
     if len(words) > len(positional):
@@ -111,6 +114,8 @@ def bind(function: Callable[..., Any], words: list[str], options: Mapping[str, s
 def usage(function: Callable[..., Any]) -> str:
     parts = []
     for name, p in inspect.signature(function).parameters.items():
+        if p.kind == p.POSITIONAL_ONLY:
+            continue
         if p.kind == p.VAR_KEYWORD:
             parts.append("[--section.field=VALUE ...]")
         elif p.default is p.empty:
@@ -136,14 +141,14 @@ def main(command: Callable[..., Any] | Mapping[str, Callable[..., Any]]) -> NoRe
     except UserError as error:
         if isinstance(error, RankError) or process_rank() == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
-        _leave(error.exit_code)
+        end_process(error.exit_code)
     except Preempted as stop:
         if process_rank() == 0:
             print(str(stop), flush=True)
-        _leave(stop.exit_code)
+        end_process(stop.exit_code)
     except KeyboardInterrupt:
-        _leave(130)
-    _leave(0)
+        end_process(130)
+    end_process(0)
 
 
 def _verb(commands: Mapping[str, Callable[..., Any]], argv: list[str]) -> Callable[..., Any]:
@@ -159,10 +164,19 @@ def _verb(commands: Mapping[str, Callable[..., Any]], argv: list[str]) -> Callab
 
 def process_rank() -> int:
     """This process's rank as its launcher says, before any process group exists."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    names = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
+    return int(next((os.environ[name] for name in names if name in os.environ), "0"))
 
 
-def _leave(code: int) -> NoReturn:
+def end_process(code: int) -> NoReturn:
+    """End as Python does, but leave its interpreter standing.
+
+    A thread of gloo's that waits for the interpreter while it is taken down aborts the process, whose work is
+    done (https://github.com/pytorch/pytorch/issues/190489); the launcher then calls the run failed. gloo's
+    threads cannot be joined: DeepSpeed keeps the group that owns them.
+    """
+    threading._shutdown()  # type: ignore[attr-defined]  # as multiprocessing ends its processes
+    atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    sys.exit(code)
+    os._exit(code)

@@ -14,6 +14,8 @@ import torch.distributed as dist
 
 from flallm_ds.errors import UserError
 
+_told_by_start: set[str] = set()  # names of the environment that no launcher had set
+
 
 @dataclass(frozen=True)
 class World:
@@ -51,14 +53,9 @@ def rank_environment(env: Mapping[str, str]) -> dict[str, str]:
             env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or found["WORLD_SIZE"]
         )
     elif int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:  # under SLURM, too: srun started mpirun's daemons
-        names = {
-            "RANK": "RANK",
-            "WORLD_SIZE": "SIZE",
-            "LOCAL_RANK": "LOCAL_RANK",
-            "LOCAL_WORLD_SIZE": "LOCAL_SIZE",
-        }
         found = {
-            name: _told(env, f"OMPI_COMM_WORLD_{its}", "OMPI_COMM_WORLD_SIZE") for name, its in names.items()
+            name: _told(env, f"OMPI_COMM_WORLD_{name.replace('WORLD_', '')}", "OMPI_COMM_WORLD_SIZE")
+            for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         }
     elif "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         found = {
@@ -104,7 +101,9 @@ def _told(env: Mapping[str, str], name: str, because: str) -> str:
 
 def start(timeout: timedelta = timedelta(minutes=30)) -> World:
     """Join the process group (nccl where there are GPUs, gloo elsewhere) and return this process's World."""
-    os.environ.update(rank_environment(os.environ))
+    told = rank_environment(os.environ)
+    _told_by_start.update(told.keys() - os.environ.keys())
+    os.environ.update(told)
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     rank, size, local_rank, local_size = (int(os.environ[name]) for name in names)
     world = World(rank, size, local_rank, local_size)
@@ -120,9 +119,13 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> World:
 
 
 def stop() -> None:
-    """Leave the process group."""
+    """Leave the process group; the environment is as it was before `start`."""
     if dist.is_initialized():
         dist.destroy_process_group()
+    while (
+        _told_by_start
+    ):  # a later group, or a child's, would find this one's port taken: it may be held on to
+        os.environ.pop(_told_by_start.pop(), None)
 
 
 @contextmanager

@@ -40,7 +40,9 @@ from flallm_ds.models.weights import Weights, WeightsWriter, load_weights, must_
 
 FORMAT = "flallm_ds export 2"
 SETTINGS_FILE = "flallm.json"
-EVALUATION = "evaluation"  # of a run: what launch/evaluate.py writes
+EVALUATION = (
+    "evaluation"  # what launch/evaluate.py writes: a corpus's texts, so it never leaves with an export
+)
 CARD_FILE = "README.md"
 VISUAL_FILE = "visual_encoder.safetensors"
 FEATURES_FILE = "feature_extractor.safetensors"
@@ -200,6 +202,18 @@ def read_settings(folder: Path) -> dict[str, Any]:
             "it, or train again."
         )
     return settings
+
+
+def evaluated(source: Path) -> dict[str, Any]:
+    """Scores by split, on the run's own shards, that were found after this export of it was written."""
+    config = source.parent / "config.json"
+    if not config.is_file():
+        return {}
+    shards = list(RunConfig.load(config).data.shards)
+    written = (source / SETTINGS_FILE).stat().st_mtime
+    paths = sorted((source.parent / EVALUATION).glob("*.json"))
+    contents = [json.loads(p.read_text(encoding="utf-8")) for p in paths if p.stat().st_mtime >= written]
+    return {content["split"]: content["scores"] for content in contents if content.get("shards") == shards}
 
 
 def read_visual(folder: Path) -> VisualEncoder:

@@ -9,18 +9,20 @@ from typing import TYPE_CHECKING, Any
 from flallm_ds import dist
 from flallm_ds.command import main
 from flallm_ds.errors import UserError
+from flallm_ds.training.stop import StopRequest
 
 if TYPE_CHECKING:
     from flallm_ds.contracts import Hypothesis
     from flallm_ds.data.index import Index
     from flallm_ds.inference.translator import Translator
-    from flallm_ds.training.stop import StopRequest
 
 CLIPS_A_BATCH = 8
 PRINT_EVERY_S = 5.0
 
 
 def evaluate(
+    stop: StopRequest | None = None,
+    /,
     *,
     run: str,
     split: str = "test",
@@ -36,23 +38,8 @@ def evaluate(
     run: a run's folder or an export. nbest: as many hypotheses of each clip, with scores, into the file;
     the best one counts. length_penalty: default the run's; above 0 for longer sentences. shards: default
     those the run was trained on. hub_code: run code that comes with the LLM. The results go to
-    RUN/evaluation/SPLIT.json and SPLIT.hypotheses.jsonl.
+    RUN/evaluation/SPLIT.json and SPLIT.hypotheses.jsonl. Raises Preempted after a request to `stop`.
     """
-    score(run, split, beams, nbest, length_penalty, shards, threads, hub_code)
-
-
-def score(
-    run: str,
-    split: str = "test",
-    beams: int = 5,
-    nbest: int = 1,
-    length_penalty: float | None = None,
-    shards: tuple[str, ...] = (),
-    threads: int = 0,
-    hub_code: bool = False,
-    stop: "StopRequest | None" = None,
-) -> None:
-    """`evaluate`, for a caller that may be asked to stop: raises Preempted then."""
     if beams < 1:
         raise UserError(f"--beams must be at least 1, but is {beams}.")
     from flallm_ds import export

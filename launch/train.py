@@ -4,7 +4,7 @@ Also `python launch/train.py …` for one process, `torchrun launch/train.py …
 Running the same command again goes on where the run was.
 """
 
-from evaluate import score  # type: ignore[import-not-found]  # beside this file
+from evaluate import evaluate  # type: ignore[import-not-found]  # beside this file
 from quickstart import prepare  # type: ignore[import-not-found]
 
 from flallm_ds import dist
@@ -40,7 +40,7 @@ def train(*, stage: str | None = None, recipe: str | None = None, **overrides: s
             if not run_stage(config, world, stop):
                 return
             if both and not dist.main_first(lambda run=config: is_evaluated(run, SPLIT), world):
-                score(config.run, SPLIT, hub_code=config.llm.hub_code, stop=stop)
+                evaluate(stop, run=config.run, split=SPLIT, hub_code=config.llm.hub_code)
 
 
 def _check_and_prepare(configs: tuple[RunConfig, ...], world: dist.World) -> None:

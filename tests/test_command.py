@@ -190,3 +190,43 @@ def test_verbs_are_listed_and_mistyped_ones_are_refused():
 def test_help_shows_the_usage_without_running():
     done = run("--help")
     assert done.returncode == 0 and "usage: [--steps=1]" in done.stdout and "ran" not in done.stdout
+
+
+def test_what_is_positional_only_is_no_option():
+    def run(stop: bool = False, /, *, name: str = "a") -> None: ...
+
+    assert bind(run, [], {"name": "b"}) == {"name": "b"}
+    with pytest.raises(UserError, match="there is no option --stop: valid: name"):
+        bind(run, [], {"stop": "true"})
+    assert usage(run) == "usage: [--name=a]"
+
+
+THREADS_THAT_WAIT = """
+import sys, time
+import torch
+from flallm_ds import dist
+from flallm_ds.command import main
+
+class Late:
+    def __del__(self, sleep=time.sleep):
+        sleep(0.2)  # lets other threads have the interpreter while it is taken down
+
+late = Late()
+
+def run() -> None:
+    global group
+    dist.start()
+    group = torch.distributed.group.WORLD  # as DeepSpeed keeps it
+    sys.setswitchinterval(100)
+    work = torch.distributed.all_reduce(torch.ones(3), async_op=True)
+    del work  # gloo's thread lets the tensor go, for which it needs the interpreter
+    sum(range(10_000_000))
+    print("ran")
+
+main(run)
+"""
+
+
+def test_a_thread_that_waits_for_the_interpreter_does_not_abort_a_run_that_is_done():
+    done = subprocess.run([sys.executable, "-c", THREADS_THAT_WAIT], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "ran\n"), done.stderr

@@ -1,3 +1,4 @@
+import os
 import socket
 
 import pytest
@@ -12,6 +13,8 @@ from flallm_ds.dist import (
     main_first,
     on_each_machine,
     rank_environment,
+    start,
+    stop,
 )
 from flallm_ds.errors import UserError
 
@@ -146,3 +149,14 @@ def test_each_machine_looks_once_and_its_error_is_everybodys():
 
 def test_only_rank_0_is_main():
     assert ALONE.is_main and not World(1, 2, 1, 2).is_main
+
+
+def test_a_process_group_leaves_no_place_to_meet_behind():
+    before = dict(os.environ)
+    start()
+    held = torch.distributed.group.WORLD  # as DeepSpeed holds it: its store goes on listening
+    stop()
+    assert dict(os.environ) == before
+    start()
+    assert held is not torch.distributed.group.WORLD
+    stop()

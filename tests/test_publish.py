@@ -136,8 +136,12 @@ def test_the_card_says_what_is_recorded(runs: Callable[[str, str], Path], tmp_pa
     for split, shards in (("test", own), ("elsewhere", ["another corpus"])):
         content = {"split": split, "shards": shards, "scores": scores}
         (evaluation / f"{split}.json").write_text(json.dumps(content), encoding="utf-8")
-    card = (publish(run, tmp_path / "out") / "README.md").read_text(encoding="utf-8")
+    shutil.copytree(evaluation, run / "best" / "evaluation")  # as where the export itself was scored
+    out = publish(run, tmp_path / "out")
+    assert not (out / "evaluation").exists(), "it holds the corpus's texts"
+    card = (out / "README.md").read_text(encoding="utf-8")
     shutil.rmtree(evaluation)
+    shutil.rmtree(run / "best" / "evaluation")
     front = card.split("---")[1]
     assert 'language: ["de"]' in front and 'datasets: ["toy"]' in front and "# license: yours" in front
     assert "base_model" not in front, "a folder is no model of the hub"

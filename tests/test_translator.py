@@ -170,10 +170,8 @@ def test_the_verb_prints_sentences_scores_and_streams(
 
 
 def test_a_split_is_scored_with_nbest_and_its_language(
-    exports: dict[str, Path], tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    exports: dict[str, Path], tiny_corpus: Path, tmp_path: Path
 ) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
     run = tmp_path / "run"
     shutil.copytree(exports[DECODER_ONLY].parent, run)
     shards = (str(tiny_corpus / "shards"),)

@@ -197,7 +197,8 @@ def read_manifest(root: str | Path | Store) -> dict[str, Any]:
             f"index.json must have format {FORMAT!r}, but has {found!r}: {path}. Build the shards again."
         )
     try:
-        _ = manifest["corpus"]
+        if not isinstance(manifest["corpus"], str):
+            raise TypeError("corpus")
         for entry in manifest["splits"].values():
             checked_name(entry["table"])
             for shard in entry["shards"]:

@@ -47,7 +47,6 @@ def push(model: Path, repo: str, private: bool) -> str:
     api = HfApi()
     try:
         api.create_repo(repo, private=private, exist_ok=True)
-        # What was scored there holds a corpus's texts, which may not be passed on.
         return str(
             api.upload_folder(
                 repo_id=repo, folder_path=folder, ignore_patterns=[f"{export.EVALUATION}/**"]

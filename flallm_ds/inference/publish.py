@@ -45,10 +45,9 @@ def publish(
     if untrimmed:
         _check_untrimmed(source, settings, codec)
     name = _llm_of(run, llm_name) if untrimmed else ""
-    settings = {**settings, "scores": settings["scores"] | evaluated(source)}
+    settings = {**settings, "scores": settings["scores"] | export.evaluated(source)}
 
     def write(folder: Path) -> None:
-        # What was scored there holds a corpus's texts, which may not be passed on.
         shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(export.EVALUATION))
         found = settings
         if lora == "apart":
@@ -64,18 +63,6 @@ def publish(
     except (OSError, SafetensorError) as error:
         raise UserError(f"--out must be where files can be written, but {out}: {error}.") from error
     return out
-
-
-def evaluated(source: Path) -> dict[str, Any]:
-    """Scores by split, on the run's own shards, that were found after this export of it was written."""
-    config = source.parent / "config.json"
-    if not config.is_file():
-        return {}
-    shards = list(RunConfig.load(config).data.shards)
-    written = (source / export.SETTINGS_FILE).stat().st_mtime
-    paths = sorted((source.parent / export.EVALUATION).glob("*.json"))
-    contents = [json.loads(p.read_text(encoding="utf-8")) for p in paths if p.stat().st_mtime >= written]
-    return {content["split"]: content["scores"] for content in contents if content.get("shards") == shards}
 
 
 def _check_apart(source: Path, settings: dict[str, Any], untrimmed: bool) -> None:

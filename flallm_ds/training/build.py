@@ -143,6 +143,7 @@ def build_task(config: RunConfig, folder: Path, world: World) -> Task:
     slices_of_rank(config.data.micro_batches, world.rank, world.size)
     if config.data.decoder == "nvjpeg":
         check_nvjpeg(world.device)
+        check_jpegs(config.data)
     train_index, dev_index = (open_index(config.data, s, world) for s in ("train", config.eval.split))
     check_stage(config, train_index)
     json_path = Path(config.train.deepspeed or REPOSITORY / "ds_configs" / f"{default_json(config)}.json")
@@ -248,16 +249,23 @@ def _must(holds: bool, sentence: str) -> None:
 
 def open_index(data: DataConfig, split: str, world: World) -> Index:
     """The index of one split over all of data.shards; every machine has each shard, whole."""
-    cache = CacheOptions(Path(data.cache_dir) if data.cache_dir else None, data.cache_gb, data.allow_pipe)
-    for folder in data.shards if data.decoder == "nvjpeg" else ():
-        options = read_manifest(open_store(folder, cache)).get("options", {})
-        _must(
-            options.get("clip_format") != "h264",
-            f"data.decoder must be cpu where shards hold H.264, but is nvjpeg for {folder}.",
-        )
-    index = mixture.open_indexes(data.shards, split, cache)
+    index = mixture.open_indexes(data.shards, split, _cache(data))
     on_each_machine(lambda: index.store.check(index.shards, data.check_shards), world)
     return index
+
+
+def _cache(data: DataConfig) -> CacheOptions:
+    return CacheOptions(Path(data.cache_dir) if data.cache_dir else None, data.cache_gb, data.allow_pipe)
+
+
+def check_jpegs(data: DataConfig) -> None:
+    """Raise UserError where shards hold H.264, of which the GPU's JPEG decoder makes nothing."""
+    for folder in data.shards:
+        options = read_manifest(open_store(folder, _cache(data))).get("options", {})
+        _must(
+            options.get("clip_format") != "h264",
+            f"data.decoder must be cpu where shards hold H.264, but is {data.decoder} for {folder}.",
+        )
 
 
 def make_sampling(data: DataConfig) -> FrameSampling:

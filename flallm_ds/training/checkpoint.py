@@ -108,7 +108,7 @@ def _read_manifest(checkpoint: Path) -> dict[str, Any]:
     try:
         manifest = dict(json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8")))
         is_whole = manifest["sha256"] == _sha256(manifest["files"], manifest["state"])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         is_whole = False
     if not is_whole:
         raise _broken(checkpoint, MANIFEST, "was changed")

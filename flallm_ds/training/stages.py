@@ -8,7 +8,6 @@ import torch
 from flallm_ds import export
 from flallm_ds.config import RunConfig
 from flallm_ds.dist import World, main_first
-from flallm_ds.inference.publish import evaluated
 from flallm_ds.training import checkpoint
 from flallm_ds.training.build import build_task
 from flallm_ds.training.run_folder import open_run_folder, run_folder
@@ -54,4 +53,4 @@ def is_finished(config: RunConfig) -> bool:
 
 def is_evaluated(config: RunConfig, split: str) -> bool:
     """Whether the run's best export has been scored on this split of its own shards."""
-    return split in evaluated(Path(config.run) / "best")
+    return split in export.evaluated(Path(config.run) / "best")

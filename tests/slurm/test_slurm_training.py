@@ -17,11 +17,13 @@ RUN_S = 240  # longest that a tiny run of two ranks on two busy cores may take
 
 JOIN = """
 from flallm_ds import dist
+from flallm_ds.command import end_process
 
 world = dist.start()
 total, = dist.all_reduce_sum([world.rank + 1], world)
 print(f"rank {world.rank} of {world.size} ({world.local_rank} of {world.local_size} here): {total:.0f}")
 dist.stop()
+end_process(0)
 """
 
 

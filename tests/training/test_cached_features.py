@@ -250,6 +250,7 @@ def refused(
 
     def run(target: Any, *arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", ["command", *arguments])
+        monkeypatch.setattr("flallm_ds.command.end_process", sys.exit)
         before = sorted(tmp_path.rglob("*"))
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:

@@ -15,6 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 import torch
 from flallm_ds import dist
+from flallm_ds.command import end_process
 from flallm_ds.config import OptimConfig
 from flallm_ds.errors import UserError
 from flallm_ds.training import checkpoint, engine as ds
@@ -37,6 +38,7 @@ except UserError as error:
 resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 checkpoint.save(folder, 3, {}, engine.save, world, 2)
 dist.stop()
+end_process(0)
 """
 
 

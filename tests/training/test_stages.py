@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,12 @@ from launching import REPOSITORY, command, environment, flags, launch, losses, r
 from llms import make_tiny_llm
 
 from flallm_ds import dist, export
-from flallm_ds.config import RunConfig
+from flallm_ds.config import DataConfig, RunConfig
+from flallm_ds.errors import UserError
 from flallm_ds.inference.probe import draw_probe, read_probe
 from flallm_ds.inference.translator import Translator
 from flallm_ds.recipes import RECIPES, resolve
+from flallm_ds.training.build import check_jpegs
 from flallm_ds.training.stages import run_stage
 from flallm_ds.training.stop import StopRequest
 
@@ -257,3 +260,16 @@ def test_a_finished_pair_does_nothing(
     said = capsys.readouterr().out
     assert "stage visual is finished" in said and "stage llm is finished" in said
     assert {path: path.stat().st_mtime_ns for path in run.parent.rglob("*")} == before
+
+
+def test_nvjpeg_is_refused_where_shards_hold_h264(tmp_path: Path) -> None:
+    """Its every clip would count as broken, and another corpus's take its place."""
+    for clip_format in ("mjpeg", "h264"):
+        manifest = {"format": "flallm_ds shards 1", "corpus": "a", "splits": {}}
+        manifest["options"] = {"clip_format": clip_format}
+        (tmp_path / clip_format).mkdir()
+        (tmp_path / clip_format / "index.json").write_text(json.dumps(manifest))
+    data = DataConfig(shards=(str(tmp_path / "mjpeg"),), decoder="nvjpeg")
+    check_jpegs(data)
+    with pytest.raises(UserError, match=r"must be cpu where shards hold H.264, but is nvjpeg for .*h264"):
+        check_jpegs(replace(data, shards=(*data.shards, str(tmp_path / "h264"))))
