@@ -300,5 +300,6 @@ def synchronize(device: torch.device) -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["child"]:
         print(json.dumps(asdict(child(Job(**json.loads(sys.argv[2]))))), flush=True)
+        command.end_process(0)
     else:
         command.main(run)

@@ -145,7 +145,7 @@ def free_port() -> int:
     draw = random.Random()  # by the clock and the system, whatever seed torch or the caller has set
     while True:
         with socket.socket() as s, suppress(OSError):
-            s.bind(("127.0.0.1", draw.randrange(16_384, 32_768)))
+            s.bind(("", draw.randrange(16_384, 32_768)))
             return int(s.getsockname()[1])
 
 

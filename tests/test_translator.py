@@ -193,7 +193,7 @@ def test_a_split_is_scored_with_nbest_and_its_language(
 
 
 def test_a_name_that_is_neither_a_folder_nor_on_a_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # read at import
     with pytest.raises(UserError, match="nobody/nothing must be a folder with an export, or an export on"):
         folder_of("nobody/nothing")
     with pytest.raises(UserError, match=r"there must be an export \(flallm\.json\) in nothing or"):

@@ -37,6 +37,11 @@ class Server(http.server.ThreadingHTTPServer):
                 break
             time.sleep(0.01)
 
+    def __exit__(self, *error: object) -> None:
+        self.go_on.set()
+        self.shutdown()  # else its thread spins on a socket that is closed
+        self.server_close()
+
     def handle_error(self, request, client_address) -> None:
         pass  # clients that are killed are part of the tests
 
@@ -82,8 +87,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         half = fault in ("drop", "stall")
         sent = data[: len(data) // 2] if half else data
+        self.server.sent += len(sent)  # before the client can have it
         self.wfile.write(sent)
-        self.server.sent += len(sent)
         if half:
             self.server.wait_until_kept(name, len(path.read_bytes()) - len(data) + len(sent))
         if fault == "stall":

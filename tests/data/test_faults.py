@@ -213,11 +213,8 @@ def test_a_slow_disk_gives_the_same_batches(whole):
 
 @pytest.fixture
 def server(shards: Path) -> Iterator[Server]:
-    server = Server(shards)
-    yield server
-    server.go_on.set()
-    server.shutdown()
-    server.server_close()
+    with Server(shards) as server:
+        yield server
 
 
 def remote(index: Index, server: Server, cache: Path) -> Index:

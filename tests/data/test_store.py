@@ -24,7 +24,7 @@ from flallm_ds.data.store import CacheOptions, LocalStore, RemoteStore, Shard, o
 from flallm_ds.errors import RankError, UserError
 
 NUM_BYTES = 40_000
-PATIENCE = Patience(attempts=4, first_wait_s=0.01, longest_wait_s=0.02, total_s=20, connect_s=2, stall_s=0.4)
+PATIENCE = Patience(attempts=4, first_wait_s=0.01, longest_wait_s=0.02, total_s=20, connect_s=2, stall_s=1)
 SPAWN = multiprocessing.get_context("spawn")
 FORK = multiprocessing.get_context("fork")
 
@@ -63,11 +63,8 @@ def shards(folder: Path) -> list[Shard]:
 
 @pytest.fixture
 def server(folder: Path):
-    server = Server(folder)
-    yield server
-    server.go_on.set()
-    server.shutdown()
-    server.server_close()
+    with Server(folder) as server:
+        yield server
 
 
 def cache_of(tmp_path: Path, num_shards: float = 100) -> CacheOptions:
@@ -396,7 +393,8 @@ def test_a_killed_fetcher_leaves_a_beginning_that_the_next_one_uses(server, shar
     process.start()
     (part,) = [f"train-000000.tar.{NUM_BYTES}.part"]
     wait_for(
-        lambda: part in cached(tmp_path) and next((tmp_path / "cache").glob("*/shards/*")).stat().st_size
+        lambda: part in cached(tmp_path) and next((tmp_path / "cache").glob("*/shards/*")).stat().st_size,
+        60,
     )
     waiting = threading.Thread(target=open_one, args=(store, shards[0]))
     waiting.start()
@@ -497,18 +495,18 @@ def test_a_fault_while_reading_ahead_is_told_by_whoever_opens_the_shard(store, s
     assert read(store, shards[0]) == content(0)
 
 
-def want_and_leave(store, shards) -> None:
+def want_and_leave(store, shards, cache: Path) -> None:
     store.want(shards)
-    time.sleep(0.3)
+    wait_for(lambda: any(part.stat().st_size for part in cache.glob("*/shards/*.part")), 30)
 
 
 def test_reading_ahead_does_not_hold_up_the_end_of_a_process(server, shards, tmp_path):
     server.faults = {shard.file: ["stall"] for shard in shards}
     store = RemoteStore(server.url, cache_of(tmp_path), Patience(stall_s=60))
-    process = SPAWN.Process(target=want_and_leave, args=(store, shards))
+    process = SPAWN.Process(target=want_and_leave, args=(store, shards, tmp_path / "cache"))
     process.start()
-    wait_for(lambda: server.gets, 30)
-    process.join(10)
+    wait_for(lambda: server.gets, 60)
+    process.join(40)
     assert process.exitcode == 0
 
 

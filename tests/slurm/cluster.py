@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from flallm_ds.dist import free_port
+
 # Names that are addresses: MASTER_ADDR is a node's name, and no other resolves without touching /etc/hosts.
 NODES = ("127.0.0.1", "127.0.0.2")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "sinfo", "setpriv")
@@ -245,12 +247,10 @@ def _find(program: str) -> str | None:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports free at this moment, all different because all are held at once."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("", 0))
-        return [one.getsockname()[1] for one in sockets]
+    ports: set[int] = set()
+    while len(ports) < count:
+        ports.add(free_port())
+    return list(ports)
 
 
 def _tail(log: Path, num_lines: int = 25) -> str:

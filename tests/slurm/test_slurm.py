@@ -26,15 +26,19 @@ stop = []
 for number in (signal.SIGUSR1, signal.SIGTERM):
     signal.signal(number, lambda number, frame: stop.append(signal.Signals(number).name))
 
+if mode == "crash":
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # else only KillWait ends rank 0
+
 seen = {"argv": sys.argv, "env": dict(os.environ), "cwd": os.getcwd()}
 part = folder / f"part-{rank}"
 part.write_text(json.dumps(seen))
 part.rename(folder / f"{restart}-{rank}.json")
 
 if mode == "crash":
-    if rank == 1:
-        sys.exit("out of luck")
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # else only KillWait ends this rank
+    while rank == 1:
+        if (folder / "0-0.json").exists():
+            sys.exit("out of luck")
+        time.sleep(0.05)
     time.sleep(60)
 if mode == "train" and restart == 0:
     while not stop:

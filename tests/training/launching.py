@@ -26,7 +26,7 @@ def environment() -> dict[str, str]:
 
 
 def launch(
-    script: str | Path, *arguments: str, ranks: int = 2, timeout_s: int = 400
+    script: str | Path, *arguments: str, ranks: int = 2, timeout_s: int = 1000
 ) -> subprocess.CompletedProcess[str]:
     """Run to the end; the output is kept whole for a failing test's message."""
     return subprocess.run(

@@ -60,6 +60,7 @@ def highest_mb(folder: Path, precision: dict[str, Any], options: LlmOptions) -> 
     watcher = threading.Thread(target=sample)
     watcher.start()
     llm = load(folder, precision, options)
+    samples.append(resident_mb())
     done.set()
     watcher.join()
     del llm

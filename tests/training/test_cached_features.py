@@ -200,7 +200,8 @@ def test_killed_in_the_middle_it_goes_on(runs: Path, tiny_corpus: Path, tmp_path
     out = tmp_path / "features"
     words = command(Path(features.__file__), *writing(tiny_corpus, runs, out, views=12), ranks=1)
     process = subprocess.Popen(words, env=environment(), stdout=subprocess.DEVNULL)
-    while len(list(out.glob("*.tar"))) < 5 and process.poll() is None:
+    until = time.monotonic() + 300
+    while len(list(out.glob("*.tar"))) < 5 and process.poll() is None and time.monotonic() < until:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL

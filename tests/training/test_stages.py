@@ -229,10 +229,12 @@ def kill_after(steps: int, run: Path, given: list[str]) -> None:
     )
     metrics = run / "metrics.jsonl"
     until = time.monotonic() + 300
-    while not (metrics.is_file() and metrics.read_text().count('"train"') >= steps):
-        assert process.poll() is None and time.monotonic() < until
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
+    try:
+        while not (metrics.is_file() and metrics.read_text().count('"train"') >= steps):
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.02)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 

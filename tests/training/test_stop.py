@@ -6,13 +6,15 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 from launching import REPOSITORY, command, environment, flags, losses, tiny_options
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-DEADLINE_S = 240
+DEADLINE_S = 500
 
 
 def options(corpus: Path, run: Path) -> list[str]:
@@ -67,8 +69,9 @@ def launchers() -> Iterator[list[subprocess.Popen[bytes]]]:
     started: list[subprocess.Popen[bytes]] = []
     yield started
     for launcher in started:
-        if launcher.poll() is None:
+        with suppress(ProcessLookupError):
             os.killpg(launcher.pid, signal.SIGKILL)
+            launcher.wait()
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGKILL], ids=["signalled", "killed"])
@@ -93,6 +96,9 @@ def test_one_rank_signalled_or_killed(
     if number == signal.SIGUSR1:
         assert code == 75
         assert (run / "checkpoints" / f"step-{reached:08d}").is_dir()
+        events = EventAccumulator(str(run / "tensorboard"))
+        events.Reload()
+        assert events.Scalars("train/loss")[-1].step == reached, "the curve ends where the run does"
     launchers.append(start(options(tiny_corpus, run), tmp_path / "log"))
     assert launchers[1].wait(DEADLINE_S) == 0, (tmp_path / "log").read_text()[-4000:]
     assert losses(run) == undisturbed
