@@ -138,17 +138,18 @@ def main(command: Callable[..., Any] | Mapping[str, Callable[..., Any]]) -> NoRe
             sys.exit(0)
         words, options = read_words(argv)
         function(**bind(function, words, options))
+        code = 0
     except UserError as error:
         if isinstance(error, RankError) or process_rank() == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
-        end_process(error.exit_code)
+        code = error.exit_code
     except Preempted as stop:
         if process_rank() == 0:
             print(str(stop), flush=True)
-        end_process(stop.exit_code)
+        code = stop.exit_code
     except KeyboardInterrupt:
-        end_process(130)
-    end_process(0)
+        code = 130
+    end_process(code)  # not sooner: the error holds frames, and in them what is still to be closed
 
 
 def _verb(commands: Mapping[str, Callable[..., Any]], argv: list[str]) -> Callable[..., Any]:
@@ -169,12 +170,15 @@ def process_rank() -> int:
 
 
 def end_process(code: int) -> NoReturn:
-    """End as Python does, but leave its interpreter standing.
+    """End as Python does, but where there was a process group leave the interpreter standing.
 
     A thread of gloo's that waits for the interpreter while it is taken down aborts the process, whose work is
     done (https://github.com/pytorch/pytorch/issues/190489); the launcher then calls the run failed. gloo's
     threads cannot be joined: DeepSpeed keeps the group that owns them.
     """
+    ranks = sys.modules.get("flallm_ds.dist")  # not imported for this: it needs torch, which takes seconds
+    if ranks is None or not ranks.was_started or sys.getprofile() is not None:  # a profiler writes at the end
+        sys.exit(code)
     threading._shutdown()  # type: ignore[attr-defined]  # as multiprocessing ends its processes
     atexit._run_exitfuncs()
     sys.stdout.flush()

@@ -14,6 +14,9 @@ import torch.distributed as dist
 
 from flallm_ds.errors import UserError
 
+START_WITH = "Start with deepspeed, torchrun, Open MPI's mpirun, or launch/slurm/train.sbatch."
+
+was_started = False  # whether this process ever joined a process group
 _told_by_start: set[str] = set()  # names of the environment that no launcher had set
 
 
@@ -42,7 +45,7 @@ def rank_environment(env: Mapping[str, str]) -> dict[str, str]:
     """RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT under any launcher.
 
     deepspeed and torchrun set the first ones themselves; Open MPI's `mpirun` tells them as OMPI_COMM_WORLD_*,
-    `srun python` as SLURM_*, with the rendezvous exported by launch/slurm/train.sbatch; a plain `python` is
+    `srun python` as SLURM_*, with the rendezvous exported by launch/slurm/run.sh; a plain `python` is
     a world of one. Raises UserError where a launcher told only half of it.
     """
     if "RANK" in env or "WORLD_SIZE" in env:
@@ -67,7 +70,7 @@ def rank_environment(env: Mapping[str, str]) -> dict[str, str]:
     elif int(env.get("PMI_SIZE", "1")) > 1:
         raise UserError(
             f"RANK and WORLD_SIZE must be set where PMI_SIZE says {env['PMI_SIZE']} processes, but are not. "
-            "Start with deepspeed, torchrun, Open MPI's mpirun, or launch/slurm/train.sbatch."
+            f"{START_WITH}"
         )
     else:
         port = str(free_port()) if "MASTER_PORT" not in env else env["MASTER_PORT"]
@@ -82,8 +85,7 @@ def rank_environment(env: Mapping[str, str]) -> dict[str, str]:
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if name not in env:
             raise UserError(
-                f"{name} must be set where there are {found['WORLD_SIZE']} ranks, but is not. "
-                "Start with deepspeed, torchrun, or launch/slurm/train.sbatch."
+                f"{name} must be set where there are {found['WORLD_SIZE']} ranks, but is not. {START_WITH}"
             )
         found[name] = env[name]
     return found
@@ -92,10 +94,7 @@ def rank_environment(env: Mapping[str, str]) -> dict[str, str]:
 def _told(env: Mapping[str, str], name: str, because: str) -> str:
     """A launcher's variable: a rank that lacks one would take itself for the only one, or for the first."""
     if name not in env:
-        raise UserError(
-            f"{name} must be set where {because} is, but is not. "
-            "Start with deepspeed, torchrun, or launch/slurm/train.sbatch."
-        )
+        raise UserError(f"{name} must be set where {because} is, but is not. {START_WITH}")
     return env[name]
 
 
@@ -109,13 +108,24 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> World:
     world = World(rank, size, local_rank, local_size)
     if world.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         # Threads that wait for one another spin: with more of them than cores, a step takes 30 times as long.
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+        torch.set_num_threads(cores_of_rank(local_size, os.environ))
     if not dist.is_initialized():
         if world.device.type == "cuda":
             torch.cuda.set_device(world.device)
         backend = "nccl" if world.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timeout, rank=rank, world_size=size)
+        global was_started
+        was_started = True
     return world
+
+
+def cores_of_rank(local_size: int, env: Mapping[str, str]) -> int:
+    """CPU cores for this rank: those that srun bound it to alone, else its share of those of all here."""
+    cores = len(os.sched_getaffinity(0))
+    tasks_here = env.get("SLURM_STEP_TASKS_PER_NODE", "0").split("(")[0].split(",")[0]
+    if int(tasks_here) == local_size and cores <= int(env.get("SLURM_CPUS_PER_TASK", "0")):
+        return cores
+    return max(1, cores // local_size)
 
 
 def stop() -> None:

@@ -13,7 +13,7 @@ Numbers are stored as the engine held them: bf16 under a bf16 engine, as they we
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,12 +204,15 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def evaluated(source: Path) -> dict[str, Any]:
-    """Scores by split, on the run's own shards, that were found after this export of it was written."""
+def evaluated(source: Path, shards: Sequence[str] = ()) -> dict[str, Any]:
+    """Scores by split on these shards that were found after this export of a run was written.
+
+    shards: as they were given; default those that the run began with.
+    """
     config = source.parent / "config.json"
     if not config.is_file():
         return {}
-    shards = list(RunConfig.load(config).data.shards)
+    shards = list(shards or RunConfig.load(config).data.shards)
     written = (source / SETTINGS_FILE).stat().st_mtime
     paths = sorted((source.parent / EVALUATION).glob("*.json"))
     contents = [json.loads(p.read_text(encoding="utf-8")) for p in paths if p.stat().st_mtime >= written]

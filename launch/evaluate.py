@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from flallm_ds import dist
 from flallm_ds.command import main
+from flallm_ds.config import DataConfig
 from flallm_ds.errors import UserError
 from flallm_ds.training.stop import StopRequest
 
@@ -22,6 +23,7 @@ PRINT_EVERY_S = 5.0
 
 def evaluate(
     stop: StopRequest | None = None,
+    data: DataConfig | None = None,
     /,
     *,
     run: str,
@@ -38,12 +40,13 @@ def evaluate(
     run: a run's folder or an export. nbest: as many hypotheses of each clip, with scores, into the file;
     the best one counts. length_penalty: default the run's; above 0 for longer sentences. shards: default
     those the run was trained on. hub_code: run code that comes with the LLM. The results go to
-    RUN/evaluation/SPLIT.json and SPLIT.hypotheses.jsonl. Raises Preempted after a request to `stop`.
+    RUN/evaluation/SPLIT.json and SPLIT.hypotheses.jsonl.
     """
+    # For callers in Python: raises Preempted after a request to `stop`; `data` in place of the run's options.
     if beams < 1:
         raise UserError(f"--beams must be at least 1, but is {beams}.")
     from flallm_ds import export
-    from flallm_ds.config import DataConfig, RunConfig
+    from flallm_ds.config import RunConfig
     from flallm_ds.inference.translator import Translator
     from flallm_ds.training.build import decode_threads, open_index
     from flallm_ds.training.evaluate import Evaluation
@@ -53,7 +56,9 @@ def evaluate(
     config_path = Path(run) / "config.json"
     if not shards and not config_path.is_file():
         raise UserError(f"--shards must be given where {run} is no run folder (it has no config.json).")
-    data = RunConfig.load(config_path).data if config_path.is_file() else DataConfig()
+    if data is None:
+        data = RunConfig.load(config_path).data if config_path.is_file() else DataConfig()
+    threads = threads or data.threads
     with dist.session() as world:
         index = open_index(replace(data, shards=shards or data.shards, weights=()), split, world)
         translator = Translator.from_pretrained(run, world.device, hub_code=hub_code)

@@ -4,8 +4,10 @@ Also `python launch/train.py …` for one process, `torchrun launch/train.py …
 Running the same command again goes on where the run was.
 """
 
+from pathlib import Path
+
 from evaluate import evaluate  # type: ignore[import-not-found]  # beside this file
-from quickstart import prepare  # type: ignore[import-not-found]
+from quickstart import ROOT, prepare  # type: ignore[import-not-found]
 
 from flallm_ds import dist
 from flallm_ds.command import main
@@ -40,7 +42,7 @@ def train(*, stage: str | None = None, recipe: str | None = None, **overrides: s
             if not run_stage(config, world, stop):
                 return
             if both and not dist.main_first(lambda run=config: is_evaluated(run, SPLIT), world):
-                evaluate(stop, run=config.run, split=SPLIT, hub_code=config.llm.hub_code)
+                evaluate(stop, config.data, run=config.run, split=SPLIT, hub_code=config.llm.hub_code)
 
 
 def _check_and_prepare(configs: tuple[RunConfig, ...], world: dist.World) -> None:
@@ -50,6 +52,11 @@ def _check_and_prepare(configs: tuple[RunConfig, ...], world: dist.World) -> Non
     if configs[0].stage == "llm" and configs[0].visual_run != "none":
         stage_1_export(configs[0])
     if any(config.data.shards == quickstart_visual().data.shards for config in configs):
+        if Path.cwd() != ROOT:
+            raise UserError(
+                f"the quickstart's own corpus must be used from {ROOT}, but this is {Path.cwd()}. "
+                "Change the folder, or give --data.shards=FOLDER."
+            )
         dist.main_first(prepare, world)
     if len(configs) == 1:
         return

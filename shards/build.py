@@ -11,6 +11,7 @@ import json
 import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -292,9 +293,10 @@ def work(todo: list[jobs.Job], options: Options, faults: list[Fault], num_rows: 
     results = pool.run(
         jobs.write_job, left, num_workers=options.workers, num_clips=num_clips - num_done, title="build"
     )
-    for _, met in results:
-        faults += met
-        check_budget(faults, options.max_skipped, num_rows)
+    with closing(results):  # else the workers do all that is left, whatever is raised here
+        for _, met in results:
+            faults += met
+            check_budget(faults, options.max_skipped, num_rows)
 
 
 def count_faults(faults: Sequence[Fault]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -51,7 +51,7 @@ def check_stop() -> None:
 
 def run(
     function: Callable[[Job], Result], jobs: Sequence[Job], *, num_workers: int, num_clips: int, title: str
-) -> Iterator[tuple[int, Result]]:
+) -> Generator[tuple[int, Result]]:
     """(position of the job, its result), as they finish.
 
     function: of a module; it calls `tick()` once a clip and `check_stop()` often.

@@ -164,6 +164,16 @@ def test_stage_llm_without_stage_1_prepares_nothing(
     assert "launch/train.py --stage visual" in refused(train.train, "--stage=llm", *given)
 
 
+def test_the_quickstarts_corpus_from_another_folder(
+    refused: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its paths are relative: it would be made in one folder and sought in another."""
+    monkeypatch.chdir(tmp_path)
+    said = refused(train.train, "--stage=visual", "--run=run")
+    assert f"must be used from {train.ROOT}, but this is {tmp_path}" in said
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_stage_1_export_of_another_width(refused: Run, tmp_path: Path, tiny_corpus: Path) -> None:
     best = tmp_path / "visual" / "best"
     best.mkdir(parents=True)

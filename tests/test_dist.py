@@ -8,6 +8,7 @@ from flallm_ds.dist import (
     World,
     all_reduce_sum,
     broadcast_object,
+    cores_of_rank,
     free_port,
     gather_objects,
     main_first,
@@ -112,6 +113,26 @@ def test_a_launcher_that_tells_half_of_it_is_refused(env, missing):
     """Else every rank would take itself for a world of one, or for the first GPU's, without a word."""
     with pytest.raises(UserError, match=f"{missing} must be set"):
         rank_environment({**env, **MASTER})
+
+
+@pytest.mark.parametrize(
+    ("step", "cores", "local_size", "found"),
+    [
+        ({}, 32, 4, 8),  # deepspeed, torchrun: all ranks of a machine may use the same cores
+        ({}, 2, 4, 1),
+        ({"SLURM_STEP_TASKS_PER_NODE": "4(x2)", "SLURM_CPUS_PER_TASK": "8"}, 8, 4, 8),  # srun bound each task
+        ({"SLURM_STEP_TASKS_PER_NODE": "4(x2)", "SLURM_CPUS_PER_TASK": "8"}, 32, 4, 8),  # and here it did not
+        (
+            {"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_CPUS_PER_TASK": "32"},
+            32,
+            4,
+            8,
+        ),  # deepspeed in a task
+    ],
+)
+def test_a_rank_takes_its_own_cores_or_its_share(monkeypatch, step, cores, local_size, found):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
+    assert cores_of_rank(local_size, step) == found
 
 
 def test_a_free_port_can_be_listened_on():

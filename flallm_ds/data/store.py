@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, Self, cast
 
 from flallm_ds.data.cache import FileCache, disk_errors
 from flallm_ds.data.fetch import (
@@ -25,6 +25,9 @@ from flallm_ds.data.fetch import (
     printable,
 )
 from flallm_ds.errors import RankError, UserError
+
+if TYPE_CHECKING:
+    from flallm_ds.config import DataConfig
 
 FETCHERS = 2  # threads of a store that read ahead
 INDEX_ATTEMPTS = 5  # at index.json: at the start a person waits, and an address may be mistyped
@@ -61,6 +64,10 @@ class CacheOptions:
     folder: Path | None = None  # default: $FLALLM_CACHE, or ~/.cache/flallm_ds
     max_gb: float = 100.0  # of shards, over all addresses, 1e9 bytes each
     allow_pipe: bool = False  # whether `pipe:COMMAND {file}` may run its command
+
+    @classmethod
+    def of_run(cls, data: "DataConfig") -> Self:
+        return cls(Path(data.cache_dir) if data.cache_dir else None, data.cache_gb, data.allow_pipe)
 
 
 class Store(Protocol):
@@ -195,8 +202,10 @@ class RemoteStore:
             try:
                 fetch(self._source, name, file.fileno(), None, None, brief)
             except RankError as error:
-                if isinstance(error, Refused) or not path.is_file():
+                if isinstance(error, Refused):  # so it is for every rank
                     raise UserError(str(error)) from None
+                if not path.is_file():
+                    raise
                 print(f"warning: {error} What was fetched before is used.", file=sys.stderr, flush=True)
                 return path
             content = file.read()

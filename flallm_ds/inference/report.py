@@ -14,6 +14,7 @@ from flallm_ds.contracts import Hypothesis
 from flallm_ds.data.loader import ClipReader
 from flallm_ds.data.mixture import open_indexes
 from flallm_ds.data.sampling import FrameSampling
+from flallm_ds.data.store import CacheOptions
 from flallm_ds.errors import UserError
 from flallm_ds.metrics import Scores
 from flallm_ds.training.checkpoint import replace_file
@@ -138,9 +139,11 @@ def strip_of_run(run: Path, out: Path, split: str, num_clips: int) -> None:
             f"Run deepspeed launch/evaluate.py --run {run} --split {split} first."
         )
     hypotheses = {h.key: h for h in read_hypotheses(path)}
-    index = open_indexes(RunConfig.load(run / "config.json").data.shards, split)
+    data = RunConfig.load(run / "config.json").data
+    cache = CacheOptions.of_run(data)
+    index = open_indexes(data.shards, split, cache)
     if index.features:  # of clips with the same keys
-        index = open_indexes([facts.source for facts in index.features], split)
+        index = open_indexes([facts.source for facts in index.features], split, cache)
     reader = ClipReader(index, FrameSampling(max_frames=10**9), seed=0, train=False)
     if missing := set(index.strings("key")) - set(hypotheses):
         raise UserError(

@@ -25,7 +25,7 @@ from flallm_ds.data.plan import EpochPlan, Plan, slices_of_rank, temperature_wei
 from flallm_ds.data.sampling import FrameSampling
 from flallm_ds.data.store import CacheOptions, open_store
 from flallm_ds.data.text import Instruction, TextCodec, Wording
-from flallm_ds.dist import World, main_first, on_each_machine
+from flallm_ds.dist import World, cores_of_rank, main_first, on_each_machine
 from flallm_ds.errors import RankError, UserError
 from flallm_ds.models.adapters import Adapter
 from flallm_ds.models.backbones import Backbone, build_backbone
@@ -249,19 +249,15 @@ def _must(holds: bool, sentence: str) -> None:
 
 def open_index(data: DataConfig, split: str, world: World) -> Index:
     """The index of one split over all of data.shards; every machine has each shard, whole."""
-    index = mixture.open_indexes(data.shards, split, _cache(data))
+    index = mixture.open_indexes(data.shards, split, CacheOptions.of_run(data))
     on_each_machine(lambda: index.store.check(index.shards, data.check_shards), world)
     return index
-
-
-def _cache(data: DataConfig) -> CacheOptions:
-    return CacheOptions(Path(data.cache_dir) if data.cache_dir else None, data.cache_gb, data.allow_pipe)
 
 
 def check_jpegs(data: DataConfig) -> None:
     """Raise UserError where shards hold H.264, of which the GPU's JPEG decoder makes nothing."""
     for folder in data.shards:
-        options = read_manifest(open_store(folder, _cache(data))).get("options", {})
+        options = read_manifest(open_store(folder, CacheOptions.of_run(data))).get("options", {})
         _must(
             options.get("clip_format") != "h264",
             f"data.decoder must be cpu where shards hold H.264, but is {data.decoder} for {folder}.",
@@ -310,8 +306,8 @@ def make_loader(task: Task, index: Index, epoch_plan: EpochPlan, broken: BrokenC
 
 
 def decode_threads(world: World) -> int:
-    """The machine's cores shared among its ranks; more than 8 a rank has no use."""
-    return max(1, min(8, len(os.sched_getaffinity(0)) // world.local_size))
+    """The cores of this rank; more than 8 have no use."""
+    return min(8, cores_of_rank(world.local_size, os.environ))
 
 
 def _open_codec(config: RunConfig, folder: Path, train_index: Index, world: World) -> TextCodec:

@@ -52,5 +52,5 @@ def is_finished(config: RunConfig) -> bool:
 
 
 def is_evaluated(config: RunConfig, split: str) -> bool:
-    """Whether the run's best export has been scored on this split of its own shards."""
-    return split in export.evaluated(Path(config.run) / "best")
+    """Whether the run's best export has been scored on this split of its own shards, where they are now."""
+    return split in export.evaluated(Path(config.run) / "best", config.data.shards)

@@ -24,8 +24,9 @@ fi
 read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
 export MASTER_ADDR MASTER_PORT
-# sbatch copies the environment of the shell that submitted; ranks left there by torchrun would win over SLURM's.
-unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE
+# sbatch copies the environment of the shell that submitted; ranks left there by torchrun or mpirun would win over
+# SLURM's.
+unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE "${!OMPI_COMM_WORLD_@}"
 
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # since SLURM 22.05 srun does not take it from sbatch
 export OMP_NUM_THREADS=$SRUN_CPUS_PER_TASK

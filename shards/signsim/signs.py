@@ -15,8 +15,6 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
-FINGERS = ("thumb", "index", "middle", "ring", "little")
-
 # Per handshape: five lengths (1 = stretched), five angles (degrees towards the thumb), five curls (degrees
 # by which the outer half bends away from the thumb), and how far thumb and index close a ring (0 to 1).
 _FLAT_ANGLES = (24, 3, 1, -1, -4)

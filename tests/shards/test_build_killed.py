@@ -312,6 +312,17 @@ def test_more_may_be_skipped_when_going_on(tmp_path):
     assert content(tmp_path / "out") == content(tmp_path / "straight")
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_nothing_more_is_built_once_too_many_are_skipped(tmp_path, workers):
+    """Each shard by itself has few enough: the build, and not a worker, finds that they are too many."""
+    source = make_corpus(tmp_path / "corpus", counts=(150, 3, 0), num_frames=6)
+    for number in (0, 4):
+        (source.parent / f"train{number}" / "1.png").write_bytes(b"broken")
+    done = run(*words(source, tmp_path / "out", "--max_skipped=1", f"--workers={workers}"))
+    assert done.returncode == 2 and "2 cannot be decoded" in done.stderr, done.stderr
+    assert 1 <= len(records(tmp_path / "out")) < 40, "of 51"
+
+
 def small_files() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, resource.RLIM_INFINITY))
 

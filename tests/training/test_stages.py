@@ -249,7 +249,7 @@ def test_a_stage_leaves_no_engine_behind(tiny_corpus: Path, tmp_path: Path) -> N
 
 
 def test_a_finished_pair_does_nothing(
-    whole: tuple[Path, str], tiny_corpus: Path, monkeypatch: pytest.MonkeyPatch, capsys
+    whole: tuple[Path, str], tiny_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, _ = whole
     sys.path.insert(0, str(REPOSITORY / "launch"))
@@ -262,6 +262,17 @@ def test_a_finished_pair_does_nothing(
     said = capsys.readouterr().out
     assert "stage visual is finished" in said and "stage llm is finished" in said
     assert {path: path.stat().st_mtime_ns for path in run.parent.rglob("*")} == before
+
+    shutil.copytree(run.parent, tmp_path / "copy")
+    (tmp_path / "moved").symlink_to(tiny_corpus / "shards")
+    copy = tmp_path / "copy" / run.name
+    options |= {"run": str(copy), "data.shards": str(tmp_path / "moved"), "data.threads": "1"}
+    train.train(stage="both", **options)  # scored where the shards are now, and once
+    scores = [folder_of(copy, stage) / "evaluation" / "test.json" for stage in ("visual", "llm")]
+    assert [json.loads(path.read_text())["shards"] for path in scores] == [[str(tmp_path / "moved")]] * 2
+    before = {path: path.stat().st_mtime_ns for path in copy.parent.rglob("*")}
+    train.train(stage="both", **options)
+    assert {path: path.stat().st_mtime_ns for path in copy.parent.rglob("*")} == before
 
 
 def test_nvjpeg_is_refused_where_shards_hold_h264(tmp_path: Path) -> None:
