@@ -506,7 +506,7 @@ def test_reading_ahead_does_not_hold_up_the_end_of_a_process(server, shards, tmp
     process = SPAWN.Process(target=want_and_leave, args=(store, shards, tmp_path / "cache"))
     process.start()
     wait_for(lambda: server.gets, 60)
-    process.join(40)
+    process.join(10)
     assert process.exitcode == 0
 
 

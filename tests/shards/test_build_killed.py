@@ -205,7 +205,7 @@ def test_workers_whose_build_was_killed_leave_at_once(source, tmp_path):
     process = start(*words(source, out, "--workers=2"), out=out)
     os.kill(process.pid, signal.SIGKILL)  # the build alone
     process.wait()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 10
     while True:
         try:
             os.killpg(process.pid, 0)
@@ -330,19 +330,17 @@ def small_files() -> None:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_disk_that_takes_no_more_is_one_sentence_and_the_build_goes_on_after(tmp_path, workers):
     """A limit on the size of files stands for a full disk: the small shards fit, the large do not."""
-    source = make_corpus(tmp_path / "corpus", counts=(0, 3, 8), num_frames=3)
+    source = make_corpus(tmp_path / "corpus", counts=(0, 3, 8), num_frames=1)
     for number in range(8):
-        for frame in range(3, 9):
+        for frame in range(1, 60):  # long beside the small shard, which another worker must have ended
             shutil.copy(source.parent / "test0" / "0.png", source.parent / f"test{number}" / f"{frame}.png")
     out = tmp_path / "out"
     done = run(*words(source, out, f"--workers={workers}"), preexec_fn=small_files)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert done.stderr.splitlines()[-1].count("File too large") == 1 and "Make room" in done.stderr
-    num_kept = len(records(out))
-    assert num_kept == 1 or (num_kept == 0 and workers == 2), "another worker's may be stopped before its end"
-    assert not list((tmp_path / "out.partial").rglob("*.tmp"))
+    assert len(records(out)) == 1 and not list((tmp_path / "out.partial").rglob("*.tmp"))
     done = run(*words(source, out))
-    assert done.returncode == 0 and ("3 of 11 clips are done" in done.stdout) == (num_kept == 1), done.stderr
+    assert done.returncode == 0 and "3 of 11 clips are done" in done.stdout, done.stderr
     assert run(*words(source, tmp_path / "straight")).returncode == 0
     assert content(out) == content(tmp_path / "straight")
 
