@@ -6,6 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launch"))
 
+import torch
 from features import Writing
 from launching import tiny_options
 from safetensors.torch import load_file, save_file
@@ -14,7 +15,7 @@ from flallm_ds import dist
 from flallm_ds.command import main
 from flallm_ds.errors import UserError
 from flallm_ds.recipes import resolve
-from flallm_ds.training.build import build_task
+from flallm_ds.training.build import Task, build_task
 from flallm_ds.training.run_folder import open_run_folder
 from flallm_ds.training.stop import StopRequest
 from flallm_ds.training.trainer import Trainer
@@ -31,6 +32,12 @@ def another_encoder(exported: Path, out: Path) -> None:
     save_file(state, out / "visual_encoder.safetensors")
 
 
+def first_features(task: Task) -> torch.Tensor:
+    """Return what the LLM-Adapter reads at the first training step of this rank, masks included."""
+    batches = next(iter(task.train_loader(0).steps(0)))
+    return torch.cat([task.inputs(batch, train=True) for batch in batches])
+
+
 def runs(*, folder: Path, corpus: Path) -> None:
     """In `folder`: visual/, its features/, and runs of stage llm on the video and on the features."""
     world = dist.start()
@@ -39,7 +46,10 @@ def runs(*, folder: Path, corpus: Path) -> None:
     def train(stage: str, run: str, **more: object) -> None:
         config = resolve(stage, None, tiny_options(corpus, stage, folder / run, **more))
         place = dist.main_first(lambda: open_run_folder(config), world)
-        Trainer(build_task(config, place, world), place, stop).run()
+        task = build_task(config, place, world)
+        if stage == "llm":
+            save_file({"features_ND": first_features(task)}, place / f"first_features_{world.rank}")
+        Trainer(task, place, stop).run()
 
     train("visual", "visual", **ONE_EPOCH)
     config = resolve("llm", None, tiny_options(corpus, "llm", folder / "features"))

@@ -101,7 +101,19 @@ def test_a_strip_of_a_run_on_features_shows_the_video(runs: Path, tmp_path: Path
 def test_masks_are_the_same_on_video_and_on_features(runs: Path) -> None:
     video, cached = losses(runs / "masked_video"), losses(runs / "masked")
     np.testing.assert_allclose(cached, video, rtol=0, atol=1e-5)
-    assert abs(cached[0] - losses(runs / "cached")[0]) > 1e-4
+    for rank in (0, 1):
+        whole_ND, cached_ND, video_ND = (
+            load_file(runs / run / f"first_features_{rank}")["features_ND"]
+            for run in ("cached", "masked", "masked_video")
+        )
+        masked_ND = (cached_ND == 0) & (whole_ND != 0)
+        masked_frames_N = (cached_ND == 0).all(1)
+        assert not (whole_ND == 0).all(1).any(), "no frame is all zeros before masking"
+        assert masked_frames_N.any(), "time masks"
+        assert masked_ND[~masked_frames_N].any(), "feature masks"
+        assert torch.equal(cached_ND, whole_ND * ~masked_ND), "the rest is unchanged"
+        assert torch.equal((video_ND == 0) & (whole_ND != 0), masked_ND)
+        torch.testing.assert_close(video_ND, cached_ND, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
