@@ -179,7 +179,7 @@ def material(setting: Setting, folder: Path) -> None:
     """In `folder`: corpus/, shards/ and llm/, by the project's own commands."""
     corpus = folder / "corpus"
     make = ["shards/signsim/make.py", f"--out={corpus}", f"--clips={setting.clips}", "--monolingual=500"]
-    build = ["shards/build.py", "phoenix14t", f"--source={corpus}", f"--out={folder / 'shards'}"]
+    build = ["shards/build.py", "signsim", f"--source={corpus}", f"--out={folder / 'shards'}"]
     llm = ["-m", "flallm_ds", "standin_llm", f"--texts={corpus / 'monolingual.txt'}", "--steps=5"]
     for words in (make, [*build, f"--short_side={setting.short_side}"], [*llm, f"--out={folder / 'llm'}"]):
         subprocess.run([sys.executable, *words], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)

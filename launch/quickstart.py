@@ -27,7 +27,7 @@ def prepare() -> None:
     python = str(BIN / "python")
     make = [python, "shards/signsim/make.py", f"--out={corpus}", f"--clips={NUM_CLIPS}"]
     _step(corpus, [*make, "--monolingual=10000"])
-    build = [python, "shards/build.py", "phoenix14t", f"--source={corpus}", f"--out={shards}"]
+    build = [python, "shards/build.py", "signsim", f"--source={corpus}", f"--out={shards}"]
     _step(shards, [*build, "--short_side=64"])
     _step(backbone, [python, "shards/signsim/backbone.py", f"--out={backbone}"])
     texts = corpus / "monolingual.txt"

@@ -36,6 +36,7 @@ from shards.corpora import (
     manifest,
     openasl,
     phoenix14t,
+    signsim,
     youtube_asl,
 )
 from shards.jobs import Clip, Fault
@@ -51,6 +52,7 @@ CORPORA: dict[str, Callable[..., Corpus]] = {
     "youtube_asl": youtube_asl.read,
     "youtube_sl25": youtube_asl.read_sl25,
     "manifest": manifest.read,
+    "signsim": signsim.read,
 }
 _NUM_EXAMPLES = 3
 _IN_THE_INDEX = ("importer", "corpus", "options", "source")  # of a plan

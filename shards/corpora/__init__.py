@@ -15,6 +15,7 @@ from flallm_ds.data.video import VIDEO_SUFFIXES, Box
 from flallm_ds.errors import UserError
 
 SPLITS = ("train", "dev", "test")
+SIGNSIM_FILE = "signsim.json"  # marks a folder of the synthetic corpus, which has PHOENIX14T's layout
 SPLIT_NAMES = {name: name for name in SPLITS} | {"val": "dev", "valid": "dev", "validation": "dev"}
 
 

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from flallm_ds.errors import UserError
-from shards.corpora import Corpus, Row, read_table
+from shards.corpora import SIGNSIM_FILE, Corpus, Row, read_table
 
 FPS = 25.0
 SEEN_HW = (300, 210)  # "to undistort stretch images to 210x300", says the release's README
@@ -22,6 +22,17 @@ def read(source: Path, splits: tuple[str, ...], *, stretch: bool = False) -> Cor
 
     --stretch=true stores frames as they are meant to be seen, 210x300 instead of the squeezed 210x260.
     """
+    for folder in (source.resolve(), *source.resolve().parents[:2]):
+        if (folder / SIGNSIM_FILE).is_file():
+            raise UserError(
+                f"--source must be the PHOENIX14T release, got the synthetic corpus in {folder}. "
+                f"Run shards/build.py signsim --source={folder}."
+            )
+    return read_release(source, splits, stretch)
+
+
+def read_release(source: Path, splits: tuple[str, ...], stretch: bool = False) -> Corpus:
+    """Read any corpus in the layout of PHOENIX14T."""
     root = find_root(source)
     frames = root / "features" / "fullFrame-210x260px"
     rows, notes = {}, []

@@ -18,6 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from flallm_ds.errors import UserError
+from shards.corpora import SIGNSIM_FILE
 from shards.pool import begin_worker
 from shards.signsim.grammar import SPLITS, Sentence, draw_sentence
 from shards.signsim.render import render_clip
@@ -139,7 +140,7 @@ def write_corpus(
             "signers": {signer.name: _splits_of(signer) for signer in SIGNERS},
             "signs": [asdict(sign) for sign in SIGNS.values()],
         }
-        (root / "signsim.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        (root / SIGNSIM_FILE).write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", "utf-8")
     return out / RELEASE
 
 

@@ -13,7 +13,10 @@ import numpy as np
 import pytest
 from sacrebleu import corpus_bleu
 
+from flallm_ds.data.index import load_index
 from flallm_ds.errors import UserError
+from shards.build import build
+from shards.options import Options
 from shards.signsim import SIGNS, write_corpus, write_sheet
 from shards.signsim.corpus import plan_clip, split_sizes
 from shards.signsim.figure import HEIGHT, WIDTH, Camera, elbows, figure
@@ -244,3 +247,18 @@ def _wait_until(condition: Callable[[], bool], limit_s: float = 60.0) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.1)
+
+
+def test_shards_of_signsim_have_its_name(release: Path, tmp_path: Path) -> None:
+    folder = release.parents[1]
+    options = Options(short_side=16, splits=("dev",), workers=1)
+    build("signsim", folder, tmp_path / "shards", options)
+    index = load_index(tmp_path / "shards", "dev")
+    assert index.corpus == "signsim" and len(index) == split_sizes(NUM_CLIPS)["dev"]
+    for source in (folder, release.parent, release):
+        sentence = f"got the synthetic corpus in {folder}"
+        with pytest.raises(UserError, match=sentence):
+            build("phoenix14t", source, tmp_path / "others", options)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"it has no signsim\.json"):
+        build("signsim", tmp_path / "empty", tmp_path / "others", options)
