@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 from flallm_ds.command import nearest
 from flallm_ds.errors import UserError
 from flallm_ds.metrics import score
+from flallm_ds.training.checkpoint import share_files
 
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")  # ids 0 to 3, as in every mBART
 PAD, EOS = 1, 2
@@ -382,6 +383,7 @@ def _write_whole(model: MBartForConditionalGeneration, tokenizer: MBartTokenizer
     try:
         tokenizer.save_pretrained(passing)
         model.save_pretrained(passing)
+        share_files(passing)
         passing.replace(out)
     except OSError as error:
         raise UserError(

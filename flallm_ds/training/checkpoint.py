@@ -135,7 +135,20 @@ def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     write(partial)
+    share_files(partial)
     _put(partial, path)
+
+
+def share_files(folder: Path) -> None:
+    """Give each file of a new folder the permissions that the umask allows.
+
+    safetensors makes its files private (0600), which would lock out the rest of a group.
+    """
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~umask)
 
 
 def recover_folders(parent: Path) -> None:

@@ -95,6 +95,7 @@ def backbone(*, out: Path, width: int = 16, frames: int = 20000, epochs: int = 4
     import torch
 
     from flallm_ds.models.visual_encoder import VisualEncoder
+    from flallm_ds.training.checkpoint import share_files
     from flallm_ds.training.schedule import rate_factor
 
     begin = time.perf_counter()
@@ -133,6 +134,7 @@ def backbone(*, out: Path, width: int = 16, frames: int = 20000, epochs: int = 4
             )
     partial = out.with_name(f".partial-{out.name}")
     encoder.backbone.model.save_pretrained(partial)
+    share_files(partial)
     if out.exists():
         out.rmdir()
     partial.rename(out)
