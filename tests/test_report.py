@@ -10,6 +10,7 @@ import pytest
 
 from flallm_ds.contracts import Hypothesis
 from flallm_ds.errors import UserError
+from flallm_ds.inference.probe import draw_probe
 from flallm_ds.inference.report import (
     blind_scores,
     by_epoch,
@@ -83,3 +84,16 @@ def test_a_run_without_a_step_has_no_curves(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="finished a step"):
         draw_curves(tmp_path / "curves.png", [tmp_path])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dollar_sign_is_no_formula(tmp_path: Path) -> None:
+    """matplotlib would refuse it with a traceback, or leave characters out."""
+    run = tmp_path / "$x_$"
+    run.mkdir()
+    entries = [{"kind": "train", "epoch": 0, "loss": 3.0}]
+    entries.append({"kind": "probe", "global_step": 1, "epoch": 0, "visual": 1.0, "language": 1.0})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    said = Hypothesis("0_0", "it costs $5_", "it costs $\\frac$", "mine", "en")
+    draw_strip(tmp_path / "strip.png", [([np.zeros((8, 8, 3), np.uint8)] * 3, said)])
+    draw_curves(tmp_path / "curves.png", [run])
+    draw_probe(tmp_path / "probe.png", [run])

@@ -46,7 +46,8 @@ def draw_probe(path: Path, runs: Sequence[Path]) -> None:
     for axis, run, series in zip(axes[0], runs, found, strict=True):
         for name, (steps, norms) in series.items():
             axis.plot(steps, _smoothed(norms), label=LINES[name])
-        axis.set(title=run.name, xlabel="step", yscale="log")
+        axis.set_title(run.name, parse_math=False)
+        axis.set(xlabel="step", yscale="log")
         axis.grid(alpha=0.3)
         axis.legend()
     axes[0][0].set_ylabel("gradient norm")

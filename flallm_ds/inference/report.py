@@ -105,6 +105,7 @@ def draw_strip(
             va="top",
             loc="left",
             fontsize=11,
+            parse_math=False,  # a dollar sign in a sentence is no formula
         )
     save_figure(figure, path)
 
@@ -173,8 +174,8 @@ def draw_curves(path: Path, runs: Sequence[Path]) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 3.6))
     for run in runs:
         losses, bleus = by_epoch(run)
-        left.plot(list(losses), list(losses.values()), label=run.name)
-        right.plot(list(bleus), list(bleus.values()), marker="o", label=run.name)
+        left.plot(list(losses), list(losses.values()), label=run.name.replace("$", r"\$"))
+        right.plot(list(bleus), list(bleus.values()), marker="o")
     left.set(xlabel="epoch", ylabel="training loss")
     right.set(xlabel="epoch", ylabel="BLEU-4", ylim=(0, 100))
     for axis in (left, right):
