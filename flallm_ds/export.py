@@ -12,6 +12,7 @@ name of the LLM that it belongs to; `flallm export` makes one whole folder of bo
 Numbers are stored as the engine held them: bf16 under a bf16 engine, as they were scored, else fp32.
 """
 
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -26,6 +27,7 @@ from transformers import AutoConfig
 from flallm_ds.config import RunConfig
 from flallm_ds.data.index import Index
 from flallm_ds.data.sampling import FrameSampling
+from flallm_ds.data.store import file_sha256
 from flallm_ds.data.text import TextCodec
 from flallm_ds.errors import UserError
 from flallm_ds.model_card import model_card, training_facts
@@ -204,19 +206,37 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
+def digest(folder: Path) -> str:
+    """Return 16 hex digits that identify an export by its content, wherever it is copied.
+
+    Covers the settings, the adapter and the visual encoder byte by byte: the adapter changes with
+    every training step, so the gigabytes of an LLM need not be read again.
+    """
+    sha256 = hashlib.sha256()
+    for name in (SETTINGS_FILE, ADAPTER_FILE, VISUAL_FILE, FEATURES_FILE):
+        path = folder / name
+        sha256.update(f"{name} {file_sha256(path) if path.is_file() else 'none'}\n".encode())
+    return sha256.hexdigest()[:16]
+
+
 def evaluated(source: Path, shards: Sequence[str] = ()) -> dict[str, Any]:
-    """Scores by split on these shards that were found after this export of a run was written.
+    """Return the scores of this very export of a run on these shards, by split.
 
     shards: as they were given; default those that the run began with.
     """
     config = source.parent / "config.json"
     if not config.is_file():
         return {}
-    shards = list(shards or RunConfig.load(config).data.shards)
-    written = (source / SETTINGS_FILE).stat().st_mtime
-    paths = sorted((source.parent / EVALUATION).glob("*.json"))
-    contents = [json.loads(p.read_text(encoding="utf-8")) for p in paths if p.stat().st_mtime >= written]
-    return {content["split"]: content["scores"] for content in contents if content.get("shards") == shards}
+    wanted = {
+        "export": digest(source),
+        "shards": list(shards or RunConfig.load(config).data.shards),
+    }
+    found = {}
+    for path in sorted((source.parent / EVALUATION).glob("*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if all(content.get(name) == value for name, value in wanted.items()):
+            found[content["split"]] = content["scores"]
+    return found
 
 
 def read_visual(folder: Path) -> VisualEncoder:

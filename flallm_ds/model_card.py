@@ -1,6 +1,7 @@
 """The model card of an export: what it is, how it was trained, how well it does; from what is recorded."""
 
 import json
+import re
 import shlex
 from importlib import metadata
 from pathlib import Path
@@ -27,7 +28,7 @@ PACKAGES = ("flallm_ds", "torch", "transformers", "deepspeed")
 def training_facts(config: RunConfig, index: Index) -> dict[str, Any]:
     """How a model was trained, as plain values. index: of the training clips.
 
-    Absolute paths are cut to their last part: a card is made to be shown.
+    Folders of this machine are left out of absolute paths: a card is made to be shown.
     """
     llm = None if config.stage == "visual" else config.llm.name
     return {
@@ -43,12 +44,16 @@ def training_facts(config: RunConfig, index: Index) -> dict[str, Any]:
 
 
 def command(config: RunConfig) -> str:
-    """The training command by the recipe that is nearest; options that change no number are left out."""
+    """Return the training command by the nearest recipe, with the shards and all options that change numbers.
+
+    An absolute path becomes /path/to/ and its last part.
+    """
 
     def differences(name: str) -> dict[str, Any]:
         base = RECIPES[name]().options()
         mine = config.options()
-        counts = [o for o in mine if o == "visual_run" or o not in FREE_TO_CHANGE]  # that run decides much
+        # Another visual run or other shards change every number, wherever they lie.
+        counts = [o for o in mine if o in ("visual_run", "data.shards") or o not in FREE_TO_CHANGE]
         return {o: mine[o] for o in counts if mine[o] != base[o]}
 
     names = [name for name in RECIPES if RECIPES[name]().stage == config.stage]
@@ -56,17 +61,51 @@ def command(config: RunConfig) -> str:
         names = list(RECIPES)
     nearest = min(names, key=lambda name: len(differences(name)))
     flags = [f"--{option}={_flag(value)}" for option, value in differences(nearest).items()]
-    return shlex.join(["deepspeed", "launch/train.py", f"--recipe={nearest}", *flags])
+    words = ["deepspeed", "launch/train.py", f"--recipe={nearest}", *flags]
+    return " ".join(map(_quoted, words))
+
+
+def _quoted(word: str) -> str:
+    """Return a word for bash; one with line breaks or control characters as $'...', so that it shows."""
+    if word.isprintable():
+        return shlex.quote(word)
+    escaped = ""
+    for character in word.replace("\\", r"\\").replace("'", r"\'"):
+        shows = character.isprintable()
+        escaped += character if shows else character.encode("unicode_escape").decode()
+    return f"$'{escaped}'"
 
 
 def _flag(value: Any) -> str:
     if isinstance(value, tuple):
         return ",".join(_flag(part) for part in value)
-    return str(_without_folders(value)) if isinstance(value, str) else str(value)
+    if isinstance(value, str) and value.startswith("/"):
+        return f"/path/to/{Path(value).name}"
+    return str(value)
 
 
 def _without_folders(value: str | None) -> str | None:
     return Path(value).name if value is not None and value.startswith("/") else value
+
+
+def plain(text: str) -> str:
+    """Return text from a corpus or a config as Markdown shows it: no markup, no HTML, one line."""
+    visible = "".join(c if c.isprintable() else " " for c in text)
+    return re.sub(r"([\\`*_\[\]<>&|#])", r"\\\1", visible)
+
+
+def _code_block(text: str) -> str:
+    """Return a fenced block that the text cannot close, whatever backticks it holds."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}\n{text}\n{fence}"
+
+
+def _code(text: str) -> str:
+    """Return an inline code span that the text cannot close; a pipe would end a table's cell."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence, space = "`" * (longest + 1), " " if "`" in text else ""
+    return f"{fence}{space}{text}{space}{fence}"
 
 
 def model_card(settings: dict[str, Any], codec: TextCodec) -> str:
@@ -87,7 +126,7 @@ def model_card(settings: dict[str, Any], codec: TextCodec) -> str:
     spoken_in = _listed(names) or "a spoken language"
     parts = [
         _front_matter(front),
-        f"# Sign language translation into {spoken_in}",
+        f"# Sign language translation into {plain(spoken_in)}",
         _what_it_is(settings, codec),
         "## Use\n\n```python\nfrom flallm_ds.inference import Translator\n\n"
         'print(Translator.from_pretrained("FOLDER_OR_HUB_ID").translate("video.mp4"))\n```\n\n'
@@ -117,11 +156,11 @@ def _listed(words: list[str]) -> str:
 
 def _what_it_is(settings: dict[str, Any], codec: TextCodec) -> str:
     training, frames = settings["training"], settings["frames"]
-    translator = (
-        "Light-T, a small translator with weights of its own (stage 1)"
-        if settings["stage"] == "visual"
-        else f"the language model {training['llm']} (stage {settings['stage']}, tuned: {training['tune']})"
-    )
+    if settings["stage"] == "visual":
+        translator = "Light-T, a small translator with weights of its own (stage 1)"
+    else:
+        how = f"stage {settings['stage']}, tuned: {training['tune']}"
+        translator = f"the language model {plain(training['llm'])} ({how})"
     return (
         "Videos of signing in, sentences out, without glosses, by the method FLa-LLM (arXiv 2403.12556). "
         f"A visual encoder reads frames of {frames['crop_size']} pixels, an adapter turns their features "
@@ -137,9 +176,9 @@ def _scores(scores: dict[str, Any]) -> str:
     lines = [f"| split | {' | '.join(SCORES.values())} |", "|---" * (len(SCORES) + 1) + "|"]
     for name, values in splits.items():
         cells = [f"{values[key]:.2f}" if key in values else "" for key in SCORES]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append(f"| {plain(name)} | {' | '.join(cells)} |")
     signatures = [
-        f"- {split}, {metric}: `{values[key]}`"
+        f"- {plain(split)}, {metric}: {_code(values[key])}"
         for split, values in splits.items()
         for key, metric in SIGNATURES.items()
         if key in values
@@ -149,9 +188,10 @@ def _scores(scores: dict[str, Any]) -> str:
 
 def _training(training: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in training["versions"].items())
+    corpora = _listed([plain(name) for name in training["corpora"]])
     return (
-        f"## Training\n\n{training['num_clips']} clips of {_listed(training['corpora'])}, "
-        f"{training['epochs']} epochs.\n\n```\n{training['command']}\n```\n\n{versions}."
+        f"## Training\n\n{training['num_clips']} clips of {corpora}, {training['epochs']} epochs.\n\n"
+        f"{_code_block(training['command'])}\n\n{versions}."
     )
 
 

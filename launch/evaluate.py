@@ -52,7 +52,7 @@ def evaluate(
     from flallm_ds.training.evaluate import Evaluation
     from flallm_ds.training.progress import ScoringProgress
 
-    export.find(run)
+    folder = export.find(run)
     config_path = Path(run) / "config.json"
     if not shards and not config_path.is_file():
         raise UserError(f"--shards must be given where {run} is no run folder (it has no config.json).")
@@ -61,6 +61,7 @@ def evaluate(
     threads = threads or data.threads
     with dist.session() as world:
         index = open_index(replace(data, shards=shards or data.shards, weights=()), split, world)
+        of_export = dist.main_first(lambda: export.digest(folder), world)
         translator = Translator.from_pretrained(run, world.device, hub_code=hub_code)
         translator = translator.searching(beams, nbest, length_penalty)
         loader = split_loader(translator, index, run, world, threads or decode_threads(world))
@@ -69,6 +70,7 @@ def evaluate(
         if world.is_main:
             search = {
                 "split": split,
+                "export": of_export,
                 "shards": list(shards or data.shards),
                 "beams": translator.beam.num_beams,
                 "length_penalty": translator.beam.length_penalty,

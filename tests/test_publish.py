@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from flallm_ds.config import FREE_TO_CHANGE, RunConfig
 from flallm_ds.errors import UserError
 from flallm_ds.inference.publish import publish
 from flallm_ds.inference.translator import Translator
-from flallm_ds.model_card import command
+from flallm_ds.model_card import command, model_card
 from flallm_ds.models.sign_translator import Beam, Candidate
 from flallm_ds.recipes import RECIPES
 
@@ -134,7 +136,8 @@ def test_the_card_says_what_is_recorded(runs: Callable[[str, str], Path], tmp_pa
     scores |= {"bleu_signature": "nrefs:1|case:mixed"}
     own = list(RunConfig.load(run / "config.json").data.shards)
     for split, shards in (("test", own), ("elsewhere", ["another corpus"])):
-        content = {"split": split, "shards": shards, "scores": scores}
+        of_export = export.digest(run / "best")
+        content = {"split": split, "export": of_export, "shards": shards, "scores": scores}
         (evaluation / f"{split}.json").write_text(json.dumps(content), encoding="utf-8")
     shutil.copytree(evaluation, run / "best" / "evaluation")  # as where the export itself was scored
     out = publish(run, tmp_path / "out")
@@ -150,6 +153,21 @@ def test_the_card_says_what_is_recorded(runs: Callable[[str, str], Path], tmp_pa
     assert "1 clips of toy" in card and "--recipe=" in card and "--visual.width=4" in card
     assert "Translator.from_pretrained(" in card and str(tmp_path) not in card and str(run) not in card
     assert "is trimmed to the" in card
+
+
+def test_the_cards_command_names_the_shards() -> None:
+    config = RECIPES["quickstart_llm"]()
+    assert "data.shards" not in command(config), "the recipe has them"
+    mine = config.with_overrides({"data.shards": "data/mine,/home/me/other", "data.weights": "1,2"})
+    assert "--data.shards=data/mine,/path/to/other --data.weights=1.0,2.0" in command(mine)
+
+
+@pytest.mark.parametrize("prompt", ["it's {video}", "two\nlines' \\n {video}", "\x1b[31m ü\u2028{video}"])
+def test_bash_reads_the_cards_command_as_it_was_meant(prompt: str) -> None:
+    line = command(RECIPES["quickstart_llm"]().with_overrides({"llm.prompt": prompt}))
+    assert line.isprintable()
+    said = subprocess.run(["bash", "-c", f"printf '%s\\0' {line}"], capture_output=True, check=True).stdout
+    assert f"--llm.prompt={prompt}" in said.decode().split("\0")
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -174,11 +192,58 @@ def test_scores_of_an_older_export_are_left_out(runs: Callable[[str, str], Path]
     (run / "evaluation").mkdir(exist_ok=True)
     path = run / "evaluation" / "test.json"
     own = list(RunConfig.load(run / "config.json").data.shards)
-    path.write_text(json.dumps({"split": "test", "shards": own, "scores": {"bleu4": 9.0}}), encoding="utf-8")
-    os.utime(path, (0, 0))
+    content = {"split": "test", "export": "of an older one", "shards": own, "scores": {"bleu4": 9.0}}
+    path.write_text(json.dumps(content), encoding="utf-8")
     card = (publish(run, tmp_path / "out") / "README.md").read_text(encoding="utf-8")
     shutil.rmtree(run / "evaluation")
     assert "| test |" not in card
+
+
+def test_a_run_that_was_copied_without_its_times_keeps_its_scores(
+    runs: Callable[[str, str], Path], tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(runs(ENCODER_DECODER, "full"), tmp_path / "run"))
+    (run / "evaluation").mkdir()
+    own = list(RunConfig.load(run / "config.json").data.shards)
+    content = {"split": "test", "export": export.digest(run / "best"), "shards": own, "scores": {}}
+    (run / "evaluation" / "test.json").write_text(json.dumps(content), encoding="utf-8")
+    os.utime(run / "evaluation" / "test.json", (0, 0))
+    copy = Path(shutil.copytree(run, tmp_path / "copy", copy_function=shutil.copyfile))
+    assert list(export.evaluated(run / "best")) == list(export.evaluated(copy / "best")) == ["test"]
+    state = load_file(copy / "best" / "adapter.safetensors")
+    save_file({name: tensor + 1 for name, tensor in state.items()}, copy / "best" / "adapter.safetensors")
+    assert not export.evaluated(copy / "best"), "another export was scored"
+
+
+def test_exported_files_are_readable_by_the_group(runs: Callable[[str, str], Path], tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        folders = [
+            publish(runs(ENCODER_DECODER, "full"), tmp_path / "whole", untrimmed=True),
+            publish(runs(DECODER_ONLY, "lora"), tmp_path / "apart", lora="apart"),
+        ]
+    finally:
+        os.umask(before)
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    assert len(files) > 20 and {path.stat().st_mode & 0o777 for path in files} == {0o640}
+
+
+HOSTILE = "x](http://a.b) <script>alert(1)</script> `c` | pipe\n# heading\x1b[31m"
+
+
+def test_names_in_a_card_are_text(runs: Callable[[str, str], Path]) -> None:
+    run = runs(ENCODER_DECODER, "full")
+    settings, codec = export.read_settings(run / "best"), export.read(run / "best").codec
+    config = RunConfig.load(run / "config.json").with_overrides({"llm.prompt": f"```\n{HOSTILE} {{video}}"})
+    training = settings["training"] | {"corpora": [HOSTILE], "llm": HOSTILE, "command": command(config)}
+    card = model_card(settings | {"training": training}, codec)
+    outside = re.sub(r"(?ms)^(`{3,})\n.*?^\1$", "", card)  # the card's text without its blocks of code
+    text = outside.split("---", 2)[2]
+    assert "\x1b" not in card
+    unescaped = re.sub(r"\\.", "", text)
+    for markup in ("](http", "<script", " `c`", "| pipe", "# heading"):
+        assert markup in HOSTILE and markup not in unescaped
+    assert json.dumps([HOSTILE], ensure_ascii=False) in card.split("---")[1]
 
 
 # --- what is refused
