@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 from flallm_ds.command import nearest
 from flallm_ds.data.languages import LANGUAGES, find_language, token_of
+from flallm_ds.data.normalizer import normalizer_of, restore_normalizer
 from flallm_ds.errors import UserError
 
 VOCABULARY_FILE = "vocabulary.json"
@@ -109,6 +110,7 @@ class TextCodec:
     ) -> None:
         self.tokenizer = tokenizer
         self.instruction = instruction
+        self._normalizer = normalizer_of(tokenizer)
         full = len(tokenizer)
         whole = range(min(full, instruction.rows or full))
         self.kept_ids = np.asarray(sorted(set(whole if kept_ids is None else kept_ids)))
@@ -148,11 +150,19 @@ class TextCodec:
         return [*ids, self.eos_id]
 
     def _ids(self, text: str, specials: bool = False) -> list[int]:
-        full = self.tokenizer(text, add_special_tokens=specials)["input_ids"] if text or specials else []
+        full = self._full_ids(text, specials)
         ids = self._trimmed[np.asarray(full, np.int64)]
         if len(ids) == 0 or ids.min() >= 0:
             return [int(i) for i in ids]
         return [i for one, trimmed in zip(full, ids, strict=True) for i in self._known(one, int(trimmed))]
+
+    def _full_ids(self, text: str, specials: bool = False) -> list[int]:
+        """Ids of the whole vocabulary, of the text as the vocabulary's own normaliser writes it."""
+        if self._normalizer is not None:
+            text = self._normalizer.normalize(text)
+        if not text and not specials:
+            return []
+        return list(self.tokenizer(text, add_special_tokens=specials)["input_ids"])
 
     def _known(self, full_id: int, trimmed: int) -> list[int]:
         if trimmed >= 0:
@@ -274,7 +284,7 @@ class TextCodec:
         kept = set(tokenizer.all_special_ids) | _byte_pieces(whole._vocabulary)
         kept.update(int(whole.kept_ids[i]) for w in wordings for i in (*w.before, *w.after, *w.start))
         for text in set(texts):
-            kept.update(tokenizer(text, add_special_tokens=False)["input_ids"])
+            kept.update(whole._full_ids(text))
         return cls(tokenizer, instruction, [i for i in kept if whole.trimmed_id(i) >= 0])
 
 
@@ -287,7 +297,7 @@ def _byte_pieces(vocabulary: Mapping[str, int]) -> set[int]:
 
 
 def load_tokenizer(name: str, hub_code: bool = False) -> Any:
-    """AutoTokenizer from a hub id or a folder; UserError where there is none.
+    """AutoTokenizer from a hub id or a folder, with its normaliser; UserError where there is none.
 
     hub_code: run code that comes with the tokenizer.
     """
@@ -301,6 +311,7 @@ def load_tokenizer(name: str, hub_code: bool = False) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=hub_code)
         # Where there are no files, transformers makes one that knows its special tokens alone.
         if len(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)) > 1:
+            restore_normalizer(tokenizer, name)
             return tokenizer
     except (OSError, ValueError, TypeError) as error:
         reason = str(error).splitlines()[0]
