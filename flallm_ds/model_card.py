@@ -11,6 +11,7 @@ from flallm_ds.config import FREE_TO_CHANGE, RunConfig
 from flallm_ds.data.index import Index
 from flallm_ds.data.languages import find_language
 from flallm_ds.data.text import TextCodec
+from flallm_ds.metrics.ceiling import HIGH_CEILING
 from flallm_ds.recipes import RECIPES
 
 SCORES = {
@@ -183,7 +184,14 @@ def _scores(scores: dict[str, Any]) -> str:
         for key, metric in SIGNATURES.items()
         if key in values
     ]
-    return "\n".join(["## Scores", "", *lines, "", "In percent. How they were computed:", "", *signatures])
+    ceilings = [
+        f" A perfect model would score BLEU-4 {values['ceiling_bleu4']:.2f} on {name}: the tokenizer cannot "
+        "write all of its references."
+        for name, values in splits.items()
+        if values.get("ceiling_bleu4", 100) < HIGH_CEILING
+    ]
+    text = f"In percent.{''.join(ceilings)} How they were computed:"
+    return "\n".join(["## Scores", "", *lines, "", text, "", *signatures])
 
 
 def _training(training: dict[str, Any]) -> str:

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import MBartConfig, MBartForConditionalGeneration, MBartTokenizer
 from transformers.models.mbart.tokenization_mbart import FAIRSEQ_LANGUAGE_CODES
 from transformers.utils import logging as transformers_logging
 
 from flallm_ds.command import nearest
+from flallm_ds.data.normalizer import nmt_nfkc, normalizer_by
 from flallm_ds.errors import UserError
 from flallm_ds.metrics import score
 from flallm_ds.training.checkpoint import share_files
@@ -115,10 +116,13 @@ def read_sentences(texts: str) -> list[str]:
 def train_tokenizer(sentences: Sequence[str], vocab_size: int, language: str) -> MBartTokenizer:
     """A Unigram tokenizer in mBART's order: <s> <pad> </s> <unk>, pieces, 25 language codes, <mask>.
 
+    It normalises by `nmt_nfkc`, as mBART's SentencePiece model does.
     Pieces come from byte-pair merges inside words, scores from counts. The Unigram trainer of `tokenizers`
     is of no use here: it draws pieces from the list of distinct words, so that a frequent word is no piece
     unless other words contain it, and its result varies from run to run.
     """
+    charsmap = nmt_nfkc()
+    sentences = normalizer_by(charsmap).normalize(list(sentences))
     budget = vocab_size - len(SPECIALS) - len(FAIRSEQ_LANGUAGE_CODES) - 1
     letters = Counter(letter for sentence in sentences for letter in sentence if letter != " ")
     frequent = sorted(letters, key=lambda letter: (-letters[letter], letter))[: budget // 2]
@@ -138,7 +142,9 @@ def train_tokenizer(sentences: Sequence[str], vocab_size: int, language: str) ->
     ranked = sorted(_log_shares(pieces, counts), key=lambda entry: (-entry[1], entry[0]))
     specials = [(token, 0.0) for token in SPECIALS]
     languages = [(token, 0.0) for token in (*FAIRSEQ_LANGUAGE_CODES, "<mask>")]
-    return MBartTokenizer(vocab=[*specials, *ranked, *languages], model_max_length=1024)
+    tokenizer = MBartTokenizer(vocab=[*specials, *ranked, *languages], model_max_length=1024)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Precompiled(charsmap)
+    return tokenizer
 
 
 def _words() -> pre_tokenizers.PreTokenizer:

@@ -15,6 +15,7 @@ from flallm_ds.training.stop import StopRequest
 if TYPE_CHECKING:
     from flallm_ds.contracts import Hypothesis
     from flallm_ds.data.index import Index
+    from flallm_ds.data.text import TextCodec
     from flallm_ds.inference.translator import Translator
 
 CLIPS_A_BATCH = 8
@@ -75,7 +76,8 @@ def evaluate(
                 "beams": translator.beam.num_beams,
                 "length_penalty": translator.beam.length_penalty,
             }
-            write_results(Path(run) / export.EVALUATION, search, hypotheses)
+            codec = translator.export.codec
+            write_results(Path(run) / export.EVALUATION, search, hypotheses, codec)
 
 
 def split_loader(translator: "Translator", index: "Index", run: str, world: dist.World, threads: int) -> Any:
@@ -114,24 +116,33 @@ def split_loader(translator: "Translator", index: "Index", run: str, world: dist
     )
 
 
-def write_results(folder: Path, search: dict[str, Any], hypotheses: Sequence["Hypothesis"]) -> None:
+def write_results(
+    folder: Path, search: dict[str, Any], hypotheses: Sequence["Hypothesis"], codec: "TextCodec"
+) -> None:
     """SPLIT.json, SPLIT.hypotheses.jsonl, and the table on the screen."""
     from flallm_ds.inference import report
     from flallm_ds.training.checkpoint import replace_file
-    from flallm_ds.training.evaluate import scores_of
+    from flallm_ds.training.evaluate import ceiling_of, perfect, scores_of
 
+    written = perfect(hypotheses, codec)
+    ceiling = ceiling_of(written)
     rows = {"scores": scores_of(hypotheses).as_dict(), "blind": report.blind_scores(hypotheses).as_dict()}
+    for row in rows.values():
+        row["ceiling_bleu4"] = ceiling.bleu4
     for part in ("corpus", "language"):
-        found = report.scores_by(hypotheses, part)
-        if len(found) > 1:
-            rows |= {f"{name} alone": scores.as_dict() for name, scores in found.items()}
+        found, highest = report.scores_by(hypotheses, part), report.scores_by(written, part)
+        for name, scores in found.items() if len(found) > 1 else ():
+            rows[f"{name} alone"] = scores.as_dict() | {"ceiling_bleu4": highest[name].bleu4}
     folder.mkdir(exist_ok=True)
     split = search["split"]
     path = folder / f"{split}.hypotheses.jsonl"
     report.write_hypotheses(path, hypotheses)
-    replace_file(folder / f"{split}.json", json.dumps(search | rows, indent=2) + "\n")
+    content = {**search, **rows, "ceiling": {"bleu4": ceiling.bleu4, "changes": ceiling.changes}}
+    replace_file(folder / f"{split}.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     names = {"scores": "model", "blind": "blind control"}
     print(report.table({names.get(name, name): row for name, row in rows.items()}))
+    if str(ceiling):
+        print(ceiling)
     print(f"signature: {rows['scores']['bleu_signature']}\nhypotheses: {path}")
 
 

@@ -69,12 +69,15 @@ def _step(result: Path, command: list[str]) -> None:
 def _show(visual: Path, llm: Path) -> None:
     """The table, three sentences, a strip of frames, and one video translated by the finished model."""
     from flallm_ds.inference.report import read_hypotheses, strip_of_run, table
+    from flallm_ds.metrics.ceiling import Ceiling
 
     results = [
         json.loads((run / "evaluation" / "test.json").read_text(encoding="utf-8")) for run in (visual, llm)
     ]
     rows = {"stage 1 alone": results[0]["scores"], "both stages": results[1]["scores"]}
     print("\n" + table({**rows, "blind control": results[1]["blind"]}))
+    if ceiling := str(Ceiling(**results[1].get("ceiling", {"bleu4": 100.0}))):
+        print(ceiling)
     print(f"signature: {results[1]['scores']['bleu_signature']}\n")
     hypotheses = read_hypotheses(llm / "evaluation" / "test.hypotheses.jsonl")
     for said in hypotheses[:: max(1, len(hypotheses) // 3)][:3]:

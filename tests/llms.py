@@ -5,6 +5,7 @@ by a token, rows of the embedding beyond the tokenizer (or too few of them), tie
 generation config. The tokenizers are trained on the spot. All are read back by the Auto classes.
 """
 
+import base64
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 import sentencepiece
 import torch
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoConfig,
@@ -112,8 +114,21 @@ def _sentencepiece(
         _write(folder / "tokenizer_config.json", settings)
         if fast is not None:
             fast.from_pretrained(folder).save_pretrained(folder)
+            _publish_normalizer(folder, folder / file)
 
     return write
+
+
+def _publish_normalizer(folder: Path, model: Path) -> None:
+    """Put the character map into tokenizer.json as on the hub, whatever class wrote it without."""
+    spec = ModelProto.FromString(model.read_bytes()).normalizer_spec
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    if spec.precompiled_charsmap and "Precompiled" not in str(content["normalizer"]):
+        charsmap = base64.b64encode(spec.precompiled_charsmap).decode()
+        parts = [{"type": "Precompiled", "precompiled_charsmap": charsmap}]
+        parts += [content["normalizer"]] if content["normalizer"] else []
+        content["normalizer"] = {"type": "Sequence", "normalizers": parts}
+        _write(folder / "tokenizer.json", content)
 
 
 def _m2m100(folder: Path, texts: Sequence[str]) -> None:
@@ -129,10 +144,13 @@ def _m2m100(folder: Path, texts: Sequence[str]) -> None:
 
 
 def _xglm(folder: Path, texts: Sequence[str]) -> None:
-    processor = sentencepiece.SentencePieceProcessor(model_proto=_pieces(texts))
+    model = folder / "sentencepiece.bpe.model"
+    model.write_bytes(_pieces(texts))
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
     pieces = [(processor.id_to_piece(i), processor.get_score(i)) for i in range(3, len(processor))]
     specials = [(token, 0.0) for token in ("<s>", "<pad>", "</s>", "<unk>")]
     XGLMTokenizer(vocab=[*specials, *pieces]).save_pretrained(folder)
+    _publish_normalizer(folder, model)
 
 
 def _byte_level(

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "launch"))
 import evaluate
 import train
 from exports import ENCODER_DECODER, write_export
+from llms import make_tiny_llm
 
 from flallm_ds import cli, command, export
 from flallm_ds.models.visual_encoder import VisualEncoder
@@ -234,6 +235,17 @@ def test_an_llm_that_is_not_there(refused: Run, tmp_path: Path, tiny_corpus: Pat
 def test_a_language_that_the_tokenizer_does_not_know(refused: Run, tmp_path: Path, tiny_corpus: Path) -> None:
     given = options(tiny_corpus, tmp_path / "run", **{"llm.language": "de_DF"})
     assert "de_DE" in refused(train.train, "--stage=visual", *given)
+
+
+def test_an_llm_that_cannot_write_the_training_text(refused: Run, tmp_path: Path, tiny_corpus: Path) -> None:
+    """It would learn to leave out what it reads as unknown, and score what is left."""
+    llm = make_tiny_llm("mbart", tmp_path / "llm", ["今天到处阳光明媚。", "regn wind"])
+    for stage in ("--stage=visual", "--stage=llm"):
+        given = options(tiny_corpus, tmp_path / "run", **{"llm.name": llm, "visual_run": "none"})
+        sentence = refused(train.train, stage, *given)
+        assert "at most 0.1 % of the tokens unknown, got " in sentence and f"{llm} with " in sentence
+        assert " % of " in sentence and "because of 'o' (" in sentence and "--llm.name" in sentence
+        assert not (tmp_path / "run").exists()
 
 
 def test_clips_longer_than_what_reads_them(refused: Run, tmp_path: Path, tiny_corpus: Path) -> None:

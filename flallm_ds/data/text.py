@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import string
+import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -98,6 +100,27 @@ class Wording:
     start: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True)
+class UnknownTokens:
+    """What of some sentences a codec cannot write.
+
+    characters: (a character, how often it stands in the sentences), the most frequent first. A word in place
+    of characters where a tokenizer knows whole words only.
+    """
+
+    num_tokens: int
+    num_unknown: int
+    characters: tuple[tuple[str, int], ...] = ()
+
+    def __str__(self) -> str:
+        share = 100 * self.num_unknown / max(1, self.num_tokens)
+        listed = [f"{character!r} ({times:,})" for character, times in self.characters[:10]]
+        more = len(self.characters) - len(listed)
+        text = f"{share:.2g} % of {self.num_tokens:,} tokens"
+        why = f", because of {', '.join(listed)}" if listed else ""
+        return f"{text}{why} and {more} more" if more else f"{text}{why}"
+
+
 class TextCodec:
     """A Hugging Face tokenizer, the pieces of it that are kept, and how the LLM is told what to say.
 
@@ -143,26 +166,51 @@ class TextCodec:
 
     def encode(self, text: str) -> list[int]:
         """The sentence's pieces and the end of sentence, without a start token."""
-        ids = self._ids(text)
+        text = self._normal(text)
+        if self._normalizer is not None:
+            text = " ".join(text.split())  # SentencePiece does; not all tokenizers made of its models do
+        ids = self._split(text)
         if self.eos_id in ids:  # written in the text, or what transformers takes for MADLAD's unknown token
             unknown = [] if self._unknown_id is None else [self._unknown_id]
             ids = [i for one in ids for i in (unknown if one == self.eos_id else [one])]
         return [*ids, self.eos_id]
 
     def _ids(self, text: str, specials: bool = False) -> list[int]:
-        full = self._full_ids(text, specials)
+        return self._split(self._normal(text), specials)
+
+    def _split(self, text: str, specials: bool = False) -> list[int]:
+        full = self.tokenizer(text, add_special_tokens=specials)["input_ids"] if text or specials else []
         ids = self._trimmed[np.asarray(full, np.int64)]
         if len(ids) == 0 or ids.min() >= 0:
             return [int(i) for i in ids]
         return [i for one, trimmed in zip(full, ids, strict=True) for i in self._known(one, int(trimmed))]
 
-    def _full_ids(self, text: str, specials: bool = False) -> list[int]:
-        """Ids of the whole vocabulary, of the text as the vocabulary's own normaliser writes it."""
-        if self._normalizer is not None:
-            text = self._normalizer.normalize(text)
-        if not text and not specials:
-            return []
-        return list(self.tokenizer(text, add_special_tokens=specials)["input_ids"])
+    def _normal(self, text: str) -> str:
+        """The text as the vocabulary's own normaliser writes it."""
+        return text if self._normalizer is None else str(self._normalizer.normalize(text))
+
+    def unknown_tokens(self, texts: Iterable[str]) -> UnknownTokens:
+        """Count the unknown tokens of sentences, ends of sentences among all tokens."""
+        num_tokens = num_unknown = 0
+        words: Counter[str] = Counter()  # of sentences with unknown tokens
+        for text, times in Counter(texts).items():
+            ids = self.encode(text)
+            num_tokens += times * len(ids)
+            unknown = ids.count(self._unknown_id) if self._unknown_id is not None else 0
+            num_unknown += times * unknown
+            for word in text.split() if unknown else ():
+                words[word] += times
+        characters: Counter[str] = Counter()
+        whole = self.untrimmed() if words else self  # which knows a character that is kept in words alone
+        for word, times in words.items():
+            if whole._has_unknown(word):
+                alone = [c for c in unicodedata.normalize("NFC", word) if whole._has_unknown(c)]
+                for character in alone or [word]:
+                    characters[character] += times
+        return UnknownTokens(num_tokens, num_unknown, tuple(characters.most_common()))
+
+    def _has_unknown(self, text: str) -> bool:
+        return self._unknown_id is not None and self._unknown_id in self.encode(text)
 
     def _known(self, full_id: int, trimmed: int) -> list[int]:
         if trimmed >= 0:
@@ -284,7 +332,7 @@ class TextCodec:
         kept = set(tokenizer.all_special_ids) | _byte_pieces(whole._vocabulary)
         kept.update(int(whole.kept_ids[i]) for w in wordings for i in (*w.before, *w.after, *w.start))
         for text in set(texts):
-            kept.update(whole._full_ids(text))
+            kept.update(whole.kept_ids[whole.encode(text)].tolist())
         return cls(tokenizer, instruction, [i for i in kept if whole.trimmed_id(i) >= 0])
 
 

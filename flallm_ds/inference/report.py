@@ -17,6 +17,7 @@ from flallm_ds.data.sampling import FrameSampling
 from flallm_ds.data.store import CacheOptions
 from flallm_ds.errors import UserError
 from flallm_ds.metrics import Scores
+from flallm_ds.metrics.ceiling import HIGH_CEILING
 from flallm_ds.training.checkpoint import replace_file
 from flallm_ds.training.evaluate import scores_of
 
@@ -63,7 +64,10 @@ def read_hypotheses(path: Path) -> list[Hypothesis]:
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """Scores by name of system, one row each, as text that is also Markdown."""
+    """Scores by name of system, one row each, as text that is also Markdown.
+
+    The last column is BLEU-4 of a perfect model, where that of any row is low.
+    """
     columns = {
         "bleu1": "BLEU-1",
         "bleu2": "BLEU-2",
@@ -72,11 +76,13 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
         "rouge_l": "ROUGE-L",
     }
     columns["chrf"] = "chrF"
+    if any(scores.get("ceiling_bleu4", 100) < HIGH_CEILING for scores in rows.values()):
+        columns["ceiling_bleu4"] = "ceiling"
     width = max(map(len, rows))
     lines = [f"| {'':{width}} | " + " | ".join(f"{c:>7}" for c in columns.values()) + " |"]
     lines.append(f"|{'-' * (width + 2)}|" + "|".join("-" * 8 + ":" for _ in columns) + "|")
     for name, scores in rows.items():
-        cells = " | ".join(f"{scores[c]:7.2f}" for c in columns)
+        cells = " | ".join(f"{scores[c]:7.2f}" if c in scores else " " * 7 for c in columns)
         lines.append(f"| {name:{width}} | {cells} |")
     return "\n".join(lines)
 

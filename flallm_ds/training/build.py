@@ -3,7 +3,7 @@
 import math
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -52,6 +52,7 @@ from flallm_ds.training.cached_features import check_run, check_stage
 from flallm_ds.training.checkpoint import replace_folder
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+MOST_UNKNOWN = 0.001  # of the training tokens: a model learns to leave out what it reads as unknown
 
 
 @dataclass(frozen=True)
@@ -315,16 +316,32 @@ def _open_codec(config: RunConfig, folder: Path, train_index: Index, world: Worl
     path = folder / "tokenizer"
 
     def write(out: Path) -> None:
-        TextCodec.for_training_text(
+        texts = train_index.strings("text")
+        codec = TextCodec.for_training_text(
             config.llm.name,
             _instruction(config, train_index),
-            train_index.strings("text"),
+            texts,
             config.llm.trim_vocabulary,
             config.llm.hub_code,
-        ).save(out)
+        )
+        check_unknown(codec, texts, config.llm.name)
+        codec.save(out)
 
     _write_once(path, write, world)
     return TextCodec.load(path, config.llm.hub_code)
+
+
+def check_unknown(codec: TextCodec, texts: Iterable[str], name: str) -> None:
+    """Raise UserError where the tokenizer of the LLM `name` cannot write the training text; print a few."""
+    unknown = codec.unknown_tokens(texts)
+    _must(
+        unknown.num_unknown <= MOST_UNKNOWN * unknown.num_tokens,
+        f"llm.name must have a tokenizer that can write the training text, at most {100 * MOST_UNKNOWN:g} % "
+        f"of the tokens unknown, got {name} with {unknown}. Give another --llm.name, or replace these "
+        "characters in the texts.",
+    )
+    if unknown.num_unknown:
+        print(f"unknown to the tokenizer of {name}: {unknown}.", flush=True)
 
 
 def _write_once(folder: Path, write: Callable[[Path], None], world: World) -> None:

@@ -1,7 +1,7 @@
 """Hypotheses for a whole split on all ranks, each clip exactly once."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flallm_ds.contracts import Batch, Hypothesis
 from flallm_ds.data.device import on_device
@@ -10,6 +10,7 @@ from flallm_ds.data.text import TextCodec
 from flallm_ds.dist import World, all_reduce_sum, gather_objects
 from flallm_ds.errors import Preempted, UserError
 from flallm_ds.metrics import Scores, score_by_language
+from flallm_ds.metrics.ceiling import Ceiling, ceiling
 from flallm_ds.models.sign_translator import Candidate
 from flallm_ds.training.stop import StopRequest
 
@@ -72,4 +73,16 @@ def scores_of(hypotheses: Sequence[Hypothesis]) -> Scores:
         [h.hypothesis for h in hypotheses],
         [h.reference for h in hypotheses],
         [h.language for h in hypotheses],
+    )
+
+
+def perfect(hypotheses: Sequence[Hypothesis], codec: TextCodec) -> list[Hypothesis]:
+    """What a perfect model would say: each reference as its tokenizer writes it."""
+    return [replace(h, hypothesis=codec.decode(codec.encode(h.reference)), nbest=()) for h in hypotheses]
+
+
+def ceiling_of(written: Sequence[Hypothesis]) -> Ceiling:
+    """The ceiling by what `perfect` made of hypotheses."""
+    return ceiling(
+        [h.hypothesis for h in written], [h.reference for h in written], [h.language for h in written]
     )

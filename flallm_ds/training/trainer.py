@@ -22,7 +22,7 @@ from flallm_ds.models.tuning import merged
 from flallm_ds.models.weights import named_state
 from flallm_ds.training import checkpoint
 from flallm_ds.training.build import Task
-from flallm_ds.training.evaluate import Evaluation, scores_of
+from flallm_ds.training.evaluate import Evaluation, ceiling_of, perfect, scores_of
 from flallm_ds.training.probe import last_layers
 from flallm_ds.training.progress import Progress, ScoringProgress
 from flallm_ds.training.run_folder import Metrics
@@ -180,15 +180,18 @@ class Trainer:
         with task.engine.gathered(self.config.eval.gather):
             hypotheses = evaluation.hypotheses(progress, self.stop)
         scores = scores_of(hypotheses)
+        ceiling = ceiling_of(perfect(hypotheses, task.codec))
         seconds = time.perf_counter() - begin
         self.progress.pause(seconds)
         values = {"bleu4": scores.bleu4, "rouge_l": scores.rouge_l, "chrf": scores.chrf, "seconds": seconds}
+        values["ceiling_bleu4"] = ceiling.bleu4
         if self.metrics is not None:
             self.metrics.write(split, self.at.global_step, {"epoch": epoch, **values})
-        self.progress.say(f"epoch {epoch} {split}: BLEU-4 {scores.bleu4:.2f}")
+        self.progress.say(f"epoch {epoch} {split}: BLEU-4 {scores.bleu4:.2f} {ceiling}".rstrip())
         if scores.bleu4 > self.at.best_bleu4:
             self.at.best_bleu4 = scores.bleu4
-            self._export({split: scores.as_dict(), "epoch": epoch})
+            exported = scores.as_dict() | {"ceiling_bleu4": ceiling.bleu4}
+            self._export({split: exported, "epoch": epoch})
 
     def _export(self, scores: dict[str, Any]) -> None:
         """Write best/, tensor by tensor. Raises UserError on every rank where it cannot be written."""

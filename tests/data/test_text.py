@@ -5,10 +5,13 @@ import pytest
 from llms import FAMILIES, make_tiny_llm
 from transformers import AutoConfig
 
+from flallm_ds.contracts import Hypothesis
 from flallm_ds.data.index import load_index
 from flallm_ds.data.text import DECODER_ONLY_PROMPT, Instruction, TextCodec
 from flallm_ds.errors import UserError
 from flallm_ds.standin_llm import train_tokenizer
+from flallm_ds.training.build import check_unknown
+from flallm_ds.training.evaluate import ceiling_of, perfect, scores_of
 
 TRAINING_TEXT = ["regen sonne wind morgen", "wolken wolken wind morgen"]
 GERMAN = ["Am Tag scheint überall die Sonne.", "Morgen regnet es im Süden, im Norden weht kräftiger Wind."]
@@ -171,6 +174,66 @@ def test_text_that_was_never_seen_is_spelled_or_unknown_and_ends_once(folders, f
     codec.save(tmp_path)
     loaded = TextCodec.load(tmp_path)
     assert loaded.encode(text) == ids and loaded.wording("de") == codec.wording("de")
+
+
+# Dense in punctuation, of full and of half width.
+PUNCTUATED = {
+    "de": [
+        "„Morgen“, sagt sie, „regnet es – vielleicht!“",
+        "Am Tag (im Norden): 5…8 °C; nachts, Ende Mai, -2 °C?",
+        "Nein, nein, nein! Die Sonne? Die scheint – wie immer – im Süden.",
+    ],
+    "en": [
+        "“It's raining,” she said – “isn't it?”",
+        "Lows (north): 40…45 °F; highs, in the south, 60 °F!",
+        "No, no, no! The sun? It shines – as ever – in the south.",
+    ],
+    "zh": [
+        "“明天，”她说，“会下雨吗？”",
+        "北方（今天）：５度；南方：１５度！明天呢？",
+        "不，不，不！太阳呢？在南方，一如既往……",
+    ],
+}
+# Made under NFKC, which has neither the full width nor the ellipsis; all others spell in bytes.
+NORMALISING = ["mbart", "mbart50", "m2m100", "nllb", "t5", "flan_t5", "mt5", "madlad", "xglm"]
+
+
+@pytest.fixture(scope="module")
+def punctuated(tmp_path_factory):
+    texts = [text for part in PUNCTUATED.values() for text in part] + [DECODER_ONLY_PROMPT]
+    root = tmp_path_factory.mktemp("punctuated")
+    return {family: make_tiny_llm(family, root / family, texts) for family in FAMILIES}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_perfect_model_scores_as_high_as_the_ceiling_of_its_tokenizer(punctuated, family):
+    """A perfect model's best hypothesis of a clip is the clip's target, padded like others of a batch."""
+    texts = [text for part in PUNCTUATED.values() for text in part]
+    prompt = "{video}" if not FAMILIES[family].decoder_only else "{language}: {video}"
+    for trim in (False, True):
+        codec = codec_of(punctuated[family], texts, trim, prompt=prompt)
+        found = {}
+        for language, references in PUNCTUATED.items():
+            targets = [codec.encode(text) for text in references]
+            longest = max(map(len, targets))
+            said = [
+                Hypothesis(
+                    str(n), codec.decode([*ids, *[codec.pad_id] * (longest - len(ids))]), text, "", language
+                )
+                for n, (ids, text) in enumerate(zip(targets, references, strict=True))
+            ]
+            ceiling = ceiling_of(perfect(said, codec))
+            assert scores_of(said).bleu4 == ceiling.bleu4
+            found[language] = ceiling
+        print(
+            f"{family} {'trimmed' if trim else 'whole'}:", {k: f"{c.bleu4:.2f} {c}" for k, c in found.items()}
+        )
+        assert codec.unknown_tokens(texts).num_unknown == 0
+        if family in NORMALISING:
+            assert 0 < found["zh"].bleu4 < 80 and ("，", ",", 5) in found["zh"].changes
+            assert {old for c in found.values() for old, _, _ in c.changes} <= set("，？！：；（）５１…°")
+        else:
+            assert all(c.bleu4 == pytest.approx(100) and not str(c) for c in found.values())
 
 
 STARTS = {
@@ -356,3 +419,49 @@ def test_mbart_is_trimmed_to_specials_languages_and_the_pieces_of_the_training_t
     assert [codec.decode(codec.encode(report)) for report in reports] == [
         " ".join(r.split()) for r in reports
     ]
+
+
+# --- what a vocabulary cannot write
+
+
+@pytest.mark.parametrize("trim", [False, True])
+def test_unknown_characters_are_counted_as_they_stand_in_the_texts(folders, trim):
+    texts = [*GERMAN, "Sonne ﹝heute﹞ ☀！", "Sonne ☀ ☀", "Sonne ☀ ☀"]
+    codec = codec_of(folders["mbart"], texts, trim)
+    unknown = codec.unknown_tokens(texts)
+    ids = [i for text in texts for i in codec.encode(text)]
+    assert unknown.num_tokens == len(ids) and unknown.num_unknown == ids.count(codec._unknown_id) > 0
+    assert unknown.characters[0] == ("☀", 5)
+    assert {"﹝", "﹞", "！"} <= dict(unknown.characters).keys()  # not as the normaliser writes them
+    assert "'☀' (5)" in str(unknown) and str(unknown).startswith(
+        f"{100 * unknown.num_unknown / len(ids):.2g} %"
+    )
+
+
+@pytest.mark.parametrize("family", ["mbart", "m2m100", "nllb", "t5", "madlad", "xglm"])
+def test_every_family_tells_what_is_unknown(folders, family):
+    codec = codec_of(folders[family])
+    assert codec.unknown_tokens(SENTENCES).num_unknown == 0
+    unknown = codec.unknown_tokens([*SENTENCES, "Sonne Ω", "Sonne Ω </s>"])
+    assert dict(unknown.characters)["Ω"] == 2 and unknown.num_unknown >= 2
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama", "gemma2", "bloom"])
+def test_nothing_is_unknown_to_a_vocabulary_that_spells_in_bytes(folders, family):
+    texts = ["Sonne Ω ☀！", *SENTENCES]
+    assert codec_of(folders[family], texts).unknown_tokens(texts).num_unknown == 0
+
+
+def test_a_few_unknown_tokens_are_told_and_more_are_refused(folders, capsys):
+    codec = codec_of(folders["mbart"], GERMAN)
+    check_unknown(codec, GERMAN, "an/llm")
+    assert capsys.readouterr().out == ""
+    length = len(codec.encode(GERMAN[0]))
+    many = [GERMAN[0]] * (1000 // length + 1)
+    check_unknown(codec, [*many, "Ω"], "an/llm")
+    told = capsys.readouterr().out
+    assert told.startswith("unknown to the tokenizer of an/llm: 0.0") and told.endswith(
+        "because of 'Ω' (1).\n"
+    )
+    with pytest.raises(UserError, match=r"at most 0\.1 % .* got an/llm with .* because of 'Ω' \(9\)\. Give"):
+        check_unknown(codec, [*many, *["Ω"] * 9], "an/llm")
