@@ -30,6 +30,7 @@ from flallm_ds.models.llm import (
     llm_config,
     llm_width,
     load_llm,
+    longest_input,
     save_configs,
     trim_llm,
     untrim_llm,
@@ -521,3 +522,24 @@ def test_mbart_large_trimmed_to_2454_pieces_has_the_papers_parameters():
     with torch.device("meta"):
         model.resize_token_embeddings(2454, mean_resizing=False)
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(357.3, rel=1e-3)
+
+
+@pytest.mark.parametrize("trim", [False, True])
+def test_the_papers_model_is_built_of_its_real_config_and_tokenizer(shared_data, tmp_path, trim):
+    """As --llm.pretrained=false does, on the meta device: facebook/mbart-large-cc25, trimmed by others."""
+    real = shared_data / "tokenizers" / "mbart_phoenix14t"
+    texts = (shared_data / "text_cc0" / "de_weather.txt").read_text(encoding="utf-8").splitlines()
+    config = llm_config(str(real))
+    instruction = Instruction(
+        start_token=config.decoder_start_token_id, rows=config.vocab_size, languages=("de",)
+    )
+    codec = TextCodec.for_training_text(str(real), instruction, texts, trim)
+    with torch.device("meta"):
+        llm = load_llm(str(real), LlmOptions(pretrained=False))
+    assert llm.get_input_embeddings().weight.shape == (2454, 1024) == (config.vocab_size, llm_width(llm))
+    assert sum(p.numel() for p in llm.parameters()) / 1e6 == pytest.approx(357.3, rel=1e-3)
+    assert embedding_scale(llm) == 32 and longest_input(llm) == 1024
+    assert (len(llm.get_encoder().layers), len(llm.model.decoder.layers)) == (12, 12)
+    assert (codec.vocab_size == 2454) is not trim and codec.vocab_size > 1000
+    (start,) = codec.wording("de").start
+    assert codec.tokenizer.convert_ids_to_tokens(int(codec.kept_ids[start])) == "de_DE"

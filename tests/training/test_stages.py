@@ -21,6 +21,7 @@ from llms import make_tiny_llm
 
 from flallm_ds import dist, export
 from flallm_ds.config import DataConfig, RunConfig
+from flallm_ds.data.index import iter_rows, load_index, write_table
 from flallm_ds.errors import UserError
 from flallm_ds.inference.probe import draw_probe, read_probe
 from flallm_ds.inference.translator import Translator
@@ -191,6 +192,8 @@ def test_both_stages_are_trained_and_scored(whole: tuple[Path, str]) -> None:
         assert len(losses(folder_of(run, stage))) == 10
         scores = json.loads((folder_of(run, stage) / "evaluation" / "test.json").read_text())
         assert scores["scores"]["num_sentences"] == 9
+        assert scores["ceiling"] == {"bleu4": pytest.approx(100), "changes": []}
+        assert "ceiling" not in said and "perfect model" not in said
         assert f"== stage {stage}: {folder_of(run, stage)}" in said
     llm = RunConfig.load(folder_of(run, "llm") / "config.json")
     visual = RunConfig.load(folder_of(run, "visual") / "config.json")
@@ -248,6 +251,48 @@ def test_a_stage_leaves_no_engine_behind(tiny_corpus: Path, tmp_path: Path) -> N
         assert run_stage(config, world, StopRequest()) is False  # one of five steps
     left = {type(thing).__name__ for thing in gc.get_objects()}
     assert not left & {"SignTranslator", "DeepSpeedEngine", "DeepSpeedZeroOptimizer"}
+
+
+def test_each_score_stands_next_to_the_highest_that_the_tokenizer_allows(
+    tiny_corpus: Path, tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The references of dev and test have a full-width letter, which no tokenizer under NFKC can write."""
+    manifest = json.loads((tiny_shards / "index.json").read_text(encoding="utf-8"))
+    for split in ("dev", "test"):
+        rows = list(iter_rows(load_index(tiny_shards, split)))
+        rows = [row | {"text": row["text"].replace("morgen", "ｍorgen")} for row in rows]
+        entry = manifest["splits"][split]
+        entry |= write_table(tiny_shards / entry["table"], rows)
+    (tiny_shards / "index.json").write_text(json.dumps(manifest), encoding="utf-8")
+    run = tmp_path / "visual"
+    given = {"light_t.size": "tiny", "train.epochs": 1, "eval.every_epochs": 1, "data.shards": tiny_shards}
+    config = resolve("visual", None, tiny_options(tiny_corpus, "visual", run, **given))
+    with dist.session() as world:
+        assert run_stage(config, world, StopRequest())
+    ceiling = "A perfect model would score BLEU-4 {:.2f}, because its tokenizer changes the references: "
+    ceiling += "'ｍ' -> 'm' (9)."
+    dev = json.loads((run / "best" / "flallm.json").read_text(encoding="utf-8"))["scores"]["dev"]
+    assert 0 < dev["ceiling_bleu4"] < 99.5
+    said = capsys.readouterr().out
+    assert f"epoch 1 dev: BLEU-4 {dev['bleu4']:.2f} {ceiling.format(dev['ceiling_bleu4'])}\n" in said
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert metrics[-1]["ceiling_bleu4"] == dev["ceiling_bleu4"]
+    card = (run / "best" / "README.md").read_text(encoding="utf-8")
+    assert f"A perfect model would score BLEU-4 {dev['ceiling_bleu4']:.2f} on dev" in card
+
+    sys.path.insert(0, str(REPOSITORY / "launch"))
+    import evaluate
+
+    evaluate.evaluate(run=str(run), split="test", beams=1)
+    said = capsys.readouterr().out
+    found = json.loads((run / "evaluation" / "test.json").read_text(encoding="utf-8"))
+    bleu4 = found["ceiling"]["bleu4"]
+    assert found["ceiling"]["changes"] == [["ｍ", "m", 9]] and 0 < bleu4 < 99.5
+    assert found["scores"]["ceiling_bleu4"] == found["blind"]["ceiling_bleu4"] == bleu4
+    assert ceiling.format(bleu4) in said
+    (header,) = (line for line in said.splitlines() if "BLEU-4 |" in line)
+    (row,) = (line for line in said.splitlines() if line.startswith("| model"))
+    assert header.endswith("ceiling |") and row.endswith(f"{bleu4:7.2f} |")
 
 
 def test_a_finished_pair_does_nothing(
