@@ -115,9 +115,14 @@ def _map_of_files(tokenizer: Any, name: str) -> bytes | None:
 
 
 def _path_of(name: str, file: str) -> Path | None:
-    """A file of a folder, or of the hub's cache."""
-    quiet = dict.fromkeys(("missing_entries", "gated_repo", "connection_errors"), False)
-    found = cached_file(name, file, **{f"_raise_exceptions_for_{what}": no for what, no in quiet.items()})
+    """A file of a folder, or of the hub's cache, where the tokenizer has been read from."""
+    found = cached_file(
+        name,
+        file,
+        local_files_only=True,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
     return None if found is None else Path(found)
 
 

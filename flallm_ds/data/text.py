@@ -227,7 +227,11 @@ class TextCodec:
         if self.eos_id in ids:
             ids = ids[: ids.index(self.eos_id)]
         ids = [i for i in ids if i < len(self.kept_ids)]  # an LLM's embedding may have rows to spare
-        return str(self.tokenizer.decode(self.kept_ids[ids], skip_special_tokens=True)).strip()
+        # Many hub configs ask for a clean-up that takes spaces away: "regen ." would come back as "regen.".
+        text = self.tokenizer.decode(
+            self.kept_ids[ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return str(text).strip()
 
     def wording(self, language: str = "", corpus: str = "") -> Wording:
         """The ids around a clip's visual tokens.

@@ -1,4 +1,5 @@
 import csv
+import json
 import shutil
 
 import pytest
@@ -234,6 +235,18 @@ def test_a_perfect_model_scores_as_high_as_the_ceiling_of_its_tokenizer(punctuat
             assert {old for c in found.values() for old, _, _ in c.changes} <= set("，？！：；（）５１…°")
         else:
             assert all(c.bleu4 == pytest.approx(100) and not str(c) for c in found.values())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_spaces_ahead_of_punctuation_come_back(folders, family, tmp_path):
+    """Corpora are tokenized text, and ROUGE-L compares what stands between spaces."""
+    folder = shutil.copytree(folders[family], tmp_path / "llm")
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    settings |= {"clean_up_tokenization_spaces": True}
+    settings |= {"clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    codec = codec_of(folder, [*SENTENCES, "Morgen regnet es ."])
+    assert codec.decode(codec.encode("Morgen regnet es .")) == "Morgen regnet es ."
 
 
 STARTS = {
