@@ -1,29 +1,100 @@
-"""How every command line of the project is read: words by fire, names and types checked by us, then the call.
+"""How every command line of the project is read: each word is checked, fire sorts them, then the call.
 
-fire alone runs a function with its defaults before it complains about a mistyped flag, and guesses values
-(`2024_01` becomes 202401). Here fire only collects the words as strings; a function is called once every
-name is known and every value is of the annotated type.
+fire alone drops what stands after `--`, reads `-` as the end of a call, takes an option that is given twice
+by its last value, and guesses (`2024_01` becomes 202401, `--notes` means tes=False). So `checked` lets pass
+only words and `--name=value`, which fire sorts into words and options, all strings. A function is called once
+every name is known and every value is of the annotated type.
 """
 
 import atexit
 import difflib
 import inspect
+import math
 import os
+import re
+import signal
 import sys
 import threading
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import fire
 
+from flallm_ds import terminal
 from flallm_ds.errors import Preempted, RankError, UserError
 
+_OPTION = re.compile(r"--(?P<name>[A-Za-z][A-Za-z0-9_.-]*)(?P<value>=.*)?", re.DOTALL)
+_OTHER_DASHES = (
+    "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"  # of typeset documents, where -- often becomes one
+)
 
-def read_words(argv: list[str]) -> tuple[list[str], dict[str, str]]:
-    """(positional words, options) of a command line, all strings; `--a.b=1` and `--a.b 1` both work."""
+
+class NoValue(str):
+    """The value of an option that was given without one; only an option that is true or false can be."""
+
+
+def checked(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """(positional words, options) of a command line: `--a.b=1` and `--a.b 1` are options, hyphens as `_`.
+
+    Raises UserError for a word that is neither, and for an option that is given twice: nothing is dropped.
+    """
+    words: list[str] = []
+    options: dict[str, str] = {}
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        if not _is_option(word):
+            words.append(word)
+            continue
+        found = _OPTION.fullmatch(word)
+        if found is None:
+            raise UserError(_no_option(word))
+        name = found["name"].replace("-", "_")
+        if found["value"] is not None:
+            value = found["value"][1:]
+        elif not rest or _is_option(rest[0]):
+            value = NoValue("true")
+        else:
+            value = rest.pop(0)
+            if value.startswith("="):
+                raise UserError(
+                    f"--{name} must be written without spaces, --{name}={value[1:]}, got {value!r}."
+                )
+        if name in options:
+            raise UserError(
+                f"--{name} must be given once, but was given twice: {options[name]}, then {value}."
+            )
+        options[name] = value
+    return words, options
+
+
+def _is_option(word: str) -> bool:
+    """Whether a word looks like an option, right or wrong; -1 and -0.5 are values."""
+    return word[:1] in tuple(_OTHER_DASHES) or (word.startswith("-") and not re.fullmatch(r"-\.?\d.*", word))
+
+
+def _no_option(word: str) -> str:
+    """The sentence about a word that begins with a dash and is no option."""
+    if word in ("-", "--"):
+        return f"options must be written --name=value, got a {word!r} that stands alone. Remove it."
+    name = word.lstrip(f"-{_OTHER_DASHES}")
+    if _OPTION.fullmatch(f"--{name}"):
+        return (
+            f"an option must begin with two hyphens, --{name}, got {word!a}. (A value or a file whose name "
+            f"begins with a hyphen: write --option={word} or ./{word}.)"
+        )
+    return f"options must be written --name=value, got {word!a}."
+
+
+def read_words(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """(positional words, options) of a command line, all strings.
+
+    An option without a value has the value NoValue. Raises UserError as `checked` does.
+    """
+    given_words, given = checked(argv)
     words: list[str] = []
     options: dict[str, str] = {}
 
@@ -32,23 +103,31 @@ def read_words(argv: list[str]) -> tuple[list[str], dict[str, str]]:
         words.extend(args)
         options.update(kwargs)
 
-    fire.Fire(collect, command=argv)
-    return words, options
+    fire.Fire(collect, command=[*given_words, *(f"--{name}={value}" for name, value in given.items())])
+    assert (words, options) == (given_words, given), "fire must pass on what it is given"
+    return words, given  # with what fire has no sign for: that a value is missing
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
     """`Did you mean …?` with the closest valid names, or the list of all where nothing is close."""
     valid = list(valid)
-    close = [v for v in valid if v.endswith(f".{name}")]  # the section was left out
-    close = close or difflib.get_close_matches(name, valid, n=3, cutoff=0.5)
+    lowered = {v.lower(): v for v in valid}
+    name = name.lower()
+    close = [v for low, v in lowered.items() if low.endswith(f".{name}")]  # the section was left out
+    close = close or [lowered[low] for low in difflib.get_close_matches(name, lowered, n=3, cutoff=0.5)]
     return f"did you mean {' or '.join(close)}?" if close else f"valid: {', '.join(valid)}."
 
 
 def coerce(value: str, hint: Any, name: str) -> Any:
     """`value` as the annotated type (bool, int, float, str, Path, a Literal, `X | None`, tuple of X).
 
-    Raises UserError that names the option, the type it must have, and what came.
+    Raises UserError that names the option, the type it must have, and what came. A value is missing where
+    the option stood alone (not of a bool), or is empty where neither a text nor a tuple can be.
     """
+    if isinstance(value, NoValue) and hint is not bool:
+        raise UserError(f"--{name} must have a value, got none. Write --{name}=VALUE.")
+    if hint is Path and not value:
+        raise UserError(f"--{name} must name a file or a folder, but is empty.")
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value.lower() in ("none", "null") and type(None) in args:
@@ -60,9 +139,14 @@ def coerce(value: str, hint: Any, name: str) -> Any:
             raise UserError(f"--{name} must be one of {', '.join(map(str, args))}, but is {value!r}.")
         return found
     if origin is tuple:
-        return tuple(
-            coerce(part.strip(), args[0], name) for part in value.strip("()[]").split(",") if part.strip()
-        )
+        if not value.strip():
+            return ()
+        if (value[0], value[-1]) in (("(", ")"), ("[", "]")):
+            value = value[1:-1].removesuffix(",")
+        parts = [part.strip() for part in value.split(",")] if value.strip() else []
+        if not all(parts):
+            raise UserError(f"--{name} must have something before and after each comma, but is {value!r}.")
+        return tuple(coerce(part, args[0], name) for part in parts)
     if hint is bool:
         lowered = value.lower()
         if lowered not in ("true", "false", "1", "0", "yes", "no"):
@@ -71,7 +155,7 @@ def coerce(value: str, hint: Any, name: str) -> Any:
     if hint in (int, float):
         try:
             number = hint(value)
-            if number != number:
+            if not math.isfinite(number):
                 raise ValueError("not a number")
             return number
         except ValueError:
@@ -96,11 +180,13 @@ def bind(function: Callable[..., Any], words: list[str], options: Mapping[str, s
     arguments: dict[str, Any] = {}
     for name, word in zip(positional, words, strict=False):
         arguments[name] = coerce(word, hints[name], name)
+        check_not_empty(word, named[name].default, name)
     for name, value in options.items():
         if name in arguments:
             raise UserError(f"--{name} must be given once, but was given twice.")
         if name in named:
             arguments[name] = coerce(value, hints[name], name)
+            check_not_empty(value, named[name].default, name)
         elif open_ended:
             arguments[name] = value
         else:
@@ -109,6 +195,12 @@ def bind(function: Callable[..., Any], words: list[str], options: Mapping[str, s
     if missing:
         raise UserError(f"--{missing[0]} must be given. {usage(function)}")
     return arguments
+
+
+def check_not_empty(value: str, default: Any, name: str) -> None:
+    """Raise UserError for an empty text (of a shell variable that is not set?) that is not the default."""
+    if not value and default not in ("", ()):
+        raise UserError(f"--{name} must not be empty. Give it a value, or leave it out.")
 
 
 def usage(function: Callable[..., Any]) -> str:
@@ -130,26 +222,69 @@ def main(command: Callable[..., Any] | Mapping[str, Callable[..., Any]]) -> NoRe
 
     UserError is printed as one sentence (exit code 2), never as a traceback.
     """
-    argv = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]  # the deepspeed launcher adds it
+    terminal.prepare()
+    answer_signals()
+    argv = sys.argv[1:]
+    if argv and re.fullmatch(r"--local[_-]rank=\d+", argv[0]):
+        argv.pop(0)  # the deepspeed launcher puts it before what was typed
     try:
         function = command if callable(command) else _verb(command, argv)
         if "--help" in argv or "-h" in argv:
-            print(f"{inspect.getdoc(function) or ''}\n\n{usage(function)}")
+            if process_rank() == 0:
+                print(f"{inspect.getdoc(function) or ''}\n\n{usage(function)}")
             sys.exit(0)
         words, options = read_words(argv)
         function(**bind(function, words, options))
         code = 0
     except UserError as error:
         if isinstance(error, RankError) or process_rank() == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            _say_error(str(error))
         code = error.exit_code
     except Preempted as stop:
         if process_rank() == 0:
             print(str(stop), flush=True)
         code = stop.exit_code
-    except KeyboardInterrupt:
-        code = 130
+    except KeyboardInterrupt as stop:
+        if process_rank() == 0:
+            print("stopped.", file=sys.stderr, flush=True)
+        code = 128 + (stop.args[0] if stop.args else signal.SIGINT)
+    if (reason := terminal.write_error()) and code == 0:
+        _say_error(f"Cannot write all of the output: {reason}. Make room, or send it elsewhere.")
+        code = RankError.exit_code
     end_process(code)  # not sooner: the error holds frames, and in them what is still to be closed
+
+
+def _say_error(sentence: str) -> None:
+    print(f"error: {terminal.printable(sentence)}", file=sys.stderr, flush=True)
+
+
+def answer_signals(importing: bool = False) -> None:
+    """Let Ctrl-C, SIGTERM and a lost terminal (SIGHUP) end the process without a traceback.
+
+    They unwind the command, so that it tidies up; a second Ctrl-C does not wait for that. A signal that is
+    ignored, as SIGHUP under nohup, stays so. Of several ranks, SIGTERM and SIGHUP end each at once: one that
+    waits for another would not wake up. importing: called before slow imports, Ctrl-C ends at once.
+    """
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, _leave if importing else _interrupt)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL and not importing and not _is_rank():
+            signal.signal(number, _end)
+
+
+def _interrupt(number: int, frame: types.FrameType | None) -> NoReturn:
+    signal.signal(signal.SIGINT, _leave)
+    raise KeyboardInterrupt
+
+
+def _end(number: int, frame: types.FrameType | None) -> NoReturn:
+    sys.exit(128 + number)
+
+
+def _leave(number: int, frame: types.FrameType | None) -> NoReturn:
+    if process_rank() == 0:
+        os.write(2, b"stopped.\n")
+    os._exit(128 + number)
 
 
 def _verb(commands: Mapping[str, Callable[..., Any]], argv: list[str]) -> Callable[..., Any]:
@@ -163,10 +298,18 @@ def _verb(commands: Mapping[str, Callable[..., Any]], argv: list[str]) -> Callab
     return commands[verb]
 
 
+_RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
+
+
 def process_rank() -> int:
     """This process's rank as its launcher says, before any process group exists."""
-    names = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
-    return int(next((os.environ[name] for name in names if name in os.environ), "0"))
+    return int(next((os.environ[name] for name in _RANKS if name in os.environ), "0"))
+
+
+def _is_rank() -> bool:
+    """Whether a launcher started this process as one of several."""
+    sizes = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+    return any(int(os.environ.get(name, "1")) > 1 for name in sizes)
 
 
 def end_process(code: int) -> NoReturn:

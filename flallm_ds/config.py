@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from flallm_ds.command import coerce, nearest
+from flallm_ds.command import check_not_empty, coerce, nearest
 from flallm_ds.errors import UserError
 
 Stage = Literal["visual", "llm", "joint"]
@@ -326,7 +326,9 @@ class RunConfig:
             section, _, option = name.rpartition(".")
             owner = getattr(self, section) if section else self
             hint = typing.get_type_hints(type(owner))[option]
+            default = next(f.default for f in dataclasses.fields(owner) if f.name == option)
             sections.setdefault(section, {})[option] = coerce(value, hint, name)
+            check_not_empty(value, default, name)
         top = sections.pop("")
         changed = {s: dataclasses.replace(getattr(self, s), **values) for s, values in sections.items()}
         return dataclasses.replace(self, **top, **changed)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, get_args
 
-from flallm_ds.command import nearest
+from flallm_ds.command import check_not_empty, coerce, nearest
 from flallm_ds.config import (
     DataConfig,
     EvalConfig,
@@ -329,6 +329,9 @@ def resolve_both(recipe: str | None, overrides: Mapping[str, str]) -> tuple[RunC
                     "stage 2 starts from stage 1. Give --run=RUN for the folders RUN_visual and RUN_llm."
                 )
     run = given[""].pop("run", None)
+    if run is not None:
+        run = coerce(run, str, "run")
+        check_not_empty(run, None, "run")
     visual = resolve("visual", recipe, given[""] | given["stage1"])
     llm = resolve("llm", recipe, given[""] | given["stage2"])
     if run is not None:

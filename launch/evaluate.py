@@ -6,6 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+if __name__ == "__main__":  # the imports below take seconds
+    from flallm_ds.command import answer_signals
+
+    answer_signals(importing=True)
+
 from flallm_ds import dist
 from flallm_ds.command import main
 from flallm_ds.config import DataConfig

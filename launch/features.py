@@ -13,6 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+if __name__ == "__main__":  # the imports below take seconds
+    from flallm_ds.command import answer_signals
+
+    answer_signals(importing=True)
+
 import numpy as np
 import torch
 from safetensors import SafetensorError
@@ -29,7 +34,7 @@ from flallm_ds.data.plan import EpochPlan
 from flallm_ds.errors import Preempted, RankError, UserError
 from flallm_ds.preprocess import Preprocess
 from flallm_ds.recipes import resolve
-from flallm_ds.training.progress import clock
+from flallm_ds.terminal import clock
 from flallm_ds.training.stop import StopRequest
 from shards.features import TRAINING, FeatureFolder, Job, share
 
@@ -60,7 +65,9 @@ def features(
     --splits: which; all but train have one view, evaluation's.
     --shards: instead of --data.shards.
     """
-    overrides |= {} if shards is None else {"data.shards": shards}
+    if shards is not None:
+        _must("data.shards" not in overrides, "--shards and --data.shards must not be given together.")
+        overrides["data.shards"] = shards
     config = resolve("llm", recipe, overrides)
     _must(views >= 1, f"--views must be at least 1, but is {views}.")
     _must(bool(splits), "--splits must name a split, but is empty.")
@@ -139,6 +146,7 @@ class Writing:
 
     def run(self, stop: StopRequest) -> None:
         """Write what is left. Raises Preempted where it is asked to stop."""
+        stop.begin()
         try:
             self._write(stop)
         finally:

@@ -10,6 +10,11 @@ import sys
 import time
 from pathlib import Path
 
+if __name__ == "__main__":  # the imports below take seconds
+    from flallm_ds.command import answer_signals
+
+    answer_signals(importing=True)
+
 from flallm_ds.command import main
 from flallm_ds.dist import free_port
 from flallm_ds.errors import UserError
@@ -59,9 +64,14 @@ def _step(result: Path, command: list[str]) -> None:
         return
     print(f"\n== {' '.join(Path(c).name if c.startswith('/') else c for c in command)}", flush=True)
     # A step has the machine to itself: its threads may spin while they wait for one another.
-    code = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"GOMP_SPINCOUNT": "100000"}, check=False
-    ).returncode
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"GOMP_SPINCOUNT": "100000"})
+    try:
+        code = process.wait()
+    except BaseException as stop:
+        if not isinstance(stop, KeyboardInterrupt):  # which the terminal sends to the step, too
+            process.terminate()
+        process.wait()  # it says what it keeps
+        raise
     if code:
         raise UserError(f"the step above must end well, but ended with code {code}. Mend it and run again.")
 

@@ -6,6 +6,11 @@ Running the same command again goes on where the run was.
 
 from pathlib import Path
 
+if __name__ == "__main__":  # the imports below take seconds
+    from flallm_ds.command import answer_signals
+
+    answer_signals(importing=True)
+
 from evaluate import evaluate  # type: ignore[import-not-found]  # beside this file
 from quickstart import ROOT, prepare  # type: ignore[import-not-found]
 

@@ -20,12 +20,11 @@ from typing import Any
 
 import av
 import numpy as np
-from tqdm import tqdm
 
 from flallm_ds.data.video import OPEN_OPTIONS, check_whole
 from flallm_ds.errors import UserError
+from flallm_ds.terminal import progress
 from shards.corpora import Row
-from shards.pool import bar_s
 
 MARGIN_S = 5.0  # how far a caption may move to either side
 MIN_SCORE = 0.1  # geometric mean of the probabilities of a caption's letters where they were placed
@@ -113,7 +112,7 @@ def retime(
 
     new = {split: list(table) for split, table in rows.items()}
     num_captions = sum(map(len, videos.values()))
-    with tqdm(total=num_captions, unit="clip", desc="align", mininterval=bar_s()) as bar:
+    with progress(num_captions, "align") as bar:
         for path in sorted(videos):
             captions = sorted(videos[path], key=lambda c: (c.start_s, c.end_s, c.split, c.number))
             why = _listen(path, captions, recogniser, margin_s, bar.update)

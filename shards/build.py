@@ -8,7 +8,6 @@ and options give the same bytes on any number of workers, also when the build wa
 import hashlib
 import inspect
 import json
-import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
@@ -18,6 +17,11 @@ from typing import Any
 
 if __name__ in ("__main__", "__mp_main__"):  # run as a file: the project's root is not on the path yet
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+if __name__ == "__main__":  # the imports below take seconds
+    from flallm_ds.command import answer_signals
+
+    answer_signals(importing=True)
 
 import av
 import cv2
@@ -365,6 +369,4 @@ def verb(corpus_name: str) -> Callable[..., None]:
 
 
 if __name__ == "__main__":
-    # So that the build says what it leaves when it is told to end.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     command.main({name: verb(name) for name in CORPORA})

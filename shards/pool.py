@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -11,13 +10,13 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from tqdm import tqdm
-
 from flallm_ds.errors import UserError
+from flallm_ds.terminal import Progress, progress
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 _POLL_S = 0.2
+_STOPS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 
 class Stopped(Exception):
@@ -59,14 +58,16 @@ def run(
     The first exception of a job stops the others and is raised here.
     """
     num_workers = min(num_workers or num_cores(), len(jobs))
-    with tqdm(total=num_clips, unit="clip", desc=title, smoothing=0.05, mininterval=bar_s()) as bar:
+    with progress(num_clips, title) as bar:
         if num_workers <= 1:
             yield from _run_here(function, jobs, bar)
         else:
             yield from _run_in_processes(function, jobs, num_workers, bar)
 
 
-def _run_here(function: Callable[[Any], Any], jobs: Sequence[Any], bar: tqdm) -> Iterator[tuple[int, Any]]:
+def _run_here(
+    function: Callable[[Any], Any], jobs: Sequence[Any], bar: Progress
+) -> Iterator[tuple[int, Any]]:
     global _shared
     _shared = _Shared()
     watcher_done = threading.Event()
@@ -81,21 +82,21 @@ def _run_here(function: Callable[[Any], Any], jobs: Sequence[Any], bar: tqdm) ->
         _shared = None
 
 
-def _watch(shared: _Shared, bar: tqdm, done: threading.Event) -> None:
+def _watch(shared: _Shared, bar: Progress, done: threading.Event) -> None:
     while not done.wait(_POLL_S):
         _show(shared, bar)
     _show(shared, bar)
 
 
 def _run_in_processes(
-    function: Callable[[Any], Any], jobs: Sequence[Any], num_workers: int, bar: tqdm
+    function: Callable[[Any], Any], jobs: Sequence[Any], num_workers: int, bar: Progress
 ) -> Iterator[tuple[int, Any]]:
     shared = _Shared()
     # Spawn: forking a process whose libraries run threads can hang it.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_begin_worker, initargs=(shared,))
     try:
-        with _signals_held():  # workers start now, and inherit that until they ignore them
+        with signals_held():  # workers start now, and inherit that until they ignore them
             positions: dict[Future[Any], int] = {pool.submit(function, job): n for n, job in enumerate(jobs)}
         waiting = set(positions)
         while waiting:
@@ -115,21 +116,16 @@ def _run_in_processes(
 
 
 @contextmanager
-def _signals_held() -> Iterator[None]:
-    """Ctrl-C and SIGTERM come later."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+def signals_held() -> Iterator[None]:
+    """Ctrl-C, SIGTERM and SIGHUP come later."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def bar_s() -> float:
-    """Seconds between two lines of progress: a log file keeps every one of them."""
-    return 0.2 if sys.stderr.isatty() else 10.0
-
-
-def _show(shared: _Shared, bar: tqdm) -> None:
+def _show(shared: _Shared, bar: Progress) -> None:
     bar.update(shared.num_done.value - bar.n)
 
 
@@ -140,9 +136,9 @@ def _begin_worker(shared: _Shared) -> None:
 
 
 def begin_worker() -> None:
-    """A pool's initializer: the parent answers Ctrl-C and SIGTERM; when it is gone, its workers leave."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """A pool's initializer: the parent answers the signals; when it is gone, its workers leave."""
+    for number in _STOPS:
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
 
 

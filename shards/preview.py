@@ -18,6 +18,9 @@ from typing import Any
 
 if __name__ == "__main__":  # run as a file: the project's root is not on the path yet
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from flallm_ds.command import answer_signals
+
+    answer_signals(importing=True)
 
 import cv2
 import numpy as np

@@ -13,6 +13,9 @@ from typing import Any
 
 if __name__ == "__main__":  # run as a file: the project's root is not on the path yet
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from flallm_ds.command import answer_signals
+
+    answer_signals(importing=True)
 
 import numpy as np
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a

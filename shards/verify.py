@@ -16,6 +16,11 @@ from typing import Any, Literal
 if __name__ in ("__main__", "__mp_main__"):  # run as a file: the project's root is not on the path yet
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+if __name__ == "__main__":  # the imports below take seconds
+    from flallm_ds.command import answer_signals
+
+    answer_signals(importing=True)
+
 import numpy as np
 
 from flallm_ds import command

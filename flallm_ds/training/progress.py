@@ -2,6 +2,8 @@
 
 import time
 
+from flallm_ds.terminal import clock
+
 
 class Progress:
     """Prints a line every `every_s` seconds, on rank 0 alone."""
@@ -71,10 +73,3 @@ class ScoringProgress:
             f"{self.split}: {done}/{clips} clips  {done / seconds:.1f} clips/s  left {clock(left)}",
             flush=True,
         )
-
-
-def clock(seconds: float) -> str:
-    """h:mm:ss or m:ss."""
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"

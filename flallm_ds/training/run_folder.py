@@ -39,7 +39,7 @@ def run_folder(config: RunConfig, world: World) -> Iterator[Path]:
     folder = main_first(lambda: open_run_folder(config), world)
     try:
         yield folder
-    except Exception:
+    except BaseException:  # Ctrl-C, too
         if is_new:
             for new in path.iterdir():
                 shutil.rmtree(new) if new.is_dir() else new.unlink()

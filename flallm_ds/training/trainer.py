@@ -61,6 +61,7 @@ class Trainer:
         if self.world.is_main:
             self.metrics = Metrics(self.folder, self.at.global_step)
         self.progress.start(config.train.epochs)
+        self.stop.begin()
         while self.at.epoch < config.train.epochs:
             loader = self.task.train_loader(self.at.epoch)
             self._epoch(loader)

@@ -15,13 +15,18 @@ from pathlib import Path
 if __name__ in ("__main__", "__mp_main__"):  # run as a file: the project's root is not on the path yet
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+if __name__ == "__main__":  # the imports below take seconds
+    from flallm_ds.command import answer_signals
+
+    answer_signals(importing=True)
+
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from flallm_ds import command
 from flallm_ds.errors import UserError
-from shards.pool import begin_worker
+from shards.pool import begin_worker, signals_held
 from shards.signsim.render import render_clip
 from shards.signsim.signer import HAND, POINT, SIGNERS, UNSEEN, sign_poses
 from shards.signsim.signs import HANDS, HANDSHAPES, LOCATIONS, MOVEMENTS, Sign
@@ -99,8 +104,13 @@ def backbone(*, out: Path, width: int = 16, frames: int = 20000, epochs: int = 4
     from flallm_ds.training.schedule import rate_factor
 
     begin = time.perf_counter()
-    with ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=begin_worker) as pool:
-        parts = list(pool.map(render, range(frames // FRAMES_A_TASK), repeat(seed)))
+    pool = ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=begin_worker)
+    try:
+        with signals_held():  # workers start now
+            results = pool.map(render, range(frames // FRAMES_A_TASK), repeat(seed))
+        parts = list(results)
+    finally:
+        pool.shutdown(cancel_futures=True)
     pixels, wanted = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     print(f"backbone: {len(pixels):,} frames rendered in {time.perf_counter() - begin:.0f} s", flush=True)
 

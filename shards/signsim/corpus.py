@@ -15,11 +15,11 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from tqdm import tqdm
 
 from flallm_ds.errors import UserError
+from flallm_ds.terminal import progress
 from shards.corpora import SIGNSIM_FILE
-from shards.pool import begin_worker
+from shards.pool import begin_worker, signals_held
 from shards.signsim.grammar import SPLITS, Sentence, draw_sentence
 from shards.signsim.render import render_clip
 from shards.signsim.signer import SIGNERS, UNSEEN, Signer, clip_poses
@@ -125,11 +125,11 @@ def write_corpus(
         rows: dict[str, list[str]] = {split: [] for split in SPLITS}
         num_frames = dict.fromkeys(SPLITS, 0)
         render = partial(write_clip, num_clips=num_clips, seed=seed, root=root)
-        for split, row, frames in tqdm(
-            _map(render, num_clips, workers), total=num_clips, unit="clip", desc="signsim", smoothing=0.05
-        ):
-            rows[split].append(row)
-            num_frames[split] += frames
+        with progress(num_clips, "signsim") as bar:
+            for split, row, frames in _map(render, num_clips, workers):
+                rows[split].append(row)
+                num_frames[split] += frames
+                bar.update(1)
         _write_tables(root, rows)
         _write_lines(root / "monolingual.txt", draw_monolingual(num_monolingual, seed))
         summary = {
@@ -213,7 +213,9 @@ def _map(
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, begin_worker)
     try:
-        yield from pool.map(render, range(num_clips), chunksize=4)
+        with signals_held():  # workers start now
+            results = pool.map(render, range(num_clips), chunksize=4)
+        yield from results
     finally:
         pool.shutdown(cancel_futures=True)
 

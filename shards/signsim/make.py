@@ -11,6 +11,11 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])  # run as a file, Python looks in this folder alone
 
+if __name__ == "__main__":  # the imports below take seconds
+    from flallm_ds.command import answer_signals
+
+    answer_signals(importing=True)
+
 from flallm_ds.command import main  # noqa: E402
 from flallm_ds.errors import UserError  # noqa: E402
 from shards.signsim.corpus import RELEASE, write_corpus  # noqa: E402
