@@ -32,21 +32,52 @@ def prepare() -> None:
     command goes on without it: its result is in files, and its exit code says how it ended. Texts of corpora
     and models go to stdout, where control characters are escaped.
     """
-    for name, kind in (("stdout", _EscapingText), ("stderr", io.TextIOWrapper)):
+    for name, kind in (("stdout", _EscapingText), ("stderr", _Text)):
         stream = getattr(sys, name)
         if stream is None:  # closed by whoever started this process
             setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
         elif type(stream) is io.TextIOWrapper:
             stream.flush()
-            setattr(sys, name, kind(
-                io.BufferedWriter(_Outlet(stream.fileno(), "w", closefd=False)),
+            text = kind(
+                io.BufferedWriter(io.FileIO(stream.fileno(), "w", closefd=False)),
                 encoding=stream.encoding,
                 errors="backslashreplace",
                 line_buffering=stream.line_buffering or stream.write_through,  # python -u writes through
-            ))  # fmt: skip
+            )
+            setattr(sys, name, text)
     if not shows_bars():
         # Read when huggingface_hub is imported, which is later: bars of downloads and of loading weights.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+class _Text(io.TextIOWrapper):
+    """A stream that people read: where it cannot be written, what comes after is dropped."""
+
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except OSError as error:
+            self._drop(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError as error:
+            self._drop(error)
+
+    def _drop(self, error: OSError) -> None:
+        global _write_error
+        if error.errno not in _NOBODY_READS and _write_error is None:
+            _write_error = error
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.fileno())  # also for what is buffered, and for what a library writes
+        os.close(nowhere)
+
+
+class _EscapingText(_Text):
+    def write(self, text: str) -> int:
+        return super().write(printable(text))
 
 
 def write_error() -> str:
@@ -54,24 +85,6 @@ def write_error() -> str:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     return (_write_error.strerror or str(_write_error)) if _write_error is not None else ""
-
-
-class _Outlet(io.FileIO):
-    """A file descriptor for people: no write fails, and `write_error` knows what was a fault."""
-
-    def write(self, data: Any) -> int:
-        try:
-            return super().write(data)
-        except OSError as error:
-            global _write_error
-            if error.errno not in _NOBODY_READS and _write_error is None:
-                _write_error = error
-            return memoryview(data).nbytes
-
-
-class _EscapingText(io.TextIOWrapper):
-    def write(self, text: str) -> int:
-        return super().write(printable(text))
 
 
 def shows_bars() -> bool:

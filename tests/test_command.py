@@ -1,5 +1,9 @@
+import os
+import signal
 import subprocess
 import sys
+import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -7,6 +11,7 @@ import pytest
 
 from flallm_ds.command import bind, coerce, nearest, read_words, usage
 from flallm_ds.errors import UserError
+from flallm_ds.recipes import resolve_both
 
 
 def command(video: Path, *, model: Path, beams: int | None = None, fast: bool = False) -> None:
@@ -29,10 +34,74 @@ def open_ended(stage: str | None = None, **overrides: str) -> None:
         (["--run=2024_01"], [], {"run": "2024_01"}),  # plain fire makes the number 202401 of it
         (["--run=[1,2]", "--name=None"], [], {"run": "[1,2]", "name": "None"}),
         (["007"], ["007"], {}),
+        (["--keep-every=3"], [], {"keep_every": "3"}),
+        (["--lr", "-1", "--by=-x"], [], {"lr": "-1", "by": "-x"}),
+        (["-1"], ["-1"], {}),
+        (["--a=b=c", "--b="], [], {"a": "b=c", "b": ""}),
+        (["--a=two\nlines"], [], {"a": "two\nlines"}),
+        (["a b", "--separator=x", "--args=1"], ["a b"], {"separator": "x", "args": "1"}),
     ],
 )
 def test_words_and_options_stay_the_strings_that_were_typed(argv, words, options):
     assert read_words(argv) == (words, options)
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--", "--seed=7"], "got a '--' that stands alone"),  # fire drops all that follows
+        (["--seed=7", "--"], "got a '--' that stands alone"),
+        (["--", "--interactive"], "got a '--' that stands alone"),  # fire opens Python's prompt
+        (["--", "--trace"], "got a '--' that stands alone"),
+        (["--", "--completion"], "got a '--' that stands alone"),
+        (["-"], "got a '-' that stands alone"),  # fire ends the call here and begins another
+        (["--seed=7", "-", "--seed=8"], "got a '-' that stands alone"),
+        (["--out", "-"], "got a '-' that stands alone"),
+        (["-seed=7"], "must begin with two hyphens, --seed=7, got '-seed=7'"),
+        (["-s"], "must begin with two hyphens, --s, got '-s'"),
+        (["---seed=7"], "must begin with two hyphens, --seed=7, got '---seed=7'"),
+        (["\u2013seed=7"], r"must begin with two hyphens, --seed=7, got '\u2013seed=7'"),  # an en dash
+        (["\u2014stage", "llm"], r"must begin with two hyphens, --stage, got '\u2014stage'"),
+        (["-\u2010seed"], r"must begin with two hyphens, --seed, got '-\u2010seed'"),
+        (["\u2212seed=1"], r"must begin with two hyphens, --seed=1, got '\u2212seed=1'"),
+        (["-aB.mp4"], "a file whose name begins with a hyphen: write --option=-aB.mp4 or ./-aB.mp4"),
+        (["--run", "-aB"], "must begin with two hyphens, --aB, got '-aB'"),
+        (["--seed=7", "--seed=8"], "--seed must be given once, but was given twice: 7, then 8"),
+        (["--keep-every=7", "--keep_every", "8"], "--keep_every must be given once"),
+        (["--run", "=x"], "--run must be written without spaces, --run=x, got '=x'"),
+        (["--=7"], "options must be written --name=value, got '--=7'"),
+        (["--7=x"], "options must be written --name=value, got '--7=x'"),
+        (["--seed\u200b=7"], r"options must be written --name=value, got '--seed\u200b=7'"),
+        (["--seed\u00a07"], r"options must be written --name=value, got '--seed\xa07'"),
+        (["--seed:7"], "options must be written --name=value, got '--seed:7'"),
+    ],
+)
+def test_what_is_neither_a_word_nor_an_option_is_refused(argv, sentence):
+    with pytest.raises(UserError) as caught:
+        read_words(argv)
+    assert sentence in str(caught.value)
+
+
+def test_an_option_without_a_value_is_true_or_refused():
+    words, options = read_words(["v", "--model=m", "--fast"])
+    assert bind(command, words, options)["fast"] is True
+    for argv in (["--model"], ["--model", "--fast"], ["--fast", "--model"]):
+        words, options = read_words(["v", *argv])
+        with pytest.raises(UserError, match="--model must have a value, got none"):
+            bind(command, words, options)
+    with pytest.raises(UserError, match="there is no option --nofast: did you mean fast"):
+        bind(command, *read_words(["v", "--model=m", "--nofast"]))  # fire makes fast=False of it
+
+
+@pytest.mark.parametrize("name", ["optim.lr", "llm.name", "data.augment", "stage1.optim.lr", "run", "seed"])
+@pytest.mark.parametrize("value", ["", "x --stage=llm", None])
+def test_of_a_run_no_option_passes_without_its_value(name, value):
+    """Nor by another name, nor empty, as of a shell variable that is not set."""
+    given = f"--{name}" if value is None else f"--{name}={value}"
+    _, overrides = read_words([given])
+    right = name == "data.augment" if value is None else bool(value) and name in ("llm.name", "run")
+    with nullcontext() if right else pytest.raises(UserError, match=f"--{name.removeprefix('stage1.')}"):
+        resolve_both("quickstart", overrides)
 
 
 # --- values
@@ -54,6 +123,10 @@ def test_words_and_options_stay_the_strings_that_were_typed(argv, words, options
         ("4", Literal[16, 8, 4], 4),
         ("0.9,0.98", tuple[float, ...], (0.9, 0.98)),
         ("(0.9, 0.98)", tuple[float, ...], (0.9, 0.98)),
+        ("(0.9,)", tuple[float, ...], (0.9,)),
+        ("", tuple[float, ...], ()),
+        ("[]", tuple[str, ...], ()),
+        ("/data/[a],b", tuple[str, ...], ("/data/[a]", "b")),
     ],
 )
 def test_values_become_the_annotated_type(value, hint, expected):
@@ -72,6 +145,13 @@ def test_values_become_the_annotated_type(value, hint, expected):
         ("a,b", tuple[float, ...], "--epochs must be a number, but is 'a'"),
         ("x", int | None, "--epochs must be a whole number, but is 'x'"),
         ("nan", float, "--epochs must be a number, but is 'nan'"),
+        ("-inf", float, "--epochs must be a number, but is '-inf'"),
+        ("1e999", float, "--epochs must be a number, but is '1e999'"),
+        ("", Path, "--epochs must name a file or a folder, but is empty"),
+        ("", Path | None, "--epochs must name a file or a folder, but is empty"),
+        ("a,", tuple[str, ...], "--epochs must have something before and after each comma, but is 'a,'"),
+        ("a,,b", tuple[str, ...], "--epochs must have something before and after each comma"),
+        (",", tuple[str, ...], "--epochs must have something before and after each comma"),
     ],
 )
 def test_a_value_of_another_type_is_refused(value, hint, sentence):
@@ -118,6 +198,7 @@ def test_usage_shows_words_options_and_defaults():
 def test_nearest_names_come_first():
     assert nearest("optm.lr", ["optim.lr", "optim.llm_lr", "data.shards"]).startswith("did you mean optim.lr")
     assert nearest("qqq", ["a", "b"]) == "valid: a, b."
+    assert nearest("SEED", ["train.seed", "speed"]) == "did you mean train.seed?"
 
 
 # --- a whole process
@@ -138,8 +219,6 @@ main({"train": train} if VERBS else train)
 
 
 def run(*argv: str, verbs: bool = False, **env: str) -> subprocess.CompletedProcess:
-    import os
-
     code = f"VERBS = {verbs}\n{SCRIPT}"
     return subprocess.run(
         [sys.executable, "-c", code, *argv],
@@ -156,9 +235,21 @@ def test_a_mistyped_option_stops_the_command_before_it_runs():
     assert done.stderr == "error: there is no option --step: did you mean steps?\n"
 
 
-def test_the_option_that_the_deepspeed_launcher_adds_is_passed_over():
-    done = run("--local_rank=1", "--steps=3")
+@pytest.mark.parametrize(
+    "argv", [("--",), ("--", "--steps=3"), ("-",), ("--steps=1", "--steps=2"), ("3", "", "4")]
+)
+@pytest.mark.parametrize("launcher", [(), ("--local_rank=0",)])
+def test_nothing_that_was_typed_is_dropped(launcher, argv):
+    done = run(*launcher, *argv)
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.parametrize("added", ["--local_rank=1", "--local-rank=1"])
+def test_the_option_that_a_launcher_adds_is_passed_over(added):
+    done = run(added, "--steps=3")
     assert (done.returncode, done.stdout) == (0, "ran 3\n")
+    for argv in (["--steps=3", added], ["--local_ranks=1"], ["--local_rank=x"]):  # these are typed
+        assert run(*argv).returncode == 2
 
 
 def test_an_error_of_the_user_is_one_sentence_on_rank_0_and_the_code_on_all():
@@ -190,6 +281,10 @@ def test_verbs_are_listed_and_mistyped_ones_are_refused():
 def test_help_shows_the_usage_without_running():
     done = run("--help")
     assert done.returncode == 0 and "usage: [--steps=1]" in done.stdout and "ran" not in done.stdout
+
+
+def test_help_is_printed_by_one_rank():
+    assert run("--help", RANK="1").stdout == ""
 
 
 def test_what_is_positional_only_is_no_option():
@@ -230,3 +325,88 @@ main(run)
 def test_a_thread_that_waits_for_the_interpreter_does_not_abort_a_run_that_is_done():
     done = subprocess.run([sys.executable, "-c", THREADS_THAT_WAIT], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "ran\n"), done.stderr
+
+
+# --- signals
+
+WAITS = """
+import sys, time
+from flallm_ds.command import answer_signals, main
+
+answer_signals(importing=True)
+print("importing", flush=True)
+sys.stdin.readline()
+
+def work() -> None:
+    try:
+        print("at work", flush=True)
+        time.sleep(60)
+    finally:
+        print("tidied up", flush=True)
+        if STUBBORN:
+            time.sleep(60)
+
+main(work)
+"""
+
+
+def waiting(*, stubborn: bool = False, ignored: signal.Signals | None = None) -> subprocess.Popen[str]:
+    """A command that has begun to import; it hears Ctrl-C, which a background process inherits as ignored."""
+
+    def set_signals() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if ignored is not None:
+            signal.signal(ignored, signal.SIG_IGN)
+
+    pipe = subprocess.PIPE
+    code = f"STUBBORN = {stubborn}\n{WAITS}"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=pipe, stdout=pipe, stderr=pipe, text=True, preexec_fn=set_signals
+    )
+    assert process.stdout.readline() == "importing\n"
+    return process
+
+
+def at_work(**given) -> subprocess.Popen[str]:
+    process = waiting(**given)
+    process.stdin.write("\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == "at work\n"
+    return process
+
+
+def test_ctrl_c_during_imports_is_one_line():
+    process = waiting()
+    process.send_signal(signal.SIGINT)
+    out, error = process.communicate(timeout=60)
+    assert (process.returncode, out, error) == (130, "", "stopped.\n")
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "line"),
+    [(signal.SIGINT, 130, "stopped.\n"), (signal.SIGTERM, 143, ""), (signal.SIGHUP, 129, "")],
+)
+def test_a_command_that_is_told_to_end_tidies_up(number, code, line):
+    process = at_work()
+    process.send_signal(number)
+    out, error = process.communicate(timeout=60)
+    assert (process.returncode, out, error) == (code, "tidied up\n", line)
+
+
+def test_a_second_ctrl_c_does_not_wait():
+    process = at_work(stubborn=True)
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "tidied up\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30)[1] == "stopped.\n" and process.returncode == 130
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
+def test_what_is_ignored_stays_ignored(number):
+    """As under nohup."""
+    process = at_work(ignored=number)
+    process.send_signal(number)
+    time.sleep(0.2)
+    assert process.poll() is None
+    process.kill()
+    process.communicate()
