@@ -1,9 +1,12 @@
 """A run that is signalled or killed under the real launcher goes on to the losses of an undisturbed one."""
 
+import fcntl
 import json
 import os
+import pty
 import signal
 import subprocess
+import termios
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -120,6 +123,77 @@ def test_ranks_whose_launcher_is_killed_stop_and_save(
         -1
     ]
     assert (run / "checkpoints" / f"step-{reached:08d}").is_dir()
+
+
+class Terminal:
+    """A terminal with a run under the real launcher in its foreground."""
+
+    def __init__(self, arguments: list[str]) -> None:
+        self._own, other = pty.openpty()
+        os.set_blocking(self._own, False)
+        self.said = ""
+
+        def take_terminal() -> None:
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+            for number in (signal.SIGINT, signal.SIGHUP):  # may be ignored where the tests run
+                signal.signal(number, signal.SIG_DFL)
+
+        self.launcher = subprocess.Popen(
+            command("launch/train.py", *arguments),
+            cwd=REPOSITORY,
+            env=environment(),
+            stdin=other,
+            stdout=other,
+            stderr=other,
+            start_new_session=True,
+            preexec_fn=take_terminal,
+        )
+        os.close(other)
+
+    def read(self) -> str:
+        """All that was printed so far; a run whose output is not read waits."""
+        with suppress(BlockingIOError, OSError):  # nothing new; nobody writes any more
+            while new := os.read(self._own, 65536):
+                self.said += new.decode()
+        return self.said
+
+    def press_ctrl_c(self) -> None:
+        os.write(self._own, b"\x03")
+
+    def close(self) -> None:
+        os.close(self._own)
+
+
+def steps_of(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return path.read_text().count('"kind": "train"') if path.is_file() else 0
+
+
+def test_ctrl_c_and_a_lost_terminal_save(
+    undisturbed: list[float], tiny_corpus: Path, tmp_path: Path, launchers: list[subprocess.Popen[bytes]]
+) -> None:
+    """Ranks, launcher and its agent get the signal at once; the launcher ends, and the ranks save."""
+    run = tmp_path / "run"
+    for first, disturb in ((5, Terminal.press_ctrl_c), (14, Terminal.close)):
+        terminal = Terminal(options(tiny_corpus, run))
+        launchers.append(terminal.launcher)
+        wait_for(lambda: terminal.read() and steps_of(run) >= first, f"{first} steps")  # noqa: B023
+        ranks = ranks_of(terminal.launcher)
+        assert len(ranks) == 2
+        disturb(terminal)
+        gone, alive = psutil.wait_procs(ranks, timeout=120)
+        assert not alive, terminal.said[-4000:]
+        reached = steps_of(run)
+        assert first <= reached < len(undisturbed), "the run must have been disturbed before its end"
+        assert (run / "checkpoints" / f"step-{reached:08d}").is_dir()
+        if disturb is Terminal.press_ctrl_c:
+            said = terminal.read()
+            terminal.close()
+            assert "stopping: this step is finished and saved; Ctrl-C again ends at once." in said
+            assert f"stopped after step {reached}; the same command goes on from there" in said
+    launchers.append(start(options(tiny_corpus, run), tmp_path / "log"))
+    assert launchers[-1].wait(DEADLINE_S) == 0, (tmp_path / "log").read_text()[-4000:]
+    assert losses(run) == undisturbed
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGKILL], ids=["signalled", "killed"])
