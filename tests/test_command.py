@@ -375,10 +375,18 @@ def at_work(**given) -> subprocess.Popen[str]:
     return process
 
 
+def end(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """What else it prints until it ends (communicate would forget what came with an earlier line)."""
+    process.stdin.close()
+    said = process.stdout.read(), process.stderr.read()
+    process.wait(60)
+    return said
+
+
 def test_ctrl_c_during_imports_is_one_line():
     process = waiting()
     process.send_signal(signal.SIGINT)
-    out, error = process.communicate(timeout=60)
+    out, error = end(process)
     assert (process.returncode, out, error) == (130, "", "stopped.\n")
 
 
@@ -389,7 +397,7 @@ def test_ctrl_c_during_imports_is_one_line():
 def test_a_command_that_is_told_to_end_tidies_up(number, code, line):
     process = at_work()
     process.send_signal(number)
-    out, error = process.communicate(timeout=60)
+    out, error = end(process)
     assert (process.returncode, out, error) == (code, "tidied up\n", line)
 
 
@@ -398,7 +406,7 @@ def test_a_second_ctrl_c_does_not_wait():
     process.send_signal(signal.SIGINT)
     assert process.stdout.readline() == "tidied up\n"
     process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=30)[1] == "stopped.\n" and process.returncode == 130
+    assert end(process) == ("", "stopped.\n") and process.returncode == 130
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
@@ -409,4 +417,4 @@ def test_what_is_ignored_stays_ignored(number):
     time.sleep(0.2)
     assert process.poll() is None
     process.kill()
-    process.communicate()
+    end(process)

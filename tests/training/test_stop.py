@@ -6,6 +6,7 @@ import os
 import pty
 import signal
 import subprocess
+import sys
 import termios
 import time
 from collections.abc import Callable, Iterator
@@ -123,6 +124,116 @@ def test_ranks_whose_launcher_is_killed_stop_and_save(
         -1
     ]
     assert (run / "checkpoints" / f"step-{reached:08d}").is_dir()
+
+
+# What a command does, without a model: it starts, it works, and it looks at its request between two steps.
+STEPS = """
+import hashlib, sys
+from flallm_ds.command import main
+from flallm_ds.errors import Preempted
+from flallm_ds.training.stop import StopRequest
+
+def work() -> None:
+    stop = StopRequest()
+    print("starting", flush=True)
+    if sys.stdin.readline() == "begin\\n":
+        stop.begin()
+    print("begun", flush=True)
+    while not stop:
+        if sys.stdin.readline() == "long step\\n":
+            print("long step", flush=True)
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # runs no handler of Python's
+    raise Preempted("saved.")
+
+main(work)
+"""
+
+
+class Steps:
+    def __init__(self, ignored: signal.Signals | None = None) -> None:
+        def set_signals() -> None:
+            for number in (signal.SIGINT, signal.SIGHUP):  # may be ignored where the tests run
+                signal.signal(number, signal.SIG_DFL)
+            if ignored is not None:
+                signal.signal(ignored, signal.SIG_IGN)
+
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", STEPS],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            preexec_fn=set_signals,
+        )
+        assert self.process.stdout is not None
+        self.line = self.process.stdout.readline
+        assert self.line() == "starting\n"
+
+    def go(self, line: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{line}\n")
+        self.process.stdin.flush()
+
+    def begin(self) -> None:
+        self.go("begin")
+        assert self.line() == "begun\n"
+
+    def end(self) -> tuple[int, str]:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.close()
+        said = self.process.stdout.read()  # not communicate, which forgets what came with an earlier line
+        return self.process.wait(60), said
+
+
+STOPPING = "stopping: this step is finished and saved; Ctrl-C again ends at once.\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1])
+def test_a_run_that_has_begun_saves(number: signal.Signals) -> None:
+    steps = Steps()
+    steps.begin()
+    steps.process.send_signal(number)
+    code, said = steps.end()
+    assert (code, said.replace(STOPPING, "")) == (75, "saved.\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_before_the_first_step_there_is_nothing_to_save(number: signal.Signals) -> None:
+    steps = Steps()
+    steps.process.send_signal(number)
+    assert steps.end() == (128 + number, "stopped.\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_request_of_the_cluster_counts_before_the_first_step_too(number: signal.Signals) -> None:
+    steps = Steps()
+    steps.process.send_signal(number)
+    steps.begin()
+    assert steps.end() == (75, "saved.\n")
+
+
+def test_a_second_ctrl_c_ends_a_step_that_hears_nothing() -> None:
+    steps = Steps()
+    steps.begin()
+    steps.go("long step")
+    assert steps.line() == "long step\n"
+    steps.process.send_signal(signal.SIGINT)
+    assert steps.line() == STOPPING
+    time.sleep(0.5)  # as a person does
+    steps.process.send_signal(signal.SIGINT)
+    assert steps.end() == (130, "stopped at once; what was saved before counts.\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_an_ignored_signal_stays_ignored(number: signal.Signals) -> None:
+    """SIGHUP under nohup, Ctrl-C in the background of a script."""
+    steps = Steps(ignored=number)
+    steps.process.send_signal(number)
+    steps.begin()
+    steps.process.send_signal(number)
+    steps.go("next step")
+    steps.process.send_signal(signal.SIGTERM)
+    assert steps.end() == (75, "saved.\n")
 
 
 class Terminal:
