@@ -178,6 +178,9 @@ class Writing:
             raise Preempted("stopped; the same command goes on with the tars that are left.")
         finish = partial(self.folder.finish, self.facts, self.manifest)
         dist.main_first(lambda: _written(self.folder.out, finish), self.world)
+        if self.world.is_main:
+            out = self.folder.out
+            print(f"features are in {out}\nnext: stage llm with --data.shards={out}", flush=True)
 
     def reader(self, split: str) -> "TolerantReader":
         from flallm_ds.training.build import make_sampling

@@ -4,6 +4,8 @@ Also `python launch/train.py …` for one process, `torchrun launch/train.py …
 Running the same command again goes on where the run was.
 """
 
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
 
 if __name__ == "__main__":  # the imports below take seconds
@@ -48,6 +50,26 @@ def train(*, stage: str | None = None, recipe: str | None = None, **overrides: s
                 return
             if both and not dist.main_first(lambda run=config: is_evaluated(run, SPLIT), world):
                 evaluate(stop, config.data, run=config.run, split=SPLIT, hub_code=config.llm.hub_code)
+        if world.is_main:
+            print("next: " + "\n      ".join(_next_commands(configs, recipe, overrides)), flush=True)
+
+
+def _next_commands(
+    configs: tuple[RunConfig, ...], recipe: str | None, overrides: Mapping[str, str]
+) -> list[str]:
+    """What to run after these stages: stage llm with the same options, or a model's scores and its use."""
+    run = configs[-1].run
+    if configs[-1].stage != "visual":
+        scored = [f"deepspeed launch/evaluate.py --run {shlex.quote(run)} --split {SPLIT}"]
+        translate = f"flallm translate VIDEO --model {shlex.quote(run)}"
+        return [*(scored if len(configs) == 1 else []), translate]
+    options = {"visual_run": run} | {name: value for name, value in overrides.items() if name != "run"}
+    if recipe is not None:
+        options = {"recipe": recipe.removesuffix("_visual")} | options
+    if "run" in overrides:
+        options["run"] = f"{run.removesuffix('_visual')}_llm"
+    words = [shlex.quote(f"--{name}={value}") for name, value in options.items()]
+    return [" ".join(["deepspeed launch/train.py --stage llm", *words])]
 
 
 def _check_and_prepare(configs: tuple[RunConfig, ...], world: dist.World) -> None:

@@ -28,8 +28,9 @@ class _Shared:
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
-        self.num_done = context.Value("q", 0)
-        self.stop = context.Event()
+        with signals_held():  # Python starts a process that keeps the books of such objects
+            self.num_done = context.Value("q", 0)
+            self.stop = context.Event()
 
 
 _shared: _Shared | None = None
@@ -117,7 +118,7 @@ def _run_in_processes(
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Ctrl-C, SIGTERM and SIGHUP come later."""
+    """Ctrl-C, SIGTERM and SIGHUP come later; a process that is started meanwhile inherits that."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
     try:
         yield

@@ -22,13 +22,18 @@ def run_stage(config: RunConfig, world: World, stop: StopRequest) -> bool:
     """
     if main_first(lambda: is_finished(config), world):
         if world.is_main:
-            print(f"stage {config.stage} is finished: {config.run}", flush=True)
+            print(summary(config), flush=True)
         return True
     with run_folder(config, world) as folder:
         task = build_task(config, folder, world)
     trainer = Trainer(task, folder, stop)
     trainer.run()
     finished = trainer.at.epoch >= config.train.epochs
+    if world.is_main:
+        limit = (
+            f"stopped after step {trainer.at.global_step}, at train.max_steps; without it the run resumes."
+        )
+        print(summary(config) if finished else limit, flush=True)
     task.engine.close()
     del trainer, task
     gc.collect()  # its parts refer to one another; the next stage needs their memory
@@ -49,6 +54,17 @@ def is_finished(config: RunConfig) -> bool:
     if not saved or not (folder / "best" / export.SETTINGS_FILE).is_file():
         return False
     return int(checkpoint.read_state(saved[-1])["position"]["epoch"]) >= config.train.epochs
+
+
+def summary(config: RunConfig) -> str:
+    """Say where a finished stage is, and how good its best model was when it was scored."""
+    best = Path(config.run) / "best"
+    scores = export.read_settings(best)["scores"]
+    bleu4 = scores[config.eval.split]["bleu4"]
+    return (
+        f"stage {config.stage} is finished: {config.run}\n"
+        f"best {config.eval.split} BLEU-4 {bleu4:.2f}, after epoch {scores['epoch']}: {best}"
+    )
 
 
 def is_evaluated(config: RunConfig, split: str) -> bool:

@@ -104,10 +104,10 @@ def backbone(*, out: Path, width: int = 16, frames: int = 20000, epochs: int = 4
     from flallm_ds.training.schedule import rate_factor
 
     begin = time.perf_counter()
-    pool = ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=begin_worker)
+    with signals_held():  # workers start now
+        pool = ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=begin_worker)
+        results = pool.map(render, range(frames // FRAMES_A_TASK), repeat(seed))
     try:
-        with signals_held():  # workers start now
-            results = pool.map(render, range(frames // FRAMES_A_TASK), repeat(seed))
         parts = list(results)
     finally:
         pool.shutdown(cancel_futures=True)

@@ -211,10 +211,10 @@ def _map(
         yield from map(render, range(num_clips))
         return
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, begin_worker)
+    with signals_held():  # workers start now
+        pool = ProcessPoolExecutor(workers, context, begin_worker)
+        results = pool.map(render, range(num_clips), chunksize=4)
     try:
-        with signals_held():  # workers start now
-            results = pool.map(render, range(num_clips), chunksize=4)
         yield from results
     finally:
         pool.shutdown(cancel_futures=True)

@@ -57,6 +57,11 @@ def records(out: Path) -> dict[str, int]:
     return {path.stem: tar.stat().st_mtime_ns if tar.exists() else 0 for path, tar in tars.items()}
 
 
+def hears_signals() -> None:
+    for number in (signal.SIGINT, signal.SIGHUP):  # may be ignored where the tests run
+        signal.signal(number, signal.SIG_DFL)
+
+
 def start(*command: str, num_records: int = 1, out: Path) -> subprocess.Popen[str]:
     """A build in a process group of its own that has finished so many tars.
 
@@ -64,7 +69,7 @@ def start(*command: str, num_records: int = 1, out: Path) -> subprocess.Popen[st
     """
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=hears_signals,
     )  # fmt: skip
     deadline = time.monotonic() + 60
     while len(records(out)) < num_records:
@@ -185,7 +190,12 @@ def test_finished_shards_are_not_made_again(source, undisturbed, tmp_path):
 
 @pytest.mark.parametrize(
     ("number", "code", "whole_group"),
-    [(signal.SIGTERM, 143, False), (signal.SIGTERM, 143, True), (signal.SIGINT, 130, True)],
+    [
+        (signal.SIGTERM, 143, False),
+        (signal.SIGTERM, 143, True),
+        (signal.SIGINT, 130, True),
+        (signal.SIGHUP, 129, True),
+    ],
 )
 def test_a_build_that_is_told_to_end_says_what_it_keeps(
     source, undisturbed, tmp_path, number, code, whole_group
@@ -196,6 +206,7 @@ def test_a_build_that_is_told_to_end_says_what_it_keeps(
     error = process.communicate(timeout=60)[1]
     assert process.returncode == code, error
     assert "stopped: " in error and f"results are kept in {out}.partial" in error and "Traceback" not in error
+    assert "\r" not in error and "build: " in error, "progress in a log file is lines"
     assert not list((tmp_path / "out.partial" / "work").glob("*.tmp")) and not out.exists()
     assert run(*words(source, out)).returncode == 0 and content(out) == content(undisturbed)
 

@@ -1,7 +1,10 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 from trees import make_phoenix
 
@@ -115,3 +118,26 @@ def test_the_command_prints_the_tables_of_a_folder(tmp_path):
 def test_what_is_no_shard_folder_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"index\.json"):
         stats(tmp_path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_texts_are_printed_in_any_encoding_and_steer_no_terminal(tmp_path, encoding):
+    """Also into a pipe that nobody reads any more, as with `| head`."""
+    rows = ["video,text,split"]
+    for split in ("train", "dev"):
+        (tmp_path / split).mkdir()
+        cv2.imwrite(str(tmp_path / split / "0.png"), np.zeros((64, 64, 3), np.uint8))
+        rows.append(f"{split},Gr\u00fc\u00dfe \u202egnp,{split}")
+    (tmp_path / "m.csv").write_text("\n".join(rows), encoding="utf-8")
+    build("manifest", tmp_path / "m.csv", tmp_path / "out", Options(workers=1), language="de")
+    command = [sys.executable, str(ROOT / "shards" / "stats.py"), str(tmp_path / "out")]
+    env = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run(command, env=env, capture_output=True, encoding="utf-8", timeout=120)
+    assert done.returncode == 0, done.stderr
+    text = r"Gr\xfc\xdfe" if encoding == "ascii" else "Gr\u00fc\u00dfe"
+    assert rf"1 texts (1 clips of dev: {text} \u202egnp)" in done.stdout
+    reads, writes = os.pipe()
+    os.close(reads)
+    done = subprocess.run(command, env=env, stdout=writes, stderr=subprocess.PIPE, timeout=120)
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (0, b"")

@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from launching import REPOSITORY, command, environment, flags, launch, losses, r
 from llms import make_tiny_llm
 
 from flallm_ds import dist, export
+from flallm_ds.command import read_words
 from flallm_ds.config import DataConfig, RunConfig
 from flallm_ds.data.index import iter_rows, load_index, write_table
 from flallm_ds.errors import UserError
@@ -199,6 +201,38 @@ def test_both_stages_are_trained_and_scored(whole: tuple[Path, str]) -> None:
     visual = RunConfig.load(folder_of(run, "visual") / "config.json")
     assert llm.visual_run == visual.run == str(folder_of(run, "visual"))
     assert (visual.light_t.size, llm.optim.llm_lr, visual.optim.llm_lr) == ("tiny", 3e-4, 1e-5)
+
+
+def test_the_end_of_a_run_says_how_good_it_is_and_what_comes_next(whole: tuple[Path, str]) -> None:
+    run, said = whole
+    for stage in ("visual", "llm"):
+        folder = folder_of(run, stage)
+        scores = export.read_settings(folder / "best")["scores"]
+        best = (
+            f"best dev BLEU-4 {scores['dev']['bleu4']:.2f}, after epoch {scores['epoch']}: {folder / 'best'}"
+        )
+        assert said.count(f"stage {stage} is finished: {folder}\n{best}\n") == 1
+    assert said.count(f"next: flallm translate VIDEO --model {folder_of(run, 'llm')}\n") == 1
+
+
+def test_the_next_command_is_one_that_can_be_typed(tmp_path: Path) -> None:
+    """Stage llm on what stage visual has left, with the options that were given for it."""
+    sys.path.insert(0, str(REPOSITORY / "launch"))
+    import train
+
+    given = {"run": f"{tmp_path}/a b_visual", "data.shards": "x y,z", "data.augment": "false"}
+    config = resolve("visual", "phoenix14t", given)
+    (line,) = train._next_commands((config,), "phoenix14t_visual", given)
+    words, options = read_words(shlex.split(line)[2:])
+    assert shlex.split(line)[:2] == ["deepspeed", "launch/train.py"] and not words
+    llm = resolve(options.pop("stage"), options.pop("recipe"), options)
+    assert (llm.visual_run, llm.run) == (config.run, f"{tmp_path}/a b_llm")
+    assert llm.data.shards == ("x y", "z") and not llm.data.augment
+    (line,) = train._next_commands((resolve("visual", None, {}),), None, {})
+    assert line == "deepspeed launch/train.py --stage llm --visual_run=runs/quickstart_visual"
+    scores, translate = train._next_commands((llm,), "phoenix14t", options)
+    assert scores == f"deepspeed launch/evaluate.py --run '{llm.run}' --split test"
+    assert translate == f"flallm translate VIDEO --model '{llm.run}'"
 
 
 def test_killed_in_either_stage_it_goes_on_to_the_same_end(
