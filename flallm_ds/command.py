@@ -265,6 +265,7 @@ def answer_signals(importing: bool = False) -> None:
     ignored, as SIGHUP under nohup, stays so. Of several ranks, SIGTERM and SIGHUP end each at once: one that
     waits for another would not wake up. importing: called before slow imports, Ctrl-C ends at once.
     """
+    sys.unraisablehook = _report_ignored
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, _leave if importing else _interrupt)
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -275,6 +276,12 @@ def answer_signals(importing: bool = False) -> None:
 def _interrupt(number: int, frame: types.FrameType | None) -> NoReturn:
     signal.signal(signal.SIGINT, _leave)
     raise KeyboardInterrupt
+
+
+def _report_ignored(ignored: "sys.UnraisableHookArgs") -> None:
+    """As Python does, but without a traceback of a Ctrl-C that came while an object was deleted."""
+    if not issubclass(ignored.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(ignored)
 
 
 def _end(number: int, frame: types.FrameType | None) -> NoReturn:

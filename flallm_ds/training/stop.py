@@ -22,6 +22,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._asked = self._begun = False
+        self._ended_by: int | None = None  # the signal that came before `begin`
         self._interrupted_at = -1.0  # by the monotonic clock; not yet
         self._parent = os.getppid()
         # A thread hears the second Ctrl-C: handlers wait while the main thread waits for other ranks.
@@ -35,6 +36,8 @@ class StopRequest:
 
     def begin(self) -> None:
         """From now on there is something to save."""
+        if self._ended_by is not None:  # raised within a library's __del__, which Python ignores
+            raise KeyboardInterrupt(self._ended_by)
         self._begun = True
 
     def __bool__(self) -> bool:
@@ -42,6 +45,7 @@ class StopRequest:
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if number in (signal.SIGINT, signal.SIGHUP) and not self._begun:
+            self._ended_by = number
             raise KeyboardInterrupt(number)
         self._asked = True
 

@@ -133,10 +133,19 @@ from flallm_ds.command import main
 from flallm_ds.errors import Preempted
 from flallm_ds.training.stop import StopRequest
 
+class Deleted:
+    def __del__(self) -> None:
+        print("deleting", flush=True)
+        sys.stdin.readline()
+
 def work() -> None:
     stop = StopRequest()
     print("starting", flush=True)
-    if sys.stdin.readline() == "begin\\n":
+    line = sys.stdin.readline()
+    if line == "delete\\n":
+        Deleted()
+        line = sys.stdin.readline()
+    if line == "begin\\n":
         stop.begin()
     print("begun", flush=True)
     while not stop:
@@ -202,6 +211,16 @@ def test_before_the_first_step_there_is_nothing_to_save(number: signal.Signals) 
     steps = Steps()
     steps.process.send_signal(number)
     assert steps.end() == (128 + number, "stopped.\n")
+
+
+def test_ctrl_c_that_a_library_loses_ends_the_run_before_its_first_step() -> None:
+    """Python ignores what is raised while it deletes an object."""
+    steps = Steps()
+    steps.go("delete")
+    assert steps.line() == "deleting\n"
+    steps.process.send_signal(signal.SIGINT)
+    steps.go("begin")
+    assert steps.end() == (130, "stopped.\n")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
