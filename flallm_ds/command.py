@@ -27,9 +27,8 @@ from flallm_ds import terminal
 from flallm_ds.errors import Preempted, RankError, UserError
 
 _OPTION = re.compile(r"--(?P<name>[A-Za-z][A-Za-z0-9_.-]*)(?P<value>=.*)?", re.DOTALL)
-_OTHER_DASHES = (
-    "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"  # of typeset documents, where -- often becomes one
-)
+# Of typeset documents, where two hyphens often become one of them.
+_OTHER_DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"
 
 
 class NoValue(str):

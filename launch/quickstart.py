@@ -62,6 +62,11 @@ def _step(result: Path, command: list[str]) -> None:
     if result.exists():
         print(f"\n== {result} is there already", flush=True)
         return
+    _run(command)
+
+
+def _run(command: list[str]) -> None:
+    """Run an ordinary command and show it. Raises UserError where it fails."""
     print(f"\n== {' '.join(Path(c).name if c.startswith('/') else c for c in command)}", flush=True)
     # A step has the machine to itself: its threads may spin while they wait for one another.
     process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"GOMP_SPINCOUNT": "100000"})
@@ -95,8 +100,7 @@ def _show(visual: Path, llm: Path) -> None:
     strip_of_run(llm, llm / "strip.png", "test", num_clips=2)
     print(f"a strip of frames with hypothesis and reference: {llm / 'strip.png'}")
     video = next((DATA / "corpus").glob("**/fullFrame-210x260px/test/*"))
-    print(f"\n== flallm translate {video} --model {llm}", flush=True)
-    subprocess.run([str(BIN / "flallm"), "translate", str(video), f"--model={llm}"], cwd=ROOT, check=True)
+    _run([str(BIN / "flallm"), "translate", str(video), f"--model={llm}"])
 
 
 if __name__ == "__main__":
