@@ -337,8 +337,8 @@ def check_unknown(codec: TextCodec, texts: Iterable[str], name: str) -> None:
     _must(
         unknown.num_unknown <= MOST_UNKNOWN * unknown.num_tokens,
         f"llm.name must have a tokenizer that can write the training text, at most {100 * MOST_UNKNOWN:g} % "
-        f"of the tokens unknown, got {name} with {unknown}. Give another --llm.name, or replace these "
-        "characters in the texts.",
+        f"of the tokens unknown, got {name} with {unknown}. Give another --llm.name (a stand-in LLM: one "
+        "with a larger --vocab_size), or replace these characters in the texts.",
     )
     if unknown.num_unknown:
         print(f"unknown to the tokenizer of {name}: {unknown}.", flush=True)
