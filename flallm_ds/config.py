@@ -55,7 +55,6 @@ class DataConfig:
     check_shards: bool = False  # read every shard at the start and compare its checksum
     cache_dir: str | None = None  # of remote shards; none: $FLALLM_CACHE or ~/.cache/flallm_ds
     cache_gb: float = 100.0  # that remote shards may take there
-    allow_pipe: bool = False  # shards may be read from a command: pipe:COMMAND {file}
 
     def __post_init__(self) -> None:
         for name in ("keep_every", "max_frames", "batch_clips", "micro_batches", "crop_size", "frame_size"):
@@ -352,8 +351,9 @@ class RunConfig:
         """Read what `to_json` wrote. Raises UserError where it is not JSON or a field is unknown."""
         try:
             saved = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path} must be JSON, but {error}.") from error
+        _must(isinstance(saved, dict), f"{path} must be a JSON object, got {type(saved).__name__}.")
         hints = typing.get_type_hints(cls)
         arguments: dict[str, Any] = {}
         for name, value in saved.items():
@@ -361,7 +361,10 @@ class RunConfig:
             if hint is None:
                 raise UserError(f"{path} has an unknown field {name!r}: it comes from another version.")
             arguments[name] = _section(hint, value, path) if isinstance(value, dict) else value
-        return cls(**arguments)
+        try:
+            return cls(**arguments)
+        except TypeError as error:
+            raise UserError(f"{path} must hold the fields of a run, but does not: {error}.") from error
 
 
 def check_names(options: Iterable[str]) -> None:
@@ -382,7 +385,6 @@ FREE_TO_CHANGE = (
     "data.check_shards",
     "data.cache_dir",
     "data.cache_gb",
-    "data.allow_pipe",
     "train.save_every_steps",
     "train.keep_checkpoints",
     "train.log_every_s",
@@ -394,7 +396,23 @@ FREE_TO_CHANGE = (
 
 def _section(cls: Any, values: dict[str, Any], path: Path) -> Any:
     names = {f.name for f in dataclasses.fields(cls)}
+    if cls is DataConfig:
+        values = _without_pipe(values, path)
     unknown = set(values) - names
     if unknown:
         raise UserError(f"{path} has an unknown field {unknown.pop()!r}: it comes from another version.")
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    try:
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    except TypeError as error:
+        raise UserError(f"{path} must hold values of the fields' types, but does not: {error}.") from error
+
+
+def _without_pipe(values: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Leave out `allow_pipe`, a former option that older runs hold. Raises UserError if it is set."""
+    _must(
+        values.get("allow_pipe", False) is False,
+        f"data.allow_pipe must be false, because shards are no longer read from commands, got "
+        f"{values.get('allow_pipe')!r}: {path}. Copy the shards to a folder or give an https:// or s3:// "
+        "address in data.shards, and set data.allow_pipe to false there.",
+    )
+    return {name: value for name, value in values.items() if name != "allow_pipe"}

@@ -267,3 +267,37 @@ def test_a_recipe_that_is_not_there_is_refused(stage, recipe, sentence):
     with pytest.raises(UserError) as caught:
         resolve(stage, recipe)
     assert sentence in str(caught.value)
+
+
+def stored(config, path, **data):
+    content = json.loads(config.to_json())
+    content["data"] |= data
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_a_run_of_before_that_did_not_allow_commands_is_read(config, tmp_path):
+    assert RunConfig.load(stored(config, tmp_path / "config.json", allow_pipe=False)) == config
+
+
+@pytest.mark.parametrize("value", [True, 1, "true", None, "rm -r /"])
+def test_a_run_that_allowed_commands_is_refused_with_the_remedy(config, tmp_path, value):
+    path = stored(config, tmp_path / "config.json", allow_pipe=value)
+    with pytest.raises(UserError, match=r"data\.allow_pipe must be false.*config\.json\. Copy the shards"):
+        RunConfig.load(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        "3",
+        '{"stage": "visual"}',
+        "[" * 100_000,
+        '{"stage": "visual", "run": "x", "data": {"threads": "a"}}',
+    ],
+)
+def test_a_config_of_another_kind_is_one_sentence(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=r"config\.json must"):
+        RunConfig.load(tmp_path / "config.json")

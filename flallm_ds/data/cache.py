@@ -55,6 +55,24 @@ class FileCache:
             os.utime(fd)
         return fd
 
+    def make_folder(self, folder: Path) -> None:
+        """Make a folder within the cache. Raises RankError where the cache's folder holds something else.
+
+        Whatever lies in `*/shards/` is removed to make room: in a folder of other files, these would be lost.
+        """
+        lock = self.folder / "lock"
+        with disk_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            others = {path.name for path in self.folder.iterdir()} - {"lost+found"}
+            # Looked for after the listing: another process that begins this cache makes its lock first.
+            if others and not lock.exists():
+                raise RankError(
+                    f"the cache must be a new or empty folder, or one that was a cache before, got "
+                    f"{self.folder}, which holds {min(others)}. Set --data.cache_dir to another folder."
+                )
+            lock.touch()
+            folder.mkdir(parents=True, exist_ok=True)
+
     def obtain(
         self, place: str, num_bytes: int | None, fill: Callable[[int], None], *, wait: bool = True
     ) -> int | None:
@@ -68,8 +86,8 @@ class FileCache:
         while True:
             if (fd := self.find(place, num_bytes)) is not None:
                 return fd
+            self.make_folder(part.parent)
             with disk_errors(self.folder):
-                part.parent.mkdir(parents=True, exist_ok=True)
                 claimed = self._claim(place, part, num_bytes or 0)
             if claimed is not None:
                 return self._fill(claimed, self.folder / place, part, fill)

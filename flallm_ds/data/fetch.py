@@ -1,22 +1,22 @@
 """Fetching a file from an address into an open file: streams, resumed and tried again, until it is whole.
 
-Addresses are fsspec's (https://, s3://, ...), or `pipe:COMMAND` through webdataset's gopen. What a person
-reads of an address never holds its user, password or query.
+Addresses are of fsspec (https://, s3://, ...). What a person reads of an address never holds a user, a
+password or a query.
 """
 
 import contextlib
 import hashlib
+import inspect
 import os
 import random
 import re
-import select
 import sys
 import time
 import urllib.parse
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 from flallm_ds.errors import RankError, UserError
 
@@ -45,25 +45,9 @@ class _Fault(Exception):
     """What arrived is not what the index says."""
 
 
-class Source(Protocol):
-    """Where the files of one folder come from. Not to be carried over a fork."""
-
-    def address(self, name: str) -> str:
-        """The address of a file, for people."""
-        ...
-
-    def stream(self, name: str, begin: int) -> tuple[int, Chunks]:
-        """(place of the first byte, the bytes): from `begin` where the server can, else from 0."""
-        ...
-
-    def sizes(self, names: Sequence[str]) -> list[int | None]:
-        """Sizes of files in bytes, None where they cannot be had cheaply."""
-        ...
-
-
 @dataclass
 class FsspecSource:
-    """A folder at an address of fsspec."""
+    """A folder at an address of fsspec. Not to be carried over a fork."""
 
     root: str
     patience: Patience
@@ -74,7 +58,7 @@ class FsspecSource:
 
         self.protocol = self.root.split("://")[0]
         try:
-            fsspec.get_filesystem_class(self.protocol)
+            kind = fsspec.get_filesystem_class(self.protocol)
         except ValueError:
             raise UserError(
                 f"an address must begin with a protocol of fsspec (https, s3, gs, ...), but this begins with "
@@ -87,6 +71,14 @@ class FsspecSource:
                 f"the package that reads {self.protocol}:// must be installed, but is not: "
                 f"{printable(self.root)}. {remedy.rstrip('.')}."
             ) from None
+        # A file system on top of another one reads instructions from it: `reference` renders templates.
+        if "::" in self.root or {"fo", "fs", "target_protocol"} & set(
+            inspect.signature(kind.__init__).parameters
+        ):
+            raise UserError(
+                "an address must name one file system (https://, s3://, ...), got one on top of another: "
+                f"{printable(self.root)}. Give the address of the folder that holds index.json."
+            )
 
     @cached_property
     def _fs(self) -> Any:
@@ -117,9 +109,11 @@ class FsspecSource:
         return self._fs._strip_protocol(f"{self.root.rstrip('/')}/{name}")
 
     def address(self, name: str) -> str:
+        """The address of a file, for people."""
         return f"{printable(self.root).rstrip('/')}/{name}"
 
     def stream(self, name: str, begin: int) -> tuple[int, Chunks]:
+        """(place of the first byte, the bytes): from `begin` where the server can, else from 0."""
         if self.protocol not in ("http", "https"):
             file = self._fs.open(self._path(name), "rb", block_size=BLOCK)
             file.seek(begin)
@@ -135,6 +129,7 @@ class FsspecSource:
         return begin if file.r.status == 206 else 0, _chunks(file)
 
     def sizes(self, names: Sequence[str]) -> list[int | None]:
+        """Sizes of files in bytes, None where they cannot be had cheaply."""
         try:
             return list(self._fs.sizes([self._path(name) for name in names]))
         except FileNotFoundError as error:
@@ -145,57 +140,6 @@ class FsspecSource:
             raise cause from None
 
 
-@dataclass
-class PipeSource:
-    """The output of a command that a person wrote and allowed; `{file}` in it stands for the file's name."""
-
-    root: str  # pipe:COMMAND
-    patience: Patience
-
-    def __post_init__(self) -> None:
-        if "{file}" not in self.root:
-            raise UserError(
-                f"the command of a pipe: must hold {{file}} for the file's name, but does not: "
-                f"{printable(self.root)}. Write for example pipe:ssh HOST cat FOLDER/{{file}}."
-            )
-        if os.environ.get("WDS_SECURE", "0") not in ("", "0"):
-            raise UserError(
-                f"WDS_SECURE must not be set where pipe: is used, but it is: {printable(self.root)}. "
-                "Unset it, or read the shards from another address."
-            )
-
-    def address(self, name: str) -> str:
-        return f"{printable(self.root)} ({name})"
-
-    def stream(self, name: str, begin: int) -> tuple[int, Chunks]:
-        import webdataset
-
-        return 0, self._output(webdataset.gopen(self.root.replace("{file}", name), "rb", 0))
-
-    def _output(self, pipe: Any) -> Chunks:
-        ended = False
-        try:
-            while select.select([pipe.stream], [], [], self.patience.stall_s)[0]:
-                data = pipe.stream.read(CHUNK)
-                if not data:
-                    ended = True
-                    break
-                yield data
-            if not ended:
-                raise TimeoutError
-            pipe.proc.wait(self.patience.stall_s)
-        finally:
-            pipe.ignore_errors = True  # the exit code is told below, without the command
-            if pipe.proc.poll() is None:
-                pipe.proc.kill()
-            pipe.close()
-        if pipe.proc.returncode != 0:
-            raise _Fault(f"the command ended with exit code {pipe.proc.returncode}")
-
-    def sizes(self, names: Sequence[str]) -> list[int | None]:
-        return [None] * len(names)
-
-
 def _chunks(file: Any) -> Chunks:
     with file:
         while data := file.read(CHUNK):
@@ -203,7 +147,7 @@ def _chunks(file: Any) -> Chunks:
 
 
 def fetch(
-    source: Source, name: str, fd: int, num_bytes: int | None, sha256: str | None, patience: Patience
+    source: FsspecSource, name: str, fd: int, num_bytes: int | None, sha256: str | None, patience: Patience
 ) -> None:
     """Fill the open file `fd` with a file of the source; what it holds already is the beginning.
 
@@ -216,7 +160,7 @@ def fetch(
 
 
 def _attempt(
-    source: Source, name: str, fd: int, num_bytes: int | None, sha256: str | None, deadline: float
+    source: FsspecSource, name: str, fd: int, num_bytes: int | None, sha256: str | None, deadline: float
 ) -> None:
     have = os.fstat(fd).st_size if num_bytes is not None else 0
     if num_bytes is None or have < num_bytes:
@@ -314,9 +258,7 @@ def _sha256(fd: int) -> str:
 
 
 def printable(root: str) -> str:
-    """An address for people: without user, password and query; of a command, its first word."""
-    if root.startswith("pipe:"):
-        return f"pipe:{root[5:].split()[0]} ..." if root[5:].split() else "pipe:"
+    """An address for people: without user, password and query."""
     return scrubbed(urllib.parse.urldefrag(root).url.split("?")[0])
 
 

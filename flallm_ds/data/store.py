@@ -8,22 +8,13 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, Self, cast
 
 from flallm_ds.data.cache import FileCache, disk_errors
-from flallm_ds.data.fetch import (
-    FsspecSource,
-    Patience,
-    PipeSource,
-    Refused,
-    Source,
-    fetch,
-    persist,
-    printable,
-)
+from flallm_ds.data.fetch import FsspecSource, Patience, Refused, fetch, persist, printable
 from flallm_ds.errors import RankError, UserError
 
 if TYPE_CHECKING:
@@ -37,6 +28,7 @@ SHARE_AHEAD = 0.5  # of the cache; the rest is for what is in use
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _SHA256 = re.compile(r"[0-9a-f]+")
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_CHAIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*::.*://")  # of fsspec: one file system on top of another
 
 
 @dataclass(frozen=True)
@@ -63,11 +55,10 @@ class CacheOptions:
 
     folder: Path | None = None  # default: $FLALLM_CACHE, or ~/.cache/flallm_ds
     max_gb: float = 100.0  # of shards, over all addresses, 1e9 bytes each
-    allow_pipe: bool = False  # whether `pipe:COMMAND {file}` may run its command
 
     @classmethod
     def of_run(cls, data: "DataConfig") -> Self:
-        return cls(Path(data.cache_dir) if data.cache_dir else None, data.cache_gb, data.allow_pipe)
+        return cls(Path(data.cache_dir) if data.cache_dir else None, data.cache_gb)
 
 
 class Store(Protocol):
@@ -147,10 +138,8 @@ class RemoteStore:
         stuck_s = patience.total_s + 2 * patience.stall_s
         self._cache = FileCache(folder.absolute(), int(options.max_gb * 1e9), stuck_s)
         # Without credentials, which change: a checksum says that it is the same file.
-        self._place = hashlib.sha256((root if _is_pipe(root) else printable(root)).encode()).hexdigest()[:16]
-        self._source_type: Callable[[str, Patience], Source] = PipeSource if _is_pipe(root) else FsspecSource
-        self._source_type(root, patience)  # an address that cannot be used is found now
-        self._start_afresh()
+        self._place = hashlib.sha256(printable(root).encode()).hexdigest()[:16]
+        self._start_afresh()  # which finds an address that cannot be used
         _stores.add(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -165,7 +154,7 @@ class RemoteStore:
         self._wanted: dict[Shard, None] = {}
         self._retry_at: dict[Shard, float] = {}  # monotonic; wanted shards that are being seen to
         self._num_threads = 0
-        self._source = self._source_type(self._address, self._patience)
+        self._source = FsspecSource(self._address, self._patience)
 
     @property
     def root(self) -> str:
@@ -209,8 +198,8 @@ class RemoteStore:
                 print(f"warning: {error} What was fetched before is used.", file=sys.stderr, flush=True)
                 return path
             content = file.read()
+        self._cache.make_folder(path.parent)
         with disk_errors(path.parent):
-            path.parent.mkdir(parents=True, exist_ok=True)
             own = path.with_name(f"{name}.{os.getpid()}.{threading.get_ident()}")
             own.write_bytes(content)
             own.replace(path)
@@ -332,7 +321,7 @@ class RemoteStore:
 
 
 _stores: "weakref.WeakSet[RemoteStore]" = weakref.WeakSet()
-_left_behind: list[Source] = []
+_left_behind: list[FsspecSource] = []
 
 
 def _after_fork() -> None:
@@ -344,24 +333,23 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
-def _is_pipe(root: str) -> bool:
-    return root.startswith("pipe:")
-
-
 def open_store(root: str | Path, cache: CacheOptions | None = None) -> Store:
-    """The store at `root`: a folder, an address (https://, s3://, any other of fsspec), or `pipe:COMMAND`.
+    """The store at `root`: a folder, or an address (https://, s3://, any other of fsspec).
 
-    pipe: the command's output is the file that stands for `{file}` in it; needs `cache.allow_pipe`.
     Nothing is read yet. Raises UserError for an address that cannot be used.
     """
     root, cache = str(root), cache or CacheOptions()
-    if _is_pipe(root) and not cache.allow_pipe:
+    if root.startswith("pipe:"):  # of webdataset: a shell command, which a run's config.json could bring
         raise UserError(
-            f"pipe: runs a command, which must be allowed, but is not: {printable(root)}. "
-            "If you trust the command, set --data.allow_pipe=true."
+            "data.shards must name folders or addresses, got a command (pipe:), which is never run. Copy the "
+            "shards to a folder, or give an address that begins with https://, s3:// or another protocol of "
+            "fsspec."
         )
-    if _is_pipe(root):
-        return RemoteStore(root, cache)
+    if _CHAIN.match(root):
+        raise UserError(
+            "an address must begin with its protocol (https://, s3://, ...), got "
+            f"{root.split('::')[0]}:: before it. Leave that out: shards are cached as they are."
+        )
     if address := _ADDRESS.match(root):
         return RemoteStore(address[0].lower() + root[address.end() :], cache)
     return LocalStore(root)

@@ -337,7 +337,7 @@ def test_a_cache_that_is_no_folder_is_one_sentence(server, shards, tmp_path):
     (tmp_path / "cache").write_text("a file")
     store = RemoteStore(server.url, cache_of(tmp_path), PATIENCE)
     for call in (lambda: store.open(shards[0]), lambda: store.file("index.json")):
-        with pytest.raises(UserError, match=r"cache must be a folder .* Not a directory"):
+        with pytest.raises(UserError, match=r"cache must be a folder .* File exists"):
             call()
 
 
@@ -527,6 +527,24 @@ def test_sizes_are_checked_without_fetching(store, server, shards, folder):
         store.check(shards)
 
 
+def test_a_cache_in_a_folder_of_other_files_is_refused_and_removes_none(server, shards, tmp_path):
+    """It would make room by removing them: the folder may come from another person's config.json."""
+    mine = tmp_path / "cache" / "corpus" / "shards" / "train-000000.tar"
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(bytes(2 * NUM_BYTES))
+    store = RemoteStore(server.url, cache_of(tmp_path, 1), PATIENCE)
+    for use in (lambda: store.file("index.json"), lambda: store.open(shards[0])):
+        with pytest.raises(RankError, match=r"must be a new or empty folder.* which holds corpus\."):
+            use()
+    assert [path.name for path in (tmp_path / "cache").rglob("*")] == ["corpus", "shards", mine.name]
+
+
+def test_a_cache_that_was_one_before_and_an_empty_disk_are_caches(server, shards, tmp_path):
+    (tmp_path / "cache" / "lost+found").mkdir(parents=True)
+    for _ in range(2):
+        assert read(RemoteStore(server.url, cache_of(tmp_path), PATIENCE), shards[0]) == content(0)
+
+
 def test_checksums_are_checked_where_they_are_asked_for(store, server, shards, folder, tmp_path):
     store.check(shards, checksums=True)
     assert len(cached(tmp_path)) == 6
@@ -540,64 +558,28 @@ def test_checksums_are_checked_where_they_are_asked_for(store, server, shards, f
     LocalStore(str(folder)).check(shards)
 
 
-# Commands
-
-
-def pipe_store(command: str, tmp_path: Path, patience: Patience = PATIENCE) -> RemoteStore:
-    options = CacheOptions(tmp_path / "cache", allow_pipe=True)
-    assert isinstance(open_store(command, options), RemoteStore)
-    return RemoteStore(command, options, patience)
-
-
-def test_a_command_is_refused_unless_it_is_allowed(tmp_path):
-    with pytest.raises(UserError, match=r"pipe: runs a command, .*: pipe:touch \.\.\.\. .*allow_pipe=true"):
-        load_index(f"pipe:touch {tmp_path}/ran-{{file}}", "train", CacheOptions(tmp_path / "cache"))
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_command_that_is_allowed_brings_the_shards(folder, shards, tmp_path):
-    command = f"pipe:cat {folder}/{{file}}"
-    index = load_index(command, "train", CacheOptions(tmp_path / "cache", allow_pipe=True))
-    index.check_files()
-    assert [read(index.store, shard) for shard in shards] == [content(number) for number in range(6)]
-    assert index.root == "pipe:cat ..."
-
-
-def test_a_command_that_fails_is_tried_again_and_then_told(folder, shards, tmp_path):
-    log = tmp_path / "log"
-    flaky = f"pipe:echo x >> {log}; [ $(wc -l < {log}) -gt 2 ] || exit 7; cat {folder}/{{file}}"
-    assert read(pipe_store(flaky, tmp_path), shards[0]) == content(0)
-    assert len(log.read_text().split()) == 3
-    store = pipe_store(f"pipe:SECRET=1 cat {folder}/none-{{file}} 2>/dev/null", tmp_path)
-    with pytest.raises(
-        UserError, match=r"after 4 attempts; the last: the command ended with exit code 1"
-    ) as error:
-        store.file("index.json")
-    with pytest.raises(RankError, match=r"only 7 of 40,000 bytes came"):
-        pipe_store("pipe:printf '1234567' #{file}", tmp_path).open(shards[1])
-    assert str(folder) not in str(error.value)
-
-
-def test_a_command_that_stands_still_is_ended(shards, tmp_path):
-    store = pipe_store(
-        "pipe:sleep 30 # {file}", tmp_path, Patience(attempts=2, first_wait_s=0.01, stall_s=0.2)
-    )
-    began = time.monotonic()
-    with pytest.raises(RankError, match="nothing came in time"):
-        store.open(shards[0])
-    assert time.monotonic() - began < 10
-
-
-def test_a_command_needs_a_place_for_the_name_and_an_open_webdataset(tmp_path, monkeypatch):
-    options = CacheOptions(tmp_path, allow_pipe=True)
-    with pytest.raises(UserError, match=r"must hold \{file\}"):
-        open_store("pipe:cat x", options)
-    monkeypatch.setenv("WDS_SECURE", "1")
-    with pytest.raises(UserError, match="WDS_SECURE must not be set"):
-        open_store("pipe:cat {file}", options)
-
-
 # Addresses
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "pipe:touch {ran}",
+        "pipe:touch {ran} {{file}}",
+        "pipe:",
+        "simplecache::file://{ran}",
+        "reference://::file://{ran}",
+        "filecache::reference://::http://host/x",
+        "file://{ran}::reference://x",
+        "reference://{ran}",
+        "dir://{ran}",
+        "zip://{ran}",
+    ],
+)
+def test_an_address_never_runs_a_command_and_names_one_file_system(tmp_path, address):
+    with pytest.raises(UserError, match=r"never run\. Copy the shards|must (name one|begin with its)"):
+        load_index(address.format(ran=tmp_path / "ran"), "train", CacheOptions(tmp_path / "cache"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_path_is_a_local_store_and_an_address_is_not(tmp_path):

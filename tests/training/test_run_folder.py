@@ -80,7 +80,7 @@ def test_a_changed_option_is_named_with_both_values(config, name, value):
 def test_options_that_change_no_number_may_change(config):
     folder = open_run_folder(config)
     values = {"run": str(folder), "visual_run": "elsewhere"}
-    values |= {"data.check_shards": "true", "data.allow_pipe": "true", "data.max_broken": "0.3"}
+    values |= {"data.check_shards": "true", "data.max_broken": "0.3"}
     values |= {"eval.gather": "never"}
     free = {name: values.get(name, "3") for name in FREE_TO_CHANGE}
     assert open_run_folder(config.with_overrides(free)) == folder
