@@ -32,6 +32,7 @@ from flallm_ds import command
 from flallm_ds.data.decode import decode_frames, is_mp4
 from flallm_ds.data.h264 import encode_h264
 from flallm_ds.data.index import COLUMNS, STRING_COLUMNS, Index, check_video, load_index, read_manifest
+from flallm_ds.data.store import open_regular
 from flallm_ds.errors import UserError
 
 _GOP, _CRF = 25, 26  # a look, not a master: a clip of 5 s is about 100 kB
@@ -153,14 +154,15 @@ def read(folder: Path, index: Index, number: int) -> Clip:
     row = {name: index.arrays[name][number].item() for name in COLUMNS}
     row |= {name: index.strings(name)[number] for name in STRING_COLUMNS}
     num_frames, hw = row["num_frames"], (row["height"], row["width"])
-    frames = np.empty((num_frames, *hw, 3), np.uint8)
     try:
-        with (folder / index.shards[row["shard"]].file).open("rb") as file:
-            file.seek(row["offset"])
-            member = file.read(row["size"])
+        with open_regular(folder / index.tar(number).file) as file:
+            if os.fstat(file.fileno()).st_size < row["offset"] + row["size"]:
+                raise ValueError("its shard ends before it")
+            member = os.pread(file.fileno(), row["size"], row["offset"])
+        frames = np.empty((num_frames, *hw, 3), np.uint8)
         decode_frames(member, np.arange(num_frames), num_frames, frames, hw)
-    except (OSError, ValueError, IndexError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
+    except (OSError, ValueError, MemoryError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         return Clip(index.split, row, fault=f"is broken: {reason}")
     return Clip(index.split, row, member, frames)
 

@@ -130,7 +130,7 @@ def restore_table(folder: Path, report: Report, split: str, scratch: Path) -> bo
                 place = {"key": Path(name).stem, "shard": number, "offset": offset, "size": size}
                 rows.append(facts | place)
         made = write_table(scratch / entry["table"], rows)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         made = {}
     if made.get("table_sha256") != entry["table_sha256"]:
         print(f"the table of {split} cannot be restored, because its tars are not whole. Build it again.")

@@ -3,14 +3,15 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import numpy as np
 
-from flallm_ds.data.sampling import FrameSampling
+from flallm_ds.data.sampling import Cap, FrameSampling
 from flallm_ds.errors import UserError
 
 DTYPES = ("float32", "float16")
+MAX_WIDTH = 2**16  # of a feature; the widest encoders have 6,144
 # The options of a run (data.NAME) that decide which pixels the encoder saw.
 OPTIONS = ("keep_every", "target_fps", "max_frames", "cap", "frame_size", "crop_size", "augment")
 
@@ -52,15 +53,22 @@ class FeatureFacts:
                 **manifest["features"],
             )
             numbers = (facts.views, facts.width, facts.seed)
+            texts = (facts.source, facts.encoder, facts.made_by, entry["source_fingerprint"])
             whole = (
                 facts.dtype in DTYPES
                 and all(type(number) is int for number in numbers)
                 and min(facts.views, facts.width) >= 1
+                and facts.width <= MAX_WIDTH
+                and facts.seed >= 0
+                and isinstance(facts.training, bool)
+                and all(isinstance(text, str) for text in texts)
                 and len(entry["shards"]) % facts.views == 0
                 and set(facts.options) == set(OPTIONS)
-                and "source_fingerprint" in entry
+                and all(type(facts.options[name]) is int for name in ("keep_every", "max_frames"))
+                and facts.options["cap"] in get_args(Cap)
+                and facts.sampling is not None
             )
-        except (KeyError, TypeError):
+        except (KeyError, TypeError, ValueError):  # the last of a sampling that cannot be
             whole = False
         if not whole:
             raise UserError(
@@ -75,6 +83,17 @@ class FeatureFacts:
         return FrameSampling(
             *(self.options[name] for name in ("keep_every", "max_frames", "target_fps", "cap"))
         )
+
+    def check_sizes(self, num_frames: np.ndarray, fps: np.ndarray, sizes: np.ndarray) -> None:
+        """Raise ValueError where a clip's bytes are too few for its features."""
+        kept = self.sampling.num_kept(num_frames, fps)
+        least = kept * self.width * np.dtype(self.dtype).itemsize
+        if (sizes < least).any():
+            row = int(np.argmax(sizes < least))
+            raise ValueError(
+                f"size must be at least {least[row]:,} for {kept[row]:,} features of width "
+                f"{self.width:,}, got {sizes[row]:,} in row {row}"
+            )
 
     @property
     def seed_matters(self) -> bool:

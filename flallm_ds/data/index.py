@@ -22,11 +22,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from flallm_ds.data.feature_facts import FeatureFacts
-from flallm_ds.data.store import CacheOptions, LocalStore, Store, checked_name, file_sha256, open_store
+from flallm_ds.data.store import (
+    CacheOptions,
+    LocalStore,
+    Store,
+    checked_name,
+    file_sha256,
+    is_count,
+    open_regular,
+    open_store,
+)
 from flallm_ds.data.store import Shard as Shard
+from flallm_ds.data.table_check import check_table
 from flallm_ds.errors import UserError
 
 FORMAT = "flallm_ds shards 1"
+MAX_MANIFEST_BYTES = 2**28  # of index.json; a tar takes 150: more than a million of them
 
 COLUMNS: dict[str, Any] = {
     "shard": np.int32,  # row of the split's list of tars
@@ -71,10 +82,18 @@ class Table(Mapping[str, np.ndarray]):
 
     def __getitem__(self, name: str) -> np.ndarray:
         if name not in self._read:
-            if name not in self._file.keys():  # noqa: SIM118 - it is no mapping
-                raise KeyError(name)
-            self._read[name] = self._file.get_tensor(name)
+            self._read[name] = self.read(name)
         return self._read[name]
+
+    def read(self, name: str) -> np.ndarray:
+        """Read a column without keeping it. Raises TypeError where numpy does not have its type."""
+        if name not in self._file.keys():  # noqa: SIM118 - it is no mapping
+            raise KeyError(name)
+        try:
+            column: np.ndarray = self._file.get_tensor(name)
+        except AttributeError as error:  # of safetensors, which looks for float8 in numpy
+            raise TypeError(f"column {name} must be of a type of numpy, but {error}") from error
+        return column
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._file.keys())
@@ -188,22 +207,24 @@ def read_manifest(root: str | Path | Store) -> dict[str, Any]:
             "Make shards with python shards/build.py, or name another folder."
         )
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        with open_regular(path) as file:
+            content = file.read(MAX_MANIFEST_BYTES + 1)
+        if len(content) > MAX_MANIFEST_BYTES:
+            raise ValueError(f"it is larger than {MAX_MANIFEST_BYTES:,} bytes")
+        manifest: dict[str, Any] = json.loads(content)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"index.json must be JSON, but {error}: {path}. Build the shards again.") from error
+    except OSError as error:
+        raise UserError(
+            f"index.json must be readable, but {error.strerror}: {path}. Name another folder."
+        ) from error
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != FORMAT:
         raise UserError(
             f"index.json must have format {FORMAT!r}, but has {found!r}: {path}. Build the shards again."
         )
     try:
-        if not isinstance(manifest["corpus"], str):
-            raise TypeError("corpus")
-        for entry in manifest["splits"].values():
-            checked_name(entry["table"])
-            for shard in entry["shards"]:
-                checked_name(Shard(**shard).file)
-            fingerprint(entry)
+        _check_manifest(manifest)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"index.json must be as it was written, but is not ({error}): {path}. Build the shards again."
@@ -211,11 +232,40 @@ def read_manifest(root: str | Path | Store) -> dict[str, Any]:
     return manifest
 
 
+def _check_manifest(manifest: dict[str, Any]) -> None:
+    """Raise KeyError, TypeError, AttributeError or UserError unless every field is of its type."""
+    if not isinstance(manifest["corpus"], str):
+        raise TypeError("corpus")
+    for name, kind in (("language", str), ("options", dict), ("skipped", dict)):
+        if not isinstance(manifest.get(name, kind()), kind):
+            raise TypeError(name)
+    for name in manifest.get("replaced", ()):
+        checked_name(name)
+    if not manifest["splits"]:
+        raise KeyError("splits")
+    tars: set[str] = set()
+    for split, entry in manifest["splits"].items():
+        checked_name(split)
+        checked_name(entry["table"])
+        if not all(is_count(entry[name]) for name in ("clips", "frames")):
+            raise TypeError(f"clips and frames of {split}")
+        if not isinstance(entry["table_sha256"], str):
+            raise TypeError(f"table_sha256 of {split}")
+        if not isinstance(entry["shards"], list):
+            raise TypeError(f"shards of {split}")
+        for shard in entry["shards"]:
+            file = Shard(**shard).file
+            if file in tars:
+                raise TypeError(f"{file} twice")
+            tars.add(file)
+
+
 def load_index(root: str | Path, split: str, cache: CacheOptions | None = None) -> Index:
     """The index of one split.
 
     root: a folder, or an address of `open_store`, whose shards pass through the cache.
-    Raises UserError if the folder is no shard folder, has no such split, or its table was changed since.
+    Raises UserError if the folder is no shard folder, has no such split, or its table was changed since or
+    holds what no clip can be.
     """
     store = open_store(root, cache)
     manifest = read_manifest(store)
@@ -226,16 +276,11 @@ def load_index(root: str | Path, split: str, cache: CacheOptions | None = None) 
         )
     entry = manifest["splits"][split]
     path = store.file(entry["table"], entry["table_sha256"])
-    if not path.is_file() or file_sha256(path) != entry["table_sha256"]:
-        raise UserError(
-            f"the table of split {split} must be the one that index.json names, but it is missing or was "
-            f"changed: {path}. Build the shards again."
-        )
-    try:
-        arrays = Table(path)
-    except SafetensorError as error:
-        raise UserError(f"the table {path} cannot be read ({error}). Build the shards again.") from error
     shards = tuple(Shard(**shard) for shard in entry["shards"])
+    facts = None
+    if manifest.get("kind") == FeatureFacts.KIND:
+        facts = FeatureFacts.load(manifest, entry, store.root, fingerprint(entry))
+    arrays = _open_table(path, split, entry["table_sha256"], shards, facts)
     index = Index(
         store=store,
         corpus=manifest["corpus"],
@@ -245,11 +290,42 @@ def load_index(root: str | Path, split: str, cache: CacheOptions | None = None) 
         arrays=arrays,
         options=manifest.get("options", {}),
     )
-    if manifest.get("kind") != FeatureFacts.KIND:
+    if facts is None:
         return index
-    facts = FeatureFacts.load(manifest, entry, store.root, fingerprint(entry))
     views = np.full(len(shards) // facts.views, facts.views)
     return replace(index, fingerprint=entry["source_fingerprint"], features=(facts,), views=views)
+
+
+def _open_table(
+    path: Path, split: str, sha256: str, shards: Sequence[Shard], facts: FeatureFacts | None
+) -> Table:
+    """A split's table, checked. Raises UserError where it is another one, or says what cannot be."""
+    try:
+        if not path.is_file() or file_sha256(path) != sha256:
+            raise UserError(
+                f"the table of split {split} must be the one that index.json names, but it is missing or was "
+                f"changed: {path}. Build the shards again."
+            )
+        arrays = Table(path)
+        wanted = (*COLUMNS, *STRING_COLUMNS, *(f"{name}_ends" for name in STRING_COLUMNS))
+        columns = {name: arrays.read(name) for name in wanted if name in set(arrays)}  # not kept
+        sizes = np.array([shard.bytes for shard in shards], np.int64)
+        if facts is None:
+            check_table(columns, COLUMNS, STRING_COLUMNS, sizes, is_video=True)
+        else:
+            smallest = sizes.reshape(-1, facts.views).min(axis=1)
+            check_table(columns, COLUMNS, STRING_COLUMNS, smallest, is_video=False)
+            facts.check_sizes(columns["num_frames"], columns["fps"], columns["size"])
+    except OSError as error:
+        raise UserError(
+            f"the table of split {split} must be readable, but {error.strerror}: {path}. Name another folder."
+        ) from error
+    except (SafetensorError, TypeError, ValueError) as error:
+        raise UserError(
+            f"the table of split {split} must describe clips: {error}, in {path}. Do not use these "
+            "shards, or build them again."
+        ) from error
+    return arrays
 
 
 def write_table(path: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:

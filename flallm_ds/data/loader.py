@@ -6,6 +6,7 @@ Threads decode (simplejpeg releases the GIL) straight into the batch's memory, a
 gets depends on the plan alone, never on threads or time.
 """
 
+import math
 import os
 import threading
 from collections import deque
@@ -90,8 +91,11 @@ class ClipReader:
         """The clip's bytes, in what `memory(size)` gives. Raises OSError or ValueError if any is missing."""
         arrays = self.index.arrays
         size, offset = int(arrays["size"][row]), int(arrays["offset"][row])
-        member = memoryview(memory(size))[:size]
         with self.index.store.open(self.index.tar(row, epoch)) as file:
+            found = os.fstat(file.fileno()).st_size - offset
+            if found < size:  # before memory is taken for what the index claims
+                raise ValueError(f"must hold {size} bytes at {offset}, but ends after {max(found, 0)}")
+            member = memoryview(memory(size))[:size]
             found = os.preadv(file.fileno(), [member], offset)
         if found != size:
             raise ValueError(f"must hold {size} bytes at {offset}, but ends after {found}")
@@ -239,7 +243,7 @@ class Loader:
         rows, epochs = self.plan.order[places].tolist(), self.plan.passes[places].tolist()
         num_kept = self.plan.num_kept[rows].tolist()
         shape, dtype = self.reader.content(sum(num_kept))
-        content = _on_meta(shape) if self.encoded else buffers.take(shape, dtype)
+        content = _on_meta(shape) if self.encoded else _take(buffers, shape, dtype)
         parts = self._parts(content, num_kept)
         jobs = [pool.submit(self.reader.load, *job) for job in zip(rows, epochs, parts, strict=True)]
         return _Pending(rows, epochs, real, num_kept, content, jobs)
@@ -312,6 +316,18 @@ class Loader:
         parts[position] = content
         pending.content = torch.cat(parts)
         pending.rows[position], pending.num_kept[position], pending.jobs[position] = row, num_kept, done
+
+
+def _take(buffers: FrameBuffers, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+    """Memory for a micro-batch. Raises RankError where there is too little: the largest frame counts."""
+    try:
+        return buffers.take(shape, dtype)
+    except (MemoryError, RuntimeError) as error:
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        raise RankError(
+            f"a micro-batch must fit into memory, but one of the shape {shape} takes {size / 1e9:,.0f} GB. "
+            "Lower --data.batch_clips or --data.max_frames, or build shards of smaller frames (--short_side)."
+        ) from error
 
 
 class _Shards:

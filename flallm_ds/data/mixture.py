@@ -29,6 +29,12 @@ def open_indexes(
             "Give a corpus more weight with --data.weights."
         )
     indexes = [load_index(root, split, cache) for root in roots]
+    for index in indexes:
+        if not len(index):
+            raise UserError(
+                f"split {split} must hold a clip, got none in {index.root}. Build it with clips, or name "
+                "another folder."
+            )
     kinds = {"features" if index.features else "video": index.root for index in indexes}
     if len(kinds) > 1:
         raise UserError(

@@ -1,8 +1,10 @@
 """Where shards lie: a folder, or an address whose shards are fetched into a bounded cache."""
 
+import errno
 import hashlib
 import os
 import re
+import stat
 import sys
 import tempfile
 import threading
@@ -42,10 +44,16 @@ class Shard:
 
     def __post_init__(self) -> None:
         checked_name(self.file)
-        if type(self.bytes) is not int or self.bytes < 0 or not _SHA256.fullmatch(str(self.sha256)):
+        checksum = isinstance(self.sha256, str) and _SHA256.fullmatch(self.sha256)
+        if not is_count(self.bytes) or not checksum:
             raise UserError(
                 f"index.json must give a shard's size and sha256, but gives {self.bytes!r} and "
                 f"{self.sha256!r} for {self.file}. Build the shards again."
+            )
+        if not is_count(self.clips):
+            raise UserError(
+                f"index.json must give a shard's number of clips, got {self.clips!r} for {self.file}. Build "
+                "the shards again."
             )
 
 
@@ -101,7 +109,7 @@ class LocalStore:
         return Path(self.root) / checked_name(name)
 
     def open(self, shard: Shard) -> BinaryIO:
-        return cast(BinaryIO, self.file(shard.file).open("rb", buffering=0))
+        return open_regular(self.file(shard.file))
 
     def want(self, shards: Sequence[Shard]) -> None:
         pass
@@ -355,6 +363,11 @@ def open_store(root: str | Path, cache: CacheOptions | None = None) -> Store:
     return LocalStore(root)
 
 
+def is_count(value: Any) -> bool:
+    """Whether a value of JSON is a whole number of bytes or clips that numpy can hold."""
+    return type(value) is int and 0 <= value < 2**63
+
+
 def checked_name(name: str) -> str:
     """`name` if it is a plain file name; an index from elsewhere may name anything. Raises UserError."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
@@ -365,6 +378,15 @@ def checked_name(name: str) -> str:
     return name
 
 
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file, unbuffered. Raises OSError for another: a fifo would block for ever."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return cast(BinaryIO, os.fdopen(fd, "rb", buffering=0))
+
+
 def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()

@@ -13,6 +13,7 @@ import numpy as np
 
 from flallm_ds.data.decode import EXTENSIONS, decode_frames
 from flallm_ds.data.sampling import Cap, FrameSampling
+from flallm_ds.data.table_check import LIMITS
 
 _FACTS: dict[str, type | tuple[type, ...]] = {
     "id": str, "text": str, "signer": str, "video": str, "language": str,
@@ -51,7 +52,7 @@ def _decode(sampling: FrameSampling, train: bool, sample: Mapping[str, Any]) -> 
         hw = facts["height"], facts["width"]
         frames = np.empty((len(picks), *hw, 3), np.uint8)
         decode_frames(member, picks, facts["num_frames"], frames, hw)
-    except (ValueError, MemoryError) as error:
+    except (ValueError, MemoryError, RecursionError) as error:
         raise ValueError(
             f"a clip must decode, but {sample.get('__key__')} of {sample.get('__url__')} does not: {error}"
         ) from error
@@ -68,6 +69,9 @@ def _facts(sample: Mapping[str, Any]) -> dict[str, Any]:
     for name, kind in _FACTS.items():
         if not isinstance(facts.get(name), kind):
             raise ValueError(f"its JSON must have a {name} of the right type, but has {facts.get(name)!r}")
+    for name, (least, most) in LIMITS.items():
+        if not least <= facts[name] <= most:
+            raise ValueError(f"its {name} must be from {least:,} to {most:,}, got {facts[name]}")
     return facts
 
 

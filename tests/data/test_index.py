@@ -21,15 +21,15 @@ from flallm_ds.errors import UserError
 
 
 def row(number: int) -> dict:
-    numbers = {"shard": number // 2, "offset": 512 * number, "size": 7, "num_frames": 20 + number}
+    numbers = {"shard": 0, "offset": 1024 * number + 512, "size": 500, "num_frames": 20 + number}
     strings = {name: f"{name} {number} ä天🤟" for name in STRING_COLUMNS}
     return {**numbers, "height": 64, "width": 48 + number, "fps": 25.0, **strings}
 
 
 def write_folder(root: Path, rows: list[dict]) -> None:
     entry = write_table(root / "train.safetensors", rows)
-    entry["shards"] = [{"file": "train-000000.tar", "bytes": 3, "sha256": "aa", "clips": len(rows)}]
-    (root / "train-000000.tar").write_bytes(b"abc")
+    entry["shards"] = [{"file": "train-000000.tar", "bytes": 10_240, "sha256": "aa", "clips": len(rows)}]
+    (root / "train-000000.tar").write_bytes(bytes(10_240))
     manifest = {"format": "flallm_ds shards 1", "corpus": "toy", "splits": {"train": entry}}
     (root / "index.json").write_text(json.dumps(manifest))
 

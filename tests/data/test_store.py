@@ -44,7 +44,7 @@ def folder(tmp_path: Path) -> Path:
     folder = tmp_path / "data"
     folder.mkdir()
     rows = [
-        dict.fromkeys(COLUMNS, number) | {name: f"{name} {number}" for name in STRING_COLUMNS}
+        dict.fromkeys(COLUMNS, 1) | {"shard": number} | {name: f"{name} {number}" for name in STRING_COLUMNS}
         for number in range(6)
     ]
     entry = write_table(folder / "train.safetensors", rows)

@@ -227,3 +227,32 @@ def test_the_decoder_is_light_to_import():
 
 def test_members_are_named_by_their_kind():
     assert [extension_of(clip_of(0, kind)) for kind in ("avi", "mp4")] == ["avi", "mp4"]
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"num_frames": 10**9},
+        {"num_frames": 0},
+        {"num_frames": -5},
+        {"height": 65_535, "width": 65_535},
+        {"height": -1},
+        {"width": 0},
+        {"fps": float("nan")},
+        {"fps": float("inf")},
+        {"fps": -25},
+        {"fps": 0},
+    ],
+    ids=str,
+)
+def test_a_json_that_says_what_cannot_be_is_a_broken_clip(tmp_path, lie):
+    members = {"a.avi": clip_of(0, "avi"), "a.json": json.dumps(facts_of(0) | lie).encode()}
+    tar = write_tar(tmp_path / "a.tar", members)
+    with pytest.raises(ValueError, match=f"a of .*its {next(iter(lie))} must be from"):
+        list(pipeline([tar], target_fps=12.5))
+
+
+def test_a_json_that_is_nested_deeply_is_a_broken_clip(tmp_path):
+    tar = write_tar(tmp_path / "a.tar", {"a.avi": clip_of(0, "avi"), "a.json": b"[" * 10**6})
+    with pytest.raises(ValueError, match="a clip must decode"):
+        list(pipeline([tar]))
