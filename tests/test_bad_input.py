@@ -3,10 +3,13 @@
 import json
 import os
 import shutil
+import socketserver
+import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -234,6 +237,60 @@ def test_a_stale_compilation_lock(
 def test_an_llm_that_is_not_there(refused: Run, tmp_path: Path, tiny_corpus: Path) -> None:
     given = options(tiny_corpus, tmp_path / "run", **{"llm.name": tmp_path / "none"})
     assert "llm.name" in refused(train.train, "--stage=visual", *given)
+
+
+class HangsUp(socketserver.BaseRequestHandler):
+    """A hub that closes every connection at once, and remembers what it was asked for."""
+
+    seen: ClassVar[list[str]] = []
+
+    def handle(self) -> None:
+        self.seen.append(self.request.recv(10_000).decode().split(" HTTP")[0])
+
+
+def test_imagenet_weights_out_of_reach_end_the_run_at_once(tmp_path: Path, tiny_corpus: Path) -> None:
+    """No run begins from random weights that its config.json calls pretrained."""
+    given = options(tiny_corpus, tmp_path / "run", **{"visual.weights": "microsoft/resnet-18"})
+    command_line = [sys.executable, train.__file__, "--stage=visual", *given]
+    with socketserver.TCPServer(("127.0.0.1", 0), HangsUp) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        hub = {
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}",
+            "HF_HOME": str(tmp_path / "hub"),
+        }
+        environment = {name: v for name, v in os.environ.items() if name != "HF_HUB_OFFLINE"} | hub
+        done = subprocess.run(command_line, env=environment, capture_output=True, text=True, timeout=300)
+        server.shutdown()
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "visual.weights must be within reach, but microsoft/resnet-18 is no file or folder" in sentence
+    assert "--visual.weights=none to train from random weights" in sentence
+    asked = [request for request in HangsUp.seen if "resnet" in request]
+    assert asked == ["HEAD /microsoft/resnet-18/resolve/main/config.json"]  # and not for a minute
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("weights", ["microsoft/resnet-18", "nosuch/thing", "timm/resnet18.a1_in1k"])
+def test_backbone_weights_that_are_not_cached_where_there_is_no_hub(
+    refused: Run, tmp_path: Path, tiny_corpus: Path, monkeypatch: pytest.MonkeyPatch, weights: str
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    given = options(tiny_corpus, tmp_path / "run", **{"visual.weights": weights})
+    said = f"visual.weights must be within reach, but {weights} is no file or folder here"
+    assert said in refused(train.train, "--stage=visual", *given)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("weights", ["a/b/c", "nosuch folder", "https://host/model", "/nosuch/folder"])
+def test_backbone_weights_that_are_nothing(
+    refused: Run, tmp_path: Path, tiny_corpus: Path, weights: str
+) -> None:
+    given = options(tiny_corpus, tmp_path / "run", **{"visual.weights": weights})
+    assert f"visual.weights must be within reach, but {weights} is" in refused(
+        train.train, "--stage=visual", *given
+    )
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_language_that_the_tokenizer_does_not_know(refused: Run, tmp_path: Path, tiny_corpus: Path) -> None:

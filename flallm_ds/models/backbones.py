@@ -27,7 +27,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from flallm_ds.command import nearest
 from flallm_ds.errors import UserError
 from flallm_ds.models.checkpointing import checkpoint_stages, stages_of
-from flallm_ds.models.stored import HUB_ERRORS
+from flallm_ds.models.stored import CHECKPOINT_FILES, HUB_ERRORS
 from flallm_ds.models.tuning import Tuning, tune
 from flallm_ds.preprocess import IMAGENET_MEAN, IMAGENET_STD
 
@@ -217,6 +217,40 @@ def build_backbone(
     if "architecture" in config:
         return _build_timm(f"local-dir:{weights}", {}, weights, pretrained, crop_size)
     return _build_transformers(weights, width, pretrained, crop_size)
+
+
+def hub_id(weights: str) -> str:
+    """The hub's model that `weights` names; where it names something else, that as it was given."""
+    if not weights.startswith(TIMM) or "@" in weights:
+        return weights
+    try:
+        known = _timm().models.get_pretrained_cfg(weights.removeprefix(TIMM))
+    except RuntimeError:  # no model of timm, which is said where it is built
+        known = None
+    return getattr(known, "hf_hub_id", None) or weights
+
+
+def check_reachable(weights: str) -> None:
+    """Raise UserError where a hub's backbone is neither cached nor on a hub that answers.
+
+    One request that is not repeated: the libraries would repeat each of theirs for half a minute.
+    """
+    name = hub_id(weights)
+    if weights == "none" or "@" in weights or weights.endswith(".pth") or Path(weights).exists():
+        return
+    try:
+        if any(isinstance(try_to_load_from_cache(name, file), str) for file in CHECKPOINT_FILES):
+            return
+        if file_exists(name, "config.json"):
+            return
+        reason = "the hub has no such model with a config.json, or not for you"
+    except HUB_ERRORS as error:
+        reason = f"the hub cannot be reached ({_first_line(error)})"
+    raise UserError(
+        f"visual.weights must be within reach, but {weights} is no file or folder here and is not in the "
+        f"hub's cache, and {reason}. Give a folder or file of this machine, or --visual.weights=none to "
+        "train from random weights, which costs accuracy."
+    )
 
 
 # --- transformers

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from flallm_ds import export
-from flallm_ds.config import DataConfig, RunConfig, VisualConfig
+from flallm_ds.config import DataConfig, RunConfig
 from flallm_ds.contracts import Batch
 from flallm_ds.data import mixture
 from flallm_ds.data.device import check_nvjpeg
@@ -28,7 +28,7 @@ from flallm_ds.data.text import Instruction, TextCodec, Wording
 from flallm_ds.dist import World, cores_of_rank, main_first, on_each_machine
 from flallm_ds.errors import RankError, UserError
 from flallm_ds.models.adapters import Adapter
-from flallm_ds.models.backbones import Backbone, build_backbone
+from flallm_ds.models.backbones import Backbone, build_backbone, check_reachable
 from flallm_ds.models.checkpointing import checkpoint_llm
 from flallm_ds.models.feature_extractor import FeatureExtractor
 from flallm_ds.models.light_translator import build_light_translator
@@ -50,6 +50,7 @@ from flallm_ds.training import engine as ds
 from flallm_ds.training.batch_statistics import BatchStatistics, KeptStatistics
 from flallm_ds.training.cached_features import check_run, check_stage
 from flallm_ds.training.checkpoint import replace_folder
+from flallm_ds.training.weights_record import record_weights
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MOST_UNKNOWN = 0.001  # of the training tokens: a model learns to leave out what it reads as unknown
@@ -169,6 +170,7 @@ def build_task(config: RunConfig, folder: Path, world: World) -> Task:
         else llm_model(config, codec, folder, extractor, ds_config, world)
     )
     check_clips(config, (train_index, dev_index), codec, model, extractor)
+    record_weights(config, folder, world)
     groups = parameter_groups(model, config)
     engine = ds.Engine(model, groups, config.optim, ds_config, world)
     return Task(
@@ -419,46 +421,35 @@ def visual_model(config: RunConfig, codec: TextCodec, visual: FeatureExtractor) 
 
 
 def _load_backbone(config: RunConfig, world: World) -> Backbone:
-    """That of visual.weights; where the default one is out of reach, a random one, on all ranks."""
+    """That of visual.weights, first on rank 0, which fills the hub's cache. Raises UserError."""
     visual = config.visual
     made = list[Backbone]()
 
     def load() -> None:
         made.append(build_backbone(visual.weights, visual.width, visual.pretrained, config.data.crop_size))
 
-    def first() -> str:
-        """Why rank 0, which fills the hub's cache, cannot have the default weights; or nothing."""
+    def first() -> None:
+        if visual.pretrained:
+            check_reachable(visual.weights)
         try:
             load()
         except OSError as error:
-            reason = str(error).splitlines()[0]
-            if visual.weights != VisualConfig().weights or visual.frozen_stages or visual.tune != "full":
-                raise UserError(
-                    f"visual.weights must be within reach, but {visual.weights} is not: {reason} Give a "
-                    "folder or file of this machine."
-                ) from error
-            return reason
-        return ""
-
-    reason = main_first(first, world)
-    if not reason:
-        try:
-            if not made:
-                load()
-        except OSError as error:
-            raise RankError(
-                f"visual.weights must be within reach of every machine, but {visual.weights} is not of "
-                f"{socket.gethostname()}: {error}. Give a folder that all machines see."
+            raise UserError(
+                f"visual.weights must be within reach, but {visual.weights} is not: "
+                f"{str(error).splitlines()[0]} Give a folder or file of this machine, or "
+                "--visual.weights=none to train from random weights, which costs accuracy."
             ) from error
-        return made[0]
-    if world.is_main:
-        print(
-            f"warning: the ImageNet weights {visual.weights} are out of reach ({reason}); the backbone "
-            "starts from random weights, which costs accuracy. Give --visual.weights=FILE, or "
-            "--visual.weights=none to say that this is meant.",
-            flush=True,
-        )
-    return build_backbone("none", visual.width)
+
+    main_first(first, world)
+    try:
+        if not made:
+            load()
+    except OSError as error:
+        raise RankError(
+            f"visual.weights must be within reach of every machine, but {visual.weights} is not of "
+            f"{socket.gethostname()}: {error}. Give a folder that all machines see."
+        ) from error
+    return made[0]
 
 
 def stage_1_export(config: RunConfig) -> Path:

@@ -28,6 +28,7 @@ from flallm_ds.training.progress import Progress, ScoringProgress
 from flallm_ds.training.run_folder import Metrics
 from flallm_ds.training.schedule import rate_factor
 from flallm_ds.training.stop import StopRequest
+from flallm_ds.training.weights_record import read_weights
 
 
 @dataclass
@@ -210,6 +211,7 @@ class Trainer:
             )
             parts = task.extractor.settings(), task.extractor.visual.settings()
             settings = export.settings_of(self.config, task.train_index, scores, *parts)
+            settings["weights"] = read_weights(self.folder)
             llm = task.engine.module.language_model
             try:
                 checkpoint.replace_folder(

@@ -1,5 +1,7 @@
 """Backbones of transformers and timm in the real trainer: two ranks, ZeRO-2 and ZeRO-3, one launch."""
 
+import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -109,3 +111,17 @@ def test_stage_llm_takes_the_backbone_of_stage_visual(runs: Path) -> None:
     finally:
         (runs / "vit_elsewhere").rename(runs / "vit")
     assert visual(torch.rand(3, 3, 32, 32), torch.tensor([2, 1])).shape == (3, 32)
+
+
+def test_a_run_and_its_export_say_which_weights_they_began_with(runs):
+    def sha256(path: Path) -> str:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+
+    kinds = {"plain": ("visual.weights", "vit"), "timm": ("visual.weights", "resnet")}
+    for name, (option, folder) in (kinds | {"llm": ("visual_run", "lora/best")}).items():
+        entry = json.loads((runs / name / "weights.json").read_text())[option]
+        weights = [file for file in entry["files"] if file["file"].endswith(".safetensors")]
+        assert entry["path"] == str(runs / folder) and weights
+        assert all(file["sha256"] == sha256(runs / folder / file["file"]) for file in weights)
+        exported = json.loads((runs / name / "best" / "flallm.json").read_text())["weights"]
+        assert exported[option]["files"] == entry["files"] and str(runs) not in json.dumps(exported)

@@ -1,0 +1,118 @@
+"""What a new run really began with, in `weights.json` of its folder: files, digests, the hub's revision.
+
+config.json says what was asked for. A folder's files may change later, and a hub id names another
+revision tomorrow; the digests do not.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+
+from flallm_ds import export
+from flallm_ds.config import RunConfig
+from flallm_ds.data.store import file_sha256
+from flallm_ds.dist import World, main_first
+from flallm_ds.errors import UserError
+from flallm_ds.models.backbones import TIMM, hub_id
+from flallm_ds.models.stored import checkpoint_files
+from flallm_ds.training.checkpoint import replace_file
+
+FILE = "weights.json"
+# Next to the weights: configs, tokenizers, and code that came with a model.
+_SMALL = (".json", ".model", ".py", ".txt")
+_WEIGHTS = (".safetensors", ".bin", ".pth", ".npz")
+
+
+def record_weights(config: RunConfig, folder: Path, world: World) -> None:
+    """Write weights.json on rank 0, once. Raises UserError on every rank where a file cannot be read.
+
+    Every file is read once to digest it: about 2 s a GB on one core, from a disk that is as fast. A run
+    that was begun before there was such a file goes on without.
+    """
+
+    def write() -> None:
+        if (folder / FILE).is_file() or (folder / "checkpoints").is_dir():
+            return
+        try:
+            content = json.dumps(loaded(config), indent=2, ensure_ascii=False)
+            replace_file(folder / FILE, content + "\n")
+        except OSError as error:
+            raise UserError(
+                f"{folder / FILE} must be written, but was not ({error}). Check the model's files and the "
+                "disk, then give the same command again."
+            ) from error
+
+    main_first(write, world)
+
+
+def read_weights(folder: Path) -> dict[str, Any]:
+    """What `record_weights` wrote, without the paths of this machine: for an export. Empty without it."""
+    if not (folder / FILE).is_file():
+        return {}
+    found: dict[str, Any] = json.loads((folder / FILE).read_text(encoding="utf-8"))
+    return {option: _without_folders(entry) for option, entry in found.items()}
+
+
+def _without_folders(entry: dict[str, Any]) -> dict[str, Any]:
+    """An entry as others may see it: an absolute path is cut to its last part."""
+    name = Path(entry["name"]).name if entry["name"].startswith("/") else entry["name"]
+    return {part: value for part, value in entry.items() if part != "path"} | {"name": name}
+
+
+def loaded(config: RunConfig) -> dict[str, Any]:
+    """By option (visual.weights, visual_run, llm.name): name, place, revision and files.
+
+    revision: the commit of a hub's model, else none. files: with size and sha256; without the weights
+    where they are random.
+    """
+    visual = config.visual
+    found = {}
+    if config.stage == "llm" and config.visual_run != "none":
+        found["visual_run"] = _entry(config.visual_run, _export_files(export.find(config.visual_run)), None)
+    else:
+        files, revision = _backbone_files(visual.weights, visual.pretrained)
+        found["visual.weights"] = _entry(visual.weights, files, revision)
+    whole = config.llm.pretrained and config.stage != "visual"  # stage 1 takes the tokenizer alone
+    files, revision = _model_files(config.llm.name, whole)
+    return found | {"llm.name": _entry(config.llm.name, files, revision)}
+
+
+def _entry(name: str, files: Iterable[Path], revision: str | None) -> dict[str, Any]:
+    files = sorted(set(files))
+    return {
+        "name": name,
+        "path": str(files[0].parent.absolute()) if files else None,
+        "revision": revision,
+        "files": [{"file": f.name, "bytes": f.stat().st_size, "sha256": file_sha256(f)} for f in files],
+    }
+
+
+def _export_files(folder: Path) -> list[Path]:
+    """What stage 2 reads of stage 1."""
+    names = (export.SETTINGS_FILE, export.VISUAL_FILE, export.FEATURES_FILE)
+    return [folder / name for name in names if (folder / name).is_file()]
+
+
+def _backbone_files(weights: str, pretrained: bool) -> tuple[list[Path], str | None]:
+    if weights == "none":
+        return [], None
+    name, _, file = weights.partition("@") if weights.startswith(TIMM) else (weights, "", "")
+    if file or Path(weights).is_file():
+        return [Path(file or weights)] if pretrained else [], None
+    return _model_files(hub_id(name), pretrained)
+
+
+def _model_files(name: str, with_weights: bool) -> tuple[list[Path], str | None]:
+    """(the files that were read of a hub's model or a folder, the hub's commit)."""
+    cached = None if Path(name).is_dir() else try_to_load_from_cache(name, "config.json")
+    folder = Path(cached).parent if isinstance(cached, str) else Path(name)
+    files = [path for path in folder.glob("*") if path.suffix in _SMALL and path.is_file()]
+    if with_weights:
+        try:
+            files += checkpoint_files(str(folder))
+        except OSError:  # under another name, as some of timm's are
+            files += [path for path in folder.glob("*") if path.suffix in _WEIGHTS and path.is_file()]
+    return files, folder.name if isinstance(cached, str) else None
