@@ -1,5 +1,6 @@
 """What a folder of features says of itself, and one clip's features as bytes. numpy alone."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BytesIO
@@ -66,6 +67,7 @@ class FeatureFacts:
                 and set(facts.options) == set(OPTIONS)
                 and all(type(facts.options[name]) is int for name in ("keep_every", "max_frames"))
                 and facts.options["cap"] in get_args(Cap)
+                and math.isfinite(facts.options["target_fps"] or 1)
                 and facts.sampling is not None
             )
         except (KeyError, TypeError, ValueError):  # the last of a sampling that cannot be

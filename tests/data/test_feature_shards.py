@@ -291,6 +291,45 @@ def test_an_index_that_does_not_say_what_its_features_are(copy):
 # --- the folder while it is written
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"width": 10**9},
+        {"width": 0},
+        {"width": True},
+        {"seed": -1},
+        {"source": None},
+        {"encoder": 3},
+        {"options": {"keep_every": 0}},
+        {"options": {"keep_every": "4"}},
+        {"options": {"max_frames": 2.5}},
+        {"options": {"target_fps": float("nan")}},
+        {"options": {"target_fps": -1}},
+        {"options": {"target_fps": "25"}},
+        {"options": {"cap": "even"}},
+        {"options": {"cap": ["uniform"]}},
+    ],
+    ids=str,
+)
+def test_facts_of_features_that_cannot_be_are_one_sentence(copy, change):
+    manifest = json.loads((copy / "index.json").read_text())
+    own = manifest["features"]
+    change = change | ({"options": own["options"] | change["options"]} if "options" in change else {})
+    (copy / "index.json").write_text(json.dumps(manifest | {"features": own | change}))
+    with pytest.raises(UserError, match=r"must say what its features are.*launch/features\.py"):
+        load_index(copy, "train")
+
+
+def test_features_of_another_width_than_their_bytes_are_found_at_the_start(copy):
+    manifest = json.loads((copy / "index.json").read_text())
+    manifest["features"]["width"] *= 4
+    (copy / "index.json").write_text(json.dumps(manifest))
+    with pytest.raises(
+        UserError, match=r"size must be at least [\d,]+ for [\d,]+ features of width .* row 0"
+    ):
+        load_index(copy, "train")
+
+
 def test_verify_knows_features_and_finds_what_is_broken(copy, capsys):
     verify(copy, workers=1)
     assert "all is well: 49 clips" in capsys.readouterr().out

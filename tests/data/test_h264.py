@@ -1,5 +1,7 @@
+import contextlib
 import hashlib
 import io
+import resource
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -212,3 +214,23 @@ def test_what_is_no_clip_is_not_encoded(frames):
 def test_impossible_values_are_refused(fps, gop, crf):
     with pytest.raises(ValueError, match=r"must be .* but"):
         encode_h264(clip(2), fps, gop, crf)
+
+
+@pytest.mark.parametrize(
+    ("box", "at", "lie"),
+    [
+        (b"stsz", 12, 10**9),  # frames
+        (b"stsz", 8, 1),  # bytes of each frame
+        (b"stsc", 16, 10**9),  # frames of a chunk
+        (b"stco", 8, 10**9),  # chunks
+        (b"stts", 12, 10**9),
+    ],
+)
+def test_a_header_that_lies_takes_no_memory_for_it(member, box, at, lie):
+    damaged = bytearray(member)
+    begin = damaged.find(box) + at
+    damaged[begin : begin + 4] = lie.to_bytes(4, "big")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with contextlib.suppress(ValueError):  # FFmpeg reads some of them in spite of it
+        decode(bytes(damaged), [0, 5])
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kB
