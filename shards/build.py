@@ -9,6 +9,7 @@ import hashlib
 import inspect
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import fields, replace
@@ -37,6 +38,7 @@ from shards.corpora import (
     Row,
     csl_daily,
     how2sign,
+    is_blank,
     manifest,
     openasl,
     phoenix14t,
@@ -75,7 +77,8 @@ def build(corpus_name: str, source: Path, out: Path, options: Options, **own: An
     num_rows = sum(map(len, rows.values()))
     check_budget(faults, options.max_skipped, num_rows)
     if not any(clips.values()):
-        raise UserError(f"a corpus must have rows, but {', '.join(rows)} of {source} have none.")
+        why = f" ({'; '.join(corpus.notes)})" if corpus.notes else ""
+        raise UserError(f"a corpus must have rows, but {', '.join(rows)} of {source} have none{why}.")
     plan = plan_of(corpus_name, corpus, clips, options.recorded() | own)
     if is_built(out, plan) and not partial_folder(out).exists():
         return
@@ -84,9 +87,8 @@ def build(corpus_name: str, source: Path, out: Path, options: Options, **own: An
             partial.discard()
             return
         partial.begin({name: value for name, value in plan.items() if name != "source"}, options.restart)
-        notes = corpus.notes + [
-            f"{split}: has no rows, left out" for split, table in rows.items() if not table
-        ]
+        notes = corpus.notes + repeat_notes(rows)
+        notes += [f"{split}: has no rows, left out" for split, table in rows.items() if not table]
         if options.align:
             clips, said = aligned(clips, options.align, partial)
             notes += said
@@ -139,8 +141,9 @@ def check_rows(rows: dict[str, list[Row]], options: Options) -> tuple[dict[str, 
             box = jobs.common_box(row.bbox, options.crop) or (0, 0, 1, 1)
             if not stamps[row.path]:
                 faults.append(Fault("without video", f"{split} {row.id} has no frames at {row.path}"))
-            elif not row.text:
-                faults.append(Fault("without text", f"{split} {row.id} has an empty text"))
+            elif is_blank(row.text):
+                shown = f"a text without visible characters: {row.text!a}" if row.text else "an empty text"
+                faults.append(Fault("without text", f"{split} {row.id} has {shown}"))
             elif not is_unicode(row):
                 faults.append(Fault("no Unicode", f"{split} {row.id!a} holds half a character: {row.text!a}"))
             elif box[0] >= box[2] or box[1] >= box[3]:
@@ -314,6 +317,16 @@ def count_faults(faults: Sequence[Fault]) -> dict[str, Any]:
         if entry["count"] <= _NUM_EXAMPLES:
             entry["examples"].append(fault.sentence)
     return counts
+
+
+def repeat_notes(rows: dict[str, list[Row]]) -> list[str]:
+    """How many rows have the id of an earlier one; they are kept, as a corpus's own table has them."""
+    counts = Counter(row.id for table in rows.values() for row in table)
+    repeated = [name for name, count in counts.items() if count > 1]
+    if not repeated:
+        return []
+    num_more = counts.total() - len(counts)
+    return [f"{num_more:,} rows have the id of an earlier row and are kept ({_some(repeated)})"]
 
 
 def clamp_notes(clamped: dict[str, list[str]]) -> list[str]:

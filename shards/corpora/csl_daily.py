@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from flallm_ds.data.video import Box
 from flallm_ds.errors import UserError
-from shards.corpora import Corpus, Row, first_of, read_split, read_table
+from shards.corpora import Corpus, Row, check_text, first_of, read_split, read_table
 
 FPS = 30.0  # of the recordings, says the corpus's paper (arXiv 2105.12397); the frames have no times
 MARGIN: Box = (0.0, 80 / 512, 1.0, 1.0)  # what is left of a frame without the black rows at its top
@@ -30,9 +30,7 @@ def read(source: Path, splits: tuple[str, ...], *, trim_margin: bool = True) -> 
     --trim_margin=false keeps the black margin at the top of each frame (rows 0 to 80 of 512).
     """
     root = _find_root(source)
-    frames = next((root / name for name in _FRAMES if (root / name).is_dir()), None)
-    if frames is None:
-        raise UserError(f"the frames must be in one of {', '.join(_FRAMES)}, but are not: {root}.")
+    frames = _find_frames(root)
     labels, table = read_labels(root / "sentence_label")
     rows: dict[str, list[Row]] = {split: [] for split in splits}
     absent: list[str] = []
@@ -71,17 +69,44 @@ def read(source: Path, splits: tuple[str, ...], *, trim_margin: bool = True) -> 
     return Corpus("csl_daily", "zh", rows, notes)
 
 
+def _find_frames(root: Path) -> Path:
+    """The folder that holds a folder of frames for each clip. Raises UserError without one, and for two."""
+    found: list[Path] = []
+    for name in _FRAMES:
+        folder = root / name
+        # sentence_frames-512x512 is no second folder where it only holds frames_512x512.
+        known = any(other.samefile(folder) or folder in other.parents for other in found if folder.is_dir())
+        if folder.is_dir() and not known and any(folder.iterdir()):
+            found.append(folder)
+    if not found:
+        raise UserError(f"the frames must be in one of {', '.join(_FRAMES)}, but are not: {root}.")
+    if len(found) > 1:
+        raise UserError(
+            f"the frames must be in one folder, got two: {found[0]} and {found[1]}. Move one of them away."
+        )
+    return found[0]
+
+
 def read_labels(folder: Path) -> tuple[dict[str, tuple[str, str]], Path]:
     """(text and gloss by clip name, the file that they are from): csl2020ct_v2.pkl, else video_map.txt."""
     table = folder / "csl2020ct_v2.pkl"
     if table.is_file():
-        return {info["name"]: _label(info, table) for info in _read_infos(table)}, table
-    table = folder / "video_map.txt"
-    columns = ("name", "gloss", "char")
-    return {
-        fields["name"].strip(): ("".join(fields["char"].split()), " ".join(fields["gloss"].split()))
-        for _, fields in read_table(table, "|", columns, quoted=False)
-    }, table
+        found = [(info["name"], _label(info, table)) for info in _read_infos(table)]
+    else:
+        table = folder / "video_map.txt"
+        columns = ("name", "gloss", "char")
+        found = [
+            (fields["name"].strip(), ("".join(fields["char"].split()), " ".join(fields["gloss"].split())))
+            for _, fields in read_table(table, "|", columns, quoted=False)
+        ]
+    labels: dict[str, tuple[str, str]] = {}
+    for name, label in found:
+        if labels.setdefault(name, label) != label:
+            raise UserError(
+                f"a clip must have one label, got two that differ for {name}: {table}. Correct the table."
+            )
+        check_text(label[0], f"{table}: the text of {name}")
+    return labels, table
 
 
 def _label(info: dict[str, Any], table: Path) -> tuple[str, str]:

@@ -8,7 +8,8 @@ import re
 from pathlib import Path
 
 from flallm_ds.errors import UserError
-from shards.corpora import Corpus, Row, find_file, first_line, read_seconds, read_table, videos_below
+from shards.corpora import Corpus, Row, check_text, find_file, first_line, read_seconds, read_table
+from shards.corpora.videos import Videos
 
 _COLUMNS = ("VIDEO_ID", "VIDEO_NAME", "SENTENCE_NAME", "START_REALIGNED", "END_REALIGNED", "SENTENCE")
 _OWN_SPLITS = {"train": "train", "dev": "val", "test": "test"}
@@ -21,36 +22,39 @@ def read(source: Path, splits: tuple[str, ...], *, repair_mojibake: bool = False
     """
     if not source.is_dir():
         raise UserError(f"--source must be the How2Sign folder, but is no folder: {source}. Check --source.")
-    videos = videos_below(source)
+    videos = Videos(source)
     rows, notes = {}, []
     for split in splits:
-        table = _find_table(source, _OWN_SPLITS[split])
-        rows[split], said = read_rows(table, videos, source, repair_mojibake)
+        rows[split], said = read_rows(source, _OWN_SPLITS[split], videos, repair_mojibake)
         notes += [f"{split}: {note}" for note in said]
     return Corpus("how2sign", "en", rows, notes)
 
 
-def read_rows(
-    table: Path, videos: dict[str, Path], source: Path, repair: bool
-) -> tuple[list[Row], list[str]]:
-    """The rows of one re-aligned table (TAB- or comma-separated) and notes on how they were read."""
+def read_rows(source: Path, split: str, videos: Videos, repair: bool) -> tuple[list[Row], list[str]]:
+    """The rows of a split's re-aligned table (TAB- or comma-separated) and notes on how they were read."""
+    table = _find_table(source, split)
     delimiter = "\t" if "\t" in first_line(table) else ","
     lines = list(read_table(table, delimiter, _COLUMNS))
-    num_raw = sum(fields["VIDEO_NAME"] in videos for _, fields in lines)
-    num_ready = sum(fields["SENTENCE_NAME"] in videos for _, fields in lines)
+    raw_names = {fields["VIDEO_NAME"]: (fields["VIDEO_NAME"],) for _, fields in lines}
+    ready_names = {fields["SENTENCE_NAME"]: (fields["SENTENCE_NAME"],) for _, fields in lines}
+    there = videos.found(raw_names), videos.found(ready_names)
+    num_raw = sum(fields["VIDEO_NAME"] in there[0] for _, fields in lines)
+    num_ready = sum(fields["SENTENCE_NAME"] in there[1] for _, fields in lines)
     raw = num_raw > 0 and num_raw >= num_ready
+    level = "video_level" if raw else "sentence_level"
+    paths, said = videos.choose(raw_names if raw else ready_names, f"{level}/{split}/rgb_front/raw_videos")
     kind = (
         "cut from the raw videos by the re-aligned times" if raw else "ready-made, cut by the original times"
     )
     num_there = num_raw if raw else num_ready
-    notes = [f"clips {kind} ({num_there:,} of {len(lines):,} rows have a video)"]
+    notes = [f"clips {kind} ({num_there:,} of {len(lines):,} rows have a video)", *said]
     rows, num_garbled = [], 0
     for line, fields in lines:
         what = f"{table}, line {line}:"
         text = fields["SENTENCE"]
-        if "\n" in text or "\t" in text:
-            raise UserError(f"{what} a sentence must be on one line, but a quote is never closed.")
         mended = mend_mojibake(text)
+        # The mended text: the bytes of a garbled letter may be shown as control characters.
+        check_text(mended.strip(), f"{what} a sentence")
         num_garbled += mended != text
         start_s = read_seconds(fields["START_REALIGNED"], f"{what} START_REALIGNED", required=raw)
         end_s = read_seconds(fields["END_REALIGNED"], f"{what} END_REALIGNED", required=raw)
@@ -59,7 +63,7 @@ def read_rows(
         rows.append(
             Row(
                 id=fields["SENTENCE_NAME"],
-                path=videos.get(name, source / f"{name}.mp4"),
+                path=paths.get(name, source / f"{name}.mp4"),
                 text=(mended if repair else text).strip(),
                 language="en",
                 signer=signer[1] if signer else "",

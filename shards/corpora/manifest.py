@@ -8,14 +8,33 @@ two splits, and the same on every machine.
 """
 
 import json
+import os
+import re
+from collections import Counter
 from collections.abc import Iterator
+from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from flallm_ds.errors import UserError
-from shards.corpora import Corpus, Row, read_seconds, read_split, read_table, split_of
+from shards.corpora import (
+    Corpus,
+    Row,
+    check_text,
+    first_of,
+    read_lines,
+    read_seconds,
+    read_split,
+    read_table,
+    split_of,
+)
 
-_COLUMNS = ("video", "text", "start", "end", "split", "signer", "language", "id", "bbox", "fps")
+_NEEDED = ("video", "text")
+_STRINGS = (*_NEEDED, "split", "signer", "language", "id")
+_NUMBERS = ("start", "end", "fps")
+_COLUMNS = (*_NEEDED, "start", "end", "split", "signer", "language", "id", "bbox", "fps")
+_LIKENESS = 0.82  # difflib's, of a misspelt name: "langage" is language, "sign" is not signer
 
 
 def read(source: Path, splits: tuple[str, ...], *, language: str = "") -> Corpus:
@@ -26,15 +45,64 @@ def read(source: Path, splits: tuple[str, ...], *, language: str = "") -> Corpus
     rows: dict[str, list[Row]] = {split: [] for split in splits}
     unused: set[str] = set()
     languages: set[str] = set()
+    first_line_of: dict[Any, int] = {}
+    quoted: list[int] = []  # lines of a TSV whose text is in quotes
     for line, fields in _read_lines(source):
-        unused |= fields.keys() - set(_COLUMNS)
         what = f"{source}, line {line}:"
+        unused |= _unused(fields, what)
         split, row = _read_row(fields, source.parent, language, what)
+        _check_once(row, fields.get("id", "").strip(), line, first_line_of, what)
         languages.add(row.language)
         if split in rows:
             rows[split].append(row)
+        if source.suffix.lower() == ".tsv" and re.fullmatch('".+"', row.text):
+            quoted.append(line)
     notes = [f"columns that are not used: {', '.join(sorted(unused))}"] if unused else []
+    if quoted:
+        notes.append(
+            f"{len(quoted):,} texts begin and end with a double quote, which is kept: a TSV has no quoting "
+            f"(lines {first_of([str(line) for line in quoted])})"
+        )
     return Corpus(source.stem, languages.pop() if len(languages) == 1 else "mixed", rows, notes)
+
+
+def _unused(fields: dict[str, str], what: str) -> set[str]:
+    """The names of columns that are not read. Raises UserError for one that means another column."""
+    unknown = fields.keys() - set(_COLUMNS)
+    for name in sorted(unknown):
+        meant = _meant(name)
+        if meant and meant not in fields:
+            raise UserError(
+                f"{what} columns must be named {', '.join(_COLUMNS)}, got {name!r} and no {meant!r}. "
+                f"Rename it to {meant}, or, if it is something else, to a name less like it."
+            )
+    return {name or "(without a name)" for name in unknown}
+
+
+@cache
+def _meant(name: str) -> str | None:
+    """The column that an unknown name is a misspelling or another name of; None without one."""
+    plain = name.strip().lower()
+    # A misspelt or renamed "start" would otherwise make each row the whole video.
+    if (first := re.split(r"[^a-z]", plain)[0]) in ("start", "end", "split"):
+        return first
+    swapped = [column for column in _COLUMNS if sorted(column) == sorted(plain)]
+    return next(iter(swapped + get_close_matches(plain, _COLUMNS, 1, _LIKENESS)), None)
+
+
+def _check_once(row: Row, own_id: str, line: int, first_line_of: dict[Any, int], what: str) -> None:
+    """Raise UserError if an earlier row has the same id, or the same text for the same part of a video."""
+    place = (os.path.normpath(row.path), row.start_s or 0.0, row.end_s, row.bbox)
+    first = first_line_of.setdefault((place, row.text, row.language), line)
+    if first != line:
+        raise UserError(
+            f"{what} a row must occur once, got the video, times and text of line {first} again. "
+            "Remove one of the two."
+        )
+    if own_id and (first := first_line_of.setdefault(own_id, line)) != line:
+        raise UserError(
+            f"{what} id must be that of one row, got {own_id!r} of line {first} again. Correct the manifest."
+        )
 
 
 def _read_row(fields: dict[str, str], folder: Path, language: str, what: str) -> tuple[str, Row]:
@@ -42,6 +110,8 @@ def _read_row(fields: dict[str, str], folder: Path, language: str, what: str) ->
     video = fields.get("video", "").strip()
     if not video:
         raise UserError(f"{what} video must name a file or folder, but is empty. Correct the manifest.")
+    for name in ("text", "signer", "id"):
+        check_text(fields.get(name, "").strip(), f"{what} {name}")
     language = fields.get("language", "").strip() or language
     if not language:
         raise UserError(f"{what} a text must have a language, but has none. Give --language.")
@@ -96,27 +166,52 @@ def _read_fps(value: str, what: str) -> float:
 def _read_lines(source: Path) -> Iterator[tuple[int, dict[str, str]]]:
     suffix = source.suffix.lower()
     if suffix in (".csv", ".tsv"):
-        return read_table(source, "," if suffix == ".csv" else "\t", ("video", "text"))
+        return read_table(source, "," if suffix == ".csv" else "\t", _NEEDED, quoted=suffix == ".csv")
     if suffix in (".jsonl", ".ndjson", ".json"):
         return _read_json_lines(source)
     raise UserError(f"--source must be a .csv, .tsv or .jsonl manifest, but is {source}.")
 
 
 def _read_json_lines(source: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    try:
-        with source.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield number, _plain(json.loads(line))
-    except (OSError, ValueError, RecursionError) as error:  # JSON's and UTF-8's errors are ValueErrors
-        raise UserError(f"a manifest must be JSON lines, but {error}: {source}.") from error
+    for number, line in enumerate(read_lines(source), 1):
+        if not line.strip():
+            continue
+        try:
+            yield number, _plain(json.loads(line, object_pairs_hook=_object))
+        except (ValueError, RecursionError) as error:
+            why = error.msg if isinstance(error, json.JSONDecodeError) else error
+            raise UserError(
+                f"{source}, line {number}: a manifest must be JSON lines, one object a line, but {why}. "
+                "Correct the manifest."
+            ) from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ValueError for a name that is there twice."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        repeated = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"{repeated!r} is there twice")
+    return fields
 
 
 def _plain(fields: Any) -> dict[str, str]:
-    """A JSON object's values as the strings that a CSV would hold."""
+    """A JSON object's values as the strings that a CSV would hold.
+
+    null is an empty cell, but not for video and text. Raises ValueError for a value of another kind.
+    """
     if not isinstance(fields, dict):
-        raise ValueError(f"a line is {json.dumps(fields)[:50]} where an object must be")
-    return {
-        name: "" if value is None else ",".join(map(str, value)) if isinstance(value, list) else str(value)
-        for name, value in fields.items()
-    }
+        raise ValueError(f"an object must be there, got {json.dumps(fields)[:50]}")
+    if "text" not in fields and not any(_meant(name) == "text" for name in fields):
+        raise ValueError(f"'text' must be there, got {', '.join(fields)[:50] or 'no name'}")
+    plain = {}
+    for name, value in fields.items():
+        if name in _STRINGS and not isinstance(value, str) and (value is not None or name in _NEEDED):
+            raise ValueError(f"{name} must be a string, got {json.dumps(value)[:50]}")
+        if name in _NUMBERS and (isinstance(value, bool) or not isinstance(value, str | int | float | None)):
+            raise ValueError(f"{name} must be a number or a string, got {json.dumps(value)[:50]}")
+        if isinstance(value, list):
+            plain[name] = ",".join(map(str, value))
+        else:
+            plain[name] = "" if value is None else str(value)
+    return plain

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from flallm_ds.data.video import Box
 from flallm_ds.errors import UserError
-from shards.corpora import Corpus, Row, find_file, read_seconds, read_split, read_table, videos_below
+from shards.corpora import Corpus, Row, check_text, find_file, read_seconds, read_split, read_table
+from shards.corpora.videos import Videos
 
 _COLUMNS = ("vid", "yid", "start", "end", "raw-text", "split")
 
@@ -27,7 +28,7 @@ def read(source: Path, splits: tuple[str, ...]) -> Corpus:
         split = read_split(fields["split"], f"{table}, line {line}:")
         if split in lines:
             lines[split].append((line, fields))
-    videos = videos_below(source)
+    videos = Videos(source)
     boxes = read_boxes(find_file(source, "data/bbox-v1.0.json", "bbox-v*.json"))
     rows, notes = {}, []
     for split in splits:
@@ -39,29 +40,35 @@ def read(source: Path, splits: tuple[str, ...]) -> Corpus:
 def read_rows(
     lines: list[tuple[int, dict[str, str]]],
     table: Path,
-    videos: dict[str, Path],
+    videos: Videos,
     boxes: dict[str, Box],
     source: Path,
 ) -> tuple[list[Row], list[str]]:
     """The rows of one split, and notes on how they were read."""
-    ready = [_ready_clip(fields["vid"], videos) for _, fields in lines]
-    num_ready = sum(path is not None for path in ready)
-    num_raw = sum(fields["yid"] in videos for _, fields in lines)
+    raw_names = {fields["yid"]: (fields["yid"],) for _, fields in lines}
+    ready_names = {fields["vid"]: _file_names(fields["vid"]) for _, fields in lines}
+    there = videos.found(raw_names), videos.found(ready_names)
+    num_raw = sum(fields["yid"] in there[0] for _, fields in lines)
+    num_ready = sum(fields["vid"] in there[1] for _, fields in lines)
     raw = num_raw > 0 and num_raw >= num_ready
+    paths, said = videos.choose(*((raw_names, "raw-video") if raw else (ready_names, "video-clip")))
     kind = "cut from the raw videos by the table's times" if raw else "ready-made, cut and cropped already"
     num_there = num_raw if raw else num_ready
-    notes = [f"clips {kind} ({num_there:,} of {len(lines):,} rows have a video)"]
+    notes = [f"clips {kind} ({num_there:,} of {len(lines):,} rows have a video)", *said]
     rows = []
-    for (line, fields), clip in zip(lines, ready, strict=True):
+    for line, fields in lines:
         what = f"{table}, line {line}:"
         vid, yid = fields["vid"], fields["yid"]
+        name = yid if raw else vid
+        text = fields["raw-text"].strip()
+        check_text(text, f"{what} raw-text")
         start_s = read_seconds(fields["start"], f"{what} start", required=raw)
         end_s = read_seconds(fields["end"], f"{what} end", required=raw)
         rows.append(
             Row(
                 id=vid,
-                path=videos.get(yid, source / f"{yid}.mp4") if raw else clip or source / f"{vid}.mp4",
-                text=fields["raw-text"].strip(),
+                path=paths.get(name, source / f"{name}.mp4"),
+                text=text,
                 language="en",
                 video=yid,
                 start_s=start_s if raw else None,
@@ -99,9 +106,7 @@ def read_boxes(path: Path | None) -> dict[str, Box]:
     return boxes
 
 
-def _ready_clip(vid: str, videos: dict[str, Path]) -> Path | None:
-    """The clip's own video: disks that refuse a colon made something else of it."""
-    for letter in (":", "_", "-", "%"):  # the corpus's own script writes %
-        if (path := videos.get(vid.replace(":", letter))) is not None:
-            return path
-    return None
+def _file_names(vid: str) -> tuple[str, ...]:
+    """What a ready-made clip's file may be called: disks that refuse a colon made something else of it."""
+    letters = (":", "_", "-", "%")  # the corpus's own script writes %
+    return tuple(vid.replace(":", letter) for letter in letters)

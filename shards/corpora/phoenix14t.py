@@ -8,8 +8,9 @@ sentence in " ." score about 1.1 BLEU-4 higher, which the metric's rule must say
 import re
 from pathlib import Path
 
+from flallm_ds.data.video import image_paths
 from flallm_ds.errors import UserError
-from shards.corpora import SIGNSIM_FILE, Corpus, Row, read_table
+from shards.corpora import SIGNSIM_FILE, Corpus, Row, check_text, read_table
 
 FPS = 25.0
 SEEN_HW = (300, 210)  # "to undistort stretch images to 210x300", says the release's README
@@ -58,24 +59,35 @@ def find_root(source: Path) -> Path:
 
 def read_rows(table: Path, frames: Path, stretch_hw: tuple[int, int] | None = None) -> list[Row]:
     """The rows of one table, `|` between fields and no quoting; `frames` holds a folder for each clip."""
-    return [
-        Row(
-            id=fields["name"],
-            path=_frame_folder(frames, fields["video"] or fields["name"]),
-            text=fields["translation"].strip(),
-            language="de",
-            signer=fields["speaker"],
-            video=re.sub(r"-[0-9]+$", "", fields["name"]),  # the broadcast, without its clip's number
-            gloss=fields["orth"].strip(),
-            image_fps=FPS,
-            stretch_hw=stretch_hw,
+    rows = []
+    for line, fields in read_table(table, "|", _COLUMNS, quoted=False):
+        text = fields["translation"].strip()
+        check_text(text, f"{table}, line {line}: translation")
+        rows.append(
+            Row(
+                id=fields["name"],
+                path=_frame_folder(frames, fields["video"] or fields["name"]),
+                text=text,
+                language="de",
+                signer=fields["speaker"],
+                video=re.sub(r"-[0-9]+$", "", fields["name"]),  # the broadcast, without its clip's number
+                gloss=fields["orth"].strip(),
+                image_fps=FPS,
+                stretch_hw=stretch_hw,
+            )
         )
-        for _, fields in read_table(table, "|", _COLUMNS, quoted=False)
-    ]
+    return rows
 
 
 def _frame_folder(frames: Path, pattern: str) -> Path:
-    """The folder of `<name>/1/*.png`; most copies have no `/1`."""
+    """The folder of `<name>/1/*.png`; most copies have no `/1`. Raises UserError if both hold images."""
     named = frames / re.sub(r"/[^/]*\*[^/]*$", "", pattern)
     clip = named.parent if named.name == "1" else named
-    return clip / "1" if (clip / "1").is_dir() else clip
+    if not (clip / "1").is_dir():
+        return clip
+    below, above = image_paths(clip / "1"), image_paths(clip)
+    if below and above and not (clip / "1").samefile(clip):
+        raise UserError(
+            f"a clip must have one folder of frames, got two: {clip} and {clip / '1'}. Move one of them away."
+        )
+    return clip if above else clip / "1"

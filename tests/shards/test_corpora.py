@@ -159,7 +159,8 @@ def write_manifest(path, rows):
     else:
         delimiter = "," if path.suffix == ".csv" else "\t"
         names = list(dict.fromkeys(name for row in rows for name in row))
-        cells = [names] + [[f'"{row.get(name, "")}"' for name in names] for row in rows]
+        quote = '"' if path.suffix == ".csv" else ""  # a TSV has no quoting
+        cells = [names] + [[f"{quote}{row.get(name, '')}{quote}" for name in names] for row in rows]
         path.write_text("".join(delimiter.join(line) + "\n" for line in cells), encoding="utf-8")
     return path
 
