@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 
-from flallm_ds.data.video import VIDEO_SUFFIXES, Box
+from flallm_ds.data.video import Box
 from flallm_ds.errors import UserError
 
 SPLITS = ("train", "dev", "test")
@@ -198,15 +198,6 @@ def files_below(folder: Path) -> Iterator[Path]:
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (Path(place, name) for name in sorted(names) if not name.startswith("."))
-
-
-def videos_below(folder: Path) -> dict[str, Path]:
-    """Every video file below a folder, by its name without suffix."""
-    found: dict[str, Path] = {}
-    for path in files_below(folder):
-        if path.suffix.lower() in VIDEO_SUFFIXES:
-            found.setdefault(path.stem, path)
-    return found
 
 
 def find_file(source: Path, usual: str, pattern: str) -> Path | None:

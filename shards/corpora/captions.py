@@ -1,19 +1,47 @@
-"""Caption files: WebVTT, and JSON lists of {text, start, duration} as transcript tools write them."""
+"""Caption files: WebVTT, SubRip, YouTube's json3, and JSON lists of {text, start, duration}.
+
+Texts are what is said: tags, sounds, note signs and speakers' names are taken out.
+"""
 
 import html
 import json
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import dropwhile, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-_TIMES = re.compile(r"\s*((?:\d+:)?\d+:\d+\.\d+)\s+-->\s+((?:\d+:)?\d+:\d+\.\d+)(?:\s.*)?")
-# Only what begins like a tag: JSON texts escape nothing and may hold "<3".
-_TAG = re.compile(r"</?(?:[a-z][^<>]*|\d+(?::\d+)+\.\d+)>|</>", re.IGNORECASE)
-_TIME_TAG = re.compile(r"<\d+(?::\d+)+\.\d+>")
-_INVISIBLE = dict.fromkeys(map(ord, "\u200b\u200e\u200f\u2060\ufeff"))
+# The first of a video's files in this order is read; .json is a list of {text, start, duration} or json3.
+SUFFIXES = (".vtt", ".json3", ".srt", ".json")
+OTHER_SUFFIXES = frozenset(
+    (".srv1", ".srv2", ".srv3", ".ttml", ".dfxp", ".xml", ".sbv", ".ass", ".ssa", ".sub", ".lrc", ".scc")
+)
+
+_CLOCK = r"((?:[0-9]+:)?[0-9]+:[0-9]+(?:[.,][0-9]+)?)"  # SubRip's decimals follow a comma
+_TIMES = re.compile(rf"\s*{_CLOCK}\s*-->\s*{_CLOCK}(?:\s.*)?")
+_NO_CUE = re.compile(r"NOTE\b.*|(STYLE|REGION)\s*")  # first line of a WebVTT block that is not shown
+_MAX_S = 1e7
 _AT_ONCE_S = 0.1
+
+_LINE_BREAK = re.compile(r"(?i:<br\s*/?>)|\\N")
+# Only what begins like a tag: JSON texts escape nothing and may hold "<3". It may go on in the next line.
+_TAG = re.compile(r"</?(?:[a-z][^<>]*|[0-9]+(?::[0-9]+)+[.,][0-9]+)>|</>", re.IGNORECASE)
+_TIME_TAG = re.compile(r"<[0-9]+(?::[0-9]+)+[.,][0-9]+>")
+_CODE = re.compile(r"\{\\[^{}]*\}")  # {\an8}
+_INVISIBLE = dict.fromkeys((*range(9), *range(14, 28), 0x7F, *map(ord, "\u200b\u200e\u200f\u2060\ufeff")))
+_BRACKETS = re.compile(r"\[[^][]*\]|［[^［］]*］|【[^【】]*】")
+_PARENTHESES = re.compile(r"[(（]([^()（）]*)[)）]")
+_NOTE_SIGNS = re.compile("[♩♪♫♬🎵🎶🎼]\ufe0f?")
+_SOUND = re.compile(
+    r"music|musi[qk]|música|instrumental|appla|aplau|clap|cheer|laugh|chuckl|giggl|lach|gelächter|\brires?\b|"
+    r"\brisas?\b|sigh|cough|whistl|inaudible|silence|noise|crosstalk|音乐|音樂|音楽|掌声|掌聲|拍手|笑|박수|음악",
+    re.IGNORECASE,
+)
+_SOUND_WORDS = 4  # more words are a sentence about music
+_ARROWS = re.compile(r"(?<!\S)>{2,}[ \t]*(?:([^\s:：>][^:：>\n]{0,40})(?::(?!\S)|：))?")
+_DASH = re.compile(r"[-–—]+\s*(?![\s\d])")
+_NEXT_DASH = re.compile(r"(?<=[.!?…]) [-–—]+ ?(?=[^\s\d])")
 
 
 @dataclass(frozen=True)
@@ -25,13 +53,28 @@ class Cue:
     text: str
 
 
-def read_captions(path: Path) -> tuple[list[Cue], bool]:
-    """(captions, whether they scroll) of a .vtt or .json file.
+@dataclass(frozen=True)
+class Track:
+    """The captions of one file."""
 
-    Raises OSError or ValueError for a file that is not what its name says.
-    """
+    cues: list[Cue]  # one may have an empty text
+    scrolls: bool  # lines that are shown again were taken once
+    num_unreadable: int = 0  # captions whose times cannot be read
+
+
+_Shown = tuple[float, float, list[str]]  # start and end in seconds, lines
+
+
+def read_captions(path: Path) -> Track:
+    """Read a file of one of SUFFIXES. Raises OSError or ValueError if it is not what its name says."""
     text = path.read_text(encoding="utf-8-sig")
-    return read_vtt(text) if path.suffix.lower() == ".vtt" else (read_json(json.loads(text)), False)
+    suffix = path.suffix.lower()
+    if suffix == ".vtt":
+        return Track(*read_vtt(text), _num_unreadable(_without_comments(text)))
+    if suffix == ".srt":
+        return Track(*_unroll(_timed(_lines(text), blank_ends=False)), _num_unreadable(_lines(text)))
+    content = json.loads(text)
+    return Track(*_read_json3(content) if isinstance(content, dict) else _unroll(_entries(content)))
 
 
 def header_language(path: Path) -> str:
@@ -45,55 +88,144 @@ def header_language(path: Path) -> str:
 
 def read_json(content: Any) -> list[Cue]:
     """The captions of a list of {text, start, duration}. Raises ValueError for anything else."""
-    if not isinstance(content, list):
-        raise ValueError("captions must be a list")
-    cues = []
-    for entry in content:
-        try:
-            start_s, span_s = float(entry["start"]), float(entry["duration"])
-            text = str(entry["text"])
-        except (TypeError, LookupError) as error:
-            raise ValueError("a caption must have text, start and duration") from error
-        if not (0 <= start_s < 1e7 and 0 <= span_s < 1e7):
-            raise ValueError(f"a caption must lie within a video, but is at {start_s} s for {span_s} s")
-        cues.append(Cue(start_s, start_s + span_s, _clean(text)))
-    return cues
+    return _unroll(_entries(content))[0]
 
 
 def read_vtt(text: str) -> tuple[list[Cue], bool]:
-    """(captions, whether they scroll) of a WebVTT text, without tags, entities and settings.
+    """(captions, whether they scroll) of a WebVTT text. Raises ValueError if the text is no WebVTT."""
+    if not text.startswith("WEBVTT"):
+        raise ValueError("captions must begin with WEBVTT")
+    shown = _timed(_without_comments(text), blank_ends=True)
+    return _unroll(shown, automatic=_TIME_TAG.search(text) is not None)
+
+
+def _read_json3(content: dict[str, Any]) -> tuple[list[Cue], bool]:
+    """(captions, whether they scroll) of YouTube's json3. Raises ValueError for anything else."""
+    events = content.get("events")
+    if not isinstance(events, list) or not events:
+        raise ValueError("captions must have a list of events")
+    shown = []
+    automatic = False
+    for event in events:
+        if not isinstance(event, dict):
+            raise ValueError("an event must be an object")
+        segments = event.get("segs")
+        if segments is None:  # it sets up a window
+            continue
+        if not isinstance(segments, list) or not all(isinstance(segment, dict) for segment in segments):
+            raise ValueError("the segments of an event must be a list of objects")
+        automatic |= "aAppend" in event or any("tOffsetMs" in segment for segment in segments)
+        texts = [segment.get("utf8", "") for segment in segments]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError("the text of a segment must be a string")
+        if text := "".join(texts).strip():
+            start_s = _number(event.get("tStartMs")) / 1000
+            shown.append(_caption(start_s, _number(event.get("dDurationMs")) / 1000, text))
+    return _unroll(shown, automatic)
+
+
+def _entries(content: Any) -> list[_Shown]:
+    if not isinstance(content, list):
+        raise ValueError("captions must be a list")
+    shown = []
+    for entry in content:
+        if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
+            raise ValueError("a caption must have text, start and duration")
+        shown.append(_caption(_number(entry.get("start")), _number(entry.get("duration")), entry["text"]))
+    return shown
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError("a caption must have a start and a duration")
+    return float(value)
+
+
+def _caption(start_s: float, span_s: float, text: str) -> _Shown:
+    if not (0 <= start_s < _MAX_S and 0 <= span_s < _MAX_S):
+        raise ValueError(f"a caption must lie within a video, got {start_s} s for {span_s} s")
+    return start_s, start_s + span_s, _clean(text)
+
+
+def _lines(text: str) -> list[str]:
+    return re.split(r"\r\n?|\n", text)
+
+
+def _without_comments(text: str) -> list[str]:
+    """The lines of a WebVTT text without its first one, its comments and its styles."""
+    lines = []
+    before, hidden = "", False
+    for line in _lines(text)[1:]:
+        hidden = bool(line) and (hidden or (not before and _NO_CUE.fullmatch(line) is not None))
+        before = line
+        if not hidden:
+            lines.append(line)
+    return lines
+
+
+def _num_unreadable(lines: Sequence[str]) -> int:
+    return sum("-->" in line and _span(line) is None for line in lines)
+
+
+def _span(line: str) -> tuple[float, float] | None:
+    """Start and end in seconds that a line of times names; None for a line that cannot be read."""
+    times = _TIMES.fullmatch(line)
+    if times is None:
+        return None
+    start_s, end_s = _seconds(times[1]), _seconds(times[2])
+    return (start_s, end_s) if max(start_s, end_s) < _MAX_S else None
+
+
+def _seconds(clock: str) -> float:
+    parts = reversed(clock.replace(",", ".").split(":"))
+    return sum(float(part) * 60.0**place for place, part in enumerate(parts))
+
+
+def _timed(lines: Sequence[str], blank_ends: bool) -> list[_Shown]:
+    """What is shown and when: each line of times, and the lines below it.
+
+    blank_ends: an empty line ends a caption, else the next line of times does, with the number above it.
+    """
+    found: list[tuple[tuple[float, float], list[str]]] = []
+    current: list[str] | None = None
+    for line in lines:
+        if "-->" in line:
+            if current and current[-1].strip().isdigit():
+                current.pop()  # the number of this caption
+            current = []
+            if span := _span(line):
+                found.append((span, current))
+        elif not line and blank_ends:
+            current = None
+        elif current is not None:
+            current.append(line)
+    return [(*span, _clean("\n".join(below))) for span, below in found]
+
+
+def _unroll(shown: list[_Shown], automatic: bool = False) -> tuple[list[Cue], bool]:
+    """(captions, whether they scroll).
 
     Automatic captions scroll: each shows the last line again above a new one. Their lines are taken once,
     with the span of the caption in which they were new.
-    Raises ValueError if the text is no WebVTT.
+    automatic: whether the file says so, by the time of each word.
     """
-    if not text.startswith("WEBVTT"):
-        raise ValueError("captions must begin with WEBVTT")
-    shown: list[Cue] = []
-    lines_of: list[list[str]] = []
-    header, *blocks = re.split(r"\n\n+", re.sub(r"\r\n?", "\n", text))
-    if "-->" in header:  # a caption may follow the header without an empty line
-        blocks.insert(0, "\n".join(dropwhile(lambda line: "-->" not in line, header.split("\n"))))
-    for block in blocks:
-        lines = block.strip("\n").split("\n")
-        number = next((n for n, line in enumerate(lines[:2]) if "-->" in line), 0)  # after a name, if any
-        times = None if re.match(r"NOTE\b", block) else _TIMES.fullmatch(lines[number])
-        if times:  # else a comment, a style, or a span that is none
-            lines_of.append([line for line in map(_clean, lines[number + 1 :]) if line])
-            shown.append(Cue(_seconds(times[1]), _seconds(times[2]), " ".join(lines_of[-1])))
-    repeats = [0] + [
-        _num_repeated(*lines) if now.start_s - before.end_s < _AT_ONCE_S else 0
-        for (before, now), lines in zip(pairwise(shown), pairwise(lines_of), strict=True)
-    ]
+    repeats = [0] * len(shown)
+    overlaps = [False] * len(shown)
+    for n, ((began_s, end_s, before), (start_s, _, lines)) in enumerate(pairwise(shown), 1):
+        if began_s <= start_s < end_s + _AT_ONCE_S:
+            repeats[n] = _num_repeated(before, lines)
+            overlaps[n] = began_s < start_s < end_s - _AT_ONCE_S
     # Some tools drop the time of each word, by which automatic captions are known; the repeats stay.
     mostly = len(repeats) > 3 and sum(map(bool, repeats)) > len(repeats) / 2
-    if not mostly and not _TIME_TAG.search(text):
-        return shown, False
-    return [
-        Cue(cue.start_s, cue.end_s, " ".join(lines[repeated:]))
-        for cue, lines, repeated in zip(shown, lines_of, repeats, strict=False)
-        if lines[repeated:]
-    ], True
+    if not automatic and not mostly:
+        # A line said twice is captioned twice, but not while the first is still shown.
+        repeats = [count if overlap else 0 for count, overlap in zip(repeats, overlaps, strict=True)]
+    cues = [
+        Cue(start_s, end_s, " ".join(lines[repeated:]))
+        for (start_s, end_s, lines), repeated in zip(shown, repeats, strict=True)
+        if not repeated or lines[repeated:]
+    ]
+    return cues, automatic or any(repeats)
 
 
 def _num_repeated(before: list[str], now: list[str]) -> int:
@@ -102,10 +234,67 @@ def _num_repeated(before: list[str], now: list[str]) -> int:
     return next((n for n in range(longest, 0, -1) if before[-n:] == now[:n]), 0)
 
 
-def _seconds(clock: str) -> float:
-    return sum(float(part) * 60.0**place for place, part in enumerate(reversed(clock.split(":"))))
+def separate(cues: Sequence[tuple[int, Cue]]) -> tuple[list[tuple[int, Cue]], int, int]:
+    """(captions that do not overlap, how many were cut, how many were joined); each with its number.
+
+    A caption ends where the next begins. Two that begin together, or say the same, become one.
+    """
+    apart: list[tuple[int, Cue]] = []
+    num_cut = num_joined = 0
+    for number, cue in sorted(cues, key=lambda numbered: numbered[1].start_s):
+        if apart and cue.start_s < apart[-1][1].end_s:
+            first, last = apart.pop()
+            if last.text == cue.text or cue.start_s - last.start_s < _AT_ONCE_S:
+                text = last.text if last.text == cue.text else f"{last.text} {cue.text}"
+                num_joined += 1
+                apart.append((first, Cue(last.start_s, max(last.end_s, cue.end_s), text)))
+                continue
+            num_cut += 1
+            apart.append((first, Cue(last.start_s, cue.start_s, last.text)))
+        apart.append((number, cue))
+    return apart, num_cut, num_joined
 
 
-def _clean(text: str) -> str:
-    """On one line, without tags, entities and invisible characters."""
-    return " ".join(html.unescape(_TAG.sub("", text)).translate(_INVISIBLE).split())
+def _clean(text: str) -> list[str]:
+    """The lines of what is said, without tags, entities, sounds and speakers; [] if no word is left."""
+    text = _TAG.sub("", _LINE_BREAK.sub("\n", text))
+    # Twice: transcripts are often escaped twice, tags with them.
+    text = _TAG.sub("", html.unescape(html.unescape(text)))
+    text = _CODE.sub("", text).replace("\\h", " ").translate(_INVISIBLE)
+    sung = _NOTE_SIGNS.search(text) is not None
+    text = _NOTE_SIGNS.sub(" ", _BRACKETS.sub(" ", text))
+    text = _PARENTHESES.sub(lambda found: " " if _is_sound(found[1]) else found[0], text)
+    text = _ARROWS.sub(_without_name, text)
+    whole = " ".join(text.split()).strip(".,!- ")
+    alone = _PARENTHESES.fullmatch(whole)  # (birds singing), but not a sentence said aside
+    if (alone and not re.search("[.!?。！？]", alone[1])) or (sung and _is_sound(whole)):
+        return []
+    if not any(map(str.isalnum, whole)):
+        return []
+    return list(_without_dashes([" ".join(line.split()) for line in text.split("\n")]))
+
+
+def _is_sound(words: str) -> bool:
+    return len(words.split()) <= _SOUND_WORDS and _SOUND.search(words) is not None
+
+
+def _without_name(arrows: re.Match[str]) -> str:
+    """What stays of ">> NAME:" or ">>": a name's words begin with no small letter."""
+    name = arrows[1]
+    is_name = name is None or not any(word[0].islower() for word in name.split())
+    return " " if is_name else f" {arrows[0].lstrip('>')}"
+
+
+def _without_dashes(lines: Sequence[str]) -> Iterator[str]:
+    """The lines that are not empty, without the dashes before what each of several speakers says."""
+    spoken = ""
+    dialogue = False
+    for line in filter(None, lines):
+        # After a comma or a word the dash is the sentence's own.
+        if (match := _DASH.match(line)) and (not spoken or dialogue or spoken[-1] in ".!?…\"'”"):
+            dialogue = dialogue or not spoken
+            line = line[match.end() :]
+        line = _NEXT_DASH.sub(" ", line) if dialogue else line
+        spoken = line or spoken
+        if line:
+            yield line

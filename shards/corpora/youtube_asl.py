@@ -1,16 +1,25 @@
 """YouTube-ASL and YouTube-SL-25: video ids; videos and captions are fetched by the user. A clip is a caption.
 
 There are no splits: a video's clips go to train, dev or test by a hash of its id. Videos and captions are
-found below the source by id: ID.mp4, ID.en.vtt, ID.en.json, or yt-dlp's "Title [ID].en.vtt".
+found below the source by id: ID.mp4, ID.en.vtt, ID.en.srt, ID.en.json3, or yt-dlp's "Title [ID].en.vtt".
 """
 
 import re
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from flallm_ds.errors import UserError
-from shards.corpora import Corpus, Row, files_below, first_of, split_of, videos_below
-from shards.corpora.captions import Cue, header_language, read_captions
+from shards.corpora import Corpus, Row, files_below, first_of, read_lines, same_content, split_of
+from shards.corpora.captions import (
+    OTHER_SUFFIXES,
+    SUFFIXES,
+    Cue,
+    header_language,
+    read_captions,
+    separate,
+)
+from shards.corpora.videos import Videos
 
 _ID = r"[A-Za-z0-9_-]{11}"
 _STEM = re.compile(rf"(?:.*\[)?({_ID})\]?(?:\.([A-Za-z]{{2,3}}(?:[-_][A-Za-z0-9_-]*)?))?")
@@ -48,6 +57,14 @@ class Filter:
         return (
             0 < len(cue.text) <= self.max_characters and self.min_s <= cue.end_s - cue.start_s <= self.max_s
         )
+
+
+@dataclass
+class _Tally:
+    """Captions and videos by what became of them, for the notes."""
+
+    captions: Counter[str] = field(default_factory=Counter)
+    videos: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
 
 def read(
@@ -108,61 +125,110 @@ def _read(
     captions = find_captions(source)
     language = written_language(language) or language
     wanted = dict.fromkeys(sorted(captions), language) if wanted is None else wanted
-    videos = find_videos(source)
     rows: dict[str, list[Row]] = {split: [] for split in splits}
-    without, unreadable, automatic = [], [], []
-    num_cues = 0
+    tally = _Tally()
+    spoken: dict[str, tuple[str, list[tuple[int, Cue]]]] = {}  # language and numbered captions by video
     for video, code in wanted.items():
-        split = split_of(video)
-        if split not in rows:
-            continue
-        try:
-            track = choose_track(captions.get(video, {}), written_language(code) or code)
-            if track is None:
-                without.append(video)
-                continue
-            cues, rolling = read_captions(track[1])
-        except (OSError, ValueError, RecursionError):
-            unreadable.append(video)
-            continue
-        if not track[0]:
-            raise UserError(
-                f"captions must have a language, but {track[1]} names none. Give --language, or put the "
-                "language after the video's id in the file of --ids."
-            )
-        if rolling:
-            automatic.append(video)
-        num_cues += len(cues)
-        path = videos.get(video, source / f"{video}.mp4")
-        rows[split] += [
-            Row(f"{video}_{n}", path, cue.text, track[0], "", video, cue.start_s, cue.end_s)
-            for n, cue in enumerate(cues)
-            if keep.keeps(cue)
+        if split_of(video) in rows:
+            chosen = _captions_of(video, captions.get(video, {}), written_language(code) or code, keep, tally)
+            if chosen:
+                spoken[video] = chosen
+    paths, said = Videos(source, _video_id).choose({video: (video,) for video in spoken})
+    for video, (written, cues) in spoken.items():
+        path = paths.get(video, source / f"{video}.mp4")
+        rows[split_of(video)] += [
+            Row(f"{video}_{n}", path, cue.text, written, "", video, cue.start_s, cue.end_s) for n, cue in cues
         ]
     num_kept = sum(map(len, rows.values()))
     languages = {row.language for table in rows.values() for row in table}
     notes = [
-        f"split by a hash of the video's id; {num_kept:,} of {num_cues:,} captions kept (1 to "
+        f"split by a hash of the video's id; {num_kept:,} of {tally.captions['read']:,} captions kept (1 to "
         f"{keep.max_characters} characters, {keep.min_s:g} to {keep.max_s:g} s)"
     ]
+    notes += _notes(tally, find_other_captions(source)) + said
+    return Corpus(name, languages.pop() if len(languages) == 1 else "mixed", rows, notes)
+
+
+def _captions_of(
+    video: str, tracks: dict[str, Path], language: str, keep: Filter, tally: _Tally
+) -> tuple[str, list[tuple[int, Cue]]] | None:
+    """(language, captions with their numbers) of a video; None, and in the tally, where there are none.
+
+    Raises UserError for captions without a language.
+    """
+    try:
+        track = choose_track(tracks, language)
+        if track is None:
+            tally.videos["without"].append(video)
+            return None
+        found = read_captions(track[1])
+    except (OSError, ValueError, RecursionError):
+        tally.videos["unreadable"].append(video)
+        return None
+    if not track[0]:
+        raise UserError(
+            f"captions must have a language, but {track[1]} names none. Give --language, or put the "
+            "language after the video's id in the file of --ids."
+        )
+    tally.captions["read"] += len(found.cues)
+    tally.captions["wordless"] += sum(not cue.text for cue in found.cues)
+    if found.num_unreadable:
+        tally.captions["without times"] += found.num_unreadable
+        tally.videos["without times"].append(video)
+    if not any(cue.text for cue in found.cues):
+        tally.videos["empty"].append(video)
+        return None
+    if found.scrolls:
+        tally.videos["automatic"].append(video)
+    numbered = [(number, cue) for number, cue in enumerate(found.cues) if keep.keeps(cue)]
+    apart, num_cut, num_joined = separate(numbered)
+    tally.captions["cut"] += num_cut
+    tally.captions["joined"] += num_joined
+    return track[0], [(number, cue) for number, cue in apart if keep.keeps(cue)]
+
+
+def _notes(tally: _Tally, others: dict[str, str]) -> list[str]:
+    """others: the name of a caption file of another format, by video."""
+    notes = []
+    for kind, what in (
+        ("wordless", "have no words without sounds, note signs and names, and are left out"),
+        ("cut", "overlap the next one and end where it begins"),
+        ("joined", "begin together with another one, or repeat it while it is shown, and are one with it"),
+        ("without times", "have times that cannot be read, and are left out"),
+    ):
+        if count := tally.captions[kind]:
+            videos = tally.videos[kind]
+            notes.append(f"{count:,} captions {what}" + (f" ({first_of(videos)})" if videos else ""))
+    without = tally.videos["without"]
+    other = [others[video] for video in without if video in others]
     for files, what in (
-        (without, "videos have no captions, or none in their language, and are left out"),
-        (unreadable, "videos have captions that cannot be read, and are left out"),
-        (automatic, "videos have automatic captions, which scroll: each of their lines is taken once"),
+        (
+            [video for video in without if video not in others],
+            "videos have no captions, or none in their language, and are left out",
+        ),
+        (
+            other,
+            f"videos have captions in none of the formats that are read ({', '.join(SUFFIXES)}), and are "
+            "left out",
+        ),
+        (tally.videos["unreadable"], "videos have captions that cannot be read, and are left out"),
+        (tally.videos["empty"], "videos have caption files without a readable caption, and are left out"),
+        (
+            tally.videos["automatic"],
+            "videos have automatic captions, which scroll: each of their lines is taken once",
+        ),
     ):
         if files:
             notes.append(f"{len(files):,} {what} ({first_of(files)})")
-    return Corpus(name, languages.pop() if len(languages) == 1 else "mixed", rows, notes)
+    return notes
 
 
 def read_ids(path: str) -> dict[str, str]:
     """The language column ("" for none or ???) by video id; TABs, commas or spaces between the two."""
     ids: dict[str, str] = {}
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--ids must be a readable text file, but {error}: {path}.") from error
-    for number, line in enumerate(lines, 1):
+    if not Path(path).is_file():
+        raise UserError(f"--ids must name a readable text file, got {path}. Check the path.")
+    for number, line in enumerate(read_lines(Path(path)), 1):
         fields = [field.strip("\"'") for field in re.split(r"[\t, ]+", line.strip())]
         if not fields[0] or (number == 1 and fields[0].lower() in _HEADERS):
             continue
@@ -182,23 +248,39 @@ def written_language(code: str) -> str:
     return _SAME.get(code, code) if len(code) == 2 else _WRITTEN.get(code, "")
 
 
-def find_videos(source: Path) -> dict[str, Path]:
-    """The video files below a folder by id."""
-    found: dict[str, Path] = {}
-    for stem, path in videos_below(source).items():
-        match = _STEM.fullmatch(stem)
-        if match and not match[2]:
-            found.setdefault(match[1], path)
-    return found
+def _video_id(path: Path) -> str:
+    """The id that a video file is named after; "" for another name."""
+    match = _STEM.fullmatch(path.stem)
+    return match[1] if match and not match[2] else ""
 
 
 def find_captions(source: Path) -> dict[str, dict[str, Path]]:
-    """The caption files below a folder by id and language tag; "" where the name has none."""
+    """The caption files below a folder by id and language tag; "" where the name has none.
+
+    Of several formats the first of SUFFIXES is taken. Raises UserError if two files of one differ.
+    """
     found: dict[str, dict[str, Path]] = {}
+    for suffix in SUFFIXES:
+        for path in files_below(source):
+            match = _STEM.fullmatch(path.stem) if path.suffix.lower() == suffix else None
+            if match is None or not path.is_file():
+                continue
+            other = found.setdefault(match[1], {}).setdefault(match[2] or "", path)
+            if other.suffix.lower() == suffix and not same_content(other, path):
+                raise UserError(
+                    f"a video must have one caption file in a language, got two that differ: {other} and "
+                    f"{path}. Move the one that is not meant out of {source}."
+                )
+    return found
+
+
+def find_other_captions(source: Path) -> dict[str, str]:
+    """The name of a caption file by id, of the formats that are not read."""
+    found: dict[str, str] = {}
     for path in files_below(source):
-        match = _STEM.fullmatch(path.stem) if path.suffix.lower() in (".vtt", ".json") else None
+        match = _STEM.fullmatch(path.stem) if path.suffix.lower() in OTHER_SUFFIXES else None
         if match:
-            found.setdefault(match[1], {}).setdefault(match[2] or "", path)
+            found.setdefault(match[1], path.name)
     return found
 
 
