@@ -34,6 +34,7 @@ from flallm_ds.models.stored import (
 )
 from flallm_ds.models.vocabulary import chosen_rows, renumber, trimmed_config, word_dims
 from flallm_ds.models.weights import write_weights
+from flallm_ds.models.word_scale import probe_of, word_scale
 
 # What transformers raises for a folder or hub id that does not hold a model it can load.
 _LOAD_ERRORS = (
@@ -142,6 +143,7 @@ def load_llm(name: str, options: LlmOptions = LlmOptions()) -> Any:
         **_quantization(options.bits),
     }
     try:
+        word_scale(_skeleton(config, options.hub_code))  # refuses what cannot read visual tokens
         with freed_at_once():
             model = _model(name, config, options, arguments)
     except _LOAD_ERRORS as error:
@@ -260,8 +262,11 @@ def llm_width(llm: Any) -> int:
 
 
 def embedding_scale(llm: Any) -> float:
-    """What the LLM multiplies its word embeddings by (sqrt(E) or 1): visual tokens must be as large."""
-    return float(getattr(llm.get_input_embeddings(), "embed_scale", None) or 1.0)
+    """What the LLM multiplies its word embeddings by (sqrt(E) or 1): visual tokens must be as large.
+
+    Raises UserError for an LLM that does not read embeddings as it reads words.
+    """
+    return word_scale(probe_of(llm))
 
 
 def trim_llm(name: str, codec: TextCodec, out: Path, hub_code: bool = False) -> None:
@@ -272,6 +277,7 @@ def trim_llm(name: str, codec: TextCodec, out: Path, hub_code: bool = False) -> 
     """
     try:
         skeleton = _skeleton(llm_config(name, hub_code), hub_code)
+        word_scale(probe_of(skeleton))  # refuses what cannot read visual tokens
         state = open_checkpoint(name)
         names = model_names(skeleton, list(state))
         twins = skeleton.all_tied_weights_keys.keys() - untied_names(skeleton, state)

@@ -16,6 +16,7 @@ from flallm_ds.data.text import TextCodec, Wording
 from flallm_ds.models.adapters import Adapter
 from flallm_ds.models.lengths import pad_parts
 from flallm_ds.models.loss import Head, LossKind, token_loss
+from flallm_ds.models.word_scale import own_scale, probe_of, word_scale
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,9 @@ class SignTranslator(nn.Module):
         self.pad_id, self.eos_id = codec.pad_id, codec.eos_id
         self.loss = loss
         self._head = Head.of(language_model)
+        # Of words that are read as embeddings: what the LLM does to words beside its embedding.
+        own = own_scale(language_model.get_input_embeddings())
+        self._words_scale = word_scale(probe_of(language_model)) / own
 
     def visual_tokens(self, inputs: torch.Tensor, num_frames_B: torch.Tensor) -> torch.Tensor:
         """tokens_NE that stand in place of words.
@@ -93,6 +97,8 @@ class SignTranslator(nn.Module):
         # One call of the embedding for the batch: under ZeRO-3 each is a gather.
         ids_N = torch.tensor(ids, dtype=torch.long, device=tokens_NE.device)
         words_NE = self.language_model.get_input_embeddings()(ids_N)
+        if self._words_scale != 1.0:
+            words_NE = words_NE * self._words_scale
         words = iter(torch.split(words_NE, [len(part) for pair in around for part in pair]))
         return pad_parts([torch.cat([next(words), video, next(words)]) for video in videos], side)
 

@@ -152,6 +152,7 @@ def build_task(config: RunConfig, folder: Path, world: World) -> Task:
     accumulation = config.data.micro_batches // world.size
     json_config = ds.read_deepspeed_config(json_path)
     check_precision(config, json_config, json_path)
+    check_rates(config, json_config, json_path)
     ds_config = ds.complete(json_config, world.device, accumulation, config.optim.clip)
     _must(
         not (config.visual.chunk_frames and config.trains_visual and ds.zero_stage(ds_config) == 3),
@@ -242,6 +243,27 @@ def check_precision(config: RunConfig, json_config: dict[str, Any], path: Path) 
             f"train.deepspeed must compute by torch_autocast where the visual encoder is trained, because "
             f"BatchNorm's statistics stay fp32, but {path} enables {precision}. Take ds_configs/zero2.json "
             "or leave --visual.frozen=all.",
+        )
+
+
+def check_rates(config: RunConfig, json_config: dict[str, Any], path: Path) -> None:
+    """Raise UserError for a learning rate whose updates master weights of low precision would round away."""
+    lowest = ds.lowest_rate(json_config)
+    if lowest is None:
+        return
+    flag, least = lowest
+    optim, llm = config.optim, config.llm
+    rates = {"lr": optim.lr}
+    if config.trains_visual:
+        rates["backbone_lr"] = optim.lr if optim.backbone_lr is None else optim.backbone_lr
+    if config.stage != "visual" and (llm.tune != "frozen" or llm.layers):
+        rates["llm_lr"] = optim.llm_lr
+    for name, rate in rates.items():
+        _must(
+            rate >= least or rate == 0,
+            f"optim.{name} must be at least {least:g} where {path} sets {flag}, because smaller updates of "
+            f"most weights are rounded away, got {rate:g}. Set --optim.{name}={least:g} or a JSON with fp32 "
+            "master weights, such as ds_configs/zero3_offload.json.",
         )
 
 

@@ -150,3 +150,56 @@ def test_an_old_lock_that_a_killed_build_left_is_refused(tmp_path, monkeypatch):
     os.utime(lock, (long_ago, long_ago))
     with pytest.raises(UserError, match="cpu_adam/lock"):
         ds.check_compilation_locks()
+
+
+# --- learning rates that low precision rounds away
+
+
+BF16 = {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}
+FP16 = {"fp16": {"enabled": True, "fp16_master_weights_and_grads": True}}
+
+
+def checked(json_config: dict, stage: str = "llm", **options: str) -> None:
+    from flallm_ds.config import RunConfig
+    from flallm_ds.training.build import check_rates
+
+    config = RunConfig(stage=stage, run="r", visual_run="none" if stage == "llm" else "")
+    config = config.with_overrides({name.replace("__", "."): value for name, value in options.items()})
+    check_rates(config, json_config, Path("mine.json"))
+
+
+@pytest.mark.parametrize(
+    ("json_config", "options", "name", "least"),
+    [
+        (BF16, {}, "llm_lr", "0.0001"),  # the default
+        (BF16, {"optim__llm_lr": "9.9e-5"}, "llm_lr", "0.0001"),
+        (BF16, {"optim__llm_lr": "1e-4", "optim__lr": "5e-5"}, "lr", "0.0001"),
+        (BF16, {"llm__tune": "frozen", "llm__layers": "norm"}, "llm_lr", "0.0001"),
+        (BF16, {"visual__frozen": "none", "optim__backbone_lr": "1e-6"}, "backbone_lr", "0.0001"),
+        (BF16, {"stage": "visual", "optim__lr": "1e-5"}, "lr", "0.0001"),
+        (FP16, {}, "llm_lr", "1.25e-05"),
+        (json.loads((JSONS[0].parent / "zero3_bf16_states.json").read_text()), {}, "llm_lr", "0.0001"),
+    ],
+)
+def test_rates_that_bf16_master_weights_would_round_away_are_refused(json_config, options, name, least):
+    sentence = (
+        rf"optim\.{name} must be at least {least} where mine\.json sets .*_master_weights_and_grads.*, got"
+    )
+    with pytest.raises(UserError, match=sentence):
+        checked(json_config, **options)
+
+
+@pytest.mark.parametrize("path", JSONS, ids=lambda path: path.stem)
+def test_a_json_without_such_weights_takes_any_rate(path):
+    if path.stem != "zero3_bf16_states":
+        checked(json.loads(path.read_text()))
+    checked(json.loads(path.read_text()), optim__llm_lr="1e-4")
+    checked(json.loads(path.read_text()), llm__tune="frozen")  # the LLM has no learning rate then
+
+
+def test_the_least_rate_is_about_what_moves_a_weight_in_bf16():
+    """A weight of 0.05 moves by 2e-4, not by 5e-5; one update of 1e-5 is lost for most weights of an LLM."""
+    weight = torch.tensor(0.05, dtype=torch.bfloat16)
+    assert weight + 2e-4 != weight and weight + 5e-5 == weight
+    weights = (torch.randn(10_000, generator=torch.Generator().manual_seed(0)) * 0.05).bfloat16()
+    assert (weights + 1e-5 == weights).float().mean() > 0.8
