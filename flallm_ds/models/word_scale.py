@@ -19,7 +19,10 @@ _DRAWN = 10**7  # numbers in one of its other tensors at most; a larger one repe
 
 
 # Model types that only seem to read embeddings as words, and why.
-_REFUSED = {"fsmt": "where it reads embeddings, its decoder sees the words that are to come"}
+_REFUSED = {
+    "fsmt": "where it reads embeddings, its decoder sees the words that are to come",
+    "prophetnet": "what its decoder says of a word depends on how many words are to come",
+}
 
 
 class _FirstLayer(Exception):  # no error: it ends a forward

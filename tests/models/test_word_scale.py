@@ -33,18 +33,18 @@ TINY = {
     "d_kv": 8, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "intermediate_size": 48, "d_ff": 48,
     "n_inner": 48, "max_position_embeddings": 64, "n_positions": 64, "num_experts": 4,
     "num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 4,
-    "scale_embedding": True, "embedding_multiplier": 3.0, "disable_ngram_loss": True,
+    "scale_embedding": True, "embedding_multiplier": 3.0,
     "router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0,
     "attention_window": 4,
 }  # fmt: skip
 MULTI_HEAD = {"num_key_value_heads": 4}
 OWN: dict[str, dict[str, Any]] = {
     "opt": {"word_embed_proj_dim": 16},
-    "prophetnet": {"eps": 0.0},  # the label smoothing of its own loss
     **dict.fromkeys(("axk2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu"), MULTI_HEAD),
 }
 REFUSED = {
     "fsmt": "its decoder sees the words that are to come",
+    "prophetnet": "depends on how many words are to come",
     "gemma4_text": "provide exact `inputs_embeds`",  # looks each embedding up among its words
     "deepseek_v4": "its first layer is given something else",  # ids choose the experts
     "cpmant": "index out of range",  # it knows no embeddings
