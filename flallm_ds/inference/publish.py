@@ -12,7 +12,7 @@ from flallm_ds.config import RunConfig
 from flallm_ds.data.text import TextCodec
 from flallm_ds.errors import UserError
 from flallm_ds.model_card import model_card
-from flallm_ds.models.llm import LlmOptions
+from flallm_ds.models.llm import LlmOptions, clean_generation
 from flallm_ds.models.tuning import merged
 from flallm_ds.models.weights import named_state, write_weights
 from flallm_ds.training.checkpoint import replace_folder
@@ -56,6 +56,9 @@ def publish(
             found = _merge(source, folder, settings, hub_code)
         if untrimmed:
             _untrim(folder, name, codec, hub_code)
+        for part in (folder / export.LANGUAGE_MODEL, folder / BASE):
+            if part.is_dir():
+                clean_generation(part, hub_code)  # of an older export, or as the base LLM's hub has it
         _describe(folder, found, hub_code)
 
     try:

@@ -1,10 +1,12 @@
 """The LLM, encoder-decoder or decoder-only: loaded from a hub id or folder; its vocabulary trimmed."""
 
 import copy
+import json
 import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -21,7 +23,12 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.initialization import no_init_weights
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import set_zero3_state
-from transformers.utils import is_bitsandbytes_available, is_flash_attn_2_available
+from transformers.utils import (
+    GENERATION_CONFIG_NAME,
+    cached_file,
+    is_bitsandbytes_available,
+    is_flash_attn_2_available,
+)
 
 from flallm_ds.data.text import TextCodec
 from flallm_ds.errors import UserError
@@ -148,10 +155,10 @@ def load_llm(name: str, options: LlmOptions = LlmOptions()) -> Any:
             model = _model(name, config, options, arguments)
     except _LOAD_ERRORS as error:
         raise _not_loaded(name, error) from error
-    for stored in (model.config, model.generation_config):
-        for field in ("forced_bos_token_id", "forced_eos_token_id"):
-            if getattr(stored, field, None) is not None:
-                setattr(stored, field, None)  # our texts start with the language, and end by themselves
+    for field in ("forced_bos_token_id", "forced_eos_token_id"):
+        if getattr(model.config, field, None) is not None:
+            setattr(model.config, field, None)  # our texts start with the language, and end by themselves
+    model.generation_config = ids_alone(model.generation_config)
     return model
 
 
@@ -163,7 +170,12 @@ def _model(name: str, config: Any, options: LlmOptions, arguments: dict[str, Any
     if is_deepspeed_zero3_enabled() and options.bits > 8:
         return _partitioned(name, config, options.hub_code, arguments)
     model, found = auto.from_pretrained(
-        name, config=config, trust_remote_code=options.hub_code, output_loading_info=True, **arguments
+        name,
+        config=config,
+        generation_config=_generation_config(name, config),
+        trust_remote_code=options.hub_code,
+        output_loading_info=True,
+        **arguments,
     )
     _must_be_whole(name, model, found["missing_keys"])
     return model
@@ -184,7 +196,7 @@ def _partitioned(name: str, config: Any, hub_code: bool, arguments: dict[str, An
             None,
             config=skeleton.config,
             state_dict=state,
-            generation_config=_generation_config(name),
+            generation_config=_generation_config(name, config),
             output_loading_info=True,
             **arguments,
         )
@@ -201,11 +213,36 @@ def _skeleton(config: Any, hub_code: bool) -> Any:
         return _auto_class(config).from_config(copy.deepcopy(config), trust_remote_code=hub_code)
 
 
-def _generation_config(name: str) -> Any:
-    try:
-        return GenerationConfig.from_pretrained(name)
-    except OSError:  # an old checkpoint, whose config.json holds it
-        return GenerationConfig.from_pretrained(name, config_file_name="config.json", _from_model_config=True)
+def ids_alone(*sources: Any) -> GenerationConfig:
+    """The ids of configs, the first that has one, without their search settings: the run says how to search.
+
+    Left out are penalties, sampling, lengths, beams, and forced and forbidden tokens.
+    """
+    names = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
+    held = {n: [getattr(s, n) for s in sources if getattr(s, n, None) is not None] for n in names}
+    return GenerationConfig(**{name: values[0] for name, values in held.items() if values})
+
+
+def _generation_config(name: str, config: Any) -> GenerationConfig:
+    """The ids of an LLM's generation_config.json, or of its config where it has none.
+
+    Read as JSON: transformers refuses some settings that are of no matter here.
+    """
+    path = cached_file(
+        name,
+        GENERATION_CONFIG_NAME,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if path is None:
+        return ids_alone(config.get_text_config(decoder=True), config)
+    return ids_alone(SimpleNamespace(**json.loads(Path(path).read_text(encoding="utf-8"))))
+
+
+def clean_generation(folder: Path, hub_code: bool = False) -> None:
+    """Rewrite generation_config.json of a folder with an LLM, so that it holds ids alone."""
+    generation = _generation_config(str(folder), llm_config(str(folder), hub_code))
+    generation.to_json_file(folder / GENERATION_CONFIG_NAME)
 
 
 def _set(config: Any, names: tuple[str, ...], value: float | None) -> None:
@@ -298,7 +335,7 @@ def trim_llm(name: str, codec: TextCodec, out: Path, hub_code: bool = False) -> 
         ),
         file_bytes=_FILE_BYTES,
     )
-    generation = _generation_config(name)
+    generation = _generation_config(name, skeleton.config)
     renumber(generation, codec)
     save_configs(skeleton, config, generation, out)
     codec.save(out)
@@ -336,7 +373,7 @@ def untrim_llm(trimmed: Path, base_name: str, codec: TextCodec, out: Path, hub_c
 
     write_weights(out, tensors(), file_bytes=_FILE_BYTES)
     whole.config.dtype = small.config.dtype
-    save_configs(whole, whole.config, _generation_config(base_name), out)
+    save_configs(whole, whole.config, _generation_config(base_name, whole.config), out)
     codec.untrimmed().save(out)
 
 
@@ -367,4 +404,4 @@ def save_configs(llm: Any, config: Any, generation: Any, out: Path) -> None:
     if llm._auto_class is not None:
         custom_object_save(llm, out, config=config)
     config.save_pretrained(out)
-    generation.to_json_file(out / "generation_config.json")  # whatever its checks think of it
+    generation.to_json_file(out / GENERATION_CONFIG_NAME)  # whatever its checks think of it

@@ -87,14 +87,15 @@ def _materialize(probe: Any) -> torch.Tensor:
         if isinstance(module, PreTrainedModel):
             owners.update(dict.fromkeys(module.modules(), module))
     generator = torch.Generator().manual_seed(0)
-    words = probe.get_input_embeddings()
+    words: nn.Embedding = probe.get_input_embeddings()
     shape = words.weight.shape
     table = torch.randn(_ROWS, shape[1], generator=generator)
     for module in owners.keys() - in_layers:
         for name, parameter in module.named_parameters(recurse=False):
             numbers = _numbers(parameter, generator)
-            if type(module) is type(words) and parameter.shape == shape:  # tied later
-                numbers, module.padding_idx = table, None  # it may be past the probe's rows
+            if type(module) is type(words) and parameter.shape == shape:  # of a reader, tied when loaded
+                numbers = table
+                module.padding_idx = None  # it may be past the probe's rows
             setattr(module, name, nn.Parameter(numbers, requires_grad=False))
             getattr(module, name)._is_hf_initialized = True  # so that below buffers alone are filled
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):

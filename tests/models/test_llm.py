@@ -236,6 +236,50 @@ def test_an_untrimmed_family_is_the_whole_one_with_the_trained_rows(family, tmp_
     assert TextCodec.load(tmp_path / "whole").vocab_size == codec.untrimmed().vocab_size > codec.vocab_size
 
 
+# What hubs have in generation configs, and worse: each of them changes a search that it is in force in.
+SEARCH = {
+    "repetition_penalty": 3.0, "encoder_repetition_penalty": 2.0, "no_repeat_ngram_size": 1,
+    "encoder_no_repeat_ngram_size": 2, "early_stopping": True, "min_length": 12, "min_new_tokens": 12,
+    "max_length": 3, "num_beams": 7, "num_return_sequences": 3, "length_penalty": -3.0, "do_sample": True,
+    "temperature": 9.0, "top_k": 2, "top_p": 0.3, "typical_p": 0.4, "min_p": 0.3,
+    "suppress_tokens": [3, 4, 5, 6], "begin_suppress_tokens": [7, 8, 9], "bad_words_ids": [[10], [11, 12]],
+    "forced_bos_token_id": 5,
+    "forced_eos_token_id": 6, "exponential_decay_length_penalty": [1, 9.0], "sequence_bias": [[[13], 50.0]],
+    "guidance_scale": 4.0, "renormalize_logits": True, "max_time": 0.0, "stop_strings": ["regen"],
+    "use_cache": False, "prompt_lookup_num_tokens": 3, "num_beam_groups": 7, "diversity_penalty": 2.0,
+    "penalty_alpha": 0.6, "epsilon_cutoff": 0.1,
+}  # fmt: skip
+
+
+def hypotheses(llm, codec: TextCodec, num_beams: int) -> list:
+    torch.manual_seed(0)
+    translator = SignTranslator(None, Adapter(8, llm_width(llm), embedding_scale(llm)), llm, codec).eval()
+    beam = Beam(num_beams=num_beams, max_new_tokens=8, num_return=num_beams)
+    features = torch.randn(9, 8)
+    return translator.generate(features, torch.tensor([4, 5]), [codec.wording()] * 2, beam)
+
+
+@pytest.mark.parametrize("place", ["generation_config.json", "config.json"])  # the latter: an old checkpoint
+def test_the_search_of_each_family_is_the_one_that_is_asked_for(family, place, tmp_path):
+    whole, small, codec = family
+    folder = Path(shutil.copytree(whole, tmp_path / "llm"))
+    if place == "config.json":
+        (folder / "generation_config.json").unlink()
+    path = folder / place
+    path.write_text(json.dumps(json.loads(path.read_text()) | SEARCH))
+    trim_llm(str(folder), codec, tmp_path / "trimmed")
+    stored = json.loads((tmp_path / "trimmed" / "generation_config.json").read_text())
+    assert SEARCH.keys().isdisjoint(stored)
+    config = json.loads((tmp_path / "trimmed" / "config.json").read_text())
+    assert {name for name in SEARCH.keys() & config if config[name] == SEARCH[name]} == set()
+    pairs = [(whole, folder, codec.untrimmed()), (small, tmp_path / "trimmed", codec)]
+    for clean, as_published, known in pairs:
+        expected, found = load_llm(str(clean)), load_llm(str(as_published))
+        assert {n for n in SEARCH if getattr(found.generation_config, n, None) is not None} == set()
+        for num_beams in (1, 3):
+            assert hypotheses(found, known, num_beams) == hypotheses(expected, known, num_beams)
+
+
 # --- files of other kinds
 
 
