@@ -89,6 +89,9 @@ def llm_config(name: str, hub_code: bool = False) -> Any:
     except _LOAD_ERRORS as error:
         raise _not_loaded(name, error) from error
     _auto_class(config)
+    for field in ("forced_bos_token_id", "forced_eos_token_id"):
+        if getattr(config, field, None) is not None:
+            setattr(config, field, None)  # our texts start with the language, and end by themselves
     return config
 
 
@@ -155,9 +158,6 @@ def load_llm(name: str, options: LlmOptions = LlmOptions()) -> Any:
             model = _model(name, config, options, arguments)
     except _LOAD_ERRORS as error:
         raise _not_loaded(name, error) from error
-    for field in ("forced_bos_token_id", "forced_eos_token_id"):
-        if getattr(model.config, field, None) is not None:
-            setattr(model.config, field, None)  # our texts start with the language, and end by themselves
     model.generation_config = ids_alone(model.generation_config)
     return model
 
