@@ -16,7 +16,7 @@ def translate(
     nbest: int = 1,
     length_penalty: float | None = None,
     stream: bool = False,
-    bits: Literal["32", "16", "8", "4"] = "32",
+    bits: Literal[32, 16, 8, 4] | None = None,
     hub_code: bool = False,
 ) -> None:
     """Translate one video file or folder of frames: flallm translate VIDEO --model FOLDER.
@@ -24,7 +24,7 @@ def translate(
     model: an export, a run folder (its best export), or USER/NAME of the hub. language: of the sentence,
     where the model speaks several: de, German. nbest: as many sentences, each after its score.
     length_penalty: above 0 for longer sentences. stream: word by word, with one beam. bits: of the LLM's
-    weights. hub_code: run code that comes with the LLM.
+    weights; default those of its training. hub_code: run code that comes with the LLM.
     """
     from flallm_ds.inference.translator import Translator
 
@@ -32,7 +32,7 @@ def translate(
         raise UserError(
             f"--stream must go with one beam and one sentence, but --beams is {beams} and --nbest {nbest}."
         )
-    translator = Translator.from_pretrained(model, bits=int(bits), hub_code=hub_code)  # type: ignore[arg-type]
+    translator = Translator.from_pretrained(model, bits=bits, hub_code=hub_code)
     translator = translator.searching(beams, nbest, length_penalty)
     if stream:
         for piece in translator.stream(video, language):

@@ -9,7 +9,8 @@ language_model/                Light-T or the LLM in the Hugging Face layout, to
 
 Of an LLM with low-rank additions, or one that was not trained, only what was trained is stored, beside the
 name of the LLM that it belongs to; `flallm export` makes one whole folder of both.
-Numbers are stored as the engine held them: bf16 under a bf16 engine, as they were scored, else fp32.
+Numbers are stored as the engine held them: bf16 under a bf16 engine, as they were scored, else fp32. They are
+loaded so again: sentences are those of the dev search.
 """
 
 import hashlib
@@ -34,7 +35,15 @@ from flallm_ds.model_card import model_card, training_facts
 from flallm_ds.models.adapters import Adapter
 from flallm_ds.models.feature_extractor import FeatureExtractor, Kind, encoder_of
 from flallm_ds.models.light_translator import light_translator_from_config
-from flallm_ds.models.llm import LlmOptions, embedding_scale, llm_width, load_llm, save_configs
+from flallm_ds.models.llm import (
+    Bits,
+    LlmOptions,
+    can_quantize,
+    embedding_scale,
+    llm_width,
+    load_llm,
+    save_configs,
+)
 from flallm_ds.models.sign_translator import SignTranslator
 from flallm_ds.models.tuning import read_additions, write_additions
 from flallm_ds.models.visual_encoder import VisualEncoder
@@ -81,7 +90,8 @@ def settings_of(
 
     features: `FeatureExtractor.settings`; none: sign-wise features. visual: `VisualEncoder.settings`; none: a
     ResNet-18 of visual.width.
-    short_side: of the stored frames, px. fps: to which their build resampled them, if it did.
+    bits: of a quantized LLM. visual_autocast: whether the dev search saw frames in autocast, as a frozen
+    encoder does. short_side: of the stored frames, px. fps: to which their build resampled them, if it did.
     """
     return {
         "format": FORMAT,
@@ -106,6 +116,8 @@ def settings_of(
             "max_new_tokens": config.eval.max_new_tokens,
         },
         "base": base_of(config),
+        "bits": config.llm.bits if config.stage != "visual" and config.llm.bits < 16 else None,
+        "visual_autocast": not config.trains_visual,
         "scores": scores,
         "training": training_facts(config, index),
     }
@@ -274,21 +286,36 @@ def read_features(folder: Path, kind: Kind | None = None) -> FeatureExtractor:
     return FeatureExtractor(visual, kind, adapter, encoder_of(light_t.get_encoder())).eval()
 
 
+def trained_bits(folder: Path, settings: dict[str, Any]) -> Bits:
+    """Bits of an LLM's parameter in the run that wrote the export.
+
+    32 where they were quantized and cannot be here; 32 for fp16 as well, because fp32 holds its numbers.
+    """
+    quantized: Bits | None = settings.get("bits")
+    if quantized is not None:
+        return quantized if can_quantize() else 32
+    weights = Weights(folder, ADAPTER_FILE)  # always there, and of the engine's type
+    return 16 if weights[weights.names[0]].dtype == torch.bfloat16 else 32
+
+
 def read(folder: Path, options: LlmOptions | None = None) -> Export:
     """Everything, ready to translate; no second copy of the weights is held on the way.
 
-    Raises UserError where the folder is not whole.
+    options: of the LLM; none: in the precision of its training. The adapter is in bf16 where it was trained
+    so, unless the LLM is asked for in fp32. Raises UserError where the folder is not whole.
     """
     settings = read_settings(folder)
     visual = read_features(folder).requires_grad_(False)
     lm_folder = folder / LANGUAGE_MODEL
-    options = options or LlmOptions()
+    options = options or LlmOptions(bits=trained_bits(folder, settings))
     codec = TextCodec.load(lm_folder, options.hub_code)
     if settings["stage"] == "visual":
         language_model = _read_light_translator(lm_folder)
     else:
         language_model = read_llm(folder, settings, options)
     adapter = _read_adapter(folder, visual.feature_width, language_model)
+    if options.bits < 32:
+        adapter.to(Weights(folder, ADAPTER_FILE)["0.weight"].dtype)
     translator = SignTranslator(None, adapter, language_model, codec).eval().requires_grad_(False)
     return Export(settings, visual, translator, codec)
 

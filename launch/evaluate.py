@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if __name__ == "__main__":  # the imports below take seconds
     from flallm_ds.command import answer_signals
@@ -39,14 +39,15 @@ def evaluate(
     length_penalty: float | None = None,
     shards: tuple[str, ...] = (),
     threads: int = 0,
+    bits: Literal[32, 16, 8, 4] | None = None,
     hub_code: bool = False,
 ) -> None:
     """BLEU-1..4, ROUGE-L, chrF, the blind control and a file of hypotheses for the best export of a run.
 
     run: a run's folder or an export. nbest: as many hypotheses of each clip, with scores, into the file;
     the best one counts. length_penalty: default the run's; above 0 for longer sentences. shards: default
-    those the run was trained on. hub_code: run code that comes with the LLM. The results go to
-    RUN/evaluation/SPLIT.json and SPLIT.hypotheses.jsonl.
+    those the run was trained on. bits: of the LLM's weights; default those of its training. hub_code: run
+    code that comes with the LLM. The results go to RUN/evaluation/SPLIT.json and SPLIT.hypotheses.jsonl.
     """
     # For callers in Python: raises Preempted after a request to `stop`; `data` in place of the run's options.
     if beams < 1:
@@ -68,7 +69,7 @@ def evaluate(
     with dist.session() as world:
         index = open_index(replace(data, shards=shards or data.shards, weights=()), split, world)
         of_export = dist.main_first(lambda: export.digest(folder), world)
-        translator = Translator.from_pretrained(run, world.device, hub_code=hub_code)
+        translator = Translator.from_pretrained(run, world.device, bits, hub_code)
         translator = translator.searching(beams, nbest, length_penalty)
         loader = split_loader(translator, index, run, world, threads or decode_threads(world))
         evaluation = Evaluation(loader, translator.generate, translator.export.codec, world)

@@ -23,10 +23,13 @@ from flallm_ds.models.weights import named_state
 ENCODER_DECODER, DECODER_ONLY = "encoder_decoder", "decoder_only"
 
 
-def write_export(kind: str, corpus: Path, run: Path, tuning: str = "full") -> Path:
+def write_export(
+    kind: str, corpus: Path, run: Path, tuning: str = "full", dtype: torch.dtype = torch.float32
+) -> Path:
     """RUN/best of the stand-in LLM (German) or of a tiny Qwen3 (German and English), both trimmed.
 
-    corpus: the tiny one. tuning: of RunConfig. What training would have changed is drawn at random.
+    corpus: the tiny one. tuning: of RunConfig. dtype: of the engine. What training would have
+    changed is drawn at random.
     """
     texts = list(load_index(corpus / "shards", "train").strings("text"))
     run.mkdir(parents=True)
@@ -56,6 +59,8 @@ def write_export(kind: str, corpus: Path, run: Path, tuning: str = "full") -> Pa
     adapter = Adapter(extractor.feature_width, llm_width(llm), embedding_scale(llm))
     model = SignTranslator(extractor, adapter, llm, codec).eval()
     _change(model, [i for text in texts[:20] for i in codec.encode(text)[:-1]])
+    model.adapter.to(dtype)
+    llm.to(dtype)
     folder = run / "best"
     folder.mkdir()
     settings = settings_of(config, extractor)

@@ -6,16 +6,20 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
+import torch
 from exports import DECODER_ONLY, ENCODER_DECODER, write_export
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "launch"))
 
 from evaluate import evaluate
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from flallm_ds import export
 from flallm_ds.cli import push as push_verb
 from flallm_ds.cli import translate as translate_verb
 from flallm_ds.errors import UserError
@@ -175,7 +179,7 @@ def test_a_split_is_scored_with_nbest_and_its_language(
     run = tmp_path / "run"
     shutil.copytree(exports[DECODER_ONLY].parent, run)
     shards = (str(tiny_corpus / "shards"),)
-    evaluate(run=str(run), split="dev", beams=3, nbest=2, length_penalty=0.5, shards=shards)
+    evaluate(run=str(run), split="dev", beams=3, nbest=2, length_penalty=0.5, shards=shards, bits=16)
     lines = (run / "evaluation" / "dev.hypotheses.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(lines) == 9
     for said in map(json.loads, lines):
@@ -187,6 +191,90 @@ def test_a_split_is_scored_with_nbest_and_its_language(
     )
     with pytest.raises(UserError, match="as there are beams"):
         evaluate(run=str(run), split="dev", beams=1, nbest=2, shards=shards)
+
+
+# --- precision
+
+
+class CastsOf(TorchDispatchMode):
+    """Counts how often a parameter of an LLM is copied into another type or place."""
+
+    def __init__(self, llm: Any) -> None:
+        super().__init__()
+        self.places = {parameter.data_ptr() for parameter in llm.parameters()}
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._overloadpacket is torch.ops.aten._to_copy:
+            self.count += args[0].data_ptr() in self.places
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(scope="module")
+def bf16_exports(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
+    """As a bf16 engine writes them: whole LLMs, and low-rank additions apart from theirs."""
+    folder = tmp_path_factory.mktemp("bf16")
+    return {
+        (kind, tuning): write_export(kind, tiny_corpus, folder / f"{kind}_{tuning}", tuning, torch.bfloat16)
+        for kind, tuning in ((ENCODER_DECODER, "full"), (DECODER_ONLY, "full"), (DECODER_ONLY, "lora"))
+    }
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+TUNED = [(ENCODER_DECODER, "full"), (DECODER_ONLY, "full"), (DECODER_ONLY, "lora")]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("kind", "tuning"), TUNED)
+def test_an_export_of_a_bf16_run_is_held_in_bf16_and_never_cast_again(
+    bf16_exports: dict[tuple[str, str], Path], video: Path, kind: str, tuning: str, device: str
+) -> None:
+    translator = Translator.from_pretrained(bf16_exports[kind, tuning], device)
+    model = translator.export.translator
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    batch, rate = translator._read(video, language_of(kind) or translator.language())
+    with CastsOf(model.language_model) as casts:
+        said = translator.generate(batch, rate)
+    assert casts.count == 0 and len(said[0][0].ids) > 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("kind", "tuning"), TUNED)
+def test_a_bf16_export_says_what_the_dev_search_of_its_training_said(
+    bf16_exports: dict[tuple[str, str], Path], video: Path, kind: str, tuning: str, device: str
+) -> None:
+    """The search in training: a frozen encoder outside the engine, then the engine's module as it is."""
+    folder = bf16_exports[kind, tuning]
+    translator = Translator.from_pretrained(folder, device)
+    batch, _ = translator._read(video, language_of(kind) or translator.language())
+    engine = export.read(folder)
+    module = engine.translator.to(device, torch.bfloat16)
+    pixels = translator.preprocess(batch, train=False, device=torch.device(device))
+    with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        features = engine.visual.to(device)(pixels, batch.num_frames_B).float()
+    wordings = translator._wordings(batch)
+    assert translator.generate(batch) == module.generate(
+        features, batch.num_frames_B, wordings, translator.beam
+    )
+
+
+@pytest.mark.parametrize(("bits", "dtype"), [(32, torch.float32), (16, torch.bfloat16)])
+def test_other_bits_may_be_asked_for(
+    exports: dict[str, Path],
+    bf16_exports: dict[tuple[str, str], Path],
+    bits: Any,
+    dtype: torch.dtype,
+    video: Path,
+) -> None:
+    for folder in (exports[DECODER_ONLY], bf16_exports[DECODER_ONLY, "full"]):
+        translator = Translator.from_pretrained(folder, "cpu", bits)
+        assert translator.export.translator.language_model.dtype == dtype
+        assert translator.translate(video, "de")
+
+
+def test_an_fp32_export_is_held_in_fp32(translators: dict[str, Translator]) -> None:
+    for translator in translators.values():
+        assert {p.dtype for p in translator.export.translator.parameters()} == {torch.float32}
 
 
 # --- the hub

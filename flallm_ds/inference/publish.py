@@ -104,7 +104,7 @@ def _merge(source: Path, folder: Path, settings: dict[str, Any], hub_code: bool)
         old.unlink()
     tensors = ((name, t) for name, t in merged(named_state(llm), llm) if t is not None)
     write_weights(lm_folder, tensors)
-    return {**settings, "base": None}
+    return {**settings, "base": None, "bits": None}  # merged weights are no quantized ones
 
 
 def _copy_base(source: Path, folder: Path, settings: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from flallm_ds.data.video import Video
 from flallm_ds.errors import UserError
 from flallm_ds.inference.hub import folder_of
 from flallm_ds.model_card import spoken
-from flallm_ds.models.llm import LlmOptions
+from flallm_ds.models.llm import Bits, LlmOptions
 from flallm_ds.models.sign_translator import Beam, Candidate
 from flallm_ds.preprocess import Preprocess
 
@@ -40,16 +40,21 @@ class Translator:
         cls,
         model: str | Path,
         device: str | torch.device | None = None,
-        bits: Literal[32, 16, 8, 4] = 32,
+        bits: Bits | None = None,
         hub_code: bool = False,
     ) -> "Translator":
         """Load an export folder, the best export of a run folder, or USER/NAME of the hub.
 
-        device: a GPU where there is one. bits: of the LLM's parameters (8 and 4 need bitsandbytes).
+        device: a GPU where there is one. bits: of the LLM's parameters (8 and 4 need bitsandbytes); none:
+        those of its training, so that sentences are those of the training's dev search.
         hub_code: run code that comes with the LLM. Raises UserError where there is no whole export.
         """
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        loaded = export.read(folder_of(model), LlmOptions(bits=bits, hub_code=hub_code))
+        folder = folder_of(model)
+        if bits is None:
+            bits = export.trained_bits(folder, export.read_settings(folder))
+            bits = 32 if bits < 16 and chosen.type != "cuda" else bits
+        loaded = export.read(folder, LlmOptions(bits=bits, hub_code=hub_code))
         loaded.visual.to(chosen)
         if bits > 8 or loaded.settings["stage"] == "visual":  # bitsandbytes puts its weights itself
             loaded.translator.to(chosen)
@@ -172,12 +177,13 @@ class Translator:
 
         rate: of the frames, a second, where the LLM reads features at another one.
         """
-        half = self.device.type == "cuda"
+        # Not the LLM: autocast would cast each of its matrices again for every token.
+        half = self.device.type == "cuda" and self.export.settings.get("visual_autocast", True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
             features_ND, num_frames_B = self._features(batch, rate)
-            return self.export.translator.generate(
-                features_ND, num_frames_B, self._wordings(batch), self.beam, streamer=streamer
-            )
+        return self.export.translator.generate(
+            features_ND.float(), num_frames_B, self._wordings(batch), self.beam, streamer=streamer
+        )
 
     def _features(self, batch: Batch, rate: float | None) -> tuple[torch.Tensor, torch.Tensor]:
         """(features_ND, how many each clip has)."""

@@ -70,6 +70,9 @@ _LAYER_DROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 _FILE_BYTES = 10**9  # of a trimmed LLM's files: what waits in memory while one is written
 
 
+Bits = Literal[32, 16, 8, 4]  # of a parameter: fp32, bf16, or integers of bitsandbytes
+
+
 @dataclass(frozen=True)
 class LlmOptions:
     """How an LLM is loaded. The dropouts replace its config's where given and where the model has them."""
@@ -79,7 +82,7 @@ class LlmOptions:
     attention: str = "sdpa"  # where the model has it, else eager; or eager, flash_attention_2
     pretrained: bool = True  # false: random weights, drawn from PyTorch's generator, which does not move
     hub_code: bool = False  # run code that comes with the model
-    bits: Literal[32, 16, 8, 4] = 32  # of a parameter: fp32, bf16, or integers of bitsandbytes
+    bits: Bits = 32
 
 
 def llm_config(name: str, hub_code: bool = False) -> Any:
@@ -261,10 +264,15 @@ def _attention(how: str) -> dict[str, str]:
     return {} if how == "sdpa" else {"attn_implementation": how}  # sdpa is transformers' choice where it can
 
 
+def can_quantize() -> bool:
+    """Whether weights of 8 and 4 bits can be loaded here."""
+    return torch.cuda.is_available() and bool(is_bitsandbytes_available())
+
+
 def _quantization(bits: int) -> dict[str, Any]:
     if bits > 8:
         return {}
-    if not (torch.cuda.is_available() and is_bitsandbytes_available()):
+    if not can_quantize():
         raise UserError(
             f"llm.bits={bits} needs a GPU and the package bitsandbytes, but one of them is not here. "
             "Install it, or give --llm.bits=16."
