@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -93,6 +94,23 @@ def test_peft_reads_additions_that_are_apart(runs: Callable[[str, str], Path], t
         plain = AutoModelForCausalLM.from_pretrained(folder / "base_model")(ids).logits
         torch.testing.assert_close(theirs(ids).logits, ours(ids).logits)
         assert not torch.allclose(plain, ours(ids).logits, atol=1e-3)
+
+
+@pytest.mark.parametrize("lora", ["merged", "apart"])
+def test_no_folder_holds_the_search_settings_of_a_hub(
+    runs: Callable[[str, str], Path], tmp_path: Path, lora: Literal["merged", "apart"]
+) -> None:
+    """As older exports and the LLMs they began with do: who loads the folder would search in another way."""
+    run = Path(shutil.copytree(runs(DECODER_ONLY, "lora"), tmp_path / "run"))
+    for folder in (run / "best" / "language_model", run / "llm_trimmed"):
+        path = folder / "generation_config.json"
+        stored = json.loads(path.read_text()) | {"no_repeat_ngram_size": 1, "repetition_penalty": 9.0}
+        path.write_text(json.dumps(stored | {"suppress_tokens": [3, 4, 5], "temperature": 0.6}))
+    out = publish(run, tmp_path / "out", lora=lora)
+    for path in out.glob("**/generation_config.json"):
+        kept = json.loads(path.read_text())
+        assert {name for name in kept if not name.endswith("_token_id")} <= {"transformers_version"}
+    assert_same(out, runs(DECODER_ONLY, "lora"))
 
 
 def test_a_frozen_llm_is_copied_from_its_base(runs: Callable[[str, str], Path], tmp_path: Path) -> None:
