@@ -19,6 +19,7 @@ from flallm_ds.command import nearest
 from flallm_ds.data.languages import LANGUAGES, find_language, token_of
 from flallm_ds.data.normalizer import normalizer_of, restore_normalizer
 from flallm_ds.errors import UserError
+from flallm_ds.pretrained import check_llm_source
 
 VOCABULARY_FILE = "vocabulary.json"
 DECODER_ONLY_PROMPT = "Translate this {sign_language} video into {language}:{video}\n"
@@ -319,6 +320,7 @@ class TextCodec:
         where pieces are spelled in them (FLa-LLM, section 4.1). Raises UserError for a language that the LLM
         cannot be told, or where there are several and nothing tells it which.
         """
+        check_llm_source(name)
         tokenizer = load_tokenizer(name, hub_code)
         if tokenizer.eos_token_id is None:
             raise UserError(f"the tokenizer of {name} must have an end-of-sentence token, but has none.")
@@ -353,11 +355,8 @@ def load_tokenizer(name: str, hub_code: bool = False) -> Any:
 
     hub_code: run code that comes with the tokenizer.
     """
-    if ("/" not in name or name.startswith((".", "/")) or name.count("/") > 1) and not Path(name).is_dir():
-        raise UserError(
-            f"llm.name must be a hub id or a folder with an LLM, but there is nothing at {name}. "
-            "flallm standin_llm makes a small one for machines without a hub."
-        )
+    if not Path(name).is_dir():
+        check_llm_source(name)
     reason = "there are no files of one."
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=hub_code)

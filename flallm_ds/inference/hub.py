@@ -7,7 +7,7 @@ from huggingface_hub import HfApi, get_token, snapshot_download
 
 from flallm_ds import export
 from flallm_ds.errors import UserError
-from flallm_ds.models.stored import HUB_ERRORS
+from flallm_ds.pretrained import HUB_ERRORS
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 

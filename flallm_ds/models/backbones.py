@@ -27,9 +27,9 @@ from transformers.image_processing_base import ImageProcessingMixin
 from flallm_ds.command import nearest
 from flallm_ds.errors import UserError
 from flallm_ds.models.checkpointing import checkpoint_stages, stages_of
-from flallm_ds.models.stored import CHECKPOINT_FILES, HUB_ERRORS
 from flallm_ds.models.tuning import Tuning, tune
 from flallm_ds.preprocess import IMAGENET_MEAN, IMAGENET_STD
+from flallm_ds.pretrained import CHECKPOINT_FILES, HUB_ERRORS
 
 TIMM = "timm/"
 # What a model says, in one way or another, when frames do not suit it.

@@ -3,7 +3,7 @@
 import copy
 import json
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,16 +32,28 @@ from transformers.utils import (
 
 from flallm_ds.data.text import TextCodec
 from flallm_ds.errors import UserError
+from flallm_ds.models.quantized import (
+    dequantized,
+    method_of,
+    must_be_plain,
+    must_be_readable,
+    quantization_of,
+)
 from flallm_ds.models.stored import (
+    NEEDLESS,
     freed_at_once,
     model_names,
     open_checkpoint,
+    text_tensors,
     tied_before_loading,
+    unfilled,
+    unplaced,
     untied_names,
 )
 from flallm_ds.models.vocabulary import chosen_rows, renumber, trimmed_config, word_dims
 from flallm_ds.models.weights import write_weights
 from flallm_ds.models.word_scale import probe_of, word_scale
+from flallm_ds.pretrained import check_llm_source, check_weights, first_line
 
 # What transformers raises for a folder or hub id that does not hold a model it can load.
 _LOAD_ERRORS = (
@@ -67,6 +79,14 @@ _ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropo
 # A layer that one rank skips and another does not would let ZeRO-3's gathers wait for ever.
 _LAYER_DROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 
+_TEXT_SIBLINGS = {
+    "qwen2_vl": "Qwen/Qwen2-7B",
+    "qwen2_5_vl": "Qwen/Qwen2.5-7B",
+    "qwen2_5_omni": "Qwen/Qwen2.5-7B",
+    "qwen3_vl": "Qwen/Qwen3-8B",
+    "qwen3_vl_moe": "Qwen/Qwen3-30B-A3B",
+    "qwen3_omni_moe": "Qwen/Qwen3-30B-A3B",
+}
 _FILE_BYTES = 10**9  # of a trimmed LLM's files: what waits in memory while one is written
 
 
@@ -86,16 +106,73 @@ class LlmOptions:
 
 
 def llm_config(name: str, hub_code: bool = False) -> Any:
-    """The config of the LLM `name`. Raises UserError where there is none, or of another kind of model."""
+    """The config of the LLM `name`, of a multimodal model that of its text model.
+
+    Raises UserError where there is none, or of another kind of model, or of one that is quantised in a way
+    that cannot be undone.
+    """
+    return _source(name, hub_code).config
+
+
+def check_llm(name: str, pretrained: bool = True, hub_code: bool = False) -> None:
+    """Raise UserError for what can be said against an LLM without its weights being read."""
+    _source(name, hub_code)
+    if pretrained:
+        check_weights(name)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """An LLM that is to be read.
+
+    quantization: its config's settings, if its weights are quantised. wrapped: whether its tensors lie among
+    those of a multimodal model.
+    """
+
+    name: str
+    config: Any
+    quantization: dict[str, Any]
+    wrapped: bool
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Those of the LLM by their names in the checkpoint (or shortened), none of them quantised."""
+        check_weights(self.name)
+        dtype = getattr(self.config, "dtype", None) or torch.bfloat16
+        state = dequantized(self.name, open_checkpoint(self.name), self.quantization, dtype)
+        return text_tensors(state) if self.wrapped else state
+
+
+def _source(name: str, hub_code: bool) -> _Source:
+    check_llm_source(name)
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=hub_code)
     except _LOAD_ERRORS as error:
         raise _not_loaded(name, error) from error
-    _auto_class(config)
+    quantization = quantization_of(config)
+    must_be_readable(name, method_of(quantization))
+    text = _text_part(config)
+    text.name_or_path = name
+    if hasattr(text, "quantization_config"):
+        del text.quantization_config
+    _auto_class(text)
+    pad, rows = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
+    if pad is not None and rows is not None and pad >= rows:  # a token that was added, but not its row
+        text.pad_token_id = None if isinstance(text.eos_token_id, list) else text.eos_token_id
     for field in ("forced_bos_token_id", "forced_eos_token_id"):
-        if getattr(config, field, None) is not None:
-            setattr(config, field, None)  # our texts start with the language, and end by themselves
-    return config
+        if getattr(text, field, None) is not None:
+            setattr(text, field, None)  # our texts start with the language, and end by themselves
+    return _Source(name, text, quantization, text is not config)
+
+
+def _text_part(config: Any) -> Any:
+    """The config of a multimodal model's text model, where that is a decoder-only LLM of its own."""
+    text = config.get_text_config(decoder=True)
+    apart = type(text) in AutoModelForCausalLM._model_mapping and not getattr(config, "auto_map", None)
+    if text is config or config.is_encoder_decoder or text.is_encoder_decoder or not apart:
+        return config
+    text.tie_word_embeddings = getattr(config, "tie_word_embeddings", text.tie_word_embeddings)
+    text.dtype = text.dtype or config.dtype
+    return text
 
 
 def is_decoder_only(config: Any) -> bool:
@@ -111,6 +188,14 @@ def _auto_class(config: Any) -> Any:
     encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
     known = type(config) in wanted._model_mapping and (config.is_encoder_decoder or not encoder)
     if not known and wanted.__name__ not in own_code:
+        if config.get_text_config(decoder=True) is not config and not config.is_encoder_decoder:
+            sibling = _TEXT_SIBLINGS.get(config.model_type)
+            raise UserError(
+                "the LLM must be an encoder-decoder or a decoder-only language model, but "
+                f"{config.name_or_path or 'it'} is a multimodal {config.model_type}, which is neither, "
+                "and its text model cannot be loaded alone. Give as --llm.name a text-only model"
+                f"{f', such as {sibling}' if sibling else ' of its family'}."
+            )
         raise UserError(
             "the LLM must be an encoder-decoder or a decoder-only language model, but "
             f"{config.name_or_path or 'it'} is a {config.model_type}, which is neither. Check --llm.name."
@@ -119,7 +204,14 @@ def _auto_class(config: Any) -> Any:
 
 
 def _not_loaded(name: str, error: Exception) -> UserError:
-    reason = (str(error) or type(error).__name__).splitlines()[0]
+    if isinstance(error, UserError):
+        return error
+    reason = first_line(error)
+    if isinstance(error, pickle.UnpicklingError) or "Weights only load failed" in reason:
+        return UserError(
+            f"the LLM {name} must load, but did not: its pickled weights (.bin) are damaged, or hold "
+            "more than tensors, which could run code. Fetch the safetensors files of the model."
+        )
     if "custom code" in reason:
         return UserError(
             f"the LLM {name} must be of a kind that transformers knows, but comes with its own code. "
@@ -146,7 +238,8 @@ def load_llm(name: str, options: LlmOptions = LlmOptions()) -> Any:
     Under ZeRO-3 (an `HfDeepSpeedConfig` is alive) its JSON decides the type of the parameters, and no rank
     holds a whole copy. Raises UserError where it cannot be loaded as asked.
     """
-    config = llm_config(name, options.hub_code)
+    source = _source(name, options.hub_code)
+    config = source.config
     _set(config, _DROPOUTS, options.dropout)
     _set(config, _ATTENTION_DROPOUTS, options.attention_dropout)
     _set(config, _LAYER_DROPS, 0.0)
@@ -158,20 +251,23 @@ def load_llm(name: str, options: LlmOptions = LlmOptions()) -> Any:
     try:
         word_scale(_skeleton(config, options.hub_code))  # refuses what cannot read visual tokens
         with freed_at_once():
-            model = _model(name, config, options, arguments)
+            model = _model(source, options, arguments)
     except _LOAD_ERRORS as error:
         raise _not_loaded(name, error) from error
     model.generation_config = ids_alone(model.generation_config)
     return model
 
 
-def _model(name: str, config: Any, options: LlmOptions, arguments: dict[str, Any]) -> Any:
+def _model(source: _Source, options: LlmOptions, arguments: dict[str, Any]) -> Any:
+    name, config = source.name, source.config
     auto = _auto_class(config)
     if not options.pretrained:
         with torch.random.fork_rng():  # under ZeRO-3 rank 0 alone draws
             return auto.from_config(config, trust_remote_code=options.hub_code, **arguments).eval()
-    if is_deepspeed_zero3_enabled() and options.bits > 8:
-        return _partitioned(name, config, options.hub_code, arguments)
+    if source.quantization or source.wrapped or (is_deepspeed_zero3_enabled() and options.bits > 8):
+        return _from_tensors(source, options.hub_code, arguments)
+    check_weights(name)
+    must_be_plain(name, open_checkpoint(name))
     model, found = auto.from_pretrained(
         name,
         config=config,
@@ -180,33 +276,36 @@ def _model(name: str, config: Any, options: LlmOptions, arguments: dict[str, Any
         output_loading_info=True,
         **arguments,
     )
-    _must_be_whole(name, model, found["missing_keys"])
+    _must_fit(name, model, found["missing_keys"], found["unexpected_keys"])
     return model
 
 
-def _partitioned(name: str, config: Any, hub_code: bool, arguments: dict[str, Any]) -> Any:
-    """The pretrained model under ZeRO-3: rank 0 reads one tensor at a time, every rank keeps its part of it.
+def _from_tensors(source: _Source, hub_code: bool, arguments: dict[str, Any]) -> Any:
+    """The pretrained model from tensors that are read one at a time.
 
-    transformers' own way maps all files at once, so that rank 0 comes to hold the whole checkpoint.
+    Under ZeRO-3 rank 0 reads them and every rank keeps its part: transformers' own way maps all files
+    at once, so that rank 0 comes to hold the whole checkpoint. Quantised weights and the text model of a
+    multimodal one are read this way, too.
     """
-    skeleton = _skeleton(config, hub_code)
-    state = open_checkpoint(name)
+    name = source.name
+    skeleton = _skeleton(source.config, hub_code)
+    state = source.tensors()
     untied = untied_names(skeleton, state)
     with tied_before_loading(type(skeleton), untied):
-        if torch.distributed.get_rank() != 0:
-            state = {key: torch.empty_like(tensor, device="meta") for key, tensor in state.items()}
+        if is_deepspeed_zero3_enabled() and torch.distributed.get_rank() != 0:
+            state = {k: torch.empty(t.shape, dtype=t.dtype, device="meta") for k, t in state.items()}
         model, found = type(skeleton).from_pretrained(
             None,
             config=skeleton.config,
             state_dict=state,
-            generation_config=_generation_config(name, config),
+            generation_config=_generation_config(name, source.config),
             output_loading_info=True,
             **arguments,
         )
     if untied:
         model._tied_weights_keys = {t: s for t, s in model._tied_weights_keys.items() if t not in untied}
     model.config.name_or_path = model.name_or_path = name
-    _must_be_whole(name, model, found["missing_keys"])
+    _must_fit(name, model, found["missing_keys"], found["unexpected_keys"])
     return model
 
 
@@ -290,10 +389,19 @@ def _quantization(bits: int) -> dict[str, Any]:
     return {"quantization_config": quantization, "device_map": {"": torch.cuda.current_device()}}
 
 
-def _must_be_whole(name: str, model: Any, missing: list[str]) -> None:
-    """transformers would go on with random numbers for what is missing."""
-    parameters = {n for n, _ in model.named_parameters()}
-    lost = sorted(set(missing) & parameters)
+def _must_fit(name: str, model: Any, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """Raise UserError for parts without a tensor, or tensors without a part.
+
+    transformers would go on with random numbers for the first, and without the second.
+    """
+    surplus = sorted(key for key in unexpected if not NEEDLESS.search(key))
+    if surplus:
+        raise UserError(
+            f"the LLM {name} must be of the kind that its config.json says, but {len(surplus)} of its "
+            f"tensors belong to no part of a {type(model).__name__}, {surplus[0]} being one. Check "
+            "--llm.name and its config.json."
+        )
+    lost = sorted(key for key in missing if not NEEDLESS.search(key))
     if lost:
         raise UserError(
             f"the LLM {name} must hold all weights of its model, but lacks {len(lost)}, {lost[0]} being one. "
@@ -321,10 +429,12 @@ def trim_llm(name: str, codec: TextCodec, out: Path, hub_code: bool = False) -> 
     without. Source: FLa-LLM, section 4.1 (2,215 pieces on PHOENIX14T).
     """
     try:
-        skeleton = _skeleton(llm_config(name, hub_code), hub_code)
+        source = _source(name, hub_code)
+        skeleton = _skeleton(source.config, hub_code)
         word_scale(probe_of(skeleton))  # refuses what cannot read visual tokens
-        state = open_checkpoint(name)
+        state = source.tensors()
         names = model_names(skeleton, list(state))
+        _must_fit(name, skeleton, unfilled(skeleton, names), unplaced(skeleton, names, state))
         twins = skeleton.all_tied_weights_keys.keys() - untied_names(skeleton, state)
     except _LOAD_ERRORS as error:
         raise _not_loaded(name, error) from error
@@ -355,13 +465,16 @@ def untrim_llm(trimmed: Path, base_name: str, codec: TextCodec, out: Path, hub_c
     trimmed: a folder that was written by `trim_llm` or trained since. Words that were not kept have the rows
     of `base_name`. Raises UserError where the two are not of one kind.
     """
-    small = _skeleton(llm_config(str(trimmed), hub_code), hub_code)
-    whole = _skeleton(llm_config(base_name, hub_code), hub_code)
+    sources = _source(str(trimmed), hub_code), _source(base_name, hub_code)
+    small, whole = (_skeleton(source.config, hub_code) for source in sources)
     try:
-        state, base = open_checkpoint(str(trimmed)), open_checkpoint(base_name)
+        state, base = (source.tensors() for source in sources)
     except _LOAD_ERRORS as error:
         raise _not_loaded(f"{trimmed} or {base_name}", error) from error
     names = model_names(small, list(state))
+    _must_fit(str(trimmed), small, unfilled(small, names), unplaced(small, names, state))
+    base_names = model_names(whole, list(base))
+    _must_fit(base_name, whole, unfilled(whole, base_names), unplaced(whole, base_names, base))
     dims = _same_but_for_words(small, whole, base_name)
     base_rows = _by_own_name(whole, base)
     kept = codec.kept_ids[codec.kept_ids < whole.get_input_embeddings().num_embeddings]

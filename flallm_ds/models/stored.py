@@ -2,13 +2,13 @@
 
 import ctypes
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import safe_open
 from torch.utils._pytree import tree_map_only
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -16,15 +16,18 @@ from transformers.core_model_loading import WeightConverter, rename_source_key
 from transformers.modeling_utils import load_state_dict, str_to_torch_dtype
 from transformers.utils import cached_file
 
-CHECKPOINT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
+from flallm_ds.pretrained import CHECKPOINT_FILES
+
+# What a checkpoint may hold or lack whatever the model: tables that are computed (positions, causal
+# masks), mBART's bias of zeros, fairseq's version, and heads of other tasks next to a whole LLM.
+NEEDLESS = re.compile(
+    r"(^|\.)(inv_freq|position_ids|final_logits_bias|embed_positions\.weights|embed_positions\._float_tensor"
+    r"|(encoder|decoder)\.version|(attn|attention)\.(bias|masked_bias|causal_mask))$"
+    r"|^(classification_head|multiple_choice_head|score|classifier|qa_outputs|v_head|value_head|pooler)\."
 )
-# What goes wrong between here and the hub: no network, no such name, no right to it. The second is the base
-# of whichever HTTP client this version of it uses.
-HUB_ERRORS: Any = (OSError, HfHubHTTPError.__mro__[1], HFValidationError)
+# Of the text model in LLaVA's layout (language_model.model.layers...) and its successors.
+_OF_TEXT = re.compile(r"(?:model\.)?(?:language_model|text_model|llm)\.(?:model\.)?(lm_head\.)?(.+)")
+_DTYPES = {**str_to_torch_dtype, "F8_E8M0": torch.float8_e8m0fnu}
 BLOCK_BYTES = 64 * 2**20  # how much of a tensor is read at once where rows are chosen or compared
 
 
@@ -46,7 +49,7 @@ class StoredTensor(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        args, kwargs = tree_map_only(cls, lambda stored: stored.read(), (args, kwargs or {}))
+        args, kwargs = tree_map_only(StoredTensor, lambda stored: stored.read(), (args, kwargs or {}))
         return func(*args, **kwargs)
 
     def read(self) -> torch.Tensor:
@@ -56,11 +59,16 @@ class StoredTensor(torch.Tensor):
 
     def blocks(self) -> Iterator[torch.Tensor]:
         """The rows in order, a few at a time; at least one dimension."""
-        step = max(1, BLOCK_BYTES // (self.shape[1:].numel() * self.element_size()))
+        step = self.rows_at_once
         with safe_open(self.path, framework="pt") as file:
             rows = file.get_slice(self.key)
             for start in range(0, self.shape[0], step):
                 yield rows[start : start + step]
+
+    @property
+    def rows_at_once(self) -> int:
+        """As many rows as BLOCK_BYTES hold, at least one."""
+        return max(1, BLOCK_BYTES // (self.shape[1:].numel() * self.element_size()))
 
 
 def checkpoint_files(name: str) -> list[Path]:
@@ -86,9 +94,21 @@ def open_checkpoint(name: str) -> dict[str, torch.Tensor]:
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118
                 described = file.get_slice(key)
-                dtype = str_to_torch_dtype[described.get_dtype()]
+                dtype = _DTYPES[described.get_dtype()]
                 state[key] = StoredTensor(path, key, described.get_shape(), dtype)
     return state
+
+
+def text_tensors(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a multimodal checkpoint's text model, without the prefix of the names of its body."""
+    found = {}
+    for key, tensor in state.items():
+        match = _OF_TEXT.fullmatch(key)
+        if match:
+            found[f"{match[1] or ''}{match[2]}"] = tensor
+        elif key.startswith("lm_head."):
+            found[key] = tensor
+    return found
 
 
 def model_names(skeleton: Any, stored: Sequence[str]) -> dict[str, str]:
@@ -105,6 +125,37 @@ def model_names(skeleton: Any, stored: Sequence[str]) -> dict[str, str]:
         for key in stored
     }
     return {key: name for key, name in renamed.items() if name in own}
+
+
+def unplaced(skeleton: Any, names: Mapping[str, str], stored: Iterable[str]) -> list[str]:
+    """Names in a checkpoint of what ends up in no part of the model, but for what no model needs.
+
+    names: what `model_names` returned for `stored`.
+    """
+    ignored = list(skeleton._keys_to_ignore_on_load_unexpected or ())
+    return [
+        key
+        for key in stored
+        if key not in names
+        and not NEEDLESS.search(key)
+        and not any(re.search(pattern, key) for pattern in ignored)
+    ]
+
+
+def unfilled(skeleton: Any, names: Mapping[str, str]) -> list[str]:
+    """Names of the model's parameters and buffers that no stored tensor, and no tied one, fills."""
+    filled = set(names.values())
+    pairs = skeleton.all_tied_weights_keys.items()
+    filled |= {source for target, source in pairs if target in filled}
+    filled |= {target for target, source in pairs if source in filled}
+    ignored = list(skeleton._keys_to_ignore_on_load_missing or ())
+    return [
+        name
+        for name in skeleton.state_dict()
+        if name not in filled
+        and not NEEDLESS.search(name)
+        and not any(re.search(pattern, name) for pattern in ignored)
+    ]
 
 
 def are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -1,0 +1,211 @@
+"""What a user names as pretrained: a folder or a hub id, looked at before it is loaded.
+
+transformers says of many wrong ones only that some file is missing. Here each gets the sentence of its cause.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import file_exists, try_to_load_from_cache
+from huggingface_hub.constants import is_offline_mode
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError, safe_open
+from transformers.utils import cached_file
+
+from flallm_ds.errors import UserError
+
+CHECKPOINT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+# What goes wrong between here and the hub: no network, no such name, no right to it. The second is the base
+# of whichever HTTP client this version of it uses.
+HUB_ERRORS: Any = (OSError, HfHubHTTPError.__mro__[1], HFValidationError)
+STANDIN = "Name a folder that holds one, or make a small one with flallm standin_llm."
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_LFS = b"version https://git-lfs"
+_LFS_BYTES = 1024  # a pointer is smaller than that
+_TEXT_FILES = (".json", ".model", ".txt")  # of config and tokenizer; other files may be of no use here
+_ADAPTER = "adapter_config.json"
+
+
+def check_llm_source(name: str) -> None:
+    """Raise UserError with the cause where `name` is no folder or hub id of an LLM that could be loaded.
+
+    Of a folder the names and sizes of the files are looked at, and the headers of safetensors files; of a hub
+    id, whether the hub has it. Weights may be missing: see `check_weights`.
+    """
+    path = Path(name)
+    if path.is_dir():
+        _check_folder(path)
+    elif path.exists():
+        _refuse_file(path)
+    elif _HUB_ID.fullmatch(name):
+        _check_hub(name)
+    else:
+        address = re.match(r"https?://[^/]+/([\w.-]+/[\w.-]+)", name)
+        hint = f" Name it as {address[1]}." if address else ""
+        raise UserError(
+            "llm.name must be a hub id or a folder with an LLM, but there is nothing at "
+            f"{name}.{hint} flallm standin_llm makes a small one for machines without a hub."
+        )
+
+
+def _refuse_file(path: Path) -> None:
+    if path.suffix == ".gguf":
+        raise _gguf(path)
+    holds = "" if not (path.parent / "config.json").is_file() else f": {path.parent}"
+    raise UserError(
+        f"llm.name must be a hub id or a folder with an LLM, got the file {path}. Name its folder{holds}."
+    )
+
+
+def _gguf(path: Path) -> UserError:
+    return UserError(
+        f"Cannot train {path}: GGUF files hold quantised weights for inference. Name the model that it was "
+        "made from, in the safetensors format."
+    )
+
+
+def _check_folder(folder: Path) -> None:
+    files = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    if not files:
+        raise UserError(
+            f"The LLM {folder} must load, but did not: the folder is empty. Check --llm.name, or make a "
+            "small LLM with flallm standin_llm."
+        )
+    for path in files:
+        if path.suffix in _TEXT_FILES:
+            must_be_no_pointer(path)
+    if (folder / _ADAPTER).is_file():
+        raise _adapter(str(folder), folder / _ADAPTER)
+    if (folder / "config.json").is_file():
+        return
+    ggufs = [path for path in files if path.suffix == ".gguf"]
+    if ggufs:
+        raise _gguf(ggufs[0])
+    deeper = [path.parent for depth in (1, 2, 3) for path in folder.glob("*/" * depth + "config.json")]
+    cached = re.fullmatch(r"models--(.+?)--(.+)", folder.name)
+    if cached:
+        hint = f"This is the hub's cache: name {cached[1]}/{cached[2]}"
+        hint += f", or its folder {deeper[0]}." if deeper else "."
+    elif deeper:
+        hint = f"Did you mean {deeper[0]}?"
+    else:
+        hint = STANDIN
+    held = ", ".join(path.name for path in files[:3])
+    more = f" and {len(files) - 3} more" if len(files) > 3 else ""
+    raise UserError(f"The folder {folder} must hold the config.json of an LLM, got {held}{more}. {hint}")
+
+
+def _adapter(name: str, config: Path) -> UserError:
+    try:
+        base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        base = None
+    return UserError(
+        f"llm.name must be a whole LLM, but {name} holds an adapter (LoRA or the like) of "
+        f"{base or 'another model'}. Name {base or 'that model'}, or merge the two (peft's merge_and_unload; "
+        "flallm export for an export of ours) and name the folder of the result."
+    )
+
+
+def must_be_no_pointer(path: Path) -> None:
+    """Raise UserError for what git leaves in place of a large file without git-lfs."""
+    if not path.is_file() or path.stat().st_size > _LFS_BYTES:
+        return
+    with path.open("rb") as file:
+        if file.read(len(_LFS)) != _LFS:
+            return
+    raise UserError(
+        f"Cannot read {path}: it is a git-lfs pointer of {path.stat().st_size} bytes, not the file itself. "
+        f"Run git lfs pull in {path.parent}."
+    )
+
+
+def _check_hub(name: str) -> None:
+    """One request without repetitions; transformers would repeat it for half a minute."""
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    if is_offline_mode():
+        reason = "HF_HUB_OFFLINE is set."
+    else:
+        try:
+            if file_exists(name, "config.json"):
+                return
+            if file_exists(name, _ADAPTER):
+                raise _adapter(name, Path(cached_file(name, _ADAPTER)))
+        except GatedRepoError as error:
+            raise UserError(
+                f"Cannot read {name} on the hub: its owner gives access on request. Ask for it at "
+                f"https://huggingface.co/{name}, then run hf auth login."
+            ) from error
+        except HUB_ERRORS as error:
+            reason = f"the hub cannot be reached ({first_line(error)})."
+        else:
+            raise UserError(
+                f"llm.name must be a folder or the hub id of an LLM, but {name} is no folder here, and the "
+                "hub has no such model with a config.json, or not for you. Check the name, or run hf auth "
+                "login."
+            )
+    raise UserError(
+        f"llm.name must be within reach, but {name} is no folder here and is not in the hub's cache, and "
+        f"{reason} {STANDIN}"
+    )
+
+
+def check_weights(name: str, section: str = "llm") -> None:
+    """Raise UserError where a folder has no weights, or files of them that are missing or cut off.
+
+    section: of the options, whose `pretrained` does without them. Of a hub id nothing is asked: its
+    weights are downloaded when they are read.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        return
+    found = next((file for file in CHECKPOINT_FILES if (folder / file).is_file()), None)
+    if found is None:
+        others = [
+            p.name for p in sorted(folder.iterdir()) if p.suffix in (".h5", ".msgpack", ".pth", ".gguf")
+        ]
+        got = f"only {others[0]}, which is of another format" if others else "none"
+        raise UserError(
+            f"The folder {folder} must hold weights (model.safetensors or pytorch_model.bin), got {got}. "
+            f"Fetch the model again, or give --{section}.pretrained=false for random weights."
+        )
+    parts = [found]
+    if found.endswith(".json"):
+        try:
+            index = json.loads((folder / found).read_text(encoding="utf-8"))
+            parts = sorted(set(index["weight_map"].values()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"Cannot read {folder / found}: it is no index of weights ({error}). Fetch it again."
+            ) from error
+    for part in parts:
+        _check_part(folder / part)
+
+
+def _check_part(path: Path) -> None:
+    if not path.is_file():
+        raise UserError(f"Cannot read {path}: there is no such file. Fetch the model again.")
+    must_be_no_pointer(path)
+    if path.suffix != ".safetensors":
+        return
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"The weights {path} must load, but did not: the file is cut off or damaged "
+            f"({first_line(error)}). Fetch it again."
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a message that is not empty; else the name of the exception."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
