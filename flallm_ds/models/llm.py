@@ -134,12 +134,15 @@ class _Source:
     quantization: dict[str, Any]
     wrapped: bool
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Those of the LLM by their names in the checkpoint (or shortened), none of them quantised."""
+    def tensors(self, skeleton: Any) -> dict[str, torch.Tensor]:
+        """Those of the LLM by their names in the checkpoint, none of them quantised.
+
+        skeleton: the model on the meta device; of a multimodal checkpoint the names are those of its parts.
+        """
         check_weights(self.name)
         dtype = getattr(self.config, "dtype", None) or torch.bfloat16
         state = dequantized(self.name, open_checkpoint(self.name), self.quantization, dtype)
-        return text_tensors(state) if self.wrapped else state
+        return text_tensors(skeleton, state) if self.wrapped else state
 
 
 def _source(name: str, hub_code: bool) -> _Source:
@@ -152,6 +155,11 @@ def _source(name: str, hub_code: bool) -> _Source:
     must_be_readable(name, method_of(quantization))
     text = _text_part(config)
     text.name_or_path = name
+    if getattr(text, "hidden_size_per_layer_input", None):
+        raise UserError(
+            f"the LLM must read embeddings, but each layer of {name} (a {text.model_type}) also reads token "
+            "ids, which a video does not have. Give as --llm.name another one, such as google/gemma-3-1b-pt."
+        )
     if hasattr(text, "quantization_config"):
         del text.quantization_config
     _auto_class(text)
@@ -165,11 +173,22 @@ def _source(name: str, hub_code: bool) -> _Source:
 
 
 def _text_part(config: Any) -> Any:
-    """The config of a multimodal model's text model, where that is a decoder-only LLM of its own."""
+    """The config of a multimodal model's text model; of another model its own.
+
+    Raises UserError where transformers has no class for the text model alone.
+    """
     text = config.get_text_config(decoder=True)
-    apart = type(text) in AutoModelForCausalLM._model_mapping and not getattr(config, "auto_map", None)
-    if text is config or config.is_encoder_decoder or text.is_encoder_decoder or not apart:
+    own_code = getattr(config, "auto_map", None)
+    if text is config or config.is_encoder_decoder or text.is_encoder_decoder or own_code:
         return config
+    if type(text) not in AutoModelForCausalLM._model_mapping:
+        sibling = _TEXT_SIBLINGS.get(config.model_type)
+        raise UserError(
+            "the LLM must be an encoder-decoder or a decoder-only language model, but "
+            f"{config.name_or_path} is a multimodal {config.model_type}, which is neither, and "
+            "transformers cannot load its text model alone. Give as --llm.name a text-only model"
+            f"{f', such as {sibling}' if sibling else ' of its family'}."
+        )
     text.tie_word_embeddings = getattr(config, "tie_word_embeddings", text.tie_word_embeddings)
     text.dtype = text.dtype or config.dtype
     return text
@@ -188,14 +207,6 @@ def _auto_class(config: Any) -> Any:
     encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
     known = type(config) in wanted._model_mapping and (config.is_encoder_decoder or not encoder)
     if not known and wanted.__name__ not in own_code:
-        if config.get_text_config(decoder=True) is not config and not config.is_encoder_decoder:
-            sibling = _TEXT_SIBLINGS.get(config.model_type)
-            raise UserError(
-                "the LLM must be an encoder-decoder or a decoder-only language model, but "
-                f"{config.name_or_path or 'it'} is a multimodal {config.model_type}, which is neither, "
-                "and its text model cannot be loaded alone. Give as --llm.name a text-only model"
-                f"{f', such as {sibling}' if sibling else ' of its family'}."
-            )
         raise UserError(
             "the LLM must be an encoder-decoder or a decoder-only language model, but "
             f"{config.name_or_path or 'it'} is a {config.model_type}, which is neither. Check --llm.name."
@@ -289,7 +300,7 @@ def _from_tensors(source: _Source, hub_code: bool, arguments: dict[str, Any]) ->
     """
     name = source.name
     skeleton = _skeleton(source.config, hub_code)
-    state = source.tensors()
+    state = source.tensors(skeleton)
     untied = untied_names(skeleton, state)
     with tied_before_loading(type(skeleton), untied):
         if is_deepspeed_zero3_enabled() and torch.distributed.get_rank() != 0:
@@ -432,7 +443,7 @@ def trim_llm(name: str, codec: TextCodec, out: Path, hub_code: bool = False) -> 
         source = _source(name, hub_code)
         skeleton = _skeleton(source.config, hub_code)
         word_scale(probe_of(skeleton))  # refuses what cannot read visual tokens
-        state = source.tensors()
+        state = source.tensors(skeleton)
         names = model_names(skeleton, list(state))
         _must_fit(name, skeleton, unfilled(skeleton, names), unplaced(skeleton, names, state))
         twins = skeleton.all_tied_weights_keys.keys() - untied_names(skeleton, state)
@@ -468,7 +479,7 @@ def untrim_llm(trimmed: Path, base_name: str, codec: TextCodec, out: Path, hub_c
     sources = _source(str(trimmed), hub_code), _source(base_name, hub_code)
     small, whole = (_skeleton(source.config, hub_code) for source in sources)
     try:
-        state, base = (source.tensors() for source in sources)
+        state, base = sources[0].tensors(small), sources[1].tensors(whole)
     except _LOAD_ERRORS as error:
         raise _not_loaded(f"{trimmed} or {base_name}", error) from error
     names = model_names(small, list(state))

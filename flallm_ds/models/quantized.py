@@ -127,8 +127,7 @@ def _must_fit(
     name: str, key: str, weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int] | None
 ) -> None:
     try:
-        spread = _spread(torch.empty(scale.shape, device="meta"), weight.shape, block)
-        torch.broadcast_shapes(spread.shape, weight.shape)
+        _spread(torch.empty(scale.shape, device="meta"), weight.shape, block).expand(weight.shape)
     except (RuntimeError, ValueError, IndexError) as error:
         raise UserError(
             f"the scales of the LLM {name} must fit their weights, but of {key} {tuple(weight.shape)} they "

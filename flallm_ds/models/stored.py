@@ -99,13 +99,17 @@ def open_checkpoint(name: str) -> dict[str, torch.Tensor]:
     return state
 
 
-def text_tensors(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of a multimodal checkpoint's text model, without the prefix of the names of its body."""
+def text_tensors(skeleton: Any, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a multimodal checkpoint's text model, by the names that they have in the text model.
+
+    skeleton: that on the meta device.
+    """
+    body = next(name.split(".")[0] for name in skeleton.state_dict() if not name.startswith("lm_head."))
     found = {}
     for key, tensor in state.items():
         match = _OF_TEXT.fullmatch(key)
         if match:
-            found[f"{match[1] or ''}{match[2]}"] = tensor
+            found[f"{match[1] or f'{body}.'}{match[2]}"] = tensor
         elif key.startswith("lm_head."):
             found[key] = tensor
     return found
