@@ -74,7 +74,7 @@ def _next_commands(
 
 def _check_and_prepare(configs: tuple[RunConfig, ...], world: dist.World) -> None:
     """Raise UserError for what would only be found after minutes, or after a whole stage."""
-    from flallm_ds.training.build import open_index, stage_1_export
+    from flallm_ds.training.build import check_llm_of, open_index, stage_1_export
 
     if configs[0].stage == "llm" and configs[0].visual_run != "none":
         stage_1_export(configs[0])
@@ -85,6 +85,8 @@ def _check_and_prepare(configs: tuple[RunConfig, ...], world: dist.World) -> Non
                 "Change the folder, or give --data.shards=FOLDER."
             )
         dist.main_first(prepare, world)
+    for config in configs:
+        dist.main_first(lambda config=config: check_llm_of(config), world)
     if len(configs) == 1:
         return
     widths = [config.visual.width for config in configs]

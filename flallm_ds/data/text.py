@@ -141,10 +141,17 @@ class TextCodec:
         self._trimmed = np.full(full, -1, dtype=np.int64)
         self._trimmed[self.kept_ids] = np.arange(len(self.kept_ids))
         self.eos_id = self.trimmed_id(tokenizer.eos_token_id)
+        if self.eos_id < 0:
+            raise self._without_row("end-of-sentence token", tokenizer.eos_token_id)
         pad = tokenizer.pad_token_id
-        self.pad_id = self.eos_id if pad is None else self.trimmed_id(pad)  # masked wherever it stands
+        pad_id = -1 if pad is None else self.trimmed_id(pad)
+        self.pad_id = self.eos_id if pad_id < 0 else pad_id  # masked wherever it stands
         unknown = tokenizer.unk_token_id
         self._unknown_id = None if unknown in (None, tokenizer.eos_token_id) else self.trimmed_id(unknown)
+        if self._unknown_id == -1:
+            if not _byte_pieces(self._vocabulary):
+                raise self._without_row("unknown token", unknown)
+            self._unknown_id = None
         self._wordings: dict[tuple[str, str], Wording] = {}
 
     @property
@@ -162,8 +169,19 @@ class TextCodec:
         return dict(self.tokenizer.get_vocab())
 
     def trimmed_id(self, full_id: int) -> int:
-        """-1 for a piece that was not kept."""
-        return int(self._trimmed[full_id])
+        """-1 for a piece that was not kept, or that the tokenizer or the embedding does not have."""
+        return int(self._trimmed[full_id]) if 0 <= full_id < len(self._trimmed) else -1
+
+    def _without_row(self, what: str, full_id: int) -> UserError:
+        """The error for a special token that was added to the tokenizer or a config, but not to the LLM."""
+        known = 0 <= full_id < len(self.tokenizer)
+        token = f"{self.tokenizer.convert_ids_to_tokens(full_id)!r}, " if known else ""
+        rows = len(self.tokenizer) if self.instruction.rows is None else self.instruction.rows
+        return UserError(
+            f"The {what} of the LLM ({token}id {full_id}) must be in its tokenizer ({len(self.tokenizer)} "
+            f"tokens) and have a row in its embedding ({rows} rows), but has none. Resize the embedding with "
+            "model.resize_token_embeddings(len(tokenizer)) and save both, or give another --llm.name."
+        )
 
     def encode(self, text: str) -> list[int]:
         """The sentence's pieces and the end of sentence, without a start token."""
@@ -181,6 +199,9 @@ class TextCodec:
 
     def _split(self, text: str, specials: bool = False) -> list[int]:
         full = self.tokenizer(text, add_special_tokens=specials)["input_ids"] if text or specials else []
+        if specials:  # one that was added without a row, such as a start of text, was never read by the LLM
+            ours = set(self.tokenizer.all_special_ids)
+            full = [i for i in full if i not in ours or self.trimmed_id(i) >= 0]
         ids = self._trimmed[np.asarray(full, np.int64)]
         if len(ids) == 0 or ids.min() >= 0:
             return [int(i) for i in ids]
@@ -271,8 +292,13 @@ class TextCodec:
         start = [] if in_source else language_ids
         if self._starts_with_its_own_token(bool(start)):
             start = [self.trimmed_id(self.instruction.start_token or 0), *start]
-        if min(language_ids, default=0) < 0:  # its token was not kept
-            raise _new_language(language, self.instruction.languages)
+        if token is not None and language_ids[0] < 0:
+            full_id = self._vocabulary[token[0]]
+            if self.instruction.rows is not None and full_id >= self.instruction.rows:
+                raise self._without_row(f"token of the language {language}", full_id)
+            raise _new_language(language, self.instruction.languages)  # its token was not kept
+        if min(start, default=0) < 0:
+            raise self._without_row("decoder_start_token_id", self.instruction.start_token or 0)
         return Wording((*in_source, *self._ids(before)), tuple(self._ids(after)), tuple(start))
 
     def _starts_with_its_own_token(self, starts_with_language: bool) -> bool:

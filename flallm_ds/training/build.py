@@ -34,6 +34,7 @@ from flallm_ds.models.feature_extractor import FeatureExtractor
 from flallm_ds.models.light_translator import build_light_translator
 from flallm_ds.models.llm import (
     LlmOptions,
+    check_llm,
     embedding_scale,
     is_decoder_only,
     llm_config,
@@ -46,12 +47,14 @@ from flallm_ds.models.sign_translator import Beam, Candidate, SignTranslator
 from flallm_ds.models.tuning import Tuning, check_bits, tune
 from flallm_ds.models.visual_encoder import VisualEncoder, resnet_width
 from flallm_ds.preprocess import Preprocess
+from flallm_ds.pretrained import first_line
 from flallm_ds.training import engine as ds
 from flallm_ds.training.batch_statistics import BatchStatistics, KeptStatistics
 from flallm_ds.training.cached_features import check_run, check_stage
 from flallm_ds.training.checkpoint import replace_folder
 from flallm_ds.training.weights_record import record_weights
 
+NUM_CHECKED = 8  # frames of the clip that generation is tried with
 REPOSITORY = Path(__file__).resolve().parents[2]
 MOST_UNKNOWN = 0.001  # of the training tokens: a model learns to leave out what it reads as unknown
 
@@ -124,6 +127,39 @@ class Task:
             self.inputs(batch, train=False), batch.num_frames_B, self.wordings(batch), beam, synced
         )
         return found
+
+    @torch.no_grad()
+    def check_generation(self) -> None:
+        """Search for two tokens of a made-up clip, so that no LLM fails at the first scoring, after hours.
+
+        Every rank must call it. Random numbers, statistics and modes stay as they were. Raises UserError.
+        """
+        if self.config.stage == "visual":
+            return
+        module, device = self.engine.module, self.world.device
+        crop = self.config.data.crop_size
+        shape = (3, crop, crop) if self.frozen is None else (self.frozen.feature_width,)
+        inputs = torch.zeros((NUM_CHECKED, *shape), device=device)
+        instruction = self.codec.instruction
+        wording = self.codec.wording((*instruction.languages, "")[0])
+        beam = Beam(self.config.eval.num_beams, self.config.eval.length_penalty, max_new_tokens=2)
+        was_training = module.training
+        module.eval()
+        try:
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                module.generate(
+                    inputs, torch.tensor([NUM_CHECKED]), [wording], beam, self.engine.searches_in_step
+                )
+        except (torch.OutOfMemoryError, UserError):
+            raise
+        except Exception as error:
+            raise UserError(
+                f"the LLM {self.config.llm.name} (a {type(module.language_model).__name__}) must generate "
+                f"from embeddings, but did not: {type(error).__name__}: {first_line(error)} Give another "
+                "--llm.name."
+            ) from error
+        finally:
+            module.train(was_training)
 
 
 @torch.no_grad()
@@ -523,6 +559,15 @@ def llm_model(
     visual = extractor if config.trains_visual else None
     model = SignTranslator(visual, adapter, llm, codec, config.llm.loss)
     return model if ds.zero_stage(ds_config) == 3 else model.to(world.device)
+
+
+def check_llm_of(config: RunConfig) -> None:
+    """Raise UserError for an LLM that cannot be loaded, where this run still has to read it."""
+    run, llm = Path(config.run), config.llm
+    has_codec, has_llm = (run / "tokenizer").is_dir(), (run / "llm_trimmed").is_dir()
+    if has_codec and (has_llm or config.stage == "visual"):
+        return
+    check_llm(llm.name, llm.pretrained and config.stage != "visual", llm.hub_code)
 
 
 def llm_options(config: RunConfig, ds_config: dict[str, Any]) -> LlmOptions:
