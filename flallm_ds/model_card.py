@@ -9,7 +9,7 @@ from typing import Any
 
 from flallm_ds.config import FREE_TO_CHANGE, RunConfig
 from flallm_ds.data.index import Index
-from flallm_ds.data.languages import find_language
+from flallm_ds.data.languages import find_language, tag_of
 from flallm_ds.data.text import TextCodec
 from flallm_ds.metrics.ceiling import HIGH_CEILING
 from flallm_ds.recipes import RECIPES
@@ -115,10 +115,11 @@ def model_card(settings: dict[str, Any], codec: TextCodec) -> str:
     The license is the user's to say: a model's depends on the corpora and on the LLM it came from.
     """
     training = settings["training"]
-    languages = [find_language(code) or code for code in spoken(codec)]
-    names = [one if isinstance(one, str) else one.name for one in languages]
+    codes = [tag_of(language) for language in spoken(codec)]
+    languages = [find_language(code) for code in codes]
+    names = [one.name if one and one.name else code for one, code in zip(languages, codes, strict=True)]
     front: dict[str, Any] = {
-        "language": [one if isinstance(one, str) else one.code for one in languages],
+        "language": codes,
         "tags": ["sign-language-translation", "gloss-free", "flallm_ds"],
         "datasets": training["corpora"],
     }

@@ -20,6 +20,7 @@ from transformers.models.mbart.tokenization_mbart import FAIRSEQ_LANGUAGE_CODES
 from transformers.utils import logging as transformers_logging
 
 from flallm_ds.command import nearest
+from flallm_ds.data.languages import word_rule
 from flallm_ds.data.normalizer import nmt_nfkc, normalizer_by
 from flallm_ds.errors import UserError
 from flallm_ds.metrics import score
@@ -27,7 +28,6 @@ from flallm_ds.training.checkpoint import share_files
 
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")  # ids 0 to 3, as in every mBART
 PAD, EOS = 1, 2
-NO_SPACES = ("zh_CN", "ja_XX", "my_MM")  # written without spaces: there a piece is a word
 MAX_PIECES = 128  # longer sentences are left out
 BATCH = 32
 PEAK_RATE_AT_256 = 1e-3  # falls with the square root of the width
@@ -261,7 +261,7 @@ def rate_factor(step: int, steps: int) -> float:
 
 def encode(tokenizer: MBartTokenizer, sentences: Sequence[str], language: str) -> list[list[list[int]]]:
     """Each sentence of at most MAX_PIECES pieces as words, each a list of ids."""
-    spaceless = language in NO_SPACES
+    spaceless = word_rule(language) != "13a"  # there a piece is a word
     encoded = []
     for ids in tokenizer(list(sentences), add_special_tokens=False)["input_ids"]:
         if len(ids) > MAX_PIECES:

@@ -32,6 +32,7 @@ from flallm_ds import command
 from flallm_ds.data.decode import decode_frames, is_mp4
 from flallm_ds.data.h264 import encode_h264
 from flallm_ds.data.index import COLUMNS, STRING_COLUMNS, Index, check_video, load_index, read_manifest
+from flallm_ds.data.languages import tag_of
 from flallm_ds.data.store import open_regular
 from flallm_ds.errors import UserError
 
@@ -247,7 +248,7 @@ def _figure(clip: Clip) -> str:
         # Browsers start a muted video by themselves, and show the controls where the pointer is.
         manner = f'width="{clip.row["width"]}" height="{clip.row["height"]}" autoplay loop muted playsinline'
         shown = f'<video {manner} controls src="data:video/mp4;base64,{data}"></video>'
-    language = html.escape(clip.row["language"])
+    language = html.escape(tag_of(clip.row["language"]))
     text, facts = html.escape(clip.row["text"]), html.escape(clip.facts)
     caption = f'<p lang="{language}" dir="auto">{text}</p><small>{facts}</small>'
     return f"<figure>{shown}<figcaption>{caption}</figcaption></figure>"

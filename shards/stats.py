@@ -19,10 +19,12 @@ if __name__ == "__main__":  # run as a file: the project's root is not on the pa
 
 import numpy as np
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+from sacrebleu.tokenizers.tokenizer_char import TokenizerChar
 from sacrebleu.tokenizers.tokenizer_zh import TokenizerZh
 
 from flallm_ds import command
 from flallm_ds.data.index import iter_rows, load_index, read_manifest
+from flallm_ds.data.languages import word_rule
 
 Splits = Mapping[str, Sequence[Mapping[str, Any]]]  # each split's rows
 
@@ -85,13 +87,12 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(shown) + (", ..." if len(names) > _NUM_EXAMPLES else "")
 
 
-_tokenize_13a, _tokenize_zh = Tokenizer13a(), TokenizerZh()
+_TOKENIZERS = {"13a": Tokenizer13a(), "zh": TokenizerZh(), "char": TokenizerChar()}
 
 
 def _words(row: Mapping[str, Any]) -> list[str]:
-    """The words of a text as sacreBLEU counts them: punctuation apart, Chinese and Japanese by character."""
-    characters = row["language"].replace("_", "-").split("-")[0] in ("zh", "ja")
-    return str((_tokenize_zh if characters else _tokenize_13a)(row["text"])).split()
+    """The words of a text as scores count them; characters in a language without spaces."""
+    return str(_TOKENIZERS[word_rule(row["language"])](row["text"])).split()
 
 
 def _size_table(splits: Splits) -> list[str]:

@@ -224,7 +224,9 @@ _LLAMA = _sentencepiece(
 )  # fmt: skip
 _T5_IDS = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
 _T5 = _sentencepiece("spiece.model", _T5_IDS, {"tokenizer_class": "T5Tokenizer", "extra_ids": 100})
-_MADLAD_CODES = ("de", "en", "es", "fr", "it", "ru", "zh", "ja", "no", "he")
+_MADLAD_CODES = (
+    "de", "en", "es", "fr", "fr_CA", "it", "ru", "zh", "zh_Hant", "ja", "no", "he", "bg", "is",
+)  # fmt: skip
 _QWEN_SETTINGS: dict[str, Any] = {
     "tokenizer_class": "Qwen2Tokenizer", "add_prefix_space": False, "bos_token": None, "unk_token": None,
     "pad_token": "<|endoftext|>", "additional_special_tokens": ["<|im_start|>", "<|im_end|>"],

@@ -1,14 +1,16 @@
 """Several shard folders as one split: their clips one after another, each with its corpus and language."""
 
 import hashlib
+from collections import ChainMap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
 from flallm_ds.data.index import COLUMNS, STRING_COLUMNS, Index, Shard, StringColumn, load_index
+from flallm_ds.data.languages import language_tag
 from flallm_ds.data.store import CacheOptions, Store
 from flallm_ds.errors import UserError
 
@@ -18,7 +20,8 @@ def open_indexes(
 ) -> Index:
     """The index of one split of one shard folder (or address), or of several joined.
 
-    Raises UserError as `load_index` does, or where a folder is named twice, or video is mixed with features.
+    Languages are tags, however the folders name them. Raises UserError as `load_index` does, or where a
+    folder is named twice, video is mixed with features, or a language is unknown.
     """
     roots = [shards] if isinstance(shards, str | Path) else list(shards)
     if not roots:
@@ -28,7 +31,7 @@ def open_indexes(
             f"data.shards must name each shard folder once, but is {', '.join(map(str, roots))}. "
             "Give a corpus more weight with --data.weights."
         )
-    indexes = [load_index(root, split, cache) for root in roots]
+    indexes = [with_language_tags(load_index(root, split, cache)) for root in roots]
     for index in indexes:
         if not len(index):
             raise UserError(
@@ -42,6 +45,38 @@ def open_indexes(
             f"{kinds['features']} is features. Make features of all with launch/features.py."
         )
     return indexes[0] if len(indexes) == 1 else join(indexes)
+
+
+def with_language_tags(index: Index) -> Index:
+    """Return the index with the tag of each clip's language; older shards may name it de_DE or German.
+
+    The order of the clips does not change: it comes from the fingerprint.
+    Raises UserError for an unknown language.
+    """
+    names, numbers = _distinct(index.arrays["language"], index.arrays["language_ends"])
+    what = f"the language of each {index.split} clip in {index.root}"
+    tags = [language_tag(name, what) if name else "" for name in names]
+    if tags == names:
+        return index
+    column = StringColumn.columns("language", [tags[number] for number in numbers.tolist()])
+    arrays = ChainMap(column, index.arrays)  # type: ignore[arg-type]  # read alone
+    return replace(index, arrays=arrays)
+
+
+def _distinct(blob: np.ndarray, ends: np.ndarray) -> tuple[list[str], np.ndarray]:
+    """(the distinct strings of a column, the number of each row's string); a million rows take 0.1 s."""
+    sizes = np.diff(ends, prepend=0)
+    names: list[str] = []
+    numbers = np.zeros(len(ends), np.int64)
+    # Strings of one length are the rows of a matrix of bytes, which NumPy sorts as strings.
+    for size in np.unique(sizes).tolist():
+        rows = np.flatnonzero(sizes == size)
+        letters = blob[(ends[rows] - size)[:, None] + np.arange(size)]
+        strings = letters.view(f"S{size}").ravel() if size else np.full(len(rows), b"")
+        distinct, found = np.unique(strings, return_inverse=True)
+        numbers[rows] = len(names) + found
+        names += [string.decode("utf-8", errors="replace") for string in distinct.tolist()]
+    return names, numbers
 
 
 def join(indexes: Sequence[Index]) -> Index:

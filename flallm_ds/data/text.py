@@ -15,8 +15,14 @@ import numpy as np
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer
 
-from flallm_ds.command import nearest
-from flallm_ds.data.languages import LANGUAGES, find_language, token_of
+from flallm_ds.data.languages import (
+    Place,
+    find_language,
+    language_tokens,
+    nearest_languages,
+    tag_of,
+    token_of,
+)
 from flallm_ds.data.normalizer import normalizer_of, restore_normalizer
 from flallm_ds.errors import UserError
 from flallm_ds.pretrained import check_llm_source
@@ -33,16 +39,20 @@ class Instruction:
     prompt: text around {video}, with {language} and {sign_language}; empty: `DECODER_ONLY_PROMPT` for a
     decoder-only LLM, nothing for an encoder-decoder. start_token: the encoder-decoder's own first token, an
     id of its whole vocabulary. rows: of its embedding, which may be fewer than its tokenizer has pieces.
-    language: of all clips; empty: each clip's own.
+    language: of all clips, as the user named it; empty: each clip's own.
     """
 
     decoder_only: bool = False
     start_token: int | None = None
     rows: int | None = None
     language: str = ""
-    languages: tuple[str, ...] = ()  # of the training text
+    languages: tuple[str, ...] = ()  # of the training text; their tags
     prompt: str = ""
     sign_languages: Mapping[str, str] = field(default_factory=dict)  # by corpus, if not the usual one
+
+    def __post_init__(self) -> None:
+        # Vocabularies of earlier versions hold languages as their corpora named them.
+        object.__setattr__(self, "languages", tuple(dict.fromkeys(map(tag_of, self.languages))))
 
     def parts(self, language: str, corpus: str) -> tuple[str, str]:
         """The text (before, after) the video. Raises UserError for a language that the prompt cannot name."""
@@ -63,8 +73,8 @@ class Instruction:
 
 
 def _unknown_language(language: str, must: str) -> UserError:
-    names = [*LANGUAGES, *(entry.name for entry in LANGUAGES.values())]
-    return UserError(f"llm.language must be one that {must}, but is {language!r}: {nearest(language, names)}")
+    near = nearest_languages(language) or "give a code (de, zh-Hant) or an English name (German)."
+    return UserError(f"llm.language must be one that {must}, but is {language!r}: {near}")
 
 
 def _new_language(language: str, known: Sequence[str]) -> UserError:
@@ -167,6 +177,10 @@ class TextCodec:
     @cached_property
     def _vocabulary(self) -> dict[str, int]:
         return dict(self.tokenizer.get_vocab())
+
+    @cached_property
+    def _language_tokens(self) -> dict[str, Place]:
+        return language_tokens(self._vocabulary, self.tokenizer.get_added_vocab())
 
     def trimmed_id(self, full_id: int) -> int:
         """-1 for a piece that was not kept, or that the tokenizer or the embedding does not have."""
@@ -279,14 +293,15 @@ class TextCodec:
 
     def _wording(self, language: str, corpus: str) -> Wording:
         before, after = self.instruction.parts(language, corpus)
-        if self.instruction.decoder_only:
+        decoder_only = self.instruction.decoder_only
+        token = None if decoder_only else token_of(language, self._language_tokens)
+        if token is None and self.instruction.language and find_language(language) is None:
+            raise _unknown_language(language, "is known")
+        if decoder_only:
             ids = self._ids(before, specials=True)
             if len(ids) > 1 and ids[-1] == self.eos_id:
                 ids = ids[:-1]
             return Wording(tuple(ids), tuple(self._ids(after)))
-        token = token_of(language, self._vocabulary)
-        if token is None and self.instruction.language and find_language(language) is None:
-            raise _unknown_language(language, "is known")
         language_ids = [] if token is None else [self.trimmed_id(self._vocabulary[token[0]])]
         in_source = language_ids if token is not None and token[1] == "source" else []
         start = [] if in_source else language_ids

@@ -14,7 +14,7 @@ from transformers import TextStreamer
 from flallm_ds import export
 from flallm_ds.contracts import Batch
 from flallm_ds.data.features import resample
-from flallm_ds.data.languages import find_language
+from flallm_ds.data.languages import tag_of
 from flallm_ds.data.loader import NUM_DRAWS
 from flallm_ds.data.text import Wording
 from flallm_ds.data.video import Video
@@ -121,7 +121,7 @@ class Translator:
         Raises UserError where it is none of them, or where there are several and none is asked for.
         """
         known = spoken(self.export.codec)
-        same = [k for k in known if asked in (k, "") or (find_language(asked) or 0) == find_language(k)]
+        same = [k for k in known if not asked or tag_of(asked) == tag_of(k)]
         if len(same) == 1:
             return same[0]
         if not known and not asked:

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from flallm_ds.data.languages import tag_of, word_rule
 from flallm_ds.errors import UserError
 from flallm_ds.metrics.bleu import corpus_bleu, corpus_chrf
 from flallm_ds.metrics.rouge import BETA, rouge_l
 
-__all__ = ["Scores", "is_chinese", "rouge_tokens", "score", "score_by_language"]
+__all__ = ["Scores", "rouge_tokens", "score", "score_by_language"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Scores:
 def score(hypotheses: Sequence[str], references: Sequence[str], language: str) -> Scores:
     """Scores of hypotheses against one reference each, in the same order.
 
-    language: of the text, as `de`, `de_DE`, `zh` or `zh-CN`; Chinese is scored by characters.
+    language: of the text, by any name that `find_language` knows. Chinese is scored by sacreBLEU's rule for
+    it, other languages without spaces between words (Japanese, Thai, ...) by characters.
     Raises UserError where the numbers of sentences differ, or where there are none.
     """
     if len(hypotheses) != len(references):
@@ -52,20 +54,22 @@ def score(hypotheses: Sequence[str], references: Sequence[str], language: str) -
         )
     if not references:
         raise UserError("there must be at least one sentence to score, but there is none.")
-    chinese = is_chinese(language)
-    bleu = corpus_bleu(hypotheses, references, tokenize="zh" if chinese else "13a")
+    rule = word_rule(language)
+    characters = rule != "13a"
+    bleu = corpus_bleu(hypotheses, references, tokenize=rule)
     chrf, chrf_signature = corpus_chrf(hypotheses, references)
     return Scores(
         *bleu.orders,
         rouge_l=rouge_l(
-            [rouge_tokens(h, chinese) for h in hypotheses], [rouge_tokens(r, chinese) for r in references]
+            [rouge_tokens(h, characters) for h in hypotheses],
+            [rouge_tokens(r, characters) for r in references],
         ),
         chrf=chrf,
         length_ratio=bleu.length_ratio,
         num_sentences=len(references),
         bleu_signature=bleu.signature,
         chrf_signature=chrf_signature,
-        rouge_signature=f"F|beta:{BETA}|tok:{'char' if chinese else 'whitespace'}|mean:sentences",
+        rouge_signature=f"F|beta:{BETA}|tok:{'char' if characters else 'whitespace'}|mean:sentences",
     )
 
 
@@ -79,7 +83,7 @@ def score_by_language(
     """
     rows = defaultdict(list)
     for row, language in enumerate(languages):
-        rows[language].append(row)
+        rows[tag_of(language)].append(row)
     found = {
         language: score([hypotheses[r] for r in part], [references[r] for r in part], language)
         for language, part in sorted(rows.items())
@@ -97,12 +101,7 @@ def score_by_language(
     return Scores(**mean)
 
 
-def is_chinese(language: str) -> bool:
-    """Whether a language code (`zh`, `zh_CN`, `zh-Hans`, `zho`, ...) means Chinese."""
-    return language.lower().replace("-", "_").split("_")[0] in ("zh", "zho", "chi", "cmn", "yue")
-
-
-def rouge_tokens(sentence: str, chinese: bool) -> list[str]:
-    """Whitespace tokens, or for Chinese the characters that are not whitespace."""
+def rouge_tokens(sentence: str, characters: bool) -> list[str]:
+    """Whitespace tokens, or the characters that are not whitespace for a language without spaces."""
     words = sentence.split()
-    return list("".join(words)) if chinese else words
+    return list("".join(words)) if characters else words

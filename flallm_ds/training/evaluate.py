@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from flallm_ds.contracts import Batch, Hypothesis
 from flallm_ds.data.device import on_device
+from flallm_ds.data.languages import tag_of
 from flallm_ds.data.loader import Loader
 from flallm_ds.data.text import TextCodec
 from flallm_ds.dist import World, all_reduce_sum, gather_objects
@@ -62,7 +63,7 @@ class Evaluation:
             hypothesis=sentences[0],
             reference=batch.texts[row],
             corpus=batch.corpora[row],
-            language=self.codec.instruction.language or batch.languages[row] or self.codec.language,
+            language=tag_of(self.codec.instruction.language) or batch.languages[row] or self.codec.language,
             nbest=tuple(scored),
         )
 

@@ -82,7 +82,7 @@ def header_language(path: Path) -> str:
     if path.suffix.lower() != ".vtt":
         return ""
     with path.open("rb") as file:
-        match = re.search(rb"^Language:[ \t]*([A-Za-z]{2,3})", file.read(500), re.MULTILINE)
+        match = re.search(rb"^Language:[ \t]*([A-Za-z]{2,3}(?:-[A-Za-z0-9]+)*)", file.read(500), re.MULTILINE)
     return match[1].decode() if match else ""
 
 

@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from flallm_ds.data.languages import language_tag
 from flallm_ds.errors import UserError
 from shards.corpora import (
     Corpus,
@@ -40,8 +41,9 @@ _LIKENESS = 0.82  # difflib's, of a misspelt name: "langage" is language, "sign"
 def read(source: Path, splits: tuple[str, ...], *, language: str = "") -> Corpus:
     """Any corpus by a manifest. --source: the CSV, TSV or JSON lines file (columns: see docs/data.md).
 
-    --language: of the texts (de, en, zh, ...), where the manifest has no such column.
+    --language: of the texts (de, German, zh-Hant, ...), where the manifest has no such column.
     """
+    language = language_tag(language, "--language") if language else ""
     rows: dict[str, list[Row]] = {split: [] for split in splits}
     unused: set[str] = set()
     languages: set[str] = set()
@@ -112,7 +114,8 @@ def _read_row(fields: dict[str, str], folder: Path, language: str, what: str) ->
         raise UserError(f"{what} video must name a file or folder, but is empty. Correct the manifest.")
     for name in ("text", "signer", "id"):
         check_text(fields.get(name, "").strip(), f"{what} {name}")
-    language = fields.get("language", "").strip() or language
+    named = fields.get("language", "").strip()
+    language = language_tag(named, f"{what} language") if named else language
     if not language:
         raise UserError(f"{what} a text must have a language, but has none. Give --language.")
     start_s = read_seconds(fields.get("start", ""), f"{what} start")

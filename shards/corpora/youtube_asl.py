@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from flallm_ds.data.languages import WRITTEN_WITH, find_language, language_tag
 from flallm_ds.errors import UserError
 from shards.corpora import Corpus, Row, files_below, first_of, read_lines, same_content, split_of
 from shards.corpora.captions import (
@@ -24,18 +25,6 @@ from shards.corpora.videos import Videos
 _ID = r"[A-Za-z0-9_-]{11}"
 _STEM = re.compile(rf"(?:.*\[)?({_ID})\]?(?:\.([A-Za-z]{{2,3}}(?:[-_][A-Za-z0-9_-]*)?))?")
 _HEADERS = ("id", "video", "video_id")
-
-# Which written languages go with a sign language (ISO 639-3), where a video has captions in several.
-_SIGN_LANGUAGES = {
-    "ar": "sdl", "bg": "bqn", "cs": "cse", "da": "dsl", "de": "gsg asq sgg", "el": "gss",
-    "en": "ase bfi asf nzs isg sfs ins psp", "es": "ssp mfs aed csg csn prl vsl csc", "et": "eso",
-    "fi": "fse", "fr": "fsl sfb fcs ssr", "he": "isr", "hr": "csq", "hu": "hsh", "is": "icl",
-    "it": "ise slf", "ja": "jsl", "ko": "kvk", "lt": "lls", "lv": "lsl", "nl": "dse vgt", "no": "nsl",
-    "pl": "pso", "pt": "bzs psr", "ro": "rms", "ru": "rsl", "sk": "svk", "sv": "swl fss", "th": "tsq",
-    "tr": "tsm", "uk": "ukl", "zh": "csl tss hks",
-}  # fmt: skip
-_WRITTEN = {sign: written for written, signs in _SIGN_LANGUAGES.items() for sign in signs.split()}
-_SAME = {"iw": "he", "nb": "no", "nn": "no"}  # YouTube's names and ours
 
 
 @dataclass(frozen=True)
@@ -123,7 +112,8 @@ def _read(
     if not source.is_dir():
         raise UserError(f"--source must be the folder of videos and captions, but is none: {source}.")
     captions = find_captions(source)
-    language = written_language(language) or language
+    if language:
+        language = written_language(language) or language_tag(language, "--language")
     wanted = dict.fromkeys(sorted(captions), language) if wanted is None else wanted
     rows: dict[str, list[Row]] = {split: [] for split in splits}
     tally = _Tally()
@@ -243,9 +233,13 @@ def read_ids(path: str) -> dict[str, str]:
 
 
 def written_language(code: str) -> str:
-    """de for de, de-AT and gsg; "" for a sign language that is not known."""
-    code = re.split(r"[-_]", code.lower())[0]
-    return _SAME.get(code, code) if len(code) == 2 else _WRITTEN.get(code, "")
+    """de for de, de-AT, German and gsg; "" for what is no language, and a sign language that is not known."""
+    if code.lower() in WRITTEN_WITH:
+        return WRITTEN_WITH[code.lower()]
+    # YouTube adds parts of its own: de-cvfXDfbeED0, en-orig.
+    while code and (found := find_language(code)) is None:
+        code = code.rpartition("-")[0]
+    return found.code if code and found else ""
 
 
 def _video_id(path: Path) -> str:
@@ -287,7 +281,8 @@ def find_other_captions(source: Path) -> dict[str, str]:
 def choose_track(tracks: dict[str, Path], language: str) -> tuple[str, Path] | None:
     """(language, file) of a video's captions in a language; of its only captions where the language is "".
 
-    `en` also takes `en-US`, after `en` itself. A file without a language in its name is taken as the one
+    `en` also takes `en-US`, after `en` itself; `zh` takes zh-Hant where there is no other Chinese, `no` takes
+    nn, and each keeps its own language. A file without a language in its name is taken as the one
     asked for unless its own header says another; the language returned may be "".
     Raises OSError for a file that cannot be read.
     """
@@ -296,6 +291,8 @@ def choose_track(tracks: dict[str, Path], language: str) -> tuple[str, Path] | N
         written = written_language(header_language(tracks[""])) or language
         known += [(written, "", tracks[""])] if written or not known else []
     fits = [(written, path) for written, _, path in known if written == language]
+    fits += [(written, path) for written, _, path in known if written.split("-")[0] == language]
+    fits += [(written, path) for written, _, path in known if (language, written) == ("no", "nn")]
     if language:
         return fits[0] if fits else None
     return (known[0][0], known[0][2]) if len({written for written, _, _ in known}) == 1 else None

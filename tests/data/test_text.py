@@ -303,6 +303,71 @@ def test_a_language_may_be_named_in_anybodys_words(folders, family, language):
     assert codec.wording("en") == codec_of(folders[family]).wording("de")  # llm.language is for all clips
 
 
+TOLD = {
+    "mbart": {"Chinese": "zh_CN", "cmn": "zh_CN", "zh-Hans": "zh_CN", "ja": "ja_XX", "Burmese": "my_MM"},
+    "mbart50": {"iw": "he_IL", "he": "he_IL", "tl": "tl_XX", "pt-BR": "pt_XX", "mk": "mk_MK"},
+    "m2m100": {"bg": "__bg__", "is": "__is__", "iw": "__he__", "nb": "__no__", "cmn": "__zh__",
+               "nso": "__ns__"},
+    "nllb": {"bg": "bul_Cyrl", "nb": "nob_Latn", "nn": "nno_Latn", "zh-Hant": "zho_Hant", "zh-TW": "zho_Hant",
+             "yue": "yue_Hant", "ajp_Arab": "ajp_Arab", "Persian": "pes_Arab", "ps": "pbt_Arab"},
+    "madlad": {"bg": "<2bg>", "Icelandic": "<2is>", "iw": "<2he>", "zh-Hant": "<2zh_Hant>", "fr": "<2fr>",
+               "<2fr_CA>": "<2fr_CA>", "Norwegian Bokmål": "<2no>"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "language"), [(f, name) for f, names in TOLD.items() for name in names])
+def test_every_language_that_a_tokenizer_knows_may_be_named(folders, family, language):
+    of_all, of_each = (
+        codec_of(folders[family], language=language),
+        codec_of(folders[family], languages=(language,)),
+    )
+    assert TOLD[family][language] in pieces(of_all, (*of_all.wording().before, *of_all.wording().start))
+    if language != "<2fr_CA>":  # its tag is fr, as the region is no language
+        assert of_each.wording() == of_all.wording()
+
+
+@pytest.mark.parametrize("family", ["mbart", "mbart50", "m2m100"])
+@pytest.mark.parametrize("language", ["zh-Hant", "zh_TW", "Traditional Chinese"])
+def test_a_script_that_the_tokenizer_has_no_token_for_is_refused_with_the_remedy(folders, family, language):
+    for given in ({"language": language}, {"languages": (language,)}):
+        with pytest.raises(
+            UserError, match=r"\(Simplified\) only, in another script\. Give --llm\.language=zh "
+        ):
+            codec_of(folders[family], **given)
+    accepted = codec_of(folders[family], language="zh", languages=(language,))
+    assert accepted.wording("zh-Hant") == codec_of(folders[family], languages=("zh",)).wording("zh")
+
+
+def test_a_prompt_names_the_script(folders):
+    codec = codec_of(folders["qwen3"], trim=False, languages=("zh", "zh-Hant", "bg"))
+    told = [codec.tokenizer.decode(codec.wording(tag).before) for tag in ("zh-Hant", "zh", "bg")]
+    assert told == [
+        "Translate this Chinese Sign Language video into Traditional Chinese:",
+        "Translate this Chinese Sign Language video into Chinese:",
+        "Translate this Bulgarian Sign Language video into Bulgarian:",
+    ]
+
+
+@pytest.mark.parametrize("family", ["t5", "qwen3"])
+def test_a_misspelt_language_is_refused_also_where_no_prompt_names_it(folders, family):
+    with pytest.raises(UserError, match="must be one that is known, but is 'Germann': did you mean German"):
+        codec_of(folders[family], language="Germann", prompt="Translate: {video}")
+
+
+@pytest.mark.parametrize("family", ["mbart", "madlad", "mt5"])
+def test_a_vocabulary_of_an_earlier_version_names_languages_as_its_corpora_did(folders, family, tmp_path):
+    codec = codec_of(folders[family], languages=("de", "en"), prompt="{language}: {video}")
+    codec.save(tmp_path)
+    path = tmp_path / "vocabulary.json"
+    content = json.loads(path.read_text()) | {"languages": ["de_DE", "English"]}
+    path.write_text(json.dumps(content))
+    loaded = TextCodec.load(tmp_path)
+    assert loaded.instruction.languages == ("de", "en")
+    for tag in ("de", "en"):
+        assert loaded.wording(tag) == codec.wording(tag)
+        assert loaded.light_wording(tag) == codec.light_wording(tag)
+
+
 @pytest.mark.parametrize("family", [f for f, entry in FAMILIES.items() if entry.decoder_only])
 def test_a_decoder_only_llm_reads_a_prompt_as_its_tokenizer_begins_one(folders, family):
     codec = codec_of(folders[family], trim=False)

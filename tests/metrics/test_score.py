@@ -4,7 +4,7 @@ import pytest
 from sacrebleu.metrics import BLEU
 
 from flallm_ds.errors import UserError
-from flallm_ds.metrics import is_chinese, rouge_tokens, score, score_by_language
+from flallm_ds.metrics import rouge_tokens, score, score_by_language
 
 REFERENCES = ["am tag regnet es im norden .", "morgen scheint die sonne im süden ."]
 
@@ -48,16 +48,50 @@ def test_chinese_is_scored_by_characters():
 
 
 def test_spaces_do_not_matter_in_chinese():
-    assert rouge_tokens("明天 有雨 。", chinese=True) == ["明", "天", "有", "雨", "。"]
+    assert rouge_tokens("明天 有雨 。", characters=True) == ["明", "天", "有", "雨", "。"]
     spaced, unspaced = (score([text], ["明天有雨。"], "zh") for text in ("明天 有 雨 。", "明天有雨。"))
     assert spaced == unspaced
 
 
-@pytest.mark.parametrize(
-    ("code", "expected"), [("zh", True), ("zh_CN", True), ("zh-Hans", True), ("de_DE", False), ("en", False)]
-)
-def test_language_codes(code, expected):
-    assert is_chinese(code) is expected
+CHINESE = ["zh", "zh_CN", "zh-Hant", "Chinese", "__zh__", "<2zh>", "zho_Hant", "cmn", "yue", "Cantonese"]
+
+
+@pytest.mark.parametrize("language", CHINESE)
+def test_chinese_is_scored_alike_by_every_name(language):
+    hypotheses, references = ["明天北部有大雨，"], ["明天北部地区有雨，"]
+    assert score(hypotheses, references, language) == score(hypotheses, references, "zh")
+
+
+UNSPACED = [
+    ("ja", "明日は雨です。", "明日は雪です。"), ("Japanese", "明日は雨です。", "明日は雪です。"),
+    ("ja_XX", "明日は雨です。", "明日は雪です。"), ("th_TH", "พรุ่งนี้ฝนตกหนัก", "พรุ่งนี้ฝนตก"),
+    ("khm_Khmr", "ថ្ងៃស្អែកមានភ្លៀង", "ថ្ងៃស្អែកមានព្យុះ"), ("<2lo>", "ມື້ອື່ນຝົນຕົກ", "ມື້ອື່ນຫິມະຕົກ"),
+    ("Burmese", "မနက်ဖြန်မိုးရွာမည်", "မနက်ဖြန်နှင်းကျမည်"), ("bo", "སང་ཉིན་ཆར་པ་བབས།", "སང་ཉིན་གངས་བབས།"),
+    ("dz", "ནངས་པ་ཆར་པ་རྐྱབ།", "ནངས་པ་ཁཝ་རྐྱབ།"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("language", "said", "meant"), UNSPACED)
+def test_languages_without_spaces_are_scored_by_characters(language, said, meant):
+    scores = score([said], [meant], language)
+    by_characters = BLEU(tokenize="char").corpus_score([said], [[meant]])
+    assert scores.bleu4 == pytest.approx(by_characters.score) and 0 < scores.bleu4 < 100
+    assert "tok:char" in scores.bleu_signature and "tok:char" in scores.rouge_signature
+    assert 0 < scores.rouge_l < 100 and score([said], [meant], "en").rouge_l == 0  # one wrong word
+    spaced = score([" ".join(said)], [meant], language)
+    assert (spaced.bleu4, spaced.rouge_l) == (scores.bleu4, scores.rouge_l)
+
+
+@pytest.mark.parametrize("language", ["ko_KR", "Vietnamese", "de", "ja-Latn", "zh-Latn", "", "no such one"])
+def test_languages_with_spaces_are_scored_by_words(language):
+    scores = score(["im norden regen"], ["im norden regen"], language)
+    assert "tok:13a" in scores.bleu_signature and "tok:whitespace" in scores.rouge_signature
+
+
+def test_one_language_by_several_names_is_one_language():
+    german = ["im norden regen am morgen", "im süden sonne am abend", "am tag schnee"]
+    mixed = score_by_language(german[::-1], german, ["de", "German", "de_AT"])
+    assert mixed == score(german[::-1], german, "de")
 
 
 def test_unequal_numbers_are_an_error_that_names_both():

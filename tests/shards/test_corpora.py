@@ -178,13 +178,13 @@ def test_a_manifest_is_read_from_csv_tsv_and_json_lines(tmp_path, suffix):
             "fps": 29.97,
             "mood": 1,
         },
-        {"video": "b.mp4", "text": "drei", "split": "train", "signer": "S1", "language": "gsg", "id": "x.1"},
+        {"video": "b.mp4", "text": "drei", "split": "train", "signer": "S1", "language": "gsw", "id": "x.1"},
     ]
     corpus = manifest.read(write_manifest(tmp_path / f"m{suffix}", rows), ("train", "dev"), language="de")
     (dev,), (train,) = corpus.rows["dev"], corpus.rows["train"]
     assert (dev.start_s, dev.end_s, dev.bbox, dev.text) == (1.5, 2.0, (0.0, 0.0, 0.5, 1.0), "eins, zwei")
     assert (dev.path, dev.id, dev.language) == (tmp_path / "a.mp4", "a.mp4:1.5-2.0", "de")
-    assert (train.id, train.signer, train.language) == ("x.1", "S1", "gsg")
+    assert (train.id, train.signer, train.language) == ("x.1", "S1", "gsw")
     assert (dev.image_fps, train.image_fps) == (29.97, 25.0)
     assert corpus.language == "mixed" and corpus.notes == ["columns that are not used: mood"]
 
@@ -208,6 +208,10 @@ def test_without_a_split_column_a_source_video_goes_to_one_split(tmp_path):
         ({"video": "a", "text": "x", "end": "1:2:3:4"}, "end must be seconds"),
         ({"video": "a", "text": "x", "end": "1:-2"}, "end must be seconds"),
         ({"video": "a", "text": "x", "split": "tran"}, "split must be one of"),
+        ({"video": "a", "text": "x", "language": "Germann"}, "line 1: language .*'Germann': did you mean Ge"),
+        ({"video": "a", "text": "x", "language": "de_DF"}, "line 1: language .*'de_DF': did you mean de?"),
+        ({"video": "a", "text": "x", "language": "gsg"}, "line 1: language .* text.*'gsg': did you mean de?"),
+        ({"video": "a", "text": "x", "language": "mul"}, "line 1: language must be that of the text"),
         ({"video": "a", "text": "x", "fps": "0"}, "fps must be from 1 to 480"),
         ({"video": "a", "text": "x", "fps": "fast"}, "fps must be from 1 to 480"),
         ({"video": "a", "text": "x", "bbox": [0, 0, 2, 1]}, "bbox"),
@@ -240,6 +244,21 @@ def test_a_manifest_of_frame_folders_is_built_at_its_own_rate_and_cut_by_time(tm
     ((facts, frames),) = built_clips(tmp_path / "out", "train").values()
     assert (facts["id"], facts["fps"], len(frames), frames[0].shape) == ("a.b", 5.0, 5, (13, 21, 3))
     assert [round(frame.mean()) for frame in frames] == pytest.approx([25, 30, 35, 40, 45], abs=2)
+
+
+@pytest.mark.parametrize("named", ["de", "DE", "de-AT", "de_DE", "German", " german ", "deu_Latn", "<2de>"])
+def test_a_language_by_any_name_is_one_language(tmp_path, named):
+    rows = [{"video": "a", "text": "x", "language": one} for one in (named, "de")]
+    corpus = manifest.read(write_manifest(tmp_path / "m.csv", rows), SPLITS)
+    assert {row.language for table in corpus.rows.values() for row in table} == {corpus.language} == {"de"}
+    unnamed = write_manifest(tmp_path / "m.jsonl", [{"video": "a", "text": "x"}])
+    assert manifest.read(unnamed, SPLITS, language=named).language == "de"
+
+
+def test_an_unknown_language_option_is_refused_with_near_ones(tmp_path):
+    source = write_manifest(tmp_path / "m.jsonl", [{"video": "a", "text": "x"}])
+    with pytest.raises(UserError, match=r"^--language must be .*'Chinesse': did you mean .*Chinese"):
+        manifest.read(source, SPLITS, language="Chinesse")
 
 
 def test_a_manifest_needs_a_language_and_a_known_suffix(tmp_path):

@@ -46,8 +46,8 @@ def test_without_train_nothing_is_unknown():
     assert line(summarise({"dev": [row("a b")]}).split("\n\n")[1], "dev") == ["dev", "2", "2", "2", "-", "-"]
 
 
-@pytest.mark.parametrize("language", ["zh", "zh-CN", "zh_CN", "ja"])
-def test_chinese_and_japanese_are_counted_by_character(language):
+@pytest.mark.parametrize("language", ["zh", "zh-CN", "zh_CN", "zh-Hant", "Chinese", "ja", "ja_XX", "th"])
+def test_languages_without_spaces_are_counted_by_character(language):
     words = summarise({"train": [row("你好，你 好", language=language)]}).split("\n\n")[1]
     assert line(words, "train")[1:3] == ["5", "3"]
 
