@@ -164,9 +164,7 @@ class LlmConfig:
     """The pretrained LLM of stage 2, encoder-decoder or decoder-only; stage 1 uses its tokenizer."""
 
     name: str = "facebook/mbart-large-cc25"  # hub id or folder
-    language: str = (
-        ""  # spoken in all clips: de, German, zh-Hant or a tokenizer's de_DE; empty: each clip's own
-    )
+    language: str = ""  # of all clips: de, German, zh-Hant or a token (de_DE); empty: each clip's own
     prompt: str = ""  # text with {video}, {language}, {sign_language}; empty: the usual one of the LLM's kind
     sign_languages: tuple[str, ...] = ()  # CORPUS=NAME, where it is not the usual one of the language
     trim_vocabulary: bool = True  # keep the pieces of the training text, specials and language ids

@@ -237,9 +237,10 @@ def written_language(code: str) -> str:
     if code.lower() in WRITTEN_WITH:
         return WRITTEN_WITH[code.lower()]
     # YouTube adds parts of its own: de-cvfXDfbeED0, en-orig.
-    while code and (found := find_language(code)) is None:
-        code = code.rpartition("-")[0]
-    return found.code if code and found else ""
+    parts = re.split("[-_]", code)
+    wholes = ("-".join(parts[:number]) for number in range(len(parts), 0, -1))
+    found = next(filter(None, map(find_language, wholes)), None)
+    return found.code if found else ""
 
 
 def _video_id(path: Path) -> str:

@@ -235,6 +235,7 @@ def test_broken_and_automatic_captions_are_counted(tmp_path):
         (("nn", "nb"), "no", ("no", "nb")),
         (("nn",), "no", ("nn", "nn")),
         (("en-orig", "de"), "en", ("en", "en-orig")),
+        (("en_orig", "de"), "en", ("en", "en_orig")),
         (("en", "en-GB"), "", ("en", "en")),
         (("en", "de"), "", None),
         (("en",), "de", None),
