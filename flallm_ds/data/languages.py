@@ -1,8 +1,8 @@
 """Spoken languages: the one place that knows how people, corpora and tokenizers name them.
 
-A language has one tag, which shards, runs and scores use: its ISO 639 code, and its script where that is
-not the usual one (de, zh, zh-Hant, sr-Latn). Codes, names, and the script that a region implies come from
-Unicode (CLDR), by Babel.
+A language has one tag, which shards, runs and scores use: its ISO 639 code, and its script where
+that is not the usual one (de, zh, zh-Hant, sr-Latn). Codes, names, and the script that a region
+implies come from Unicode (CLDR), by Babel.
 """
 
 import re
@@ -29,7 +29,7 @@ class Language:
     code: str  # BCP-47 tag, without a region, and without the script that is the usual one
     name: str  # in English, empty for a rare language without one
     script: str  # ISO 15924, empty where it is not known
-    sign_language: str  # the one that most corpora with this language are signed in, or "sign language"
+    sign_language: str  # of most corpora with this language; "sign language" where it is not known
 
 
 _SIGN_LANGUAGES = {
@@ -59,10 +59,10 @@ _OWN_SIGN_LANGUAGE_NAMES = {"nl": "Sign Language of the Netherlands"}
 
 # Where tokenizers tell apart what Unicode joins, or join what Unicode tells apart.
 _CODES = {
-    "nb": "no", "nob": "no",  # M2M100 and MADLAD have one token for Norwegian; Nynorsk is its own language
+    "nb": "no", "nob": "no",  # M2M100 and MADLAD have one token for Norwegian; Nynorsk is another
     "ns": "nso",  # M2M100's code of Northern Sotho
     "pbt": "ps",  # NLLB's only Pashto
-    "prs": "prs", "twi": "tw", "tw": "tw", "ajp": "ajp",  # NLLB has tokens for these and for fa, ak and apc
+    "prs": "prs", "twi": "tw", "tw": "tw", "ajp": "ajp",  # NLLB has these next to fa, ak and apc
 }  # fmt: skip
 # What Unicode has no entry for: English name and usual script.
 _ADDED = {
@@ -82,8 +82,8 @@ _NAMES = {
 }  # fmt: skip
 _SHOWN_NAMES = {"bn": "Bengali"}  # as prompts have said since the first model
 
-# Scripts that put no spaces between words. sacreBLEU has a tokenizer for Chinese; texts in the others are
-# split into characters. Korean and Vietnamese have spaces.
+# Scripts that put no spaces between words. sacreBLEU has a tokenizer for Chinese; texts in the
+# others are split into characters. Korean and Vietnamese have spaces.
 _CHINESE_SCRIPTS = {"Hans", "Hant", "Hani"}
 _OTHER_UNSPACED_SCRIPTS = {
     "Jpan", "Hira", "Kana", "Thai", "Khmr", "Laoo", "Mymr", "Tibt", "Lana", "Talu", "Tavt",
@@ -129,8 +129,8 @@ _WRAPPED = re.compile(r"__(.+)__|<2(.+)>")
 def language_tag(name: str, what: str) -> str:
     """Return the tag of a language that people or corpora name; see `find_language`.
 
-    what: the option or place that the name comes from, which begins the message of UserError where the name
-    is unknown.
+    what: the option or place that the name comes from; it begins the message.
+    Raises UserError where the name is unknown.
     """
     found = find_language(name)
     if found is None:
@@ -152,9 +152,10 @@ def tag_of(name: str) -> str:
 def find_language(name: str) -> Language | None:
     """Return the language of a name, None for a name that is unknown.
 
-    name: a code of ISO 639 (de, deu, ger, iw), a BCP-47 tag (de-AT, de_AT, zh-TW), an English name (German,
-    Norwegian Bokmål, Chinese (Traditional)) or a tokenizer's token (de_DE, deu_Latn, __de__, <2de>). Case
-    does not matter. A region decides the script where it implies one (zh-TW is zh-Hant), and is left out.
+    name: a code of ISO 639 (de, deu, ger, iw), a BCP-47 tag (de-AT, de_AT, zh-TW), an English name
+    (German, Norwegian Bokmål, Chinese (Traditional)) or a tokenizer's token (de_DE, deu_Latn,
+    __de__, <2de>). Case does not matter. A region decides the script where it implies one (zh-TW is
+    zh-Hant), and is left out.
     """
     plain = " ".join(name.split())
     wrapped = _WRAPPED.fullmatch(plain)
@@ -162,7 +163,7 @@ def find_language(name: str) -> Language | None:
 
 
 def nearest_languages(name: str) -> str:
-    """Return `did you mean …?` with the closest names of languages; empty where nothing is close."""
+    """Return `did you mean …?` with the closest names; empty where nothing is close."""
     written = re.sub(r" sign language$", "", name, flags=re.IGNORECASE)
     for part in (WRITTEN_WITH.get(name.lower(), ""), written, re.split("[-_]", name)[0]):
         meant = find_language(part)
@@ -174,9 +175,9 @@ def nearest_languages(name: str) -> str:
 
 
 def word_rule(language: str) -> WordRule:
-    """Return the sacreBLEU tokenizer that finds the words of a language: 13a where spaces separate them.
+    """Return the sacreBLEU tokenizer that finds the words of a text.
 
-    language: any name of it, see `find_language`.
+    language: of the text, by any name (see `find_language`). 13a where spaces separate the words.
     """
     found = find_language(language)
     if found is not None and found.script in _CHINESE_SCRIPTS:
@@ -204,11 +205,11 @@ def language_tokens(vocabulary: Iterable[str], added: Iterable[str] = ()) -> dic
 def token_of(
     language: str, places: Mapping[str, Place], option: str = "llm.language"
 ) -> tuple[str, Place] | None:
-    """(the tokenizer's token of a language, where it is read); None where its tokenizer has no such tokens.
+    """Return (the tokenizer's token of a language, where it is read).
 
-    language: as for `find_language`, or one of the tokenizer's own tokens. places: of `language_tokens`.
-    option: for the message. Raises UserError where the tokenizer has tokens of languages, but not of this one
-    in this script.
+    None where the tokenizer has no such tokens. language: as for `find_language`, or one of the
+    tokenizer's own tokens. places: of `language_tokens`. option: for the message.
+    Raises UserError where the tokenizer has tokens of languages, but not of this one in this script.
     """
     if language in places:
         return language, places[language]
@@ -265,7 +266,7 @@ def _of_tag(text: str) -> Language | None:
 
 
 def _region(region: str) -> str | None:
-    """A region by its two letters or three digits; empty for none and for mBART's XX; None where unknown."""
+    """A region's two letters or three digits; empty for none and mBART's XX; None where unknown."""
     if region in ("", "XX"):
         return ""
     alias: str = get_global("territory_aliases").get(region, [region])[0]

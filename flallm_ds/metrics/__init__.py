@@ -43,8 +43,8 @@ class Scores:
 def score(hypotheses: Sequence[str], references: Sequence[str], language: str) -> Scores:
     """Scores of hypotheses against one reference each, in the same order.
 
-    language: of the text, by any name that `find_language` knows. Chinese is scored by sacreBLEU's rule for
-    it, other languages without spaces between words (Japanese, Thai, ...) by characters.
+    language: of the text, by any name that `find_language` knows. Chinese is scored by sacreBLEU's
+    rule for it, other languages without spaces between words (Japanese, Thai, ...) by characters.
     Raises UserError where the numbers of sentences differ, or where there are none.
     """
     if len(hypotheses) != len(references):
@@ -102,6 +102,6 @@ def score_by_language(
 
 
 def rouge_tokens(sentence: str, characters: bool) -> list[str]:
-    """Whitespace tokens, or the characters that are not whitespace for a language without spaces."""
+    """Return whitespace tokens, or for a language without spaces the characters."""
     words = sentence.split()
     return list("".join(words)) if characters else words

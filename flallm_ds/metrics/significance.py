@@ -51,6 +51,7 @@ def paired_bootstrap(
 ) -> Bootstrap:
     """systems: {name: hypotheses of each run, in the order of the references}; runs differ by their seeds.
 
+    tokenize: `word_rule` of the language (zh for Chinese, char for others without spaces).
     A resampled test set is the same for all systems and runs. Raises UserError for lists of other lengths.
     """
     n = len(references)

@@ -233,7 +233,7 @@ def read_ids(path: str) -> dict[str, str]:
 
 
 def written_language(code: str) -> str:
-    """de for de, de-AT, German and gsg; "" for what is no language, and a sign language that is not known."""
+    """de for de, de-AT, German and gsg; "" for an unknown language or sign language."""
     if code.lower() in WRITTEN_WITH:
         return WRITTEN_WITH[code.lower()]
     # YouTube adds parts of its own: de-cvfXDfbeED0, en-orig.
@@ -282,12 +282,14 @@ def find_other_captions(source: Path) -> dict[str, str]:
 def choose_track(tracks: dict[str, Path], language: str) -> tuple[str, Path] | None:
     """(language, file) of a video's captions in a language; of its only captions where the language is "".
 
-    `en` also takes `en-US`, after `en` itself; `zh` takes zh-Hant where there is no other Chinese, `no` takes
-    nn, and each keeps its own language. A file without a language in its name is taken as the one
-    asked for unless its own header says another; the language returned may be "".
+    `en` also takes `en-US`, after `en` itself. `zh` takes zh-Hant where there is no other Chinese,
+    `no` takes nn, and the language returned says so. A file without a language in its name is taken
+    as the one asked for unless its own header says another; the language returned may be "".
+    Tags that name no known language are left out.
     Raises OSError for a file that cannot be read.
     """
-    known = sorted((written_language(tag) or tag, tag, path) for tag, path in tracks.items() if tag)
+    tagged = [(written_language(tag), tag, path) for tag, path in tracks.items() if tag]
+    known = sorted(track for track in tagged if track[0])
     if "" in tracks:
         written = written_language(header_language(tracks[""])) or language
         known += [(written, "", tracks[""])] if written or not known else []

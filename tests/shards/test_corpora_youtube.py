@@ -236,6 +236,8 @@ def test_broken_and_automatic_captions_are_counted(tmp_path):
         (("nn",), "no", ("nn", "nn")),
         (("en-orig", "de"), "en", ("en", "en-orig")),
         (("en_orig", "de"), "en", ("en", "en_orig")),
+        (("qqq",), "", None),
+        (("live_chat", "en"), "", ("en", "en")),
         (("en", "en-GB"), "", ("en", "en")),
         (("en", "de"), "", None),
         (("en",), "de", None),
