@@ -7,7 +7,6 @@ import torch
 from transformers import MBartConfig, MBartForConditionalGeneration
 
 from flallm_ds.data.text import TextCodec
-from flallm_ds.models.llm import ids_alone
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,6 @@ def build_light_translator(size: str, codec: TextCodec, dropout: float) -> MBart
 def light_translator_from_config(config: MBartConfig) -> MBartForConditionalGeneration:
     """Light-T as an export's config.json describes it, with random weights."""
     model = MBartForConditionalGeneration(config)
-    model.generation_config = ids_alone(model.generation_config)
     # Learned, but sinusoids to begin with: visual tokens are of unit size, beside which mBART's initial
     # positions (0.02) are invisible for thousands of steps.
     positions = model.model.encoder.embed_positions.weight

@@ -262,11 +262,9 @@ def load_llm(name: str, options: LlmOptions = LlmOptions()) -> Any:
     try:
         word_scale(_skeleton(config, options.hub_code))  # refuses what cannot read visual tokens
         with freed_at_once():
-            model = _model(source, options, arguments)
+            return _model(source, options, arguments)
     except _LOAD_ERRORS as error:
         raise _not_loaded(name, error) from error
-    model.generation_config = ids_alone(model.generation_config)
-    return model
 
 
 def _model(source: _Source, options: LlmOptions, arguments: dict[str, Any]) -> Any:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from flallm_ds.data.text import TextCodec, Wording
 from flallm_ds.models.adapters import Adapter
 from flallm_ds.models.lengths import pad_parts
+from flallm_ds.models.llm import ids_alone
 from flallm_ds.models.loss import Head, LossKind, token_loss
 from flallm_ds.models.word_scale import own_scale, probe_of, word_scale
 
@@ -56,6 +57,8 @@ class SignTranslator(nn.Module):
         self.visual = visual
         self.adapter = adapter
         self.language_model = language_model
+        # Whatever stands there would join in every search, and go into exports.
+        language_model.generation_config = ids_alone(language_model.generation_config)
         self.decoder_only = not language_model.config.is_encoder_decoder
         self.pad_id, self.eos_id = codec.pad_id, codec.eos_id
         self.loss = loss

@@ -99,6 +99,18 @@ def test_generation_does_not_depend_on_the_batch(translator, batch, codec):
     assert len({clip[0].ids for clip in together}) == 3
 
 
+def test_light_t_is_searched_with_as_it_is_asked_whatever_its_config_holds(translator, batch, codec):
+    light_t = translator.language_model
+    beam = Beam(num_beams=2, max_new_tokens=8)
+    expected = translator.generate(*batch[:3], beam)
+    light_t.generation_config.update(
+        repetition_penalty=9.0, no_repeat_ngram_size=1, min_length=7, forced_eos_token_id=5
+    )
+    assert translator.generate(*batch[:3], beam) != expected  # these are in force
+    again = SignTranslator(None, translator.adapter, light_t, codec).eval()
+    assert again.generate(*batch[:3], beam) == expected
+
+
 def test_generation_stops_after_max_new_tokens(translator, batch):
     beam = Beam(num_beams=1, max_new_tokens=3)
     ((said,),) = translator.generate(batch[0][:7], torch.tensor([7]), batch[2][:1], beam)
