@@ -123,5 +123,7 @@ def test_a_run_and_its_export_say_which_weights_they_began_with(runs):
         weights = [file for file in entry["files"] if not file["file"].endswith(".json")]
         assert entry["path"] == str(runs / folder) and weights
         assert all(file["sha256"] == sha256(runs / folder / file["file"]) for file in weights)
+        if name == "timm":  # it ends before its first export
+            continue
         exported = json.loads((runs / name / "best" / "flallm.json").read_text())["weights"]
         assert exported[option]["files"] == entry["files"] and str(runs) not in json.dumps(exported)
