@@ -11,8 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file as load_arrays
+from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "launch"))
@@ -23,6 +26,7 @@ from exports import ENCODER_DECODER, write_export
 from llms import make_tiny_llm
 
 from flallm_ds import cli, command, export
+from flallm_ds.data.store import file_sha256
 from flallm_ds.models.visual_encoder import VisualEncoder
 from shards.build import CORPORA, verb
 from shards.verify import verify
@@ -154,6 +158,27 @@ def test_a_truncated_shard_is_found_before_the_first_step(
     given = options(tiny_corpus, tmp_path / "run", **{"data.shards": tiny_shards})
     assert tar.name in refused(train.train, "--stage=visual", *given)
     assert tar.name in refused(verify, str(tiny_shards))
+
+
+@pytest.mark.parametrize(
+    ("split", "column", "value"),
+    [("train", "num_frames", 10**9), ("dev", "fps", np.nan), ("dev", "size", 2**62)],
+)
+def test_a_table_that_says_what_cannot_be(
+    refused: Run, tmp_path: Path, tiny_shards: Path, tiny_corpus: Path, split: str, column: str, value: float
+) -> None:
+    """Before a model is made; scoring reads it by the same way."""
+    table = tiny_shards / f"{split}.safetensors"
+    arrays = load_arrays(table)
+    arrays[column][3] = value
+    save_arrays(arrays, table)
+    manifest = json.loads((tiny_shards / "index.json").read_text())
+    manifest["splits"][split]["table_sha256"] = file_sha256(table)
+    (tiny_shards / "index.json").write_text(json.dumps(manifest))
+    given = options(tiny_corpus, tmp_path / "run", **{"data.shards": tiny_shards})
+    sentence = refused(train.train, "--stage=visual", *given)
+    assert f"the table of split {split} must describe clips: {column} must be from" in sentence
+    assert "in row 3" in sentence and not (tmp_path / "run").exists()
 
 
 def test_stage_llm_without_stage_1_says_which_command_makes_it(

@@ -29,7 +29,7 @@ _WEIGHTS = (".safetensors", ".bin", ".pth", ".npz")
 def record_weights(config: RunConfig, folder: Path, world: World) -> None:
     """Write weights.json on rank 0, once. Raises UserError on every rank where a file cannot be read.
 
-    Every file is read once to digest it: about 2 s a GB on one core, from a disk that is as fast. A run
+    Every file is read once to digest it: about 1 s a GB on one core, or as long as the disk takes. A run
     that was begun before there was such a file goes on without.
     """
 
