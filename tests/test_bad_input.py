@@ -82,6 +82,34 @@ def test_a_word_too_many(refused: Run) -> None:
     assert "one word too many" in refused(train.train, "visual")
 
 
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ["--", "--train.seed=7"],
+        ["-"],
+        ["-seed=7"],
+        ["\u2013seed=7"],
+        ["--seed=1", "--seed=2"],
+        ["--", "--trace"],
+    ],
+)
+@pytest.mark.parametrize("target", [train.train, BUILD["manifest"], verify, cli.translate], ids=str)
+def test_nothing_that_was_typed_is_dropped(refused: Run, target: Any, typed: list[str]) -> None:
+    assert "must be" in (said := refused(target, *typed)) or "must begin" in said
+
+
+@pytest.mark.parametrize(
+    "option", ["--recipe", "--recipe=", "--run", "--run=", "--llm.name=", "--train.seed="]
+)
+def test_an_option_without_its_value_does_not_start_a_run(
+    refused: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    """As of a shell variable that is not set: no run of the default recipe, no folder named True."""
+    monkeypatch.chdir(tmp_path)
+    assert option.rstrip("=") in refused(train.train, "--stage=visual", option)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_value_of_another_type(refused: Run) -> None:
     assert "whole number" in refused(train.train, "--stage=visual", "--train.epochs=many")
 

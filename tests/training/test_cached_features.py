@@ -343,6 +343,7 @@ def test_features_of_another_encoder_are_refused_by_both_names(
         ({"data.keep_evry": 2}, "did you mean data.keep_every"),
         ({"visual.frozen": "none"}, "visual.frozen must be all where features are written"),
         ({"data.shards": "a,b"}, "--data.shards must name one folder, but names 2"),
+        ({"shards": "a"}, "--shards and --data.shards must not be given together"),
     ],
 )
 def test_features_that_cannot_be_written_are_refused(
