@@ -82,7 +82,7 @@ def write(folder: Path, clips: int) -> None:
         offset += size + 2048
     num_shards = -(-clips // CLIPS_PER_SHARD)
     tars = [
-        Shard(f"train-{n:06d}.tar", 10**8, f"{n:064x}", min(CLIPS_PER_SHARD, clips - n * CLIPS_PER_SHARD))
+        Shard(f"train-{n:06d}.tar", 10**9, f"{n:064x}", min(CLIPS_PER_SHARD, clips - n * CLIPS_PER_SHARD))
         for n in range(num_shards)
     ]
     write_index(folder, corpus="synthetic", language="de", options={}, splits={"train": (rows, tars)})
