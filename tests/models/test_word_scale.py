@@ -3,6 +3,7 @@
 The measured scale is held against the whole model, and our loss against the model's own `labels=`.
 """
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers import (
 
 from flallm_ds.data.text import Wording
 from flallm_ds.errors import UserError
-from flallm_ds.models.llm import embedding_scale
+from flallm_ds.models.llm import embedding_scale, load_llm
 from flallm_ds.models.sign_translator import Beam, SignTranslator
 
 WIDTH, WORDS = 32, 64
@@ -193,3 +194,12 @@ def test_a_decoder_only_llm_reads_embeddings_as_words(name: str) -> None:
             logits[-len(target) :].float(), torch.tensor(target), reduction="sum"
         ).item()
     assert our_loss(llm, translator, Wording(BEFORE, AFTER)) == pytest.approx(loss, rel=1e-3)
+
+
+def test_an_llm_that_cannot_read_embeddings_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
+    """The folder holds no weights at all."""
+    ENCODER_DECODERS["fsmt"][1].save_pretrained(tmp_path)
+    with pytest.raises(
+        UserError, match=rf"^llm\.name must be an LLM that reads .*got {tmp_path} \(fsmt\): .*\.$"
+    ):
+        load_llm(str(tmp_path))
