@@ -352,7 +352,9 @@ def _generation_config(name: str, config: Any) -> GenerationConfig:
 
 def clean_generation(folder: Path, hub_code: bool = False) -> None:
     """Rewrite generation_config.json of a folder with an LLM, so that it holds ids alone."""
-    generation = _generation_config(str(folder), llm_config(str(folder), hub_code))
+    # Not llm_config: next to the adapter weights of LoRA there is no whole LLM.
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=hub_code)
+    generation = _generation_config(str(folder), config)
     generation.to_json_file(folder / GENERATION_CONFIG_NAME)
 
 

@@ -49,6 +49,11 @@ def word_scale(probe: Any) -> float:
     embeddings in another way than words.
     """
     probe.eval()
+    with torch.device("cpu"):  # whatever the caller's default device is
+        return _measured(probe)
+
+
+def _measured(probe: Any) -> float:
     table = _materialize(probe)
     padding = getattr(probe.config.get_text_config(), "pad_token_id", None)
     ids_BS = torch.tensor([[i for i in range(_ROWS) if i != padding][-_WORDS:]])
