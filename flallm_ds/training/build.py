@@ -210,7 +210,7 @@ def build_task(config: RunConfig, folder: Path, world: World) -> Task:
     record_weights(config, folder, world)
     groups = parameter_groups(model, config)
     engine = ds.Engine(model, groups, config.optim, ds_config, world)
-    return Task(
+    task = Task(
         config=config,
         world=world,
         train_index=train_index,
@@ -224,6 +224,8 @@ def build_task(config: RunConfig, folder: Path, world: World) -> Task:
         kept=KeptStatistics(engine.module.train()),
         broken=BrokenClips(math.ceil(config.data.max_broken * len(train_index))),
     )
+    task.check_generation()
+    return task
 
 
 def check_clips(

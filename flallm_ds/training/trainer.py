@@ -58,7 +58,6 @@ class Trainer:
     def run(self) -> None:
         """Train what is left. Raises Preempted when asked to stop, after saving."""
         self._resume()
-        self.task.check_generation()
         config = self.config
         if self.world.is_main:
             self.metrics = Metrics(self.folder, self.at.global_step)
