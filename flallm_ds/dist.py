@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from flallm_ds.errors import UserError
+from flallm_ds.errors import UserError, file_problem
 
 START_WITH = "Start with deepspeed, torchrun, Open MPI's mpirun, or launch/slurm/train.sbatch."
 
@@ -185,13 +185,16 @@ def broadcast_object(value: Any, world: World) -> Any:
 
 
 def main_first(action: Any, world: World) -> Any:
-    """Run `action()` on rank 0 alone and return its value on all; its UserError is raised by every rank."""
+    """Run `action()` on rank 0 alone and return its value on all ranks.
+
+    Its UserError is raised by every rank; an OSError becomes one.
+    """
     outcome: tuple[Any, str | None] = (None, None)
     if world.is_main:
         try:
             outcome = (action(), None)
-        except UserError as error:
-            outcome = (None, str(error))
+        except (UserError, OSError) as error:
+            outcome = (None, _sentence(error))
     value, sentence = broadcast_object(outcome, world)
     if sentence is not None:
         raise UserError(sentence)
@@ -199,13 +202,20 @@ def main_first(action: Any, world: World) -> Any:
 
 
 def on_each_machine(action: Callable[[], None], world: World) -> None:
-    """Run `action()` on one rank of each machine; the first UserError of any is raised by every rank."""
+    """Run `action()` on one rank of each machine.
+
+    The first UserError of any is raised by every rank; an OSError becomes one.
+    """
     sentence = None
     if world.local_rank == 0:
         try:
             action()
-        except UserError as error:
-            sentence = str(error)
+        except (UserError, OSError) as error:
+            sentence = _sentence(error)
     for said in gather_objects(sentence, world):
         if said is not None:
             raise UserError(said)
+
+
+def _sentence(error: UserError | OSError) -> str:
+    return file_problem(error) if isinstance(error, OSError) else str(error)

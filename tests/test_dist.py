@@ -1,5 +1,7 @@
 import os
 import socket
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -181,3 +183,21 @@ def test_a_process_group_leaves_no_place_to_meet_behind():
     start()
     assert held is not torch.distributed.group.WORLD
     stop()
+
+
+@pytest.mark.parametrize("run", [main_first, on_each_machine])
+@pytest.mark.parametrize(
+    ("path", "sentence"),
+    [
+        ("/dev/full", "No space left on device. Free some space and run the same command again."),
+        ("/dev", "Is a directory. Mend that and run the same command again."),
+        ("/proc/version/none", "Not a directory. Mend that"),
+    ],
+)
+def test_an_os_error_of_one_rank_is_a_sentence_of_all(
+    run: Callable[..., None], path: str, sentence: str
+) -> None:
+    """Without it the other ranks would wait for the one that died."""
+    with pytest.raises(UserError) as caught:
+        run(lambda: Path(path).write_text("text"), ALONE)
+    assert str(caught.value).startswith("Cannot read or write ") and sentence in str(caught.value)
