@@ -55,6 +55,7 @@ def evaluate(
     from flallm_ds import export
     from flallm_ds.config import RunConfig
     from flallm_ds.inference.translator import Translator
+    from flallm_ds.lock import locked_by_main
     from flallm_ds.training.build import decode_threads, open_index
     from flallm_ds.training.evaluate import Evaluation
     from flallm_ds.training.progress import ScoringProgress
@@ -68,13 +69,16 @@ def evaluate(
     threads = threads or data.threads
     with dist.session() as world:
         index = open_index(replace(data, shards=shards or data.shards, weights=()), split, world)
-        of_export = dist.main_first(lambda: export.digest(folder), world)
-        translator = Translator.from_pretrained(run, world.device, bits, hub_code)
-        translator = translator.searching(beams, nbest, length_penalty)
-        loader = split_loader(translator, index, run, world, threads or decode_threads(world))
-        evaluation = Evaluation(loader, translator.generate, translator.export.codec, world)
-        hypotheses = evaluation.hypotheses(ScoringProgress(split, PRINT_EVERY_S, world.is_main), stop)
-        if world.is_main:
+        results = Path(run) / export.EVALUATION
+        lock = results / f".{split}.lock"
+        with locked_by_main(lock, f"{results / split}.json", "evaluate another --split", world):
+            of_export = dist.main_first(lambda: export.digest(folder), world)
+            translator = Translator.from_pretrained(run, world.device, bits, hub_code)
+            translator = translator.searching(beams, nbest, length_penalty)
+            loader = split_loader(translator, index, run, world, threads or decode_threads(world))
+            codec = translator.export.codec
+            evaluation = Evaluation(loader, translator.generate, codec, world)
+            hypotheses = evaluation.hypotheses(ScoringProgress(split, PRINT_EVERY_S, world.is_main), stop)
             search = {
                 "split": split,
                 "export": of_export,
@@ -82,8 +86,7 @@ def evaluate(
                 "beams": translator.beam.num_beams,
                 "length_penalty": translator.beam.length_penalty,
             }
-            codec = translator.export.codec
-            write_results(Path(run) / export.EVALUATION, search, hypotheses, codec)
+            dist.main_first(lambda: write_results(results, search, hypotheses, codec), world)
 
 
 def split_loader(translator: "Translator", index: "Index", run: str, world: dist.World, threads: int) -> Any:

@@ -17,7 +17,8 @@ if __name__ == "__main__":  # the imports below take seconds
 
 from flallm_ds.command import main
 from flallm_ds.dist import free_port
-from flallm_ds.errors import UserError
+from flallm_ds.errors import UserError, file_problem
+from flallm_ds.lock import locked
 from flallm_ds.recipes import quickstart_llm, quickstart_visual
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,7 +29,18 @@ DATA = Path("data/signsim")
 
 def prepare() -> None:
     """The embedded default's corpus, shards, stand-in backbone and LLM, where they are not there yet."""
-    corpus, shards, backbone, llm = (DATA / name for name in ("corpus", "shards", "backbone", "llm"))
+    parts = [DATA / name for name in ("corpus", "shards", "backbone", "llm")]
+    if all(part.exists() for part in parts):
+        _make(*parts)  # says so
+        return
+    try:
+        with locked(DATA / ".lock", f"The corpus {DATA}", "use another one with --data.shards=FOLDER"):
+            _make(*parts)
+    except OSError as error:
+        raise UserError(file_problem(error)) from error
+
+
+def _make(corpus: Path, shards: Path, backbone: Path, llm: Path) -> None:
     python = str(BIN / "python")
     make = [python, "shards/signsim/make.py", f"--out={corpus}", f"--clips={NUM_CLIPS}"]
     _step(corpus, [*make, "--monolingual=10000"])

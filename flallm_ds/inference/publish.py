@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ from flallm_ds import export
 from flallm_ds.config import RunConfig
 from flallm_ds.data.text import TextCodec
 from flallm_ds.errors import UserError
+from flallm_ds.lock import locked
 from flallm_ds.model_card import model_card
 from flallm_ds.models.llm import LlmOptions, clean_generation
 from flallm_ds.models.tuning import merged
@@ -35,6 +37,27 @@ def publish(
     LLM. untrimmed: with all rows of the vocabulary, from the LLM `llm_name` (default: the one in the run's
     config.json). hub_code: run code that comes with the LLM. Raises UserError for what the run has not got.
     """
+    with ExitStack() as stack:
+        try:
+            lock = out.parent / f".{out.name}.lock"
+            stack.enter_context(locked(lock, f"--out={out}", "name another folder"))
+        except OSError as error:
+            raise _unwritable(out, error) from error
+        return _publish(run, out, lora, untrimmed, llm_name, hub_code)
+
+
+def _unwritable(out: Path, error: Exception) -> UserError:
+    return UserError(f"--out must be where files can be written, but {out}: {error}.")
+
+
+def _publish(
+    run: Path,
+    out: Path,
+    lora: Literal["merged", "apart"],
+    untrimmed: bool,
+    llm_name: str,
+    hub_code: bool,
+) -> Path:
     source = export.find(run)
     settings = export.read_settings(source)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -64,7 +87,7 @@ def publish(
     try:
         replace_folder(out, write)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"--out must be where files can be written, but {out}: {error}.") from error
+        raise _unwritable(out, error) from error
     return out
 
 
