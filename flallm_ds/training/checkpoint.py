@@ -6,14 +6,16 @@ checkpoints/step-00001200/  engine/ (DeepSpeed's shards)  manifest.json (state, 
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flallm_ds.data.store import file_sha256
 from flallm_ds.dist import World, gather_objects
-from flallm_ds.errors import UserError
+from flallm_ds.errors import UserError, file_problem
 
 MANIFEST = "manifest.json"
 
@@ -78,13 +80,52 @@ def _together(action: Callable[[], None] | None, final: Path, world: World) -> N
         )
 
 
+@dataclass(frozen=True)
+class Saved:
+    """The newest checkpoint that is whole. damaged: those that are newer, each with what is wrong with it."""
+
+    path: Path
+    state: dict[str, Any]
+    damaged: dict[Path, str]
+
+
+def newest(folder: Path) -> Saved | None:
+    """The newest checkpoint of which every file has its checksum; None where there never was one.
+
+    Raises UserError where none of several is whole: a run must not start from scratch unasked.
+    """
+    damaged: dict[Path, str] = {}
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        try:
+            return Saved(path, read_state(path), damaged)
+        except UserError as error:
+            damaged[path] = str(error)
+        except OSError as error:
+            damaged[path] = file_problem(error)
+    if damaged:
+        raise UserError(
+            f"Cannot resume from {folder}: no checkpoint is whole. {next(iter(damaged.values()))} "
+            "Put a copy of a whole checkpoint there, or start another run with --run=FOLDER."
+        )
+    return None
+
+
+def set_aside(damaged: Iterable[Path]) -> None:
+    """Give damaged checkpoints names under which they neither count as checkpoints nor hide newer ones."""
+    for path in damaged:
+        aside = path.with_name(f"damaged-{path.name}")
+        if aside.exists():
+            shutil.rmtree(aside)
+        path.rename(aside)
+
+
 def committed(folder: Path) -> list[Path]:
     """Committed checkpoints, oldest first."""
     return sorted(p for p in folder.glob("step-*") if (p / MANIFEST).is_file())
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The state saved beside the engine's shards, after every file was checked against its checksum.
+    """The state saved next to the engine's shards, after every file was checked against its checksum.
 
     Raises UserError that names a missing or changed file.
     """
@@ -105,8 +146,11 @@ def _sha256(files: dict[str, str], state: dict[str, Any]) -> str:
 
 
 def _read_manifest(checkpoint: Path) -> dict[str, Any]:
+    path = checkpoint / MANIFEST
+    if not path.is_file():
+        raise _broken(checkpoint, MANIFEST, "is missing")
     try:
-        manifest = dict(json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8")))
+        manifest = dict(json.loads(path.read_text(encoding="utf-8")))
         is_whole = manifest["sha256"] == _sha256(manifest["files"], manifest["state"])
     except (ValueError, KeyError, TypeError):
         is_whole = False
@@ -116,17 +160,18 @@ def _read_manifest(checkpoint: Path) -> dict[str, Any]:
 
 
 def _broken(checkpoint: Path, name: str, what: str) -> UserError:
-    return UserError(
-        f"the checkpoint must be as it was written, but {name} {what}: {checkpoint}. "
-        "Delete that folder to resume from the checkpoint before it."
-    )
+    return UserError(f"The checkpoint {checkpoint} is damaged: {name} {what}.")
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file whole or not at all. Raises OSError that names a file."""
     partial = path.with_name(f".partial-{path.name}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk has none
+        raise
 
 
 def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
@@ -134,7 +179,14 @@ def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
     partial = path.with_name(f".partial-{path.name}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    write(partial)
+    try:
+        write(partial)
+    except Exception as error:
+        # The tokenizers library raises a bare Exception for what is an OSError.
+        found = re.fullmatch(r"(.*) \(os error (\d+)\)", str(error)) if type(error) is Exception else None
+        if found is None:
+            raise
+        raise OSError(int(found[2]), found[1]) from error
     share_files(partial)
     _put(partial, path)
 

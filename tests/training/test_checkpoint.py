@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 
 from flallm_ds.dist import World
 from flallm_ds.errors import UserError
@@ -71,9 +72,7 @@ def test_a_flipped_bit_is_named(tmp_path):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    with pytest.raises(
-        UserError, match=r"engine/model\.pt was changed: .*step-00000003.*the checkpoint before"
-    ):
+    with pytest.raises(UserError, match=r"step-00000003 is damaged: engine/model\.pt was changed"):
         checkpoint.read_state(path)
 
 
@@ -147,6 +146,64 @@ def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
         save(tmp_path / "checkpoints", 1)
 
 
+# --- damaged checkpoints
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+DAMAGES = {
+    "flipped": lambda folder: flip(folder / "engine" / "model.pt"),
+    "truncated": lambda folder: cut(folder / "engine" / "model.pt"),
+    "empty": lambda folder: (folder / "engine" / "model.pt").write_bytes(b""),
+    "missing": lambda folder: (folder / "engine" / "model.pt").unlink(),
+    "a folder": lambda folder: [
+        (folder / "engine" / "model.pt").unlink(),
+        (folder / "engine" / "model.pt").mkdir(),
+    ],
+    "flipped manifest": lambda folder: flip(folder / "manifest.json"),
+    "truncated manifest": lambda folder: cut(folder / "manifest.json"),
+    "missing manifest": lambda folder: (folder / "manifest.json").unlink(),
+    "bytes for a manifest": lambda folder: (folder / "manifest.json").write_bytes(b"\xff\x00"),
+    "a list for a manifest": lambda folder: (folder / "manifest.json").write_text("[1]"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, damage):
+    before, newest = save(tmp_path, 5), save(tmp_path, 10)
+    damage(newest)
+    found = checkpoint.newest(tmp_path)
+    assert (found.path, found.state["step"], list(found.damaged)) == (before, 5, [newest])
+    (sentence,) = found.damaged.values()
+    assert sentence.startswith(f"The checkpoint {newest} is damaged: ")
+    checkpoint.set_aside(found.damaged)
+    assert checkpoint.newest(tmp_path).damaged == {}
+    save(tmp_path, 7, keep=1)
+    assert [p.name for p in checkpoint.committed(tmp_path)] == ["step-00000007"]
+    assert (tmp_path / "damaged-step-00000010").is_dir(), "it may still be of use to somebody"
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused(tmp_path, damage):
+    """It must not start from scratch as if there had been none."""
+    for step in (5, 10):
+        damage(save(tmp_path, step))
+    with pytest.raises(
+        UserError, match=r"Cannot resume .*no checkpoint is whole\. .*step-00000010 is damaged"
+    ):
+        checkpoint.newest(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+    assert checkpoint.newest(tmp_path / "none") is None
+
+
 # --- files and folders, whole or not at all
 
 
@@ -155,6 +212,15 @@ def test_a_replaced_file_is_whole(tmp_path):
     checkpoint.replace_file(path, "one")
     checkpoint.replace_file(path, "zwei ä")
     assert path.read_text(encoding="utf-8") == "zwei ä" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_does_not_fit_on_the_disk_is_named_and_the_old_one_stays(tmp_path):
+    path = tmp_path / "config.json"
+    checkpoint.replace_file(path, "one")
+    (tmp_path / ".partial-config.json").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: .*config\.json"):
+        checkpoint.replace_file(path, "two")
+    assert path.read_text() == "one"
 
 
 def write_word(word: str):
@@ -177,6 +243,14 @@ def test_an_old_folder_stays_when_the_new_one_cannot_be_written(tmp_path):
     assert (path / "word").read_text() == "old"
     checkpoint.replace_folder(path, write_word("new"))
     assert (path / "word").read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_tokenizer_that_does_not_fit_on_the_disk_is_an_error_of_the_disk(tmp_path):
+    """The tokenizers library raises a bare Exception."""
+    tokenizer = Tokenizer(models.WordLevel())
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        checkpoint.replace_folder(tmp_path / "tokenizer", lambda folder: tokenizer.save("/dev/full"))
+    assert caught.value.errno == errno.ENOSPC and not (tmp_path / "tokenizer").exists()
 
 
 def test_other_folders_beside_it_are_left_alone(tmp_path):
