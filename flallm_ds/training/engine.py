@@ -116,6 +116,8 @@ def for_cpu(config: dict[str, Any]) -> dict[str, Any]:
 def complete(config: dict[str, Any], device: torch.device, accumulation: int, clip: float) -> dict[str, Any]:
     """The JSON with what RunConfig owns filled in, for this device."""
     config = config if device.type == "cuda" else for_cpu(config)
+    if "bf16" in config:  # else ZeRO-2 steps by a gradient that is not finite
+        config = {**config, "bf16": {**config["bf16"], "check_grad_overflow": True}}
     return {
         "zero_force_ds_cpu_optimizer": False,  # it would refuse SGD; of AdamW we take its own (`_optimizer`)
         **config,
@@ -204,6 +206,7 @@ def check_compilation_locks() -> None:
 
 
 FROZEN = "engine/frozen.json"  # of a checkpoint
+MAX_SKIPPED = 100  # steps in a row; from the largest loss scale, 2**32, to 1 it takes 33
 HELD = -1  # among the modules that are busy with a parameter; DeepSpeed numbers its own from 0
 
 
@@ -231,6 +234,12 @@ class Engine:
         self.world, self.config = world, config
         self._holds_all = False
         self._digest: str | None = None  # of the frozen parameters, once it is known
+        self._own_norm = float("nan")
+        self._skipped_in_a_row = 0
+        autocast = config.get("torch_autocast", {})
+        self._scales_loss = config.get("fp16", {}).get("enabled", False) or (
+            autocast.get("enabled", False) and "float16" in str(autocast.get("dtype", "bfloat16")).split(".")
+        )
         self.weight_decay = optim.weight_decay
         self._engine, self._optimizer, *_ = deepspeed.initialize(
             model=module,
@@ -256,15 +265,56 @@ class Engine:
         self._engine.backward(loss, scale_wrt_gas=False)
 
     def micro_step_done(self, rates: Sequence[float]) -> None:
-        """Close a micro-batch; at the last one of a step the optimizer moves at these rates, one a group."""
+        """Close a micro-batch; at the last one of a step the optimizer moves at these rates, one a group.
+
+        With a gradient that is not finite it does not move, and `is_stuck` may say so.
+        """
         for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
             group["lr"], group["weight_decay"] = rate, self.weight_decay  # a universal load confuses groups
-        self._engine.step()
+        is_step = self._engine.is_gradient_accumulation_boundary()
+        if is_step and not hasattr(self._optimizer, "overflow"):
+            self._own_norm = _norm(self.module.parameters())  # without ZeRO nothing checks it
+            if not math.isfinite(self._own_norm) and not self._scales_loss:
+                self._skipped_in_a_row += 1
+                return
+        before = self.skipped_steps
+        try:
+            self._engine.step()
+        except Exception as error:
+            if "loss scale already at minimum" not in str(error):
+                raise
+            self._skipped_in_a_row = MAX_SKIPPED
+            return
+        if is_step:
+            is_known = self._engine.get_global_grad_norm() is not None  # else the JSON turned it off
+            is_bad = is_known and not math.isfinite(self.grad_norm())
+            is_skipped = is_bad or self.skipped_steps > before
+            self._skipped_in_a_row = self._skipped_in_a_row + 1 if is_skipped else 0
 
     def grad_norm(self) -> float:
         """Norm of the last step's gradient over all parameters, before clipping."""
         norm = self._engine.get_global_grad_norm()
-        return float(norm) if norm is not None else float("nan")
+        if norm is None:
+            return self._own_norm
+        return float(norm) if norm >= 0 else float("nan")  # DeepSpeed has -1 for what is not finite
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether gradients that are not finite keep the optimizer from stepping; the same on each rank.
+
+        A scaled loss may overflow until its scale has come down; without a scale a single step counts.
+        """
+        return self._skipped_in_a_row >= (MAX_SKIPPED if self._scales_loss else 1)
+
+    def is_finite(self) -> bool:
+        """Whether what a checkpoint holds is finite on this rank: weights, buffers, the optimizer's state."""
+        optimizer = getattr(self._optimizer, "optimizer", self._optimizer)
+        trained = [p for p in self.module.parameters() if p.requires_grad]
+        tensors = [getattr(p, "ds_tensor", p) for p in trained]
+        tensors += self.module.buffers()
+        for parameter, state in optimizer.state.items():
+            tensors += [parameter, *(value for value in state.values() if torch.is_tensor(value))]
+        return all(map(_is_finite, tensors))
 
     def grad_norms(self, groups: Mapping[str, Sequence[nn.Parameter]]) -> dict[str, float]:
         """Norm of the step's gradient over each group of parameters, before clipping; frozen ones count as 0.
@@ -419,6 +469,20 @@ def _one_precision(module: nn.Module) -> None:
     for parameter in module.parameters():
         if not hasattr(parameter, "ds_id") and parameter.is_floating_point():
             parameter.data = parameter.data.to(precision)
+
+
+def _norm(parameters: Iterable[nn.Parameter]) -> float:
+    """Norm of all gradients together; not finite where one is not."""
+    norms = [torch.linalg.vector_norm(p.grad.double()) for p in parameters if p.grad is not None]
+    return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
+
+
+@torch.no_grad()
+def _is_finite(tensor: torch.Tensor) -> bool:
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    ends = torch.aminmax(tensor.detach())  # needs no copy of the tensor; NaN comes through
+    return math.isfinite(ends.min) and math.isfinite(ends.max)
 
 
 def _sha256(tensor: torch.Tensor) -> str:

@@ -1,6 +1,7 @@
 """Started under a launcher by test_engine.py: every case of the engine on two ranks, one JSON a rank."""
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,35 @@ def grad_norms(zero: dict[str, Any], world: dist.World) -> list[dict[str, Any]]:
         }
         found.append({"norms": norms, "expected": expected, "grad_norm": engine.grad_norm()})
     return found
+
+
+def without_a_finite_gradient(zero: dict[str, Any], world: dist.World) -> dict[str, Any]:
+    """A good step, and one of which a single gradient of rank 1 is NaN."""
+    torch.manual_seed(0)
+    model = Plain()
+    engine = make_engine(model, zero, world)
+    states, stuck = [], []
+    for step in range(2):
+        for number, batch in enumerate(batches(world, step)):
+            is_bad = step == 1 and world.rank == 1 and number == 0
+            loss = engine(batch) * (world.size / 10)
+            if is_bad:
+                hook = model.adapter.bias.register_hook(lambda gradient: gradient * math.nan)
+            engine.backward(loss)
+            if is_bad:
+                hook.remove()
+            engine.micro_step_done([1e-2])
+        states.append(dist.broadcast_object(dict(engine.state()), world))
+        stuck.append(engine.is_stuck)
+    before, after = states
+    same = all(torch.equal(before[name], after[name]) for name in before)
+    finite = [engine.is_finite()]
+    with torch.no_grad():
+        optimizer = getattr(engine._optimizer, "optimizer", engine._optimizer)
+        state = next(iter(optimizer.state.values()))
+        state["exp_avg_sq"].fill_(math.inf)
+    finite.append(engine.is_finite())
+    return {"stuck": stuck, "same": same, "finite": finite}
 
 
 TUNINGS = {
@@ -256,6 +286,7 @@ def engine_ranks(*, out: Path) -> None:
     cases: dict[str, Callable[[], Any]] = {}
     for name, zero in ZEROS.items():
         cases[f"grad_norms/{name}"] = lambda zero=zero: grad_norms(zero, world)
+        cases[f"not_finite/{name}"] = lambda zero=zero: without_a_finite_gradient(zero, world)
     for llm in LLMS:
         for seed, name in enumerate((llm, f"{llm}_other")):
             dist.main_first(lambda llm=llm, seed=seed, name=name: save_llm(llm, seed, out / name), world)

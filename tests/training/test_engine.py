@@ -38,9 +38,15 @@ def test_gradient_norms_of_groups_are_those_of_plain_pytorch(results: dict[str, 
     steps = results[f"grad_norms/{zero}"]
     for step in steps:
         assert step["norms"] == pytest.approx(step["expected"], rel=1e-5)
-        if zero != "none":
-            assert step["grad_norm"] == pytest.approx(step["norms"]["all"], rel=1e-5)
+        assert step["grad_norm"] == pytest.approx(step["norms"]["all"], rel=1e-5)
     assert steps[0]["norms"]["last"] != pytest.approx(steps[1]["norms"]["last"], rel=1e-2)
+
+
+@pytest.mark.parametrize("zero", ZEROS)
+def test_a_gradient_that_is_not_finite_moves_nothing_on_any_rank(results: dict[str, Any], zero: str) -> None:
+    found = results[f"not_finite/{zero}"]
+    assert found["stuck"] == [False, True] and found["same"]
+    assert found["finite"] == [True, False], "an optimizer's moment that is not finite must be seen"
 
 
 def losses(results: dict[str, Any], case: str) -> list[float]:
