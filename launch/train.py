@@ -41,15 +41,19 @@ def train(*, stage: str | None = None, recipe: str | None = None, **overrides: s
     with dist.session() as world:
         _check_and_prepare(configs, world)
         # Slow imports come after the options are known to be right.
+        from flallm_ds.training.run_folder import locked_run
+        from flallm_ds.training.run_log import run_log
         from flallm_ds.training.stages import is_evaluated, run_stage
 
         for config in configs:
             if both and world.is_main:
                 print(f"== stage {config.stage}: {config.run}", flush=True)
-            if not run_stage(config, world, stop):
-                return
-            if both and not dist.main_first(lambda run=config: is_evaluated(run, SPLIT), world):
-                evaluate(stop, config.data, run=config.run, split=SPLIT, hub_code=config.llm.hub_code)
+            with locked_run(config, world):
+                if not run_stage(config, world, stop):
+                    return
+                if both and not dist.main_first(lambda run=config: is_evaluated(run, SPLIT), world):
+                    with run_log(Path(config.run), world):
+                        evaluate(stop, config.data, run=config.run, split=SPLIT, hub_code=config.llm.hub_code)
         if world.is_main:
             print("next: " + "\n      ".join(_next_commands(configs, recipe, overrides)), flush=True)
 

@@ -1,33 +1,43 @@
 """The run folder: what a run was, what it measured, and where it goes on.
 
-config.json  versions.json  metrics.jsonl  tensorboard/  checkpoints/  best/ (an export)  tokenizer/
+config.json  versions.json  metrics.jsonl  hypotheses.jsonl  log.txt  tensorboard/  checkpoints/  tokenizer/
+best/ (an export)  evaluation/  .lock (while a job is at work)
 """
 
+import html
 import json
-import platform
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib import metadata
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from flallm_ds import __version__
 from flallm_ds.config import FREE_TO_CHANGE, RunConfig
+from flallm_ds.contracts import Hypothesis
 from flallm_ds.dist import World, main_first
-from flallm_ds.errors import UserError
+from flallm_ds.errors import UserError, file_problem
+from flallm_ds.lock import locked_by_main
 from flallm_ds.training.checkpoint import replace_file
+from flallm_ds.training.provenance import VERSIONS, record_start
+from flallm_ds.training.run_log import LOG, printable
 
-PACKAGES = (
-    "torch",
-    "deepspeed",
-    "transformers",
-    "webdataset",
-    "torchaudio",
-    "sacrebleu",
-    "simplejpeg",
-    "numpy",
-)
+LOCK = ".lock"
+EVENTS = "tensorboard"
+BUILT = ("config.json", VERSIONS, LOG, "tokenizer", "llm_trimmed")  # what is there before the first step
+SHOWN = 5  # hypotheses at each scoring
+
+
+@contextmanager
+def locked_run(config: RunConfig, world: World) -> Iterator[None]:
+    """No other job may read or write the run's folder as its own meanwhile.
+
+    Raises UserError on every rank where one does, or where the folder holds something else.
+    """
+    folder = Path(config.run)
+    main_first(lambda: _check_free(folder), world)
+    with locked_by_main(folder / LOCK, f"Run folder {folder}", "use another --run=FOLDER", world):
+        yield
 
 
 @contextmanager
@@ -38,14 +48,25 @@ def run_folder(config: RunConfig, world: World) -> Iterator[Path]:
     was_there = path.exists()
     folder = main_first(lambda: open_run_folder(config), world)
     try:
+        record_start(folder, world)
         yield folder
     except BaseException:  # Ctrl-C, too
         if is_new:
-            for new in path.iterdir():
-                shutil.rmtree(new) if new.is_dir() else new.unlink()
+            _remove_built(path)
             if not was_there:
-                path.rmdir()
+                with suppress(OSError):
+                    path.rmdir()
         raise
+
+
+def _remove_built(folder: Path) -> None:
+    """Remove what building a run makes, also where it was cut off, and nothing else."""
+    for name in BUILT:
+        for path in (folder / name, folder / f".partial-{name}"):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def open_run_folder(config: RunConfig) -> Path:
@@ -58,20 +79,22 @@ def open_run_folder(config: RunConfig) -> Path:
     if path.is_file():
         _check_same_run(config, RunConfig.load(path), folder)
         return folder
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(
-            f"run must name a new, an empty or a run's folder, but {folder} holds something else. "
-            "Give another --run=FOLDER."
-        )
+    _check_free(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    replace_file(folder / "versions.json", json.dumps(versions(), indent=2) + "\n")
     replace_file(path, config.to_json())
     return folder
 
 
-def versions() -> dict[str, str]:
-    found = {name: metadata.version(name) for name in PACKAGES}
-    return {"flallm_ds": __version__, "python": platform.python_version(), **found}
+def _check_free(folder: Path) -> None:
+    """Raise UserError where a folder is neither a run's nor empty; what a killed start leaves is nothing."""
+    if (folder / "config.json").is_file() or not folder.exists():
+        return
+    left = {LOCK, LOG, ".partial-config.json"}
+    if not folder.is_dir() or any(path.name not in left for path in folder.iterdir()):
+        raise UserError(
+            f"run must name a new, an empty or a run's folder, but {folder} holds something else. "
+            "Give another --run=FOLDER."
+        )
 
 
 def _check_same_run(now: RunConfig, before: RunConfig, folder: Path) -> None:
@@ -85,33 +108,117 @@ def _check_same_run(now: RunConfig, before: RunConfig, folder: Path) -> None:
 
 
 class Metrics:
-    """metrics.jsonl and TensorBoard events, on rank 0. A resume forgets what came after its checkpoint."""
+    """What rank 0 records: metrics.jsonl, hypotheses.jsonl and TensorBoard events.
 
-    def __init__(self, folder: Path, global_step: int) -> None:
+    A resume forgets what came after its checkpoint. A write that fails is kept in mind and raised by `check`,
+    where all ranks hear of it.
+    """
+
+    def __init__(self, folder: Path, global_step: int, epoch: int) -> None:
+        """global_step: steps made. epoch: epochs that are done, with their scoring. Raises OSError."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self.path = folder / "metrics.jsonl"
-        if self.path.is_file():
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and _global_step(line) <= global_step]
-            replace_file(self.path, "".join(kept))
-        self._file = self.path.open("a", encoding="utf-8")
-        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=global_step + 1)
+        self.folder = folder
+        self.problem: OSError | None = None
+        self._metrics, self._hypotheses = (
+            _continued(folder / name, global_step, epoch) for name in ("metrics.jsonl", "hypotheses.jsonl")
+        )
+        threading.excepthook = _without_events_thread
+        self._events = SummaryWriter(str(folder / EVENTS), purge_step=global_step + 1)
 
     def write(self, kind: str, global_step: int, values: dict[str, Any]) -> None:
-        self._file.write(json.dumps({"kind": kind, "global_step": global_step, **values}) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                self._events.add_scalar(f"{kind}/{name}", value, global_step)
+        def events() -> None:
+            for name, value in values.items():
+                if isinstance(value, int | float):
+                    self._events.add_scalar(f"{kind}/{name}", value, global_step)
+
+        self._append(self._metrics, {"kind": kind, "global_step": global_step, **values})
+        self._try(EVENTS, events)
+
+    def write_hypotheses(
+        self, split: str, epoch: int, global_step: int, hypotheses: Sequence[Hypothesis]
+    ) -> None:
+        """Keep a few hypotheses of a scoring. epoch: the one that is scored, from 1."""
+        for one in hypotheses:
+            texts = {"key": one.key, "hypothesis": one.hypothesis, "reference": one.reference}
+            record = {"kind": split, "global_step": global_step, "epoch": epoch, **texts}
+            self._append(self._hypotheses, record)
+        table = _table(hypotheses)
+        self._try(EVENTS, lambda: self._events.add_text(f"{split}/hypotheses", table, global_step))
+
+    def flush(self) -> None:
+        """Wait until all is in the files."""
+        self._try(EVENTS, self._events.flush)
 
     def close(self) -> None:
-        self._file.close()
-        self._events.close()
+        for file in (self._metrics, self._hypotheses):
+            self._try(file.name, file.close, in_any_case=True)
+        self._try(EVENTS, self._events.close, in_any_case=True)
+
+    def check(self) -> None:
+        """Raise UserError where something could not be written."""
+        if self.problem is not None:
+            problem = file_problem(self.problem)
+            raise UserError(
+                f"The records in {self.folder} are not complete. {problem} The run resumes from its last "
+                "checkpoint."
+            )
+
+    def _append(self, file: IO[str], record: dict[str, Any]) -> None:
+        def append() -> None:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+
+        self._try(file.name, append)
+
+    def _try(self, name: str, action: Callable[[], None], in_any_case: bool = False) -> None:
+        if self.problem is not None and not in_any_case:
+            return  # a file with a gap would be worse than one that ends
+        try:
+            action()
+        except OSError as error:
+            error.filename = error.filename or str(self.folder / name)
+            self.problem = self.problem or error
 
 
-def _global_step(line: str) -> int:
+def shown(hypotheses: Sequence[Hypothesis]) -> list[Hypothesis]:
+    """The same few clips at each scoring, spread evenly over the keys in order."""
+    by_key = sorted(hypotheses, key=lambda one: one.key)
+    count = min(SHOWN, len(by_key))
+    return [by_key[number * len(by_key) // count] for number in range(count)]
+
+
+def _continued(path: Path, global_step: int, epoch: int) -> IO[str]:
+    """A file of JSON lines, opened to append, without what a resumed run makes again."""
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and _is_before(line, global_step, epoch)]
+        if kept != lines:
+            replace_file(path, "".join(kept))
+    return path.open("a", encoding="utf-8")
+
+
+def _is_before(line: str, global_step: int, epoch: int) -> bool:
     try:
-        return int(json.loads(line)["global_step"])
-    except (ValueError, KeyError):
-        return 10**18  # a line cut off by a kill
+        record = json.loads(line)
+        is_scoring = "bleu4" in record or "hypothesis" in record
+        return int(record["global_step"]) <= global_step and (not is_scoring or record["epoch"] <= epoch)
+    except (ValueError, KeyError, TypeError):
+        return False  # a line cut off by a kill
+
+
+def _table(hypotheses: Sequence[Hypothesis]) -> str:
+    """For TensorBoard, which reads Markdown."""
+    rows = [(one.key, one.reference, one.hypothesis) for one in hypotheses]
+    lines = ["| clip | reference | hypothesis |", "|---|---|---|"]
+    for row in rows:
+        texts = [printable(text).encode("utf-8", "backslashreplace").decode() for text in row]
+        cells = [html.escape(text).replace("|", "&#124;") for text in texts]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _without_events_thread(args: threading.ExceptHookArgs) -> None:
+    """TensorBoard's thread prints the error that its next write raises, which is where it is handled."""
+    if not (isinstance(args.exc_value, OSError) and type(args.thread).__name__ == "_AsyncWriterThread"):
+        threading.__excepthook__(args)

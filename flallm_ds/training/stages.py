@@ -11,6 +11,7 @@ from flallm_ds.dist import World, main_first
 from flallm_ds.training import checkpoint
 from flallm_ds.training.build import build_task
 from flallm_ds.training.run_folder import open_run_folder, run_folder
+from flallm_ds.training.run_log import run_log
 from flallm_ds.training.stop import StopRequest
 from flallm_ds.training.trainer import Trainer
 
@@ -18,16 +19,18 @@ from flallm_ds.training.trainer import Trainer
 def run_stage(config: RunConfig, world: World, stop: StopRequest) -> bool:
     """Train a stage from where it is; False if it stopped at train.max_steps before its end.
 
-    Raises UserError for options that do not fit, Preempted when asked to stop.
+    The caller holds the run folder (`locked_run`). Raises UserError for options that do not fit, Preempted
+    when asked to stop.
     """
     if main_first(lambda: is_finished(config), world):
         if world.is_main:
             print(summary(config), flush=True)
         return True
-    with run_folder(config, world) as folder:
-        task = build_task(config, folder, world)
-    trainer = Trainer(task, folder, stop)
-    trainer.run()
+    with run_log(Path(config.run), world) as log:
+        with run_folder(config, world) as folder:
+            task = build_task(config, folder, world)
+        trainer = Trainer(task, folder, stop, log)
+        trainer.run()
     finished = trainer.at.epoch >= config.train.epochs
     if world.is_main:
         limit = (
@@ -50,10 +53,10 @@ def is_finished(config: RunConfig) -> bool:
     open_run_folder(config)
     for parent in (folder, folder / "checkpoints"):
         checkpoint.recover_folders(parent)
-    saved = checkpoint.committed(folder / "checkpoints")
-    if not saved or not (folder / "best" / export.SETTINGS_FILE).is_file():
+    if not (folder / "best" / export.SETTINGS_FILE).is_file():
         return False
-    return int(checkpoint.read_state(saved[-1])["position"]["epoch"]) >= config.train.epochs
+    newest = checkpoint.newest(folder / "checkpoints")
+    return newest is not None and int(newest.state["position"]["epoch"]) >= config.train.epochs
 
 
 def summary(config: RunConfig) -> str:

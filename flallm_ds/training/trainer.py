@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from flallm_ds import export
-from flallm_ds.contracts import Batch
+from flallm_ds.contracts import Batch, Hypothesis
 from flallm_ds.data.device import on_device
 from flallm_ds.data.plan import PlanState
 from flallm_ds.dist import all_reduce_sum, gather_objects, main_first
@@ -25,7 +25,8 @@ from flallm_ds.training.build import Task
 from flallm_ds.training.evaluate import Evaluation, ceiling_of, perfect, scores_of
 from flallm_ds.training.probe import last_layers
 from flallm_ds.training.progress import Progress, ScoringProgress
-from flallm_ds.training.run_folder import Metrics
+from flallm_ds.training.run_folder import Metrics, shown
+from flallm_ds.training.run_log import RunLog, printable
 from flallm_ds.training.schedule import rate_factor
 from flallm_ds.training.stop import StopRequest
 from flallm_ds.training.weights_record import read_weights
@@ -44,8 +45,9 @@ class Position:
 class Trainer:
     """Runs a task to its end, or to a stop that the next start goes on from."""
 
-    def __init__(self, task: Task, folder: Path, stop: StopRequest) -> None:
-        self.task, self.folder = task, folder
+    def __init__(self, task: Task, folder: Path, stop: StopRequest, log: RunLog | None = None) -> None:
+        """log: what rank 0 prints goes there; a line that is lost ends the run."""
+        self.task, self.folder, self.log = task, folder, log
         self.config, self.world = task.config, task.world
         self.at = Position()
         self._saved: int | None = None  # the global step of the newest checkpoint
@@ -58,19 +60,40 @@ class Trainer:
     def run(self) -> None:
         """Train what is left. Raises Preempted when asked to stop, after saving."""
         self._resume()
-        config = self.config
-        if self.world.is_main:
-            self.metrics = Metrics(self.folder, self.at.global_step)
-        self.progress.start(config.train.epochs)
+        main_first(self._open_metrics, self.world)
+        try:
+            self._train()
+        finally:
+            if self.metrics is not None:
+                self.metrics.close()
+        main_first(self._check_records, self.world)
+
+    def _train(self) -> None:
+        epochs = self.config.train.epochs
+        self.progress.start(epochs)
         self.stop.begin()
-        while self.at.epoch < config.train.epochs:
+        while self.at.epoch < epochs:
             loader = self.task.train_loader(self.at.epoch)
             self._epoch(loader)
             if self.at.step < len(loader):
                 break  # at train.max_steps
             self._end_of_epoch()
+
+    def _open_metrics(self) -> None:
+        self.metrics = Metrics(self.folder, self.at.global_step, self.at.epoch)
+
+    @property
+    def _lost_records(self) -> bool:
+        """Whether something could not be written here; on rank 0 alone."""
+        return any(files is not None and files.problem is not None for files in (self.metrics, self.log))
+
+    def _check_records(self) -> None:
+        """Raise UserError where something was not written. On rank 0, by `main_first`."""
         if self.metrics is not None:
-            self.metrics.close()
+            self.metrics.flush()
+            self.metrics.check()
+        if self.log is not None:
+            self.log.check()
 
     def _epoch(self, loader: Any) -> None:
         """Steps from where the run is to the epoch's end, the step limit or a stop."""
@@ -103,8 +126,11 @@ class Trainer:
             sum(b.num_target_tokens for b in batches),
             sum(int(b.num_frames_B.sum()) for b in batches),
             bool(self.stop),
+            self._lost_records,
         ]
-        tokens, frames, stops = all_reduce_sum(counts, self.world)
+        tokens, frames, stops, lost = all_reduce_sum(counts, self.world)
+        if lost:
+            main_first(self._check_records, self.world)
         factor = rate_factor((at.epoch + at.step / num_steps) / train.epochs, self.config.optim.warmup)
         rates = [rate * factor for rate in task.rates]
         loss_sum = 0.0
@@ -120,15 +146,14 @@ class Trainer:
                 loss_sum += loss.item()
                 task.engine.backward(loss * (self.world.size / tokens))
                 if place == len(batches) - 1:
+                    # Before the optimizer steps: what is not finite must not enter its moments.
+                    loss_mean = all_reduce_sum([loss_sum], self.world)[0] / tokens
+                    self._must_be_finite("loss", loss_mean)
                     self._probe()
                 task.engine.micro_step_done(rates)
+        if task.engine.is_stuck:
+            self._must_be_finite("gradient norm", task.engine.grad_norm())
         task.kept.check()
-        loss_mean = all_reduce_sum([loss_sum], self.world)[0] / tokens
-        if not np.isfinite(loss_mean):
-            raise UserError(
-                f"the loss must be finite, but is {loss_mean} at step {at.global_step + 1}. The last "
-                "checkpoint is from before; try a lower --optim.lr or a lower --optim.clip in a new run."
-            )
         at.step, at.global_step = at.step + 1, at.global_step + 1
         seconds = waited + time.perf_counter() - begin
         if self.metrics is not None:
@@ -151,6 +176,16 @@ class Trainer:
         self.progress.step(at.epoch, at.step, num_steps, loss_mean, frames, seconds, waited)
         return stops > 0
 
+    def _must_be_finite(self, what: str, value: float) -> None:
+        """Raise UserError on every rank for a step that must not be made."""
+        if np.isfinite(value):
+            return
+        saved = f"The last checkpoint is of step {self._saved}." if self._saved else "There is no checkpoint."
+        raise UserError(
+            f"The {what} must be finite, got {value} at step {self.at.global_step + 1}, which was not made. "
+            f"{saved} Try a lower --optim.lr or --optim.clip in another run."
+        )
+
     def _probe(self) -> None:
         """Log the gradients of the last layers, before the optimizer takes the step that they are of."""
         every = self.config.train.probe_every
@@ -167,6 +202,7 @@ class Trainer:
             self._evaluate(done)
         self.at.epoch, self.at.step = done, 0
         if self._saved == self.at.global_step:
+            main_first(self._check_records, self.world)
             state = self._state()
             checkpoint.replace_state(self.folder / "checkpoints", self._saved, state, self.world)
         else:
@@ -190,10 +226,20 @@ class Trainer:
         if self.metrics is not None:
             self.metrics.write(split, self.at.global_step, {"epoch": epoch, **values})
         self.progress.say(f"epoch {epoch} {split}: BLEU-4 {scores.bleu4:.2f} {ceiling}".rstrip())
+        self._show(epoch, shown(hypotheses))
         if scores.bleu4 > self.at.best_bleu4:
             self.at.best_bleu4 = scores.bleu4
             exported = scores.as_dict() | {"ceiling_bleu4": ceiling.bleu4}
             self._export({split: exported, "epoch": epoch})
+
+    def _show(self, epoch: int, hypotheses: list[Hypothesis]) -> None:
+        split = self.config.eval.split
+        for one in hypotheses:
+            self.progress.say(f"  clip        {printable(one.key)}")
+            self.progress.say(f"  hypothesis  {printable(one.hypothesis)}")
+            self.progress.say(f"  reference   {printable(one.reference)}")
+        if self.metrics is not None:
+            self.metrics.write_hypotheses(split, epoch, self.at.global_step, hypotheses)
 
     def _export(self, scores: dict[str, Any]) -> None:
         """Write best/, tensor by tensor. Raises UserError on every rank where it cannot be written."""
@@ -230,6 +276,13 @@ class Trainer:
 
     def _save(self) -> None:
         begin = time.perf_counter()
+        main_first(self._check_records, self.world)  # a resume would not write again what is lost from before
+        if all_reduce_sum([not self.task.engine.is_finite()], self.world)[0]:
+            raise UserError(
+                f"Weights and optimizer state must be finite to be saved, but are not at step "
+                f"{self.at.global_step}. Earlier checkpoints are whole. Try a lower --optim.lr or "
+                "--optim.clip in another run."
+            )
         checkpoint.save(
             self.folder / "checkpoints",
             self.at.global_step,
@@ -252,10 +305,10 @@ class Trainer:
 
     def _resume(self) -> None:
         """Go on from the newest committed checkpoint, if there is one."""
-        newest = main_first(self._newest_checkpoint, self.world)
-        if newest is None:
+        found = main_first(self._newest_checkpoint, self.world)
+        if found is None:
             return
-        state = checkpoint.read_state(newest)
+        newest, state = found.path, found.state
         position = Position(**state["position"])
         saved = PlanState.load(state["plan"])
         self.task.plan(self.task.train_index).state(saved.epoch, saved.step).check_same_plan(saved)
@@ -270,6 +323,9 @@ class Trainer:
                 "Give the --visual_run of then (has its stage 1 gone on since?), or another run folder."
             )
         self.task.engine.load(newest)
+        for problem in found.damaged.values():
+            self.progress.say(f"warning: {problem} The run resumes from {newest.name}.")
+        main_first(lambda: checkpoint.set_aside(found.damaged), self.world)
         self.at, self._saved = position, position.global_step
         self.progress.say(f"resumed at epoch {position.epoch}, step {position.step} from {newest}")
 
@@ -278,11 +334,10 @@ class Trainer:
         """Fingerprint of the encoder outside the engine, which no checkpoint holds; or nothing."""
         return self.task.frozen.fingerprint() if self.task.frozen is not None else ""
 
-    def _newest_checkpoint(self) -> Path | None:
+    def _newest_checkpoint(self) -> checkpoint.Saved | None:
         for parent in (self.folder, self.folder / "checkpoints"):
             checkpoint.recover_folders(parent)
-        found = checkpoint.committed(self.folder / "checkpoints")
-        return found[-1] if found else None
+        return checkpoint.newest(self.folder / "checkpoints")
 
     def _out_of_steps(self) -> bool:
         limit = self.config.train.max_steps

@@ -1,10 +1,15 @@
 """Started under a launcher by `launching.run_scenarios`: trains each scenario of a JSON file in turn."""
 
 import json
+import math
+import resource
 from pathlib import Path
+
+import torch
 
 from flallm_ds import dist
 from flallm_ds.command import main
+from flallm_ds.errors import UserError
 from flallm_ds.recipes import resolve
 from flallm_ds.training.build import build_task
 from flallm_ds.training.run_folder import open_run_folder
@@ -13,14 +18,59 @@ from flallm_ds.training.trainer import Trainer
 
 
 def scenarios(*, file: Path) -> None:
-    """file: a list of {"stage": …, "options": {…}}."""
+    """file: a list of {"stage": …, "options": {…}}.
+
+    "nan_at" or "full_at": the step before which one rank's gradient is NaN, or rank 0's files cannot grow;
+    "damaged": whether a byte of the newest checkpoint is flipped before the start. With them each rank's
+    error is written beside the run, to NAME.FAULT.rank-0 and so on.
+    """
     world = dist.start()
     stop = StopRequest()
     for scenario in json.loads(file.read_text(encoding="utf-8")):
         config = resolve(scenario["stage"], None, scenario["options"])
         folder = dist.main_first(lambda config=config: open_run_folder(config), world)
-        Trainer(build_task(config, folder, world), folder, stop).run()
+        if scenario.get("damaged"):
+            dist.main_first(lambda folder=folder: flip_a_byte(folder), world)
+        fault = next((name for name in ("nan_at", "full_at") if name in scenario), None)
+        trainer = Trainer(build_task(config, folder, world), folder, stop)
+        if fault is None:
+            trainer.run()
+            continue
+        parameter = next(p for p in trainer.task.engine.module.parameters() if p.requires_grad)
+        faults = Faults(trainer, scenario[fault], fault)
+        parameter.register_hook(faults)
+        try:
+            trainer.run()
+        except UserError as error:
+            folder.with_name(f"{folder.name}.{fault}.rank-{world.rank}").write_text(str(error))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     dist.stop()
+
+
+class Faults:
+    """Called with a parameter's gradient; misbehaves on one rank at one step."""
+
+    def __init__(self, trainer: Trainer, step: int, fault: str) -> None:
+        self.trainer, self.step, self.fault = trainer, step, fault
+
+    def __call__(self, gradient: torch.Tensor) -> torch.Tensor | None:
+        if self.trainer.at.global_step + 1 != self.step:
+            return None
+        if self.fault == "nan_at":
+            return gradient * math.nan if self.trainer.world.rank == 1 else None
+        if self.trainer.world.is_main:
+            size = (self.trainer.folder / "metrics.jsonl").stat().st_size
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, resource.RLIM_INFINITY))
+        return None
+
+
+def flip_a_byte(run: Path) -> None:
+    newest = max((run / "checkpoints").glob("step-*"))
+    file = max((newest / "engine").iterdir(), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
 
 
 main(scenarios)

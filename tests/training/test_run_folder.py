@@ -1,11 +1,23 @@
 import json
+import re
+import resource
+import subprocess
+import sys
 
 import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from flallm_ds.config import FREE_TO_CHANGE, RunConfig
+from flallm_ds.contracts import Hypothesis
 from flallm_ds.dist import World
 from flallm_ds.errors import UserError
-from flallm_ds.training.run_folder import Metrics, open_run_folder, run_folder
+from flallm_ds.training import provenance
+from flallm_ds.training.provenance import record_start
+from flallm_ds.training.run_folder import Metrics, locked_run, open_run_folder, run_folder, shown
+from flallm_ds.training.run_log import run_log
+
+ALONE = World(0, 1, 0, 1)
 
 
 @pytest.fixture
@@ -14,11 +26,48 @@ def config(tmp_path):
 
 
 def test_a_new_run_records_what_it_is(config):
-    folder = open_run_folder(config)
+    with run_folder(config, ALONE) as folder:
+        assert sorted(p.name for p in folder.iterdir()) == ["config.json", "versions.json"]
     assert RunConfig.load(folder / "config.json") == config
+
+
+def test_each_start_is_recorded(config):
+    """A resumed run may be on another machine, with other versions."""
+    for _ in range(3):
+        with run_folder(config, ALONE) as folder:
+            pass
     versions = json.loads((folder / "versions.json").read_text())
     assert versions["torch"].startswith("2.") and versions["python"].startswith("3.")
-    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "versions.json"]
+    assert versions["deepspeed"] and versions["command"] == sys.argv
+    assert {"commit", "dirty", "cuda", "cudnn", "nccl", "driver"} <= versions.keys()
+    assert versions["devices"] == {"cpu": 1} or torch.cuda.is_available()
+    starts = versions.pop("starts")
+    assert len(starts) == 3 and starts[0] == versions and starts[2].keys() == versions.keys()
+
+
+def test_a_record_of_an_older_version_becomes_the_first_start(config):
+    folder = open_run_folder(config)
+    (folder / "versions.json").write_text('{"torch": "2.10"}')
+    record_start(folder, ALONE)
+    versions = json.loads((folder / "versions.json").read_text())
+    assert versions["torch"] == "2.10"
+    assert versions["starts"][0] == {"torch": "2.10"} and versions["starts"][1]["torch"] != "2.10"
+
+
+def test_the_commit_is_that_of_the_checkout(tmp_path):
+    """Not of a repository around it, as that of a user whose environment lies in it."""
+    repository = tmp_path / "outer"
+    code = repository / "flallm_ds"
+    code.mkdir(parents=True)
+    (code / "file.py").touch()
+    git = ["git", "-C", str(repository), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):
+        subprocess.run([*git, *words], check=True)
+    commit, dirty = provenance._commit(repository)
+    assert len(commit) == 40 and dirty is False
+    (code / "new.py").touch()
+    assert provenance._commit(repository) == (commit, True)
+    assert provenance._commit(code) == (None, None)
 
 
 def test_an_empty_folder_may_become_a_run(config, tmp_path):
@@ -35,11 +84,35 @@ def test_a_run_that_cannot_be_built_leaves_what_was_there(config, tmp_path, befo
         path.parent.mkdir()
         (tmp_path / "scratch").mkdir()
         path.symlink_to(tmp_path / "scratch")
-    with pytest.raises(UserError, match="no such LLM"), run_folder(config, World(0, 1, 0, 1)) as folder:
+    with pytest.raises(UserError, match="no such LLM"), run_folder(config, ALONE) as folder:
         (folder / "tokenizer").mkdir()
         raise UserError("no such LLM")
     assert path.exists() == (before != "nothing") and path.is_symlink() == (before == "a link")
     assert not path.exists() or list(path.iterdir()) == []
+
+
+def test_a_run_that_cannot_be_built_takes_away_what_it_made_and_no_more(config, tmp_path):
+    path = tmp_path / "runs" / "one"
+    with (
+        pytest.raises(UserError, match="no such LLM"),
+        locked_run(config, ALONE),
+        run_log(path, ALONE),
+        run_folder(config, ALONE) as folder,
+    ):
+        (folder / "tokenizer").mkdir()
+        (folder / ".partial-llm_trimmed").mkdir()
+        (folder / "notes.txt").touch()  # of a user
+        raise UserError("no such LLM")
+    assert [p.name for p in path.iterdir()] == ["notes.txt"]
+
+
+def test_a_start_that_was_killed_at_once_leaves_a_folder_that_may_become_a_run(config, tmp_path):
+    path = tmp_path / "runs" / "one"
+    path.mkdir(parents=True)
+    for name in (".lock", "log.txt", ".partial-config.json"):
+        (path / name).touch()
+    with locked_run(config, ALONE):
+        assert open_run_folder(config) == path
 
 
 def test_the_same_run_opens_again(config):
@@ -102,7 +175,7 @@ def lines(folder) -> list[dict]:
 
 
 def test_metrics_are_one_line_a_step(tmp_path):
-    metrics = Metrics(tmp_path, 0)
+    metrics = Metrics(tmp_path, 0, 0)
     metrics.write("train", 1, {"loss": 2.5, "epoch": 0})
     assert lines(tmp_path) == [
         {"kind": "train", "global_step": 1, "loss": 2.5, "epoch": 0}
@@ -114,11 +187,11 @@ def test_metrics_are_one_line_a_step(tmp_path):
 
 
 def test_a_resumed_run_forgets_what_came_after_its_checkpoint(tmp_path):
-    metrics = Metrics(tmp_path, 0)
+    metrics = Metrics(tmp_path, 0, 0)
     for step in range(1, 8):
         metrics.write("train", step, {"loss": float(step)})
     metrics.close()
-    metrics = Metrics(tmp_path, 5)
+    metrics = Metrics(tmp_path, 5, 0)
     metrics.write("train", 6, {"loss": 60.0})
     metrics.close()
     assert [line["loss"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5, 60]
@@ -127,12 +200,119 @@ def test_a_resumed_run_forgets_what_came_after_its_checkpoint(tmp_path):
 @pytest.mark.parametrize("cut", ['{"kind": "train", "global', '{"kind": "train", "global_step": 1}'])
 def test_a_line_cut_off_by_a_kill_is_forgotten(tmp_path, cut):
     """Also one that lacks its line end alone: the next line would be glued to it."""
-    metrics = Metrics(tmp_path, 0)
+    metrics = Metrics(tmp_path, 0, 0)
     metrics.write("train", 1, {"loss": 1.0})
     metrics.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write(cut)
-    metrics = Metrics(tmp_path, 1)
+    metrics = Metrics(tmp_path, 1, 0)
     metrics.write("train", 2, {"loss": 2.0})
     metrics.close()
     assert [line["global_step"] for line in lines(tmp_path)] == [1, 2]
+
+
+def test_a_resumed_run_forgets_scores_that_its_checkpoint_does_not_know(tmp_path):
+    """The checkpoint was saved before the scoring, at the same step: the scoring comes again."""
+    metrics = Metrics(tmp_path, 0, 0)
+    for epoch in (1, 2):
+        metrics.write("train", 5 * epoch, {"epoch": epoch - 1, "loss": 1.0})
+        metrics.write("dev", 5 * epoch, {"epoch": epoch, "bleu4": 0.5})
+        metrics.write_hypotheses("dev", epoch, 5 * epoch, said("a"))
+    metrics.close()
+    Metrics(tmp_path, 10, 1).close()
+    assert [line["kind"] for line in lines(tmp_path)] == ["train", "dev", "train"]
+    kept = [json.loads(line) for line in (tmp_path / "hypotheses.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in kept] == [1]
+
+
+def said(*keys: str) -> list[Hypothesis]:
+    return [Hypothesis(key=key, hypothesis=f"h|{key}", reference="<b>\x1b[2J") for key in keys]
+
+
+def test_the_same_five_clips_are_shown_whatever_their_order():
+    keys = [f"{number:03}" for number in range(23)]
+    chosen = [one.key for one in shown(said(*keys))]
+    assert len(set(chosen)) == 5
+    assert [one.key for one in shown(said(*reversed(keys)))] == chosen
+    assert [one.key for one in shown(said("b", "a"))] == ["a", "b"] and shown([]) == []
+
+
+def test_hypotheses_go_to_their_file_and_to_tensorboard(tmp_path):
+    metrics = Metrics(tmp_path, 0, 0)
+    metrics.write_hypotheses("dev", 1, 5, said("a", "b"))
+    metrics.close()
+    metrics.check()
+    kept = [json.loads(line) for line in (tmp_path / "hypotheses.jsonl").read_text().splitlines()]
+    assert [line["key"] for line in kept] == ["a", "b"]
+    assert kept[0]["reference"] == "<b>\x1b[2J" and kept[0]["global_step"] == 5
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    (text,) = events.Tensors("dev/hypotheses/text_summary")
+    (table,) = text.tensor_proto.string_val
+    assert b"h&#124;a" in table and b"&lt;b&gt;\\x1b[2J" in table
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "hypotheses.jsonl", "tensorboard"])
+def test_a_record_that_cannot_be_written_is_kept_in_mind(tmp_path, name, capfd):
+    metrics = Metrics(tmp_path, 0, 0)
+    if name == "tensorboard":
+        (tmp_path / name).rename(tmp_path / "gone")
+        limit_bytes(0)
+    else:
+        metrics.close()
+        (tmp_path / name).unlink()
+        (tmp_path / name).symlink_to("/dev/full")
+        metrics = Metrics(tmp_path, 0, 0)
+    try:
+        metrics.write("dev", 1, {"epoch": 1, "bleu4": 0.5})
+        metrics.write_hypotheses("dev", 1, 1, said("a"))
+        metrics.flush()
+        metrics.close()
+    finally:
+        limit_bytes(resource.RLIM_INFINITY)
+    with pytest.raises(UserError, match=r"are not complete\. Cannot read or write .*Free some space"):
+        metrics.check()
+    assert capfd.readouterr().err == ""
+
+
+def limit_bytes(size: int) -> None:
+    """Of each file of this process, as a quota does it."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+# --- the log
+
+
+def test_the_log_has_each_line_with_its_time_and_the_terminal_what_it_had(tmp_path, capsys):
+    for number in range(2):
+        with run_log(tmp_path, ALONE):
+            print("one", number, end="")
+            print(" of two\nthree")
+            print("bar 1\rbar 2", file=sys.stderr)
+    with pytest.raises(UserError), run_log(tmp_path, ALONE):
+        raise UserError("no such thing")
+    log = (tmp_path / "log.txt").read_text().splitlines()
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line) for line in log)
+    texts = [line[20:] for line in log if not line[20:].startswith("== ")]
+    both = [text for n in range(2) for text in (f"one {n} of two", "three", "bar 2")]
+    assert texts == [*both, "error: no such thing"]
+    out, err = capsys.readouterr()
+    assert out == "one 0 of two\nthree\none 1 of two\nthree\n" and err == "bar 1\rbar 2\n" * 2
+
+
+def test_a_log_that_cannot_be_written_is_an_error_at_the_end(tmp_path):
+    (tmp_path / "log.txt").symlink_to("/dev/full")
+    with (
+        pytest.raises(UserError, match=r"log\.txt is not complete\. Cannot.* No space left"),
+        run_log(tmp_path, ALONE),
+    ):
+        print("one")
+
+
+def test_a_log_that_cannot_be_opened_is_an_error(tmp_path):
+    (tmp_path / "log.txt").mkdir()
+    with (
+        pytest.raises(UserError, match=r"Cannot read or write .*log\.txt: Is a directory"),
+        run_log(tmp_path, ALONE),
+    ):
+        pass

@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -27,6 +28,7 @@ from flallm_ds.data.index import iter_rows, load_index, write_table
 from flallm_ds.errors import UserError
 from flallm_ds.inference.probe import draw_probe, read_probe
 from flallm_ds.inference.translator import Translator
+from flallm_ds.lock import locked
 from flallm_ds.recipes import RECIPES, resolve
 from flallm_ds.training.build import check_jpegs
 from flallm_ds.training.stages import run_stage
@@ -329,6 +331,58 @@ def test_each_score_stands_next_to_the_highest_that_the_tokenizer_allows(
     assert header.endswith("ceiling |") and row.endswith(f"{bleu4:7.2f} |")
 
 
+def times(folder: Path) -> dict[Path, int]:
+    """When each file was changed; the lock comes and goes."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_run_folder_keeps_the_log_and_hypotheses_of_each_scoring(whole: tuple[Path, str]) -> None:
+    run, said = whole
+    for stage in ("visual", "llm"):
+        folder = folder_of(run, stage)
+        log = (folder / "log.txt").read_text(encoding="utf-8")
+        assert "epoch 2 dev: BLEU-4" in log and "blind control" in log
+        kept = [json.loads(line) for line in (folder / "hypotheses.jsonl").read_text().splitlines()]
+        assert len({line["key"] for line in kept}) == len(kept) == 5
+        for line in kept:
+            assert f"  reference   {line['reference']}\n" in said and line["reference"] in log
+        versions = json.loads((folder / "versions.json").read_text())
+        assert len(versions["starts"]) == 1 and versions["ranks"] == 2
+        assert any(word.startswith("--stage") for word in versions["command"])
+        assert not (folder / ".lock").exists()
+
+
+def test_a_second_job_ends_at_once_on_all_ranks_and_touches_nothing(
+    whole: tuple[Path, str], tiny_corpus: Path
+) -> None:
+    """It would have resumed the run, and written into its files."""
+    folder = folder_of(whole[0], "llm")
+    options = tiny_options(tiny_corpus, "llm", folder, **{"train.epochs": 3})
+    with locked(folder / ".lock", "the run", "wait"):
+        before = times(folder.parent)
+        done = launch("launch/train.py", *flags("llm", options))
+        assert times(folder.parent) == before
+    assert done.returncode == 2, done.stdout[-6000:]
+    sentence = (
+        f"error: Run folder {folder} is in use by process {os.getpid()} on {socket.gethostname()} since "
+    )
+    assert done.stdout.count(sentence) == 1 and "Traceback" not in done.stdout
+
+
+def test_a_second_evaluation_of_a_split_ends_at_once(
+    whole: tuple[Path, str], tiny_corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(REPOSITORY / "launch")
+    import evaluate
+
+    folder = folder_of(whole[0], "visual")
+    with locked(folder / "evaluation" / ".dev.lock", "it", "wait"):
+        before = times(folder)
+        with pytest.raises(UserError, match=r"evaluation/dev.json is in use by process .*another --split"):
+            evaluate.evaluate(run=str(folder), split="dev")
+        assert times(folder) == before
+
+
 def test_a_finished_pair_does_nothing(
     whole: tuple[Path, str], tiny_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -336,13 +390,13 @@ def test_a_finished_pair_does_nothing(
     sys.path.insert(0, str(REPOSITORY / "launch"))
     import train
 
-    before = {path: path.stat().st_mtime_ns for path in run.parent.rglob("*")}
+    before = times(run.parent)
     more = {"stage1.light_t.size": "tiny", "stage2.optim.llm_lr": "3e-4"}
     options = tiny_options(tiny_corpus, "visual", run, **more)
     train.train(stage="both", **options)
     said = capsys.readouterr().out
     assert "stage visual is finished" in said and "stage llm is finished" in said
-    assert {path: path.stat().st_mtime_ns for path in run.parent.rglob("*")} == before
+    assert times(run.parent) == before
 
     shutil.copytree(run.parent, tmp_path / "copy")
     (tmp_path / "moved").symlink_to(tiny_corpus / "shards")
@@ -351,9 +405,9 @@ def test_a_finished_pair_does_nothing(
     train.train(stage="both", **options)  # scored where the shards are now, and once
     scores = [folder_of(copy, stage) / "evaluation" / "test.json" for stage in ("visual", "llm")]
     assert [json.loads(path.read_text())["shards"] for path in scores] == [[str(tmp_path / "moved")]] * 2
-    before = {path: path.stat().st_mtime_ns for path in copy.parent.rglob("*")}
+    before = times(copy.parent)
     train.train(stage="both", **options)
-    assert {path: path.stat().st_mtime_ns for path in copy.parent.rglob("*")} == before
+    assert times(copy.parent) == before
 
 
 def test_nvjpeg_is_refused_where_shards_hold_h264(tmp_path: Path) -> None:

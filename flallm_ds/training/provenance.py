@@ -1,0 +1,106 @@
+"""versions.json: on what and with what a run was started, each time.
+
+The first start's facts are at the top; `starts` holds those of every start, also on other machines.
+"""
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flallm_ds import __version__
+from flallm_ds.dist import World, gather_objects, main_first
+from flallm_ds.errors import UserError
+from flallm_ds.training.checkpoint import replace_file
+
+VERSIONS = "versions.json"
+PACKAGES = (
+    "torch",
+    "deepspeed",
+    "transformers",
+    "webdataset",
+    "torchaudio",
+    "sacrebleu",
+    "simplejpeg",
+    "numpy",
+)
+REPOSITORY = Path(__file__).resolve().parents[2]
+CODE = ("flallm_ds", "launch", "shards", "ds_configs")  # what of the repository a run depends on
+DRIVER = Path("/proc/driver/nvidia/version")
+
+
+def record_start(folder: Path, world: World) -> None:
+    """Add this start to versions.json. Every rank must call it; raises UserError on each where it fails."""
+    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
+    devices = gather_objects(device, world)
+    main_first(lambda: _append(folder / VERSIONS, facts(devices)), world)
+
+
+def _append(path: Path, start: dict[str, Any]) -> None:
+    content, starts = start, []
+    if path.is_file():
+        try:
+            content = dict(json.loads(path.read_text(encoding="utf-8")))
+            starts = list(content.get("starts", [content]))  # an older version wrote the first start alone
+        except (ValueError, TypeError) as error:
+            raise UserError(f"Cannot read {path}: {error}. Delete it; the run resumes without it.") from error
+    replace_file(path, json.dumps({**content, "starts": [*starts, start]}, indent=2) + "\n")
+
+
+def facts(devices: list[str]) -> dict[str, Any]:
+    """Plain values about this start. devices: the name of each rank's device."""
+    on_gpu = torch.cuda.is_available()
+    commit, dirty = _commit(REPOSITORY)
+    return {
+        "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "command": sys.argv,
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        "commit": commit,
+        "dirty": dirty,
+        "flallm_ds": __version__,
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in PACKAGES},
+        "ranks": len(devices),
+        "devices": dict(Counter(devices)),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if on_gpu else None,  # type: ignore[no-untyped-call]
+        "nccl": _nccl() if on_gpu else None,
+        "driver": _driver(),
+    }
+
+
+def _commit(repository: Path) -> tuple[str | None, bool | None]:
+    """(commit, whether the code was changed since); (None, None) where it does not run from a checkout."""
+    if not (repository / ".git").exists():  # a repository around site-packages is not ours
+        return None, None
+    # A container's root may not be the owner of a mounted checkout.
+    git = ["git", "-C", str(repository), "-c", f"safe.directory={repository}"]
+    try:
+        head, changes = (
+            subprocess.run([*git, *words], capture_output=True, text=True, timeout=30, check=True).stdout
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", *CODE])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None, None
+    return head.strip(), bool(changes.strip())
+
+
+def _nccl() -> str:
+    return ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+
+
+def _driver() -> str | None:
+    """Version of NVIDIA's kernel module."""
+    if not DRIVER.is_file():
+        return None
+    found = re.search(r"\b\d+\.\d+(\.\d+)?\b", DRIVER.read_text(encoding="utf-8", errors="replace"))
+    return found.group() if found else None
