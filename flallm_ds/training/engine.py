@@ -79,6 +79,12 @@ def read_deepspeed_config(path: Path) -> dict[str, Any]:
             raise UserError(f"{name} must not be in {path}: set --{OWNED_BY_RUN[name].split()[0]} instead.")
         if name not in OWNED_BY_JSON:
             raise UserError(f"{path} has an unknown key {name!r}: {nearest(name, OWNED_BY_JSON)}")
+    if config.get("bf16", {}).get("check_grad_overflow", True) is not True:
+        raise UserError(
+            f"bf16.check_grad_overflow must be true in {path}, got "
+            f"{json.dumps(config['bf16']['check_grad_overflow'])}: a gradient that is not finite would enter "
+            "the weights. Remove it."
+        )
     zero_fields = [f.alias or n for n, f in DeepSpeedZeroConfig.model_fields.items()]
     zero_fields += list(DeepSpeedZeroConfig.model_fields)
     for name in config.get("zero_optimization", {}):
@@ -116,8 +122,6 @@ def for_cpu(config: dict[str, Any]) -> dict[str, Any]:
 def complete(config: dict[str, Any], device: torch.device, accumulation: int, clip: float) -> dict[str, Any]:
     """The JSON with what RunConfig owns filled in, for this device."""
     config = config if device.type == "cuda" else for_cpu(config)
-    if "bf16" in config:  # else ZeRO-2 steps by a gradient that is not finite
-        config = {**config, "bf16": {**config["bf16"], "check_grad_overflow": True}}
     return {
         "zero_force_ds_cpu_optimizer": False,  # it would refuse SGD; of AdamW we take its own (`_optimizer`)
         **config,

@@ -63,6 +63,14 @@ def test_an_unknown_zero_key_is_refused_with_the_nearest(tmp_path):
         read(tmp_path, {"zero_optimization": {"stage": 2, "overlap_com": True}})
 
 
+def test_steps_by_a_gradient_that_is_not_finite_cannot_be_asked_for(tmp_path):
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config as BF16Config
+
+    with pytest.raises(UserError, match=r"bf16\.check_grad_overflow must be true in .*mine\.json, got false"):
+        read(tmp_path, {"bf16": {"enabled": True, "check_grad_overflow": False}})
+    assert BF16Config(enabled=True).check_grad_overflow, "DeepSpeed's default"
+
+
 def test_both_names_of_a_zero_key_are_known(tmp_path):
     keys = {"stage": 3, "stage3_prefetch_bucket_size": 1000, "max_live_parameters": 1000}
     assert read(tmp_path, {"zero_optimization": keys})["zero_optimization"] == keys
