@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 import fire
 
 from flallm_ds import terminal
-from flallm_ds.errors import Preempted, RankError, UserError
+from flallm_ds.errors import Preempted, RankError, UserError, file_problem
 
 _OPTION = re.compile(r"--(?P<name>[A-Za-z][A-Za-z0-9_.-]*)(?P<value>=.*)?", re.DOTALL)
 # Of typeset documents, where two hyphens often become one of them.
@@ -239,6 +239,9 @@ def main(command: Callable[..., Any] | Mapping[str, Callable[..., Any]]) -> NoRe
         if isinstance(error, RankError) or process_rank() == 0:
             _say_error(str(error))
         code = error.exit_code
+    except OSError as error:  # of a file that no other sentence is about
+        _say_error(file_problem(error))
+        code = RankError.exit_code
     except Preempted as stop:
         if process_rank() == 0:
             print(str(stop), flush=True)

@@ -25,6 +25,11 @@ def printable(text: str) -> str:
     return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
+def one_line(text: str) -> str:
+    """Make text of a corpus or a model printable on one line."""
+    return printable(text).replace("\n", r"\n").replace("\t", r"\t")
+
+
 def prepare() -> None:
     """Make stdout and stderr such that no print ever fails; called once, at the start of a command.
 

@@ -18,13 +18,16 @@ from flallm_ds.contracts import Hypothesis
 from flallm_ds.dist import World, main_first
 from flallm_ds.errors import UserError, file_problem
 from flallm_ds.lock import locked_by_main
+from flallm_ds.terminal import one_line
 from flallm_ds.training.checkpoint import replace_file
 from flallm_ds.training.provenance import VERSIONS, record_start
-from flallm_ds.training.run_log import LOG, printable
+from flallm_ds.training.run_log import LOG
+from flallm_ds.training.weights_record import FILE as WEIGHTS
 
 LOCK = ".lock"
 EVENTS = "tensorboard"
-BUILT = ("config.json", VERSIONS, LOG, "tokenizer", "llm_trimmed")  # what is there before the first step
+# What is there before the first step.
+BUILT = ("config.json", VERSIONS, WEIGHTS, LOG, "tokenizer", "llm_trimmed")
 SHOWN = 5  # hypotheses at each scoring
 
 
@@ -212,7 +215,7 @@ def _table(hypotheses: Sequence[Hypothesis]) -> str:
     rows = [(one.key, one.reference, one.hypothesis) for one in hypotheses]
     lines = ["| clip | reference | hypothesis |", "|---|---|---|"]
     for row in rows:
-        texts = [printable(text).encode("utf-8", "backslashreplace").decode() for text in row]
+        texts = [one_line(text).encode("utf-8", "backslashreplace").decode() for text in row]
         cells = [html.escape(text).replace("|", "&#124;") for text in texts]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -10,6 +10,7 @@ from typing import IO, Any, cast
 
 from flallm_ds.dist import World, main_first
 from flallm_ds.errors import Preempted, UserError, file_problem
+from flallm_ds.terminal import one_line
 
 LOG = "log.txt"
 
@@ -25,7 +26,7 @@ class RunLog:
         self._file = path.open("a", encoding="utf-8", errors="backslashreplace")
 
     def line(self, text: str) -> None:
-        text = printable(text.rsplit("\r", 1)[-1])  # of a progress bar the last state
+        text = one_line(text.rsplit("\r", 1)[-1])  # of a progress bar the last state
         self._try(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def check(self) -> None:
@@ -97,8 +98,3 @@ def run_log(folder: Path, world: World) -> Iterator[RunLog | None]:
     finally:
         log.close()
     main_first(log.check, world)
-
-
-def printable(text: str) -> str:
-    """Text of a corpus without control characters: a terminal would obey them."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -31,12 +31,13 @@ def run_stage(config: RunConfig, world: World, stop: StopRequest) -> bool:
             task = build_task(config, folder, world)
         trainer = Trainer(task, folder, stop, log)
         trainer.run()
-    finished = trainer.at.epoch >= config.train.epochs
-    if world.is_main:
-        limit = (
-            f"stopped after step {trainer.at.global_step}, at train.max_steps; without it the run resumes."
-        )
-        print(summary(config) if finished else limit, flush=True)
+        finished = trainer.at.epoch >= config.train.epochs
+        if world.is_main:
+            limit = (
+                f"stopped after step {trainer.at.global_step}, at train.max_steps; without it the run "
+                "resumes."
+            )
+            print(summary(config) if finished else limit, flush=True)
     task.engine.close()
     del trainer, task
     gc.collect()  # its parts refer to one another; the next stage needs their memory

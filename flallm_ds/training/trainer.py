@@ -20,13 +20,14 @@ from flallm_ds.dist import all_reduce_sum, gather_objects, main_first
 from flallm_ds.errors import Preempted, UserError
 from flallm_ds.models.tuning import merged
 from flallm_ds.models.weights import named_state
+from flallm_ds.terminal import one_line
 from flallm_ds.training import checkpoint
 from flallm_ds.training.build import Task
 from flallm_ds.training.evaluate import Evaluation, ceiling_of, perfect, scores_of
 from flallm_ds.training.probe import last_layers
 from flallm_ds.training.progress import Progress, ScoringProgress
 from flallm_ds.training.run_folder import Metrics, shown
-from flallm_ds.training.run_log import RunLog, printable
+from flallm_ds.training.run_log import RunLog
 from flallm_ds.training.schedule import rate_factor
 from flallm_ds.training.stop import StopRequest
 from flallm_ds.training.weights_record import read_weights
@@ -235,9 +236,9 @@ class Trainer:
     def _show(self, epoch: int, hypotheses: list[Hypothesis]) -> None:
         split = self.config.eval.split
         for one in hypotheses:
-            self.progress.say(f"  clip        {printable(one.key)}")
-            self.progress.say(f"  hypothesis  {printable(one.hypothesis)}")
-            self.progress.say(f"  reference   {printable(one.reference)}")
+            self.progress.say(f"  clip        {one_line(one.key)}")
+            self.progress.say(f"  hypothesis  {one_line(one.hypothesis)}")
+            self.progress.say(f"  reference   {one_line(one.reference)}")
         if self.metrics is not None:
             self.metrics.write_hypotheses(split, epoch, self.at.global_step, hypotheses)
 
