@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import file_exists, try_to_load_from_cache
+from huggingface_hub import constants, file_exists, try_to_load_from_cache
 from huggingface_hub.constants import is_offline_mode
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
@@ -130,6 +130,7 @@ def must_be_no_pointer(path: Path) -> None:
 def _check_hub(name: str) -> None:
     """One request without repetitions; transformers would repeat it for half a minute."""
     if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        read_cache_alone_if_unreachable(name)
         return
     if is_offline_mode():
         reason = "HF_HUB_OFFLINE is set."
@@ -156,6 +157,22 @@ def _check_hub(name: str) -> None:
         f"llm.name must be within reach, but {name} is no folder here and is not in the hub's cache, and "
         f"{reason} {STANDIN}"
     )
+
+
+def read_cache_alone_if_unreachable(name: str) -> None:
+    """Keep the libraries from asking a hub that does not answer for files of `name` that are cached.
+
+    They would repeat the request for each file: minutes for one model. For the rest of the process they
+    behave as under HF_HUB_OFFLINE=1.
+    """
+    if is_offline_mode():
+        return
+    try:
+        file_exists(name, "config.json")
+    except HfHubHTTPError:  # it answered
+        pass
+    except HUB_ERRORS:
+        constants.HF_HUB_OFFLINE = True
 
 
 def check_weights(name: str, section: str = "llm") -> None:

@@ -1,13 +1,19 @@
 """What --llm.name may be by mistake: each gets the sentence of its cause, at once."""
 
 import json
+import os
 import shutil
+import socketserver
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
+from transformers import ResNetConfig, ResNetModel
 
 from flallm_ds.data.text import Instruction, TextCodec, load_tokenizer
 from flallm_ds.errors import UserError
@@ -213,3 +219,40 @@ def test_offline_mode_is_named(no_network: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"t5-small is no folder here .* HF_HUB_OFFLINE is set\. Name a fol"):
         check_llm("t5-small")
+
+
+CACHED = """
+from flallm_ds.data.text import Instruction, TextCodec
+from flallm_ds.models.backbones import build_backbone, check_reachable
+from flallm_ds.models.llm import check_llm, load_llm
+check_llm("org/llm")
+TextCodec.for_training_text("org/llm", Instruction(), ["regen am abend"], True)
+load_llm("org/llm")
+check_reachable("org/encoder")
+build_backbone("org/encoder", 64, True, 32)
+"""
+
+
+def test_what_is_cached_is_read_without_a_hub_and_without_repetitions(llm: Path, tmp_path: Path) -> None:
+    """A compute node without a network: each file would be asked for again and again."""
+    encoder = tmp_path / "encoder"
+    ResNetModel(ResNetConfig(embedding_size=64, hidden_sizes=[8, 16], depths=[1, 1])).save_pretrained(encoder)
+    for name, folder in (("llm", llm), ("encoder", encoder)):
+        cached = tmp_path / "home" / "hub" / f"models--org--{name}"
+        shutil.copytree(folder, cached / "snapshots" / "0123abcd")
+        (cached / "refs").mkdir()
+        (cached / "refs" / "main").write_text("0123abcd")
+    asked: list[str] = []
+
+    class HangsUp(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            asked.append(self.request.recv(10_000).decode().split(" HTTP")[0])
+
+    with socketserver.TCPServer(("127.0.0.1", 0), HangsUp) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        environment = {name: v for name, v in os.environ.items() if name != "HF_HUB_OFFLINE"}
+        environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}"}
+        environment |= {"HF_HOME": str(tmp_path / "home")}
+        subprocess.run([sys.executable, "-c", CACHED], env=environment, check=True, timeout=300)
+        server.shutdown()
+    assert [one for one in asked if "/org/" in one] == ["HEAD /org/llm/resolve/main/config.json"]

@@ -29,7 +29,7 @@ from flallm_ds.errors import UserError
 from flallm_ds.models.checkpointing import checkpoint_stages, stages_of
 from flallm_ds.models.tuning import Tuning, tune
 from flallm_ds.preprocess import IMAGENET_MEAN, IMAGENET_STD
-from flallm_ds.pretrained import CHECKPOINT_FILES, HUB_ERRORS
+from flallm_ds.pretrained import CHECKPOINT_FILES, HUB_ERRORS, read_cache_alone_if_unreachable
 
 TIMM = "timm/"
 # What a model says, in one way or another, when frames do not suit it.
@@ -240,6 +240,7 @@ def check_reachable(weights: str) -> None:
         return
     try:
         if any(isinstance(try_to_load_from_cache(name, file), str) for file in CHECKPOINT_FILES):
+            read_cache_alone_if_unreachable(name)
             return
         if file_exists(name, "config.json"):
             return
