@@ -135,6 +135,7 @@ def model_card(settings: dict[str, Any], codec: TextCodec) -> str:
         "Or `flallm translate VIDEO --model FOLDER_OR_HUB_ID`. DeepSpeed is not needed for it.",
         _scores(settings["scores"]),
         _training(training),
+        _began_with(settings.get("weights", {})),
         _limits(settings, codec),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -202,6 +203,17 @@ def _training(training: dict[str, Any]) -> str:
         f"## Training\n\n{training['num_clips']} clips of {corpora}, {training['epochs']} epochs.\n\n"
         f"{_code_block(training['command'])}\n\n{versions}."
     )
+
+
+def _began_with(weights: dict[str, Any]) -> str:
+    """Name what the training loaded, with the digests of its weights. weights: of weights.json."""
+    lines = []
+    for option, entry in weights.items():
+        commit = f" at commit {entry['revision']}" if entry["revision"] else ""
+        files = [f for f in entry["files"] if not f["file"].endswith((".json", ".txt", ".py", ".model"))]
+        digests = [f"{_code(f['file'])} sha256 {f['sha256'][:16]}" for f in files] or ["no weights"]
+        lines.append(f"- {option}: {plain(entry['name'])}{commit} ({', '.join(digests)})")
+    return "\n".join(["It began with:", "", *lines]) if lines else ""
 
 
 def _limits(settings: dict[str, Any], codec: TextCodec) -> str:

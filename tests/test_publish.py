@@ -246,6 +246,22 @@ def test_exported_files_are_readable_by_the_group(runs: Callable[[str, str], Pat
     assert len(files) > 20 and {path.stat().st_mode & 0o777 for path in files} == {0o640}
 
 
+def test_the_card_names_the_weights_that_training_began_with(
+    runs: Callable[[str, str], Path],
+) -> None:
+    run = runs(ENCODER_DECODER, "full")
+    settings, codec = export.read_settings(run / "best"), export.read(run / "best").codec
+    assert "It began with" not in model_card(settings, codec), "an export of before has no record"
+    files = [{"file": name, "bytes": 9, "sha256": "ab" * 32} for name in ("config.json", "model.safetensors")]
+    weights = {
+        "visual.weights": {"name": "microsoft/resnet-18", "revision": "0123abcd", "files": files},
+        "llm.name": {"name": "llm", "revision": None, "files": files[:1]},
+    }
+    card = model_card(settings | {"weights": weights}, codec)
+    line = "- visual.weights: microsoft/resnet-18 at commit 0123abcd (`model.safetensors` sha256 "
+    assert line + "ab" * 8 + ")\n" in card and "- llm.name: llm (no weights)\n" in card
+
+
 HOSTILE = "x](http://a.b) <script>alert(1)</script> `c` | pipe\n# heading\x1b[31m"
 
 
