@@ -68,6 +68,18 @@ PLACES = {
     "language_model.": f"{LANGUAGE_MODEL}/model.safetensors",
 }
 
+# What a reader relies on in flallm.json; optional values are checked where they are used.
+_TYPES = {
+    "stage": str,
+    "visual": {},
+    "features": {"kind": str},
+    "frames": dict.fromkeys(("short_side", "keep_every", "max_frames", "frame_size", "crop_size"), int),
+    "generation": {"num_beams": int, "max_new_tokens": int, "length_penalty": (int, float)},
+    "scores": {},
+    "training": {},
+}
+_KINDS = {str: "text", int: "a whole number", (int, float): "a number"}
+
 
 @dataclass(frozen=True)
 class Export:
@@ -204,10 +216,10 @@ def find(folder: str | Path) -> Path:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """flallm.json. Raises UserError for another format."""
+    """flallm.json. Raises UserError for another format, or where values have other types than ours."""
     try:
         settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{folder / SETTINGS_FILE} must be JSON, but {error}.") from error
     if not isinstance(settings, dict) or settings.get("format") != FORMAT:
         found = settings.get("format") if isinstance(settings, dict) else None
@@ -215,7 +227,22 @@ def read_settings(folder: Path) -> dict[str, Any]:
             f"{folder} must be of format {FORMAT!r}, but is {found!r}: load it with the version that wrote "
             "it, or train again."
         )
+    _check_types(settings, _TYPES, folder / SETTINGS_FILE)
     return settings
+
+
+def _check_types(values: dict[str, Any], types: dict[str, Any], path: Path, section: str = "") -> None:
+    """Raise UserError for a value that is missing or of another type: an export may come from anybody."""
+    for name, wanted in types.items():
+        value, place = values.get(name), f"{section}{name}"
+        if isinstance(wanted, dict):
+            if not isinstance(value, dict):
+                raise UserError(f"{place} in {path} must be an object, got {value!r}.")
+            _check_types(value, wanted, path, f"{place}.")
+        elif not isinstance(value, wanted) or isinstance(value, bool):
+            raise UserError(f"{place} in {path} must be {_KINDS[wanted]}, got {value!r}.")
+        elif wanted is not str and not (0 < value < 2**31 or name == "length_penalty"):
+            raise UserError(f"{place} in {path} must be above 0, got {value!r}.")
 
 
 def digest(folder: Path) -> str:
@@ -245,9 +272,15 @@ def evaluated(source: Path, shards: Sequence[str] = ()) -> dict[str, Any]:
     }
     found = {}
     for path in sorted((source.parent / EVALUATION).glob("*.json")):
-        content = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            split, scores = content["split"], content["scores"]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(
+                f"Cannot read {path}: it is no result of launch/evaluate.py ({error!r}). Remove it."
+            ) from error
         if all(content.get(name) == value for name, value in wanted.items()):
-            found[content["split"]] = content["scores"]
+            found[split] = scores
     return found
 
 

@@ -219,3 +219,31 @@ def test_settings_of_another_format_are_refused(copied, content, reason):
     (copied / "flallm.json").write_text(content)
     with pytest.raises(UserError, match=reason):
         export.read(copied)
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value", "said"),
+    [
+        (None, "frames", [], r"frames in .*flallm\.json must be an object, got \[\]\."),
+        (None, "stage", 1, r"stage in .*flallm\.json must be text, got 1\."),
+        ("frames", "crop_size", "32", r"frames\.crop_size in .* must be a whole number, got '32'\."),
+        ("frames", "crop_size", True, r"frames\.crop_size in .* must be a whole number, got True\."),
+        ("frames", "keep_every", 0, r"frames\.keep_every in .* must be above 0, got 0\."),
+        ("frames", "max_frames", 2**40, r"frames\.max_frames in .* must be above 0"),
+        ("generation", "num_beams", None, r"generation\.num_beams in .* must be a whole number, got None\."),
+        ("visual", "temporal_kernel", None, "the settings of a visual encoder must be"),
+    ],
+)
+def test_settings_of_other_types_are_one_sentence(copied, section, name, value, said):
+    settings = json.loads((copied / "flallm.json").read_text())
+    (settings if section is None else settings[section])[name] = value
+    (copied / "flallm.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=said):
+        export.read(copied)
+
+
+@pytest.mark.parametrize("content", ["[]", "[" * 10**5, '{"kept_ids": "a"}', '{"kept_ids": [-1]}', "{}"])
+def test_a_vocabulary_that_is_none_is_one_sentence(copied, content):
+    (copied / "language_model" / "vocabulary.json").write_text(content)
+    with pytest.raises(UserError, match=r"vocabulary\.json must be a codec's file"):
+        export.read(copied)

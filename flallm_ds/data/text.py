@@ -334,9 +334,11 @@ class TextCodec:
         try:
             content = json.loads((folder / VOCABULARY_FILE).read_text(encoding="utf-8"))
             kept_ids = content.pop("kept_ids")
+            if not kept_ids or not all(type(i) is int and i >= 0 for i in kept_ids):
+                raise ValueError("kept_ids must be ids of tokens")
             content["languages"] = tuple(content["languages"])
             instruction = Instruction(**content)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(
                 f"{folder / VOCABULARY_FILE} must be a codec's file, but is not ({error})."
             ) from error
