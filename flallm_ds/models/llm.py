@@ -79,7 +79,27 @@ _ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropo
 # A layer that one rank skips and another does not would let ZeRO-3's gathers wait for ever.
 _LAYER_DROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 
+# Multimodal model types whose text model, taken out, gives the logits of the whole model for text. Others are
+# refused: Aya Vision, for one, leaves out its text model's logit_scale.
+TAKEN_OUT = frozenset({
+    "aria", "audioflamingo3", "deepseek_vl", "deepseek_vl_hybrid", "exaone4_5", "fast_vlm", "fuyu", "gemma3",
+    "gemma4", "gemma4_unified", "glmasr", "got_ocr2", "hyperclovax_vision_v2", "idefics2", "idefics3",
+    "internvl", "janus", "lfm2_vl", "lfm3_vl", "lighton_ocr", "llama4", "llava", "llava_next",
+    "llava_next_video", "llava_onevision", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "mistral3",
+    "moss_transcribe_diarize", "musicflamingo", "nemotron_h_omni", "ovis2", "paligemma", "perception_lm",
+    "pp_chart2table", "qwen2_audio", "qwen3_5", "qwen3_5_moe", "qwen3_asr", "shieldgemma2", "smolvlm",
+    "video_llama_3", "video_llava", "vipllava", "voxtral",
+})  # fmt: skip
+# Settings by which some text models change what their head says, None or 1 where they do not; most multimodal
+# models have a plain head whatever these are, as PaliGemma 2's of a Gemma 2.
+_OF_LOGITS = ("logit_scale", "logits_scaling", "lm_head_multiplier", "final_logit_softcapping")
+_WITH_LOGITS = ("gemma4", "gemma4_unified", "hyperclovax_vision_v2")  # they do as their text models
 _TEXT_SIBLINGS = {
+    "aya_vision": "CohereLabs/aya-expanse-8b",
+    "blip-2": "facebook/opt-2.7b",
+    "cohere2_vision": "CohereLabs/c4ai-command-r7b-12-2024",
+    "gemma3n": "google/gemma-3-1b-pt",
+    "mllama": "meta-llama/Llama-3.1-8B",
     "qwen2_vl": "Qwen/Qwen2-7B",
     "qwen2_5_vl": "Qwen/Qwen2.5-7B",
     "qwen2_5_omni": "Qwen/Qwen2.5-7B",
@@ -175,21 +195,27 @@ def _source(name: str, hub_code: bool) -> _Source:
 def _text_part(config: Any) -> Any:
     """The config of a multimodal model's text model; of another model its own.
 
-    Raises UserError where transformers has no class for the text model alone.
+    Raises UserError where the text model alone is no LLM, or is not known to give the logits of the whole.
     """
     text = config.get_text_config(decoder=True)
-    own_code = getattr(config, "auto_map", None)
+    own_code = not type(config).__module__.startswith("transformers.")
     if text is config or config.is_encoder_decoder or text.is_encoder_decoder or own_code:
         return config
-    if type(text) not in AutoModelForCausalLM._model_mapping:
+    changed = any(getattr(text, name, None) not in (None, 1) for name in _OF_LOGITS)
+    if (
+        config.model_type not in TAKEN_OUT
+        or type(text) not in AutoModelForCausalLM._model_mapping
+        or (changed and config.model_type not in _WITH_LOGITS)
+    ):
         sibling = _TEXT_SIBLINGS.get(config.model_type)
         raise UserError(
             "the LLM must be an encoder-decoder or a decoder-only language model, but "
-            f"{config.name_or_path} is a multimodal {config.model_type}, which is neither, and "
-            "transformers cannot load its text model alone. Give as --llm.name a text-only model"
+            f"{config.name_or_path} is a multimodal {config.model_type}, which is neither, and its text "
+            "model cannot be taken out. Give as --llm.name a text-only model"
             f"{f', such as {sibling}' if sibling else ' of its family'}."
         )
-    text.tie_word_embeddings = getattr(config, "tie_word_embeddings", text.tie_word_embeddings)
+    if hasattr(config, "tie_word_embeddings"):
+        text.tie_word_embeddings = config.tie_word_embeddings
     text.dtype = text.dtype or config.dtype
     return text
 
