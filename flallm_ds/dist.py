@@ -3,6 +3,7 @@
 import os
 import random
 import socket
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -131,7 +132,9 @@ def cores_of_rank(local_size: int, env: Mapping[str, str]) -> int:
 def stop() -> None:
     """Leave the process group; the environment is as it was before `start`."""
     if dist.is_initialized():
-        dist.destroy_process_group()
+        deepspeed = sys.modules.get("deepspeed.comm")  # it keeps the group and others made of it
+        group_holder: Any = deepspeed if deepspeed and deepspeed.is_initialized() else dist
+        group_holder.destroy_process_group()
     while (
         _told_by_start
     ):  # a later group, or a child's, would find this one's port taken: it may be held on to
