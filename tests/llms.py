@@ -82,6 +82,29 @@ def make_tiny_llm(family: str, folder: Path, texts: Sequence[str]) -> Path:
     return folder
 
 
+_OWN_CODE = """
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+
+"""
+
+
+def make_llm_with_own_code(folder: Path, texts: Sequence[str], methods: str) -> Path:
+    """Write a tiny Llama whose class comes with it and has these methods; for --llm.hub_code=true."""
+    make_tiny_llm("llama3", folder, texts)
+    (folder / "modeling_own.py").write_text(_OWN_CODE + methods, encoding="utf-8")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    own = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    _write(folder / "config.json", config | {"model_type": "own", "auto_map": own})
+    return folder
+
+
 def _write(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
 

@@ -1,6 +1,7 @@
 """Started by test_generation.py: trains runs in turn and searches dev, weights gathered once or by the token.
 
-Each writes RUN/found.RANK.json: {"auto" | "never": {key: [[sentence, score], ...]}}.
+Each writes RUN/found.RANK.json: {"auto" | "never": {key: [[sentence, score], ...]}}; of a run that is
+refused, its sentence into RUN.RANK.txt.
 """
 
 import json
@@ -9,11 +10,12 @@ from pathlib import Path
 from flallm_ds import dist
 from flallm_ds.command import main
 from flallm_ds.contracts import Batch
+from flallm_ds.errors import UserError
 from flallm_ds.models.sign_translator import Beam, Candidate
 from flallm_ds.recipes import resolve
 from flallm_ds.training.build import Task, build_task
 from flallm_ds.training.evaluate import Evaluation
-from flallm_ds.training.run_folder import open_run_folder
+from flallm_ds.training.run_folder import run_folder
 from flallm_ds.training.stop import StopRequest
 from flallm_ds.training.trainer import Trainer
 
@@ -23,8 +25,12 @@ def runs(*, scenarios: Path) -> None:
     world = dist.start()
     for scenario in json.loads(scenarios.read_text(encoding="utf-8")):
         config = resolve(scenario["stage"], None, scenario["options"])
-        folder = dist.main_first(lambda config=config: open_run_folder(config), world)
-        task = build_task(config, folder, world)
+        try:
+            with run_folder(config, world) as folder:
+                task = build_task(config, folder, world)
+        except UserError as error:
+            Path(f"{config.run}.{world.rank}.txt").write_text(str(error), encoding="utf-8")
+            continue
         Trainer(task, folder, StopRequest()).run()
         if scenario["stage"] != "visual":
             found = {how: search(task, how) for how in ("auto", "never", "auto")}

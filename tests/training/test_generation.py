@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from bars import WORDS, write_phoenix
 from launching import launch, tiny_options
-from llms import make_tiny_llm
+from llms import make_llm_with_own_code, make_tiny_llm
 
 from flallm_ds import export
 from flallm_ds.data.index import load_index
@@ -22,6 +22,12 @@ from flallm_ds.models.sign_translator import Beam
 from flallm_ds.training.evaluate import Evaluation
 
 RUNS = ["encoder_decoder", "decoder_only_lora", "frozen"]
+REFUSES_EMBEDDINGS = """
+    def prepare_inputs_for_generation(self, ids, inputs_embeds=None, attention_mask=None, **more):
+        if inputs_embeds is not None:
+            raise ValueError("You passed `inputs_embeds` to `.generate()`.\\nSee the docs.")
+        return super().prepare_inputs_for_generation(ids, attention_mask=attention_mask, **more)
+"""
 NUM_FRAMES = [2, 3, 5, 9, 20, 60, 110]  # of the dev clips
 
 
@@ -45,6 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path) -> Path:
         DECODER_ONLY_PROMPT.format(sign_language="German Sign Language", language="German", video="")
     )
     # Not the stand-in LLM, which hardly attends to the video before it was trained for long.
+    own = make_llm_with_own_code(folder / "own", texts, REFUSES_EMBEDDINGS)
     t5, qwen = (make_tiny_llm(family, folder / family, texts) for family in ("flan_t5", "qwen3"))
     common = {
         "data.shards": folder / "shards", "data.batch_clips": 2, "data.micro_batches": 2, "train.epochs": 1,
@@ -54,16 +61,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path) -> Path:
         "visual": {"optim.lr": 1e-3},
         "encoder_decoder": {"llm.name": t5},
         "decoder_only_lora": {"llm.name": qwen, "llm.tune": "lora", "llm.lora_rank": 4},
+        "refused": {"llm.name": own, "llm.hub_code": True},
         "frozen": {"llm.name": qwen, "llm.tune": "frozen", "llm.trim_vocabulary": False},
     }
     scenarios = []
-    for name, own in more.items():
+    for name, changed in more.items():
         stage = "visual" if name == "visual" else "llm"
-        options = tiny_options(tiny_corpus, stage, folder / name, **{**common, **own})
+        options = tiny_options(tiny_corpus, stage, folder / name, **{**common, **changed})
         scenarios.append({"stage": stage, "options": options})
     file = folder / "scenarios.json"
     file.write_text(json.dumps(scenarios), encoding="utf-8")
-    done = launch(Path(__file__).with_name("generation_ranks.py"), f"--scenarios={file}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_MODULES_CACHE", str(folder / "modules"))  # where code of the hub is copied to
+        done = launch(Path(__file__).with_name("generation_ranks.py"), f"--scenarios={file}")
     assert done.returncode == 0, done.stdout[-8000:]
     return folder
 
@@ -106,3 +116,14 @@ def test_scores_fall_and_do_not_depend_on_the_batch(folder: Path, run: str) -> N
     for pairs in alone.values():
         scores = [score for _, score in pairs]
         assert len(pairs) == 3 and scores == sorted(scores, reverse=True) and scores[0] < 0
+
+
+def test_an_llm_that_cannot_generate_is_refused_before_the_first_step_on_all_ranks(folder: Path) -> None:
+    """Then both go on to the next run; nothing of this one is left."""
+    for rank in (0, 1):
+        sentence = (folder / f"refused.{rank}.txt").read_text(encoding="utf-8")
+        assert sentence == (
+            f"the LLM {folder / 'own'} (a OwnForCausalLM) must generate from embeddings, but did not: "
+            "ValueError: You passed `inputs_embeds` to `.generate()`. Give another --llm.name."
+        )
+    assert not (folder / "refused").exists()
