@@ -109,7 +109,7 @@ def test_an_fp8_checkpoint_is_read_as_transformers_reads_it(llama, tmp_path):
         assert torch.equal(parameter, ours[name]), name
 
 
-def test_an_mxfp4_checkpoint_is_read_as_transformers_reads_it(llama, tmp_path):
+def mxfp4(llama: Path, folder: Path) -> Path:
     """As openai/gpt-oss-20b: experts in blocks of 32 numbers of 4 bits, with an exponent each."""
     config = GptOssConfig(
         vocab_size=json.loads((llama / "config.json").read_text())["vocab_size"], hidden_size=64,
@@ -118,18 +118,23 @@ def test_an_mxfp4_checkpoint_is_read_as_transformers_reads_it(llama, tmp_path):
     )  # fmt: skip
     torch.manual_seed(0)
     model = GptOssForCausalLM(config).bfloat16()
-    shutil.copytree(llama, tmp_path / "llm")
-    model.save_pretrained(tmp_path / "llm")
-    tensors = load_file(tmp_path / "llm" / "model.safetensors")
+    shutil.copytree(llama, folder)
+    model.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
     for name, (rows, groups) in (("gate_up_proj", (64, 2)), ("down_proj", (64, 1))):
         key = f"model.layers.0.mlp.experts.{name}"
         assert tensors.pop(key).shape == (2, groups * 32, rows)
         tensors[f"{key}_blocks"] = torch.randint(0, 256, (2, rows, groups, 16), dtype=torch.uint8)
         tensors[f"{key}_scales"] = torch.randint(118, 124, (2, rows, groups), dtype=torch.uint8)
-    save_file(tensors, tmp_path / "llm" / "model.safetensors", metadata={"format": "pt"})
-    path = tmp_path / "llm" / "config.json"
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    path = folder / "config.json"
     settings = {"quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}}
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    return folder
+
+
+def test_an_mxfp4_checkpoint_is_read_as_transformers_reads_it(llama, tmp_path):
+    mxfp4(llama, tmp_path / "llm")
     reference = AutoModelForCausalLM.from_pretrained(
         tmp_path / "llm", quantization_config=Mxfp4Config(dequantize=True), dtype=torch.bfloat16
     )

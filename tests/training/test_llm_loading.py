@@ -9,7 +9,12 @@ from launching import launch
 from llms import make_tiny_llm
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.models.test_multimodal import make as make_multimodal
+from tests.models.test_quantized import fp8, mxfp4
+
 FAMILIES = ("mbart", "m2m100", "t5", "mt5", "qwen3", "gemma3", "bloom", "xglm")  # mt5's head is its own
+# Whole, as by --llm.trim_vocabulary=false: weights with scales, and a text model within a multimodal one.
+OTHERS = ("fp8", "mxfp4", "mistral3")
 LARGE = LlamaConfig(
     vocab_size=1000, hidden_size=512, intermediate_size=2048, num_hidden_layers=10, num_attention_heads=8,
     num_key_value_heads=8,
@@ -22,6 +27,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("loading")
     for family in FAMILIES:
         make_tiny_llm(family, folder / "llms" / family, ["regen am abend", "morgen sonne und wind"])
+    llama = make_tiny_llm("llama3", folder / "llama", ["regen am abend", "morgen sonne und wind"])
+    fp8(llama, folder / "llms" / "fp8", (16, 16))
+    mxfp4(llama, folder / "llms" / "mxfp4")
+    make_multimodal("mistral3", llama, folder / "llms" / "mistral3")
     large = LlamaForCausalLM(LARGE)
     large.save_pretrained(folder / "large", max_shard_size="50MB")
     done = launch(Path(__file__).with_name("llm_loading_ranks.py"), f"--folder={folder}")
@@ -30,7 +39,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [{"megabytes": megabytes} | json.loads((folder / f"rank{r}.json").read_text()) for r in (0, 1)]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
 def test_an_llm_loaded_in_parts_is_the_one_loaded_whole(results: list[dict[str, Any]], family: str) -> None:
     for report in results:
         assert report[family] == {"numel": 0, "equal": True, "generation": True, "config": True}
