@@ -235,10 +235,25 @@ def test_the_quickstarts_corpus_from_another_folder(
     assert not list(tmp_path.iterdir())
 
 
+def settings_of(stage: str, visual: dict[str, object]) -> dict[str, object]:
+    """What a reader of flallm.json relies on."""
+    frames = dict.fromkeys(("short_side", "keep_every", "max_frames", "frame_size", "crop_size"), 32)
+    return {
+        "format": export.FORMAT,
+        "stage": stage,
+        "visual": visual,
+        "features": {"kind": "signs"},
+        "frames": frames,
+        "generation": {"num_beams": 2, "length_penalty": 1.0, "max_new_tokens": 8},
+        "scores": {},
+        "training": {},
+    }
+
+
 def test_a_stage_1_export_of_another_width(refused: Run, tmp_path: Path, tiny_corpus: Path) -> None:
     best = tmp_path / "visual" / "best"
     best.mkdir(parents=True)
-    settings = {"format": export.FORMAT, "visual": {"width": 32, "temporal_kernel": 3}}
+    settings = settings_of("visual", {"width": 32, "temporal_kernel": 3})
     (best / "flallm.json").write_text(json.dumps(settings))
     given = options(tiny_corpus, tmp_path / "run", visual_run=tmp_path / "visual")
     sentence = refused(train.train, "--stage=llm", *given)
@@ -441,8 +456,7 @@ def test_light_t_states_of_an_export_that_has_no_light_t(
     best = tmp_path / "other" / "best"
     best.mkdir(parents=True)
     visual = VisualEncoder(width=8)
-    settings = {"format": export.FORMAT, "stage": "llm", "visual": visual.settings()}
-    (best / "flallm.json").write_text(json.dumps({**settings, "features": {"kind": "signs"}}))
+    (best / "flallm.json").write_text(json.dumps(settings_of("llm", visual.settings())))
     save_file(visual.state_dict(), best / "visual_encoder.safetensors")
     more = {"visual_run": tmp_path / "other", "visual.width": 8, "llm.input": "light_t"}
     sentence = refused(train.train, "--stage=llm", *options(tiny_corpus, tmp_path / "run", **more))

@@ -248,7 +248,7 @@ def test_a_manifest_of_frame_folders_is_built_at_its_own_rate_and_cut_by_time(tm
 
 @pytest.mark.parametrize("named", ["de", "DE", "de-AT", "de_DE", "German", " german ", "deu_Latn", "<2de>"])
 def test_a_language_by_any_name_is_one_language(tmp_path, named):
-    rows = [{"video": "a", "text": "x", "language": one} for one in (named, "de")]
+    rows = [{"video": video, "text": "x", "language": one} for video, one in (("a", named), ("b", "de"))]
     corpus = manifest.read(write_manifest(tmp_path / "m.csv", rows), SPLITS)
     assert {row.language for table in corpus.rows.values() for row in table} == {corpus.language} == {"de"}
     unnamed = write_manifest(tmp_path / "m.jsonl", [{"video": "a", "text": "x"}])

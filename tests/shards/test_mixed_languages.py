@@ -31,11 +31,11 @@ NAMES = {
 
 
 def build_shards(root: Path, languages: list[str], texts: list[str]) -> Path:
-    write_frames(root / "frames", 4)
-    rows = [
-        {"video": "frames", "text": texts[n % 2], "id": str(n), "language": language, "split": "train"}
-        for n, language in enumerate(languages)
-    ]
+    rows = []
+    for n, language in enumerate(languages):
+        write_frames(root / f"frames{n}", 4)
+        row = {"video": f"frames{n}", "text": texts[n % 2], "id": str(n), "language": language}
+        rows.append(row | {"split": "train"})
     (root / "m.jsonl").write_text("\n".join(map(json.dumps, rows)))
     build("manifest", root / "m.jsonl", root / "shards", Options(short_side=16, workers=1))
     return root / "shards"
