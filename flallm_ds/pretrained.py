@@ -5,6 +5,7 @@ transformers says of many wrong ones only that some file is missing. Here each g
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,32 @@ CHECKPOINT_FILES = (
 # of whichever HTTP client this version of it uses.
 HUB_ERRORS: Any = (OSError, HfHubHTTPError.__mro__[1], HFValidationError)
 STANDIN = "Name a folder that holds one, or make a small one with flallm standin_llm."
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What a model is for, in messages. merged: of an adapter and its base."""
+
+    option: str
+    what: str
+    without: str
+    merged: str
+
+
+_LLM = _Kind(
+    "llm.name",
+    "LLM",
+    STANDIN,
+    "(peft's merge_and_unload; flallm export for an export of ours)",
+)
+_BACKBONE = _Kind(
+    "visual.weights",
+    "image encoder",
+    "Name a folder that holds one, or give --visual.weights=none for random weights.",
+    "(peft's merge_and_unload)",
+)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_ADDRESS = re.compile(r"https?://(?:[^/]+/([\w.-]+/[\w.-]+))?")
 _LFS = b"version https://git-lfs"
 _LFS_BYTES = 1024  # a pointer is smaller than that
 _TEXT_FILES = (".json", ".model", ".txt")  # of config and tokenizer; other files may be of no use here
@@ -41,18 +67,48 @@ def check_llm_source(name: str) -> None:
     """
     path = Path(name)
     if path.is_dir():
-        _check_folder(path)
+        _check_folder(path, _LLM)
     elif path.exists():
         _refuse_file(path)
     elif _HUB_ID.fullmatch(name):
         _check_hub(name)
     else:
-        address = re.match(r"https?://[^/]+/([\w.-]+/[\w.-]+)", name)
-        hint = f" Name it as {address[1]}." if address else ""
         raise UserError(
             "llm.name must be a hub id or a folder with an LLM, but there is nothing at "
-            f"{name}.{hint} flallm standin_llm makes a small one for machines without a hub."
+            f"{name}.{_named_as(name)} flallm standin_llm makes a small one for machines without a hub."
         )
+
+
+def check_backbone_source(name: str, pretrained: bool = True) -> None:
+    """Raise UserError with the cause where a folder, file or address is no backbone that could be loaded.
+
+    pretrained: whether its weights are wanted; else only a config is.
+    """
+    path = Path(name)
+    if path.is_dir():
+        _check_folder(path, _BACKBONE)
+        for weights in sorted(path.iterdir()) if pretrained else ():
+            if weights.suffix in (".safetensors", ".bin", ".pth"):
+                _check_part(weights)
+    elif path.suffix == ".gguf":
+        raise _gguf(path)
+    elif path.is_file():
+        must_be_no_pointer(path)
+        if path.suffix != ".pth" and (path.parent / "config.json").is_file():
+            raise UserError(
+                f"visual.weights must be a hub id, a folder or a .pth file, got the file {path}. Name its "
+                f"folder: {path.parent}."
+            )
+    elif _ADDRESS.match(name):
+        raise UserError(
+            f"visual.weights must be a hub id, a folder or a .pth file, got the address {name}."
+            f"{_named_as(name)} Or fetch it, and name the file."
+        )
+
+
+def _named_as(name: str) -> str:
+    address = _ADDRESS.match(name)
+    return f" Name it as {address[1]}." if address and address[1] else ""
 
 
 def _refuse_file(path: Path) -> None:
@@ -71,18 +127,18 @@ def _gguf(path: Path) -> UserError:
     )
 
 
-def _check_folder(folder: Path) -> None:
+def _check_folder(folder: Path, kind: _Kind) -> None:
     files = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     if not files:
         raise UserError(
-            f"The LLM {folder} must load, but did not: the folder is empty. Check --llm.name, or make a "
-            "small LLM with flallm standin_llm."
+            f"The {kind.what} {folder} must load, but did not: the folder is empty. Check --{kind.option}. "
+            f"{kind.without}"
         )
     for path in files:
         if path.suffix in _TEXT_FILES:
             must_be_no_pointer(path)
     if (folder / _ADAPTER).is_file():
-        raise _adapter(str(folder), folder / _ADAPTER)
+        raise _adapter(str(folder), folder / _ADAPTER, kind)
     if (folder / "config.json").is_file():
         return
     ggufs = [path for path in files if path.suffix == ".gguf"]
@@ -96,21 +152,23 @@ def _check_folder(folder: Path) -> None:
     elif deeper:
         hint = f"Did you mean {deeper[0]}?"
     else:
-        hint = STANDIN
+        hint = kind.without
     held = ", ".join(path.name for path in files[:3])
     more = f" and {len(files) - 3} more" if len(files) > 3 else ""
-    raise UserError(f"The folder {folder} must hold the config.json of an LLM, got {held}{more}. {hint}")
+    raise UserError(
+        f"The folder {folder} must hold the config.json of an {kind.what}, got {held}{more}. {hint}"
+    )
 
 
-def _adapter(name: str, config: Path) -> UserError:
+def _adapter(name: str, config: Path, kind: _Kind) -> UserError:
     try:
         base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError):
         base = None
     return UserError(
-        f"llm.name must be a whole LLM, but {name} holds an adapter (LoRA or the like) of "
-        f"{base or 'another model'}. Name {base or 'that model'}, or merge the two (peft's merge_and_unload; "
-        "flallm export for an export of ours) and name the folder of the result."
+        f"{kind.option} must be a whole {kind.what}, but {name} holds an adapter (LoRA or the like) of "
+        f"{base or 'another model'}. Name {base or 'that model'}, or merge the two {kind.merged} and name "
+        "the folder of the result."
     )
 
 
@@ -139,7 +197,7 @@ def _check_hub(name: str) -> None:
             if file_exists(name, "config.json"):
                 return
             if file_exists(name, _ADAPTER):
-                raise _adapter(name, Path(cached_file(name, _ADAPTER)))
+                raise _adapter(name, Path(cached_file(name, _ADAPTER)), _LLM)
         except GatedRepoError as error:
             raise UserError(
                 f"Cannot read {name} on the hub: its owner gives access on request. Ask for it at "

@@ -11,7 +11,8 @@ import inspect
 import json
 import pickle
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -29,12 +30,25 @@ from flallm_ds.errors import UserError
 from flallm_ds.models.checkpointing import checkpoint_stages, stages_of
 from flallm_ds.models.tuning import Tuning, tune
 from flallm_ds.preprocess import IMAGENET_MEAN, IMAGENET_STD
-from flallm_ds.pretrained import CHECKPOINT_FILES, HUB_ERRORS, read_cache_alone_if_unreachable
+from flallm_ds.pretrained import (
+    CHECKPOINT_FILES,
+    HUB_ERRORS,
+    check_backbone_source,
+    check_weights,
+    read_cache_alone_if_unreachable,
+)
 
 TIMM = "timm/"
 # What a model says, in one way or another, when frames do not suit it.
 _UNSUITED = (RuntimeError, ValueError, AssertionError, TypeError, IndexError, AttributeError)
 
+# Of a classifier, which a backbone does without; names of timm.
+_HEAD = re.compile(r"^(head|fc|classifier|pre_logits|fc_norm)[._]")
+# What a checkpoint may hold or lack whatever the model: files from before 2018 lack BatchNorm's counter,
+# which nothing reads; nobody masks patches here; the others are computed.
+_NEEDLESS = re.compile(
+    r"(num_batches_tracked|mask_token|position_ids|relative_position_index|attn_mask|inv_freq)$"
+)
 _UNREADABLE = (RuntimeError, ValueError, SafetensorError, pickle.UnpicklingError)
 
 
@@ -208,6 +222,7 @@ def build_backbone(
     path = Path(weights)
     if weights == "none":
         return resnet_18(width)
+    _check_source(weights, pretrained)
     if weights.startswith(TIMM):
         name, _, file = weights.removeprefix(TIMM).partition("@")
         return _build_timm(name, {"file": file} if file else {}, weights, pretrained, crop_size)
@@ -217,6 +232,11 @@ def build_backbone(
     if "architecture" in config:
         return _build_timm(f"local-dir:{weights}", {}, weights, pretrained, crop_size)
     return _build_transformers(weights, width, pretrained, crop_size)
+
+
+def _check_source(weights: str, pretrained: bool) -> None:
+    file = weights.removeprefix(TIMM).partition("@")[2] if weights.startswith(TIMM) else ""
+    check_backbone_source(file or weights, pretrained)
 
 
 def hub_id(weights: str) -> str:
@@ -235,6 +255,7 @@ def check_reachable(weights: str) -> None:
 
     One request that is not repeated: the libraries would repeat each of theirs for half a minute.
     """
+    _check_source(weights, pretrained=True)
     name = hub_id(weights)
     if weights == "none" or "@" in weights or weights.endswith(".pth") or Path(weights).exists():
         return
@@ -350,6 +371,7 @@ def without_origin(values: Any) -> Any:
 
 def _load_transformers(model: Any, weights: str, config: Any, recipe: Recipe) -> Recipe:
     """Load the weights into the model; without its pooler where they have none, as of a classifier's."""
+    check_weights(weights, "visual")
     try:
         source, info = type(model).from_pretrained(
             weights,
@@ -359,25 +381,54 @@ def _load_transformers(model: Any, weights: str, config: Any, recipe: Recipe) ->
             ignore_mismatched_sizes=True,  # and refused below, by name
         )
     except _UNREADABLE as error:
-        raise UserError(
-            f"the weights {weights} must fit their config.json, but do not: {_first_line(error)}"
-        ) from error
-    # Files from before 2018 lack BatchNorm's counter, which nothing reads; nobody masks patches here.
-    unused = ("num_batches_tracked", "mask_token")
+        raise _unreadable(weights, error) from error
     lacking = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
-    missing = sorted(name for name in lacking if not name.endswith(unused))
+    missing = sorted(name for name in lacking if not _NEEDLESS.search(name))
     without_pooler = bool(missing) and all(name.startswith("pooler.") for name in missing)
-    if missing and not without_pooler:
-        raise UserError(
-            f"the weights {weights} must hold {missing[0]}, but do not: they are of another model or not "
-            "whole."
-        )
+    _must_fit(weights, source, [] if without_pooler else missing, info["unexpected_keys"])
     if without_pooler:
         for part in (source, model):
             part.pooler = None
         recipe = replace(recipe, output=_token_output(model))
     model.load_state_dict(source.state_dict())
     return recipe
+
+
+def _unreadable(weights: str, error: Exception) -> UserError:
+    reason = _first_line(error)
+    if isinstance(error, pickle.UnpicklingError) or "Weights only load failed" in str(error):
+        reason = (
+            "pickled weights (.bin) are damaged, or hold more than tensors, which could run code. Fetch the "
+            "safetensors files of the model."
+        )
+    return UserError(f"the weights {weights} must fit their config.json, but do not: {reason}")
+
+
+def _must_fit(weights: str, model: nn.Module, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """Raise UserError for a part that no tensor fills, or a tensor of no part.
+
+    Only where it lies within a part of the model, as of one more layer: a classifier, a text model or a
+    decoder of patches next to it are left out.
+    """
+    lost = sorted(name for name in missing if not _NEEDLESS.search(name))
+    if lost:
+        raise UserError(
+            f"the weights {weights} must hold {lost[0]}, but do not: they are of another model or not whole."
+        )
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    parts = {name.split(".")[0] for name in model.state_dict()}
+    within = (name for name in unexpected if name.removeprefix(prefix).split(".")[0] in parts)
+    _must_be_needless(weights, within)
+
+
+def _must_be_needless(weights: str, unexpected: Iterable[str]) -> None:
+    surplus = sorted(n for n in unexpected if not _HEAD.match(n) and not _NEEDLESS.search(n))
+    if surplus:
+        raise UserError(
+            f"the weights {weights} must be of the model that is built for them, but {len(surplus)} of "
+            f"their tensors belong to no part of it, {surplus[0]} being one: the config is of another "
+            "model. Fetch both again."
+        )
 
 
 def _token_output(model: nn.Module) -> Literal["class", "mean"]:
@@ -420,7 +471,10 @@ def _build_timm(
 
     def create(**more: Any) -> nn.Module:
         options = {"pretrained": pretrained, "pretrained_cfg_overlay": overlay or None}
-        model: nn.Module = timm.create_model(name, **options, **arguments, **more)
+        with _loads() as loads:
+            model: nn.Module = timm.create_model(name, **options, **arguments, **more)
+        for missing, unexpected in loads:
+            _must_fit(weights, model, missing, unexpected)
         return model
 
     model, more = _of_size(create, weights, crop_size)
@@ -433,6 +487,24 @@ def _build_timm(
         std=tuple(norm["std"]),
     )
     return Backbone(model, _looked_at(model, recipe, weights, crop_size))
+
+
+@contextmanager
+def _loads() -> Iterator[list[tuple[list[str], list[str]]]]:
+    """Within, `load_state_dict` takes what fits; the names that each call finds missing and unexpected."""
+    found: list[tuple[list[str], list[str]]] = []
+    load = nn.Module.load_state_dict
+
+    def noted(module: nn.Module, *arguments: Any, **more: Any) -> Any:
+        result = load(module, *arguments, **more | {"strict": False})
+        found.append((list(result.missing_keys), list(result.unexpected_keys)))
+        return result
+
+    nn.Module.load_state_dict = noted  # type: ignore[method-assign, assignment]
+    try:
+        yield found
+    finally:
+        nn.Module.load_state_dict = load  # type: ignore[method-assign]
 
 
 def _of_size(
@@ -490,14 +562,14 @@ def _build_torchvision(path: Path, width: int, pretrained: bool) -> Backbone:
         raise UserError(f"visual.weights must be torchvision's ResNet, but {path} holds no layer1 to layer4.")
     backbone = _random(_resnet_recipe(width, depths, layer_type))
     renamed = _from_torchvision(state)
-    # Files from before 2018 lack BatchNorm's counter, which nothing reads.
-    own = {n: t for n, t in backbone.model.state_dict().items() if not n.endswith("num_batches_tracked")}
+    own = {n: t for n, t in backbone.model.state_dict().items() if not _NEEDLESS.search(n)}
     wrong = [n for n in own if n not in renamed or renamed[n].shape != own[n].shape]
     if wrong:
         raise UserError(
             f"the weights {path} must fit visual.width={width}, but {wrong[0]} does not. ImageNet weights "
             "are for --visual.width=64; use --visual.weights=none for other widths."
         )
+    _must_be_needless(str(path), renamed.keys() - own.keys())
     if pretrained:
         backbone.model.load_state_dict({n: renamed[n] for n in own}, strict=False)
     return backbone

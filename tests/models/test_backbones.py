@@ -2,6 +2,8 @@
 
 import copy
 import json
+import pickle
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +13,13 @@ import pytest
 import timm
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from flallm_ds.dist import World
 from flallm_ds.errors import UserError
 from flallm_ds.models import backbones
-from flallm_ds.models.backbones import Backbone, build_backbone
+from flallm_ds.models.backbones import Backbone, build_backbone, check_reachable, resnet_18
 from flallm_ds.models.tuning import Tuning, merged
 from flallm_ds.models.visual_encoder import VisualEncoder
 from flallm_ds.preprocess import IMAGENET_MEAN, IMAGENET_STD
@@ -291,8 +294,7 @@ def test_an_architecture_with_random_weights(tmp_path: Path) -> None:
     torch.manual_seed(1)
     backbone = build_backbone(weights, pretrained=False, crop_size=CROP)
     assert backbone.feature_width == 32
-    with pytest.raises(OSError):
-        build_backbone(weights, crop_size=CROP)
+    refused(r"must hold weights .*--visual\.pretrained=false", weights)
 
 
 def test_random_numbers_drawn_later_do_not_depend_on_the_weights(tmp_path: Path) -> None:
@@ -357,7 +359,7 @@ def test_a_model_that_draws_at_random_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
-    refused("must be a folder with a config.json", str(tmp_path))
+    refused("the folder is empty", str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "nothing_known"}')
     refused("must name a model that transformers knows", str(tmp_path))
 
@@ -375,7 +377,7 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(Path(other, "model.safetensors").read_bytes())
     refused("the weights .* must hold", weights)
     (tmp_path / "model.safetensors").write_bytes(b"not whole")
-    refused("must fit their config.json", weights)
+    refused(r"model\.safetensors must load, but did not: the file is cut off or damaged", weights)
 
 
 def test_frames_that_are_not_whole_patches_are_refused(tmp_path: Path) -> None:
@@ -424,3 +426,154 @@ def test_settings_that_no_library_knows_are_refused() -> None:
         Backbone.from_settings(settings)
     with pytest.raises(UserError, match="settings of a backbone"):
         Backbone.from_settings({"library": "timm", "config": {"model_name": "nothing_known"}})
+
+
+# --- what a folder or file may be by mistake, and tensors that fit no part
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:ab12\nsize 4870\n"
+
+
+class Touch:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.path,))
+
+
+def pointer(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_text(POINTER) and None
+
+
+def adapter(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "facebook/dinov2-small"}')
+
+
+def only(name: str) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        for path in folder.iterdir():
+            path.unlink()
+        if name:
+            (folder / name).write_bytes(b"GGUF")
+
+    return spoil
+
+
+def without(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def cut_off(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def pickled(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Touch(folder / "touched")))
+
+
+FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "pointer": (pointer("model.safetensors"), r"model\.safetensors: it is a git-lfs pointer"),
+    "pointer_config": (pointer("config.json"), r"config\.json: it is a git-lfs pointer"),
+    "adapter": (adapter, r"visual\.weights must be a whole image encoder, .* Name facebook/dinov2-small"),
+    "gguf": (only("vit.gguf"), r"Cannot train .*vit\.gguf: GGUF files"),
+    "empty": (only(""), r"The image encoder .* the folder is empty\. Check --visual\.weights"),
+    "no_config": (without("config.json"), r"must hold the config\.json of an image encoder, got model\.saf"),
+    "cut_off": (cut_off, r"model\.safetensors must load, but did not: the file is cut off or damaged"),
+    "no_weights": (without("model.safetensors"), r"weights|checkpoints"),
+    "pickled": (pickled, r"more than tensors, which could run code|[Ww]eights.only"),
+}
+
+
+@pytest.mark.parametrize("kind", ["vit", "timm/test_vit"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_folder_of_another_kind_is_refused_by_its_cause(kind: str, fault: str, tmp_path: Path) -> None:
+    spoil, sentence = FAULTS[fault]
+    weights = saved(kind, tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(UserError, match=sentence) as raised:
+        build_backbone(weights, crop_size=CROP)
+    assert "\n" not in str(raised.value) and not (tmp_path / "touched").exists()
+
+
+def test_files_and_addresses_that_are_no_backbone_are_refused(tmp_path: Path) -> None:
+    weights = saved("vit", tmp_path)
+    refused(r"got the file .*model\.safetensors\. Name its folder: ", f"{weights}/model.safetensors")
+    refused("GGUF", f"{weights}/vit.gguf")
+    (tmp_path / "resnet.pth").write_text(POINTER)
+    for name in (f"{weights}/resnet.pth", f"timm/resnet10t@{weights}/resnet.pth"):
+        refused("it is a git-lfs pointer", name)
+    address = "https://huggingface.co/facebook/dinov2-small/tree/main"
+    for read in (check_reachable, build_backbone):
+        with pytest.raises(UserError, match=r"got the address https.* Name it as facebook/dinov2-small\."):
+            read(address)
+
+
+def changed(folder: Path, more: dict[str, torch.Tensor], fewer: str = "no such tensor") -> None:
+    path = folder / "model.safetensors"
+    tensors = {name: t for name, t in load_file(path).items() if not name.endswith(fewer)}
+    save_file(tensors | more, path, metadata={"format": "pt"})
+
+
+# Of each kind: a tensor within a part of it, as of one more layer, and one that it needs.
+TENSORS = {
+    "vit": ("encoder.layer.7.output.dense.weight", "layernorm.weight"),
+    "dinov2": ("encoder.layer.1.attention.attention.gate.weight", "layernorm.bias"),
+    "resnet": ("encoder.stages.0.layers.5.layer.0.convolution.weight", "embedder.convolution.weight"),
+    "timm/test_vit": ("blocks.17.mlp.fc1.weight", "norm.weight"),
+    "timm/resnet10t": ("layer1.0.se.fc1.weight", "layer1.0.conv1.weight"),
+}
+
+
+@pytest.mark.parametrize("kind", TENSORS)
+def test_tensors_without_a_part_and_parts_without_a_tensor_are_refused(kind: str, tmp_path: Path) -> None:
+    surplus, needed = TENSORS[kind]
+    weights = saved(kind, tmp_path)
+    whole = load_file(tmp_path / "model.safetensors")
+    changed(tmp_path, {surplus: torch.ones(2)})
+    refused(
+        r"1 of their tensors belong to no part of it, .* being one: the config is of another",
+        weights,
+        width=16,
+    )
+    save_file(whole, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    changed(tmp_path, {}, fewer=needed)
+    refused(r"the weights .* must hold .*weight|the weights .* must hold .*bias", weights, width=16)
+
+
+@pytest.mark.parametrize("kind", TENSORS)
+@pytest.mark.parametrize(
+    "key", ["classifier.weight", "head.weight", "text_model.embed.weight", "decoder.mask.bias"]
+)
+def test_heads_and_other_models_next_to_a_backbone_are_left_out(kind: str, key: str, tmp_path: Path) -> None:
+    weights = saved(kind, tmp_path)
+    before = build_backbone(weights, width=16, crop_size=CROP).state_dict()
+    changed(tmp_path, {key: torch.ones(2)})
+    after = build_backbone(weights, width=16, crop_size=CROP).state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
+
+
+def test_a_torchvision_file_of_another_network_is_refused(tmp_path: Path) -> None:
+    """As of an SE-ResNet, which has the layers of a ResNet and more."""
+    kinds = {"convolution": "conv", "normalization": "bn"}
+    state = {}
+    for name, tensor in resnet_18(8).model.state_dict().items():
+        name = re.sub(r"embedder\.embedder\.(\w+)\.", lambda m: f"{kinds[m[1]]}1.", name)
+        name = re.sub(
+            r"encoder\.stages\.(\d)\.layers\.(\d)\.layer\.(\d)\.(\w+)\.",
+            lambda m: f"layer{int(m[1]) + 1}.{m[2]}.{kinds[m[4]]}{int(m[3]) + 1}.",
+            name,
+        )
+        name = re.sub(
+            r"encoder\.stages\.(\d)\.layers\.(\d)\.shortcut\.(\w+)\.",
+            lambda m: f"layer{int(m[1]) + 1}.{m[2]}.downsample.{int(m[3] == 'normalization')}.",
+            name,
+        )
+        state[name] = tensor
+    path = tmp_path / "resnet.pth"
+    torch.save(state | {"fc.weight": torch.ones(2), "fc.bias": torch.ones(2)}, path)
+    build_backbone(str(path), width=8, crop_size=CROP)
+    torch.save(state | {"layer1.0.se.fc1.weight": torch.ones(2)}, path)
+    refused(r"belong to no part of it, .*se\.fc1\.weight", str(path), width=8)
