@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
@@ -30,6 +31,8 @@ from flallm_ds.data.store import file_sha256
 from flallm_ds.models.visual_encoder import VisualEncoder
 from shards.build import CORPORA, verb
 from shards.verify import verify
+from tests.models.test_multimodal import make as make_multimodal
+from tests.models.test_quantized import fp8
 
 Run = Callable[..., str]
 BUILD = {name: verb(name) for name in CORPORA}
@@ -350,7 +353,7 @@ def test_backbone_weights_that_are_not_cached_where_there_is_no_hub(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("weights", ["a/b/c", "nosuch folder", "https://host/model", "/nosuch/folder"])
+@pytest.mark.parametrize("weights", ["a/b/c", "nosuch folder", "/nosuch/folder"])
 def test_backbone_weights_that_are_nothing(
     refused: Run, tmp_path: Path, tiny_corpus: Path, weights: str
 ) -> None:
@@ -389,6 +392,31 @@ def test_clips_longer_than_what_reads_them(refused: Run, tmp_path: Path, tiny_co
     given = options(tiny_corpus, tmp_path / "run", **{"llm.name": llm, "data.max_frames": 7})
     sentence = refused(train.train, "--stage=llm", "--visual_run=none", *given)
     assert "at most 6 frames" in sentence and "one keeps 7" in sentence and "--data.max_frames=6" in sentence
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"visual.weights": "https://host/facebook/dinov2-small"}, "Name it as facebook/dinov2-small."),
+        ({"visual.weights": "{}/vit.gguf"}, "GGUF files hold quantised weights"),
+        ({"visual.weights": "{}/empty"}, "the folder is empty. Check --visual.weights."),
+        ({"llm.name": "{}/fp8", "llm.bits": 4, "llm.tune": "lora"}, "got 4 and quantised with fp8"),
+        ({"llm.name": "{}/llava", "llm.bits": 8, "llm.tune": "lora"}, "got 8 and a multimodal model"),
+        ({"llm.name": "{}/aya"}, "is a multimodal aya_vision, which is neither, and its text model cannot"),
+    ],
+)
+def test_weights_of_another_kind(
+    refused: Run, tmp_path: Path, tiny_corpus: Path, given: dict[str, Any], said: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    llama = make_tiny_llm("llama3", tmp_path / "llama", ["regen am abend"])
+    fp8(llama, tmp_path / "fp8", None)
+    make_multimodal("llava", llama, tmp_path / "llava")
+    transformers.AyaVisionConfig().save_pretrained(tmp_path / "aya")
+    named = {name: str(value).format(tmp_path) for name, value in given.items()}
+    more = {"visual_run": "none", "llm.trim_vocabulary": False, **named}
+    assert said in refused(train.train, "--stage=llm", *options(tiny_corpus, tmp_path / "run", **more))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_video_that_is_not_there_or_cannot_be_decoded(

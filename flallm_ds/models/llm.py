@@ -134,9 +134,12 @@ def llm_config(name: str, hub_code: bool = False) -> Any:
     return _source(name, hub_code).config
 
 
-def check_llm(name: str, pretrained: bool = True, hub_code: bool = False) -> None:
-    """Raise UserError for what can be said against an LLM without its weights being read."""
-    _source(name, hub_code)
+def check_llm(name: str, pretrained: bool = True, hub_code: bool = False, bits: Bits = 16) -> None:
+    """Raise UserError for what can be said against an LLM without its weights being read.
+
+    bits: that it is loaded in as it is; 16 where it is trimmed first.
+    """
+    _must_take(bits, _source(name, hub_code))
     if pretrained:
         check_weights(name)
 
@@ -163,6 +166,17 @@ class _Source:
         dtype = getattr(self.config, "dtype", None) or torch.bfloat16
         state = dequantized(self.name, open_checkpoint(self.name), self.quantization, dtype)
         return text_tensors(skeleton, state) if self.wrapped else state
+
+
+def _must_take(bits: Bits, source: _Source) -> None:
+    """Raise UserError for integers of weights that are computed as they are read, or picked out of others."""
+    if bits > 8 or not (source.quantization or source.wrapped):
+        return
+    got = f"quantised with {method_of(source.quantization)}" if source.quantization else "a multimodal model"
+    raise UserError(
+        f"llm.bits must be 16 where the weights of the LLM {source.name} are not ordinary ones, got {bits} "
+        f"and {got}. Give --llm.bits=16, or --llm.trim_vocabulary=true, which writes ordinary weights first."
+    )
 
 
 def _source(name: str, hub_code: bool) -> _Source:
@@ -276,6 +290,7 @@ def load_llm(name: str, options: LlmOptions = LlmOptions()) -> Any:
     holds a whole copy. Raises UserError where it cannot be loaded as asked.
     """
     source = _source(name, options.hub_code)
+    _must_take(options.bits, source)
     config = source.config
     _set(config, _DROPOUTS, options.dropout)
     _set(config, _ATTENTION_DROPOUTS, options.attention_dropout)

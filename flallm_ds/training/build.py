@@ -569,7 +569,10 @@ def check_llm_of(config: RunConfig) -> None:
     has_codec, has_llm = (run / "tokenizer").is_dir(), (run / "llm_trimmed").is_dir()
     if has_codec and (has_llm or config.stage == "visual"):
         return
-    check_llm(llm.name, llm.pretrained and config.stage != "visual", llm.hub_code)
+    as_it_is = config.stage != "visual" and not llm.trim_vocabulary
+    check_llm(
+        llm.name, llm.pretrained and config.stage != "visual", llm.hub_code, llm.bits if as_it_is else 16
+    )
 
 
 def llm_options(config: RunConfig, ds_config: dict[str, Any]) -> LlmOptions:

@@ -243,3 +243,20 @@ def test_a_head_is_tied_where_the_multimodal_models_is(
     assert (taken_out.lm_head.weight is taken_out.get_input_embeddings().weight) is tied
     ids = codec.kept_ids[codec.encode("regen sonne morgen")].tolist()
     assert torch.equal(logits_LV(taken_out, ids), logits_LV(whole, ids))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_integers_of_a_text_model_are_refused_where_nothing_was_trimmed(
+    llama: Path, codec: TextCodec, tmp_path: Path, bits: Any
+) -> None:
+    make("llava", llama, tmp_path / "llm")
+    for read in (
+        lambda: load_llm(str(tmp_path / "llm"), LlmOptions(bits=bits)),
+        lambda: check_llm(str(tmp_path / "llm"), bits=bits),
+    ):
+        with pytest.raises(
+            UserError, match=rf"llm\.bits must be 16 where .* got {bits} and a multimodal model"
+        ):
+            read()
+    trim_llm(str(tmp_path / "llm"), codec, tmp_path / "trimmed")
+    check_llm(str(tmp_path / "trimmed"), bits=bits)

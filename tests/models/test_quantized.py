@@ -148,6 +148,21 @@ def test_an_mxfp4_checkpoint_is_read_as_transformers_reads_it(llama, tmp_path):
                 assert parameter.std() > 0
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_integers_of_quantised_weights_are_refused_where_nothing_was_trimmed(llama, tmp_path, bits):
+    folder = fp8(llama, tmp_path / "fp8", (16, 16))
+    for read in (
+        lambda name: load_llm(name, LlmOptions(bits=bits)),
+        lambda name: check_llm(name, bits=bits),
+    ):
+        with pytest.raises(
+            UserError, match=rf"got {bits} and quantised with fp8\. .*--llm\.trim_vocabulary=true"
+        ):
+            read(str(folder))
+    trim_llm(str(folder), codec_of(folder), tmp_path / "trimmed")
+    check_llm(str(tmp_path / "trimmed"), bits=bits)
+
+
 METHODS = {
     "gptq": {"bits": 4, "group_size": 128},
     "awq": {"bits": 4, "group_size": 128, "version": "gemm"},
