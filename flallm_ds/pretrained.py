@@ -173,7 +173,7 @@ def _adapter(name: str, config: Path, kind: _Kind) -> UserError:
 
 
 def must_be_no_pointer(path: Path) -> None:
-    """Raise UserError for what git leaves in place of a large file without git-lfs."""
+    """Raise UserError for a git-lfs pointer, which git leaves where git-lfs is missing."""
     if not path.is_file() or path.stat().st_size > _LFS_BYTES:
         return
     with path.open("rb") as file:

@@ -39,7 +39,7 @@ def prepare() -> None:
     """
     for name, kind in (("stdout", _EscapingText), ("stderr", _Text)):
         stream = getattr(sys, name)
-        if stream is None:  # closed by whoever started this process
+        if stream is None:  # closed by the parent process
             setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
         elif type(stream) is io.TextIOWrapper:
             stream.flush()

@@ -56,7 +56,7 @@ def ceiling(written: Sequence[str], references: Sequence[str], languages: Sequen
 
 
 def _changes(reference: str, written: str) -> list[tuple[str, str]]:
-    """(old, new) of each difference, character by character where it can be told."""
+    """(old, new) of each difference, character by character where both sides match up."""
     found = []
     for kind, a, b, c, d in SequenceMatcher(None, reference, written, autojunk=False).get_opcodes():
         old, new = reference[a:b], written[c:d]

@@ -1,4 +1,4 @@
-"""What an LLM multiplies its word embeddings by, measured: what stands in place of words must be as large."""
+"""What an LLM multiplies its word embeddings by, measured: visual tokens must be as large."""
 
 import copy
 from typing import Any
