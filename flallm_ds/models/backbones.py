@@ -382,10 +382,11 @@ def _load_transformers(model: Any, weights: str, config: Any, recipe: Recipe) ->
         )
     except _UNREADABLE as error:
         raise _unreadable(weights, error) from error
-    lacking = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
-    missing = sorted(name for name in lacking if not _NEEDLESS.search(name))
+    missing = sorted(name for name in info["missing_keys"] if not _NEEDLESS.search(name))
+    mismatched = [name for name, *_ in info["mismatched_keys"]]
     without_pooler = bool(missing) and all(name.startswith("pooler.") for name in missing)
-    _must_fit(weights, source, [] if without_pooler else missing, info["unexpected_keys"])
+    lost = mismatched if without_pooler else [*missing, *mismatched]
+    _must_fit(weights, source, lost, info["unexpected_keys"])
     if without_pooler:
         for part in (source, model):
             part.pooler = None

@@ -555,6 +555,27 @@ def test_heads_and_other_models_next_to_a_backbone_are_left_out(kind: str, key: 
     assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
 
 
+@pytest.mark.parametrize(
+    ("kind", "whole", "surplus"),
+    [
+        ("vit", "ViTForImageClassification", "vit.encoder.layer.7.output.dense.weight"),
+        ("vit", "ViTForImageClassification", "vit.pooler.dense.weight"),  # of another shape
+        ("dinov2", "Dinov2ForImageClassification", "dinov2.encoder.layer.9.mlp.fc1.weight"),
+        ("resnet", "ResNetForImageClassification", "resnet.encoder.stages.1.layers.4.layer.0.bias"),
+        ("clip", "CLIPModel", "vision_model.encoder.layers.9.mlp.fc1.weight"),
+        ("beit", "BeitForMaskedImageModeling", "beit.encoder.layer.9.output.dense.weight"),
+    ],
+)
+def test_the_backbone_of_a_whole_model_must_fit_as_well(
+    kind: str, whole: str, surplus: str, tmp_path: Path
+) -> None:
+    """As most checkpoints of the hub: the tensors have a prefix, next to a head or a text model."""
+    getattr(transformers, whole)(KINDS[kind][0]()).save_pretrained(tmp_path)
+    build_backbone(str(tmp_path), width=16, crop_size=CROP)
+    changed(tmp_path, {surplus: torch.ones(2)})
+    refused(r"belong to no part of it|must hold pooler\.dense\.weight", str(tmp_path), width=16)
+
+
 def test_a_torchvision_file_of_another_network_is_refused(tmp_path: Path) -> None:
     """As of an SE-ResNet, which has the layers of a ResNet and more."""
     kinds = {"convolution": "conv", "normalization": "bn"}
