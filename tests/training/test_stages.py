@@ -417,11 +417,11 @@ def test_a_finished_pair_does_nothing(
     assert times(copy.parent) == before
 
 
-def test_nvjpeg_is_refused_where_shards_hold_h264(tmp_path: Path) -> None:
+def test_nvjpeg_is_refused_where_shards_hold_h264(tiny_corpus: Path, tmp_path: Path) -> None:
     """Its every clip would count as broken, and another corpus's take its place."""
+    manifest = json.loads((tiny_corpus / "shards" / "index.json").read_text())
     for clip_format in ("mjpeg", "h264"):
-        manifest = {"format": "flallm_ds shards 1", "corpus": "a", "splits": {}}
-        manifest["options"] = {"clip_format": clip_format}
+        manifest["options"]["clip_format"] = clip_format
         (tmp_path / clip_format).mkdir()
         (tmp_path / clip_format / "index.json").write_text(json.dumps(manifest))
     data = DataConfig(shards=(str(tmp_path / "mjpeg"),), decoder="nvjpeg")
