@@ -29,6 +29,7 @@ from flallm_ds.training.batch_statistics import BatchStatistics
 
 ds.prepare()
 VOCABULARY, STEPS, PIXELS = 61, 4, 32
+RATE = 1.0  # of gradients clipped to a norm of 1
 CODEC: Any = SimpleNamespace(pad_id=1, eos_id=2)
 WORDINGS = {"mbart": Wording(start=(5,)), "qwen3": Wording(before=(7, 8), after=(9,))}
 # (clips, longest target) of each rank at each step; a rank without a target is one that has no clip left.
@@ -109,24 +110,34 @@ def batch(case: Case, step: int, rank: int) -> tuple[torch.Tensor, torch.Tensor,
     return torch.randn(shape, generator=generator), num_frames_B, [WORDINGS[case.family]] * clips, targets_BL
 
 
-def train(case: Case, folder: Path, world: dist.World) -> tuple[list[float], dict[str, torch.Tensor]]:
+def state_of(engine: ds.Engine) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in engine.state() if tensor is not None}
+
+
+def train(
+    case: Case, folder: Path, world: dist.World
+) -> tuple[list[float], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Losses of the steps, and the state before and after them (on rank 0)."""
     loss.CHUNK_BYTES = 3 * 4 * VOCABULARY
     loss.SMALL_BYTES = case.small * 4 * VOCABULARY
     config = ds.complete({"zero_optimization": {"stage": 3}}, world.device, 1, clip=1.0)
     model = translator(case, folder / case.family, config)
     trained = [p for p in model.parameters() if p.requires_grad]
-    engine = ds.Engine(model, [{"params": trained, "lr": 1e-3}], OptimConfig(), config, world)
+    # Not Adam: its first steps are as long as the learning rate even where a gradient is rounding noise.
+    optim = OptimConfig(name="sgd", momentum=0.0)
+    engine = ds.Engine(model, [{"params": trained, "lr": RATE}], optim, config, world)
     engine.module.train()
     statistics = BatchStatistics(engine.module, world)
+    before = state_of(engine)
     losses = []
     for step in range(STEPS):
         with statistics:
             torch.manual_seed(100 * step + world.rank)
             value = engine(*batch(case, step, world.rank), 0.2)
             losses.append(value.item())
-            engine.backward(value / 50)
-            engine.micro_step_done([1e-3])
-    return losses, {name: tensor for name, tensor in engine.state() if tensor is not None}
+            engine.backward(value)
+            engine.micro_step_done([RATE])
+    return losses, before, state_of(engine)
 
 
 def memory_ranks(*, out: Path) -> None:
@@ -136,9 +147,10 @@ def memory_ranks(*, out: Path) -> None:
         dist.main_first(lambda family=family: write_llm(family, out / family), world)
     losses = {}
     for number, (name, case) in enumerate(CASES.items()):
-        losses[name], state = train(case, out, world)
+        losses[name], before, after = train(case, out, world)
         if world.is_main:
-            save_file({n: t.contiguous() for n, t in state.items()}, out / f"{number}.safetensors")
+            save_file(before, out / f"{number}.before.safetensors")
+            save_file(after, out / f"{number}.safetensors")
     (out / f"losses-{world.rank}.json").write_text(json.dumps(losses))
     dist.stop()
 

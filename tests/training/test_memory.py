@@ -28,10 +28,14 @@ def test_saving_memory_changes_no_loss_and_no_parameter(results: Path, plain: st
         losses = json.loads((results / f"losses-{rank}.json").read_text())
         assert losses[saving] == pytest.approx(losses[plain], rel=1e-5, abs=1e-5)
         assert len(losses[plain]) == STEPS and min(losses[plain]) == 0 < max(losses[plain])
-    names = list(CASES)
-    first, second = (load_file(results / f"{names.index(name)}.safetensors") for name in (plain, saving))
-    assert first.keys() == second.keys()
+    number, other = (list(CASES).index(name) for name in (plain, saving))
+    before = load_file(results / f"{number}.before.safetensors")
+    first, second = (load_file(results / f"{n}.safetensors") for n in (number, other))
+    assert first.keys() == second.keys() == before.keys()
+    moved = {}
     for name, tensor in first.items():
-        # AdamW's first steps are as long as the rate whatever the gradient, so noise shows where that is 0.
-        far = (tensor.double() - second[name].double()).abs()
-        assert far.mean() < 2e-6 and far.max() < 2e-3, name
+        moved[name] = float((tensor - before[name]).abs().max())
+        far = float((second[name] - tensor).abs().max())
+        # Noise of fp32 sums, which steps through a BatchNorm over few frames amplify: 2e-3 was seen.
+        assert far <= 1e-2 * moved[name] + 2e-6, name
+    assert sorted(moved.values())[len(moved) // 2] > 1e-4, "training must change what is compared"
