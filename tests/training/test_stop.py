@@ -128,7 +128,7 @@ def test_ranks_whose_launcher_is_killed_stop_and_save(
 
 # What a command does, without a model: it starts, it works, and it looks at its request between two steps.
 STEPS = """
-import hashlib, sys
+import hashlib, signal, sys, time
 from flallm_ds.command import main
 from flallm_ds.errors import Preempted
 from flallm_ds.training.stop import StopRequest
@@ -136,9 +136,10 @@ from flallm_ds.training.stop import StopRequest
 class Deleted:
     def __del__(self) -> None:
         print("deleting", flush=True)
-        sys.stdin.readline()
+        time.sleep(300)  # until a signal comes; a read might take the next line instead
 
 def work() -> None:
+    signal.alarm(300)  # a process that a failed test leaves behind
     stop = StopRequest()
     print("starting", flush=True)
     line = sys.stdin.readline()
