@@ -97,7 +97,8 @@ def test_twenty_kills_at_random_moments_change_no_byte(source, undisturbed, tmp_
     draws = random.Random(0)
     num_kills = num_whole = num_mid_way = 0
     length_s = 2.0
-    while num_kills < 20 or not num_whole:
+    # At least three kills in the midst of the work, however long the imports take on this machine.
+    while num_kills < 20 or num_mid_way < 3 or not num_whole:
         out = tmp_path / f"out{num_whole}"
         begin = time.monotonic()
         process = subprocess.Popen(
@@ -105,7 +106,7 @@ def test_twenty_kills_at_random_moments_change_no_byte(source, undisturbed, tmp_
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
         )  # fmt: skip
         try:
-            enough = num_kills >= 20
+            enough = num_kills >= 20 and num_mid_way >= 3
             error = process.communicate(timeout=60 if enough else draws.uniform(0.3, length_s))[1]
             assert process.returncode == 0, error
             length_s = max(1.0, time.monotonic() - begin)
@@ -117,7 +118,6 @@ def test_twenty_kills_at_random_moments_change_no_byte(source, undisturbed, tmp_
             num_kills += 1
             num_mid_way += bool(records(out))
             length_s *= 1.0 if records(out) else 1.3
-    assert num_mid_way >= 3  # else the kills met nothing but imports
 
 
 # Each step at which the state on the disk changes, one after the other: the process kills itself before it.
