@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from flallm_ds.data.feature_facts import FeatureFacts
 from flallm_ds.data.store import (
@@ -338,7 +338,8 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """`write_table` of columns that are there already."""
-    save_file(dict(arrays), path)
+    # Not save_file: a kill leaves its temporary file (.tmpXXXXXX) in the folder, and in what is published.
+    path.write_bytes(save(dict(arrays)))
     return {
         "table": path.name,
         "table_sha256": file_sha256(path),
