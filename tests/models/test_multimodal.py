@@ -139,7 +139,7 @@ def test_a_text_model_says_what_its_multimodal_model_says(
     assert torch.allclose(found, expected[:, codec.kept_ids], atol=1e-5)
 
 
-# Those of the hub that people may try first, and what they are told to take.
+# Models of the hub that people may try first, and the text-only model to name instead.
 REFUSED = {
     "aya_vision": "such as CohereLabs/aya-expanse-8b",  # its text model alone gives other logits
     "blip-2": "such as facebook/opt-2.7b",

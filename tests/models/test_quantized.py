@@ -61,7 +61,7 @@ def fp8(llama: Path, folder: Path, block: tuple[int, int] | None) -> Path:
     tensors = {}
     for name, tensor in load_file(llama / "model.safetensors").items():
         if is_linear(name, tensor):
-            # Scales of a thousandth or less: whoever leaves them out has numbers a thousand times too large.
+            # Scales of a thousandth or less: a reader without them is off by a factor of a thousand.
             tensors[name], tensors[f"{name}_scale_inv"] = in_fp8(tensor, block)
             if block is None:
                 tensors[name.replace(".weight", ".activation_scale")] = torch.tensor(0.5)
