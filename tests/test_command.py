@@ -351,10 +351,11 @@ main(work)
 
 
 def waiting(*, stubborn: bool = False, ignored: signal.Signals | None = None) -> subprocess.Popen[str]:
-    """A command that has begun to import; it hears Ctrl-C, which a background process inherits as ignored."""
+    """A command that has begun to import; it hears signals that are ignored where the tests run."""
 
     def set_signals() -> None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        for number in (signal.SIGINT, signal.SIGHUP):  # in the background, under nohup
+            signal.signal(number, signal.SIG_DFL)
         if ignored is not None:
             signal.signal(ignored, signal.SIG_IGN)
 

@@ -1,5 +1,6 @@
 """How a run is asked to stop between two steps of training or of scoring."""
 
+import atexit
 import os
 import signal
 import threading
@@ -32,7 +33,10 @@ class StopRequest:
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._ask)
         signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
-        threading.Thread(target=self._watch, args=(reader,), daemon=True).start()
+        self._watcher = threading.Thread(target=self._watch, args=(reader,), daemon=True)
+        self._watcher.start()
+        # A thread that prints while Python is taken down would hold the lock of stdout, which is fatal.
+        atexit.register(self._end_watcher)
 
     def begin(self) -> None:
         """From now on there is something to save."""
@@ -52,6 +56,11 @@ class StopRequest:
     def _watch(self, reader: int) -> None:
         while numbers := os.read(reader, 1):
             self._hear(numbers[0])
+
+    def _end_watcher(self) -> None:
+        signal.set_wakeup_fd(-1)
+        os.close(self._writer)
+        self._watcher.join()
 
     def _hear(self, number: int) -> None:
         if number != signal.SIGINT:

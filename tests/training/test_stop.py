@@ -207,6 +207,32 @@ def test_a_run_that_has_begun_saves(number: signal.Signals) -> None:
     assert (code, said.replace(STOPPING, "")) == (75, "saved.\n")
 
 
+# A signal comes just before the end: the line about it is still being written when Python is taken down.
+ENDS_WHILE_IT_PRINTS = """
+import io, os, signal, sys, time
+from flallm_ds.training.stop import StopRequest
+
+class Slow(io.FileIO):
+    def write(self, content) -> int:
+        time.sleep(2)
+        return super().write(content)
+
+sys.stdout = io.TextIOWrapper(io.BufferedWriter(Slow(1, "w")))
+stop = StopRequest()
+stop.begin()
+os.kill(os.getpid(), signal.SIGINT)
+time.sleep(0.5)
+sys.exit(0 if stop else 1)
+"""
+
+
+def test_a_run_that_ends_while_it_says_that_it_stops_ends_well() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", ENDS_WHILE_IT_PRINTS], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, STOPPING, "")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_before_the_first_step_there_is_nothing_to_save(number: signal.Signals) -> None:
     steps = Steps()
