@@ -218,6 +218,7 @@ class Slow(io.FileIO):
         return super().write(content)
 
 sys.stdout = io.TextIOWrapper(io.BufferedWriter(Slow(1, "w")))
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # it may be ignored where the tests run
 stop = StopRequest()
 stop.begin()
 os.kill(os.getpid(), signal.SIGINT)
