@@ -12,7 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from flallm_ds import command
 from flallm_ds.data.index import FORMAT, Shard
 from flallm_ds.data.video import image_paths
 from flallm_ds.errors import UserError
-from shards import align, jobs, pool, stats
+from shards import jobs, pool, stats
 from shards.corpora import (
     Corpus,
     Row,
@@ -89,9 +89,6 @@ def build(corpus_name: str, source: Path, out: Path, options: Options, **own: An
         partial.begin({name: value for name, value in plan.items() if name != "source"}, options.restart)
         notes = corpus.notes + repeat_notes(rows)
         notes += [f"{split}: has no rows, left out" for split, table in rows.items() if not table]
-        if options.align:
-            clips, said = aligned(clips, options.align, partial)
-            notes += said
         todo = plan_jobs(clips, options, partial, options.max_skipped - len(faults), num_rows)
         work(todo, options, faults, num_rows)
         done = jobs.collect(todo, partial.shards)
@@ -248,28 +245,6 @@ def check_budget(faults: Sequence[Fault], max_skipped: int, num_rows: int) -> No
     """Raise UserError if more rows are faulty than may be skipped."""
     if len(faults) > max_skipped:
         raise jobs.over_budget(faults, max_skipped, num_rows)
-
-
-def aligned(
-    clips: dict[str, list[Clip]], model: str, partial: Partial
-) -> tuple[dict[str, list[Clip]], list[str]]:
-    """The clips with times from the speech of their videos, found once for a build, and notes."""
-
-    def retime() -> dict[str, Any]:
-        rows, notes = align.retime(
-            {split: [clip.row for clip in some] for split, some in clips.items()}, model
-        )
-        times = {split: [(row.start_s, row.end_s) for row in table] for split, table in rows.items()}
-        return {"times": times, "notes": notes}
-
-    kept = partial.kept("aligned", retime)
-    return {
-        split: [
-            replace(clip, row=replace(clip.row, start_s=start_s, end_s=end_s))
-            for clip, (start_s, end_s) in zip(some, kept["times"][split], strict=True)
-        ]
-        for split, some in clips.items()
-    }, kept["notes"]
 
 
 def plan_jobs(

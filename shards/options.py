@@ -26,7 +26,6 @@ class Options:
     --mb_per_shard: at most so many megabytes instead.
     --splits: which to build, of train, dev, test.
     --limit: the first N rows of each split only, to try things out.
-    --align: a CTC speech model's name or folder; re-times captions by the speech of their videos.
     --max_skipped: how many rows may lack a video, a text, or decodable frames. They are left out, counted and
         listed; one more ends the build. 0 by default, so nothing goes missing unsaid.
     --workers: processes, 0 for one a core.
@@ -45,7 +44,6 @@ class Options:
     mb_per_shard: float | None = None
     splits: tuple[str, ...] = SPLITS
     limit: int | None = None
-    align: str | None = None
     max_skipped: int = 0
     workers: int = 0
     restart: bool = False

@@ -255,7 +255,7 @@ def rebuild(report: Report, broken: list[Job], source: Path, scratch: Path, work
     if not broken:
         return set()
     options, clips = read_source(
-        report.manifest, source, {(j.split, r["key"]) for j in broken for r in j.rows}, scratch
+        report.manifest, source, {(j.split, r["key"]) for j in broken for r in j.rows}
     )
     # Every tar is one job, however large it becomes, and what cannot be decoded now is left out of it.
     options = replace(options, mb_per_shard=None, clips_per_shard=1)
@@ -285,7 +285,7 @@ def rebuild(report: Report, broken: list[Job], source: Path, scratch: Path, work
 
 
 def read_source(
-    manifest: Mapping[str, Any], source: Path, wanted: set[tuple[str, str]], scratch: Path
+    manifest: Mapping[str, Any], source: Path, wanted: set[tuple[str, str]]
 ) -> "tuple[Options, dict[tuple[str, str], Clip]]":
     """(the options of the build, the wanted clips by split and key), read from the corpus as the build did.
 
@@ -293,7 +293,6 @@ def read_source(
     """
     from shards import build
     from shards.options import Options
-    from shards.partial import Partial
 
     if manifest.get("importer") not in build.CORPORA:
         raise UserError(
@@ -303,19 +302,16 @@ def read_source(
     given: dict[str, Any] = {
         name: tuple(v) if isinstance(v, list) else v for name, v in manifest["options"].items()
     }
+    if given.pop("align", None) is not None:
+        raise UserError(
+            "shards that were built with --align cannot be rebuilt, because there is no --align any more. "
+            "Use --repair=drop."
+        )
     common: dict[str, Any] = {f.name: given.pop(f.name) for f in fields(Options) if f.name in given}
     options = Options(**common)
     clips, _ = build.check_rows(build.read_corpus(manifest["importer"], source, options, given)[1], options)
-    wanted_paths = {
-        clip.row.path for split, some in clips.items() for clip in some if (split, clip.key) in wanted
-    }
-    # Whole videos, because captions are aligned together with their neighbours.
-    clips = {split: [c for c in some if c.row.path in wanted_paths] for split, some in clips.items()}
-    if options.align:
-        partial = Partial(scratch / "aligned")
-        partial.work.mkdir(parents=True)
-        clips, _ = build.aligned(clips, options.align, partial)
-    return options, {(split, clip.key): clip for split, some in clips.items() for clip in some}
+    found = {(split, clip.key): clip for split, some in clips.items() for clip in some}
+    return options, {place: clip for place, clip in found.items() if place in wanted}
 
 
 def _publish(path: Path, target: Path) -> None:

@@ -1,7 +1,6 @@
-"""What --fps, --crop, --margin, --clip_format, --mb_per_shard and --align do to real corpora."""
+"""What --fps, --crop, --margin, --clip_format and --mb_per_shard do to real corpora."""
 
 import io
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +12,6 @@ import av
 import cv2
 import numpy as np
 import pytest
-from test_align import captions, length_of, model, record  # noqa: F401
 from trees import built_clips, make_phoenix, write_video
 
 from flallm_ds.data.decode import decode_frames
@@ -251,32 +249,3 @@ def test_options_come_through_the_command_line(noisy, tmp_path):
     assert found["crop"] == [0.0, 0.0, 0.5, 1.0] and found["margin"] == [1, 2, 3, 4]
     assert (found["fps"], found["mb_per_shard"], found["clips_per_shard"]) == (12.5, 1.0, None)
     assert not {"workers", "restart"} & found.keys()
-
-
-def test_captions_are_aligned_once_and_kept_for_going_on(model, tmp_path):  # noqa: F811
-    spoken = [(1.0, "abc def"), (4.0, "hgf edc")]
-    record(tmp_path / "talk.mkv", spoken, 7.0)
-    late = [row.start_s for row in captions(tmp_path / "talk.mkv", spoken, [1.0, 1.0])]
-    lines = [
-        f"talk.mkv,{text},{start_s},{start_s + length_of(text)},train"
-        for (_, text), start_s in zip(spoken, late, strict=True)
-    ]
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "1.png").write_bytes(b"no picture")
-    columns = "video,text,start,end,split"
-    source = write_manifest(tmp_path / "m.csv", *lines, "broken,abc,,,dev", columns=columns)
-    folder = Path(shutil.copytree(model, tmp_path / "model"))
-    with pytest.raises(UserError, match="1 cannot be decoded"):
-        make(source, tmp_path / "out", align=str(folder))
-    shutil.rmtree(folder)  # it is not asked again
-    make(source, tmp_path / "out", align=str(folder), max_skipped=1)
-    manifest = read_manifest(tmp_path / "out")
-    assert manifest["options"]["align"] == str(folder) and any(
-        "re-timed" in note for note in manifest["notes"]
-    )
-    make(source, tmp_path / "late", max_skipped=1)
-    clips = {name: built_clips(tmp_path / name, "train") for name in ("out", "late")}
-    assert len(clips["out"]) == len(clips["late"]) == 2
-    # The recording's rate is 5 a second; aligned clips last as long as what is said.
-    for row in rows(tmp_path / "out").values():
-        assert row["num_frames"] == pytest.approx(5 * length_of(row["text"]), abs=2)

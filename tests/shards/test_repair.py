@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import webdataset
-from test_align import captions, model, record  # noqa: F401 (model is a fixture)
 from trees import make_phoenix, write_video
 
 from flallm_ds.data.decode import jpegs_of
@@ -174,20 +173,14 @@ def test_rebuild_knows_the_options_and_the_importers_own(tmp_path):
     assert tree(tmp_path / "shards") == before
 
 
-def test_rebuild_aligns_captions_as_the_build_did(model, tmp_path):  # noqa: F811
-    spoken = [(1.0, "abc def"), (4.0, "hgf edc")]
-    lines = ["video,text,start,end,split"]
-    for talk, shift_s in (("one", 0.5), ("two", -0.5)):
-        record(tmp_path / f"{talk}.mkv", spoken, 7.0)
-        for row in captions(tmp_path / f"{talk}.mkv", spoken, [shift_s, shift_s]):
-            lines.append(f"{talk}.mkv,{row.text},{row.start_s},{row.end_s},train")
-    (tmp_path / "m.csv").write_text("\n".join(lines))
-    options = Options(workers=1, clips_per_shard=1, align=str(model))
-    build("manifest", tmp_path / "m.csv", tmp_path / "shards", options, language="en")
-    before = tree(tmp_path / "shards")
-    (tmp_path / "shards" / "train-000002.tar").unlink()
-    verify(tmp_path / "shards", workers=1, repair="rebuild", source=tmp_path / "m.csv")
-    assert tree(tmp_path / "shards") == before
+def test_shards_of_an_option_that_is_gone_are_not_rebuilt(copy, release):
+    path = copy / "index.json"
+    manifest = json.loads(path.read_text())
+    manifest["options"]["align"] = "facebook/wav2vec2-base-960h"
+    path.write_text(json.dumps(manifest))
+    (copy / "train-000000.tar").unlink()
+    with pytest.raises(UserError, match="built with --align cannot be rebuilt"):
+        verify(copy, workers=1, repair="rebuild", source=release)
 
 
 def test_a_source_that_has_changed_replaces_nothing(copy, tmp_path, capsys):
