@@ -30,8 +30,8 @@ import simplejpeg
 from benchmarks import material
 from benchmarks.measure import Report, Target, cpu_seconds, num_cores, ratios, spread
 from flallm_ds import command
-from flallm_ds.data.video import fitted_size
-from shards import build
+from flallm_ds.data.codecs.video import fitted_size
+from flallm_ds.sharding import build
 
 COLUMNS = ("source", "side", "frames per second", "frames per CPU-second", "CPU share of all cores")
 

@@ -16,12 +16,9 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "launch"))
-
-from quickstart import prepare
-
 from flallm_ds.command import main
 from flallm_ds.errors import UserError
+from flallm_ds.quickstart import prepare
 
 ROOT = Path(__file__).resolve().parents[1]
 SYSTEMS = {"joint": "joint training", "visual": "stage 1 alone", "llm": "both stages"}

@@ -178,7 +178,15 @@ def options(setting: Setting, folder: Path, shards: str) -> RunConfig:
 def material(setting: Setting, folder: Path) -> None:
     """In `folder`: corpus/, shards/ and llm/, by the project's own commands."""
     corpus = folder / "corpus"
-    make = ["shards/signsim/make.py", f"--out={corpus}", f"--clips={setting.clips}", "--monolingual=500"]
+    make = [
+        "-m",
+        "flallm_ds",
+        "signsim",
+        "corpus",
+        f"--out={corpus}",
+        f"--clips={setting.clips}",
+        "--monolingual=500",
+    ]
     build = ["shards/build.py", "signsim", f"--source={corpus}", f"--out={folder / 'shards'}"]
     llm = ["-m", "flallm_ds", "standin_llm", f"--texts={corpus / 'monolingual.txt'}", "--steps=5"]
     for words in (make, [*build, f"--short_side={setting.short_side}"], [*llm, f"--out={folder / 'llm'}"]):

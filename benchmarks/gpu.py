@@ -21,8 +21,9 @@ import torch
 from benchmarks import material
 from benchmarks.measure import Report, Target, spread
 from benchmarks.ours import joined, small_codec
-from flallm_ds import command, dist, preprocess
-from flallm_ds.contracts import Batch
+from flallm_ds import command, dist
+from flallm_ds.batch import Batch
+from flallm_ds.data import preprocess
 from flallm_ds.data.device import check_nvjpeg, on_device
 from flallm_ds.data.index import load_index
 from flallm_ds.errors import UserError

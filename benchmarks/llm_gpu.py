@@ -234,9 +234,9 @@ def translator(job: Job, dtype: torch.dtype) -> Any:
     """SignTranslator of random weights, ready for the engine."""
     from flallm_ds.models.adapters import Adapter
     from flallm_ds.models.checkpointing import checkpoint_llm
-    from flallm_ds.models.llm import embedding_scale, llm_width
+    from flallm_ds.models.llm.load import embedding_scale, llm_width
+    from flallm_ds.models.llm.tuning import Tuning, tune
     from flallm_ds.models.sign_translator import SignTranslator
-    from flallm_ds.models.tuning import Tuning, tune
 
     family, vocabulary, sizes = MODELS[job.model]
     config = AutoConfig.for_model(family, vocab_size=vocabulary, pad_token_id=1, **sizes)
@@ -267,7 +267,7 @@ def fill(llm: Any) -> None:
 
 def steps_of(job: Job, engine: Any, device: torch.device) -> tuple[float, float]:
     """(seconds a step, GB of device memory at its highest)."""
-    from flallm_ds.data.text import Wording
+    from flallm_ds.data.text.codec import Wording
 
     family, vocabulary, _ = MODELS[job.model]
     # As of "Translate this German Sign Language video into German:" in Qwen3's chat.

@@ -182,7 +182,7 @@ def rank_of(way: str, model: Path) -> str:
     """Load the LLM in this process; print its memory."""
     import deepspeed
 
-    from flallm_ds.models.llm import load_llm
+    from flallm_ds.models.llm.load import load_llm
     from flallm_ds.training import engine
 
     logging.disable_progress_bar()

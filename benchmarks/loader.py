@@ -22,8 +22,8 @@ from benchmarks import material, peers
 from benchmarks.measure import Amount, Rates, Report, Target, Way, interleave, num_cores, ratios, spread
 from benchmarks.ours import OurLoader, jpegs, load
 from flallm_ds import command
+from flallm_ds.data.preprocess import Preprocess
 from flallm_ds.errors import UserError
-from flallm_ds.preprocess import Preprocess
 
 SPDL_FOLDER = Path(__file__).resolve().parents[1] / ".cache" / "spdl"
 EPOCHS = 32  # of ours that count as one pass

@@ -21,9 +21,9 @@ from benchmarks.measure import ROOT
 from flallm_ds.command import main
 from flallm_ds.dist import free_port
 from flallm_ds.errors import UserError
-from flallm_ds.standin_llm import standin_llm
-from shards.build import Options, build
-from shards.signsim import write_corpus
+from flallm_ds.models.llm.standin import standin_llm
+from flallm_ds.sharding.build import Options, build
+from flallm_ds.signsim import write_corpus
 
 NUM_CLIPS = 60
 STAGES = ("visual", "llm")

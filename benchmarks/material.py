@@ -18,12 +18,12 @@ import numpy as np
 
 from benchmarks.measure import ROOT
 from benchmarks.ours import Index, jpegs, load
-from flallm_ds.data.video import VIDEO_SUFFIXES, read_frames
+from flallm_ds.data.codecs.video import VIDEO_SUFFIXES, read_frames
 from flallm_ds.errors import UserError
-from shards.signsim.corpus import plan_clip
-from shards.signsim.render import render_clip
-from shards.signsim.signer import clip_poses
-from shards.signsim.signs import SIGNS
+from flallm_ds.signsim.corpus import plan_clip
+from flallm_ds.signsim.render import render_clip
+from flallm_ds.signsim.signer import clip_poses
+from flallm_ds.signsim.signs import SIGNS
 
 HEIGHT, WIDTH = 260, 210  # of a PHOENIX14T frame
 FPS = 25

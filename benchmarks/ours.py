@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import simplejpeg
 
-from flallm_ds.data.clip_format import frame_spans
-from flallm_ds.data.decode import FAST
+from flallm_ds.data.codecs.avi import frame_spans
+from flallm_ds.data.codecs.decode import FAST
 from flallm_ds.data.index import Index, load_index
 from flallm_ds.data.plan import EpochPlan, Plan
 from flallm_ds.data.sampling import FrameSampling
 
 if TYPE_CHECKING:
-    from flallm_ds.contracts import Batch
-    from flallm_ds.data.text import TextCodec
+    from flallm_ds.batch import Batch
+    from flallm_ds.data.text.codec import TextCodec
 
 SEED = 1
 
@@ -67,8 +67,8 @@ def joined(epochs: list[EpochPlan]) -> EpochPlan:
 
 def small_codec(index: Index) -> "TextCodec":
     """A tokenizer trained on the clips' own texts, of the class that mBART has."""
-    from flallm_ds.data.text import Instruction, TextCodec
-    from flallm_ds.standin_llm import train_tokenizer
+    from flallm_ds.data.text.codec import Instruction, TextCodec
+    from flallm_ds.models.llm.standin import train_tokenizer
 
     tokenizer = train_tokenizer(list(index.strings("text")), 200, "de_DE")
     return TextCodec(tokenizer, Instruction(language="de_DE"))

@@ -23,10 +23,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.measure import ROOT, Amount
 from benchmarks.ours import Index, decode_clip, jpegs, member, tar_of
-from flallm_ds.data.clip_format import frame_spans
-from flallm_ds.data.decode import FAST
+from flallm_ds.data.codecs.avi import frame_spans
+from flallm_ds.data.codecs.decode import FAST
+from flallm_ds.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from flallm_ds.errors import UserError
-from flallm_ds.preprocess import IMAGENET_MEAN, IMAGENET_STD
 
 RESIZE, CROP = 256, 224
 SPDL_PACKAGES = ("spdl-io==0.8.0", "spdl-core==0.8.0", "av==18.0.0", "numpy")

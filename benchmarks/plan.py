@@ -26,7 +26,7 @@ from benchmarks.ours import load, plan_of
 from flallm_ds import command
 from flallm_ds.data.index import Shard
 from flallm_ds.data.plan import EpochPlan, slices_of_rank
-from shards.writer import write_index
+from flallm_ds.sharding.writer import write_index
 
 Result = TypeVar("Result")
 SHORTEST, LONGEST, MEAN = 16, 475, 116  # frames of PHOENIX14T's training clips

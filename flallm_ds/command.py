@@ -8,6 +8,7 @@ every name is known and every value is of the annotated type.
 
 import atexit
 import difflib
+import importlib
 import inspect
 import math
 import os
@@ -18,6 +19,7 @@ import threading
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -216,7 +218,28 @@ def usage(function: Callable[..., Any]) -> str:
     return f"usage: {' '.join(parts)}"
 
 
-def main(command: Callable[..., Any] | Mapping[str, Callable[..., Any]]) -> NoReturn:
+@dataclass(frozen=True)
+class Verb:
+    """A verb of a command line, whose module is imported when the verb is used.
+
+    summary: one line for the list of verbs. target: `module:name` of a function or of a table of verbs.
+    """
+
+    summary: str
+    target: str
+
+    def load(self) -> "Command":
+        """Import the module and return the function or the table."""
+        module, _, name = self.target.partition(":")
+        found: Command = getattr(importlib.import_module(module), name)
+        return found
+
+
+Verbs = Mapping[str, "Verb | Callable[..., Any]"]
+Command = Callable[..., Any] | Verbs
+
+
+def main(command: Command) -> NoReturn:
     """Run a function, or one verb of several, with the process's arguments, and exit with its code.
 
     UserError is printed as one sentence (exit code 2), never as a traceback.
@@ -227,7 +250,9 @@ def main(command: Callable[..., Any] | Mapping[str, Callable[..., Any]]) -> NoRe
     if argv and re.fullmatch(r"--local[_-]rank=\d+", argv[0]):
         argv.pop(0)  # the deepspeed launcher puts it before what was typed
     try:
-        function = command if callable(command) else _verb(command, argv)
+        while not callable(command):
+            command = _verb(command, argv)
+        function = command
         if "--help" in argv or "-h" in argv:
             if process_rank() == 0:
                 print(f"{inspect.getdoc(function) or ''}\n\n{usage(function)}")
@@ -296,15 +321,23 @@ def _leave(number: int, frame: types.FrameType | None) -> NoReturn:
     os._exit(128 + number)
 
 
-def _verb(commands: Mapping[str, Callable[..., Any]], argv: list[str]) -> Callable[..., Any]:
+def _verb(commands: Verbs, argv: list[str]) -> Command:
+    """The function or the table of verbs that the first word names; the word is taken off."""
     if not argv or argv[0] in ("--help", "-h"):
-        lines = [f"  {name:14} {(inspect.getdoc(f) or '').splitlines()[0]}" for name, f in commands.items()]
+        lines = [f"  {name:14} {_summary(command)}" for name, command in commands.items()]
         print("\n".join(["verbs (each takes --help):", *lines]))
         sys.exit(0 if argv else 2)
-    verb = argv.pop(0)
-    if verb not in commands:
-        raise UserError(f"there is no verb {verb!r}: {nearest(verb, commands)}")
-    return commands[verb]
+    name = argv.pop(0)
+    if name not in commands:
+        raise UserError(f"there is no verb {name!r}: {nearest(name, commands)}")
+    verb = commands[name]
+    return verb.load() if isinstance(verb, Verb) else verb
+
+
+def _summary(command: Verb | Callable[..., Any]) -> str:
+    if isinstance(command, Verb):
+        return command.summary
+    return (inspect.getdoc(command) or "").splitlines()[0]
 
 
 _RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")

@@ -2,6 +2,8 @@
 
 import os
 
+from tests.helpers.paths import SHARED
+
 os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
 )  # tests run beside other processes: spinning threads starve them
@@ -11,16 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from bars import WORDS, write_phoenix
 
-SHARED = Path(os.environ.get("FLALLM_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+from tests.helpers.bars import WORDS, write_phoenix
 
 
 @pytest.fixture(scope="session")
 def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with shards/ (40 train, 9 dev and 9 test clips of 18 to 33 frames, 64x79 px) and llm/."""
-    from flallm_ds.standin_llm import standin_llm
-    from shards.build import Options, build
+    from flallm_ds.models.llm.standin import standin_llm
+    from flallm_ds.sharding.build import Options, build
 
     folder = tmp_path_factory.mktemp("tiny")
     write_phoenix(folder / "phoenix", {"train": 40, "dev": 9, "test": 9})
@@ -35,7 +36,7 @@ def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def second_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of another corpus: 10 train, 3 dev and 2 test clips, 48x59 px."""
-    from shards.build import Options, build
+    from flallm_ds.sharding.build import Options, build
 
     folder = tmp_path_factory.mktemp("second")
     write_phoenix(folder / "phoenix", {"train": 10, "dev": 3, "test": 2}, seed=5)

@@ -19,20 +19,20 @@ from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "launch"))
-
-import evaluate
-import train
-from exports import ENCODER_DECODER, write_export
-from llms import make_tiny_llm
-
-from flallm_ds import cli, command, export
-from flallm_ds.data.store import file_sha256
+from flallm_ds import command, export
+from flallm_ds.cli.evaluate import evaluate
+from flallm_ds.cli.models import translate
+from flallm_ds.cli.pictures import probe
+from flallm_ds.cli.train import train
+from flallm_ds.data.storage.store import file_sha256
 from flallm_ds.models.visual_encoder import VisualEncoder
-from shards.build import CORPORA, verb
-from shards.verify import verify
-from tests.models.test_multimodal import make as make_multimodal
-from tests.models.test_quantized import fp8
+from flallm_ds.sharding.build import CORPORA, verb
+from flallm_ds.sharding.verify import verify
+from tests.helpers.exports import ENCODER_DECODER, write_export
+from tests.helpers.llms import make_tiny_llm
+from tests.helpers.paths import ROOT
+from tests.models.llm.test_multimodal import make as make_multimodal
+from tests.models.llm.test_quantized import fp8
 
 Run = Callable[..., str]
 BUILD = {name: verb(name) for name in CORPORA}
@@ -72,17 +72,17 @@ def options(corpus: Path, run: Path, **more: object) -> list[str]:
 
 
 def test_a_misspelt_option_names_the_nearest(refused: Run, tmp_path: Path) -> None:
-    assert "optim.lr" in refused(train.train, "--stage=visual", f"--run={tmp_path / 'run'}", "--optim.lrr=1")
+    assert "optim.lr" in refused(train, "--stage=visual", f"--run={tmp_path / 'run'}", "--optim.lrr=1")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_misspelt_stage_option(refused: Run) -> None:
-    assert "--stge" in refused(train.train, "--stge", "visual")
-    assert "did you mean stage" in refused(train.train, "--stage=visual", "--stge", "visual")
+    assert "--stge" in refused(train, "--stge", "visual")
+    assert "did you mean stage" in refused(train, "--stage=visual", "--stge", "visual")
 
 
 def test_a_word_too_many(refused: Run) -> None:
-    assert "one word too many" in refused(train.train, "visual")
+    assert "one word too many" in refused(train, "visual")
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_a_word_too_many(refused: Run) -> None:
         ["--", "--trace"],
     ],
 )
-@pytest.mark.parametrize("target", [train.train, BUILD["manifest"], verify, cli.translate], ids=str)
+@pytest.mark.parametrize("target", [train, BUILD["manifest"], verify, translate], ids=str)
 def test_nothing_that_was_typed_is_dropped(refused: Run, target: Any, typed: list[str]) -> None:
     assert "must be" in (said := refused(target, *typed)) or "must begin" in said
 
@@ -109,16 +109,16 @@ def test_an_option_without_its_value_does_not_start_a_run(
 ) -> None:
     """As of a shell variable that is not set: no run of the default recipe, no folder named True."""
     monkeypatch.chdir(tmp_path)
-    assert option.rstrip("=") in refused(train.train, "--stage=visual", option)
+    assert option.rstrip("=") in refused(train, "--stage=visual", option)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_value_of_another_type(refused: Run) -> None:
-    assert "whole number" in refused(train.train, "--stage=visual", "--train.epochs=many")
+    assert "whole number" in refused(train, "--stage=visual", "--train.epochs=many")
 
 
 def test_an_unknown_recipe(refused: Run) -> None:
-    assert "phoenix14t_visual" in refused(train.train, "--recipe=phoenix14_visual")
+    assert "phoenix14t_visual" in refused(train, "--recipe=phoenix14_visual")
 
 
 def test_an_unknown_corpus_of_build(refused: Run, tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_a_missing_source_folder(refused: Run, tmp_path: Path) -> None:
 
 def test_shards_that_are_not_there(refused: Run, tmp_path: Path, tiny_corpus: Path) -> None:
     given = options(tiny_corpus, tmp_path / "run", **{"data.shards": tmp_path / "none"})
-    assert "index.json" in refused(train.train, "--stage=visual", *given)
+    assert "index.json" in refused(train, "--stage=visual", *given)
 
 
 @pytest.mark.parametrize(
@@ -159,14 +159,14 @@ def test_data_options_that_cannot_be(
     refused: Run, tmp_path: Path, tiny_corpus: Path, name: str, value: str, said: str
 ) -> None:
     given = options(tiny_corpus, tmp_path / "run", **{name: value})
-    assert said in refused(train.train, "--stage=visual", *given)
+    assert said in refused(train, "--stage=visual", *given)
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="nvJPEG decodes here")
 def test_nvjpeg_without_a_gpu(refused: Run, tmp_path: Path, tiny_corpus: Path) -> None:
     given = options(tiny_corpus, tmp_path / "run", **{"data.decoder": "nvjpeg"})
-    assert "--data.decoder=cpu" in refused(train.train, "--stage=visual", *given)
+    assert "--data.decoder=cpu" in refused(train, "--stage=visual", *given)
     assert not (tmp_path / "run").exists()
 
 
@@ -178,7 +178,7 @@ def test_a_shard_whose_bytes_changed_where_checksums_are_asked_for(
     content[-5000] ^= 1
     tar.write_bytes(content)
     given = options(tiny_corpus, tmp_path / "run", **{"data.shards": tiny_shards, "data.check_shards": True})
-    assert tar.name in refused(train.train, "--stage=visual", *given)
+    assert tar.name in refused(train, "--stage=visual", *given)
 
 
 def test_a_truncated_shard_is_found_before_the_first_step(
@@ -187,7 +187,7 @@ def test_a_truncated_shard_is_found_before_the_first_step(
     tar = sorted(tiny_shards.glob("train-*.tar"))[0]
     tar.write_bytes(tar.read_bytes()[:-700])
     given = options(tiny_corpus, tmp_path / "run", **{"data.shards": tiny_shards})
-    assert tar.name in refused(train.train, "--stage=visual", *given)
+    assert tar.name in refused(train, "--stage=visual", *given)
     assert tar.name in refused(verify, str(tiny_shards))
 
 
@@ -207,7 +207,7 @@ def test_a_table_that_says_what_cannot_be(
     manifest["splits"][split]["table_sha256"] = file_sha256(table)
     (tiny_shards / "index.json").write_text(json.dumps(manifest))
     given = options(tiny_corpus, tmp_path / "run", **{"data.shards": tiny_shards})
-    sentence = refused(train.train, "--stage=visual", *given)
+    sentence = refused(train, "--stage=visual", *given)
     assert f"the table of split {split} must describe clips: {column} must be from" in sentence
     assert "in row 3" in sentence and not (tmp_path / "run").exists()
 
@@ -216,7 +216,7 @@ def test_stage_llm_without_stage_1_says_which_command_makes_it(
     refused: Run, tmp_path: Path, tiny_corpus: Path
 ) -> None:
     given = options(tiny_corpus, tmp_path / "run", visual_run=tmp_path / "visual")
-    sentence = refused(train.train, "--stage=llm", *given)
+    sentence = refused(train, "--stage=llm", *given)
     assert "launch/train.py --stage visual" in sentence
 
 
@@ -225,17 +225,7 @@ def test_stage_llm_without_stage_1_prepares_nothing(
 ) -> None:
     monkeypatch.setattr(train, "prepare", lambda: pytest.fail("minutes of work before the refusal"))
     given = (f"--run={tmp_path / 'run'}", f"--visual_run={tmp_path / 'visual'}")
-    assert "launch/train.py --stage visual" in refused(train.train, "--stage=llm", *given)
-
-
-def test_the_quickstarts_corpus_from_another_folder(
-    refused: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its paths are relative: it would be made in one folder and sought in another."""
-    monkeypatch.chdir(tmp_path)
-    said = refused(train.train, "--stage=visual", "--run=run")
-    assert f"must be used from {train.ROOT}, but this is {tmp_path}" in said
-    assert not list(tmp_path.iterdir())
+    assert "launch/train.py --stage visual" in refused(train, "--stage=llm", *given)
 
 
 def settings_of(stage: str, visual: dict[str, object]) -> dict[str, object]:
@@ -259,7 +249,7 @@ def test_a_stage_1_export_of_another_width(refused: Run, tmp_path: Path, tiny_co
     settings = settings_of("visual", {"width": 32, "temporal_kernel": 3})
     (best / "flallm.json").write_text(json.dumps(settings))
     given = options(tiny_corpus, tmp_path / "run", visual_run=tmp_path / "visual")
-    sentence = refused(train.train, "--stage=llm", *given)
+    sentence = refused(train, "--stage=llm", *given)
     assert "visual.width must be 32" in sentence
 
 
@@ -278,12 +268,12 @@ def test_a_deepspeed_json_with_a_misspelt_or_doubly_owned_key(
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(content))
     given = options(tiny_corpus, tmp_path / "run", **{"train.deepspeed": path})
-    assert word in refused(train.train, "--stage=visual", *given)
+    assert word in refused(train, "--stage=visual", *given)
 
 
 def test_a_run_folder_that_is_not_ours(refused: Run, tmp_path: Path, tiny_corpus: Path) -> None:
     (tmp_path / "thesis.tex").write_text("mine")
-    assert str(tmp_path) in refused(train.train, "--stage=visual", *options(tiny_corpus, tmp_path))
+    assert str(tmp_path) in refused(train, "--stage=visual", *options(tiny_corpus, tmp_path))
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
@@ -302,12 +292,12 @@ def test_a_stale_compilation_lock(
     lock.touch()
     os.utime(lock, (0, 0))
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
-    assert str(lock) in refused(train.train, "--stage=visual", *options(tiny_corpus, tmp_path / "run"))
+    assert str(lock) in refused(train, "--stage=visual", *options(tiny_corpus, tmp_path / "run"))
 
 
 def test_an_llm_that_is_not_there(refused: Run, tmp_path: Path, tiny_corpus: Path) -> None:
     given = options(tiny_corpus, tmp_path / "run", **{"llm.name": tmp_path / "none"})
-    assert "llm.name" in refused(train.train, "--stage=visual", *given)
+    assert "llm.name" in refused(train, "--stage=visual", *given)
 
 
 class HangsUp(socketserver.BaseRequestHandler):
@@ -322,7 +312,7 @@ class HangsUp(socketserver.BaseRequestHandler):
 def test_imagenet_weights_out_of_reach_end_the_run_at_once(tmp_path: Path, tiny_corpus: Path) -> None:
     """No run begins from random weights that its config.json calls pretrained."""
     given = options(tiny_corpus, tmp_path / "run", **{"visual.weights": "microsoft/resnet-18"})
-    command_line = [sys.executable, train.__file__, "--stage=visual", *given]
+    command_line = [sys.executable, str(ROOT / "launch" / "train.py"), "--stage=visual", *given]
     with socketserver.TCPServer(("127.0.0.1", 0), HangsUp) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         hub = {
@@ -349,7 +339,7 @@ def test_backbone_weights_that_are_not_cached_where_there_is_no_hub(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     given = options(tiny_corpus, tmp_path / "run", **{"visual.weights": weights})
     said = f"visual.weights must be within reach, but {weights} is no file or folder here"
-    assert said in refused(train.train, "--stage=visual", *given)
+    assert said in refused(train, "--stage=visual", *given)
     assert not (tmp_path / "run").exists()
 
 
@@ -359,14 +349,14 @@ def test_backbone_weights_that_are_nothing(
 ) -> None:
     given = options(tiny_corpus, tmp_path / "run", **{"visual.weights": weights})
     assert f"visual.weights must be within reach, but {weights} is" in refused(
-        train.train, "--stage=visual", *given
+        train, "--stage=visual", *given
     )
     assert not (tmp_path / "run").exists()
 
 
 def test_a_language_that_the_tokenizer_does_not_know(refused: Run, tmp_path: Path, tiny_corpus: Path) -> None:
     given = options(tiny_corpus, tmp_path / "run", **{"llm.language": "de_DF"})
-    assert "de_DE" in refused(train.train, "--stage=visual", *given)
+    assert "de_DE" in refused(train, "--stage=visual", *given)
 
 
 def test_an_llm_that_cannot_write_the_training_text(refused: Run, tmp_path: Path, tiny_corpus: Path) -> None:
@@ -374,7 +364,7 @@ def test_an_llm_that_cannot_write_the_training_text(refused: Run, tmp_path: Path
     llm = make_tiny_llm("mbart", tmp_path / "llm", ["今天到处阳光明媚。", "regn wind"])
     for stage in ("--stage=visual", "--stage=llm"):
         given = options(tiny_corpus, tmp_path / "run", **{"llm.name": llm, "visual_run": "none"})
-        sentence = refused(train.train, stage, *given)
+        sentence = refused(train, stage, *given)
         assert "at most 0.1 % of the tokens unknown, got " in sentence and f"{llm} with " in sentence
         assert " % of " in sentence and "because of 'o' (" in sentence and "--llm.name" in sentence
         assert not (tmp_path / "run").exists()
@@ -390,7 +380,7 @@ def test_clips_longer_than_what_reads_them(refused: Run, tmp_path: Path, tiny_co
     assert tables
     save_file(state | {n: t.clone() for n, t in tables.items()}, llm / "model.safetensors", {"format": "pt"})
     given = options(tiny_corpus, tmp_path / "run", **{"llm.name": llm, "data.max_frames": 7})
-    sentence = refused(train.train, "--stage=llm", "--visual_run=none", *given)
+    sentence = refused(train, "--stage=llm", "--visual_run=none", *given)
     assert "at most 6 frames" in sentence and "one keeps 7" in sentence and "--data.max_frames=6" in sentence
 
 
@@ -415,7 +405,7 @@ def test_weights_of_another_kind(
     transformers.AyaVisionConfig().save_pretrained(tmp_path / "aya")
     named = {name: str(value).format(tmp_path) for name, value in given.items()}
     more = {"visual_run": "none", "llm.trim_vocabulary": False, **named}
-    assert said in refused(train.train, "--stage=llm", *options(tiny_corpus, tmp_path / "run", **more))
+    assert said in refused(train, "--stage=llm", *options(tiny_corpus, tmp_path / "run", **more))
     assert not (tmp_path / "run").exists()
 
 
@@ -424,11 +414,11 @@ def test_a_video_that_is_not_there_or_cannot_be_decoded(
 ) -> None:
     export = write_export(ENCODER_DECODER, tiny_corpus, tmp_path / "run")
     for video in (tmp_path / "no.mp4", shared_data / "edge_videos" / "corrupted.mp4"):
-        assert str(video) in refused(cli.translate, str(video), f"--model={export}")
+        assert str(video) in refused(translate, str(video), f"--model={export}")
 
 
 def test_evaluating_a_folder_without_an_export(refused: Run, tmp_path: Path) -> None:
-    assert "flallm.json" in refused(evaluate.evaluate, f"--run={tmp_path}")
+    assert "flallm.json" in refused(evaluate, f"--run={tmp_path}")
 
 
 def test_a_corrupted_video_of_a_corpus_leaves_nothing(
@@ -462,7 +452,7 @@ def test_a_corrupted_video_of_a_corpus_leaves_nothing(
 def test_stages_that_cannot_be(
     refused: Run, tmp_path: Path, tiny_corpus: Path, stage: str, given: dict[str, object], said: str
 ) -> None:
-    assert said in refused(train.train, f"--stage={stage}", *options(tiny_corpus, tmp_path / "run", **given))
+    assert said in refused(train, f"--stage={stage}", *options(tiny_corpus, tmp_path / "run", **given))
     assert not list(tmp_path.iterdir())
 
 
@@ -473,7 +463,7 @@ def test_a_bf16_engine_with_batch_norm_inside(
     """DeepSpeed would cast the parameters, not the statistics, and fail at the first step on a GPU."""
     more = {"train.deepspeed": "ds_configs/zero3.json"}
     words = options(tiny_corpus, tmp_path / "run", **more)
-    sentence = refused(train.train, f"--stage={given['stage']}", *words)
+    sentence = refused(train, f"--stage={given['stage']}", *words)
     assert "must compute by torch_autocast" in sentence and "ds_configs/zero2.json" in sentence
     assert not (tmp_path / "run").exists()
 
@@ -487,7 +477,7 @@ def test_light_t_states_of_an_export_that_has_no_light_t(
     (best / "flallm.json").write_text(json.dumps(settings_of("llm", visual.settings())))
     save_file(visual.state_dict(), best / "visual_encoder.safetensors")
     more = {"visual_run": tmp_path / "other", "visual.width": 8, "llm.input": "light_t"}
-    sentence = refused(train.train, "--stage=llm", *options(tiny_corpus, tmp_path / "run", **more))
+    sentence = refused(train, "--stage=llm", *options(tiny_corpus, tmp_path / "run", **more))
     assert "llm.input=light_t must read a result of stage visual" in sentence
 
 
@@ -499,11 +489,11 @@ def test_both_stages_on_shards_without_the_split_that_they_end_with(
     del manifest["splits"]["test"]
     (tiny_shards / "index.json").write_text(json.dumps(manifest))
     given = options(tiny_corpus, tmp_path / "run", **{"data.shards": tiny_shards})
-    assert "test" in refused(train.train, "--stage=both", *given)
+    assert "test" in refused(train, "--stage=both", *given)
     assert not list(tmp_path.glob("run*"))
 
 
 def test_a_probe_of_a_run_that_did_not_look(refused: Run, tmp_path: Path) -> None:
-    sentence = refused(cli.probe, f"--runs={tmp_path}", f"--out={tmp_path / 'p.png'}")
+    sentence = refused(probe, f"--runs={tmp_path}", f"--out={tmp_path / 'p.png'}")
     assert "--train.probe_every=10" in sentence
     assert not (tmp_path / "p.png").exists()

@@ -3,12 +3,12 @@
 from datetime import date
 
 import pytest
-from test_benchmarks import tables
 
 from benchmarks import llm_gpu, llm_loss
 from benchmarks.llm_gpu import Job, Measured
 from benchmarks.measure import Target
 from flallm_ds.errors import UserError
+from tests.test_benchmarks import tables
 
 
 def test_llm_loss_reports_each_way_at_each_width(tmp_path):

@@ -13,7 +13,6 @@ import pytest
 
 from flallm_ds.terminal import printable
 
-ROOT = Path(__file__).resolve().parents[1]
 PRINTS = r"""
 import os, sys
 from flallm_ds.command import main

@@ -17,7 +17,7 @@ import numpy as np
 import simplejpeg
 import torch
 
-from flallm_ds.contracts import Batch, EncodedBatch
+from flallm_ds.batch import Batch, EncodedBatch
 from flallm_ds.errors import RankError, UserError
 
 STEPS_AHEAD = 2  # on their way to the device, besides the step in use

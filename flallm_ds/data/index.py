@@ -21,8 +21,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from flallm_ds.data.feature_facts import FeatureFacts
-from flallm_ds.data.store import (
+from flallm_ds.data.storage.store import (
     CacheOptions,
     LocalStore,
     Store,
@@ -32,9 +31,10 @@ from flallm_ds.data.store import (
     open_regular,
     open_store,
 )
-from flallm_ds.data.store import Shard as Shard
+from flallm_ds.data.storage.store import Shard as Shard
 from flallm_ds.data.table_check import check_table
 from flallm_ds.errors import UserError
+from flallm_ds.features.facts import FeatureFacts
 
 FORMAT = "flallm_ds shards 1"
 MAX_MANIFEST_BYTES = 2**28  # of index.json; a tar takes 150: more than a million of them

@@ -19,17 +19,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from flallm_ds.contracts import Batch, EncodedBatch
+from flallm_ds.batch import Batch, EncodedBatch
 from flallm_ds.data import mixture
 from flallm_ds.data.buffers import FrameBuffers
-from flallm_ds.data.decode import decode_frames, jpegs_of
-from flallm_ds.data.feature_facts import from_npy
-from flallm_ds.data.features import resample, resampled_lengths
+from flallm_ds.data.codecs.decode import decode_frames, jpegs_of
 from flallm_ds.data.index import Index
 from flallm_ds.data.plan import EpochPlan, Plan, slices_of_rank
 from flallm_ds.data.sampling import FrameSampling, sample_rng
-from flallm_ds.data.text import TextCodec
+from flallm_ds.data.text.codec import TextCodec
 from flallm_ds.errors import RankError, UserError
+from flallm_ds.features.facts import from_npy
+from flallm_ds.features.sequences import resample, resampled_lengths
 
 NUM_DRAWS = 9
 STEPS_AHEAD = 2

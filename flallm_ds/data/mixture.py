@@ -10,8 +10,8 @@ from typing import BinaryIO
 import numpy as np
 
 from flallm_ds.data.index import COLUMNS, STRING_COLUMNS, Index, Shard, StringColumn, load_index
-from flallm_ds.data.languages import language_tag
-from flallm_ds.data.store import CacheOptions, Store
+from flallm_ds.data.storage.store import CacheOptions, Store
+from flallm_ds.data.text.languages import language_tag
 from flallm_ds.errors import UserError
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from flallm_ds.data.decode import EXTENSIONS, decode_frames
+from flallm_ds.data.codecs.decode import EXTENSIONS, decode_frames
 from flallm_ds.data.sampling import Cap, FrameSampling
 from flallm_ds.data.table_check import LIMITS
 

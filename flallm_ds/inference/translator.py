@@ -12,18 +12,18 @@ import torch
 from transformers import TextStreamer
 
 from flallm_ds import export
-from flallm_ds.contracts import Batch
-from flallm_ds.data.features import resample
-from flallm_ds.data.languages import tag_of
+from flallm_ds.batch import Batch
+from flallm_ds.data.codecs.video import Video
 from flallm_ds.data.loader import NUM_DRAWS
-from flallm_ds.data.text import Wording
-from flallm_ds.data.video import Video
+from flallm_ds.data.preprocess import Preprocess
+from flallm_ds.data.text.codec import Wording
+from flallm_ds.data.text.languages import tag_of
 from flallm_ds.errors import UserError
-from flallm_ds.inference.hub import folder_of
-from flallm_ds.model_card import spoken
-from flallm_ds.models.llm import Bits, LlmOptions
+from flallm_ds.export.hub import folder_of
+from flallm_ds.export.model_card import spoken
+from flallm_ds.features.sequences import resample
+from flallm_ds.models.llm.load import Bits, LlmOptions
 from flallm_ds.models.sign_translator import Beam, Candidate
-from flallm_ds.preprocess import Preprocess
 
 
 @dataclass(frozen=True)

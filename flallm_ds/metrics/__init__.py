@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flallm_ds.data.languages import tag_of, word_rule
+from flallm_ds.data.text.languages import tag_of, word_rule
 from flallm_ds.errors import UserError
 from flallm_ds.metrics.bleu import corpus_bleu, corpus_chrf
 from flallm_ds.metrics.rouge import BETA, rouge_l

@@ -26,11 +26,11 @@ from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoConfig, AutoModel, R
 from transformers.image_processing_base import ImageProcessingMixin
 
 from flallm_ds.command import nearest
+from flallm_ds.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from flallm_ds.errors import UserError
 from flallm_ds.models.checkpointing import checkpoint_stages, stages_of
-from flallm_ds.models.tuning import Tuning, tune
-from flallm_ds.preprocess import IMAGENET_MEAN, IMAGENET_STD
-from flallm_ds.pretrained import (
+from flallm_ds.models.llm.tuning import Tuning, tune
+from flallm_ds.models.pretrained import (
     CHECKPOINT_FILES,
     HUB_ERRORS,
     check_backbone_source,

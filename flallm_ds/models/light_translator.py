@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from transformers import MBartConfig, MBartForConditionalGeneration
 
-from flallm_ds.data.text import TextCodec
+from flallm_ds.data.text.codec import TextCodec
 
 
 @dataclass(frozen=True)

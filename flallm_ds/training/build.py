@@ -14,25 +14,27 @@ from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from flallm_ds import export
+from flallm_ds.batch import Batch
 from flallm_ds.config import DataConfig, RunConfig
-from flallm_ds.contracts import Batch
 from flallm_ds.data import mixture
 from flallm_ds.data.device import check_nvjpeg
-from flallm_ds.data.features import FeatureMasks
 from flallm_ds.data.index import Index, read_manifest
 from flallm_ds.data.loader import BrokenClips, ClipReader, Loader, num_places
 from flallm_ds.data.plan import EpochPlan, Plan, slices_of_rank, temperature_weights
+from flallm_ds.data.preprocess import Preprocess
 from flallm_ds.data.sampling import FrameSampling
-from flallm_ds.data.store import CacheOptions, open_store
-from flallm_ds.data.text import Instruction, TextCodec, Wording
+from flallm_ds.data.storage.store import CacheOptions, open_store
+from flallm_ds.data.text.codec import Instruction, TextCodec, Wording
 from flallm_ds.dist import World, cores_of_rank, main_first, on_each_machine
 from flallm_ds.errors import RankError, UserError
+from flallm_ds.features.checks import check_run, check_stage
+from flallm_ds.features.sequences import FeatureMasks
 from flallm_ds.models.adapters import Adapter
 from flallm_ds.models.backbones import Backbone, build_backbone, check_reachable
 from flallm_ds.models.checkpointing import checkpoint_llm
 from flallm_ds.models.feature_extractor import FeatureExtractor
 from flallm_ds.models.light_translator import build_light_translator
-from flallm_ds.models.llm import (
+from flallm_ds.models.llm.load import (
     LlmOptions,
     check_llm,
     embedding_scale,
@@ -43,19 +45,17 @@ from flallm_ds.models.llm import (
     longest_input,
     trim_llm,
 )
+from flallm_ds.models.llm.tuning import Tuning, check_bits, tune
+from flallm_ds.models.pretrained import first_line
 from flallm_ds.models.sign_translator import Beam, Candidate, SignTranslator
-from flallm_ds.models.tuning import Tuning, check_bits, tune
 from flallm_ds.models.visual_encoder import VisualEncoder, resnet_width
-from flallm_ds.preprocess import Preprocess
-from flallm_ds.pretrained import first_line
 from flallm_ds.training import engine as ds
 from flallm_ds.training.batch_statistics import BatchStatistics, KeptStatistics
-from flallm_ds.training.cached_features import check_run, check_stage
 from flallm_ds.training.checkpoint import replace_folder
 from flallm_ds.training.weights_record import record_weights
 
 NUM_CHECKED = 8  # frames of the clip that generation is tried with
-REPOSITORY = Path(__file__).resolve().parents[2]
+DS_CONFIGS = Path(__file__).resolve().parents[1] / "ds_configs"  # also in an installed wheel
 MOST_UNKNOWN = 0.001  # of the training tokens: a model learns to leave out what it reads as unknown
 
 
@@ -184,7 +184,7 @@ def build_task(config: RunConfig, folder: Path, world: World) -> Task:
         check_jpegs(config.data)
     train_index, dev_index = (open_index(config.data, s, world) for s in ("train", config.eval.split))
     check_stage(config, train_index)
-    json_path = Path(config.train.deepspeed or REPOSITORY / "ds_configs" / f"{default_json(config)}.json")
+    json_path = deepspeed_json(config)
     accumulation = config.data.micro_batches // world.size
     json_config = ds.read_deepspeed_config(json_path)
     check_precision(config, json_config, json_path)
@@ -269,8 +269,17 @@ def parameter_groups(model: SignTranslator, config: RunConfig) -> list[dict[str,
     return [{"params": group, "lr": rates[prefix]} for prefix, group in groups.items() if group]
 
 
-def default_json(config: RunConfig) -> str:
-    return "zero2" if config.trains_visual else "zero3_offload"
+def deepspeed_json(config: RunConfig) -> Path:
+    """The DeepSpeed JSON of a run: what train.deepspeed names, else the stage's own.
+
+    Outside a checkout, ds_configs/NAME.json is found in the installed package.
+    """
+    own = DS_CONFIGS / ("zero2.json" if config.trains_visual else "zero3_offload.json")
+    path = Path(config.train.deepspeed) if config.train.deepspeed else own
+    packaged = DS_CONFIGS / path.name
+    return (
+        packaged if path.parent == Path("ds_configs") and not path.exists() and packaged.is_file() else path
+    )
 
 
 def check_precision(config: RunConfig, json_config: dict[str, Any], path: Path) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flallm_ds.data.store import file_sha256
+from flallm_ds.data.storage.store import file_sha256
 from flallm_ds.dist import World, gather_objects
 from flallm_ds.errors import UserError, file_problem
 

@@ -3,11 +3,11 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from flallm_ds.contracts import Batch, Hypothesis
+from flallm_ds.batch import Batch, Hypothesis
 from flallm_ds.data.device import on_device
-from flallm_ds.data.languages import tag_of
 from flallm_ds.data.loader import Loader
-from flallm_ds.data.text import TextCodec
+from flallm_ds.data.text.codec import TextCodec
+from flallm_ds.data.text.languages import tag_of
 from flallm_ds.dist import World, all_reduce_sum, gather_objects
 from flallm_ds.errors import Preempted, UserError
 from flallm_ds.metrics import Scores, score_by_language

@@ -13,11 +13,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from flallm_ds.batch import Hypothesis
 from flallm_ds.config import FREE_TO_CHANGE, RunConfig
-from flallm_ds.contracts import Hypothesis
 from flallm_ds.dist import World, main_first
 from flallm_ds.errors import UserError, file_problem
-from flallm_ds.lock import locked_by_main
+from flallm_ds.files import locked_by_main
 from flallm_ds.terminal import one_line
 from flallm_ds.training.checkpoint import replace_file
 from flallm_ds.training.provenance import VERSIONS, record_start

@@ -1,6 +1,9 @@
-"""One stage of training from its options, and whether it is done: what `launch/train.py` runs."""
+"""A stage of training from its options, or both stages, and whether they are done."""
 
 import gc
+import shlex
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -8,12 +11,18 @@ import torch
 from flallm_ds import export
 from flallm_ds.config import RunConfig
 from flallm_ds.dist import World, main_first
+from flallm_ds.errors import UserError
+from flallm_ds.inference.evaluate import Search, evaluate_run
+from flallm_ds.quickstart import prepare
+from flallm_ds.recipes import quickstart_visual
 from flallm_ds.training import checkpoint
-from flallm_ds.training.build import build_task
-from flallm_ds.training.run_folder import open_run_folder, run_folder
+from flallm_ds.training.build import build_task, check_llm_of, open_index, stage_1_export
+from flallm_ds.training.run_folder import locked_run, open_run_folder, run_folder
 from flallm_ds.training.run_log import run_log
 from flallm_ds.training.stop import StopRequest
 from flallm_ds.training.trainer import Trainer
+
+SPLIT = "test"  # that --stage both ends with
 
 
 def run_stage(config: RunConfig, world: World, stop: StopRequest) -> bool:
@@ -74,3 +83,58 @@ def summary(config: RunConfig) -> str:
 def is_evaluated(config: RunConfig, split: str) -> bool:
     """Whether the run's best export has been scored on this split of its own shards, where they are now."""
     return split in export.evaluated(Path(config.run) / "best", config.data.shards)
+
+
+def train_stages(configs: tuple[RunConfig, ...], world: World, stop: StopRequest) -> bool:
+    """Train one stage, or both, each of them then scored; False if a stage stopped before its end.
+
+    Raises UserError for options that do not fit, Preempted when asked to stop.
+    """
+    both = len(configs) > 1
+    _check_and_prepare(configs, world)
+    for config in configs:
+        if both and world.is_main:
+            print(f"== stage {config.stage}: {config.run}", flush=True)
+        with locked_run(config, world):
+            if not run_stage(config, world, stop):
+                return False
+            if both and not main_first(partial(is_evaluated, config, SPLIT), world):
+                search = Search(hub_code=config.llm.hub_code)
+                with run_log(Path(config.run), world):
+                    evaluate_run(config.run, SPLIT, world, search, data=config.data, stop=stop)
+    return True
+
+
+def next_commands(
+    configs: tuple[RunConfig, ...], recipe: str | None, overrides: Mapping[str, str]
+) -> list[str]:
+    """What to run after these stages: stage llm with the same options, or a model's scores and its use."""
+    run = configs[-1].run
+    if configs[-1].stage != "visual":
+        scored = [f"deepspeed launch/evaluate.py --run {shlex.quote(run)} --split {SPLIT}"]
+        translate = f"flallm translate VIDEO --model {shlex.quote(run)}"
+        return [*(scored if len(configs) == 1 else []), translate]
+    options = {"visual_run": run} | {name: value for name, value in overrides.items() if name != "run"}
+    if recipe is not None:
+        options = {"recipe": recipe.removesuffix("_visual")} | options
+    if "run" in overrides:
+        options["run"] = f"{run.removesuffix('_visual')}_llm"
+    words = [shlex.quote(f"--{name}={value}") for name, value in options.items()]
+    return [" ".join(["deepspeed launch/train.py --stage llm", *words])]
+
+
+def _check_and_prepare(configs: tuple[RunConfig, ...], world: World) -> None:
+    """Raise UserError for what would only be found after minutes, or after a whole stage."""
+    if configs[0].stage == "llm" and configs[0].visual_run != "none":
+        stage_1_export(configs[0])
+    if any(config.data.shards == quickstart_visual().data.shards for config in configs):
+        main_first(prepare, world)
+    for config in configs:
+        main_first(partial(check_llm_of, config), world)
+    if len(configs) == 1:
+        return
+    widths = [config.visual.width for config in configs]
+    if widths[0] != widths[1]:
+        raise UserError(f"visual.width must be the same in both stages, but is {widths[0]} and {widths[1]}.")
+    for config in configs:
+        open_index(config.data, SPLIT, world)

@@ -13,12 +13,12 @@ from safetensors import SafetensorError
 from torch import nn
 
 from flallm_ds import export
-from flallm_ds.contracts import Batch, Hypothesis
+from flallm_ds.batch import Batch, Hypothesis
 from flallm_ds.data.device import on_device
 from flallm_ds.data.plan import PlanState
 from flallm_ds.dist import all_reduce_sum, gather_objects, main_first
 from flallm_ds.errors import Preempted, UserError
-from flallm_ds.models.tuning import merged
+from flallm_ds.models.llm.tuning import merged
 from flallm_ds.models.weights import named_state
 from flallm_ds.terminal import one_line
 from flallm_ds.training import checkpoint

@@ -13,11 +13,11 @@ from huggingface_hub import try_to_load_from_cache
 
 from flallm_ds import export
 from flallm_ds.config import RunConfig
-from flallm_ds.data.store import file_sha256
+from flallm_ds.data.storage.store import file_sha256
 from flallm_ds.dist import World, main_first
 from flallm_ds.errors import UserError
 from flallm_ds.models.backbones import TIMM, hub_id
-from flallm_ds.models.stored import checkpoint_files
+from flallm_ds.models.llm.stored import checkpoint_files
 from flallm_ds.training.checkpoint import replace_file
 
 FILE = "weights.json"

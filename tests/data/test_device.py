@@ -13,7 +13,7 @@ import pytest
 import simplejpeg
 import torch
 
-from flallm_ds.contracts import Batch, EncodedBatch
+from flallm_ds.batch import Batch, EncodedBatch
 from flallm_ds.data import device
 from flallm_ds.data.buffers import FrameBuffers
 from flallm_ds.data.device import BrokenJpeg, decode_on_device, on_device

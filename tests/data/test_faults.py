@@ -12,17 +12,17 @@ from typing import BinaryIO
 import numpy as np
 import pytest
 import simplejpeg
-from http_server import Server
 
-from flallm_ds.contracts import Batch
-from flallm_ds.data.fetch import Patience
+from flallm_ds.batch import Batch
 from flallm_ds.data.index import Index, load_index
 from flallm_ds.data.loader import BrokenClips, Loader, open_loader
 from flallm_ds.data.plan import Plan
-from flallm_ds.data.store import CacheOptions, LocalStore, RemoteStore, Shard
+from flallm_ds.data.storage.fetch import Patience
+from flallm_ds.data.storage.store import CacheOptions, LocalStore, RemoteStore, Shard
 from flallm_ds.errors import RankError, UserError
-from shards.verify import verify
-from shards.writer import SHARD_NAME, ShardWriter, write_index
+from flallm_ds.sharding.verify import verify
+from flallm_ds.sharding.writer import SHARD_NAME, ShardWriter, write_index
+from tests.helpers.http_server import Server
 
 NUM_CLIPS = 2000
 PATIENCE = Patience(attempts=4, first_wait_s=0.01, longest_wait_s=0.02, total_s=10, connect_s=2, stall_s=0.5)

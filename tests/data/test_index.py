@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flallm_ds.data.clip_format import frame_spans
+from flallm_ds.data.codecs.avi import frame_spans
 from flallm_ds.data.index import (
     COLUMNS,
     STRING_COLUMNS,
@@ -16,7 +16,7 @@ from flallm_ds.data.index import (
     load_index,
     write_table,
 )
-from flallm_ds.data.store import LocalStore
+from flallm_ds.data.storage.store import LocalStore
 from flallm_ds.errors import UserError
 
 

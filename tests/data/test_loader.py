@@ -13,16 +13,16 @@ import pytest
 import simplejpeg
 import torch
 
-from flallm_ds.contracts import Batch
-from flallm_ds.data.clip_format import frame_spans, pack_frames
-from flallm_ds.data.decode import FAST
+from flallm_ds.batch import Batch
+from flallm_ds.data.codecs.avi import frame_spans, pack_frames
+from flallm_ds.data.codecs.decode import FAST
 from flallm_ds.data.index import Index, Shard, StringColumn, load_index
 from flallm_ds.data.loader import BrokenClips, ClipReader, Loader, open_loader
 from flallm_ds.data.mixture import open_indexes
 from flallm_ds.data.plan import Plan
 from flallm_ds.data.sampling import FrameSampling
-from flallm_ds.data.store import LocalStore
-from flallm_ds.data.text import Instruction, TextCodec
+from flallm_ds.data.storage.store import LocalStore
+from flallm_ds.data.text.codec import Instruction, TextCodec
 from flallm_ds.errors import RankError, UserError
 
 SEED = 3

@@ -16,12 +16,12 @@ from flallm_ds.data.index import STRING_COLUMNS, fingerprint, iter_rows, load_in
 from flallm_ds.data.loader import ClipReader
 from flallm_ds.data.mixture import open_indexes
 from flallm_ds.data.sampling import FrameSampling
-from flallm_ds.data.store import file_sha256
+from flallm_ds.data.storage.store import file_sha256
 from flallm_ds.errors import UserError
-from shards.preview import preview
-from shards.stats import stats
-from shards.verify import ShardFault, verify
-from shards.writer import ShardWriter, publish, write_index
+from flallm_ds.sharding.preview import preview
+from flallm_ds.sharding.stats import stats
+from flallm_ds.sharding.verify import ShardFault, verify
+from flallm_ds.sharding.writer import ShardWriter, publish, write_index
 
 NUM_CLIPS = 6  # three in each of two tars
 

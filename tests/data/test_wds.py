@@ -16,11 +16,12 @@ import simplejpeg
 import torch
 import webdataset
 
-from flallm_ds.data.clip_format import pack_frames
-from flallm_ds.data.decode import decode_frames, extension_of
-from flallm_ds.data.h264 import encode_h264
+from flallm_ds.data.codecs.avi import pack_frames
+from flallm_ds.data.codecs.decode import decode_frames, extension_of
+from flallm_ds.data.codecs.h264 import encode_h264
 from flallm_ds.data.index import load_index
 from flallm_ds.data.wds import decode_clip
+from tests.helpers.paths import ROOT
 
 HW = (32, 24)
 
@@ -204,7 +205,7 @@ def test_impossible_values_are_refused_at_once():
 
 def test_the_loop_of_the_documentation_runs(tiny_corpus, tmp_path):
     """The code block of docs/data.md, word by word, on shards that lie where it says."""
-    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
     code = text.split("### With a plain webdataset pipeline")[1].split("```python\n")[1].split("```")[0]
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "mine").symlink_to(tiny_corpus / "shards")

@@ -1,7 +1,7 @@
 import pytest
 
 from flallm_ds.data.index import load_index
-from flallm_ds.data.text import Instruction, TextCodec
+from flallm_ds.data.text.codec import Instruction, TextCodec
 
 
 @pytest.fixture(scope="session")

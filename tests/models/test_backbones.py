@@ -16,13 +16,13 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from flallm_ds.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from flallm_ds.dist import World
 from flallm_ds.errors import UserError
 from flallm_ds.models import backbones
 from flallm_ds.models.backbones import Backbone, build_backbone, check_reachable, resnet_18
-from flallm_ds.models.tuning import Tuning, merged
+from flallm_ds.models.llm.tuning import Tuning, merged
 from flallm_ds.models.visual_encoder import VisualEncoder
-from flallm_ds.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from flallm_ds.training.batch_statistics import BatchStatistics
 
 CROP = 32

@@ -1,7 +1,8 @@
 from collections.abc import Iterator
 
 import pytest
-from cluster import Cluster, why_unavailable
+
+from tests.helpers.cluster import Cluster, why_unavailable
 
 
 @pytest.fixture(scope="session")

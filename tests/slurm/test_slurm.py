@@ -7,11 +7,12 @@ import time
 from pathlib import Path
 
 import pytest
-from cluster import NODES, Cluster
+
+from tests.helpers.cluster import NODES, Cluster
+from tests.helpers.paths import ROOT
 
 pytestmark = pytest.mark.slurm
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 TRAIN = "launch/slurm/train.sbatch"
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2")
 
@@ -57,7 +58,7 @@ print(f"rank {rank} is done")
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     """A folder shaped like the repository: the real scripts, stand-ins for what they start."""
-    shutil.copytree(REPOSITORY / "launch" / "slurm", tmp_path / "launch" / "slurm")
+    shutil.copytree(ROOT / "launch" / "slurm", tmp_path / "launch" / "slurm")
     for entry in ("train.py", "evaluate.py"):
         (tmp_path / "launch" / entry).write_text(STAND_IN)
     (tmp_path / ".venv" / "bin").mkdir(parents=True)

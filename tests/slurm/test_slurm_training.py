@@ -5,13 +5,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from cluster import Cluster
+
+from tests.helpers.cluster import Cluster
+from tests.helpers.paths import ROOT
 
 pytestmark = pytest.mark.slurm
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 OPTIONS = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1")
-ENV = {"FLALLM_PYTHON": sys.executable, "PYTHONPATH": str(REPOSITORY)}
+ENV = {"FLALLM_PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
 TRAIN = "launch/slurm/train.sbatch"
 RUN_S = 240  # longest that a tiny run of two ranks on two busy cores may take
 
@@ -54,7 +55,7 @@ def tiny_train_args(folder: Path, stage: str, corpus: Path) -> list[str]:
 def submit_train(cluster: Cluster, folder: Path, stage: str, corpus: Path) -> int:
     options = (*OPTIONS, f"--output={folder}/%x-%j.out")
     arguments = tiny_train_args(folder, stage, corpus)
-    return cluster.submit(TRAIN, *arguments, options=options, cwd=REPOSITORY, **ENV)
+    return cluster.submit(TRAIN, *arguments, options=options, cwd=ROOT, **ENV)
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -68,7 +69,7 @@ def losses(run: Path) -> dict[int, float]:
 
 def test_the_ranks_of_two_nodes_join_one_process_group(cluster: Cluster, tmp_path: Path) -> None:
     (tmp_path / "launch").mkdir()
-    (tmp_path / "launch" / "slurm").symlink_to(REPOSITORY / "launch" / "slurm")
+    (tmp_path / "launch" / "slurm").symlink_to(ROOT / "launch" / "slurm")
     (tmp_path / "launch" / "train.py").write_text(JOIN)
     job = cluster.wait(cluster.submit(TRAIN, options=OPTIONS, cwd=tmp_path, **ENV), timeout_s=90)
     assert job.state == "COMPLETED", cluster.describe(job.job_id)

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import timm
 import torch
-from launching import losses, run_scenarios, tiny_options
 from safetensors.torch import load_file
 from transformers import ViTConfig, ViTModel
 
 from flallm_ds import export
 from flallm_ds.models.backbones import build_backbone
+from tests.helpers.launching import losses, run_scenarios, tiny_options
 
 VISUAL = {
     "plain": {},

@@ -1,15 +1,15 @@
 """The engine on two ranks under every ZeRO, on a CPU. The cases run in engine_ranks.py, in one launch."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from launching import launch
 
 from flallm_ds.training import engine as ds
+from tests.helpers.launching import launch
+from tests.helpers.paths import RANKS
 
 TUNINGS = ("full", "pattern", "lora", "dora", "frozen", "lora_and_pattern")
 RESUMED = (
@@ -24,7 +24,7 @@ ZEROS = ("none", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What each case returned; the same on both ranks."""
     out = tmp_path_factory.mktemp("engine")
-    done = launch(Path(__file__).with_name("engine_ranks.py"), f"--out={out}")
+    done = launch(RANKS / "engine.py", f"--out={out}")
     assert done.returncode == 0, done.stdout[-6000:]
     first, second = (json.loads((out / f"rank-{rank}.json").read_text()) for rank in (0, 1))
     differing = [name for name in first if str(first[name]) != str(second[name])]  # nan is nan

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from flallm_ds.errors import UserError
+from tests.helpers.paths import ROOT
 
 ds = pytest.importorskip("flallm_ds.training.engine")
 
-JSONS = sorted((Path(__file__).resolve().parents[2] / "ds_configs").glob("*.json"))
+JSONS = sorted((ROOT / "ds_configs").glob("*.json"))
 CPU = torch.device("cpu")
 
 

@@ -4,10 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launching import REPOSITORY, environment
-
 from flallm_ds.dist import free_port
 from flallm_ds.training import checkpoint
+from tests.helpers.launching import environment
+from tests.helpers.paths import ROOT
 
 SCRIPT = """
 import resource, signal, sys
@@ -57,8 +57,8 @@ def test_a_rank_that_cannot_write_tells_the_others_and_the_run_can_go_on(tmp_pat
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", SCRIPT, str(tmp_path)],
-            cwd=REPOSITORY,
-            env={**environment(), "PYTHONPATH": str(REPOSITORY), **place},
+            cwd=ROOT,
+            env={**environment(), "PYTHONPATH": str(ROOT), **place},
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -7,19 +7,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bars import WORDS, write_phoenix
-from launching import launch, tiny_options
-from llms import make_llm_with_own_code, make_tiny_llm
 
 from flallm_ds import export
 from flallm_ds.data.index import load_index
 from flallm_ds.data.loader import ClipReader, Loader
 from flallm_ds.data.plan import Plan
-from flallm_ds.data.text import DECODER_ONLY_PROMPT
+from flallm_ds.data.text.codec import DECODER_ONLY_PROMPT
 from flallm_ds.dist import World
 from flallm_ds.inference.translator import Translator
 from flallm_ds.models.sign_translator import Beam
 from flallm_ds.training.evaluate import Evaluation
+from tests.helpers.bars import WORDS, write_phoenix
+from tests.helpers.launching import launch, tiny_options
+from tests.helpers.llms import make_llm_with_own_code, make_tiny_llm
+from tests.helpers.paths import RANKS
 
 RUNS = ["encoder_decoder", "decoder_only_lora", "frozen"]
 REFUSES_EMBEDDINGS = """
@@ -34,7 +35,7 @@ NUM_FRAMES = [2, 3, 5, 9, 20, 60, 110]  # of the dev clips
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path) -> Path:
     """shards/ with 7 dev clips of very different length; run folders, trained on two ranks."""
-    from shards.build import Options, build
+    from flallm_ds.sharding.build import Options, build
 
     folder = tmp_path_factory.mktemp("generation")
     write_phoenix(folder / "phoenix", {"train": 12, "dev": 7, "test": 2}, seed=3)
@@ -73,7 +74,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path) -> Path:
     file.write_text(json.dumps(scenarios), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_MODULES_CACHE", str(folder / "modules"))  # where code of the hub is copied to
-        done = launch(Path(__file__).with_name("generation_ranks.py"), f"--scenarios={file}")
+        done = launch(RANKS / "generation.py", f"--scenarios={file}")
     assert done.returncode == 0, done.stdout[-8000:]
     return folder
 

@@ -8,19 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import REPOSITORY, flags, tiny_options
-from llms import make_llm_with_own_code
 
 from flallm_ds import command, dist
+from flallm_ds.cli.train import train
 from flallm_ds.recipes import resolve
 from flallm_ds.training.build import Task, build_task
 from flallm_ds.training.run_folder import run_folder
 from flallm_ds.training.stages import run_stage
 from flallm_ds.training.stop import StopRequest
-
-sys.path.insert(0, str(REPOSITORY / "launch"))
-
-import train
+from tests.helpers.launching import flags, tiny_options
+from tests.helpers.llms import make_llm_with_own_code
 
 METHODS = {
     "ValueError: only token ids": """
@@ -83,7 +80,7 @@ def test_an_llm_that_cannot_generate_is_refused_before_the_first_step(
     monkeypatch.setattr(sys, "argv", ["train.py", *flags(stage, options)])
     monkeypatch.setattr("flallm_ds.command.end_process", sys.exit)
     with pytest.raises(SystemExit) as ended:
-        command.main(train.train)
+        command.main(train)
     said = capsys.readouterr().err
     assert ended.value.code == 2 and "Traceback" not in said
     assert [line for line in said.splitlines() if line.startswith("error: ")] == [

@@ -10,15 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from bars import WORDS
-from launching import REPOSITORY, environment, launch, losses, tiny_options
-from llms import FAMILIES, make_tiny_llm
 from safetensors.torch import load_file
 
-from flallm_ds.data.text import DECODER_ONLY_PROMPT
+from flallm_ds.data.text.codec import DECODER_ONLY_PROMPT
+from tests.helpers.bars import WORDS
+from tests.helpers.launching import environment, launch, losses, tiny_options
+from tests.helpers.llms import FAMILIES, make_tiny_llm
+from tests.helpers.paths import RANKS, ROOT
 
 pytestmark = pytest.mark.timeout(2000)  # the fixture trains them all
-SCRIPT = Path(__file__).with_name("family_runs.py")
+SCRIPT = RANKS / "families.py"
 # With all pieces of their tokenizers: a head of its own, rows to spare, a row too few.
 WHOLE = ("flan_t5", "qwen3", "gemma3")
 EMBEDDINGS = ("shared.weight", "embed_tokens.weight", "word_embeddings.weight")
@@ -55,7 +56,7 @@ def runs(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     file.write_text(json.dumps([str(folder / run) for run in RUNS]), encoding="utf-8")
     command = [sys.executable, str(SCRIPT), f"--exports={file}"]
     loaded = subprocess.run(
-        command, cwd=REPOSITORY, env=environment(), text=True, capture_output=True, timeout=300, check=False
+        command, cwd=ROOT, env=environment(), text=True, capture_output=True, timeout=300, check=False
     )
     assert loaded.returncode == 0, (loaded.stdout + loaded.stderr)[-8000:]
     return folder
@@ -97,7 +98,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_the_readme_has_a_row_for_each_family_and_no_other() -> None:
-    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     rows = {line.split("`")[-2]: line for line in readme.splitlines() if "`test_family[" in line}
     assert rows.keys() == {f"test_family[{family}]" for family in FAMILIES}
     for family, entry in FAMILIES.items():

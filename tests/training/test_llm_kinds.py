@@ -5,16 +5,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launching import losses, tiny_options
-from llms import make_tiny_llm
 
 from flallm_ds import dist
-from flallm_ds.models.llm import load_llm
+from flallm_ds.models.llm.load import load_llm
 from flallm_ds.recipes import resolve
 from flallm_ds.training.stages import run_stage
 from flallm_ds.training.stop import StopRequest
-from tests.models.test_multimodal import make as make_multimodal
-from tests.models.test_quantized import fp8, mxfp4
+from tests.helpers.launching import losses, tiny_options
+from tests.helpers.llms import make_tiny_llm
+from tests.models.llm.test_multimodal import make as make_multimodal
+from tests.models.llm.test_quantized import fp8, mxfp4
 
 KINDS: dict[str, Callable[[Path, Path], object]] = {
     "fp8": lambda llama, folder: fp8(llama, folder, (16, 16)),

@@ -1,16 +1,16 @@
 """LLMs under ZeRO-3 on two ranks are loaded in parts. llm_loading_ranks.py does it, in one launch."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
-from launching import launch
-from llms import make_tiny_llm
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.models.test_multimodal import make as make_multimodal
-from tests.models.test_quantized import fp8, mxfp4
+from tests.helpers.launching import launch
+from tests.helpers.llms import make_tiny_llm
+from tests.helpers.paths import RANKS
+from tests.models.llm.test_multimodal import make as make_multimodal
+from tests.models.llm.test_quantized import fp8, mxfp4
 
 FAMILIES = ("mbart", "m2m100", "t5", "mt5", "qwen3", "gemma3", "bloom", "xglm")  # mt5's head is its own
 # Whole, as by --llm.trim_vocabulary=false: weights with scales, and a text model within a multimodal one.
@@ -33,7 +33,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     make_multimodal("mistral3", llama, folder / "llms" / "mistral3")
     large = LlamaForCausalLM(LARGE)
     large.save_pretrained(folder / "large", max_shard_size="50MB")
-    done = launch(Path(__file__).with_name("llm_loading_ranks.py"), f"--folder={folder}")
+    done = launch(RANKS / "llm_loading.py", f"--folder={folder}")
     assert done.returncode == 0, done.stdout[-6000:]
     megabytes = sum(p.numel() for p in large.parameters()) * 4 / 1e6
     return [{"megabytes": megabytes} | json.loads((folder / f"rank{r}.json").read_text()) for r in (0, 1)]

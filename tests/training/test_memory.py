@@ -7,9 +7,11 @@ import json
 from pathlib import Path
 
 import pytest
-from launching import launch
-from memory_ranks import CASES, STEPS
 from safetensors.torch import load_file
+
+from tests.helpers.launching import launch
+from tests.helpers.paths import RANKS
+from tests.ranks.memory import CASES, STEPS
 
 PAIRS = [(plain, saving) for plain, saving in zip([*CASES][::2], [*CASES][1::2], strict=True)]
 
@@ -17,7 +19,7 @@ PAIRS = [(plain, saving) for plain, saving in zip([*CASES][::2], [*CASES][1::2],
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("memory")
-    done = launch(Path(__file__).with_name("memory_ranks.py"), f"--out={out}")
+    done = launch(RANKS / "memory.py", f"--out={out}")
     assert done.returncode == 0, done.stdout[-6000:]
     return out
 

@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launching import losses, run_scenarios, tiny_options
 from safetensors.torch import load_file
 
 from flallm_ds.dist import World
 from flallm_ds.models.visual_encoder import VisualEncoder
+from tests.helpers.launching import losses, run_scenarios, tiny_options
 
 STOPS = (1, 4, 5, 7)  # 5 is the end of an epoch
 
@@ -136,8 +136,8 @@ def test_the_engine_gives_the_losses_of_a_plain_pytorch_loop(runs: Path, tiny_co
     """Stage visual against a loop without DeepSpeed: token mean, AdamW, clipping, cosine."""
     from flallm_ds.data.index import load_index
     from flallm_ds.data.loader import ClipReader, Loader
-    from flallm_ds.data.text import TextCodec
-    from flallm_ds.preprocess import Preprocess
+    from flallm_ds.data.preprocess import Preprocess
+    from flallm_ds.data.text.codec import TextCodec
     from flallm_ds.recipes import resolve
     from flallm_ds.training.build import feature_extractor, make_plan, make_sampling, visual_model
     from flallm_ds.training.schedule import rate_factor

@@ -8,8 +8,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from flallm_ds.batch import Hypothesis
 from flallm_ds.config import FREE_TO_CHANGE, RunConfig
-from flallm_ds.contracts import Hypothesis
 from flallm_ds.dist import World
 from flallm_ds.errors import UserError
 from flallm_ds.training import provenance

@@ -8,7 +8,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -19,21 +18,30 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launching import REPOSITORY, command, environment, flags, launch, losses, run_scenarios, tiny_options
-from llms import make_tiny_llm
 
 from flallm_ds import dist, export
 from flallm_ds.command import read_words
 from flallm_ds.config import DataConfig, RunConfig
 from flallm_ds.data.index import iter_rows, load_index, write_table
 from flallm_ds.errors import UserError
+from flallm_ds.files import locked
 from flallm_ds.inference.probe import draw_probe, read_probe
 from flallm_ds.inference.translator import Translator
-from flallm_ds.lock import locked
 from flallm_ds.recipes import RECIPES, resolve
 from flallm_ds.training.build import check_jpegs
-from flallm_ds.training.stages import run_stage
+from flallm_ds.training.stages import next_commands, run_stage
 from flallm_ds.training.stop import StopRequest
+from tests.helpers.launching import (
+    command,
+    environment,
+    flags,
+    launch,
+    losses,
+    run_scenarios,
+    tiny_options,
+)
+from tests.helpers.llms import make_tiny_llm
+from tests.helpers.paths import ROOT
 
 WHOLE = ("joint", "imagenet_llm", "unfrozen_llm", "temporal_llm", "frames_llm", "light_t_llm")
 # One of each kind: these differ in a number alone.
@@ -220,20 +228,18 @@ def test_the_end_of_a_run_says_how_good_it_is_and_what_comes_next(whole: tuple[P
 
 def test_the_next_command_is_one_that_can_be_typed(tmp_path: Path) -> None:
     """Stage llm on what stage visual has left, with the options that were given for it."""
-    sys.path.insert(0, str(REPOSITORY / "launch"))
-    import train
 
     given = {"run": f"{tmp_path}/a b_visual", "data.shards": "x y,z", "data.augment": "false"}
     config = resolve("visual", "phoenix14t", given)
-    (line,) = train._next_commands((config,), "phoenix14t_visual", given)
+    (line,) = next_commands((config,), "phoenix14t_visual", given)
     words, options = read_words(shlex.split(line)[2:])
     assert shlex.split(line)[:2] == ["deepspeed", "launch/train.py"] and not words
     llm = resolve(options.pop("stage"), options.pop("recipe"), options)
     assert (llm.visual_run, llm.run) == (config.run, f"{tmp_path}/a b_llm")
     assert llm.data.shards == ("x y", "z") and not llm.data.augment
-    (line,) = train._next_commands((resolve("visual", None, {}),), None, {})
+    (line,) = next_commands((resolve("visual", None, {}),), None, {})
     assert line == "deepspeed launch/train.py --stage llm --visual_run=runs/quickstart_visual"
-    scores, translate = train._next_commands((llm,), "phoenix14t", options)
+    scores, translate = next_commands((llm,), "phoenix14t", options)
     assert scores == f"deepspeed launch/evaluate.py --run '{llm.run}' --split test"
     assert translate == f"flallm translate VIDEO --model '{llm.run}'"
 
@@ -263,7 +269,7 @@ def kill_after(steps: int, run: Path, given: list[str]) -> None:
     """Start the command and kill it once the run has made so many steps."""
     process = subprocess.Popen(
         command("launch/train.py", *given, ranks=1),
-        cwd=REPOSITORY,
+        cwd=ROOT,
         env=environment(),
         stdout=subprocess.DEVNULL,
         start_new_session=True,
@@ -322,11 +328,9 @@ def test_each_score_stands_next_to_the_highest_that_the_tokenizer_allows(
     assert metrics[-1]["ceiling_bleu4"] == dev["ceiling_bleu4"]
     card = (run / "best" / "README.md").read_text(encoding="utf-8")
     assert f"A perfect model would score BLEU-4 {dev['ceiling_bleu4']:.2f} on dev" in card
+    from flallm_ds.cli.evaluate import evaluate
 
-    sys.path.insert(0, str(REPOSITORY / "launch"))
-    import evaluate
-
-    evaluate.evaluate(run=str(run), split="test", beams=1)
+    evaluate(run=str(run), split="test", beams=1)
     said = capsys.readouterr().out
     found = json.loads((run / "evaluation" / "test.json").read_text(encoding="utf-8"))
     bleu4 = found["ceiling"]["bleu4"]
@@ -379,14 +383,13 @@ def test_a_second_job_ends_at_once_on_all_ranks_and_touches_nothing(
 def test_a_second_evaluation_of_a_split_ends_at_once(
     whole: tuple[Path, str], tiny_corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.syspath_prepend(REPOSITORY / "launch")
-    import evaluate
+    from flallm_ds.cli.evaluate import evaluate
 
     folder = folder_of(whole[0], "visual")
     with locked(folder / "evaluation" / ".dev.lock", "it", "wait"):
         before = times(folder)
         with pytest.raises(UserError, match=r"evaluation/dev.json is in use by process .*another --split"):
-            evaluate.evaluate(run=str(folder), split="dev")
+            evaluate(run=str(folder), split="dev")
         assert times(folder) == before
 
 
@@ -394,13 +397,12 @@ def test_a_finished_pair_does_nothing(
     whole: tuple[Path, str], tiny_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, _ = whole
-    sys.path.insert(0, str(REPOSITORY / "launch"))
-    import train
+    from flallm_ds.cli.train import train
 
     before = times(run.parent)
     more = {"stage1.light_t.size": "tiny", "stage2.optim.llm_lr": "3e-4"}
     options = tiny_options(tiny_corpus, "visual", run, **more)
-    train.train(stage="both", **options)
+    train(stage="both", **options)
     said = capsys.readouterr().out
     assert "stage visual is finished" in said and "stage llm is finished" in said
     assert times(run.parent) == before
@@ -409,11 +411,11 @@ def test_a_finished_pair_does_nothing(
     (tmp_path / "moved").symlink_to(tiny_corpus / "shards")
     copy = tmp_path / "copy" / run.name
     options |= {"run": str(copy), "data.shards": str(tmp_path / "moved"), "data.threads": "1"}
-    train.train(stage="both", **options)  # scored where the shards are now, and once
+    train(stage="both", **options)  # scored where the shards are now, and once
     scores = [folder_of(copy, stage) / "evaluation" / "test.json" for stage in ("visual", "llm")]
     assert [json.loads(path.read_text())["shards"] for path in scores] == [[str(tmp_path / "moved")]] * 2
     before = times(copy.parent)
-    train.train(stage="both", **options)
+    train(stage="both", **options)
     assert times(copy.parent) == before
 
 

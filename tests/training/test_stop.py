@@ -15,8 +15,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from launching import REPOSITORY, command, environment, flags, losses, tiny_options
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.helpers.launching import command, environment, flags, losses, tiny_options
+from tests.helpers.paths import ROOT
 
 DEADLINE_S = 500
 
@@ -31,7 +33,7 @@ def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
     with log.open("ab") as file:
         return subprocess.Popen(
             command("launch/train.py", *arguments),
-            cwd=REPOSITORY,
+            cwd=ROOT,
             env=environment(),
             stdout=file,
             stderr=subprocess.STDOUT,
@@ -298,7 +300,7 @@ class Terminal:
 
         self.launcher = subprocess.Popen(
             command("launch/train.py", *arguments),
-            cwd=REPOSITORY,
+            cwd=ROOT,
             env=environment(),
             stdin=other,
             stdout=other,

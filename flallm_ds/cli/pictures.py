@@ -1,0 +1,30 @@
+"""`flallm strip`, `curves` and `probe`: pictures of runs."""
+
+from pathlib import Path
+
+
+def strip(*, run: Path, out: Path, split: str = "test", clips: int = 2) -> None:
+    """A picture of clips with hypothesis and reference: flallm strip --run RUN --out FILE.png.
+
+    run: a run folder on which launch/evaluate.py has scored the split.
+    """
+    from flallm_ds.inference.report import strip_of_run
+
+    strip_of_run(run, out, split, clips)
+
+
+def curves(*, runs: str, out: Path) -> None:
+    """A picture of losses and BLEU-4 over the epochs: flallm curves --runs RUN[,RUN] --out FILE.png."""
+    from flallm_ds.inference.report import draw_curves
+
+    draw_curves(out, [Path(run) for run in runs.split(",")])
+
+
+def probe(*, runs: str, out: Path) -> None:
+    """A picture of the last layers' gradients: flallm probe --runs RUN[,RUN] --out FILE.png.
+
+    Of runs that were trained with --train.probe_every.
+    """
+    from flallm_ds.inference.probe import draw_probe
+
+    draw_probe(out, [Path(run) for run in runs.split(",")])

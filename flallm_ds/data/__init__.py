@@ -1,0 +1,1 @@
+"""From shards on a disk or at an address to batches on a device."""

@@ -1,0 +1,1 @@
+"""Shards on a local disk, or at an address through a bounded cache."""

@@ -1,0 +1,1 @@
+"""Texts: languages, normalisation, token ids, prompts."""

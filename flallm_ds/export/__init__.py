@@ -1,0 +1,50 @@
+"""The export folder: its format, reading and writing it, and giving it away."""
+
+from flallm_ds.export.format import (
+    ADAPTER_FILE,
+    ADDITIONS,
+    CARD_FILE,
+    EVALUATION,
+    FEATURES_FILE,
+    FORMAT,
+    LANGUAGE_MODEL,
+    SETTINGS_FILE,
+    VISUAL_FILE,
+    base_llm,
+    base_of,
+    digest,
+    evaluated,
+    find,
+    frame_sampling,
+    read_settings,
+    settings_of,
+)
+from flallm_ds.export.reader import Export, read, read_features, read_llm, read_visual, trained_bits
+from flallm_ds.export.writer import write
+
+__all__ = [
+    "ADAPTER_FILE",
+    "ADDITIONS",
+    "CARD_FILE",
+    "EVALUATION",
+    "FEATURES_FILE",
+    "FORMAT",
+    "LANGUAGE_MODEL",
+    "SETTINGS_FILE",
+    "VISUAL_FILE",
+    "Export",
+    "base_llm",
+    "base_of",
+    "digest",
+    "evaluated",
+    "find",
+    "frame_sampling",
+    "read",
+    "read_features",
+    "read_llm",
+    "read_settings",
+    "read_visual",
+    "settings_of",
+    "trained_bits",
+    "write",
+]

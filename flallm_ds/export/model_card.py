@@ -1,0 +1,237 @@
+"""The model card of an export: what it is, how it was trained, how well it does; from what is recorded."""
+
+import json
+import re
+import shlex
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from flallm_ds.config import FREE_TO_CHANGE, RunConfig
+from flallm_ds.data.index import Index
+from flallm_ds.data.text.codec import TextCodec
+from flallm_ds.data.text.languages import find_language, tag_of
+from flallm_ds.metrics.ceiling import HIGH_CEILING
+from flallm_ds.recipes import RECIPES
+
+SCORES = {
+    "bleu1": "BLEU-1",
+    "bleu2": "BLEU-2",
+    "bleu3": "BLEU-3",
+    "bleu4": "BLEU-4",
+    "rouge_l": "ROUGE-L",
+    "chrf": "chrF",
+}
+SIGNATURES = {"bleu_signature": "BLEU", "rouge_signature": "ROUGE-L", "chrf_signature": "chrF"}
+PACKAGES = ("flallm_ds", "torch", "transformers", "deepspeed")
+
+
+def training_facts(config: RunConfig, index: Index) -> dict[str, Any]:
+    """How a model was trained, as plain values. index: of the training clips.
+
+    Folders of this machine are left out of absolute paths: a card is made to be shown.
+    """
+    llm = None if config.stage == "visual" else config.llm.name
+    return {
+        "command": command(config),
+        "llm": _without_folders(llm),
+        "llm_is_of_a_hub": llm is not None and not Path(llm).exists(),
+        "tune": None if config.stage == "visual" else config.llm.tune,
+        "corpora": list(index.corpora) or [index.corpus],
+        "num_clips": len(index),
+        "epochs": config.train.epochs,
+        "versions": {name: metadata.version(name) for name in PACKAGES},
+    }
+
+
+def command(config: RunConfig) -> str:
+    """Return the training command by the nearest recipe, with the shards and all options that change numbers.
+
+    An absolute path becomes /path/to/ and its last part.
+    """
+
+    def differences(name: str) -> dict[str, Any]:
+        base = RECIPES[name]().options()
+        mine = config.options()
+        # Another visual run or other shards change every number, wherever they lie.
+        counts = [o for o in mine if o in ("visual_run", "data.shards") or o not in FREE_TO_CHANGE]
+        return {o: mine[o] for o in counts if mine[o] != base[o]}
+
+    names = [name for name in RECIPES if RECIPES[name]().stage == config.stage]
+    if not names:
+        names = list(RECIPES)
+    nearest = min(names, key=lambda name: len(differences(name)))
+    flags = [f"--{option}={_flag(value)}" for option, value in differences(nearest).items()]
+    words = ["deepspeed", "launch/train.py", f"--recipe={nearest}", *flags]
+    return " ".join(map(_quoted, words))
+
+
+def _quoted(word: str) -> str:
+    """Return a word for bash; one with line breaks or control characters as $'...', so that it shows."""
+    if word.isprintable():
+        return shlex.quote(word)
+    escaped = ""
+    for character in word.replace("\\", r"\\").replace("'", r"\'"):
+        shows = character.isprintable()
+        escaped += character if shows else character.encode("unicode_escape").decode()
+    return f"$'{escaped}'"
+
+
+def _flag(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(_flag(part) for part in value)
+    if isinstance(value, str) and value.startswith("/"):
+        return f"/path/to/{Path(value).name}"
+    return str(value)
+
+
+def _without_folders(value: str | None) -> str | None:
+    return Path(value).name if value is not None and value.startswith("/") else value
+
+
+def plain(text: str) -> str:
+    """Return text from a corpus or a config as Markdown shows it: no markup, no HTML, one line."""
+    visible = "".join(c if c.isprintable() else " " for c in text)
+    return re.sub(r"([\\`*_\[\]<>&|#])", r"\\\1", visible)
+
+
+def _code_block(text: str) -> str:
+    """Return a fenced block that the text cannot close, whatever backticks it holds."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}\n{text}\n{fence}"
+
+
+def _code(text: str) -> str:
+    """Return an inline code span that the text cannot close; a pipe would end a table's cell."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence, space = "`" * (longest + 1), " " if "`" in text else ""
+    return f"{fence}{space}{text}{space}{fence}"
+
+
+def model_card(settings: dict[str, Any], codec: TextCodec) -> str:
+    """README.md of an export, with a hub's front matter. settings: of flallm.json.
+
+    The license is the user's to say: a model's depends on the corpora and on the LLM it came from.
+    """
+    training = settings["training"]
+    codes = [tag_of(language) for language in spoken(codec)]
+    languages = [find_language(code) for code in codes]
+    names = [one.name if one and one.name else code for one, code in zip(languages, codes, strict=True)]
+    front: dict[str, Any] = {
+        "language": codes,
+        "tags": ["sign-language-translation", "gloss-free", "flallm_ds"],
+        "datasets": training["corpora"],
+    }
+    if training["llm_is_of_a_hub"]:
+        front["base_model"] = training["llm"]
+    spoken_in = _listed(names) or "a spoken language"
+    parts = [
+        _front_matter(front),
+        f"# Sign language translation into {plain(spoken_in)}",
+        _what_it_is(settings, codec),
+        "## Use\n\n```python\nfrom flallm_ds.inference import Translator\n\n"
+        'print(Translator.from_pretrained("FOLDER_OR_HUB_ID").translate("video.mp4"))\n```\n\n'
+        "Or `flallm translate VIDEO --model FOLDER_OR_HUB_ID`. DeepSpeed is not needed for it.",
+        _scores(settings["scores"]),
+        _training(training),
+        _began_with(settings.get("weights", {})),
+        _limits(settings, codec),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def spoken(codec: TextCodec) -> list[str]:
+    """The languages that a codec's model was trained to say."""
+    instruction = codec.instruction
+    return [instruction.language] if instruction.language else [one for one in instruction.languages if one]
+
+
+def _front_matter(front: dict[str, Any]) -> str:
+    lines = [f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in front.items() if value]
+    lines.append("# license: yours to say; those of the corpora and of the base model bind it")
+    return "\n".join(["---", *lines, "---"])
+
+
+def _listed(words: list[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def _what_it_is(settings: dict[str, Any], codec: TextCodec) -> str:
+    training, frames = settings["training"], settings["frames"]
+    if settings["stage"] == "visual":
+        translator = "Light-T, a small translator with weights of its own (stage 1)"
+    else:
+        how = f"stage {settings['stage']}, tuned: {training['tune']}"
+        translator = f"the language model {plain(training['llm'])} ({how})"
+    return (
+        "Videos of signing in, sentences out, without glosses, by the method FLa-LLM (arXiv 2403.12556). "
+        f"A visual encoder reads frames of {frames['crop_size']} pixels, an adapter turns their features "
+        f"into tokens, and {translator} says the sentence with {codec.vocab_size} pieces of vocabulary. "
+        "Trained with flallm_ds."
+    )
+
+
+def _scores(scores: dict[str, Any]) -> str:
+    splits = {name: value for name, value in scores.items() if isinstance(value, dict) and "bleu4" in value}
+    if not splits:
+        return ""
+    lines = [f"| split | {' | '.join(SCORES.values())} |", "|---" * (len(SCORES) + 1) + "|"]
+    for name, values in splits.items():
+        cells = [f"{values[key]:.2f}" if key in values else "" for key in SCORES]
+        lines.append(f"| {plain(name)} | {' | '.join(cells)} |")
+    signatures = [
+        f"- {plain(split)}, {metric}: {_code(values[key])}"
+        for split, values in splits.items()
+        for key, metric in SIGNATURES.items()
+        if key in values
+    ]
+    ceilings = [
+        f" A perfect model would score BLEU-4 {values['ceiling_bleu4']:.2f} on {name}: the tokenizer cannot "
+        "write all of its references."
+        for name, values in splits.items()
+        if values.get("ceiling_bleu4", 100) < HIGH_CEILING
+    ]
+    text = f"In percent.{''.join(ceilings)} How they were computed:"
+    return "\n".join(["## Scores", "", *lines, "", text, "", *signatures])
+
+
+def _training(training: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in training["versions"].items())
+    corpora = _listed([plain(name) for name in training["corpora"]])
+    return (
+        f"## Training\n\n{training['num_clips']} clips of {corpora}, {training['epochs']} epochs.\n\n"
+        f"{_code_block(training['command'])}\n\n{versions}."
+    )
+
+
+def _began_with(weights: dict[str, Any]) -> str:
+    """Name what the training loaded, with the digests of its weights. weights: of weights.json."""
+    lines = []
+    for option, entry in weights.items():
+        commit = f" at commit {entry['revision']}" if entry["revision"] else ""
+        files = [f for f in entry["files"] if not f["file"].endswith((".json", ".txt", ".py", ".model"))]
+        digests = [f"{_code(f['file'])} sha256 {f['sha256'][:16]}" for f in files] or ["no weights"]
+        lines.append(f"- {option}: {plain(entry['name'])}{commit} ({', '.join(digests)})")
+    return "\n".join(["It began with:", "", *lines]) if lines else ""
+
+
+def _limits(settings: dict[str, Any], codec: TextCodec) -> str:
+    frames, generation = settings["frames"], settings["generation"]
+    pace = (
+        f"{frames['target_fps']:g} frames a second are kept"
+        if frames["target_fps"]
+        else f"one frame of {frames['keep_every']} is kept"
+    )
+    lines = [
+        f"- At most {frames['max_frames']} frames of a video are seen: {pace}.",
+        f"- A sentence has at most {generation['max_new_tokens']} pieces.",
+        "- Other corpora, signers and topics than those above were not measured.",
+    ]
+    if codec.vocab_size < len(codec.tokenizer):
+        lines.insert(
+            2,
+            f"- The vocabulary is trimmed to the {codec.vocab_size} pieces that the training text needs "
+            f"(of {len(codec.tokenizer)}): what is spelled with others cannot be said.",
+        )
+    return "\n".join(["## Limits", "", *lines])

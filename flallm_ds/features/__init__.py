@@ -1,0 +1,1 @@
+"""Cached features of a frozen visual encoder: their format, checks, and writing them."""

@@ -1,0 +1,213 @@
+"""A folder of features while it is written: which tars are finished, which are left, the index at the end.
+
+    <out>/
+      train-000012.view3.tar        whole: a tar gets this name when it is on the disk
+      .begun/                       plan.json, lock, and a record for each finished tar
+      {split}.safetensors, index.json   last
+
+So the writing may be killed at any moment; the same command goes on with the tars that are left. A tar that
+is taken away is made again by the same command.
+"""
+
+import errno
+import fcntl
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from flallm_ds.data import index as index_file
+from flallm_ds.data.index import COLUMNS, STRING_COLUMNS, Index
+from flallm_ds.errors import UserError
+from flallm_ds.features.facts import FeatureFacts, to_npy
+from flallm_ds.sharding.writer import SHARD_NAME, ShardWriter, move, write_file
+
+BEGUN = ".begun"
+TRAINING = "train"  # the split whose views are training's: random picks, augmented
+_FACTS = ("id", "text", "signer", "video", "language")  # of a clip, in the JSON behind its features
+
+
+@dataclass(frozen=True)
+class Job:
+    """One tar to write: the clips of one shard of the source, in stored order, seen for the `view`th time."""
+
+    split: str
+    shard: int
+    view: int
+    rows: np.ndarray
+
+    @property
+    def name(self) -> str:
+        plain = SHARD_NAME.format(split=self.split, number=self.shard)
+        return f"{plain.removesuffix('.tar')}.view{self.view}.tar"
+
+
+class FeatureFolder:
+    """`out`, over the splits' indexes of the source and the number of views of each."""
+
+    def __init__(self, out: Path, sources: Mapping[str, Index], views: Mapping[str, int]) -> None:
+        self.out, self.sources, self.views = out, sources, views
+        self._begun = out / BEGUN
+        self._lock: IO[str] | None = None
+
+    def begin(self, plan: Mapping[str, Any]) -> None:
+        """Take the folder, or go on with it, alone until `end`.
+
+        plan: plain values that decide every byte, by the names of their options. Raises UserError if the
+        folder holds anything else, was begun by another plan, or is in use.
+        """
+        plan = json.loads(json.dumps(plan))
+        path = self._begun / "plan.json"
+        if not path.is_file() and self.out.exists() and (not self.out.is_dir() or _holds_more(self.out)):
+            raise UserError(
+                f"--out must be a new or empty folder, or one of features that were begun, but {self.out} "
+                "holds something else. Name another folder."
+            )
+        self._begun.mkdir(parents=True, exist_ok=True)
+        lock = _locked(self._begun / "lock", self.out)
+        try:
+            self._compare(plan, path)
+        except UserError:
+            lock.close()
+            raise
+        self._lock = lock
+
+    def _compare(self, plan: Mapping[str, Any], path: Path) -> None:
+        if not path.is_file():
+            write_file(path, _json(plan))
+        before = _read(path)
+        for name in before | plan:
+            if before.get(name) != plan.get(name):
+                raise UserError(
+                    f"{name} must be {before.get(name)} as when the features in {self.out} were begun, but "
+                    f"is {plan.get(name)}. Leave it, or write to another --out."
+                )
+
+    def check_shared(self) -> None:
+        """Raise UserError on a machine that does not see what `begin` made."""
+        if not self._begun.is_dir():
+            raise UserError(f"--out must lie on a disk that all machines share, but {self.out} does not.")
+
+    def end(self) -> None:
+        """Let others at the folder."""
+        if self._lock is not None:
+            self._lock.close()
+
+    def jobs(self) -> list[Job]:
+        """All tars, those of a shard of the source beside each other."""
+        found = []
+        for split, source in self.sources.items():
+            shards = source.arrays["shard"]
+            order = np.argsort(shards, kind="stable")
+            ends = np.cumsum(np.bincount(shards, minlength=source.num_shards))
+            for shard, rows in enumerate(np.split(order, ends[:-1])):
+                found += [Job(split, shard, view, rows) for view in range(self.views[split])]
+        return found
+
+    def left(self) -> list[Job]:
+        """Those that are not finished."""
+        return [job for job in self.jobs() if not self._is_done(job)]
+
+    def _is_done(self, job: Job) -> bool:
+        path, record = self.out / job.name, self._record(job)
+        return record.is_file() and path.is_file() and path.stat().st_size == _read(record)["shard"]["bytes"]
+
+    def _record(self, job: Job) -> Path:
+        return self._begun / f"{job.name}.json"
+
+    def write(self, job: Job, features: Sequence[np.ndarray]) -> None:
+        """Write a tar: the features of each clip, (S, D), in order. Raises OSError if the disk refuses."""
+        source = self.sources[job.split]
+        strings = {name: source.strings(name) for name in ("key", *_FACTS)}
+        temporary = self._begun / f"{job.name}.tmp"
+        temporary.unlink(missing_ok=True)
+        places = []
+        with ShardWriter(temporary, job.shard) as tar:
+            for row, features_SD in zip(job.rows.tolist(), features, strict=True):
+                facts: dict[str, Any] = {name: strings[name][row] for name in _FACTS}
+                facts["fps"] = float(source.arrays["fps"][row])
+                member = to_npy(features_SD)
+                offset = tar.add_sample(strings["key"][row], "npy", member, facts)
+                places.append((offset, len(member)))
+        entry = vars(tar.shard_entry) | {"file": job.name}
+        move(temporary, self.out / job.name)
+        write_file(self._record(job), _json({"shard": entry, "places": places}))
+
+    def finish(self, facts: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
+        """Write tables and index.json. facts: the fields of `FeatureFacts` that all splits share.
+
+        manifest: the source's index.json.
+        """
+        entries: dict[str, Any] = {}
+        for split, source in self.sources.items():
+            arrays: dict[str, np.ndarray] = {
+                name: source.arrays[name]
+                for name in (*COLUMNS, *STRING_COLUMNS, *(f"{name}_ends" for name in STRING_COLUMNS))
+            }
+            arrays |= {name: np.zeros(len(source), COLUMNS[name]) for name in ("offset", "size")}
+            tars = []
+            for job in (job for job in self.jobs() if job.split == split):
+                record = _read(self._record(job))
+                places = np.array(record["places"], np.int64).reshape(-1, 2)
+                arrays["offset"][job.rows], arrays["size"][job.rows] = places.T
+                tars.append(record["shard"])
+            table = self._begun / f"{split}.safetensors"
+            entry = index_file.write_arrays(table, arrays)
+            table.chmod(0o644)  # as all else in the folder
+            move(table, self.out / table.name)
+            entries[split] = entry | {
+                "shards": tars,
+                "views": self.views[split],
+                "training": split == TRAINING,
+                "source_fingerprint": source.fingerprint,
+            }
+        own = {"format": index_file.FORMAT, "kind": FeatureFacts.KIND}
+        kept = {
+            name: manifest[name] for name in ("corpus", "language", "options", "notes") if name in manifest
+        }
+        write_file(self.out / "index.json", _json(own | kept | {"splits": entries, "features": dict(facts)}))
+
+
+def share(jobs: Sequence[Job], sizes: Mapping[str, np.ndarray], rank: int, world_size: int) -> list[Job]:
+    """A rank's part of the jobs: neighbours, so that few read the same shard of the source, and about as many
+    frames as others have.
+
+    sizes: frames of each clip, by split.
+    """
+    frames = np.array([sizes[job.split][job.rows].sum() for job in jobs], np.float64)
+    middles = np.cumsum(frames) - frames / 2
+    owners = (middles / max(frames.sum(), 1) * world_size).astype(int)
+    return [job for job, owner in zip(jobs, owners.tolist(), strict=True) if owner == rank]
+
+
+def _holds_more(out: Path) -> bool:
+    """Whether a folder holds more than a beginning that was killed at once."""
+    return any(path.name != BEGUN for path in out.iterdir())
+
+
+def _locked(path: Path, out: Path) -> IO[str]:
+    file = path.open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            raise
+        raise UserError(
+            f"one command at a time may write to {out}, but another does. Wait for it."
+        ) from error
+    return file
+
+
+def _json(content: Any) -> bytes:
+    return (json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode()
+
+
+def _read(path: Path) -> Any:
+    with suppress(ValueError):
+        return json.loads(path.read_text(encoding="utf-8"))
+    raise UserError(f"{path} must be JSON, but is not. Remove it: its tar is then made again.")

@@ -1,0 +1,270 @@
+"""Run stage 2's frozen encoder once over a shard folder. Killed at any moment, the writing can be resumed."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+
+from flallm_ds import dist
+from flallm_ds.batch import Batch
+from flallm_ds.config import RunConfig
+from flallm_ds.data.device import on_device
+from flallm_ds.data.index import check_video, read_manifest
+from flallm_ds.data.loader import BrokenClips, Clip, ClipReader, Loader
+from flallm_ds.data.plan import EpochPlan
+from flallm_ds.data.preprocess import Preprocess
+from flallm_ds.errors import Preempted, RankError, UserError
+from flallm_ds.features.facts import OPTIONS
+from flallm_ds.features.folder import TRAINING, FeatureFolder, Job, share
+from flallm_ds.models.feature_extractor import FeatureExtractor
+from flallm_ds.terminal import clock
+from flallm_ds.training.build import (
+    decode_threads,
+    feature_extractor,
+    frozen_features,
+    make_sampling,
+    open_index,
+    stage_1_export,
+)
+from flallm_ds.training.stop import StopRequest
+
+BATCH_FRAMES = 256  # that the encoder sees at once, if a clip has no more
+PATIENCE = timedelta(hours=12)  # of a rank that has finished for those that have not
+
+
+def write_features(
+    config: RunConfig, out: Path, views: int, dtype: Literal["float32", "float16"], splits: tuple[str, ...]
+) -> None:
+    """Write the features of a stage-1 result's frozen encoder to `out`, with all ranks.
+
+    config: of the stage llm that is to train on them. views: how many epochs' frame picks and augmentations
+    of the training clips. Raises UserError for options that do not fit, Preempted when asked to stop.
+    """
+    _must(views >= 1, f"--views must be at least 1, but is {views}.")
+    _must(bool(splits), "--splits must name a split, but is empty.")
+    _must(
+        len(config.data.shards) == 1,
+        f"--data.shards must name one folder, but names {len(config.data.shards)}: write the features of "
+        "each, and give all of them to stage llm.",
+    )
+    _must(
+        not config.trains_visual,
+        f"visual.frozen must be all where features are written, but is {config.visual.frozen}.",
+    )
+    stop = StopRequest()
+    world = dist.start(PATIENCE)
+    try:
+        Writing.begin(config, world, out, views, dtype, splits).run(stop)
+    finally:
+        dist.stop()
+
+
+def _written(out: Path, write: Callable[[], None]) -> None:
+    try:
+        write()
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--out must be where files can be written, but {out}: {error}.") from error
+
+
+@dataclass(frozen=True)
+class Writing:
+    """What one rank needs to write its part."""
+
+    config: RunConfig
+    world: dist.World
+    extractor: FeatureExtractor
+    folder: FeatureFolder
+    facts: Mapping[str, Any]
+    manifest: Mapping[str, Any]  # the source's index.json
+
+    @classmethod
+    def begin(
+        cls, config: RunConfig, world: dist.World, out: Path, views: int, dtype: str, splits: tuple[str, ...]
+    ) -> "Writing":
+        if config.visual_run != "none":
+            stage_1_export(config)
+        sources = {split: open_index(config.data, split, world) for split in splits}
+        manifest = dist.main_first(lambda: read_manifest(sources[splits[0]].store), world)
+        check_video(manifest, config.data.shards[0], "launch/features.py")
+        torch.manual_seed(config.train.seed)  # as in stage llm, where parts of the encoder may be random
+        extractor = feature_extractor(config, world).to(world.device)
+        options = {name: getattr(config.data, name) for name in OPTIONS}
+        facts = {
+            "source": sources[splits[0]].root,
+            "encoder": extractor.fingerprint(),
+            "made_by": config.visual_run,
+            "width": extractor.feature_width,
+            "dtype": dtype,
+            "options": options,
+            "seed": config.train.seed,
+        }
+        folder = FeatureFolder(out, sources, {split: views if split == TRAINING else 1 for split in splits})
+        plan = {
+            "the encoder": facts["encoder"],
+            "--views": views,
+            "--dtype": dtype,
+            "--splits": ",".join(splits),
+            "train.seed": config.train.seed,
+            **{f"data.{name}": value for name, value in options.items()},
+            **{f"the source of {split}": index.fingerprint for split, index in sources.items()},
+        }
+        dist.main_first(lambda: _written(out, lambda: folder.begin(plan)), world)
+        dist.on_each_machine(folder.check_shared, world)
+        return cls(config, world, extractor, folder, facts, manifest)
+
+    def run(self, stop: StopRequest) -> None:
+        """Write what is left. Raises Preempted where it is asked to stop."""
+        stop.begin()
+        try:
+            self._write(stop)
+        finally:
+            self.folder.end()
+
+    def _write(self, stop: StopRequest) -> None:
+        sampling = make_sampling(self.config.data)
+        sizes = {
+            split: sampling.num_kept(index.num_frames, index.arrays["fps"])
+            for split, index in self.folder.sources.items()
+        }
+        todo = set(dist.main_first(lambda: [job.name for job in self.folder.left()], self.world))
+        jobs = [job for job in self.folder.jobs() if job.name in todo]
+        mine = share(jobs, sizes, self.world.rank, self.world.size)
+        progress = Progress(len(mine), self.world.is_main)
+        for split in self.folder.sources:
+            part = [job for job in mine if job.split == split]
+            for job, clips in self.encoded(part, sizes[split], stop):
+                try:
+                    self.folder.write(job, clips)
+                except OSError as error:
+                    raise RankError(
+                        f"{job.name} could not be written to {self.folder.out}: {error}."
+                    ) from error
+                progress.tar(sum(map(len, clips)))
+        if any(dist.gather_objects(bool(stop), self.world)):  # when all have written theirs, or stopped
+            raise Preempted("stopped; the same command goes on with the tars that are left.")
+        finish = partial(self.folder.finish, self.facts, self.manifest)
+        dist.main_first(lambda: _written(self.folder.out, finish), self.world)
+        if self.world.is_main:
+            out = self.folder.out
+            print(f"features are in {out}\nnext: stage llm with --data.shards={out}", flush=True)
+
+    def reader(self, split: str) -> "TolerantReader":
+        data, index = self.config.data, self.folder.sources[split]
+        training = split == TRAINING
+        budget = math.ceil(data.max_broken * len(index)) if training else 0
+        sampling = make_sampling(data)
+        return TolerantReader(index, sampling, self.config.train.seed, training, broken=BrokenClips(budget))
+
+    def encoded(
+        self, jobs: list[Job], num_kept: np.ndarray, stop: StopRequest
+    ) -> Iterator[tuple[Job, list[np.ndarray]]]:
+        """Jobs of one split in order, each with the features of its clips: NaN for a broken one.
+
+        It ends early where this rank is asked to stop.
+        """
+        if not jobs:
+            return
+        reader = self.reader(jobs[0].split)
+        plan, last_steps = plan_of(jobs, num_kept)
+        loader = Loader(reader, plan, threads=self.config.data.threads or decode_threads(self.world))
+        found: dict[int, np.ndarray] = {}
+        for step, (batch,) in enumerate(on_device(loader.steps(), self.world.device)):
+            if stop:
+                return
+            view = int(plan.passes[plan.places_of(step)[0][0]])
+            rows = plan.slices_of(step)[0].tolist()
+            for row, features_SD in zip(rows, self.encode(batch, reader.train), strict=True):
+                if (row, view) in reader.lost:
+                    features_SD = np.full_like(features_SD, np.nan)
+                elif not np.isfinite(features_SD).all():
+                    raise RankError(
+                        f"features must be finite, but those of {reader.index.strings('key')[row]} are not "
+                        f"in {features_SD.dtype}. Give --dtype=float32, or look at the encoder."
+                    )
+                found[row] = features_SD
+            if step in last_steps:
+                job = last_steps[step]
+                yield job, [found[row] for row in job.rows.tolist()]
+                found = {}
+
+    def encode(self, batch: Batch, train: bool) -> list[np.ndarray]:
+        """The features of each clip of a batch."""
+        data = self.config.data
+        preprocess = Preprocess(data.frame_size, data.crop_size, data.augment)
+        pixels_NCHW = preprocess(batch, train, self.world.device)
+        features_ND = frozen_features(self.extractor, pixels_NCHW, batch.num_frames_B).cpu().numpy()
+        with np.errstate(over="ignore"):  # it is looked for by `encoded`
+            features_ND = features_ND.astype(self.facts["dtype"])
+        return np.split(features_ND, np.cumsum(batch.num_frames_B.numpy())[:-1])
+
+
+@dataclass(frozen=True)
+class TolerantReader(ClipReader):
+    """Reads a clip that does not decode as black frames, and remembers (row, view)."""
+
+    broken: BrokenClips = field(default_factory=lambda: BrokenClips(0))
+    lost: set[tuple[int, int]] = field(default_factory=set)
+
+    def load(self, row: int, epoch: int, content: np.ndarray | None) -> Clip:
+        try:
+            return super().load(row, epoch, content)
+        except (ValueError, OSError) as error:
+            self.broken.add(self.index.tar(row).file, self.index.strings("key")[row], str(error))
+            self.lost.add((row, epoch))
+            if content is not None:
+                content[:] = 0
+            return Clip(self.draws(row, epoch)[0], [])
+
+
+def plan_of(jobs: Sequence[Job], num_kept: np.ndarray) -> tuple[EpochPlan, dict[int, Job]]:
+    """(batches of clips, none of two jobs; the job that each last batch of one ends).
+
+    Which clips are seen together depends on the job alone, whatever the ranks and what was written before: so
+    the bytes of a tar do not, either.
+    """
+    batches: list[np.ndarray] = []
+    views: list[int] = []
+    last_steps = {}
+    for job in jobs:
+        sums = np.cumsum(num_kept[job.rows])
+        cuts = np.flatnonzero(np.diff((sums - 1) // BATCH_FRAMES)) + 1
+        parts = np.split(job.rows, cuts)
+        batches += parts
+        views += [job.view] * len(parts)
+        last_steps[len(batches) - 1] = job
+    sizes = [len(batch) for batch in batches]
+    order, passes = np.concatenate(batches), np.repeat(views, sizes)
+    return EpochPlan(order, passes, np.cumsum(sizes), num_kept, slices=1), last_steps
+
+
+class Progress:
+    """Lines of rank 0 for a person."""
+
+    def __init__(self, num_tars: int, enabled: bool) -> None:
+        self._num_tars, self._enabled = num_tars, enabled
+        self._begin = self._said = time.perf_counter()
+        self._done = self._frames = 0
+
+    def tar(self, frames: int) -> None:
+        self._done, self._frames = self._done + 1, self._frames + frames
+        now = time.perf_counter()
+        if not self._enabled or (now - self._said < 10 and self._done < self._num_tars):
+            return
+        self._said = now
+        seconds = now - self._begin
+        left = clock(seconds * (self._num_tars / self._done - 1))
+        rate = self._frames / seconds
+        print(f"features: tar {self._done}/{self._num_tars}  {rate:.0f} frames/s  left {left}", flush=True)
+
+
+def _must(holds: bool, sentence: str) -> None:
+    if not holds:
+        raise UserError(sentence)

@@ -1,0 +1,140 @@
+"""Score a run's best export on a split with all ranks."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from flallm_ds import dist, export
+from flallm_ds.batch import Hypothesis
+from flallm_ds.config import DataConfig, RunConfig
+from flallm_ds.data.index import Index
+from flallm_ds.data.loader import ClipReader, Loader, num_places
+from flallm_ds.data.plan import Plan
+from flallm_ds.data.text.codec import TextCodec
+from flallm_ds.errors import UserError
+from flallm_ds.features.checks import check_evaluation, check_features
+from flallm_ds.features.facts import OPTIONS
+from flallm_ds.files import locked_by_main
+from flallm_ds.inference import report
+from flallm_ds.inference.translator import Translator
+from flallm_ds.training.build import decode_threads, open_index
+from flallm_ds.training.checkpoint import replace_file
+from flallm_ds.training.evaluate import Evaluation, ceiling_of, perfect, scores_of
+from flallm_ds.training.progress import ScoringProgress
+from flallm_ds.training.stop import StopRequest
+
+CLIPS_A_BATCH = 8
+PRINT_EVERY_S = 5.0
+
+
+@dataclass(frozen=True)
+class Search:
+    """How hypotheses are searched. nbest: of each clip. length_penalty, bits: default the run's."""
+
+    beams: int = 5
+    nbest: int = 1
+    length_penalty: float | None = None
+    bits: Literal[32, 16, 8, 4] | None = None
+    hub_code: bool = False
+
+
+def evaluate_run(
+    run: str,
+    split: str,
+    world: dist.World,
+    search: Search = Search(),
+    *,
+    shards: tuple[str, ...] = (),
+    threads: int = 0,
+    data: DataConfig | None = None,
+    stop: StopRequest | None = None,
+) -> None:
+    """Write RUN/evaluation/SPLIT.json and SPLIT.hypotheses.jsonl, and print the table.
+
+    run: a run folder or an export. shards: default those the run was trained on. data: instead of the run's
+    options. Raises Preempted after a request to `stop`.
+    """
+    folder = export.find(run)
+    config_path = Path(run) / "config.json"
+    if not shards and not config_path.is_file():
+        raise UserError(f"--shards must be given where {run} is no run folder (it has no config.json).")
+    if data is None:
+        data = RunConfig.load(config_path).data if config_path.is_file() else DataConfig()
+    threads = threads or data.threads
+    index = open_index(replace(data, shards=shards or data.shards, weights=()), split, world)
+    results = Path(run) / export.EVALUATION
+    lock = results / f".{split}.lock"
+    with locked_by_main(lock, f"{results / split}.json", "evaluate another --split", world):
+        of_export = dist.main_first(lambda: export.digest(folder), world)
+        translator = Translator.from_pretrained(run, world.device, search.bits, search.hub_code)
+        translator = translator.searching(search.beams, search.nbest, search.length_penalty)
+        loader = split_loader(translator, index, run, world, threads or decode_threads(world))
+        codec = translator.export.codec
+        evaluation = Evaluation(loader, translator.generate, codec, world)
+        hypotheses = evaluation.hypotheses(ScoringProgress(split, PRINT_EVERY_S, world.is_main), stop)
+        facts = {
+            "split": split,
+            "export": of_export,
+            "shards": list(shards or data.shards),
+            "beams": translator.beam.num_beams,
+            "length_penalty": translator.beam.length_penalty,
+        }
+        dist.main_first(lambda: write_results(results, facts, hypotheses, codec), world)
+
+
+def split_loader(translator: Translator, index: Index, run: str, world: dist.World, threads: int) -> Loader:
+    """A loader over the split in length order. Raises UserError for features of another encoder."""
+    frames = translator.export.settings["frames"]
+    if index.features:
+        options = {name: frames[name] for name in OPTIONS if name != "augment"}
+        check_features(index, options, translator.export.visual.fingerprint(), f"--run={run}")
+        check_evaluation(index)
+    elif frames["feature_fps"] is not None:
+        raise UserError(
+            f"--shards must be features where a model was trained on them at {frames['feature_fps']:g} a "
+            f"second, but {index.root} is video. Make them with launch/features.py."
+        )
+    sampling = export.frame_sampling(translator.export.settings)
+    return Loader(
+        ClipReader(index, sampling, seed=0, train=False, feature_fps=frames["feature_fps"]),
+        Plan(
+            index.fingerprint,
+            num_places(index, sampling, frames["feature_fps"]),
+            index.arrays["shard"],
+            seed=0,
+            batch_clips=CLIPS_A_BATCH * world.size,
+            slices=world.size,
+        ).in_length_order(),
+        translator.export.codec,
+        rank=world.rank,
+        world_size=world.size,
+        threads=threads,
+    )
+
+
+def write_results(
+    folder: Path, search: dict[str, Any], hypotheses: Sequence[Hypothesis], codec: TextCodec
+) -> None:
+    """SPLIT.json, SPLIT.hypotheses.jsonl, and the table on the screen."""
+    written = perfect(hypotheses, codec)
+    ceiling = ceiling_of(written)
+    rows = {"scores": scores_of(hypotheses).as_dict(), "blind": report.blind_scores(hypotheses).as_dict()}
+    for row in rows.values():
+        row["ceiling_bleu4"] = ceiling.bleu4
+    for part in ("corpus", "language"):
+        found, highest = report.scores_by(hypotheses, part), report.scores_by(written, part)
+        for name, scores in found.items() if len(found) > 1 else ():
+            rows[f"{name} alone"] = scores.as_dict() | {"ceiling_bleu4": highest[name].bleu4}
+    folder.mkdir(exist_ok=True)
+    split = search["split"]
+    path = folder / f"{split}.hypotheses.jsonl"
+    report.write_hypotheses(path, hypotheses)
+    content = {**search, **rows, "ceiling": {"bleu4": ceiling.bleu4, "changes": ceiling.changes}}
+    replace_file(folder / f"{split}.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    names = {"scores": "model", "blind": "blind control"}
+    print(report.table({names.get(name, name): row for name, row in rows.items()}))
+    if str(ceiling):
+        print(ceiling)
+    print(f"signature: {rows['scores']['bleu_signature']}\nhypotheses: {path}")

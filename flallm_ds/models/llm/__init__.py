@@ -1,0 +1,1 @@
+"""Loading, trimming and tuning any LLM of transformers."""

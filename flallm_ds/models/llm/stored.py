@@ -1,0 +1,224 @@
+"""An LLM's checkpoint as a state dict whose tensors stay in their files until somebody needs their values."""
+
+import ctypes
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch.utils._pytree import tree_map_only
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, rename_source_key
+from transformers.modeling_utils import load_state_dict, str_to_torch_dtype
+from transformers.utils import cached_file
+
+from flallm_ds.models.pretrained import CHECKPOINT_FILES
+
+# What a checkpoint may hold or lack whatever the model: tables that are computed (positions, causal
+# masks), mBART's bias of zeros, fairseq's version, and heads of other tasks next to a whole LLM.
+NEEDLESS = re.compile(
+    r"(^|\.)(inv_freq|position_ids|final_logits_bias|embed_positions\.weights|embed_positions\._float_tensor"
+    r"|(encoder|decoder)\.version|(attn|attention)\.(bias|masked_bias|causal_mask))$"
+    r"|^(classification_head|multiple_choice_head|score|classifier|qa_outputs|v_head|value_head|pooler)\."
+)
+# Of the text model in LLaVA's layout (language_model.model.layers...) and its successors.
+_OF_TEXT = re.compile(r"(?:model\.)?(?:language_model|text_model|llm)\.(?:model\.)?(lm_head\.)?(.+)")
+_DTYPES = {**str_to_torch_dtype, "F8_E8M0": torch.float8_e8m0fnu}
+BLOCK_BYTES = 64 * 2**20  # how much of a tensor is read at once where rows are chosen or compared
+
+
+class StoredTensor(torch.Tensor):
+    """A tensor of a safetensors file. It has shape and type; every operation on it reads its values anew.
+
+    So transformers' own loading code, handed a dict of these, holds one tensor at a time instead of all.
+    """
+
+    path: Path
+    key: str
+
+    @staticmethod
+    def __new__(cls, path: Path, key: str, shape: Sequence[int], dtype: torch.dtype) -> "StoredTensor":
+        wrap: Any = torch.Tensor._make_wrapper_subclass
+        tensor: StoredTensor = wrap(cls, tuple(shape), dtype=dtype)
+        tensor.path, tensor.key = path, key
+        return tensor
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        args, kwargs = tree_map_only(StoredTensor, lambda stored: stored.read(), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def read(self) -> torch.Tensor:
+        with safe_open(self.path, framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(self.key)
+        return tensor
+
+    def blocks(self) -> Iterator[torch.Tensor]:
+        """The rows in order, a few at a time; at least one dimension."""
+        step = self.rows_at_once
+        with safe_open(self.path, framework="pt") as file:
+            rows = file.get_slice(self.key)
+            for start in range(0, self.shape[0], step):
+                yield rows[start : start + step]
+
+    @property
+    def rows_at_once(self) -> int:
+        """As many rows as BLOCK_BYTES hold, at least one."""
+        return max(1, BLOCK_BYTES // (self.shape[1:].numel() * self.element_size()))
+
+
+def checkpoint_files(name: str) -> list[Path]:
+    """The weight files of a hub id (then downloaded) or folder. Raises OSError where there are none."""
+    for candidate in CHECKPOINT_FILES:
+        found = cached_file(name, candidate, _raise_exceptions_for_missing_entries=False)
+        if found is None:
+            continue
+        if not candidate.endswith(".json"):
+            return [Path(found)]
+        places = json.loads(Path(found).read_text(encoding="utf-8"))["weight_map"]
+        return [Path(cached_file(name, file)) for file in sorted(set(places.values()))]
+    raise OSError(f"no file named {', '.join(CHECKPOINT_FILES)} found in {name}.")
+
+
+def open_checkpoint(name: str) -> dict[str, torch.Tensor]:
+    """Every tensor of a hub id or folder by its name there; pickled ones (.bin) are mapped from the file."""
+    state: dict[str, torch.Tensor] = {}
+    for path in checkpoint_files(name):
+        if path.suffix != ".safetensors":
+            state |= load_state_dict(path)  # unpickles tensors alone
+            continue
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                described = file.get_slice(key)
+                dtype = _DTYPES[described.get_dtype()]
+                state[key] = StoredTensor(path, key, described.get_shape(), dtype)
+    return state
+
+
+def text_tensors(skeleton: Any, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a multimodal checkpoint's text model, by the names that they have in the text model.
+
+    skeleton: that on the meta device.
+    """
+    body = next(name.split(".")[0] for name in skeleton.state_dict() if not name.startswith("lm_head."))
+    found = {}
+    for key, tensor in state.items():
+        match = _OF_TEXT.fullmatch(key)
+        if match:
+            found[f"{match[1] or f'{body}.'}{match[2]}"] = tensor
+        elif key.startswith("lm_head."):
+            found[key] = tensor
+    return found
+
+
+def model_names(skeleton: Any, stored: Sequence[str]) -> dict[str, str]:
+    """{name in a checkpoint: the model's own name of what it becomes}, as transformers renames.
+
+    skeleton: the model on the meta device. Names of no part of it are left out.
+    """
+    transforms = get_model_conversion_mapping(skeleton)
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
+    own = skeleton.state_dict()
+    renamed = {
+        key: rename_source_key(key, renamings, converters, skeleton.base_model_prefix, own)[0]
+        for key in stored
+    }
+    return {key: name for key, name in renamed.items() if name in own}
+
+
+def unplaced(skeleton: Any, names: Mapping[str, str], stored: Iterable[str]) -> list[str]:
+    """Names in a checkpoint of what ends up in no part of the model, but for what no model needs.
+
+    names: what `model_names` returned for `stored`.
+    """
+    ignored = list(skeleton._keys_to_ignore_on_load_unexpected or ())
+    return [
+        key
+        for key in stored
+        if key not in names
+        and not NEEDLESS.search(key)
+        and not any(re.search(pattern, key) for pattern in ignored)
+    ]
+
+
+def unfilled(skeleton: Any, names: Mapping[str, str]) -> list[str]:
+    """Names of the model's parameters and buffers that no stored tensor, and no tied one, fills."""
+    filled = set(names.values())
+    pairs = skeleton.all_tied_weights_keys.items()
+    filled |= {source for target, source in pairs if target in filled}
+    filled |= {target for target, source in pairs if source in filled}
+    ignored = list(skeleton._keys_to_ignore_on_load_missing or ())
+    return [
+        name
+        for name in skeleton.state_dict()
+        if name not in filled
+        and not NEEDLESS.search(name)
+        and not any(re.search(pattern, name) for pattern in ignored)
+    ]
+
+
+def are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if one.shape != other.shape:
+        return False
+    if isinstance(one, StoredTensor) and isinstance(other, StoredTensor):
+        return all(torch.equal(a, b) for a, b in zip(one.blocks(), other.blocks(), strict=True))
+    return one.data_ptr() == other.data_ptr() or torch.equal(one, other)
+
+
+def untied_names(skeleton: Any, state: Mapping[str, torch.Tensor]) -> set[str]:
+    """The model's names of what may be another's tied twin, but is stored with values of its own.
+
+    mT5's head is not its embedding, although its config says so.
+    """
+    stored = {name: state[key] for key, name in model_names(skeleton, list(state)).items()}
+    return {
+        target
+        for target, source in skeleton.all_tied_weights_keys.items()
+        if target in stored and source in stored and not are_equal(stored[target], stored[source])
+    }
+
+
+@contextmanager
+def tied_before_loading(kind: Any, untied: set[str]) -> Iterator[None]:
+    """Within, `from_pretrained` of this class ties parameters before it loads them, and never these names.
+
+    transformers ties afterwards: until then every twin of a large embedding takes its part of the memory. And
+    it compares twins before it ties them; under ZeRO-3 it compares what is left of them, nothing.
+    """
+    ties, load = kind._tied_weights_keys, kind._load_pretrained_model
+
+    def tie_and_load(model: Any, *arguments: Any, **more: Any) -> Any:
+        model.tie_weights(recompute_mapping=False)
+        return load(model, *arguments, **more)
+
+    kind._load_pretrained_model = staticmethod(tie_and_load)
+    if untied:
+        kind._tied_weights_keys = {t: s for t, s in ties.items() if t not in untied}
+    try:
+        yield
+    finally:
+        kind._tied_weights_keys, kind._load_pretrained_model = ties, staticmethod(load)
+
+
+@contextmanager
+def freed_at_once() -> Iterator[None]:
+    """Within, freed memory of more than 128 KB goes back to the system at once, where the C library is glibc.
+
+    It would keep pieces of up to 32 MB; between parts of a model that stay, they add up to a third of them.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        yield
+        return
+    mmap_threshold, trim_threshold = -3, -1  # malloc.h
+    mallopt(mmap_threshold, 2**17)
+    try:
+        yield
+    finally:
+        mallopt(mmap_threshold, 32 * 2**20)  # as high as glibc itself goes
+        mallopt(trim_threshold, 64 * 2**20)

@@ -1,0 +1,122 @@
+"""How2Sign: American sign language, instructional speech, front camera.
+
+The right clips are cut from the raw videos by the re-aligned times. The ready-made sentence clips were cut
+with the original, misaligned times: they are used where they cover more rows of a split, and a note says so.
+"""
+
+import re
+from pathlib import Path
+
+from flallm_ds.errors import UserError
+from flallm_ds.sharding.corpora import (
+    Corpus,
+    Row,
+    check_text,
+    find_file,
+    first_line,
+    read_seconds,
+    read_table,
+)
+from flallm_ds.sharding.corpora.videos import Videos
+
+_COLUMNS = ("VIDEO_ID", "VIDEO_NAME", "SENTENCE_NAME", "START_REALIGNED", "END_REALIGNED", "SENTENCE")
+_OWN_SPLITS = {"train": "train", "dev": "val", "test": "test"}
+
+
+def read(source: Path, splits: tuple[str, ...], *, repair_mojibake: bool = False) -> Corpus:
+    """How2Sign. --source: the folder that holds sentence_level (and video_level, if you have the raw videos).
+
+    --repair_mojibake=true mends texts such as "horseâ€™s" (163 sentences of train, 23 of test).
+    """
+    if not source.is_dir():
+        raise UserError(f"--source must be the How2Sign folder, but is no folder: {source}. Check --source.")
+    videos = Videos(source)
+    rows, notes = {}, []
+    for split in splits:
+        rows[split], said = read_rows(source, _OWN_SPLITS[split], videos, repair_mojibake)
+        notes += [f"{split}: {note}" for note in said]
+    return Corpus("how2sign", "en", rows, notes)
+
+
+def read_rows(source: Path, split: str, videos: Videos, repair: bool) -> tuple[list[Row], list[str]]:
+    """The rows of a split's re-aligned table (TAB- or comma-separated) and notes on how they were read."""
+    table = _find_table(source, split)
+    delimiter = "\t" if "\t" in first_line(table) else ","
+    lines = list(read_table(table, delimiter, _COLUMNS))
+    raw_names = {fields["VIDEO_NAME"]: (fields["VIDEO_NAME"],) for _, fields in lines}
+    ready_names = {fields["SENTENCE_NAME"]: (fields["SENTENCE_NAME"],) for _, fields in lines}
+    there = videos.found(raw_names), videos.found(ready_names)
+    num_raw = sum(fields["VIDEO_NAME"] in there[0] for _, fields in lines)
+    num_ready = sum(fields["SENTENCE_NAME"] in there[1] for _, fields in lines)
+    raw = num_raw > 0 and num_raw >= num_ready
+    level = "video_level" if raw else "sentence_level"
+    paths, said = videos.choose(raw_names if raw else ready_names, f"{level}/{split}/rgb_front/raw_videos")
+    kind = (
+        "cut from the raw videos by the re-aligned times" if raw else "ready-made, cut by the original times"
+    )
+    num_there = num_raw if raw else num_ready
+    notes = [f"clips {kind} ({num_there:,} of {len(lines):,} rows have a video)", *said]
+    rows, num_garbled = [], 0
+    for line, fields in lines:
+        what = f"{table}, line {line}:"
+        text = fields["SENTENCE"]
+        mended = mend_mojibake(text)
+        # The mended text: the bytes of a garbled letter may be shown as control characters.
+        check_text(mended.strip(), f"{what} a sentence")
+        num_garbled += mended != text
+        start_s = read_seconds(fields["START_REALIGNED"], f"{what} START_REALIGNED", required=raw)
+        end_s = read_seconds(fields["END_REALIGNED"], f"{what} END_REALIGNED", required=raw)
+        name = fields["VIDEO_NAME"] if raw else fields["SENTENCE_NAME"]
+        signer = re.search(r"-([0-9]+)-rgb_", fields["VIDEO_NAME"])
+        rows.append(
+            Row(
+                id=fields["SENTENCE_NAME"],
+                path=paths.get(name, source / f"{name}.mp4"),
+                text=(mended if repair else text).strip(),
+                language="en",
+                signer=signer[1] if signer else "",
+                video=fields["VIDEO_ID"],
+                start_s=start_s if raw else None,
+                end_s=end_s if raw else None,
+            )
+        )
+    if num_garbled:
+        done = "repaired" if repair else "kept as they are (--repair_mojibake=true mends them)"
+        notes.append(f"{num_garbled:,} texts with garbled characters, {done}")
+    return rows, notes
+
+
+_GARBLED = re.compile(r"[\u00c2-\u00f4][^\x00-\x7f]{1,3}")
+
+
+def mend_mojibake(text: str) -> str:
+    """UTF-8 that was read as Windows-1252 or Latin-1, read aright ("horseâ€™s"); any other text unchanged."""
+
+    def mend(match: re.Match[str]) -> str:
+        for length in range(len(match[0]), 1, -1):
+            try:
+                return b"".join(map(_byte, match[0][:length])).decode("utf-8") + match[0][length:]
+            except (UnicodeError, ValueError):
+                continue
+        return match[0]
+
+    return _GARBLED.sub(mend, text)
+
+
+def _byte(character: str) -> bytes:
+    """The byte that was shown as this character; Windows-1252 has five holes, which Latin-1 fills."""
+    try:
+        return character.encode("cp1252")
+    except UnicodeEncodeError:
+        return bytes([ord(character)])  # ValueError above 255
+
+
+def _find_table(source: Path, split: str) -> Path:
+    name = f"how2sign_realigned_{split}.csv"
+    found = find_file(source, f"sentence_level/{split}/text/en/raw_text/re_aligned/{name}", name)
+    if found is None:
+        raise UserError(
+            f"the re-aligned table of every split must be there, but {name} is not below {source}. "
+            "Fetch it, or name the splits that you have with --splits."
+        )
+    return found

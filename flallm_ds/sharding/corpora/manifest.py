@@ -1,0 +1,220 @@
+"""Any sign corpus by a manifest: CSV, TSV or JSON lines with a video and a text a row.
+
+Columns: video, text; optionally start, end (seconds or h:m:s within the video), split, signer, language, id,
+bbox ("x0,y0,x1,y1", each 0 to 1: the part of the picture to keep) and fps (of a folder of frame images; 25).
+A video is a file or a folder of frame images; its path is relative to the manifest's folder. Without a split
+column, a video's clips go to train, dev or test (80, 10 and 10 %) by a hash of its path: never one video to
+two splits, and the same on every machine.
+"""
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from flallm_ds.data.text.languages import language_tag
+from flallm_ds.errors import UserError
+from flallm_ds.sharding.corpora import (
+    Corpus,
+    Row,
+    check_text,
+    first_of,
+    read_lines,
+    read_seconds,
+    read_split,
+    read_table,
+    split_of,
+)
+
+_NEEDED = ("video", "text")
+_STRINGS = (*_NEEDED, "split", "signer", "language", "id")
+_NUMBERS = ("start", "end", "fps")
+_COLUMNS = (*_NEEDED, "start", "end", "split", "signer", "language", "id", "bbox", "fps")
+_LIKENESS = 0.82  # difflib's, of a misspelt name: "langage" is language, "sign" is not signer
+
+
+def read(source: Path, splits: tuple[str, ...], *, language: str = "") -> Corpus:
+    """Any corpus by a manifest. --source: the CSV, TSV or JSON lines file (columns: see docs/data.md).
+
+    --language: of the texts (de, German, zh-Hant, ...), where the manifest has no such column.
+    """
+    language = language_tag(language, "--language") if language else ""
+    rows: dict[str, list[Row]] = {split: [] for split in splits}
+    unused: set[str] = set()
+    languages: set[str] = set()
+    first_line_of: dict[Any, int] = {}
+    quoted: list[int] = []  # lines of a TSV whose text is in quotes
+    for line, fields in _read_lines(source):
+        what = f"{source}, line {line}:"
+        unused |= _unused(fields, what)
+        split, row = _read_row(fields, source.parent, language, what)
+        _check_once(row, fields.get("id", "").strip(), line, first_line_of, what)
+        languages.add(row.language)
+        if split in rows:
+            rows[split].append(row)
+        if source.suffix.lower() == ".tsv" and re.fullmatch('".+"', row.text):
+            quoted.append(line)
+    notes = [f"columns that are not used: {', '.join(sorted(unused))}"] if unused else []
+    if quoted:
+        notes.append(
+            f"{len(quoted):,} texts begin and end with a double quote, which is kept: a TSV has no quoting "
+            f"(lines {first_of([str(line) for line in quoted])})"
+        )
+    return Corpus(source.stem, languages.pop() if len(languages) == 1 else "mixed", rows, notes)
+
+
+def _unused(fields: dict[str, str], what: str) -> set[str]:
+    """The names of columns that are not read. Raises UserError for one that means another column."""
+    unknown = fields.keys() - set(_COLUMNS)
+    for name in sorted(unknown):
+        meant = _meant(name)
+        if meant and meant not in fields:
+            raise UserError(
+                f"{what} columns must be named {', '.join(_COLUMNS)}, got {name!r} and no {meant!r}. "
+                f"Rename it to {meant}, or, if it is something else, to a name less like it."
+            )
+    return {name or "(without a name)" for name in unknown}
+
+
+@cache
+def _meant(name: str) -> str | None:
+    """The column that an unknown name is a misspelling or another name of; None without one."""
+    plain = name.strip().lower()
+    # A misspelt or renamed "start" would otherwise make each row the whole video.
+    if (first := re.split(r"[^a-z]", plain)[0]) in ("start", "end", "split"):
+        return first
+    swapped = [column for column in _COLUMNS if sorted(column) == sorted(plain)]
+    return next(iter(swapped + get_close_matches(plain, _COLUMNS, 1, _LIKENESS)), None)
+
+
+def _check_once(row: Row, own_id: str, line: int, first_line_of: dict[Any, int], what: str) -> None:
+    """Raise UserError if an earlier row has the same id, or the same text for the same part of a video."""
+    place = (os.path.normpath(row.path), row.start_s or 0.0, row.end_s, row.bbox)
+    first = first_line_of.setdefault((place, row.text, row.language), line)
+    if first != line:
+        raise UserError(
+            f"{what} a row must occur once, got the video, times and text of line {first} again. "
+            "Remove one of the two."
+        )
+    if own_id and (first := first_line_of.setdefault(own_id, line)) != line:
+        raise UserError(
+            f"{what} id must be that of one row, got {own_id!r} of line {first} again. Correct the manifest."
+        )
+
+
+def _read_row(fields: dict[str, str], folder: Path, language: str, what: str) -> tuple[str, Row]:
+    """(split, row) of one line. Raises UserError that begins with `what`."""
+    video = fields.get("video", "").strip()
+    if not video:
+        raise UserError(f"{what} video must name a file or folder, but is empty. Correct the manifest.")
+    for name in ("text", "signer", "id"):
+        check_text(fields.get(name, "").strip(), f"{what} {name}")
+    named = fields.get("language", "").strip()
+    language = language_tag(named, f"{what} language") if named else language
+    if not language:
+        raise UserError(f"{what} a text must have a language, but has none. Give --language.")
+    start_s = read_seconds(fields.get("start", ""), f"{what} start")
+    end_s = read_seconds(fields.get("end", ""), f"{what} end")
+    if end_s is not None and end_s <= (start_s or 0.0):
+        raise UserError(f"{what} end must be above start, but is {end_s:g}. Correct the manifest.")
+    split = fields.get("split", "").strip()
+    row = Row(
+        id=fields.get("id", "").strip() or _made_id(video, start_s, end_s),
+        path=folder / video,
+        text=fields.get("text", "").strip(),
+        language=language,
+        signer=fields.get("signer", "").strip(),
+        video=video,
+        start_s=start_s,
+        end_s=end_s,
+        bbox=_read_box(fields.get("bbox", ""), what),
+        image_fps=_read_fps(fields.get("fps", ""), what),
+    )
+    return read_split(split, what) if split else split_of(video), row
+
+
+def _made_id(video: str, start_s: float | None, end_s: float | None) -> str:
+    return video if start_s is None and end_s is None else f"{video}:{start_s or 0:g}-{end_s or 'end'}"
+
+
+def _read_box(value: str, what: str) -> tuple[float, float, float, float] | None:
+    if not value.strip():
+        return None
+    try:
+        x0, y0, x1, y1 = (float(part) for part in value.strip("[]() ").split(","))
+    except ValueError:
+        x0, y0, x1, y1 = 0.0, 0.0, 0.0, 0.0
+    if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
+        raise UserError(f"{what} bbox must be x0,y0,x1,y1 with each from 0 to 1, but is {value!r}.")
+    return x0, y0, x1, y1
+
+
+def _read_fps(value: str, what: str) -> float:
+    if not value.strip():
+        return Row.image_fps
+    try:
+        fps = float(value)
+    except ValueError:
+        fps = 0.0
+    if not 1 <= fps <= 480:
+        raise UserError(f"{what} fps must be from 1 to 480, but is {value!r}. Correct the manifest.")
+    return fps
+
+
+def _read_lines(source: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    suffix = source.suffix.lower()
+    if suffix in (".csv", ".tsv"):
+        return read_table(source, "," if suffix == ".csv" else "\t", _NEEDED, quoted=suffix == ".csv")
+    if suffix in (".jsonl", ".ndjson", ".json"):
+        return _read_json_lines(source)
+    raise UserError(f"--source must be a .csv, .tsv or .jsonl manifest, but is {source}.")
+
+
+def _read_json_lines(source: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    for number, line in enumerate(read_lines(source), 1):
+        if not line.strip():
+            continue
+        try:
+            yield number, _plain(json.loads(line, object_pairs_hook=_object))
+        except (ValueError, RecursionError) as error:
+            why = error.msg if isinstance(error, json.JSONDecodeError) else error
+            raise UserError(
+                f"{source}, line {number}: a manifest must be JSON lines, one object a line, but {why}. "
+                "Correct the manifest."
+            ) from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ValueError for a name that is there twice."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        repeated = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"{repeated!r} is there twice")
+    return fields
+
+
+def _plain(fields: Any) -> dict[str, str]:
+    """A JSON object's values as the strings that a CSV would hold.
+
+    null is an empty cell, but not for video and text. Raises ValueError for a value of another kind.
+    """
+    if not isinstance(fields, dict):
+        raise ValueError(f"an object must be there, got {json.dumps(fields)[:50]}")
+    if "text" not in fields and not any(_meant(name) == "text" for name in fields):
+        raise ValueError(f"'text' must be there, got {', '.join(fields)[:50] or 'no name'}")
+    plain = {}
+    for name, value in fields.items():
+        if name in _STRINGS and not isinstance(value, str) and (value is not None or name in _NEEDED):
+            raise ValueError(f"{name} must be a string, got {json.dumps(value)[:50]}")
+        if name in _NUMBERS and (isinstance(value, bool) or not isinstance(value, str | int | float | None)):
+            raise ValueError(f"{name} must be a number or a string, got {json.dumps(value)[:50]}")
+        if isinstance(value, list):
+            plain[name] = ",".join(map(str, value))
+        else:
+            plain[name] = "" if value is None else str(value)
+    return plain

@@ -1,0 +1,120 @@
+"""OpenASL: American sign language from the web; the user fetches the videos.
+
+Clips are cut from the raw videos by the table's times and cropped by the corpus's boxes. Ready-made clips are
+used where they cover more rows of a split; the corpus's own script has cropped them already, so the boxes are
+not applied to them again.
+"""
+
+import json
+from pathlib import Path
+
+from flallm_ds.data.codecs.video import Box
+from flallm_ds.errors import UserError
+from flallm_ds.sharding.corpora import (
+    Corpus,
+    Row,
+    check_text,
+    find_file,
+    read_seconds,
+    read_split,
+    read_table,
+)
+from flallm_ds.sharding.corpora.videos import Videos
+
+_COLUMNS = ("vid", "yid", "start", "end", "raw-text", "split")
+
+
+def read(source: Path, splits: tuple[str, ...]) -> Corpus:
+    """OpenASL. --source: the folder that holds data/openasl-v1.0.tsv, data/bbox-v1.0.json and the videos."""
+    table = find_file(source, "data/openasl-v1.0.tsv", "openasl-v*.tsv")
+    if table is None:
+        raise UserError(
+            f"--source must hold data/openasl-v1.0.tsv, but there is none below {source}. Check --source."
+        )
+    lines: dict[str, list[tuple[int, dict[str, str]]]] = {split: [] for split in splits}
+    for line, fields in read_table(table, "\t", _COLUMNS, quoted=False):
+        split = read_split(fields["split"], f"{table}, line {line}:")
+        if split in lines:
+            lines[split].append((line, fields))
+    videos = Videos(source)
+    boxes = read_boxes(find_file(source, "data/bbox-v1.0.json", "bbox-v*.json"))
+    rows, notes = {}, []
+    for split in splits:
+        rows[split], said = read_rows(lines[split], table, videos, boxes, source)
+        notes += [f"{split}: {note}" for note in said]
+    return Corpus("openasl", "en", rows, notes)
+
+
+def read_rows(
+    lines: list[tuple[int, dict[str, str]]],
+    table: Path,
+    videos: Videos,
+    boxes: dict[str, Box],
+    source: Path,
+) -> tuple[list[Row], list[str]]:
+    """The rows of one split, and notes on how they were read."""
+    raw_names = {fields["yid"]: (fields["yid"],) for _, fields in lines}
+    ready_names = {fields["vid"]: _file_names(fields["vid"]) for _, fields in lines}
+    there = videos.found(raw_names), videos.found(ready_names)
+    num_raw = sum(fields["yid"] in there[0] for _, fields in lines)
+    num_ready = sum(fields["vid"] in there[1] for _, fields in lines)
+    raw = num_raw > 0 and num_raw >= num_ready
+    paths, said = videos.choose(*((raw_names, "raw-video") if raw else (ready_names, "video-clip")))
+    kind = "cut from the raw videos by the table's times" if raw else "ready-made, cut and cropped already"
+    num_there = num_raw if raw else num_ready
+    notes = [f"clips {kind} ({num_there:,} of {len(lines):,} rows have a video)", *said]
+    rows = []
+    for line, fields in lines:
+        what = f"{table}, line {line}:"
+        vid, yid = fields["vid"], fields["yid"]
+        name = yid if raw else vid
+        text = fields["raw-text"].strip()
+        check_text(text, f"{what} raw-text")
+        start_s = read_seconds(fields["start"], f"{what} start", required=raw)
+        end_s = read_seconds(fields["end"], f"{what} end", required=raw)
+        rows.append(
+            Row(
+                id=vid,
+                path=paths.get(name, source / f"{name}.mp4"),
+                text=text,
+                language="en",
+                video=yid,
+                start_s=start_s if raw else None,
+                end_s=end_s if raw else None,
+                gloss=fields.get("gloss", "").strip(),
+                bbox=boxes.get(vid) if raw else None,
+            )
+        )
+    num_whole = sum(row.bbox is None for row in rows)
+    if raw and num_whole:
+        notes.append(f"{num_whole:,} of {len(rows):,} rows have no box: the whole frame is kept")
+    return rows, notes
+
+
+def read_boxes(path: Path | None) -> dict[str, Box]:
+    """The boxes by clip, cut to the frame; one that is empty then is left out. {} without a file."""
+    if path is None:
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"the boxes must be readable JSON, but {error}: {path}. Fetch them again.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"the boxes must be a JSON object by clip, but are not: {path}. Fetch them again.")
+    boxes = {}
+    for vid, corners in content.items():
+        try:
+            x0, y0, x1, y1 = (min(max(float(value), 0.0), 1.0) for value in corners)
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"a box must be [x0, y0, x1, y1], but that of {vid} is {corners!r:.80}: {path}."
+            ) from error
+        if x0 < x1 and y0 < y1:
+            boxes[vid] = (x0, y0, x1, y1)
+    return boxes
+
+
+def _file_names(vid: str) -> tuple[str, ...]:
+    """What a ready-made clip's file may be called: disks that refuse a colon made something else of it."""
+    letters = (":", "_", "-", "%")  # the corpus's own script writes %
+    return tuple(vid.replace(":", letter) for letter in letters)

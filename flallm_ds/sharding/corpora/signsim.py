@@ -1,0 +1,17 @@
+"""signsim, the synthetic signed language: the layout of PHOENIX14T under its own name."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from flallm_ds.errors import UserError
+from flallm_ds.sharding.corpora import SIGNSIM_FILE, Corpus, phoenix14t
+
+
+def read(source: Path, splits: tuple[str, ...]) -> Corpus:
+    """signsim. --source: the folder that flallm signsim corpus wrote."""
+    if not (source / SIGNSIM_FILE).is_file():
+        raise UserError(
+            f"--source must be a folder that flallm signsim corpus wrote, got {source}: it has no "
+            f"{SIGNSIM_FILE}."
+        )
+    return replace(phoenix14t.read_release(source, splits), name="signsim")

@@ -1,0 +1,92 @@
+"""Which file is a clip's video: searched by name, never a rendering of it, never one of two by chance."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from flallm_ds.data.codecs.video import VIDEO_SUFFIXES
+from flallm_ds.errors import UserError
+from flallm_ds.sharding.corpora import files_below, same_content
+
+# In the name of a folder: what was computed from the videos, or another view, under the names of the clips.
+_RENDERING = re.compile(
+    r"(?<![a-z])([a-z]*(?<!pur)poses?|[a-z]*key[ _-]?points?|kpts?|landmarks?|skeletons?|mediapipe|holistic|"
+    r"masks?|segmentations?|silhouettes?|depth|(optical[ _-]?)?flow|heatmaps?|smplx?|render(ing|ed|s)?|"
+    r"overlays?|visuali[sz]ations?|side)(?![a-z])"
+)
+
+
+class Videos:
+    """The video files below a folder, by the name that `name_of` takes from a path ("" for none)."""
+
+    def __init__(self, source: Path, name_of: Callable[[Path], str] = lambda path: path.stem) -> None:
+        self._source = source
+        self._files: dict[str, list[Path]] = {}
+        self._renderings: dict[str, list[Path]] = {}
+        for path in files_below(source):
+            name = name_of(path) if path.suffix.lower() in VIDEO_SUFFIXES else ""
+            if name and path.is_file():
+                kind = self._renderings if self._is_rendering(path) else self._files
+                kind.setdefault(name, []).append(path)
+
+    def found(self, clips: Mapping[str, Sequence[str]]) -> set[str]:
+        """The clips that have a video. clips: as for `choose`."""
+        return {clip for clip, names in clips.items() if any(name in self._files for name in names)}
+
+    def choose(
+        self, clips: Mapping[str, Sequence[str]], own: str | None = None
+    ) -> tuple[dict[str, Path], list[str]]:
+        """(the video of each clip that has one, notes on files of the same name that were not taken).
+
+        clips: for each clip the names that its file may have.
+        own: the corpus's own folder as a regular expression of the end of a path; its files go first.
+        Raises UserError if two files that differ could be a clip, or if there are renderings alone.
+        """
+        chosen: dict[str, Path] = {}
+        clashes: list[tuple[Path, Path]] = []
+        not_taken: list[Path] = []
+        unseen: list[Path] = []  # renderings of clips without a video
+        for clip, names in clips.items():
+            files = [path for name in names for path in self._files.get(name, ())]
+            renderings = [path for name in names for path in self._renderings.get(name, ())]
+            preferred = [path for path in files if own and self._lies_in(path, own)] or files
+            if not preferred:
+                unseen += renderings[:1]
+                continue
+            chosen[clip] = preferred[0]
+            others = [path for path in preferred[1:] if not same_content(preferred[0], path)]
+            clashes += [(preferred[0], other) for other in others[:1]]
+            not_taken += [path for path in files if path not in preferred] + renderings
+        if clashes:
+            first, second = clashes[0]
+            more = f" ({len(clashes):,} clips have two)" if len(clashes) > 1 else ""
+            raise UserError(
+                f"a clip must have one video, got two that differ: {first} and {second}{more}. "
+                f"Move the one that is not meant out of {self._source}."
+            )
+        if unseen and not chosen:
+            raise UserError(
+                f"clips must have RGB videos, got renderings or other views alone, such as {unseen[0]}. "
+                f"Put the clips themselves below {self._source}, in a folder not named after poses, masks or "
+                "views."
+            )
+        notes = []
+        if not_taken:
+            example = self._short(not_taken[0])
+            notes.append(f"{len(not_taken):,} other files of the same names are not taken ({example})")
+        if unseen:
+            notes.append(
+                f"{len(unseen):,} clips have renderings or other views alone, which are not taken "
+                f"({self._short(unseen[0])})"
+            )
+        return chosen, notes
+
+    def _is_rendering(self, path: Path) -> bool:
+        folders = path.relative_to(self._source).parts[:-1]
+        return any(_RENDERING.search(folder.lower()) for folder in folders)
+
+    def _lies_in(self, path: Path, own: str) -> bool:
+        return re.search(f"(^|/)({own})$", path.parent.relative_to(self._source).as_posix()) is not None
+
+    def _short(self, path: Path) -> str:
+        return path.relative_to(self._source).as_posix()

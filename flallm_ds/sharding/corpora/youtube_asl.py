@@ -1,0 +1,301 @@
+"""YouTube-ASL and YouTube-SL-25: video ids; videos and captions are fetched by the user. A clip is a caption.
+
+There are no splits: a video's clips go to train, dev or test by a hash of its id. Videos and captions are
+found below the source by id: ID.mp4, ID.en.vtt, ID.en.srt, ID.en.json3, or yt-dlp's "Title [ID].en.vtt".
+"""
+
+import re
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from flallm_ds.data.text.languages import WRITTEN_WITH, find_language, language_tag
+from flallm_ds.errors import UserError
+from flallm_ds.sharding.corpora import Corpus, Row, files_below, first_of, read_lines, same_content, split_of
+from flallm_ds.sharding.corpora.captions import (
+    OTHER_SUFFIXES,
+    SUFFIXES,
+    Cue,
+    header_language,
+    read_captions,
+    separate,
+)
+from flallm_ds.sharding.corpora.videos import Videos
+
+_ID = r"[A-Za-z0-9_-]{11}"
+_STEM = re.compile(rf"(?:.*\[)?({_ID})\]?(?:\.([A-Za-z]{{2,3}}(?:[-_][A-Za-z0-9_-]*)?))?")
+_HEADERS = ("id", "video", "video_id")
+
+
+@dataclass(frozen=True)
+class Filter:
+    """Which captions become clips."""
+
+    max_characters: int
+    min_s: float
+    max_s: float
+
+    def __post_init__(self) -> None:
+        if self.max_characters < 1 or not 0 <= self.min_s < self.max_s:
+            raise UserError(
+                "--max_characters must be from 1 and --min_s below --max_s, but they are "
+                f"{self.max_characters}, {self.min_s:g} and {self.max_s:g}."
+            )
+
+    def keeps(self, cue: Cue) -> bool:
+        return (
+            0 < len(cue.text) <= self.max_characters and self.min_s <= cue.end_s - cue.start_s <= self.max_s
+        )
+
+
+@dataclass
+class _Tally:
+    """Captions and videos by what became of them, for the notes."""
+
+    captions: Counter[str] = field(default_factory=Counter)
+    videos: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+
+def read(
+    source: Path,
+    splits: tuple[str, ...],
+    *,
+    ids: str = "",
+    language: str = "en",
+    max_characters: int = 300,
+    min_s: float = 0.2,
+    max_s: float = 60.0,
+) -> Corpus:
+    """YouTube-ASL. --source: the folder of the videos and captions that you fetched.
+
+    --ids: the file of video ids, one a line; without it every video with captions is taken.
+    --language: of the captions to take.
+    --max_characters, --min_s, --max_s: longer texts, shorter and longer captions are left out and counted.
+    """
+    wanted = dict.fromkeys(read_ids(ids), language) if ids else None
+    return _read("youtube_asl", source, splits, wanted, language, Filter(max_characters, min_s, max_s))
+
+
+def read_sl25(
+    source: Path,
+    splits: tuple[str, ...],
+    *,
+    ids: str = "",
+    language: str = "",
+    max_characters: int = 300,
+    min_s: float = 0.2,
+    max_s: float = 60.0,
+) -> Corpus:
+    """YouTube-SL-25. --source: the folder of the videos and captions that you fetched.
+
+    --ids: the file of video ids and languages, such as youtube-sl-25-metadata.csv; without it every video
+    with captions is taken. Captions are taken in the written language on a video's line (de), or in that
+    which goes with its sign language (gsg); with neither, a video's only captions.
+    --language: of the captions to take, of every video.
+    --max_characters, --min_s, --max_s: longer texts, shorter and longer captions are left out and counted.
+    """
+    wanted = (
+        {video: language or written_language(code) for video, code in read_ids(ids).items()} if ids else None
+    )
+    return _read("youtube_sl25", source, splits, wanted, language, Filter(max_characters, min_s, max_s))
+
+
+def _read(
+    name: str,
+    source: Path,
+    splits: tuple[str, ...],
+    wanted: dict[str, str] | None,
+    language: str,
+    keep: Filter,
+) -> Corpus:
+    """wanted: the caption language by video id ("" for its only one), None for all videos in `language`."""
+    if not source.is_dir():
+        raise UserError(f"--source must be the folder of videos and captions, but is none: {source}.")
+    captions = find_captions(source)
+    if language:
+        language = written_language(language) or language_tag(language, "--language")
+    wanted = dict.fromkeys(sorted(captions), language) if wanted is None else wanted
+    rows: dict[str, list[Row]] = {split: [] for split in splits}
+    tally = _Tally()
+    spoken: dict[str, tuple[str, list[tuple[int, Cue]]]] = {}  # language and numbered captions by video
+    for video, code in wanted.items():
+        if split_of(video) in rows:
+            chosen = _captions_of(video, captions.get(video, {}), written_language(code) or code, keep, tally)
+            if chosen:
+                spoken[video] = chosen
+    paths, said = Videos(source, _video_id).choose({video: (video,) for video in spoken})
+    for video, (written, cues) in spoken.items():
+        path = paths.get(video, source / f"{video}.mp4")
+        rows[split_of(video)] += [
+            Row(f"{video}_{n}", path, cue.text, written, "", video, cue.start_s, cue.end_s) for n, cue in cues
+        ]
+    num_kept = sum(map(len, rows.values()))
+    languages = {row.language for table in rows.values() for row in table}
+    notes = [
+        f"split by a hash of the video's id; {num_kept:,} of {tally.captions['read']:,} captions kept (1 to "
+        f"{keep.max_characters} characters, {keep.min_s:g} to {keep.max_s:g} s)"
+    ]
+    notes += _notes(tally, find_other_captions(source)) + said
+    return Corpus(name, languages.pop() if len(languages) == 1 else "mixed", rows, notes)
+
+
+def _captions_of(
+    video: str, tracks: dict[str, Path], language: str, keep: Filter, tally: _Tally
+) -> tuple[str, list[tuple[int, Cue]]] | None:
+    """(language, captions with their numbers) of a video; None, and in the tally, where there are none.
+
+    Raises UserError for captions without a language.
+    """
+    try:
+        track = choose_track(tracks, language)
+        if track is None:
+            tally.videos["without"].append(video)
+            return None
+        found = read_captions(track[1])
+    except (OSError, ValueError, RecursionError):
+        tally.videos["unreadable"].append(video)
+        return None
+    if not track[0]:
+        raise UserError(
+            f"captions must have a language, but {track[1]} names none. Give --language, or put the "
+            "language after the video's id in the file of --ids."
+        )
+    tally.captions["read"] += len(found.cues)
+    tally.captions["wordless"] += sum(not cue.text for cue in found.cues)
+    if found.num_unreadable:
+        tally.captions["without times"] += found.num_unreadable
+        tally.videos["without times"].append(video)
+    if not any(cue.text for cue in found.cues):
+        tally.videos["empty"].append(video)
+        return None
+    if found.scrolls:
+        tally.videos["automatic"].append(video)
+    numbered = [(number, cue) for number, cue in enumerate(found.cues) if keep.keeps(cue)]
+    apart, num_cut, num_joined = separate(numbered)
+    tally.captions["cut"] += num_cut
+    tally.captions["joined"] += num_joined
+    return track[0], [(number, cue) for number, cue in apart if keep.keeps(cue)]
+
+
+def _notes(tally: _Tally, others: dict[str, str]) -> list[str]:
+    """others: the name of a caption file of another format, by video."""
+    notes = []
+    for kind, what in (
+        ("wordless", "have no words without sounds, note signs and names, and are left out"),
+        ("cut", "overlap the next one and end where it begins"),
+        ("joined", "begin together with another one, or repeat it while it is shown, and are one with it"),
+        ("without times", "have times that cannot be read, and are left out"),
+    ):
+        if count := tally.captions[kind]:
+            videos = tally.videos[kind]
+            notes.append(f"{count:,} captions {what}" + (f" ({first_of(videos)})" if videos else ""))
+    without = tally.videos["without"]
+    other = [others[video] for video in without if video in others]
+    for files, what in (
+        (
+            [video for video in without if video not in others],
+            "videos have no captions, or none in their language, and are left out",
+        ),
+        (
+            other,
+            f"videos have captions in none of the formats that are read ({', '.join(SUFFIXES)}), and are "
+            "left out",
+        ),
+        (tally.videos["unreadable"], "videos have captions that cannot be read, and are left out"),
+        (tally.videos["empty"], "videos have caption files without a readable caption, and are left out"),
+        (
+            tally.videos["automatic"],
+            "videos have automatic captions, which scroll: each of their lines is taken once",
+        ),
+    ):
+        if files:
+            notes.append(f"{len(files):,} {what} ({first_of(files)})")
+    return notes
+
+
+def read_ids(path: str) -> dict[str, str]:
+    """The language column ("" for none or ???) by video id; TABs, commas or spaces between the two."""
+    ids: dict[str, str] = {}
+    if not Path(path).is_file():
+        raise UserError(f"--ids must name a readable text file, got {path}. Check the path.")
+    for number, line in enumerate(read_lines(Path(path)), 1):
+        fields = [field.strip("\"'") for field in re.split(r"[\t, ]+", line.strip())]
+        if not fields[0] or (number == 1 and fields[0].lower() in _HEADERS):
+            continue
+        if not re.fullmatch(_ID, fields[0]):
+            raise UserError(
+                f"{path}, line {number}: a video id must be 11 letters, digits, - or _, but is "
+                f"{fields[0]!r:.40}."
+            )
+        code = fields[1] if len(fields) > 1 else ""
+        ids.setdefault(fields[0], "" if "?" in code else code)
+    return ids
+
+
+def written_language(code: str) -> str:
+    """de for de, de-AT, German and gsg; "" for an unknown language or sign language."""
+    if code.lower() in WRITTEN_WITH:
+        return WRITTEN_WITH[code.lower()]
+    # YouTube adds parts of its own: de-cvfXDfbeED0, en-orig.
+    parts = re.split("[-_]", code)
+    wholes = ("-".join(parts[:number]) for number in range(len(parts), 0, -1))
+    found = next(filter(None, map(find_language, wholes)), None)
+    return found.code if found else ""
+
+
+def _video_id(path: Path) -> str:
+    """The id that a video file is named after; "" for another name."""
+    match = _STEM.fullmatch(path.stem)
+    return match[1] if match and not match[2] else ""
+
+
+def find_captions(source: Path) -> dict[str, dict[str, Path]]:
+    """The caption files below a folder by id and language tag; "" where the name has none.
+
+    Of several formats the first of SUFFIXES is taken. Raises UserError if two files of one differ.
+    """
+    found: dict[str, dict[str, Path]] = {}
+    for suffix in SUFFIXES:
+        for path in files_below(source):
+            match = _STEM.fullmatch(path.stem) if path.suffix.lower() == suffix else None
+            if match is None or not path.is_file():
+                continue
+            other = found.setdefault(match[1], {}).setdefault(match[2] or "", path)
+            if other.suffix.lower() == suffix and not same_content(other, path):
+                raise UserError(
+                    f"a video must have one caption file in a language, got two that differ: {other} and "
+                    f"{path}. Move the one that is not meant out of {source}."
+                )
+    return found
+
+
+def find_other_captions(source: Path) -> dict[str, str]:
+    """The name of a caption file by id, of the formats that are not read."""
+    found: dict[str, str] = {}
+    for path in files_below(source):
+        match = _STEM.fullmatch(path.stem) if path.suffix.lower() in OTHER_SUFFIXES else None
+        if match:
+            found.setdefault(match[1], path.name)
+    return found
+
+
+def choose_track(tracks: dict[str, Path], language: str) -> tuple[str, Path] | None:
+    """(language, file) of a video's captions in a language; of its only captions where the language is "".
+
+    `en` also takes `en-US`, after `en` itself. `zh` takes zh-Hant where there is no other Chinese,
+    `no` takes nn, and the language returned says so. A file without a language in its name is taken
+    as the one asked for unless its own header says another; the language returned may be "".
+    Tags that name no known language are left out.
+    Raises OSError for a file that cannot be read.
+    """
+    tagged = [(written_language(tag), tag, path) for tag, path in tracks.items() if tag]
+    known = sorted(track for track in tagged if track[0])
+    if "" in tracks:
+        written = written_language(header_language(tracks[""])) or language
+        known += [(written, "", tracks[""])] if written or not known else []
+    fits = [(written, path) for written, _, path in known if written == language]
+    fits += [(written, path) for written, _, path in known if written.split("-")[0] == language]
+    fits += [(written, path) for written, _, path in known if (language, written) == ("no", "nn")]
+    if language:
+        return fits[0] if fits else None
+    return (known[0][0], known[0][2]) if len({written for written, _, _ in known}) == 1 else None

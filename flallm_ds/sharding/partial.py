@@ -1,0 +1,216 @@
+"""A build that is not finished yet: what is kept of it, who may go on with it, and how it becomes the shards.
+
+    <out>.partial/
+      lock        held while a build is at work there
+      plan.json   what is built from what: a build of anything else may not go on here
+      work/       finished tars under their jobs' names with a record each, and other results worth keeping
+      shards/     what becomes <out>
+
+Whatever has its final name here is whole and on the disk, so a build may be killed at any moment.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from flallm_ds.errors import UserError
+from flallm_ds.sharding.writer import publish, write_file
+
+_NAMES = {"lock", "plan.json", "work", "shards"}
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Partial:
+    """The folder of a build that is not finished yet; made by `hold`."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.folder = partial_folder(out)
+        self.work, self.shards = self.folder / "work", self.folder / "shards"
+        self.begun = False
+        self._plan = self.folder / "plan.json"
+
+    def begin(self, plan: Mapping[str, Any], restart: bool) -> None:
+        """Go on with what is there if it has the same plan, else begin anew.
+
+        restart: throw away what is there. Raises UserError if another plan's results are there.
+        """
+        plan = plain(plan)
+        found = None
+        if self._plan.is_file() and not restart:
+            found = json.loads(self._plan.read_text(encoding="utf-8"))
+        if found != plan:
+            changes = differences(found or {}, plan)
+            if found is not None and self.num_kept() and changes:
+                raise UserError(
+                    f"an unfinished build must be gone on with as it was begun, but {'; '.join(changes)}: "
+                    f"{self.folder}. Give what was given then, or throw its {self.num_kept():,} results away "
+                    "with --restart=true."
+                )
+            if found is None or changes:
+                self.discard()
+            self.folder.mkdir(exist_ok=True)
+            write_json(self._plan, plan)
+        self.work.mkdir(exist_ok=True)
+        self.shards.mkdir(exist_ok=True)
+        for path in self.work.glob("*.tmp"):
+            path.unlink()
+        self.begun = True
+
+    def num_kept(self) -> int:
+        """How many results lie in work/."""
+        return sum(1 for _ in self.work.glob("*.json"))
+
+    def kept(self, name: str, make: Callable[[], Any]) -> Any:
+        """The plain data that `make` returned when it was first called, from work/{name}.json."""
+        path = self.work / f"{name}.json"
+        if not path.is_file():
+            write_json(path, make())
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    def finish(self) -> None:
+        """Make shards/ the output folder, and remove the rest."""
+        publish(self.shards, self.out)
+        self.discard()
+
+    def discard(self) -> None:
+        """Remove all results; the plan first, so that what is half removed is not gone on with."""
+        self._plan.unlink(missing_ok=True)
+        for path in (self.work, self.shards):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def remove(self) -> None:
+        """Remove the folder; the lock last, by which it is known as a build's."""
+        self.discard()
+        with suppress(OSError):
+            for path in self.folder.glob("*.tmp"):
+                path.unlink()
+            if [path.name for path in self.folder.iterdir()] == ["lock"]:
+                (self.folder / "lock").unlink()
+                self.folder.rmdir()
+
+    def check_ours(self) -> None:
+        """Raise UserError if the folder holds what no build made."""
+        names = {path.name for path in self.folder.iterdir()}
+        strange = {name for name in names - _NAMES if not name.endswith(".tmp")}
+        if strange or (names and "lock" not in names):
+            raise UserError(
+                f"a build needs {self.folder} for itself, but it holds what no build of ours made "
+                f"({min(strange or names)}). Move that, or name another --out."
+            )
+
+
+def partial_folder(out: Path) -> Path:
+    return out.with_name(f"{out.name}.partial")
+
+
+@contextmanager
+def hold(out: Path) -> Iterator[Partial]:
+    """The unfinished build of `out`, for this process alone.
+
+    What was finished stays for the next time when the build ends early, for whatever reason, which a line on
+    stderr says; a folder that holds nothing is removed. Raises UserError if another build is at work there or
+    the disk refuses.
+    """
+    partial = Partial(out)
+    try:
+        with _lock(partial):
+            try:
+                yield partial
+            except BaseException as error:
+                stopped = isinstance(error, KeyboardInterrupt | SystemExit)
+                count = partial.num_kept() if partial.begun else 0
+                if count:
+                    begin = "stopped: " if stopped else ""
+                    _say(f"{begin}{count:,} results are kept in {partial.folder}; the same command goes on")
+                elif stopped:
+                    _say("stopped before anything was finished; nothing is kept")
+                raise
+            finally:
+                if not partial.num_kept():
+                    partial.remove()
+    except OSError as error:
+        advice = (
+            "Make room; the same command then goes on where it was."
+            if error.errno in _NO_ROOM
+            else "Give --out a place that you may write to."
+        )
+        raise UserError(
+            f"shards must be written to {out}, but {error.strerror or error} "
+            f"({error.filename or partial.folder}). {advice}"
+        ) from error
+
+
+@contextmanager
+def _lock(partial: Partial) -> Iterator[None]:
+    path = partial.folder / "lock"
+    while True:
+        partial.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            partial.check_ours()
+            file = path.open("w")
+        except FileNotFoundError:  # another build has just finished and removed the folder
+            continue
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"one build at a time must write to an output folder, but another is at work on "
+                    f"{partial.out}. Wait for it, or end it."
+                ) from None
+            if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                continue
+            yield
+            return
+
+
+def _say(sentence: str) -> None:
+    print(sentence, file=sys.stderr, flush=True)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """In words, what two plans do not have in common; a bound on what is skipped is no part of a plan."""
+    changes = []
+    for name in ("importer", "corpus"):
+        if old.get(name) != new.get(name):
+            changes.append(f"the {name} was {_word(old.get(name))}, is {_word(new.get(name))}")
+    for section, prefix in (("options", "--"), ("made_by", "the version of ")):
+        before, now = old.get(section, {}), new.get(section, {})
+        changes += [
+            f"{prefix}{name} was {_word(before.get(name))}, is {_word(now.get(name))}"
+            for name in dict.fromkeys([*before, *now])
+            if before.get(name) != now.get(name) and name != "max_skipped"
+        ]
+    for section, what in (("rows", "rows"), ("source", "rows or videos")):
+        before, now = old.get(section, {}), new.get(section, {})
+        if not changes:  # another option may mean other rows
+            changes += [
+                f"{split} has other {what} than then"
+                for split in dict.fromkeys([*before, *now])
+                if before.get(split) != now.get(split)
+            ]
+    return changes
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def plain(content: Any) -> Any:
+    """The content as it comes back from a JSON file: no tuples, no paths."""
+    return json.loads(json.dumps(content, default=str))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file: whole, or not at all."""
+    write_file(path, json.dumps(content, ensure_ascii=False, default=str).encode())

@@ -1,0 +1,257 @@
+"""Clips of a shard folder to look at: python shards/preview.py FOLDER --out=PREFIX.
+
+PREFIX.png is a contact sheet, PREFIX.html a page that plays the clips beside their texts, without network or
+scripts.
+"""
+
+import base64
+import html
+import os
+import textwrap
+import unicodedata
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from matplotlib import font_manager
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from flallm_ds.data.codecs.decode import decode_frames, is_mp4
+from flallm_ds.data.codecs.h264 import encode_h264
+from flallm_ds.data.index import COLUMNS, STRING_COLUMNS, Index, check_video, load_index, read_manifest
+from flallm_ds.data.storage.store import open_regular
+from flallm_ds.data.text.languages import tag_of
+from flallm_ds.errors import UserError
+
+_GOP, _CRF = 25, 26  # a look, not a master: a clip of 5 s is about 100 kB
+_FRAMES = 8  # of a clip on the sheet
+_FRAME_PX = 112  # height of a frame on the sheet
+_FONT_PX, _LINE_PX, _MARGIN_PX = 13, 18, 10
+_MAX_LINES = 3  # of a text on the sheet
+_MIN_WIDTH_PX = 900
+_MAX_CLIPS = 500
+# DejaVu comes with matplotlib; the others have the scripts that it lacks, where a machine has them.
+_FONTS = (
+    "DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Micro Hei",
+    "Droid Sans Fallback", "Microsoft YaHei", "PingFang SC", "Arial Unicode MS", "Noto Sans Devanagari",
+)  # fmt: skip
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; media-src data:; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body {{ font-family: sans-serif; margin: 1.5em; background: #fafafa; color: #222 }}
+main {{ display: grid; gap: 1.2em; align-items: start }}
+main {{ grid-template-columns: repeat(auto-fill, minmax(18em, 1fr)) }}
+figure {{ margin: 0; background: #fff; border: 1px solid #ddd; border-radius: 4px; overflow: hidden }}
+video {{ display: block; width: 100%; height: auto; max-height: 24em; background: #222 }}
+.broken {{ padding: 1em; background: #fdd }}
+figcaption {{ padding: .6em .8em }}
+figcaption p {{ margin: 0 0 .4em; font-size: 1.05em; overflow-wrap: anywhere }}
+figcaption small {{ color: #666; overflow-wrap: anywhere }}
+</style>
+</head>
+<body>
+<h1>{title}</h1>
+<p>{about}</p>
+<main>
+{figures}
+</main>
+</body>
+</html>
+"""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One clip to show: its row of the index, and either its bytes and frames or what is wrong with it."""
+
+    split: str
+    row: dict[str, Any]
+    member: bytes = b""
+    frames_THWC: np.ndarray | None = None
+    fault: str = ""
+
+    @property
+    def facts(self) -> str:
+        row = self.row
+        parts = [self.split, row["id"], f"{row['num_frames'] / row['fps']:.1f} s"]
+        parts += [
+            f"{row['num_frames']} frames at {row['fps']:.4g} a second",
+            f"{row['width']}x{row['height']}",
+        ]
+        parts += [f"signer {row['signer']}"] if row["signer"] else []
+        return " · ".join([*parts, f"key {row['key']}"])
+
+
+def preview(folder: Path, *, out: Path, clips: int = 24, split: str | None = None, seed: int = 0) -> None:
+    """Write OUT.png, a contact sheet, and OUT.html, a page that plays the clips; both are replaced.
+
+    --out: folder and name of the two files, without a suffix.
+    --clips: how many, drawn at random and shared out evenly over the splits.
+    --split: of one split only.
+    --seed: of the draw.
+    """
+    if not 1 <= clips <= _MAX_CLIPS:
+        raise UserError(f"--clips must be from 1 to {_MAX_CLIPS}, but is {clips}.")
+    if seed < 0:
+        raise UserError(f"--seed must be 0 or above, but is {seed}.")
+    out = out.with_suffix("") if out.suffix in (".png", ".html") else out
+    if not out.name or out.is_dir() or not out.parent.is_dir():
+        raise UserError(
+            f"--out must be a name in a folder that exists, but is {out}. Write it as FOLDER/NAME."
+        )
+    manifest = read_manifest(folder)
+    check_video(manifest, folder, "shards/preview.py")
+    names = [split] if split is not None else list(manifest["splits"])
+    indices = [load_index(folder, name) for name in names]
+    drawn = draw([len(index) for index in indices], clips, seed)
+    shown = [read(folder, index, n) for index, rows in zip(indices, drawn, strict=True) for n in rows]
+    title = f"{manifest['corpus']}: {len(shown)} of {sum(map(len, indices)):,} clips"
+    sheet, missing = contact_sheet(title, shown)
+    _write(out.with_name(f"{out.name}.png"), sheet)
+    _write(out.with_name(f"{out.name}.html"), page(title, str(folder), shown).encode())
+    if missing:
+        print("note: no font of this machine has all characters of the texts; the PNG shows boxes for them")
+    for clip in shown:
+        if clip.fault:
+            print(f"warning: {clip.split} {clip.row['key']} {clip.fault}")
+    print(f"{len(shown)} clips are in {out}.png and {out}.html")
+
+
+def draw(sizes: Sequence[int], num_clips: int, seed: int) -> list[list[int]]:
+    """Rows of each split in stored order, shared out evenly; what a small split lacks the others give."""
+    counts = [0] * len(sizes)
+    for _ in range(min(num_clips, sum(sizes))):
+        open_splits = [n for n, size in enumerate(sizes) if counts[n] < size]
+        counts[min(open_splits, key=counts.__getitem__)] += 1
+    rng = np.random.default_rng(seed)
+    return [
+        sorted(rng.choice(size, count, replace=False).tolist())
+        for size, count in zip(sizes, counts, strict=True)
+    ]
+
+
+def read(folder: Path, index: Index, number: int) -> Clip:
+    """Clip `number` of a split, decoded; one that does not decode carries the reason instead."""
+    row = {name: index.arrays[name][number].item() for name in COLUMNS}
+    row |= {name: index.strings(name)[number] for name in STRING_COLUMNS}
+    num_frames, hw = row["num_frames"], (row["height"], row["width"])
+    try:
+        with open_regular(folder / index.tar(number).file) as file:
+            if os.fstat(file.fileno()).st_size < row["offset"] + row["size"]:
+                raise ValueError("its shard ends before it")
+            member = os.pread(file.fileno(), row["size"], row["offset"])
+        frames = np.empty((num_frames, *hw, 3), np.uint8)
+        decode_frames(member, np.arange(num_frames), num_frames, frames, hw)
+    except (OSError, ValueError, MemoryError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        return Clip(index.split, row, fault=f"is broken: {reason}")
+    return Clip(index.split, row, member, frames)
+
+
+def contact_sheet(title: str, clips: Sequence[Clip]) -> tuple[bytes, bool]:
+    """(a PNG of each clip's facts, text and evenly spaced frames; whether the fonts lack a character)."""
+    strips = [_strip(clip) for clip in clips]
+    width = max(_MIN_WIDTH_PX, *(strip.shape[1] for strip in strips)) + 2 * _MARGIN_PX
+    num_columns = (
+        (width - 2 * _MARGIN_PX) * 100 // (_FONT_PX * 56)
+    )  # a letter is about 0.56 of its height wide
+    labels = [[shorten(clip.facts, num_columns), *wrap(clip.row["text"], num_columns)] for clip in clips]
+    heights = [
+        len(label) * _LINE_PX + strip.shape[0] + 2 * _MARGIN_PX
+        for label, strip in zip(labels, strips, strict=True)
+    ]
+    height = 2 * _LINE_PX + sum(heights)
+    dpi = 72  # so that a point is a pixel
+    figure = Figure(figsize=(width / dpi, height / dpi), dpi=dpi, facecolor="white")
+    canvas = FigureCanvasAgg(figure)
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    fonts = [name for name in _FONTS if name in installed]
+
+    def write(y: int, text: str, **style: Any) -> None:
+        place = {"x": _MARGIN_PX / width, "y": 1 - y / height, "va": "top"}
+        figure.text(s=text, **place, family=fonts, fontsize=_FONT_PX, parse_math=False, **style)
+
+    write(_MARGIN_PX // 2, title, weight="bold")
+    y = 2 * _LINE_PX
+    for label, strip, tall in zip(labels, strips, heights, strict=True):
+        for number, line in enumerate(label):
+            write(y + number * _LINE_PX, line, color="#777777" if number == 0 else "black")
+        figure.figimage(
+            strip, _MARGIN_PX, height - y - len(label) * _LINE_PX - strip.shape[0], origin="upper"
+        )
+        y += tall
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        canvas.draw()
+    rgb = np.asarray(canvas.buffer_rgba())[..., :3]
+    encoded, png = cv2.imencode(".png", np.ascontiguousarray(rgb[..., ::-1]))
+    assert encoded
+    return png.tobytes(), any("missing from" in str(warning.message) for warning in caught)
+
+
+def _strip(clip: Clip) -> np.ndarray:
+    """Evenly spaced frames side by side, the first and the last among them; a red bar for a broken clip."""
+    if clip.frames_THWC is None:
+        return np.full((_FRAME_PX // 4, _MIN_WIDTH_PX, 3), (255, 200, 200), np.uint8)
+    num_frames, height, width = clip.frames_THWC.shape[:3]
+    size = (max(1, round(_FRAME_PX * width / height)), _FRAME_PX)
+    picks = np.linspace(0, num_frames - 1, min(_FRAMES, num_frames)).round().astype(int)
+    shrunk = [cv2.resize(clip.frames_THWC[n], size, interpolation=cv2.INTER_AREA) for n in picks]
+    return np.hstack([np.pad(frame, ((0, 0), (0, 2), (0, 0)), constant_values=255) for frame in shrunk])
+
+
+def wrap(text: str, num_columns: int) -> list[str]:
+    """A text in at most `_MAX_LINES` lines; East Asian characters are twice as wide as others."""
+    text = " ".join(text.split())
+    wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
+    narrowed = num_columns * len(text) // max(1, len(text) + wide)
+    return textwrap.wrap(text, max(8, narrowed), max_lines=_MAX_LINES, placeholder=" …") or [""]
+
+
+def shorten(text: str, num_columns: int) -> str:
+    return text if len(text) <= num_columns else f"{text[: num_columns - 1]}…"
+
+
+def page(title: str, about: str, clips: Sequence[Clip]) -> str:
+    """A page that needs no other file: H.264 in data: addresses, which browsers play, pause and scrub."""
+    figures = "\n".join(map(_figure, clips))
+    return _PAGE.format(title=html.escape(title), about=html.escape(about), figures=figures)
+
+
+def _figure(clip: Clip) -> str:
+    if clip.frames_THWC is None:
+        shown = f'<div class="broken">{html.escape(clip.fault)}</div>'
+    else:
+        whole = is_mp4(clip.member)
+        mp4 = clip.member if whole else encode_h264(clip.frames_THWC, clip.row["fps"], _GOP, _CRF)
+        data = base64.b64encode(mp4).decode("ascii")
+        # Browsers start a muted video by themselves, and show the controls where the pointer is.
+        manner = f'width="{clip.row["width"]}" height="{clip.row["height"]}" autoplay loop muted playsinline'
+        shown = f'<video {manner} controls src="data:video/mp4;base64,{data}"></video>'
+    language = html.escape(tag_of(clip.row["language"]))
+    text, facts = html.escape(clip.row["text"]), html.escape(clip.facts)
+    caption = f'<p lang="{language}" dir="auto">{text}</p><small>{facts}</small>'
+    return f"<figure>{shown}<figcaption>{caption}</figcaption></figure>"
+
+
+def _write(path: Path, content: bytes) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"--out must be where you may write, but {path}: {error.strerror}.") from error
+    finally:
+        partial.unlink(missing_ok=True)

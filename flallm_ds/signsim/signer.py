@@ -1,0 +1,219 @@
+"""The seven signers, and how a sequence of signs becomes a moving body.
+
+Array suffixes: F frames of a clip, P numbers of a pose, N phases of one sign.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from flallm_ds.signsim.signs import BASE_PALM, HANDSHAPES, LOCATIONS, MOVEMENTS, Floats, Sign
+
+Color = tuple[int, int, int]
+"""Blue, green, red, as OpenCV draws."""
+
+
+@dataclass(frozen=True)
+class Signer:
+    """A person: proportions relative to the standard signer, tempo, manner and looks."""
+
+    name: str
+    left_handed: bool
+    shoulders: float
+    arms: float
+    hands: float
+    head: tuple[float, float]
+    """Width and height of the head."""
+    space: float
+    """Size of the signing space."""
+    tempo: float
+    """Signs per second relative to the mean."""
+    undershoot: float
+    """Share of the way to a sign's ends that is cut short by its neighbours."""
+    skin: Color
+    hair: Color
+    hair_style: str
+    """short, long, bob, bun, or bald."""
+    clothes: Color
+    neckline: str
+    """vee, round, or lapel."""
+    short_sleeves: bool
+    background: tuple[Color, Color]
+    """Colours at the frame's top and bottom."""
+    light: float
+    """Where the light comes from: -1 left to 1 right of the frame."""
+    glasses: bool = False
+    beard: bool = False
+
+
+SIGNERS = (
+    Signer("Signer01", False, 1.00, 1.00, 1.00, (1.00, 1.00), 1.00, 1.00, 0.08, (150, 178, 226),
+           (34, 44, 62), "bob", (46, 40, 38), "vee", False, ((170, 150, 132), (214, 204, 196)), -0.8),
+    Signer("Signer02", True, 1.10, 1.05, 1.06, (1.02, 1.04), 1.05, 1.06, 0.12, (128, 160, 214),
+           (30, 36, 44), "short", (112, 66, 38), "lapel", False, ((150, 146, 140), (196, 190, 186)), 0.7),
+    Signer("Signer03", False, 0.92, 0.95, 0.96, (0.96, 0.98), 0.95, 0.90, 0.05, (88, 122, 176),
+           (22, 22, 30), "long", (70, 38, 92), "round", True, ((186, 172, 140), (208, 206, 190)), 0.5),
+    Signer("Signer04", False, 1.07, 1.03, 1.08, (1.06, 1.02), 1.02, 0.95, 0.10, (160, 190, 236),
+           (92, 98, 108), "bald", (78, 86, 58), "lapel", False, ((140, 132, 120), (180, 178, 170)), -0.4,
+           True, True),
+    Signer("Signer05", True, 0.95, 0.98, 0.97, (0.97, 1.00), 0.98, 1.10, 0.14, (142, 172, 228),
+           (60, 116, 176), "long", (88, 92, 40), "vee", False, ((196, 168, 152), (220, 206, 200)), 0.9),
+    Signer("Signer06", False, 1.03, 1.00, 1.03, (1.00, 0.97), 1.00, 1.02, 0.09, (62, 88, 132),
+           (16, 16, 20), "short", (204, 198, 190), "round", True, ((166, 184, 170), (206, 214, 206)), -0.6,
+           False, True),
+    # The seventh occurs in test alone.
+    Signer("Signer07", False, 0.97, 1.02, 1.02, (0.99, 1.03), 1.03, 0.97, 0.11, (112, 146, 200),
+           (40, 52, 96), "bun", (44, 36, 110), "round", False, ((162, 160, 170), (210, 204, 206)), 0.6, True),
+)  # fmt: skip
+UNSEEN = SIGNERS[-1]
+
+# One hand of a pose: x, y, z, pointing (degrees), roll, 5 finger lengths, angles and curls, ring.
+HAND = 21
+XYZ = slice(0, 3)
+POINT, ROLL = 3, 4
+LENGTHS, ANGLES, CURLS = slice(5, 10), slice(10, 15), slice(15, 20)
+RING = 20
+# A pose: dominant hand, other hand, then mouth opening, mouth width, brows, nod, turn.
+FACE = 2 * HAND
+POSE = FACE + 5
+_FRAME_EDGE = 78.0  # px from the midline beyond which a hand would leave the frame
+_DEPTH = 52.0  # px between the body and a hand in signing space
+
+# Mouthing follows the word's first vowel: (opening, width), both 0 to 1.
+_MOUTHS = {"A": (1.0, 0.6), "E": (0.45, 0.9), "I": (0.25, 1.0), "O": (0.8, 0.2), "U": (0.45, 0.1)}
+# Brows: 1 raised, -1 knit.
+_BROWS = {"STARK": -1.0, "STURM": -1.0, "GEWITTER": -0.7, "KALT": -0.7, "FROST": -0.6, "TIEF": -0.5}
+_BROWS |= {"MOEGLICH": 1.0, "ABER": 0.9, "HOCH": 0.8, "FREUNDLICH": 0.8, "SONNE": 0.7, "WENIG": 0.6}
+
+
+def _roll_for(point_deg: float) -> float:
+    """The wrist's natural turn, as the thumb's side (1 or -1) for fingers that point so."""
+    return -1.0 if -45 < point_deg < 135 else 1.0
+
+
+def _shape(name: str) -> Floats:
+    """A handshape as the 16 finger numbers of a pose."""
+    lengths, angles, curls, ring = HANDSHAPES[name]
+    return np.array([*lengths, *angles, *curls, ring], dtype=np.float64)
+
+
+def _hand(x: float, y: float, z: float, point_deg: float, shape: str) -> Floats:
+    return np.concatenate([[x, y, z, point_deg, _roll_for(point_deg)], _shape(shape)])
+
+
+REST_HAND = _hand(34, 292, 30, -60, "flat")
+REST_HAND[LENGTHS] *= 0.8
+
+
+def rest_pose() -> Floats:
+    """Hands low in front of the body, face at ease."""
+    return np.concatenate([REST_HAND, REST_HAND, [0.0, 0.5, 0.0, 0.0, 0.0]])
+
+
+def sign_poses(sign: Sign, num_frames: int, space: float = 1.0) -> Floats:
+    """The poses of a sign's stroke.
+
+    The other hand's x counts positive to its own side, so a mirrored sign has equal hands.
+    Returns (num_frames, POSE).
+    """
+    phase_N = np.linspace(0, 1, num_frames) if num_frames > 1 else np.array([1.0])
+    offset_N3 = MOVEMENTS[sign.movement](phase_N)
+    x, y = LOCATIONS[sign.location]
+    poses_NP = np.tile(rest_pose(), (num_frames, 1))
+    main_NP, other_NP = poses_NP[:, :HAND], poses_NP[:, HAND:FACE]
+    main_NP[:] = _hand(x, y, _DEPTH, sign.point_deg, sign.handshape)
+    main_NP[:, XYZ] += offset_N3
+    if sign.end_handshape:
+        ease_N = np.clip(phase_N * 2 - 0.5, 0, 1)[:, None]
+        main_NP[:, 5:] += ease_N * (_shape(sign.end_handshape) - _shape(sign.handshape))
+    if sign.hands == "base":
+        other_NP[:] = _hand(-BASE_PALM[0] + 6, BASE_PALM[1], _DEPTH - 14, -80, sign.other_handshape or "flat")
+        if sign.other_handshape:  # an upright finger to move towards
+            other_NP[:, 0:4] = (52, 172, _DEPTH, 0)
+            other_NP[:, ROLL] = _roll_for(0)
+    elif sign.hands != "one":
+        other_NP[:] = main_NP
+        if sign.hands == "alternate":
+            other_NP[:, XYZ] -= 2 * offset_N3 * _ALTERNATE
+            if sign.movement in ("zigzag", "beat"):  # both hands fall, one after the other
+                other_NP[:, 1] += 2 * phase_N * (118 if sign.movement == "zigzag" else 36)
+        elif sign.hands == "parallel":
+            other_NP[:, 0] -= 2 * offset_N3[:, 0]
+        if sign.other_handshape:
+            other_NP[:, 5:] = _shape(sign.other_handshape)
+    for hand_NP in (main_NP, other_NP):
+        hand_NP[:, 0] = np.clip(hand_NP[:, 0] * space, -_FRAME_EDGE, _FRAME_EDGE)
+        hand_NP[:, 1] = 150 + (hand_NP[:, 1] - 150) * space
+    poses_NP[:, FACE:] = _face(sign.gloss)
+    return poses_NP
+
+
+_ALTERNATE = np.array([0.0, 1.0, 1.0])
+
+
+def _face(gloss: str) -> Floats:
+    vowel = next((letter for letter in gloss if letter in _MOUTHS), "E")
+    brow = _BROWS.get(gloss, 0.0)
+    return np.array([*_MOUTHS[vowel], brow, max(-brow, 0) * 0.8, 0.0])
+
+
+def _transition(before_P: Floats, after_P: Floats, num_frames: int) -> Floats:
+    """Poses strictly between two poses, along a smooth and slightly bowed way. Returns (num_frames, POSE)."""
+    phase_N = np.arange(1, num_frames + 1) / (num_frames + 1)
+    ease_N1 = (phase_N * phase_N * (3 - 2 * phase_N))[:, None]
+    poses_NP = before_P + ease_N1 * (after_P - before_P)
+    for start in (0, HAND):
+        travel = float(np.hypot(*(after_P - before_P)[start : start + 2]))
+        bow_N = np.sin(np.pi * phase_N) * min(travel, 80) * 0.12
+        poses_NP[:, start + 1] -= bow_N
+        poses_NP[:, start + 2] += bow_N
+    return poses_NP
+
+
+def _coarticulate(strokes: list[Floats], undershoot: float) -> None:
+    """Draw each stroke's ends towards its neighbours, in place: hands do not quite reach their targets."""
+    ends = [(stroke[0].copy(), stroke[-1].copy()) for stroke in strokes]
+    for index, stroke in enumerate(strokes):
+        phase_N1 = np.linspace(0, 1, len(stroke))[:, None]
+        for start in (0, HAND):
+            span = slice(start, start + 3)
+            if index > 0:
+                stroke[:, span] += undershoot * (1 - phase_N1) * (ends[index - 1][1] - ends[index][0])[span]
+            if index + 1 < len(strokes):
+                stroke[:, span] += undershoot * phase_N1 * (ends[index + 1][0] - ends[index][1])[span]
+
+
+def _frames(rng: np.random.Generator, mean: float, tempo: float, least: int) -> int:
+    """A whole number of frames around mean / tempo; the rounding is drawn."""
+    return max(least, int(mean / tempo * rng.uniform(0.85, 1.15) + rng.random()))
+
+
+def clip_poses(signs: list[Sign], signer: Signer, rng: np.random.Generator) -> Floats:
+    """The poses of a clip: rise from rest, the signs run together, return to rest. Returns (F, POSE)."""
+    tempo = signer.tempo * rng.uniform(0.92, 1.08)
+    strokes = []
+    for sign in signs:
+        stroke_NP = sign_poses(sign, _frames(rng, 8.0, tempo, 5), signer.space)
+        stroke_NP[:, 0:2] += rng.normal(0, 2.5, 2)
+        stroke_NP[:, HAND : HAND + 2] += rng.normal(0, 2.5, 2)
+        stroke_NP[:, [POINT, HAND + POINT]] += rng.normal(0, 5, 2)
+        strokes.append(stroke_NP)
+    _coarticulate(strokes, signer.undershoot)
+    parts = [rest_pose()[None]]
+    for stroke_NP in [*strokes, rest_pose()[None]]:
+        parts.append(_transition(parts[-1][-1], stroke_NP[0], _frames(rng, 3.5, tempo, 2)))
+        parts.append(stroke_NP)
+    poses_FP = np.concatenate(parts)
+    # A hand has mass: the mean of three frames rounds the corners.
+    padded = np.concatenate([poses_FP[:1], poses_FP, poses_FP[-1:]])
+    poses_FP = 0.2 * padded[:-2] + 0.6 * padded[1:-1] + 0.2 * padded[2:]
+    poses_FP[:, -2:] += _wander(rng, len(poses_FP), 0.5)
+    return poses_FP
+
+
+def _wander(rng: np.random.Generator, num_frames: int, size: float) -> Floats:
+    """Slow aimless movement in two coordinates, within about +-size. Returns (num_frames, 2)."""
+    time_F1 = np.arange(num_frames)[:, None]
+    return size * np.sin(time_F1 * rng.uniform(0.05, 0.16, 2) + rng.uniform(0, 2 * np.pi, 2))

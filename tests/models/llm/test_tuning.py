@@ -1,0 +1,322 @@
+"""What of an LLM is trained, and what an export is made of; ZeRO is in tests/training/test_engine.py."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    GPT2Config,
+    LlamaConfig,
+    MBartConfig,
+    T5Config,
+)
+
+from flallm_ds.errors import UserError
+from flallm_ds.models.llm.tuning import Tuning, check_bits, low_rank_targets, merged, tune, write_additions
+
+VOCABULARY = 40
+CONFIGS = {
+    "mbart": MBartConfig(
+        vocab_size=VOCABULARY,
+        d_model=16,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=24,
+        decoder_ffn_dim=24,
+        max_position_embeddings=32,
+    ),
+    "t5": T5Config(
+        vocab_size=VOCABULARY,
+        d_model=16,
+        d_kv=8,
+        d_ff=24,
+        num_layers=2,
+        num_heads=2,
+        decoder_start_token_id=0,
+        feed_forward_proj="gated-gelu",
+    ),
+    "llama": LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    ),
+    "gpt2": GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=32),
+}
+KINDS = pytest.mark.parametrize("kind", CONFIGS)
+LOW_RANK = pytest.mark.parametrize("how", ["lora", "dora"])
+
+
+def make_llm(kind: str) -> Any:
+    torch.manual_seed(0)
+    config = CONFIGS[kind]
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    return auto.from_config(config).eval()
+
+
+def tuned(kind: str, seed: int = 0, **options: Any) -> Any:
+    llm = make_llm(kind)
+    tune(llm, Tuning(**options), seed)
+    return llm
+
+
+def trained(llm: Any) -> set[str]:
+    return {name for name, p in llm.named_parameters() if p.requires_grad}
+
+
+def logits(llm: Any) -> torch.Tensor:
+    ids_BL = torch.arange(12).view(2, 6) + 5
+    more = {"decoder_input_ids": ids_BL[:, :4]} if llm.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        return llm.eval()(input_ids=ids_BL, **more).logits
+
+
+def after_training(llm: Any) -> Any:
+    """Every trained parameter moved, as an optimizer would."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in llm.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return llm
+
+
+def test_full_trains_everything():
+    assert trained(tuned("mbart", how="full")) == {n for n, _ in make_llm("mbart").named_parameters()}
+
+
+def test_full_with_a_pattern_trains_what_it_matches():
+    llm = tuned("mbart", how="full", layers=r"decoder\.layers\.1\.|layernorm_embedding")
+    names = {n for n, _ in llm.named_parameters()}
+    assert trained(llm) == {n for n in names if "decoder.layers.1." in n or "layernorm_embedding" in n}
+    assert 0 < len(trained(llm)) < len(names)
+
+
+def test_frozen_trains_nothing_but_what_a_pattern_adds():
+    assert trained(tuned("llama", how="frozen")) == set()
+    assert trained(tuned("llama", how="frozen", layers=r"^model\.norm")) == {"model.norm.weight"}
+
+
+@KINDS
+@LOW_RANK
+def test_low_rank_trains_additions_to_all_linear_layers_but_the_head(kind, how):
+    """As many as peft's own all-linear, and the same logits as before, because B starts at zero."""
+    llm = tuned(kind, how=how, rank=4)
+    layers = [n for n, m in llm.named_modules() if isinstance(m, LoraLayer)]
+    assert layers and not any("lm_head" in n for n in layers)
+    assert sorted(layers) == sorted(low_rank_targets(make_llm(kind), "all-linear"))
+    own = ["lora_A.default.weight", "lora_B.default.weight"]
+    own += ["lora_magnitude_vector.default.weight"] if how == "dora" else []
+    assert trained(llm) == {f"{layer}.{part}" for layer in layers for part in own}
+    torch.testing.assert_close(logits(llm), logits(make_llm(kind)), rtol=1e-4, atol=1e-5)
+
+
+def test_low_rank_targets_by_pattern_beside_whole_layers():
+    llm = tuned(
+        "mbart", how="lora", targets="(q|v)_proj$", layers=r"decoder\.layers\.1\.self_attn\.q_proj|shared"
+    )
+    layers = [n for n, m in llm.named_modules() if isinstance(m, LoraLayer)]
+    assert len(layers) == 12 and all(n.endswith(("q_proj", "v_proj")) for n in layers)
+    whole = {n for n in trained(llm) if ".lora_" not in n}
+    assert whole == {
+        "model.shared.weight",
+        "model.decoder.layers.1.self_attn.q_proj.base_layer.weight",
+        "model.decoder.layers.1.self_attn.q_proj.base_layer.bias",
+    }
+
+
+def test_an_image_encoder_is_tuned_and_merged_in_the_same_way():
+    from transformers import ViTConfig, ViTModel
+
+    config = ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+        image_size=16,
+        patch_size=8,
+    )
+    vit, plain = ViTModel(config).eval(), ViTModel(config).eval()
+    plain.load_state_dict(vit.state_dict())
+    tune(vit, Tuning(how="lora", rank=2, targets="q_proj|v_proj", section="visual"))
+    assert len(trained(vit)) == 4
+    pixels_NCHW = torch.rand(2, 3, 16, 16)
+    after_training(vit)
+    plain.load_state_dict(dict(merged(vit.named_parameters(), vit)))
+    torch.testing.assert_close(plain(pixels_NCHW).pooler_output, vit(pixels_NCHW).pooler_output)
+    with pytest.raises(UserError, match=r"visual\.lora_targets must match the name of a linear layer"):
+        tune(plain, Tuning(how="lora", targets="quarry", section="visual"))
+
+
+def test_additions_depend_on_the_seed_alone_and_leave_the_generator_as_it_was():
+    first = tuned("llama", how="lora")
+    torch.manual_seed(0)
+    make_llm("llama")
+    state = torch.get_rng_state()
+    torch.rand(1)
+    again, other = make_llm("llama"), tuned("llama", seed=1, how="lora")
+    torch.set_rng_state(state)
+    tune(again, Tuning(how="lora"))
+    assert torch.equal(torch.get_rng_state(), state)
+    name = "model.layers.0.mlp.up_proj.lora_A.default.weight"
+    weights = [dict(llm.named_parameters())[name] for llm in (first, again, other)]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+@KINDS
+@LOW_RANK
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merged_tensors_are_those_of_peft(kind, how, dtype):
+    llm = after_training(tuned(kind, how=how, rank=4, alpha=7, layers="norm|ln_f")).to(dtype)
+    found = dict(merged(llm.named_parameters(), llm))
+    plain = make_llm(kind).to(dtype)
+    assert found.keys() == {name for name, _ in plain.named_parameters()}
+    for module in llm.modules():
+        if isinstance(module, LoraLayer):
+            module.merge()
+    peft = {n.replace(".base_layer", ""): p for n, p in llm.named_parameters() if ".lora_" not in n}
+    changed = 0
+    for name, tensor in found.items():
+        exact = {"rtol": 0, "atol": 0} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 1e-3}
+        torch.testing.assert_close(tensor, peft[name].detach(), **exact)
+        changed += not torch.equal(tensor, dict(plain.named_parameters())[name])
+    assert changed >= len(low_rank_targets(plain, "all-linear"))
+
+
+@KINDS
+@LOW_RANK
+def test_a_merged_llm_gives_the_logits_of_the_tuned_one(kind, how):
+    llm = after_training(tuned(kind, how=how, rank=4))
+    plain = make_llm(kind)
+    before = logits(plain)
+    plain.load_state_dict(dict(merged(llm.named_parameters(), llm)), strict=False)
+    torch.testing.assert_close(logits(plain), logits(llm), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(logits(plain), before, atol=1e-3)
+
+
+def test_merging_takes_tensors_in_any_order_and_none_where_a_rank_only_gathers():
+    llm = after_training(tuned("mbart", how="dora"))
+    backwards = dict(merged(reversed(list(llm.named_parameters())), llm))
+    for name, tensor in merged(llm.named_parameters(), llm):
+        assert torch.equal(backwards[name], tensor)
+    on_another_rank = dict(merged(((n, None) for n, _ in llm.named_parameters()), llm))
+    assert on_another_rank == {n: None for n, _ in make_llm("mbart").named_parameters()}
+
+
+def test_an_llm_without_additions_passes_unchanged():
+    llm = make_llm("llama")
+    assert [n for n, t in merged(llm.named_parameters(), llm) if t is not None] == [
+        n for n, _ in llm.named_parameters()
+    ]
+
+
+@KINDS
+@pytest.mark.parametrize(
+    ("how", "layers"), [("lora", ""), ("dora", ""), ("lora", "norm|ln_f|layers?.1.*(q_proj|Attention.q)")]
+)
+def test_peft_reads_the_folder_of_additions(kind, how, layers, tmp_path):
+    llm = after_training(tuned(kind, how=how, rank=4, layers=layers))
+    base = tmp_path / "base"
+    make_llm(kind).save_pretrained(base)
+    folder = tmp_path / "additions"
+    folder.mkdir()
+    write_additions(folder, llm.named_parameters(), llm, str(base))
+    assert sorted(p.name for p in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(base) and config["use_dora"] == (how == "dora")
+    auto = AutoModelForSeq2SeqLM if llm.config.is_encoder_decoder else AutoModelForCausalLM
+    loaded = PeftModel.from_pretrained(auto.from_pretrained(base), str(folder)).eval()
+    torch.testing.assert_close(logits(loaded), logits(llm), rtol=1e-5, atol=1e-6)
+    assert llm.peft_config["default"].base_model_name_or_path != str(base)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"how": "lora", "targets": "q_prj"},
+            r"llm\.lora_targets must match the name of a linear layer .*'q_prj' matches none: did you mean",
+        ),
+        ({"how": "dora", "targets": "lm_head"}, "matches none"),
+        (
+            {"how": "full", "layers": r"decodr\.layers"},
+            r"llm\.layers must match the name of a parameter.* did you mean decoder",
+        ),
+        ({"how": "frozen", "layers": "("}, r"llm\.layers must be a regular expression"),
+    ],
+)
+def test_a_pattern_that_matches_nothing_is_refused_with_near_names(options, message):
+    with pytest.raises(UserError, match=message) as caught:
+        tuned("mbart", **options)
+    assert "\n" not in str(caught.value)
+
+
+GPU = torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("bits", "how", "stage", "device", "installed", "message"),
+    [
+        (4, "full", 2, GPU, True, "integers have no gradient, but llm.tune is full"),
+        (8, "lora", 2, torch.device("cpu"), True, "llm.bits=8 needs a CUDA device"),
+        (4, "lora", 2, GPU, False, "needs the package bitsandbytes, which is not installed"),
+        (4, "dora", 3, GPU, True, "cannot be partitioned, but the DeepSpeed JSON is of stage 3"),
+        (4, "frozen", 2, GPU, True, None),
+        (8, "lora", 1, GPU, True, None),
+        (16, "full", 3, torch.device("cpu"), False, None),
+    ],
+)
+def test_bits_that_cannot_be_are_refused(bits, how, stage, device, installed, message, monkeypatch):
+    find = "flallm_ds.models.llm.tuning.importlib.util.find_spec"
+    monkeypatch.setattr(find, lambda name: object() if installed else None)
+    if message is None:
+        check_bits(bits, how, stage, device)
+        return
+    with pytest.raises(UserError, match=message):
+        check_bits(bits, how, stage, device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_quantized_llm_loads_and_learns(bits: int, tmp_path: Path) -> None:
+    """On a GPU with bitsandbytes: LoRA on frozen integers, a few steps, and no merging."""
+    pytest.importorskip("bitsandbytes")
+    from flallm_ds.models.llm.load import LlmOptions, load_llm
+
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    llm = load_llm(str(tmp_path), LlmOptions(bits=bits))
+    tune(llm, Tuning(how="lora", rank=4))
+    before = {n: p.detach().clone() for n, p in llm.named_parameters() if not p.requires_grad}
+    optimizer = torch.optim.AdamW([p for p in llm.parameters() if p.requires_grad], lr=1e-2)
+    ids_BL = torch.arange(24, device="cuda").view(2, 12)
+    losses = []
+    for _ in range(8):
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = llm(input_ids=ids_BL, labels=ids_BL).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    assert all(torch.equal(p, before[n]) for n, p in llm.named_parameters() if n in before)
+    with pytest.raises(UserError, match="must not be quantized"):
+        list(merged(llm.named_parameters(), llm))
+    assert isinstance(llm, nn.Module)

@@ -1,0 +1,205 @@
+"""Each LLM of the installed transformers that has a tiny config: it reads embeddings as words or is refused.
+
+The measured scale is held against the whole model, and our loss against the model's own `labels=`.
+"""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+)
+
+from flallm_ds.data.text.codec import Wording
+from flallm_ds.errors import UserError
+from flallm_ds.models.llm.load import embedding_scale, load_llm
+from flallm_ds.models.sign_translator import Beam, SignTranslator
+
+WIDTH, WORDS = 32, 64
+MOST = 4_000_000  # parameters of a tiny model
+# Whatever of these a config class knows.
+TINY = {
+    "vocab_size": WORDS, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2,
+    "decoder_start_token_id": 2, "d_model": WIDTH, "hidden_size": WIDTH, "n_embd": WIDTH,
+    "encoder_layers": 1, "decoder_layers": 1, "num_encoder_layers": 1, "num_decoder_layers": 1,
+    "num_layers": 1, "num_hidden_layers": 2, "n_layer": 2, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "num_encoder_attention_heads": 4, "num_decoder_attention_heads": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "num_heads": 4, "n_head": 4, "head_dim": 8,
+    "d_kv": 8, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "intermediate_size": 48, "d_ff": 48,
+    "n_inner": 48, "max_position_embeddings": 64, "n_positions": 64, "num_experts": 4,
+    "num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 4,
+    "scale_embedding": True, "embedding_multiplier": 3.0,
+    "router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0,
+    "attention_window": 4,
+}  # fmt: skip
+MULTI_HEAD = {"num_key_value_heads": 4}
+OWN: dict[str, dict[str, Any]] = {
+    "opt": {"word_embed_proj_dim": 16},
+    **dict.fromkeys(("axk2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu"), MULTI_HEAD),
+}
+REFUSED = {
+    "fsmt": "its decoder sees the words that are to come",
+    "prophetnet": "depends on how many words are to come",
+    "gemma4_text": "provide exact `inputs_embeds`",  # looks each embedding up among its words
+    "deepseek_v4": "its first layer is given something else",  # ids choose the experts
+    "cpmant": "index out of range",  # it knows no embeddings
+    "inkling": "its first layer is given something else",
+}
+
+
+def tiny_models(mapping: Any) -> dict[str, Any]:
+    """{model type: (class, config)} of those that have a small config, built on no memory."""
+    found = {}
+    for kind in mapping:
+        if kind in MODEL_FOR_MASKED_LM_MAPPING and mapping is MODEL_FOR_CAUSAL_LM_MAPPING:
+            continue  # no LLM
+        model_class = mapping[kind][0] if isinstance(mapping[kind], tuple) else mapping[kind]
+        known = {name for base in kind.__mro__ for name in getattr(base, "__annotations__", {})}
+        known |= set(kind.attribute_map)
+        own = OWN.get(kind.model_type, {})
+        try:
+            config = kind(**{name: value for name, value in (TINY | own).items() if name in known})
+            with torch.device("meta"):
+                size = sum(parameter.numel() for parameter in model_class(config).parameters())
+        except Exception:  # noqa: BLE001  # no such config, or one that must be made in another way
+            continue
+        if size <= MOST:
+            found[kind.model_type] = (model_class, config)
+    return found
+
+
+ENCODER_DECODERS = tiny_models(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING)
+DECODERS = tiny_models(MODEL_FOR_CAUSAL_LM_MAPPING)
+DECODERS = {name: found for name, found in DECODERS.items() if name not in ENCODER_DECODERS}
+
+
+def test_what_is_checked() -> None:
+    """No family falls out of this file unseen."""
+    assert ENCODER_DECODERS.keys() >= {
+        "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "fsmt", "led", "longt5", "m2m_100",
+        "marian", "mbart", "mt5", "mvp", "nllb-moe", "pegasus", "pegasus_x", "plbart", "prophetnet",
+        "seamless_m4t", "seamless_m4t_v2", "switch_transformers", "t5", "umt5",
+    }  # fmt: skip
+    assert len(DECODERS) > 80
+
+
+@pytest.mark.parametrize(
+    ("name", "scale"),
+    [("marian", WIDTH**0.5), ("pegasus", WIDTH**0.5), ("blenderbot-small", WIDTH**0.5), ("mvp", WIDTH**0.5),
+     ("mbart", WIDTH**0.5), ("t5", 1.0)],
+)  # fmt: skip
+def test_the_scale_of_an_encoder_is_measured_wherever_it_is_applied(name: str, scale: float) -> None:
+    assert embedding_scale(built(*ENCODER_DECODERS[name])) == pytest.approx(scale)
+
+
+@pytest.mark.parametrize(
+    ("name", "scale"), [("falcon_h1", 3.0), ("gemma2", WIDTH**0.5), ("granite", 1.0), ("xglm", WIDTH**0.5)]
+)
+def test_the_scale_of_a_decoder_is_measured_wherever_it_is_applied(name: str, scale: float) -> None:
+    """Granite multiplies embeddings as well, so what is given to it must not be scaled."""
+    assert embedding_scale(built(*DECODERS[name])) == pytest.approx(scale)
+
+
+def built(model_class: Any, config: Any) -> Any:
+    torch.manual_seed(0)
+    llm = model_class(config).eval()
+    with torch.no_grad():
+        for parameter in llm.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return llm
+
+
+def translator_of(llm: Any) -> SignTranslator:
+    """Its visual tokens are the features, as large as the adapter of a run makes them."""
+    width = llm.get_input_embeddings().embedding_dim
+    adapter = nn.Linear(width, width, bias=False)
+    adapter.weight.data = torch.eye(width) * embedding_scale(llm)
+    return SignTranslator(None, adapter, llm, SimpleNamespace(pad_id=0, eos_id=1)).eval()  # type: ignore[arg-type]
+
+
+SIGNS = ([20, 21, 22, 23, 24], [30, 31, 32])
+TARGETS = ([40, 41, 42, 1], [43, 44, 1])
+BEFORE, AFTER, START = (10, 11), (12,), (2,)
+
+
+def our_loss(llm: Any, translator: SignTranslator, wording: Wording) -> float:
+    """Words whose rows come as features must count as the same words."""
+    rows = llm.get_input_embeddings().weight[torch.tensor([*SIGNS[0], *SIGNS[1]])]
+    targets_BL = torch.full((2, 4), -100)
+    for row, target in zip(targets_BL, TARGETS, strict=True):
+        row[: len(target)] = torch.tensor(target)
+    lengths = torch.tensor([len(signs) for signs in SIGNS])
+    with torch.no_grad():
+        return float(translator(rows, lengths, [wording] * 2, targets_BL))
+
+
+def is_refused(name: str, llm: Any) -> bool:
+    reason = next((why for kind, why in REFUSED.items() if name.startswith(kind)), None)
+    if reason is None:
+        return False
+    with pytest.raises(
+        UserError, match=rf"llm\.name must be an LLM that reads embeddings.*\({name}\).*{reason}"
+    ):
+        embedding_scale(llm)
+    return True
+
+
+@pytest.mark.parametrize("name", ENCODER_DECODERS)
+def test_an_encoder_decoder_reads_embeddings_as_words(name: str) -> None:
+    llm = built(*ENCODER_DECODERS[name])
+    if is_refused(name, llm):
+        return
+    translator = translator_of(llm)
+    loss = 0.0
+    for signs, target in zip(SIGNS, TARGETS, strict=True):
+        with torch.no_grad():
+            found = llm(
+                input_ids=torch.tensor([[*BEFORE, *signs, *AFTER]]),
+                attention_mask=torch.ones(1, len(BEFORE) + len(signs) + len(AFTER), dtype=torch.long),
+                decoder_input_ids=torch.tensor([[*START, *target[:-1]]]),
+                labels=torch.tensor([target]),
+            )
+        loss += found.loss.item() * len(target)
+    ours = our_loss(llm, translator, Wording(BEFORE, AFTER, START))
+    assert ours == pytest.approx(loss, rel=1e-3)
+    said = translator.generate(
+        llm.get_input_embeddings().weight[torch.tensor(SIGNS[0])],
+        torch.tensor([len(SIGNS[0])]),
+        [Wording(BEFORE, AFTER, START)],
+        Beam(num_beams=2, max_new_tokens=3),
+    )
+    assert len(said[0][0].ids) >= 1
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_decoder_only_llm_reads_embeddings_as_words(name: str) -> None:
+    llm = built(*DECODERS[name])
+    if is_refused(name, llm):
+        return
+    translator = translator_of(llm)
+    loss = 0.0
+    for signs, target in zip(SIGNS, TARGETS, strict=True):
+        words = [*BEFORE, *signs, *AFTER, *target[:-1]]
+        with torch.no_grad():
+            logits = llm(
+                torch.tensor([words]), attention_mask=torch.ones(1, len(words)), use_cache=False
+            ).logits[0]
+        loss += nn.functional.cross_entropy(
+            logits[-len(target) :].float(), torch.tensor(target), reduction="sum"
+        ).item()
+    assert our_loss(llm, translator, Wording(BEFORE, AFTER)) == pytest.approx(loss, rel=1e-3)
+
+
+def test_an_llm_that_cannot_read_embeddings_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
+    """The folder holds no weights at all."""
+    ENCODER_DECODERS["fsmt"][1].save_pretrained(tmp_path)
+    with pytest.raises(
+        UserError, match=rf"^llm\.name must be an LLM that reads .*got {tmp_path} \(fsmt\): .*\.$"
+    ):
+        load_llm(str(tmp_path))

@@ -1,0 +1,291 @@
+import hashlib
+import io
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import av
+import pytest
+import simplejpeg
+import webdataset
+
+from flallm_ds.data.codecs.avi import frame_spans
+from flallm_ds.data.codecs.video import read_frames
+from flallm_ds.data.index import iter_rows, load_index, read_manifest
+from flallm_ds.errors import UserError
+from flallm_ds.sharding.build import Options, build
+from tests.helpers.paths import ROOT
+from tests.helpers.trees import make_how2sign, make_phoenix, write_frames, write_video
+
+
+def run(*words: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "shards" / "build.py"), *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, cwd="/", timeout=120)
+
+
+def options(**given) -> Options:
+    return Options(**{"workers": 1} | given)
+
+
+def tree(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+def siblings(out: Path) -> list[str]:
+    """What a failed build left beside its output folder."""
+    return [path.name for path in out.parent.iterdir() if path.name.startswith(out.name)]
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory) -> Path:
+    return make_phoenix(tmp_path_factory.mktemp("phoenix"))
+
+
+@pytest.fixture(scope="module")
+def built(release, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("out") / "shards"
+    build("phoenix14t", release, out, options(clips_per_shard=3))
+    return out
+
+
+def test_every_clip_is_where_the_index_says(built, release):
+    for split, count in (("train", 7), ("dev", 2), ("test", 2)):
+        index = load_index(built, split)
+        assert len(index) == count and index.corpus == "phoenix14t"
+        index.check_files()
+        for row in iter_rows(index):
+            with index.shard_path(row["shard"]).open("rb") as file:
+                file.seek(row["offset"])
+                member = file.read(row["size"])
+            spans = frame_spans(member)
+            number = int(row["id"].rpartition("-")[2]) - 1
+            assert len(spans) == row["num_frames"] == number + 1
+            assert (row["height"], row["width"], row["fps"]) == (26, 21, 25.0)
+            assert row["text"] == f'am tag {number} "schönes" wetter' and "." not in row["key"]
+            source = release / "PHOENIX-2014-T" / "features" / "fullFrame-210x260px" / split / row["id"]
+            for (offset, size), image in zip(spans.tolist(), read_frames(source), strict=True):
+                stored = simplejpeg.decode_jpeg(member[offset : offset + size])
+                assert abs(stored.astype(int) - image).max() <= 2
+
+
+def test_training_clips_are_shuffled_and_evenly_spread(built):
+    assert [shard.clips for shard in load_index(built, "train").shards] == [2, 2, 3]
+    keys = list(load_index(built, "train").strings("key"))
+    assert sorted(keys) == [f"{number:08d}" for number in range(7)] and keys != sorted(keys)
+    assert list(load_index(built, "dev").strings("key")) == ["00000000", "00000001"]
+
+
+def test_webdataset_reads_the_tars(built):
+    urls = sorted(str(path) for path in built.glob("train-*.tar"))
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False))
+    assert len(samples) == 7
+    for sample in samples:
+        facts = json.loads(sample["json"])
+        assert facts["gloss"].startswith("TAG") and facts["language"] == "de"
+        with av.open(io.BytesIO(sample["avi"])) as container:
+            assert sum(1 for _ in container.decode(video=0)) == facts["num_frames"]
+
+
+def test_tars_hold_no_time_and_no_owner(built):
+    with tarfile.open(built / "train-000000.tar") as tar:
+        members = tar.getmembers()
+    assert [member.name[8:] for member in members] == [".avi", ".json"] * 2
+    assert {(m.mtime, m.uid, m.gid, m.uname, m.mode) for m in members} == {(0, 0, 0, "", 0o644)}
+
+
+def test_shards_are_readable_by_others_and_nothing_else_is_left(built):
+    assert all(path.stat().st_mode & 0o444 == 0o444 for path in built.iterdir())
+    assert siblings(built) == [built.name]
+
+
+def test_one_worker_and_two_make_the_same_bytes(built, release, tmp_path):
+    build("phoenix14t", release, tmp_path / "two", Options(workers=2, clips_per_shard=3))
+    assert tree(tmp_path / "two") == tree(built)
+
+
+def test_limit_takes_the_first_rows_of_each_split(release, tmp_path):
+    build("phoenix14t", release, tmp_path / "out", options(limit=1))
+    assert [entry["clips"] for entry in read_manifest(tmp_path / "out")["splits"].values()] == [1, 1, 1]
+
+
+def test_the_command_line_builds_verifies_and_says_what_it_made(tmp_path):
+    release = make_phoenix(tmp_path / "source", counts=(3, 1, 1))
+    done = run(
+        "phoenix14t", f"--source={release}", f"--out={tmp_path / 'out'}", "--clips_per_shard=1", "--workers=2"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "train         3           6" in done.stdout and "share" in done.stdout
+    again = run("phoenix14t", "--source", release, "--out", tmp_path / "out", "--clips_per_shard=1")
+    assert again.returncode == 0 and "already built: 5 shards" in again.stdout, again.stderr
+    other = run("phoenix14t", "--source", release, "--out", tmp_path / "out", "--quality=80")
+    assert other.returncode == 2 and other.stderr.count("\n") == 1, other.stderr
+    assert "earlier build: --quality was 90, is 80; --clips_per_shard was 1, is 128" in other.stderr
+    verify = subprocess.run(
+        [sys.executable, str(ROOT / "shards" / "verify.py"), str(tmp_path / "out"), "--workers=2"],
+        capture_output=True, text=True, cwd="/", timeout=120,
+    )  # fmt: skip
+    assert verify.returncode == 0 and "all is well: 5 clips, 8 frames" in verify.stdout, verify.stderr
+
+
+def test_help_lists_every_option_of_a_corpus():
+    done = run("how2sign", "--help")
+    assert done.returncode == 0
+    for name in ("source", "out", "short_side", "max_skipped", "repair_mojibake"):
+        assert f"--{name}" in done.stdout
+    wrong = run("how2sign", "--source=/", "--out=/tmp/x", "--short_sid=3")
+    assert wrong.returncode == 2 and "short_side" in wrong.stderr
+
+
+def test_how2sign_is_cut_by_its_realigned_times(tmp_path):
+    source = make_how2sign(tmp_path / "source", raw=True)
+    build("how2sign", source, tmp_path / "out", options(splits=("train",)), repair_mojibake=True)
+    rows = {row["id"]: row for row in iter_rows(load_index(tmp_path / "out", "train"))}
+    assert [rows[name]["num_frames"] for name in sorted(rows)] == [5, 10, 7, 10]
+    assert rows["-aB_1-5-rgb_front"]["text"] == "My horse’s nose."
+    notes = read_manifest(tmp_path / "out")["notes"]
+    assert any("1 clips end past their video's end" in note and "-ab_1" in note for note in notes)
+
+
+def test_ready_made_how2sign_clips_are_taken_whole(tmp_path):
+    source = make_how2sign(tmp_path / "source", raw=False)
+    build("how2sign", source, tmp_path / "out", options(splits=("train",)))
+    rows = {row["id"]: row["num_frames"] for row in iter_rows(load_index(tmp_path / "out", "train"))}
+    assert [rows[name] for name in sorted(rows)] == [4, 5, 6, 7]
+
+
+def test_a_manifest_of_videos_and_folders_is_built_with_its_boxes(tmp_path):
+    write_video(tmp_path / "a b.mp4", 12)
+    write_frames(tmp_path / "frames", 3)
+    (tmp_path / "m.csv").write_text(
+        "video,text,start,end,split,bbox\n"
+        'a b.mp4,one,0.2,0.6,train,"0,0,0.5,1"\na b.mp4,two,,,train,\nframes,three,,,test,\n'
+    )
+    build("manifest", tmp_path / "m.csv", tmp_path / "out", options(short_side=24), language="en")
+    train = {row["text"]: row for row in iter_rows(load_index(tmp_path / "out", "train"))}
+    assert (train["one"]["num_frames"], train["one"]["height"], train["one"]["width"]) == (4, 36, 24)
+    assert (train["two"]["num_frames"], train["two"]["height"], train["two"]["width"]) == (12, 24, 32)
+    manifest = read_manifest(tmp_path / "out")
+    assert list(manifest["splits"]) == ["train", "test"] and "dev: has no rows, left out" in manifest["notes"]
+
+
+def test_a_row_without_frames_ends_the_build_and_leaves_nothing(tmp_path):
+    release = make_phoenix(tmp_path / "source")
+    shutil.rmtree(next(release.rglob("train/*tagesschau-3")))
+    with pytest.raises(
+        UserError, match=r"of 11 rows 1 without video: train 01April.*tagesschau-3 .*--max_skipped"
+    ):
+        build("phoenix14t", release, tmp_path / "out", options())
+    assert siblings(tmp_path / "out") == []
+
+
+def test_rows_that_may_be_skipped_are_left_out_counted_and_listed(tmp_path, capsys):
+    release = make_phoenix(tmp_path / "source")
+    shutil.rmtree(next(release.rglob("train/*tagesschau-3")))
+    next(release.rglob("dev/*tagesschau-1/images0001.png")).write_bytes(b"\x89PNG broken")
+    table = next(release.rglob("*test.corpus.csv"))
+    table.write_text(
+        table.read_text(encoding="utf-8").replace('am tag 1 "schönes" wetter', " "), encoding="utf-8"
+    )
+    build("phoenix14t", release, tmp_path / "out", options(max_skipped=3))
+    manifest = read_manifest(tmp_path / "out")
+    assert {kind: entry["count"] for kind, entry in manifest["skipped"].items()} == {
+        "without video": 1, "without text": 1, "cannot be decoded": 1
+    }  # fmt: skip
+    assert [entry["clips"] for entry in manifest["splits"].values()] == [6, 1, 1]
+    assert "skipped, cannot be decoded: 1" in capsys.readouterr().out
+    with pytest.raises(UserError, match="1 without video, 1 without text"):
+        build("phoenix14t", release, tmp_path / "out2", options(max_skipped=1))
+
+
+def test_text_that_cannot_be_written_is_a_skipped_row(tmp_path, capsys):
+    """JSON may hold half an emoji, and a name that no file can have."""
+    write_video(tmp_path / "a.mp4", num_frames=9)
+    lines = [
+        {"video": "a.mp4", "text": "gut"},
+        {"video": "a.mp4", "text": "halb \ud83d"},
+        {"video": "a\0.mp4", "text": "gut"},
+    ]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    build("manifest", tmp_path / "m.jsonl", tmp_path / "out", options(max_skipped=2), language="de")
+    assert list(load_index(tmp_path / "out", "train").strings("text")) == ["gut"]
+    said = capsys.readouterr()
+    assert "holds half a character: 'halb \\ud83d'" in said.out + said.err
+
+
+def test_tars_that_lose_all_their_clips_leave_no_gap(tmp_path):
+    release = make_phoenix(tmp_path / "source", counts=(1, 3, 1))
+    next(release.rglob("dev/*tagesschau-1/images0001.png")).write_bytes(b"broken")
+    build("phoenix14t", release, tmp_path / "out", options(max_skipped=1, clips_per_shard=1))
+    index = load_index(tmp_path / "out", "dev")
+    assert [shard.file for shard in index.shards] == ["dev-000000.tar", "dev-000001.tar"]
+    assert index.arrays["shard"].tolist() == [0, 1]
+    index.check_files()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_corrupted_video_ends_the_build_by_name(tmp_path, workers, shared):
+    for number in range(3):
+        write_video(tmp_path / f"{number}.mp4", 3)
+    lines = ["video,text,split", f"{shared}/edge_videos/corrupted.mp4,x,dev"]
+    (tmp_path / "m.csv").write_text("\n".join(lines + [f"{number}.mp4,x,train" for number in range(3)]))
+    with pytest.raises(UserError, match=r"1 cannot be decoded: .*corrupted\.mp4") as caught:
+        build(
+            "manifest",
+            tmp_path / "m.csv",
+            tmp_path / "out",
+            Options(workers=workers, clips_per_shard=1),
+            language="en",
+        )
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_folder_that_is_not_ours_is_left_alone(tmp_path, release):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"no build of ours made \(thesis\.txt\)"):
+        build("phoenix14t", release, out, options())
+    with pytest.raises(UserError, match="is a file"):
+        build("phoenix14t", release, out / "thesis.txt", options())
+    assert (out / "thesis.txt").read_text() == "mine" and siblings(out) == ["out"]
+
+
+def test_an_empty_output_folder_is_used(tmp_path, release):
+    (tmp_path / "out").mkdir()
+    build("phoenix14t", release, tmp_path / "out", options(limit=1))
+    assert (tmp_path / "out" / "index.json").is_file()
+
+
+def test_a_missing_source_is_one_sentence(tmp_path):
+    for corpus, own in (("phoenix14t", {}), ("how2sign", {}), ("manifest", {"language": "de"})):
+        with pytest.raises(UserError, match="--source must exist"):
+            build(corpus, tmp_path / "nowhere", tmp_path / "out", options(), **own)
+    assert siblings(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize(
+    "given", [{"quality": 0}, {"short_side": 1}, {"splits": ("val",)}, {"limit": 0}, {"splits": ()}]
+)
+def test_impossible_options_are_refused(given):
+    with pytest.raises(UserError, match="--"):
+        Options(**given)
+
+
+def test_the_real_how2sign_sample_builds_with_no_skip(shared, tmp_path):
+    build(
+        "how2sign", shared / "how2sign", tmp_path / "out", options(splits=("train",), limit=4, short_side=64)
+    )
+    index = load_index(tmp_path / "out", "train")
+    assert len(index) == 4 and read_manifest(tmp_path / "out")["skipped"] == {}
+    assert set(index.arrays["height"].tolist()) == {64} and set(index.arrays["fps"].tolist()) == {24.0}
+
+
+def test_the_real_phoenix_sample_builds(shared, tmp_path):
+    build("phoenix14t", shared / "phoenix14t", tmp_path / "out", options())
+    for split in ("train", "dev", "test"):
+        (row,) = iter_rows(load_index(tmp_path / "out", split))
+        assert (row["num_frames"], row["height"], row["width"]) == (2, 260, 210)

@@ -1,0 +1,45 @@
+"""The stand-in backbone: a Hugging Face folder that the visual encoder loads as it loads ImageNet weights."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from flallm_ds.errors import UserError
+from flallm_ds.models.backbones import build_backbone
+from flallm_ds.signsim.backbone import FRAMES_A_TASK, NUM_TARGETS, backbone, random_poses, render, targets
+
+
+def test_the_folder_loads_by_the_path_of_a_hub_model(tmp_path: Path) -> None:
+    backbone(out=tmp_path / "backbone", width=8, frames=250, epochs=1)
+    weights = str(tmp_path / "backbone")
+    loaded, other = (build_backbone(weights, width=8, pretrained=p, crop_size=60) for p in (True, False))
+    random = other.state_dict()
+    assert any(not torch.equal(random[name], value) for name, value in loaded.state_dict().items())
+    with pytest.raises(UserError, match=r"visual\.width"):
+        build_backbone(weights, width=16)
+
+
+def test_a_folder_that_holds_something_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(UserError, match="--out"):
+        backbone(out=tmp_path)
+
+
+def test_frames_and_targets_are_reproducible_and_of_the_stated_shapes() -> None:
+    frames, wanted = render(1, seed=0)
+    assert frames.shape == (FRAMES_A_TASK, 64, 64, 3)
+    assert wanted.shape == (FRAMES_A_TASK, NUM_TARGETS)
+    again, wanted_again = render(1, seed=0)
+    assert np.array_equal(frames, again) and np.array_equal(wanted, wanted_again)
+
+
+def test_targets_are_of_the_screen_not_of_the_signers_dominant_hand() -> None:
+    poses = random_poses(5, np.random.default_rng(0))
+    right, left = targets(poses, left_handed=False), targets(poses, left_handed=True)
+    half = NUM_TARGETS // 2
+    assert np.allclose(
+        right[:, 1:half], left[:, half + 1 :]
+    )  # the same hand, on the other side of the screen
+    assert np.allclose(right[:, 0], -left[:, half])
