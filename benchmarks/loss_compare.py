@@ -120,11 +120,10 @@ def launch(tree: Path, stage: str, options: dict[str, str]) -> None:
         f"--stage={stage}",
     ]
     command += [f"--{name}={value}" for name, value in options.items()]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(tree)}
     done = subprocess.run(
         command,
         cwd=tree,
-        env=environment,
+        env=environment_of(tree),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -134,6 +133,11 @@ def launch(tree: Path, stage: str, options: dict[str, str]) -> None:
         raise UserError(
             f"stage {stage} of {tree.name} ended with code {done.returncode}:\n{done.stdout[-3000:]}"
         )
+
+
+def environment_of(tree: Path) -> dict[str, str]:
+    """One thread a process, and the packages of a source tree first."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(tree)}
 
 
 def compare(first: list[dict[str, Any]], second: list[dict[str, Any]], a: str, b: str) -> None:

@@ -1,0 +1,187 @@
+"""Measure the code of a commit, for comparisons: python benchmarks/code_measures.py A,B.
+
+Prints a Markdown table with one column a commit. The files of one training step are those of the product in
+which a function ran between two steps of stage visual: loop, loader threads, model, engine.
+"""
+
+import ast
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+if __name__ == "__main__":  # run as a file: the project's root is not on the path yet
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks.loss_compare import OPTIONS, checkout, environment_of, make_corpus
+from flallm_ds.command import main
+
+PRODUCT = ("flallm_ds", "launch", "shards")
+WIDE = 90  # columns
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+# Runs launch/train.py; between the second and the third step it notes the files whose functions are called.
+TRACED = """
+import runpy, sys, threading
+steps, files = 0, set()
+def profile(frame, event, argument):
+    global steps
+    if event != "call":
+        return
+    path = frame.f_code.co_filename
+    if path.endswith("training/progress.py") and frame.f_code.co_name == "step":
+        steps += 1
+    elif steps == 2 and "/flallm_ds/" in path and "site-packages" not in path:
+        files.add(path.partition("/flallm_ds/")[2])
+threading.setprofile(profile)
+sys.setprofile(profile)
+sys.argv = sys.argv[1:]
+sys.path.insert(0, "launch")  # as for a script there
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    print("FILES", *sorted(files))
+"""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A Python file: its path from the root of the commit, its lines, its syntax tree."""
+
+    path: str
+    lines: list[str]
+    tree: ast.Module
+
+    @property
+    def module(self) -> str:
+        return self.path.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+
+
+def code_measures(commits: tuple[str, ...] = ("HEAD",), *, step: bool = True) -> None:
+    """Print the table. step: also train a little, to count the files of a step."""
+    columns = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for number, commit in enumerate(commits):
+            tree = folder / str(number)
+            checkout(commit, tree)
+            columns[commit] = measures(tree)
+            if step:
+                columns[commit]["files of one training step"] = str(len(step_files(tree, folder)))
+    print("| | " + " | ".join(columns) + " |")
+    print("|---|" + "--:|" * len(columns))
+    for name in next(iter(columns.values())):
+        cells = [column[name] for column in columns.values()]
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
+def measures(root: Path) -> dict[str, str]:
+    """The measures of a source tree, as they are printed."""
+    product = [source for folder in PRODUCT for source in read(root, folder)]
+    tests = list(read(root, "tests"))
+    num_lines, num_test_lines = (sum(len(s.lines) for s in some) for some in (product, tests))
+    largest = max(product, key=lambda source: len(source.lines))
+    longest, length = max(functions(product), key=lambda found: found[1])
+    wide = sum(len(line) > WIDE for source in product for line in source.lines)
+    nodes = [node for source in product for node in ast.walk(source.tree)]
+    comprehensions = sum(isinstance(node, COMPREHENSIONS) for node in nodes)
+    return {
+        "lines of the product": f"{num_lines:,}",
+        "files": str(len(product)),
+        "largest file": f"{len(largest.lines)} ({largest.path})",
+        "longest function": f"{length} ({longest})",
+        "import cycles": str(len(cycles(product))),
+        "imports inside functions": str(sum(map(inner_imports, product))),
+        f"lines over {WIDE} columns": f"{100 * wide / num_lines:.1f} %",
+        "comprehensions per 1,000 lines": f"{1000 * comprehensions / num_lines:.1f}",
+        "options of a training run": str(num_options(root)),
+        "lines of tests / lines of the product": f"{num_test_lines / num_lines:.2f}",
+    }
+
+
+def read(root: Path, folder: str) -> Iterator[Source]:
+    """The Python files of a folder."""
+    for path in sorted((root / folder).rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        yield Source(str(path.relative_to(root)), text.splitlines(), ast.parse(text))
+
+
+def functions(sources: list[Source]) -> Iterator[tuple[str, int]]:
+    """(name, number of lines) of each function."""
+    for source in sources:
+        for node in ast.walk(source.tree):
+            if isinstance(node, FUNCTIONS):
+                assert node.end_lineno is not None
+                yield f"{source.path}:{node.name}", node.end_lineno - node.lineno + 1
+
+
+def inner_imports(source: Source) -> int:
+    """How many import statements stand inside functions."""
+    found = set()
+    for function in ast.walk(source.tree):
+        if isinstance(function, FUNCTIONS):
+            found |= {node for node in ast.walk(function) if isinstance(node, ast.Import | ast.ImportFrom)}
+    return len(found)
+
+
+def cycles(sources: list[Source]) -> list[list[str]]:
+    """Groups of modules that import one another, also by imports inside functions."""
+    modules = {source.module for source in sources}
+    imports = {source.module: imported(source, modules) for source in sources}
+    reached = {module: reach(module, imports) for module in modules}
+    groups = {tuple(sorted(m for m in reached[one] if one in reached[m])) for one in modules}
+    return [list(group) for group in groups if len(group) > 1]
+
+
+def imported(source: Source, modules: set[str]) -> set[str]:
+    """The product's modules that a file imports; a package counts where a name of its own is imported."""
+    found = set()
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                found.add(whole if whole in modules else node.module)
+    return (found & modules) - {source.module}
+
+
+def reach(module: str, imports: dict[str, set[str]]) -> set[str]:
+    """All modules that a module imports, directly or not."""
+    found: set[str] = set()
+    left = [module]
+    while left:
+        for other in imports[left.pop()] - found:
+            found.add(other)
+            left.append(other)
+    return found
+
+
+def num_options(root: Path) -> int:
+    """The fields of the dataclasses of a run, without those that hold a section of options."""
+    tree = ast.parse((root / "flallm_ds" / "config.py").read_text(encoding="utf-8"))
+    fields = [node for c in tree.body if isinstance(c, ast.ClassDef) for node in c.body]
+    names = [ast.unparse(node.annotation) for node in fields if isinstance(node, ast.AnnAssign)]
+    return sum(not name.endswith("Config") for name in names)
+
+
+def step_files(tree: Path, folder: Path) -> list[str]:
+    """The files of the package in which a function ran during one training step of a commit."""
+    make_corpus(folder)
+    places = {"run": tree / "run", "data.shards": folder / "shards", "llm.name": folder / "llm"}
+    options = OPTIONS | {name: str(path) for name, path in places.items()} | {"train.max_steps": "4"}
+    words = ["launch/train.py", "--stage=visual", *(f"--{n}={value}" for n, value in options.items())]
+    command = [sys.executable, "-c", TRACED, *words]
+    done = subprocess.run(
+        command, cwd=tree, env=environment_of(tree), capture_output=True, text=True, check=False
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("FILES ")]
+    assert lines, done.stdout[-2000:] + done.stderr[-2000:]
+    return lines[0].split()[1:]
+
+
+if __name__ == "__main__":
+    main(code_measures)
