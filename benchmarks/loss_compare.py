@@ -101,9 +101,7 @@ def checkout(commit: str, tree: Path) -> None:
         command = ["git", "archive", "--format=tar", commit]
         done = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.PIPE, text=True, check=False)
         if done.returncode:
-            raise UserError(
-                f"A and B must be commits of this repository, got {commit}: {done.stderr.strip()}"
-            )
+            raise UserError(f"A and B must be commits of this repository, got {commit!r}.")
         file.seek(0)
         with tarfile.open(fileobj=file) as tar:
             tar.extractall(tree, filter="data")
