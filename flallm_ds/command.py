@@ -239,20 +239,21 @@ Verbs = Mapping[str, "Verb | Callable[..., Any]"]
 Command = Callable[..., Any] | Verbs
 
 
-def main(command: Command) -> NoReturn:
+def main(command: Command | Verb) -> NoReturn:
     """Run a function, or one verb of several, with the process's arguments, and exit with its code.
 
     UserError is printed as one sentence (exit code 2), never as a traceback.
     """
     terminal.prepare()
-    answer_signals()
+    answer_signals(importing=True)
     argv = sys.argv[1:]
     if argv and re.fullmatch(r"--local[_-]rank=\d+", argv[0]):
         argv.pop(0)  # the deepspeed launcher puts it before what was typed
     try:
         while not callable(command):
-            command = _verb(command, argv)
+            command = command.load() if isinstance(command, Verb) else _verb(command, argv)
         function = command
+        answer_signals()
         if "--help" in argv or "-h" in argv:
             if process_rank() == 0:
                 print(f"{inspect.getdoc(function) or ''}\n\n{usage(function)}")
@@ -321,8 +322,8 @@ def _leave(number: int, frame: types.FrameType | None) -> NoReturn:
     os._exit(128 + number)
 
 
-def _verb(commands: Verbs, argv: list[str]) -> Command:
-    """The function or the table of verbs that the first word names; the word is taken off."""
+def _verb(commands: Verbs, argv: list[str]) -> Verb | Callable[..., Any]:
+    """Take the first word off and return the verb that it names."""
     if not argv or argv[0] in ("--help", "-h"):
         lines = [f"  {name:14} {_summary(command)}" for name, command in commands.items()]
         print("\n".join(["verbs (each takes --help):", *lines]))
@@ -330,8 +331,7 @@ def _verb(commands: Verbs, argv: list[str]) -> Command:
     name = argv.pop(0)
     if name not in commands:
         raise UserError(f"there is no verb {name!r}: {nearest(name, commands)}")
-    verb = commands[name]
-    return verb.load() if isinstance(verb, Verb) else verb
+    return commands[name]
 
 
 def _summary(command: Verb | Callable[..., Any]) -> str:

@@ -1,7 +1,7 @@
 """A sign corpus into shards: python shards/build.py CORPUS --source=DIR --out=DIR (each has its --help)."""
 
+from flallm_ds.cli.shards import VERBS
 from flallm_ds.command import main
-from flallm_ds.sharding.build import VERBS
 
 if __name__ == "__main__":
-    main(VERBS)
+    main(VERBS["build"])

@@ -1,7 +1,7 @@
 """Every byte of a shard folder against its index: python shards/verify.py FOLDER [--repair=drop|rebuild]."""
 
+from flallm_ds.cli.shards import VERBS
 from flallm_ds.command import main
-from flallm_ds.sharding.verify import verify
 
 if __name__ == "__main__":
-    main(verify)
+    main(VERBS["verify"])
