@@ -11,18 +11,10 @@ from flallm_ds.config import FREE_TO_CHANGE, RunConfig
 from flallm_ds.data.index import Index
 from flallm_ds.data.text.codec import TextCodec
 from flallm_ds.data.text.languages import find_language, tag_of
-from flallm_ds.metrics.ceiling import HIGH_CEILING
+from flallm_ds.metrics.ceiling import is_low
+from flallm_ds.metrics.columns import CEILING, COLUMNS, SIGNATURES, has_scores
 from flallm_ds.recipes import RECIPES
 
-SCORES = {
-    "bleu1": "BLEU-1",
-    "bleu2": "BLEU-2",
-    "bleu3": "BLEU-3",
-    "bleu4": "BLEU-4",
-    "rouge_l": "ROUGE-L",
-    "chrf": "chrF",
-}
-SIGNATURES = {"bleu_signature": "BLEU", "rouge_signature": "ROUGE-L", "chrf_signature": "chrF"}
 PACKAGES = ("flallm_ds", "torch", "transformers", "deepspeed")
 
 
@@ -173,13 +165,14 @@ def _what_it_is(settings: dict[str, Any], codec: TextCodec) -> str:
 
 
 def _scores(scores: dict[str, Any]) -> str:
-    splits = {name: value for name, value in scores.items() if isinstance(value, dict) and "bleu4" in value}
+    splits = {name: values for name, values in scores.items() if has_scores(values)}
     if not splits:
         return ""
-    lines = [f"| split | {' | '.join(SCORES.values())} |", "|---" * (len(SCORES) + 1) + "|"]
+    titles = " | ".join(column.title for column in COLUMNS)
+    lines = [f"| split | {titles} |", "|---" * (len(COLUMNS) + 1) + "|"]
     for name, values in splits.items():
-        cells = [f"{values[key]:.2f}" if key in values else "" for key in SCORES]
-        lines.append(f"| {plain(name)} | {' | '.join(cells)} |")
+        cells = " | ".join(column.text(values) for column in COLUMNS)
+        lines.append(f"| {plain(name)} | {cells} |")
     signatures = [
         f"- {plain(split)}, {metric}: {_code(values[key])}"
         for split, values in splits.items()
@@ -187,10 +180,10 @@ def _scores(scores: dict[str, Any]) -> str:
         if key in values
     ]
     ceilings = [
-        f" A perfect model would score BLEU-4 {values['ceiling_bleu4']:.2f} on {name}: the tokenizer cannot "
+        f" A perfect model would score BLEU-4 {CEILING.text(values)} on {name}: the tokenizer cannot "
         "write all of its references."
         for name, values in splits.items()
-        if values.get("ceiling_bleu4", 100) < HIGH_CEILING
+        if is_low(values)
     ]
     text = f"In percent.{''.join(ceilings)} How they were computed:"
     return "\n".join(["## Scores", "", *lines, "", text, "", *signatures])

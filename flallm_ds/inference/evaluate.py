@@ -19,6 +19,7 @@ from flallm_ds.features.facts import OPTIONS
 from flallm_ds.files import locked_by_main
 from flallm_ds.inference import report
 from flallm_ds.inference.translator import Translator
+from flallm_ds.metrics.columns import CEILING
 from flallm_ds.training.build import decode_threads, open_index
 from flallm_ds.training.checkpoint import replace_file
 from flallm_ds.training.evaluate import Evaluation, ceiling_of, perfect, scores_of
@@ -122,11 +123,11 @@ def write_results(
     ceiling = ceiling_of(written)
     rows = {"scores": scores_of(hypotheses).as_dict(), "blind": report.blind_scores(hypotheses).as_dict()}
     for row in rows.values():
-        row["ceiling_bleu4"] = ceiling.bleu4
+        row[CEILING.key] = ceiling.bleu4
     for part in ("corpus", "language"):
         found, highest = report.scores_by(hypotheses, part), report.scores_by(written, part)
         for name, scores in found.items() if len(found) > 1 else ():
-            rows[f"{name} alone"] = scores.as_dict() | {"ceiling_bleu4": highest[name].bleu4}
+            rows[f"{name} alone"] = scores.as_dict() | {CEILING.key: highest[name].bleu4}
     folder.mkdir(exist_ok=True)
     split = search["split"]
     path = folder / f"{split}.hypotheses.jsonl"

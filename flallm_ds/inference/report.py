@@ -17,7 +17,8 @@ from flallm_ds.data.sampling import FrameSampling
 from flallm_ds.data.storage.store import CacheOptions
 from flallm_ds.errors import UserError
 from flallm_ds.metrics import Scores
-from flallm_ds.metrics.ceiling import HIGH_CEILING
+from flallm_ds.metrics.ceiling import is_low
+from flallm_ds.metrics.columns import CEILING, COLUMNS
 from flallm_ds.training.checkpoint import replace_file
 from flallm_ds.training.evaluate import scores_of
 
@@ -68,21 +69,15 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
     The last column is BLEU-4 of a perfect model, where that of any row is low.
     """
-    columns = {
-        "bleu1": "BLEU-1",
-        "bleu2": "BLEU-2",
-        "bleu3": "BLEU-3",
-        "bleu4": "BLEU-4",
-        "rouge_l": "ROUGE-L",
-    }
-    columns["chrf"] = "chrF"
-    if any(scores.get("ceiling_bleu4", 100) < HIGH_CEILING for scores in rows.values()):
-        columns["ceiling_bleu4"] = "ceiling"
+    columns = list(COLUMNS)
+    if any(is_low(scores) for scores in rows.values()):
+        columns.append(CEILING)
     width = max(map(len, rows))
-    lines = [f"| {'':{width}} | " + " | ".join(f"{c:>7}" for c in columns.values()) + " |"]
+    titles = " | ".join(f"{column.title:>7}" for column in columns)
+    lines = [f"| {'':{width}} | {titles} |"]
     lines.append(f"|{'-' * (width + 2)}|" + "|".join("-" * 8 + ":" for _ in columns) + "|")
     for name, scores in rows.items():
-        cells = " | ".join(f"{scores[c]:7.2f}" if c in scores else " " * 7 for c in columns)
+        cells = " | ".join(f"{column.text(scores):>7}" for column in columns)
         lines.append(f"| {name:{width}} | {cells} |")
     return "\n".join(lines)
 

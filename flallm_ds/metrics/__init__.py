@@ -4,15 +4,14 @@
 and ROUGE tokens made from the same parts (bleu.py, rouge.py).
 """
 
-import dataclasses
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from flallm_ds.data.text.languages import tag_of, word_rule
 from flallm_ds.errors import UserError
 from flallm_ds.metrics.bleu import corpus_bleu, corpus_chrf
+from flallm_ds.metrics.columns import COLUMNS
 from flallm_ds.metrics.rouge import BETA, rouge_l
 
 __all__ = ["Scores", "rouge_tokens", "score", "score_by_language"]
@@ -20,24 +19,33 @@ __all__ = ["Scores", "rouge_tokens", "score", "score_by_language"]
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of one system over one test set, in percent."""
+    """Scores of one system over one test set."""
 
-    bleu1: float
-    bleu2: float
-    bleu3: float
-    bleu4: float
-    rouge_l: float
-    chrf: float
+    values: Mapping[str, float]
+    """{key of each of `COLUMNS`: percent}."""
     length_ratio: float
     """Hypothesis tokens over reference tokens, as BLEU counts them: 1 is equal length."""
     num_sentences: int
-    bleu_signature: str
-    chrf_signature: str
-    rouge_signature: str
+    signatures: Mapping[str, str]
+    """{key of `SIGNATURES`: the rule by which the values were computed}."""
+
+    @property
+    def bleu4(self) -> float:
+        """BLEU-4 in percent, by which the best export is chosen."""
+        return self.values["bleu4"]
 
     def as_dict(self) -> dict[str, float | int | str]:
-        """Plain values by name, for a log line or a JSON file."""
-        return dataclasses.asdict(self)
+        """Return plain values by name, for a JSON file."""
+        return {
+            **{column.key: self.values[column.key] for column in COLUMNS},
+            "length_ratio": self.length_ratio,
+            "num_sentences": self.num_sentences,
+            **self.signatures,
+        }
+
+    def logged(self) -> dict[str, float]:
+        """Return the values that each scoring of training logs, by key."""
+        return {column.key: self.values[column.key] for column in COLUMNS if column.logged}
 
 
 def score(hypotheses: Sequence[str], references: Sequence[str], language: str) -> Scores:
@@ -58,18 +66,22 @@ def score(hypotheses: Sequence[str], references: Sequence[str], language: str) -
     characters = rule != "13a"
     bleu = corpus_bleu(hypotheses, references, tokenize=rule)
     chrf, chrf_signature = corpus_chrf(hypotheses, references)
+    values = {f"bleu{n}": value for n, value in enumerate(bleu.orders, start=1)}
+    values["rouge_l"] = rouge_l(
+        [rouge_tokens(h, characters) for h in hypotheses],
+        [rouge_tokens(r, characters) for r in references],
+    )
+    values["chrf"] = chrf
+    rouge_tokenizer = "char" if characters else "whitespace"
     return Scores(
-        *bleu.orders,
-        rouge_l=rouge_l(
-            [rouge_tokens(h, characters) for h in hypotheses],
-            [rouge_tokens(r, characters) for r in references],
-        ),
-        chrf=chrf,
+        values,
         length_ratio=bleu.length_ratio,
         num_sentences=len(references),
-        bleu_signature=bleu.signature,
-        chrf_signature=chrf_signature,
-        rouge_signature=f"F|beta:{BETA}|tok:{'char' if characters else 'whitespace'}|mean:sentences",
+        signatures={
+            "bleu_signature": bleu.signature,
+            "chrf_signature": chrf_signature,
+            "rouge_signature": f"F|beta:{BETA}|tok:{rouge_tokenizer}|mean:sentences",
+        },
     )
 
 
@@ -90,15 +102,23 @@ def score_by_language(
     }
     if len(found) <= 1:
         return next(iter(found.values())) if found else score(hypotheses, references, "")
-    columns = {f.name: [getattr(s, f.name) for s in found.values()] for f in dataclasses.fields(Scores)}
-    mean: dict[str, Any] = {}
-    for name, column in columns.items():
-        if name.endswith("_signature"):
-            parts = (f"{language}: {signature}" for language, signature in zip(found, column, strict=True))
-            mean[name] = f"mean over languages ({'; '.join(parts)})"
-        else:
-            mean[name] = sum(column) if name == "num_sentences" else sum(column) / len(column)
-    return Scores(**mean)
+    return _mean(found)
+
+
+def _mean(found: Mapping[str, Scores]) -> Scores:
+    """Average the scores of languages. found: {language: its scores}, at least two."""
+    parts = list(found.values())
+    columns = {key: [part.values[key] for part in parts] for key in parts[0].values}
+    signatures = {}
+    for key in parts[0].signatures:
+        rules = [f"{language}: {part.signatures[key]}" for language, part in found.items()]
+        signatures[key] = f"mean over languages ({'; '.join(rules)})"
+    return Scores(
+        {key: sum(column) / len(column) for key, column in columns.items()},
+        length_ratio=sum(part.length_ratio for part in parts) / len(parts),
+        num_sentences=sum(part.num_sentences for part in parts),
+        signatures=signatures,
+    )
 
 
 def rouge_tokens(sentence: str, characters: bool) -> list[str]:

@@ -2,11 +2,13 @@
 
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from typing import Any
 
 from flallm_ds.metrics import score_by_language
+from flallm_ds.metrics.columns import CEILING
 
 HIGH_CEILING = 99.5  # BLEU-4; a ceiling below it is printed next to each score
 
@@ -53,6 +55,12 @@ def ceiling(written: Sequence[str], references: Sequence[str], languages: Sequen
                 spaces[old, new] += 1
     found = (texts or spaces).most_common(100)
     return Ceiling(bleu4, tuple((old, new, times) for (old, new), times in found))
+
+
+def is_low(scores: Mapping[str, Any]) -> bool:
+    """Whether stored scores have a ceiling below HIGH_CEILING, which is shown next to them."""
+    ceiling_bleu4: float = scores.get(CEILING.key, 100.0)
+    return ceiling_bleu4 < HIGH_CEILING
 
 
 def _changes(reference: str, written: str) -> list[tuple[str, str]]:

@@ -18,6 +18,7 @@ from flallm_ds.config import FREE_TO_CHANGE, RunConfig
 from flallm_ds.dist import World, main_first
 from flallm_ds.errors import UserError, file_problem
 from flallm_ds.files import locked_by_main
+from flallm_ds.metrics.columns import has_scores
 from flallm_ds.terminal import one_line
 from flallm_ds.training.checkpoint import replace_file
 from flallm_ds.training.provenance import VERSIONS, record_start
@@ -204,7 +205,7 @@ def _continued(path: Path, global_step: int, epoch: int) -> IO[str]:
 def _is_before(line: str, global_step: int, epoch: int) -> bool:
     try:
         record = json.loads(line)
-        is_scoring = "bleu4" in record or "hypothesis" in record
+        is_scoring = has_scores(record) or "hypothesis" in record
         return int(record["global_step"]) <= global_step and (not is_scoring or record["epoch"] <= epoch)
     except (ValueError, KeyError, TypeError):
         return False  # a line cut off by a kill

@@ -18,6 +18,7 @@ from flallm_ds.data.device import on_device
 from flallm_ds.data.plan import PlanState
 from flallm_ds.dist import all_reduce_sum, gather_objects, main_first
 from flallm_ds.errors import Preempted, UserError
+from flallm_ds.metrics.columns import CEILING
 from flallm_ds.models.llm.tuning import merged
 from flallm_ds.models.weights import named_state
 from flallm_ds.terminal import one_line
@@ -222,15 +223,15 @@ class Trainer:
         ceiling = ceiling_of(perfect(hypotheses, task.codec))
         seconds = time.perf_counter() - begin
         self.progress.pause(seconds)
-        values = {"bleu4": scores.bleu4, "rouge_l": scores.rouge_l, "chrf": scores.chrf, "seconds": seconds}
-        values["ceiling_bleu4"] = ceiling.bleu4
         if self.metrics is not None:
-            self.metrics.write(split, self.at.global_step, {"epoch": epoch, **values})
+            values = {"epoch": epoch, **scores.logged(), "seconds": seconds}
+            values[CEILING.key] = ceiling.bleu4
+            self.metrics.write(split, self.at.global_step, values)
         self.progress.say(f"epoch {epoch} {split}: BLEU-4 {scores.bleu4:.2f} {ceiling}".rstrip())
         self._show(epoch, shown(hypotheses))
         if scores.bleu4 > self.at.best_bleu4:
             self.at.best_bleu4 = scores.bleu4
-            exported = scores.as_dict() | {"ceiling_bleu4": ceiling.bleu4}
+            exported = scores.as_dict() | {CEILING.key: ceiling.bleu4}
             self._export({split: exported, "epoch": epoch})
 
     def _show(self, epoch: int, hypotheses: list[Hypothesis]) -> None:

@@ -18,6 +18,7 @@ from flallm_ds.inference.report import (
     draw_strip,
     read_hypotheses,
     scores_by,
+    table,
     write_hypotheses,
 )
 
@@ -60,6 +61,26 @@ def test_the_blind_control_stays_within_a_language() -> None:
     alone = [said[0], *said[3:]]
     assert blind_scores(alone).bleu4 == pytest.approx(100)
     assert blind_scores([replace(h, reference=f"{h.key} a b c") for h in said]).bleu4 < 10
+
+
+ROW = {"bleu1": 40.0, "bleu2": 30.126, "bleu3": 25.0, "bleu4": 21.25, "rouge_l": 44.0, "chrf": 100.0}
+
+
+def test_the_table_has_a_column_for_each_metric() -> None:
+    assert table({"model": ROW, "older": {"bleu4": 1.5}}) == (
+        "|       |  BLEU-1 |  BLEU-2 |  BLEU-3 |  BLEU-4 | ROUGE-L |    chrF |\n"
+        "|-------|--------:|--------:|--------:|--------:|--------:|--------:|\n"
+        "| model |   40.00 |   30.13 |   25.00 |   21.25 |   44.00 |  100.00 |\n"
+        "| older |         |         |         |    1.50 |         |         |"
+    )
+
+
+def test_the_table_shows_the_ceiling_where_that_of_a_row_is_low() -> None:
+    rows = {"model": ROW | {"ceiling_bleu4": 99.4}, "older": ROW}
+    header, _, model, older = table(rows).splitlines()
+    assert header.endswith("|    chrF | ceiling |") and model.endswith("|  100.00 |   99.40 |")
+    assert older.endswith("|  100.00 |         |")
+    assert "ceiling" not in table({"model": ROW | {"ceiling_bleu4": 99.5}})
 
 
 def test_curves_hold_each_epochs_mean_loss_and_its_score(tmp_path: Path) -> None:

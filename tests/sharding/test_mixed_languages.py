@@ -83,8 +83,9 @@ def test_one_language_by_many_names_is_one_from_the_corpus_to_the_score(tmp_path
             for text, language in zip(texts, index.strings("language"), strict=True)
         ]
         scores = scores_of(perfect)
-        assert scores.bleu4 == pytest.approx(100) and f"|tok:{rule}|" in scores.bleu_signature
-        assert not scores.bleu_signature.startswith("mean over languages")
+        signature = scores.signatures["bleu_signature"]
+        assert scores.bleu4 == pytest.approx(100) and f"|tok:{rule}|" in signature
+        assert not signature.startswith("mean over languages")
         assert list(scores_by(perfect, "language")) == [tag]
 
 
