@@ -180,8 +180,8 @@ def _scores(scores: dict[str, Any]) -> str:
         if key in values
     ]
     ceilings = [
-        f" A perfect model would score BLEU-4 {CEILING.text(values)} on {name}: the tokenizer cannot "
-        "write all of its references."
+        f" A perfect model would score BLEU-4 {CEILING.text(values)} on {name}: the tokenizer "
+        "cannot write all of its references."
         for name, values in splits.items()
         if is_low(values)
     ]

@@ -20,9 +20,10 @@ from flallm_ds.files import locked_by_main
 from flallm_ds.inference import report
 from flallm_ds.inference.translator import Translator
 from flallm_ds.metrics.columns import CEILING
+from flallm_ds.metrics.scoring import blind_scores, ceiling_of, perfect, scores_by, scores_of
 from flallm_ds.training.build import decode_threads, open_index
 from flallm_ds.training.checkpoint import replace_file
-from flallm_ds.training.evaluate import Evaluation, ceiling_of, perfect, scores_of
+from flallm_ds.training.evaluate import Evaluation
 from flallm_ds.training.progress import ScoringProgress
 from flallm_ds.training.stop import StopRequest
 
@@ -121,13 +122,16 @@ def write_results(
     """SPLIT.json, SPLIT.hypotheses.jsonl, and the table on the screen."""
     written = perfect(hypotheses, codec)
     ceiling = ceiling_of(written)
-    rows = {"scores": scores_of(hypotheses).as_dict(), "blind": report.blind_scores(hypotheses).as_dict()}
+    scores, blind = scores_of(hypotheses), blind_scores(hypotheses)
+    rows = {"scores": scores.as_dict(), "blind": blind.as_dict()}
     for row in rows.values():
         row[CEILING.key] = ceiling.bleu4
     for part in ("corpus", "language"):
-        found, highest = report.scores_by(hypotheses, part), report.scores_by(written, part)
-        for name, scores in found.items() if len(found) > 1 else ():
-            rows[f"{name} alone"] = scores.as_dict() | {CEILING.key: highest[name].bleu4}
+        found, highest = scores_by(hypotheses, part), scores_by(written, part)
+        if len(found) < 2:
+            continue
+        for name, alone in found.items():
+            rows[f"{name} alone"] = alone.as_dict() | {CEILING.key: highest[name].bleu4}
     folder.mkdir(exist_ok=True)
     split = search["split"]
     path = folder / f"{split}.hypotheses.jsonl"

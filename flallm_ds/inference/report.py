@@ -2,9 +2,9 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -16,36 +16,9 @@ from flallm_ds.data.mixture import open_indexes
 from flallm_ds.data.sampling import FrameSampling
 from flallm_ds.data.storage.store import CacheOptions
 from flallm_ds.errors import UserError
-from flallm_ds.metrics import Scores
 from flallm_ds.metrics.ceiling import is_low
 from flallm_ds.metrics.columns import CEILING, COLUMNS
 from flallm_ds.training.checkpoint import replace_file
-from flallm_ds.training.evaluate import scores_of
-
-
-def blind_scores(hypotheses: Sequence[Hypothesis], seed: int = 0) -> Scores:
-    """Scores of the same model with the videos shuffled among the samples: what it guesses without looking.
-
-    A hypothesis depends on its video (and language) alone, so each reference meets the hypothesis of another
-    clip of its language; no clip keeps its own, unless it is the only one of its language.
-    """
-    order = np.random.default_rng(seed).permutation(len(hypotheses))
-    rows: dict[str, list[int]] = {}
-    for row in order.tolist():
-        rows.setdefault(hypotheses[row].language, []).append(row)
-    other = np.empty_like(order)
-    for part in rows.values():
-        other[part] = np.roll(part, 1)
-    said = [hypotheses[i].hypothesis for i in other]
-    return scores_of([replace(h, hypothesis=other) for h, other in zip(hypotheses, said, strict=True)])
-
-
-def scores_by(hypotheses: Sequence[Hypothesis], part: Literal["corpus", "language"]) -> dict[str, Scores]:
-    """The scores of each corpus or language alone, by its name."""
-    parts: dict[str, list[Hypothesis]] = {}
-    for said in hypotheses:
-        parts.setdefault(getattr(said, part), []).append(said)
-    return {name: scores_of(said) for name, said in sorted(parts.items())}
 
 
 def write_hypotheses(path: Path, hypotheses: Sequence[Hypothesis]) -> None:

@@ -1,7 +1,7 @@
 """Hypotheses for a whole split on all ranks, each clip exactly once."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from flallm_ds.batch import Batch, Hypothesis
 from flallm_ds.data.device import on_device
@@ -10,8 +10,6 @@ from flallm_ds.data.text.codec import TextCodec
 from flallm_ds.data.text.languages import tag_of
 from flallm_ds.dist import World, all_reduce_sum, gather_objects
 from flallm_ds.errors import Preempted, UserError
-from flallm_ds.metrics import Scores, score_by_language
-from flallm_ds.metrics.ceiling import Ceiling, ceiling
 from flallm_ds.models.sign_translator import Candidate
 from flallm_ds.training.stop import StopRequest
 
@@ -66,24 +64,3 @@ class Evaluation:
             language=tag_of(self.codec.instruction.language) or batch.languages[row] or self.codec.language,
             nbest=tuple(scored),
         )
-
-
-def scores_of(hypotheses: Sequence[Hypothesis]) -> Scores:
-    """Scores of hypotheses, each by the rule of its language; of several languages the mean over them."""
-    return score_by_language(
-        [h.hypothesis for h in hypotheses],
-        [h.reference for h in hypotheses],
-        [h.language for h in hypotheses],
-    )
-
-
-def perfect(hypotheses: Sequence[Hypothesis], codec: TextCodec) -> list[Hypothesis]:
-    """What a perfect model would say: each reference as its tokenizer writes it."""
-    return [replace(h, hypothesis=codec.decode(codec.encode(h.reference)), nbest=()) for h in hypotheses]
-
-
-def ceiling_of(written: Sequence[Hypothesis]) -> Ceiling:
-    """The ceiling by what `perfect` made of hypotheses."""
-    return ceiling(
-        [h.hypothesis for h in written], [h.reference for h in written], [h.language for h in written]
-    )

@@ -19,12 +19,13 @@ from flallm_ds.data.plan import PlanState
 from flallm_ds.dist import all_reduce_sum, gather_objects, main_first
 from flallm_ds.errors import Preempted, UserError
 from flallm_ds.metrics.columns import CEILING
+from flallm_ds.metrics.scoring import ceiling_of, perfect, scores_of
 from flallm_ds.models.llm.tuning import merged
 from flallm_ds.models.weights import named_state
 from flallm_ds.terminal import one_line
 from flallm_ds.training import checkpoint
 from flallm_ds.training.build import Task
-from flallm_ds.training.evaluate import Evaluation, ceiling_of, perfect, scores_of
+from flallm_ds.training.evaluate import Evaluation
 from flallm_ds.training.probe import last_layers
 from flallm_ds.training.progress import Progress, ScoringProgress
 from flallm_ds.training.run_folder import Metrics, shown

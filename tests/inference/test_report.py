@@ -1,7 +1,6 @@
 """Pictures of results: strips of frames and curves."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -12,12 +11,10 @@ from flallm_ds.batch import Hypothesis
 from flallm_ds.errors import UserError
 from flallm_ds.inference.probe import draw_probe
 from flallm_ds.inference.report import (
-    blind_scores,
     by_epoch,
     draw_curves,
     draw_strip,
     read_hypotheses,
-    scores_by,
     table,
     write_hypotheses,
 )
@@ -36,34 +33,18 @@ def test_a_strip_shows_the_frames_of_each_clip(tmp_path: Path) -> None:
     assert areas[0] > 10_000 and areas[1] == pytest.approx(2 * areas[0], rel=0.1)
 
 
-def test_each_corpus_is_scored_alone_and_hypotheses_come_back(tmp_path: Path) -> None:
-    right, wrong = (
-        ("im norden regen am morgen", "im norden regen am morgen"),
-        ("a b c d", "im norden regen am"),
-    )
-    said = [Hypothesis(f"0_{n}", *right, "phoenix14t", "de") for n in range(3)]
-    said += [Hypothesis(f"1_{n}", *wrong, "mine", "de", (("a b c d", -0.5), ("a", -1.5))) for n in range(2)]
-    scores = scores_by(said, "corpus")
-    assert list(scores) == ["mine", "phoenix14t"]
-    assert scores["phoenix14t"].bleu4 == pytest.approx(100) and scores["mine"].bleu4 < 10
+def test_hypotheses_come_back_from_their_file(tmp_path: Path) -> None:
+    nbest = (("a b c d", -0.5), ("a", -1.5))
+    said = [Hypothesis("0_0", "im norden regen", "im norden schnee", "phoenix14t", "de")]
+    said.append(Hypothesis("1_0", "a b c d", "im norden regen", "mine", "de", nbest))
     write_hypotheses(tmp_path / "said.jsonl", said)
     assert read_hypotheses(tmp_path / "said.jsonl") == said
-    assert '"nbest"' not in (tmp_path / "said.jsonl").read_text(encoding="utf-8").splitlines()[0]
+    first = (tmp_path / "said.jsonl").read_text(encoding="utf-8").splitlines()[0]
+    assert '"nbest"' not in first
 
 
-def test_the_blind_control_stays_within_a_language() -> None:
-    """Each language has one sentence: a control that mixed them would find other words."""
-    texts = {"de": "im norden regen am morgen", "en": "rain in the north at dawn"}
-    said = [
-        Hypothesis(f"{n}_{code}", text, text, "c", code) for code, text in texts.items() for n in range(3)
-    ]
-    assert blind_scores(said).bleu4 == pytest.approx(100)
-    alone = [said[0], *said[3:]]
-    assert blind_scores(alone).bleu4 == pytest.approx(100)
-    assert blind_scores([replace(h, reference=f"{h.key} a b c") for h in said]).bleu4 < 10
-
-
-ROW = {"bleu1": 40.0, "bleu2": 30.126, "bleu3": 25.0, "bleu4": 21.25, "rouge_l": 44.0, "chrf": 100.0}
+ROW = {"bleu1": 40.0, "bleu2": 30.126, "bleu3": 25.0, "bleu4": 21.25}
+ROW |= {"rouge_l": 44.0, "chrf": 100.0}
 
 
 def test_the_table_has_a_column_for_each_metric() -> None:

@@ -12,9 +12,8 @@ from flallm_ds.data.index import iter_rows, load_index, write_table
 from flallm_ds.data.mixture import open_indexes
 from flallm_ds.data.text.codec import Instruction, TextCodec
 from flallm_ds.errors import UserError
-from flallm_ds.inference.report import scores_by
+from flallm_ds.metrics.scoring import scores_by, scores_of
 from flallm_ds.sharding.build import Options, build
-from flallm_ds.training.evaluate import scores_of
 from tests.helpers.llms import make_tiny_llm
 from tests.helpers.trees import write_frames
 

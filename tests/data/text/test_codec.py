@@ -9,9 +9,9 @@ from flallm_ds.batch import Hypothesis
 from flallm_ds.data.index import load_index
 from flallm_ds.data.text.codec import DECODER_ONLY_PROMPT, Instruction, TextCodec
 from flallm_ds.errors import UserError
+from flallm_ds.metrics.scoring import ceiling_of, perfect, scores_of
 from flallm_ds.models.llm.standin import train_tokenizer
 from flallm_ds.training.build import check_unknown
-from flallm_ds.training.evaluate import ceiling_of, perfect, scores_of
 from tests.helpers.llms import FAMILIES, make_tiny_llm
 
 TRAINING_TEXT = ["regen sonne wind morgen", "wolken wolken wind morgen"]
