@@ -23,7 +23,7 @@ from flallm_ds.metrics.columns import CEILING
 from flallm_ds.metrics.scoring import blind_scores, ceiling_of, perfect, scores_by, scores_of
 from flallm_ds.training.build import decode_threads, open_index
 from flallm_ds.training.checkpoint import replace_file
-from flallm_ds.training.evaluate import Evaluation
+from flallm_ds.training.hypotheses import Evaluation
 from flallm_ds.training.progress import ScoringProgress
 from flallm_ds.training.stop import StopRequest
 

@@ -25,7 +25,7 @@ from flallm_ds.models.weights import named_state
 from flallm_ds.terminal import one_line
 from flallm_ds.training import checkpoint
 from flallm_ds.training.build import Task
-from flallm_ds.training.evaluate import Evaluation
+from flallm_ds.training.hypotheses import Evaluation
 from flallm_ds.training.probe import last_layers
 from flallm_ds.training.progress import Progress, ScoringProgress
 from flallm_ds.training.run_folder import Metrics, shown

@@ -16,7 +16,7 @@ from flallm_ds.data.text.codec import DECODER_ONLY_PROMPT
 from flallm_ds.dist import World
 from flallm_ds.inference.translator import Translator
 from flallm_ds.models.sign_translator import Beam
-from flallm_ds.training.evaluate import Evaluation
+from flallm_ds.training.hypotheses import Evaluation
 from tests.helpers.bars import WORDS, write_phoenix
 from tests.helpers.launching import launch, tiny_options
 from tests.helpers.llms import make_llm_with_own_code, make_tiny_llm
