@@ -90,7 +90,8 @@ def _run(command: list[str]) -> None:
 
 def _show(visual: Path, llm: Path) -> None:
     """The table, three sentences, a strip of frames, and one video translated by the finished model."""
-    from flallm_ds.inference.report import read_hypotheses, strip_of_run, table
+    from flallm_ds.inference.pictures import strip_of_run
+    from flallm_ds.inference.report import read_hypotheses, table
     from flallm_ds.metrics.ceiling import Ceiling
 
     results = [

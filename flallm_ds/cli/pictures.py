@@ -8,14 +8,14 @@ def strip(*, run: Path, out: Path, split: str = "test", clips: int = 2) -> None:
 
     run: a run folder on which launch/evaluate.py has scored the split.
     """
-    from flallm_ds.inference.report import strip_of_run
+    from flallm_ds.inference.pictures import strip_of_run
 
     strip_of_run(run, out, split, clips)
 
 
 def curves(*, runs: str, out: Path) -> None:
     """A picture of losses and BLEU-4 over the epochs: flallm curves --runs RUN[,RUN] --out FILE.png."""
-    from flallm_ds.inference.report import draw_curves
+    from flallm_ds.inference.pictures import draw_curves
 
     draw_curves(out, [Path(run) for run in runs.split(",")])
 
@@ -25,6 +25,6 @@ def probe(*, runs: str, out: Path) -> None:
 
     Of runs that were trained with --train.probe_every.
     """
-    from flallm_ds.inference.probe import draw_probe
+    from flallm_ds.inference.pictures import draw_probe
 
     draw_probe(out, [Path(run) for run in runs.split(",")])

@@ -26,7 +26,7 @@ from flallm_ds.data.preprocess import Preprocess
 from flallm_ds.data.sampling import FrameSampling
 from flallm_ds.dist import World
 from flallm_ds.errors import UserError
-from flallm_ds.inference.report import strip_of_run
+from flallm_ds.inference.pictures import strip_of_run
 from flallm_ds.inference.translator import Translator
 from flallm_ds.recipes import resolve
 from flallm_ds.training.build import feature_extractor, frozen_features

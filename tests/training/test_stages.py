@@ -25,7 +25,7 @@ from flallm_ds.config import DataConfig, RunConfig
 from flallm_ds.data.index import iter_rows, load_index, write_table
 from flallm_ds.errors import UserError
 from flallm_ds.files import locked
-from flallm_ds.inference.probe import draw_probe, read_probe
+from flallm_ds.inference.pictures import draw_probe, read_probe
 from flallm_ds.inference.translator import Translator
 from flallm_ds.recipes import RECIPES, resolve
 from flallm_ds.training.build import check_jpegs

@@ -1,0 +1,208 @@
+"""Pictures of runs: strips of frames with sentences, curves of training, the dominance probe."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flallm_ds import export
+from flallm_ds.batch import Hypothesis
+from flallm_ds.config import RunConfig
+from flallm_ds.data.loader import ClipReader
+from flallm_ds.data.mixture import open_indexes
+from flallm_ds.data.sampling import FrameSampling
+from flallm_ds.data.storage.store import CacheOptions
+from flallm_ds.errors import UserError
+from flallm_ds.inference.report import read_hypotheses
+
+PROBED = {"language": "last language layer", "visual": "last visual layer"}
+SMOOTHED_OVER = 15  # measurements; the median of as many
+
+# --- strips of frames
+
+
+def strip_of_run(run: Path, out: Path, split: str, num_clips: int) -> None:
+    """Draw clips of an evaluated split of a run, evenly spaced over its hypotheses.
+
+    Raises UserError where the split has not been evaluated, or not on the run's own shards.
+    """
+    if num_clips < 1:
+        raise UserError(f"--clips must be at least 1, but is {num_clips}.")
+    if not (run / "config.json").is_file():
+        raise UserError(f"--run must name a run's folder, but {run} has no config.json.")
+    path = run / export.EVALUATION / f"{split}.hypotheses.jsonl"
+    if not path.is_file():
+        raise UserError(
+            f"{split} must have been evaluated, but there is no {path}. "
+            f"Run deepspeed launch/evaluate.py --run {run} --split {split} first."
+        )
+    hypotheses = {h.key: h for h in read_hypotheses(path)}
+    data = RunConfig.load(run / "config.json").data
+    cache = CacheOptions.of_run(data)
+    index = open_indexes(data.shards, split, cache)
+    if index.features:  # of clips with the same keys
+        index = open_indexes([facts.source for facts in index.features], split, cache)
+    reader = ClipReader(index, FrameSampling(max_frames=10**9), seed=0, train=False)
+    if missing := set(index.strings("key")) - set(hypotheses):
+        raise UserError(
+            f"{path} must hold a hypothesis for each clip of the run's own shards, but has none "
+            f"for {len(missing)} ({min(missing)} for one). Run deepspeed launch/evaluate.py "
+            f"--run {run} --split {split} again, without --shards."
+        )
+    clips = []
+    for row in np.linspace(0, len(index) - 1, num_clips).round().astype(int).tolist():
+        columns = ("num_frames", "height", "width")
+        num_frames, height, width = (int(index.arrays[column][row]) for column in columns)
+        frames = np.empty((num_frames, height, width, 3), np.uint8)
+        reader.read_into(frames, row, np.arange(num_frames))
+        clips.append((list(frames), hypotheses[index.strings("key")[row]]))
+    draw_strip(out, clips)
+
+
+def draw_strip(
+    path: Path, clips: Sequence[tuple[Sequence[np.ndarray], Hypothesis]], frames_a_clip: int = 10
+) -> None:
+    """Draw a PNG: for each clip a row of evenly spaced frames, its hypothesis and reference below.
+
+    clips: (frames, each uint8 (H, W, 3); what was said).
+    """
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(len(clips), 1, figsize=(11, 2.35 * len(clips)), squeeze=False)
+    for axis, (frames, said) in zip(axes[:, 0], clips, strict=True):
+        picks = np.linspace(0, len(frames) - 1, frames_a_clip).round().astype(int)
+        axis.imshow(np.concatenate([frames[i] for i in picks], axis=1))
+        axis.set_axis_off()
+        axis.set_title(
+            f"hypothesis   {said.hypothesis}\nreference    {said.reference}",
+            y=-0.05,
+            pad=0,
+            va="top",
+            loc="left",
+            fontsize=11,
+            parse_math=False,  # a dollar sign in a sentence is no formula
+        )
+    _save(figure, path)
+
+
+# --- curves of training
+
+
+def draw_curves(path: Path, runs: Sequence[Path]) -> None:
+    """Draw a PNG of runs over their epochs: the mean training loss, and BLEU-4 where it was scored.
+
+    Raises UserError where a folder holds no finished step.
+    """
+    pyplot = _pyplot()
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 3.6))
+    for run in runs:
+        losses, bleus = by_epoch(run)
+        left.plot(list(losses), list(losses.values()), label=run.name.replace("$", r"\$"))
+        right.plot(list(bleus), list(bleus.values()), marker="o")
+    left.set(xlabel="epoch", ylabel="training loss")
+    right.set(xlabel="epoch", ylabel="BLEU-4", ylim=(0, 100))
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    left.legend()
+    _save(figure, path)
+
+
+def by_epoch(run: Path) -> tuple[dict[int, float], dict[int, float]]:
+    """Read {epochs done: mean loss} and {epochs done: BLEU-4} of a run folder.
+
+    Raises UserError where it holds no finished step.
+    """
+    records = _records(run)
+    losses: dict[int, list[float]] = {}
+    for record in records:
+        if "loss" in record:
+            losses.setdefault(record["epoch"] + 1, []).append(record["loss"])
+    if not losses:
+        raise UserError(f"a run must have finished a step before its curves are drawn, but {run} has none.")
+    means = {epoch: float(np.mean(values)) for epoch, values in losses.items()}
+    bleus = {record["epoch"]: record["bleu4"] for record in records if "bleu4" in record}
+    return means, bleus
+
+
+# --- the dominance probe
+
+
+def draw_probe(path: Path, runs: Sequence[Path]) -> None:
+    """Draw a PNG with an axis for each run: smoothed gradient norms of the last layers.
+
+    It shows whose gradient is larger, the visual encoder's or the language model's. Raises
+    UserError where a run has not logged them.
+    """
+    found = [read_probe(run) for run in runs]
+    pyplot = _pyplot()
+    size = (4.6 * len(runs), 3.4)
+    figure, axes = pyplot.subplots(1, len(runs), figsize=size, sharey=True, squeeze=False)
+    for axis, run, series in zip(axes[0], runs, found, strict=True):
+        for name, (steps, norms) in series.items():
+            axis.plot(steps, _smoothed(norms), label=PROBED[name])
+        axis.set_title(run.name, parse_math=False)
+        axis.set(xlabel="step", yscale="log")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    axes[0][0].set_ylabel("gradient norm")
+    _save(figure, path)
+
+
+def read_probe(run: Path) -> dict[str, tuple[list[int], list[float]]]:
+    """Read {"language" and "visual": (steps, gradient norms)} of a run folder.
+
+    A part that was not trained is left out. Raises UserError where the run has no norms.
+    """
+    records = [record for record in _records(run) if record["kind"] == "probe"]
+    if not records:
+        raise UserError(
+            f"a run must have looked at its gradients before they are drawn, but {run} has none. "
+            "Train it with --train.probe_every=10."
+        )
+    found = {}
+    for name in PROBED:
+        of_layer = [record for record in records if name in record]
+        if of_layer:
+            steps = [record["global_step"] for record in of_layer]
+            found[name] = (steps, [record[name] for record in of_layer])
+    return found
+
+
+def _smoothed(values: Sequence[float]) -> list[float]:
+    """Compute running medians: single batches are a hundred times apart."""
+    half = SMOOTHED_OVER // 2
+    windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+    return [float(np.median(window)) for window in windows]
+
+
+# --- what they share
+
+
+def _records(run: Path) -> list[dict[str, Any]]:
+    """Read metrics.jsonl of a run folder; empty where there is none."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines]
+
+
+def _pyplot() -> Any:
+    """Import matplotlib, which takes a second, and let it draw without a display."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(figure: Any, path: Path) -> None:
+    """Write a picture and close it. Raises UserError where it cannot be written."""
+    try:
+        figure.savefig(path, dpi=110, bbox_inches="tight")
+    except OSError as error:
+        raise UserError(
+            f"the picture must go where it can be written, but {path}: {error.strerror}. Give another --out."
+        ) from error
+    finally:
+        _pyplot().close(figure)
