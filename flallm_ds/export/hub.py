@@ -7,7 +7,7 @@ from huggingface_hub import HfApi, get_token, snapshot_download
 
 from flallm_ds import export
 from flallm_ds.errors import UserError
-from flallm_ds.models.pretrained import HUB_ERRORS
+from flallm_ds.models.pretrained import HUB_ERRORS, first_line
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -24,7 +24,7 @@ def folder_of(model: str | Path) -> Path:
     except HUB_ERRORS as error:
         raise UserError(
             f"{model} must be a folder with an export, or an export on the hub that can be reached, but is "
-            f"neither: {_first_line(error)}"
+            f"neither: {first_line(error)}"
         ) from error
 
 
@@ -54,9 +54,5 @@ def push(model: Path, repo: str, private: bool) -> str:
         )
     except HUB_ERRORS as error:
         raise UserError(
-            f"{folder} must go to {repo}, but the hub cannot be reached or refuses it: {_first_line(error)}"
+            f"{folder} must go to {repo}, but the hub cannot be reached or refuses it: {first_line(error)}"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

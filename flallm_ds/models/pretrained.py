@@ -282,5 +282,8 @@ def _check_part(path: Path) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of a message that is not empty; else the name of the exception."""
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """Return the first line of a message that is not empty, or the name of the exception."""
+    for line in str(error).splitlines():
+        if line.strip():
+            return line.strip()
+    return type(error).__name__
