@@ -14,7 +14,7 @@ from transformers.models.mbart.modeling_mbart import MBartEncoder
 
 from flallm_ds.errors import UserError
 from flallm_ds.models.adapters import Adapter
-from flallm_ds.models.backbones import without_origin
+from flallm_ds.models.backbones.spec import without_origin
 from flallm_ds.models.lengths import pad_packed
 from flallm_ds.models.visual_encoder import VisualEncoder
 

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from flallm_ds.errors import UserError
-from flallm_ds.models.backbones import Backbone, resnet_18
+from flallm_ds.models.backbones.from_torchvision import resnet_18
+from flallm_ds.models.backbones.interface import Backbone
 from flallm_ds.models.lengths import gap_positions
 
 

@@ -30,7 +30,8 @@ from flallm_ds.errors import RankError, UserError
 from flallm_ds.features.checks import check_run, check_stage
 from flallm_ds.features.sequences import FeatureMasks
 from flallm_ds.models.adapters import Adapter
-from flallm_ds.models.backbones import Backbone, build_backbone, check_reachable
+from flallm_ds.models.backbones.build import build_backbone, check_reachable
+from flallm_ds.models.backbones.interface import Backbone
 from flallm_ds.models.checkpointing import checkpoint_llm
 from flallm_ds.models.feature_extractor import FeatureExtractor
 from flallm_ds.models.light_translator import build_light_translator

@@ -16,7 +16,8 @@ from flallm_ds.config import RunConfig
 from flallm_ds.data.storage.store import file_sha256
 from flallm_ds.dist import World, main_first
 from flallm_ds.errors import UserError
-from flallm_ds.models.backbones import TIMM, hub_id
+from flallm_ds.models.backbones.build import hub_id
+from flallm_ds.models.backbones.from_timm import TIMM
 from flallm_ds.models.llm.stored import checkpoint_files
 from flallm_ds.training.checkpoint import replace_file
 

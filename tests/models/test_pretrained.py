@@ -223,7 +223,7 @@ def test_offline_mode_is_named(no_network: Path, monkeypatch: pytest.MonkeyPatch
 
 CACHED = """
 from flallm_ds.data.text.codec import Instruction, TextCodec
-from flallm_ds.models.backbones import build_backbone, check_reachable
+from flallm_ds.models.backbones.build import build_backbone, check_reachable
 from flallm_ds.models.llm.load import check_llm, load_llm
 check_llm("org/llm")
 TextCodec.for_training_text("org/llm", Instruction(), ["regen am abend"], True)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from flallm_ds.errors import UserError
-from flallm_ds.models.backbones import build_backbone
+from flallm_ds.models.backbones.build import build_backbone
 from flallm_ds.models.visual_encoder import VisualEncoder, resnet_width
 
 NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")

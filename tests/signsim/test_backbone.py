@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flallm_ds.errors import UserError
-from flallm_ds.models.backbones import build_backbone
+from flallm_ds.models.backbones.build import build_backbone
 from flallm_ds.signsim.backbone import FRAMES_A_TASK, NUM_TARGETS, backbone, random_poses, render, targets
 
 

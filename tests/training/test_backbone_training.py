@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import ViTConfig, ViTModel
 
 from flallm_ds import export
-from flallm_ds.models.backbones import build_backbone
+from flallm_ds.models.backbones.build import build_backbone
 from tests.helpers.launching import losses, run_scenarios, tiny_options
 
 VISUAL = {

@@ -1,0 +1,109 @@
+"""Backbones from torchvision: ResNet-18 to 152 from a .pth file, or with random weights.
+
+The model is transformers' ResNet; torchvision itself is not needed.
+"""
+
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import ResNetConfig
+
+from flallm_ds.errors import UserError
+from flallm_ds.models.backbones.checks import OPTIONAL_TENSOR, check_no_surplus
+from flallm_ds.models.backbones.interface import Backbone
+from flallm_ds.models.backbones.spec import BackboneSpec, plain_config
+from flallm_ds.models.pretrained import first_line
+
+_LAYER = {"conv": "convolution", "bn": "normalization"}
+
+
+def resnet_18(width: int) -> Backbone:
+    """Build ResNet-18 with random weights. width: channels of its first stage, 64 in the paper."""
+    return _random_resnet(width, [2, 2, 2, 2], "basic")
+
+
+def build_torchvision(path: Path, width: int, pretrained: bool) -> Backbone:
+    """Build the ResNet whose state dict a .pth file holds.
+
+    width: channels of its first stage. pretrained: load the weights, too. Raises UserError if the
+    file is not such a state dict, or is of another width.
+    """
+    if not path.is_file():
+        raise UserError(f"visual.weights must be a file, but there is none at {path}.")
+    state = _read_state(path)
+    depths, layer_type = _layout(state)
+    if min(depths) < 1:
+        must = "visual.weights must be torchvision's ResNet"
+        raise UserError(f"{must}, but {path} holds no layer1 to layer4.")
+    backbone = _random_resnet(width, depths, layer_type)
+    stored = {_transformers_name(name): tensor for name, tensor in state.items()}
+    needed = {}
+    for name, tensor in backbone.model.state_dict().items():
+        if OPTIONAL_TENSOR.search(name):
+            continue
+        if name not in stored or stored[name].shape != tensor.shape:
+            raise UserError(
+                f"the weights {path} must fit visual.width={width}, but {name} does not. ImageNet "
+                "weights are for --visual.width=64; use --visual.weights=none for other widths."
+            )
+        needed[name] = stored[name]
+    check_no_surplus(str(path), stored.keys() - needed.keys())
+    if pretrained:
+        backbone.model.load_state_dict(needed, strict=False)
+    return backbone
+
+
+def _random_resnet(width: int, depths: list[int], layer_type: str) -> Backbone:
+    """Build a ResNet with random weights. depths: blocks of each of the four stages."""
+    first = width if layer_type == "basic" else 4 * width
+    config = ResNetConfig(
+        embedding_size=width,
+        hidden_sizes=[first, 2 * first, 4 * first, 8 * first],
+        depths=depths,
+        layer_type=layer_type,
+    )
+    spec = BackboneSpec("transformers", plain_config(config), feature_width=8 * first)
+    return Backbone(spec.build(), spec)
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    try:
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, TypeError, ValueError) as error:
+        raise UserError(
+            f"visual.weights must be a torchvision state dict, but {path} cannot be read as one "
+            f"({first_line(error)})."
+        ) from error
+
+
+def _layout(state: dict[str, Any]) -> tuple[list[int], str]:
+    """Return (blocks of each of the four stages, transformers' layer type), read from the names."""
+    depths = [0, 0, 0, 0]
+    layer_type = "basic"
+    for name in state:
+        found = re.match(r"layer([1-4])\.(\d+)\.conv(\d)\.weight", name)
+        if found is None:
+            continue
+        stage, num_blocks = int(found[1]) - 1, int(found[2]) + 1
+        depths[stage] = max(depths[stage], num_blocks)
+        if found[3] == "3":  # only a bottleneck block has three convolutions
+            layer_type = "bottleneck"
+    return depths, layer_type
+
+
+def _transformers_name(name: str) -> str:
+    """Return the name that transformers' ResNet has for a tensor of torchvision's ResNet."""
+    stem = re.match(r"(conv|bn)1\.(.*)", name)
+    if stem:
+        return f"embedder.embedder.{_LAYER[stem[1]]}.{stem[2]}"
+    found = re.match(r"layer(\d)\.(\d+)\.(conv|bn|downsample\.)(\d)\.(.*)", name)
+    if found is None:
+        return name
+    layer, block, kind, number, rest = found.groups()
+    prefix = f"encoder.stages.{int(layer) - 1}.layers.{block}"
+    if kind == "downsample.":
+        return f"{prefix}.shortcut.{'convolution' if number == '0' else 'normalization'}.{rest}"
+    return f"{prefix}.layer.{int(number) - 1}.{_LAYER[kind]}.{rest}"

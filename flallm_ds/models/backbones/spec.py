@@ -1,0 +1,81 @@
+"""BackboneSpec: what a backbone is, in plain values.
+
+N frames, D width of the features, H W of a feature map.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoModel
+
+from flallm_ds.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
+from flallm_ds.errors import UserError
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """Hold all that is needed to build a backbone again without a file; plain values for JSON.
+
+    config: the whole config of a transformers model, or the name and the arguments of a timm model.
+    output: which output of a transformers model becomes the features. mean, std: how the pixels
+    were normalised that the weights were trained on.
+    """
+
+    library: Literal["transformers", "timm"]
+    config: dict[str, Any]
+    feature_width: int = 0
+    output: Literal["pooled", "class", "mean"] = "pooled"
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+    def build(self) -> Any:
+        """Return the model with random weights, in fp32."""
+        if self.library == "timm":
+            return import_timm().create_model(pretrained=False, **self.config)
+        values = dict(self.config)
+        model_type = values.pop("model_type")
+        config = CONFIG_MAPPING[model_type].from_dict(values)
+        model: Any = AutoModel.from_config(config, dtype=torch.float32)
+        if self.output != "pooled" and isinstance(getattr(model, "pooler", None), nn.Module):
+            model.pooler = None  # its weights would be random and have no gradient
+        return model
+
+    def features(self, outputs: Any) -> torch.Tensor:
+        """Return features_ND from what the model returned."""
+        if self.library == "timm":
+            features_ND: torch.Tensor = outputs
+            return features_ND
+        if self.output == "pooled":
+            pooled: torch.Tensor = outputs.pooler_output
+            return pooled.flatten(1)
+        last: torch.Tensor = outputs.last_hidden_state
+        if last.dim() == 4:  # (N, D, H, W), of convolutions
+            return last.mean((2, 3))
+        return last[:, 0] if self.output == "class" else last.mean(1)  # (N, positions, D)
+
+
+def import_timm() -> Any:
+    """Return the module timm, an optional dependency. Raises UserError if it is not installed."""
+    try:
+        import timm
+    except ModuleNotFoundError as error:
+        must = "timm must be installed for a backbone of its"
+        raise UserError(f"{must}, but is not: pip install 'flallm_ds[backbones]'.") from error
+    return timm
+
+
+def plain_config(config: Any) -> dict[str, Any]:
+    """Return all values of a transformers config, without its origin."""
+    values = json.loads(config.to_json_string(use_diff=False))
+    return dict(without_origin(values))
+
+
+def without_origin(values: Any) -> Any:
+    """Drop from a config, at any depth, which version wrote it and where it was loaded from."""
+    if not isinstance(values, dict):
+        return values
+    origin = ("transformers_version", "_name_or_path")
+    return {name: without_origin(value) for name, value in values.items() if name not in origin}
