@@ -14,7 +14,7 @@ from pathlib import Path
 from flallm_ds.dist import free_port
 from flallm_ds.errors import UserError, file_problem
 from flallm_ds.files import locked
-from flallm_ds.recipes import quickstart_llm, quickstart_visual
+from flallm_ds.recipes import config_of
 
 BIN = Path(sys.executable).parent
 NUM_CLIPS = 1700
@@ -51,7 +51,7 @@ def quickstart() -> None:
     """Everything from nothing to scores and a translated video; run again, it goes on where it was."""
     begin = time.perf_counter()
     prepare()
-    visual, llm = Path(quickstart_visual().run), Path(quickstart_llm().run)
+    visual, llm = Path(config_of("quickstart_visual").run), Path(config_of("quickstart_llm").run)
     _step(llm / "evaluation" / "test.json", [*_launcher(), "--module", "flallm_ds.cli.train", "--stage=both"])
     _show(visual, llm)
     print(f"\nThe whole took {(time.perf_counter() - begin) / 60:.1f} minutes (without installation).")

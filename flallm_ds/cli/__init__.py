@@ -4,6 +4,7 @@ from flallm_ds.command import Verb, main
 
 VERBS = {
     "train": Verb("Train a stage, or both.", "flallm_ds.cli.train:train"),
+    "recipes": Verb("List the named runs, with the paper's scores.", "flallm_ds.cli.recipes:recipes"),
     "evaluate": Verb("Score the best export of a run on a split.", "flallm_ds.cli.evaluate:evaluate"),
     "features": Verb("Write the features of a frozen encoder.", "flallm_ds.cli.features:features"),
     "translate": Verb("Translate one video.", "flallm_ds.cli.models:translate"),

@@ -13,7 +13,7 @@ from flallm_ds.data.text.codec import TextCodec
 from flallm_ds.data.text.languages import find_language, tag_of
 from flallm_ds.metrics.ceiling import is_low
 from flallm_ds.metrics.columns import CEILING, COLUMNS, SIGNATURES, has_scores
-from flallm_ds.recipes import RECIPES
+from flallm_ds.recipes import RECIPES, config_of
 
 PACKAGES = ("flallm_ds", "torch", "transformers", "deepspeed")
 
@@ -43,13 +43,13 @@ def command(config: RunConfig) -> str:
     """
 
     def differences(name: str) -> dict[str, Any]:
-        base = RECIPES[name]().options()
+        base = config_of(name).options()
         mine = config.options()
         # Another visual run or other shards change every number, wherever they lie.
         counts = [o for o in mine if o in ("visual_run", "data.shards") or o not in FREE_TO_CHANGE]
         return {o: mine[o] for o in counts if mine[o] != base[o]}
 
-    names = [name for name in RECIPES if RECIPES[name]().stage == config.stage]
+    names = [name for name in RECIPES if config_of(name).stage == config.stage]
     if not names:
         names = list(RECIPES)
     nearest = min(names, key=lambda name: len(differences(name)))

@@ -14,7 +14,7 @@ from flallm_ds.dist import World, main_first
 from flallm_ds.errors import UserError
 from flallm_ds.inference.evaluate import Search, evaluate_run
 from flallm_ds.quickstart import prepare
-from flallm_ds.recipes import quickstart_visual
+from flallm_ds.recipes import config_of
 from flallm_ds.training import checkpoint
 from flallm_ds.training.build import build_task, check_llm_of, open_index, stage_1_export
 from flallm_ds.training.run_folder import locked_run, open_run_folder, run_folder
@@ -127,7 +127,8 @@ def _check_and_prepare(configs: tuple[RunConfig, ...], world: World) -> None:
     """Raise UserError for what would only be found after minutes, or after a whole stage."""
     if configs[0].stage == "llm" and configs[0].visual_run != "none":
         stage_1_export(configs[0])
-    if any(config.data.shards == quickstart_visual().data.shards for config in configs):
+    quickstart = config_of("quickstart_visual")
+    if any(config.data.shards == quickstart.data.shards for config in configs):
         main_first(prepare, world)
     for config in configs:
         main_first(partial(check_llm_of, config), world)

@@ -23,7 +23,7 @@ from flallm_ds.export.model_card import command, model_card
 from flallm_ds.export.publish import publish
 from flallm_ds.inference.translator import Translator
 from flallm_ds.models.sign_translator import Beam, Candidate
-from flallm_ds.recipes import RECIPES
+from flallm_ds.recipes import RECIPES, config_of
 from tests.helpers.exports import DECODER_ONLY, ENCODER_DECODER, write_export
 
 BEAM = Beam(num_beams=3, max_new_tokens=8, num_return=2)
@@ -175,7 +175,7 @@ def test_the_card_says_what_is_recorded(runs: Callable[[str, str], Path], tmp_pa
 
 
 def test_the_cards_command_names_the_shards() -> None:
-    config = RECIPES["quickstart_llm"]()
+    config = config_of("quickstart_llm")
     assert "data.shards" not in command(config), "the recipe has them"
     mine = config.with_overrides({"data.shards": "data/mine,/home/me/other", "data.weights": "1,2"})
     assert "--data.shards=data/mine,/path/to/other --data.weights=1.0,2.0" in command(mine)
@@ -183,7 +183,7 @@ def test_the_cards_command_names_the_shards() -> None:
 
 @pytest.mark.parametrize("prompt", ["it's {video}", "two\nlines' \\n {video}", "\x1b[31m ü\u2028{video}"])
 def test_bash_reads_the_cards_command_as_it_was_meant(prompt: str) -> None:
-    line = command(RECIPES["quickstart_llm"]().with_overrides({"llm.prompt": prompt}))
+    line = command(config_of("quickstart_llm").with_overrides({"llm.prompt": prompt}))
     assert line.isprintable()
     said = subprocess.run(["bash", "-c", f"printf '%s\\0' {line}"], capture_output=True, check=True).stdout
     assert f"--llm.prompt={prompt}" in said.decode().split("\0")
@@ -191,10 +191,10 @@ def test_bash_reads_the_cards_command_as_it_was_meant(prompt: str) -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_cards_command_is_of_the_same_run(name: str) -> None:
-    words = command(RECIPES[name]())
+    words = command(config_of(name))
     recipe = next(w.removeprefix("--recipe=") for w in words.split() if w.startswith("--recipe="))
     given = dict(w.removeprefix("--").split("=", 1) for w in words.split()[2:] if "recipe" not in w)
-    mine, cards = RECIPES[name]().options(), RECIPES[recipe]().with_overrides(given).options()
+    mine, cards = config_of(name).options(), config_of(recipe).with_overrides(given).options()
     assert {o: v for o, v in cards.items() if o not in FREE_TO_CHANGE or o == "visual_run"} == {
         o: v for o, v in mine.items() if o not in FREE_TO_CHANGE or o == "visual_run"
     }

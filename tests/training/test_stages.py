@@ -27,7 +27,7 @@ from flallm_ds.errors import UserError
 from flallm_ds.files import locked
 from flallm_ds.inference.pictures import draw_probe, read_probe
 from flallm_ds.inference.translator import Translator
-from flallm_ds.recipes import RECIPES, resolve
+from flallm_ds.recipes import RECIPES, config_of, resolve
 from flallm_ds.training.build import check_jpegs
 from flallm_ds.training.stages import next_commands, run_stage
 from flallm_ds.training.stop import StopRequest
@@ -60,10 +60,10 @@ OTHER_RUNS = ("run", "visual_run", "train.epochs", "llm.name", "llm.language")  
 
 def ablations() -> Iterator[tuple[str, RunConfig, dict[str, object]]]:
     """(name, config, what it changes) of each recipe for an ablation on PHOENIX14T."""
-    base = {"visual": RECIPES["phoenix14t_visual"](), "llm": RECIPES["phoenix14t_llm"]()}
+    base = {"visual": config_of("phoenix14t_visual"), "llm": config_of("phoenix14t_llm")}
     base["joint"] = base["llm"]
     for name in (n for n in RECIPES if n.startswith("phoenix14t_")):
-        config = RECIPES[name]()
+        config = config_of(name)
         if name.removeprefix("phoenix14t_") in NUMBERS:
             continue
         before, now = base[config.stage].options(), config.options()
@@ -83,7 +83,7 @@ def runs(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         given["light_t.size"] = "tiny"
         if name not in (*WHOLE, "visual"):
             given["train.max_steps"] = 2
-        if config.llm.name != RECIPES["phoenix14t_llm"]().llm.name:
+        if config.llm.name != config_of("phoenix14t_llm").llm.name:
             given["llm.name"] = mt5
         if config.stage == "llm":
             given["visual_run"] = "none" if config.visual_run == "none" else out / "visual"
