@@ -5,15 +5,17 @@ import random
 import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from flallm_ds.errors import UserError, file_problem
+from flallm_ds.files import locked
 
 START_WITH = "Start with deepspeed, torchrun, Open MPI's mpirun, or launch/slurm/train.sbatch."
 
@@ -202,6 +204,21 @@ def main_first(action: Any, world: World) -> Any:
     if sentence is not None:
         raise UserError(sentence)
     return value
+
+
+@contextmanager
+def locked_by_main(path: Path, what: str, advice: str, world: World) -> Iterator[None]:
+    """Hold the lock file `path` on rank 0 for all ranks, by `files.locked`.
+
+    Raises its UserError on every rank, also for an OSError.
+    """
+    with ExitStack() as stack:
+
+        def take() -> None:
+            stack.enter_context(locked(path, what, advice))
+
+        main_first(take, world)
+        yield
 
 
 def on_each_machine(action: Callable[[], None], world: World) -> None:

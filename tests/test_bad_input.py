@@ -24,7 +24,7 @@ from flallm_ds.cli.evaluate import evaluate
 from flallm_ds.cli.models import translate
 from flallm_ds.cli.pictures import probe
 from flallm_ds.cli.train import train
-from flallm_ds.data.storage.store import file_sha256
+from flallm_ds.files import file_sha256
 from flallm_ds.models.visual_encoder import VisualEncoder
 from flallm_ds.sharding.build import CORPORA, verb
 from flallm_ds.sharding.verify import verify

@@ -13,6 +13,7 @@ from flallm_ds.dist import (
     cores_of_rank,
     free_port,
     gather_objects,
+    locked_by_main,
     main_first,
     on_each_machine,
     rank_environment,
@@ -201,3 +202,12 @@ def test_an_os_error_of_one_rank_is_a_sentence_of_all(
     with pytest.raises(UserError) as caught:
         run(lambda: Path(path).write_text("text"), ALONE)
     assert str(caught.value).startswith("Cannot read or write ") and sentence in str(caught.value)
+
+
+def test_a_lock_that_cannot_be_made_is_an_error_of_the_user(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(UserError, match=r"Cannot read or write .*file"),
+        locked_by_main(tmp_path / "file" / ".lock", "it", "wait", ALONE),
+    ):
+        pass

@@ -1,20 +1,207 @@
-"""The lock of what a command writes, against real processes."""
+"""Files and folders that appear whole or not at all, locks between real processes, checksums."""
 
 import errno
 import fcntl
+import hashlib
+import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, models
 
-from flallm_ds.dist import World
 from flallm_ds.errors import UserError
-from flallm_ds.files import locked, locked_by_main
+from flallm_ds.files import (
+    file_sha256,
+    locked,
+    new_folder,
+    recover_folders,
+    replace_file,
+    replace_folder,
+    share_files,
+    take_folder_lock,
+    take_lock,
+    write_file,
+    write_json,
+)
 from tests.helpers.paths import ROOT
+
+
+def test_shards_are_built_without_torch() -> None:
+    code = (
+        "import sys, flallm_ds.files, flallm_ds.sharding.build\n"
+        "print(*[name for name in ('torch', 'deepspeed') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (0, "\n"), done.stderr
+
+
+# --- files
+
+
+def test_a_replaced_file_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    replace_file(path, "one")
+    replace_file(path, "zwei ä")
+    assert path.read_text(encoding="utf-8") == "zwei ä" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_does_not_fit_on_the_disk_is_named_and_the_old_one_stays(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    replace_file(path, "one")
+    (tmp_path / ".partial-config.json").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: .*config\.json"):
+        replace_file(path, "two")
+    assert path.read_text() == "one"
+
+
+def test_a_file_that_many_threads_write_at_once_is_always_one_of_theirs(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    contents = [bytes([65 + number]) * 100_000 for number in range(8)]
+
+    def write(number: int) -> bool:
+        write_file(path, contents[number % 8])
+        return path.read_bytes() in contents
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(write, range(64)))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_json_is_compact_and_knows_paths(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"path": tmp_path, "text": "ä"})
+    assert (tmp_path / "a.json").read_text("utf-8") == f'{{"path": "{tmp_path}", "text": "ä"}}'
+
+
+# --- folders
+
+
+def write_word(word: str) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        (folder / "word").write_text(word)
+
+    return write
+
+
+def no_space(folder: Path) -> None:
+    (folder / "word").write_text("new")
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_replaced_folder_holds_the_new_content_alone(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "best"
+    replace_folder(path, write_word("old"))
+    (path / "more").touch()
+    replace_folder(path, write_word("new"))
+    assert [p.name for p in path.iterdir()] == ["word"] and (path / "word").read_text() == "new"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_an_old_folder_stays_when_the_new_one_cannot_be_written(tmp_path: Path) -> None:
+    path = tmp_path / "best"
+    replace_folder(path, write_word("old"))
+    with pytest.raises(OSError):
+        replace_folder(path, no_space)
+    assert (path / "word").read_text() == "old"
+    replace_folder(path, write_word("new"))
+    assert (path / "word").read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_tokenizer_that_does_not_fit_on_the_disk_is_an_error_of_the_disk(tmp_path: Path) -> None:
+    """The tokenizers library raises a bare Exception."""
+    tokenizer = Tokenizer(models.WordLevel())
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        replace_folder(tmp_path / "tokenizer", lambda folder: tokenizer.save("/dev/full"))
+    assert caught.value.errno == errno.ENOSPC and not (tmp_path / "tokenizer").exists()
+
+
+def test_other_folders_beside_it_are_left_alone(tmp_path: Path) -> None:
+    """`flallm export` writes where the user says."""
+    for name in (".old-data", "data", ".old-gone"):
+        (tmp_path / name).mkdir()
+    replace_folder(tmp_path / "model", write_word("new"))
+    assert {p.name for p in tmp_path.iterdir()} == {".old-data", "data", ".old-gone", "model"}
+
+
+def test_a_kill_between_the_two_renames_is_recovered_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "best"
+    replace_folder(path, write_word("old"))
+    rename = Path.rename
+    renamed: list[Path] = []
+
+    def killed(self: Path, target: Path) -> Path:
+        if renamed:
+            raise KeyboardInterrupt
+        renamed.append(self)
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            replace_folder(path, write_word("new"))
+    assert not path.exists()
+    recover_folders(path.parent)
+    assert (path / "word").read_text() == "old"
+    recover_folders(path.parent)  # with nothing to recover it changes nothing
+    assert (path / "word").read_text() == "old"
+
+
+def test_a_folder_that_is_there_is_not_overwritten_by_its_past(tmp_path: Path) -> None:
+    path = tmp_path / "best"
+    for folder, word in ((path, "new"), (tmp_path / ".old-best", "old")):
+        folder.mkdir()
+        (folder / "word").write_text(word)
+    recover_folders(path.parent)
+    assert (path / "word").read_text() == "new"
+
+
+def test_a_new_folder_appears_when_it_is_complete(tmp_path: Path) -> None:
+    path = tmp_path / "corpora" / "out"
+    with new_folder(path) as folder:
+        write_word("new")(folder)
+        assert not path.exists()
+    assert (path / "word").read_text() == "new" and list(path.parent.iterdir()) == [path]
+
+
+def test_a_new_folder_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space left"), new_folder(tmp_path / "out") as folder:
+        no_space(folder)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_new_folder_takes_the_place_of_an_empty_one_alone(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    path.mkdir()
+    with new_folder(path) as folder:
+        write_word("mine")(folder)
+    with pytest.raises(OSError, match="not empty"), new_folder(path) as folder:
+        write_word("other")(folder)
+    assert (path / "word").read_text() == "mine" and list(tmp_path.iterdir()) == [path]
+
+
+def test_files_are_shared_as_the_umask_says(tmp_path: Path) -> None:
+    (tmp_path / "parts").mkdir()
+    for name in ("one", "parts/two"):
+        (tmp_path / name).touch(mode=0o600)
+    before = os.umask(0o027)
+    try:
+        share_files(tmp_path)
+        assert os.umask(0o027) == 0o027, "it stays as it was"
+    finally:
+        os.umask(before)
+    modes = [(tmp_path / name).stat().st_mode & 0o777 for name in ("one", "parts/two")]
+    assert modes == [0o640, 0o640]
+
+
+# --- locks
+
 
 HOLD = """
 import sys, time
@@ -101,11 +288,52 @@ def test_a_file_system_without_flock_is_refused(tmp_path: Path, monkeypatch: pyt
         take(tmp_path / "run" / ".lock")
 
 
-def test_a_lock_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    world = World(0, 1, 0, 1)
-    with (
-        pytest.raises(UserError, match=r"Cannot read or write .*file"),
-        locked_by_main(tmp_path / "file" / ".lock", "it", "wait", world),
-    ):
-        pass
+def test_a_lock_that_is_taken_stays_as_a_file_and_is_free_after_its_release(tmp_path: Path) -> None:
+    path = tmp_path / "work" / "lock"
+    lock = take_lock(path)
+    assert lock is not None and take_lock(path) is None
+    lock.release()
+    again = take_lock(path)
+    assert again is not None and path.read_bytes() == b""
+    again.release()
+
+
+def test_a_lock_file_that_is_removed_by_its_holder_meanwhile_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "lock"
+    flock, calls = fcntl.flock, []
+
+    def late(fd: int, how: int) -> None:
+        if not calls:
+            path.unlink()  # after it was opened, before it is locked
+        calls.append(how)
+        flock(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    lock = take_lock(path)
+    assert lock is not None and path.exists() and len(calls) == 2
+    lock.release()
+
+
+def test_a_folder_is_locked_without_a_file_in_it(tmp_path: Path) -> None:
+    handle = take_folder_lock(tmp_path)
+    assert handle is not None and take_folder_lock(tmp_path) is None
+    os.close(handle)
+    again = take_folder_lock(tmp_path)
+    assert again is not None and list(tmp_path.iterdir()) == []
+    os.close(again)
+
+
+# --- checksums
+
+
+def test_the_checksum_of_a_file_is_its_sha256(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"tar" * 100_000)
+    assert file_sha256(tmp_path / "a") == hashlib.sha256(b"tar" * 100_000).hexdigest()
+
+
+def test_what_is_no_regular_file_is_an_error_and_blocks_nobody(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(OSError, match="no regular file"):
+        file_sha256(tmp_path / "fifo")

@@ -26,15 +26,14 @@ from flallm_ds.data.storage.store import (
     LocalStore,
     Store,
     checked_name,
-    file_sha256,
     is_count,
-    open_regular,
     open_store,
 )
 from flallm_ds.data.storage.store import Shard as Shard
 from flallm_ds.data.table_check import check_table
 from flallm_ds.errors import UserError
 from flallm_ds.features.facts import FeatureFacts
+from flallm_ds.files import file_sha256, open_regular
 
 FORMAT = "flallm_ds shards 1"
 MAX_MANIFEST_BYTES = 2**28  # of index.json; a tar takes 150: more than a million of them

@@ -22,9 +22,9 @@ from typing import Any
 from flallm_ds.config import RunConfig
 from flallm_ds.data.index import Index
 from flallm_ds.data.sampling import FrameSampling
-from flallm_ds.data.storage.store import file_sha256
 from flallm_ds.errors import UserError
 from flallm_ds.export.model_card import training_facts
+from flallm_ds.files import file_sha256
 
 FORMAT = "flallm_ds export 2"
 SETTINGS_FILE = "flallm.json"

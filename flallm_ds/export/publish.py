@@ -13,11 +13,10 @@ from flallm_ds.config import RunConfig
 from flallm_ds.data.text.codec import TextCodec
 from flallm_ds.errors import UserError
 from flallm_ds.export.model_card import model_card
-from flallm_ds.files import locked
+from flallm_ds.files import locked, replace_folder
 from flallm_ds.models.llm.load import LlmOptions, clean_generation
 from flallm_ds.models.llm.tuning import merged
 from flallm_ds.models.weights import named_state, write_weights
-from flallm_ds.training.checkpoint import replace_folder
 
 BASE = "base_model"  # the copy of the LLM that additions kept apart belong to
 

@@ -16,13 +16,12 @@ from flallm_ds.data.text.codec import TextCodec
 from flallm_ds.errors import UserError
 from flallm_ds.features.checks import check_evaluation, check_features
 from flallm_ds.features.facts import OPTIONS
-from flallm_ds.files import locked_by_main
+from flallm_ds.files import replace_file
 from flallm_ds.inference import report
 from flallm_ds.inference.translator import Translator
 from flallm_ds.metrics.columns import CEILING
 from flallm_ds.metrics.scoring import blind_scores, ceiling_of, perfect, scores_by, scores_of
 from flallm_ds.training.build import decode_threads, open_index
-from flallm_ds.training.checkpoint import replace_file
 from flallm_ds.training.hypotheses import Evaluation
 from flallm_ds.training.progress import ScoringProgress
 from flallm_ds.training.stop import StopRequest
@@ -68,7 +67,7 @@ def evaluate_run(
     index = open_index(replace(data, shards=shards or data.shards, weights=()), split, world)
     results = Path(run) / export.EVALUATION
     lock = results / f".{split}.lock"
-    with locked_by_main(lock, f"{results / split}.json", "evaluate another --split", world):
+    with dist.locked_by_main(lock, f"{results / split}.json", "evaluate another --split", world):
         of_export = dist.main_first(lambda: export.digest(folder), world)
         translator = Translator.from_pretrained(run, world.device, search.bits, search.hub_code)
         translator = translator.searching(search.beams, search.nbest, search.length_penalty)

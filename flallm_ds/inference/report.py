@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from flallm_ds.batch import Hypothesis
+from flallm_ds.files import replace_file
 from flallm_ds.metrics.ceiling import is_low
 from flallm_ds.metrics.columns import CEILING, COLUMNS
-from flallm_ds.training.checkpoint import replace_file
 
 
 def write_hypotheses(path: Path, hypotheses: Sequence[Hypothesis]) -> None:

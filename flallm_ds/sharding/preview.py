@@ -24,9 +24,9 @@ from matplotlib.figure import Figure
 from flallm_ds.data.codecs.decode import decode_frames, is_mp4
 from flallm_ds.data.codecs.h264 import encode_h264
 from flallm_ds.data.index import COLUMNS, STRING_COLUMNS, Index, check_video, load_index, read_manifest
-from flallm_ds.data.storage.store import open_regular
 from flallm_ds.data.text.languages import tag_of
 from flallm_ds.errors import UserError
+from flallm_ds.files import open_regular, write_file
 
 _GOP, _CRF = 25, 26  # a look, not a master: a clip of 5 s is about 100 kB
 _FRAMES = 8  # of a clip on the sheet
@@ -247,11 +247,7 @@ def _figure(clip: Clip) -> str:
 
 
 def _write(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        partial.write_bytes(content)
-        partial.replace(path)
+        write_file(path, content)
     except OSError as error:
         raise UserError(f"--out must be where you may write, but {path}: {error.strerror}.") from error
-    finally:
-        partial.unlink(missing_ok=True)

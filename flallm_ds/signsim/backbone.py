@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flallm_ds.errors import UserError
+from flallm_ds.files import new_folder, share_files
 from flallm_ds.sharding.pool import begin_worker, signals_held
 from flallm_ds.signsim.render import render_clip
 from flallm_ds.signsim.signer import HAND, POINT, SIGNERS, UNSEEN, sign_poses
@@ -90,7 +91,6 @@ def backbone(*, out: Path, width: int = 16, frames: int = 20000, epochs: int = 4
     import torch
 
     from flallm_ds.models.visual_encoder import VisualEncoder
-    from flallm_ds.training.checkpoint import share_files
     from flallm_ds.training.schedule import rate_factor
 
     begin = time.perf_counter()
@@ -132,12 +132,9 @@ def backbone(*, out: Path, width: int = 16, frames: int = 20000, epochs: int = 4
                 f"{(steps - step - 1) / rate:.0f} s left.",
                 flush=True,
             )
-    partial = out.with_name(f".partial-{out.name}")
-    encoder.backbone.model.save_pretrained(partial)
-    share_files(partial)
-    if out.exists():
-        out.rmdir()
-    partial.rename(out)
+    with new_folder(out) as folder:
+        encoder.backbone.model.save_pretrained(folder)
+        share_files(folder)
 
 
 def as_pixels(frames_NHWC: NDArray[np.uint8]):  # type: ignore[no-untyped-def]  # torch is imported late

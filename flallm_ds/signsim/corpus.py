@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ import cv2
 import numpy as np
 
 from flallm_ds.errors import UserError
+from flallm_ds.files import new_folder
 from flallm_ds.sharding.corpora import SIGNSIM_FILE
 from flallm_ds.sharding.pool import begin_worker, signals_held
 from flallm_ds.signsim.grammar import SPLITS, Sentence, draw_sentence
@@ -177,30 +178,29 @@ def _check_place(out: Path, num_clips: int) -> None:
 
 @contextmanager
 def _whole_or_nothing(out: Path) -> Iterator[Path]:
-    """A temporary sibling of `out` that becomes `out` at the end and is deleted on any failure."""
-    partial_folder = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    """Yield a folder that becomes `out`, as `new_folder` does.
+
+    Raises UserError where the disk refuses.
+    """
     try:
-        partial_folder.mkdir(parents=True)
+        with ExitStack() as stack:
+            try:
+                folder = stack.enter_context(new_folder(out))
+            except OSError as error:
+                raise UserError(
+                    f"the output must go where folders can be made, but {out.parent}: "
+                    f"{error.strerror}. Choose another --out."
+                ) from error
+            yield folder
     except OSError as error:
-        raise UserError(
-            f"the output must go where folders can be made, but {out.parent}: {error.strerror}. "
-            "Choose another --out."
-        ) from error
-    try:
-        yield partial_folder
-        try:
-            partial_folder.rename(out)  # replaces an empty folder, refuses a full one
-        except OSError as error:
+        if error.filename2 is not None:  # of a rename, which has two names
             raise UserError(
                 f"the output folder must stay empty while the corpus is made, but {out}: {error.strerror}."
             ) from error
-    except OSError as error:
         raise UserError(
             f"the corpus must fit on a disk that can be written, but {error}. "
             "Nothing was left behind; choose another --out."
         ) from error
-    finally:
-        shutil.rmtree(partial_folder, ignore_errors=True)
 
 
 def _map(

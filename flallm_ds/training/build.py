@@ -29,6 +29,7 @@ from flallm_ds.dist import World, cores_of_rank, main_first, on_each_machine
 from flallm_ds.errors import RankError, UserError
 from flallm_ds.features.checks import check_run, check_stage
 from flallm_ds.features.sequences import FeatureMasks
+from flallm_ds.files import replace_folder
 from flallm_ds.models.adapters import Adapter
 from flallm_ds.models.backbones.build import build_backbone, check_reachable
 from flallm_ds.models.backbones.interface import Backbone
@@ -52,7 +53,6 @@ from flallm_ds.models.sign_translator import Beam, Candidate, SignTranslator
 from flallm_ds.models.visual_encoder import VisualEncoder, resnet_width
 from flallm_ds.training import engine as ds
 from flallm_ds.training.batch_statistics import BatchStatistics, KeptStatistics
-from flallm_ds.training.checkpoint import replace_folder
 from flallm_ds.training.weights_record import record_weights
 
 NUM_CHECKED = 8  # frames of the clip that generation is tried with

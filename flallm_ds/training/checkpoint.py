@@ -5,17 +5,15 @@ checkpoints/step-00001200/  engine/ (DeepSpeed's shards)  manifest.json (state, 
 
 import hashlib
 import json
-import os
-import re
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flallm_ds.data.storage.store import file_sha256
 from flallm_ds.dist import World, gather_objects
 from flallm_ds.errors import UserError, file_problem
+from flallm_ds.files import file_sha256, partial_of, put_folder, replace_file, sync
 
 MANIFEST = "manifest.json"
 
@@ -28,7 +26,7 @@ def save(
     keep: how many committed checkpoints stay. Raises UserError on every rank if any rank could not write.
     """
     final = folder / f"step-{step:08d}"
-    partial = folder / f".partial-{final.name}"
+    partial = partial_of(final)
 
     def begin() -> None:
         shutil.rmtree(partial, ignore_errors=True)
@@ -37,9 +35,9 @@ def save(
     def commit() -> None:
         names = sorted(p.relative_to(partial).as_posix() for p in partial.rglob("*") if p.is_file())
         files = {name: file_sha256(partial / name) for name in names}
-        _write_synced(partial / MANIFEST, _manifest(files, state))
-        _put(partial, final)
-        _sync_folder(folder)
+        _write_manifest(partial, files, state)
+        put_folder(partial, final)
+        sync(folder)
         for old in committed(folder)[:-keep]:
             shutil.rmtree(old)
 
@@ -57,9 +55,7 @@ def replace_state(folder: Path, step: int, state: dict[str, Any], world: World) 
     final = folder / f"step-{step:08d}"
 
     def replace() -> None:
-        partial = final / f".partial-{MANIFEST}"
-        _write_synced(partial, _manifest(_read_manifest(final)["files"], state))
-        partial.replace(final / MANIFEST)
+        _write_manifest(final, _read_manifest(final)["files"], state)
 
     _together(replace if world.is_main else None, final, world)
 
@@ -137,8 +133,9 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return dict(manifest["state"])
 
 
-def _manifest(files: dict[str, str], state: dict[str, Any]) -> dict[str, Any]:
-    return {"files": files, "state": state, "sha256": _sha256(files, state)}
+def _write_manifest(checkpoint: Path, files: dict[str, str], state: dict[str, Any]) -> None:
+    content = {"files": files, "state": state, "sha256": _sha256(files, state)}
+    replace_file(checkpoint / MANIFEST, json.dumps(content, indent=1))
 
 
 def _sha256(files: dict[str, str], state: dict[str, Any]) -> str:
@@ -161,83 +158,3 @@ def _read_manifest(checkpoint: Path) -> dict[str, Any]:
 
 def _broken(checkpoint: Path, name: str, what: str) -> UserError:
     return UserError(f"The checkpoint {checkpoint} is damaged: {name} {what}.")
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write a file whole or not at all. Raises OSError that names a file."""
-    partial = path.with_name(f".partial-{path.name}")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk has none
-        raise
-
-
-def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a folder whole or not at all; one that is there gives way only when the new one is complete."""
-    partial = path.with_name(f".partial-{path.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        write(partial)
-    except Exception as error:
-        # The tokenizers library raises a bare Exception for what is an OSError.
-        found = re.fullmatch(r"(.*) \(os error (\d+)\)", str(error)) if type(error) is Exception else None
-        if found is None:
-            raise
-        raise OSError(int(found[2]), found[1]) from error
-    share_files(partial)
-    _put(partial, path)
-
-
-def share_files(folder: Path) -> None:
-    """Give each file of a new folder the permissions that the umask allows.
-
-    safetensors makes its files private (0600), which would lock out the rest of a group.
-    """
-    umask = os.umask(0)
-    os.umask(umask)
-    for path in folder.rglob("*"):
-        if path.is_file():
-            path.chmod(0o666 & ~umask)
-
-
-def recover_folders(parent: Path) -> None:
-    """Put every old folder back whose replacement was killed between its two renames."""
-    for old in parent.glob(".old-*"):
-        _recover(old)
-
-
-def _recover(old: Path) -> None:
-    path = old.with_name(old.name.removeprefix(".old-"))
-    if path.exists():
-        shutil.rmtree(old)
-    else:
-        old.rename(path)
-
-
-def _put(partial: Path, path: Path) -> None:
-    """Give a complete folder its name; one that has it stands aside until then."""
-    old = path.with_name(f".old-{path.name}")
-    if old.exists():
-        _recover(old)
-    if path.exists():
-        path.rename(old)
-    partial.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _write_synced(path: Path, content: dict[str, Any]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -20,7 +20,7 @@ import torch
 from flallm_ds import __version__
 from flallm_ds.dist import World, gather_objects, main_first
 from flallm_ds.errors import UserError
-from flallm_ds.training.checkpoint import replace_file
+from flallm_ds.files import replace_file
 
 VERSIONS = "versions.json"
 PACKAGES = (

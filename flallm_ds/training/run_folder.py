@@ -15,12 +15,11 @@ from typing import IO, Any
 
 from flallm_ds.batch import Hypothesis
 from flallm_ds.config import FREE_TO_CHANGE, RunConfig
-from flallm_ds.dist import World, main_first
+from flallm_ds.dist import World, locked_by_main, main_first
 from flallm_ds.errors import UserError, file_problem
-from flallm_ds.files import locked_by_main
+from flallm_ds.files import partial_of, replace_file
 from flallm_ds.metrics.columns import has_scores
 from flallm_ds.terminal import one_line
-from flallm_ds.training.checkpoint import replace_file
 from flallm_ds.training.provenance import VERSIONS, record_start
 from flallm_ds.training.run_log import LOG
 from flallm_ds.training.weights_record import FILE as WEIGHTS
@@ -66,7 +65,7 @@ def run_folder(config: RunConfig, world: World) -> Iterator[Path]:
 def _remove_built(folder: Path) -> None:
     """Remove what building a run makes, also where it was cut off, and nothing else."""
     for name in BUILT:
-        for path in (folder / name, folder / f".partial-{name}"):
+        for path in (folder / name, partial_of(folder / name)):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:
@@ -91,9 +90,10 @@ def open_run_folder(config: RunConfig) -> Path:
 
 def _check_free(folder: Path) -> None:
     """Raise UserError where a folder is neither a run's nor empty; what a killed start leaves is nothing."""
-    if (folder / "config.json").is_file() or not folder.exists():
+    config = folder / "config.json"
+    if config.is_file() or not folder.exists():
         return
-    left = {LOCK, LOG, ".partial-config.json"}
+    left = {LOCK, LOG, partial_of(config).name}
     if not folder.is_dir() or any(path.name not in left for path in folder.iterdir()):
         raise UserError(
             f"run must name a new, an empty or a run's folder, but {folder} holds something else. "

@@ -12,6 +12,7 @@ from flallm_ds import export
 from flallm_ds.config import RunConfig
 from flallm_ds.dist import World, main_first
 from flallm_ds.errors import UserError
+from flallm_ds.files import recover_folders
 from flallm_ds.inference.evaluate import Search, evaluate_run
 from flallm_ds.quickstart import prepare
 from flallm_ds.recipes import config_of
@@ -62,7 +63,7 @@ def is_finished(config: RunConfig) -> bool:
         return False
     open_run_folder(config)
     for parent in (folder, folder / "checkpoints"):
-        checkpoint.recover_folders(parent)
+        recover_folders(parent)
     if not (folder / "best" / export.SETTINGS_FILE).is_file():
         return False
     newest = checkpoint.newest(folder / "checkpoints")

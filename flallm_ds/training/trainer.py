@@ -18,6 +18,7 @@ from flallm_ds.data.device import on_device
 from flallm_ds.data.plan import PlanState
 from flallm_ds.dist import all_reduce_sum, gather_objects, main_first
 from flallm_ds.errors import Preempted, UserError
+from flallm_ds.files import recover_folders, replace_folder
 from flallm_ds.metrics.columns import CEILING
 from flallm_ds.metrics.scoring import ceiling_of, perfect, scores_of
 from flallm_ds.models.llm.tuning import merged
@@ -263,7 +264,7 @@ class Trainer:
             settings["weights"] = read_weights(self.folder)
             llm = task.engine.module.language_model
             try:
-                checkpoint.replace_folder(
+                replace_folder(
                     self.folder / "best", lambda out: export.write(out, settings, tensors, llm, task.codec)
                 )
             except (OSError, SafetensorError) as error:
@@ -339,7 +340,7 @@ class Trainer:
 
     def _newest_checkpoint(self) -> checkpoint.Saved | None:
         for parent in (self.folder, self.folder / "checkpoints"):
-            checkpoint.recover_folders(parent)
+            recover_folders(parent)
         return checkpoint.newest(self.folder / "checkpoints")
 
     def _out_of_steps(self) -> bool:

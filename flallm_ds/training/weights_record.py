@@ -13,13 +13,12 @@ from huggingface_hub import try_to_load_from_cache
 
 from flallm_ds import export
 from flallm_ds.config import RunConfig
-from flallm_ds.data.storage.store import file_sha256
 from flallm_ds.dist import World, main_first
 from flallm_ds.errors import UserError
+from flallm_ds.files import file_sha256, replace_file
 from flallm_ds.models.backbones.build import hub_id
 from flallm_ds.models.backbones.from_timm import TIMM
 from flallm_ds.models.llm.stored import checkpoint_files
-from flallm_ds.training.checkpoint import replace_file
 
 FILE = "weights.json"
 # Next to the weights: configs, tokenizers, and code that came with a model.

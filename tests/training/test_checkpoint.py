@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models
 
 from flallm_ds.dist import World
 from flallm_ds.errors import UserError
@@ -202,91 +201,3 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_refused(tmp_path, damage):
         checkpoint.newest(tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
     assert checkpoint.newest(tmp_path / "none") is None
-
-
-# --- files and folders, whole or not at all
-
-
-def test_a_replaced_file_is_whole(tmp_path):
-    path = tmp_path / "config.json"
-    checkpoint.replace_file(path, "one")
-    checkpoint.replace_file(path, "zwei ä")
-    assert path.read_text(encoding="utf-8") == "zwei ä" and list(tmp_path.iterdir()) == [path]
-
-
-def test_a_file_that_does_not_fit_on_the_disk_is_named_and_the_old_one_stays(tmp_path):
-    path = tmp_path / "config.json"
-    checkpoint.replace_file(path, "one")
-    (tmp_path / ".partial-config.json").symlink_to("/dev/full")
-    with pytest.raises(OSError, match=r"No space left on device: .*config\.json"):
-        checkpoint.replace_file(path, "two")
-    assert path.read_text() == "one"
-
-
-def write_word(word: str):
-    return lambda folder: (folder / "word").write_text(word)
-
-
-def test_a_replaced_folder_holds_the_new_content_alone(tmp_path):
-    path = tmp_path / "run" / "best"
-    checkpoint.replace_folder(path, lambda folder: [write_word("old")(folder), (folder / "more").touch()])
-    checkpoint.replace_folder(path, write_word("new"))
-    assert [p.name for p in path.iterdir()] == ["word"] and (path / "word").read_text() == "new"
-    assert list(path.parent.iterdir()) == [path]
-
-
-def test_an_old_folder_stays_when_the_new_one_cannot_be_written(tmp_path):
-    path = tmp_path / "best"
-    checkpoint.replace_folder(path, write_word("old"))
-    with pytest.raises(OSError):
-        checkpoint.replace_folder(path, no_space)
-    assert (path / "word").read_text() == "old"
-    checkpoint.replace_folder(path, write_word("new"))
-    assert (path / "word").read_text() == "new" and list(tmp_path.iterdir()) == [path]
-
-
-def test_a_tokenizer_that_does_not_fit_on_the_disk_is_an_error_of_the_disk(tmp_path):
-    """The tokenizers library raises a bare Exception."""
-    tokenizer = Tokenizer(models.WordLevel())
-    with pytest.raises(OSError, match="No space left on device") as caught:
-        checkpoint.replace_folder(tmp_path / "tokenizer", lambda folder: tokenizer.save("/dev/full"))
-    assert caught.value.errno == errno.ENOSPC and not (tmp_path / "tokenizer").exists()
-
-
-def test_other_folders_beside_it_are_left_alone(tmp_path):
-    """`flallm export` writes where the user says."""
-    for name in (".old-data", "data", ".old-gone"):
-        (tmp_path / name).mkdir()
-    checkpoint.replace_folder(tmp_path / "model", write_word("new"))
-    assert {p.name for p in tmp_path.iterdir()} == {".old-data", "data", ".old-gone", "model"}
-
-
-def test_a_kill_between_the_two_renames_is_recovered_from(tmp_path, monkeypatch):
-    path = tmp_path / "best"
-    checkpoint.replace_folder(path, write_word("old"))
-    rename, renamed = Path.rename, []
-
-    def killed(self: Path, target: Path) -> Path:
-        if renamed:
-            raise KeyboardInterrupt
-        renamed.append(self)
-        return rename(self, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", killed)
-        with pytest.raises(KeyboardInterrupt):
-            checkpoint.replace_folder(path, write_word("new"))
-    assert not path.exists()
-    checkpoint.recover_folders(path.parent)
-    assert (path / "word").read_text() == "old"
-    checkpoint.recover_folders(path.parent)  # with nothing to recover it changes nothing
-    assert (path / "word").read_text() == "old"
-
-
-def test_a_folder_that_is_there_is_not_overwritten_by_its_past(tmp_path):
-    path = tmp_path / "best"
-    for folder, word in ((path, "new"), (tmp_path / ".old-best", "old")):
-        folder.mkdir()
-        (folder / "word").write_text(word)
-    checkpoint.recover_folders(path.parent)
-    assert (path / "word").read_text() == "new"

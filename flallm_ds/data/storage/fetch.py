@@ -5,7 +5,6 @@ password or a query.
 """
 
 import contextlib
-import hashlib
 import inspect
 import os
 import random
@@ -19,6 +18,7 @@ from functools import cached_property
 from typing import Any
 
 from flallm_ds.errors import RankError, UserError
+from flallm_ds.files import sha256_of
 
 Chunks = Generator[bytes, None, None]
 CHUNK = 2**20  # bytes a read
@@ -254,7 +254,7 @@ def _write(fd: int, data: bytes, at: int) -> None:
 def _sha256(fd: int) -> str:
     with open(os.dup(fd), "rb", buffering=0) as file:
         file.seek(0)
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(file)
 
 
 def printable(root: str) -> str:

@@ -1,10 +1,8 @@
 """Where shards lie: a folder, or an address whose shards are fetched into a bounded cache."""
 
-import errno
 import hashlib
 import os
 import re
-import stat
 import sys
 import tempfile
 import threading
@@ -18,6 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, Self, cast
 from flallm_ds.data.storage.cache import FileCache, disk_errors
 from flallm_ds.data.storage.fetch import FsspecSource, Patience, Refused, fetch, persist, printable
 from flallm_ds.errors import RankError, UserError
+from flallm_ds.files import file_sha256, open_regular, sha256_of, write_file
 
 if TYPE_CHECKING:
     from flallm_ds.config import DataConfig
@@ -208,9 +207,7 @@ class RemoteStore:
             content = file.read()
         self._cache.make_folder(path.parent)
         with disk_errors(path.parent):
-            own = path.with_name(f"{name}.{os.getpid()}.{threading.get_ident()}")
-            own.write_bytes(content)
-            own.replace(path)
+            write_file(path, content)
         return path
 
     def open(self, shard: Shard) -> BinaryIO:
@@ -322,7 +319,7 @@ class RemoteStore:
 
     def _check_bytes(self, shard: Shard) -> None:
         with self.open(shard) as file:
-            found = hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
+            found = sha256_of(file)
         if found != shard.sha256:  # it was right when it came
             (self._cache.folder / self._place_of(shard)).unlink(missing_ok=True)
             self.open(shard).close()
@@ -376,17 +373,3 @@ def checked_name(name: str) -> str:
             f"but one is {name!r}. Do not use these shards, or build them again."
         )
     return name
-
-
-def open_regular(path: Path) -> BinaryIO:
-    """Open a regular file, unbuffered. Raises OSError for another: a fifo would block for ever."""
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise OSError(errno.EINVAL, "it is no regular file", str(path))
-    return cast(BinaryIO, os.fdopen(fd, "rb", buffering=0))
-
-
-def file_sha256(path: Path) -> str:
-    with open_regular(path) as file:
-        return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()

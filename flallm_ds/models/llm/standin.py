@@ -5,8 +5,6 @@ there, neither the language nor the decoder's start is stored: who loads the mod
 """
 
 import math
-import os
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -23,8 +21,8 @@ from flallm_ds.command import nearest
 from flallm_ds.data.text.languages import word_rule
 from flallm_ds.data.text.normalizer import nmt_nfkc, normalizer_by
 from flallm_ds.errors import UserError
+from flallm_ds.files import new_folder, share_files
 from flallm_ds.metrics import score
-from flallm_ds.training.checkpoint import share_files
 
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")  # ids 0 to 3, as in every mBART
 PAD, EOS = 1, 2
@@ -382,20 +380,18 @@ def _refuse_used(out: Path) -> None:
 
 
 def _write_whole(model: MBartForConditionalGeneration, tokenizer: MBartTokenizer, out: Path) -> None:
-    """The folder under a passing name, then renamed: nobody ever sees half of it."""
-    passing = out.with_name(f".{out.name}.{os.getpid()}.part")
+    """Write the folder. Raises UserError where the disk refuses."""
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        tokenizer.save_pretrained(passing)
-        model.save_pretrained(passing)
-        share_files(passing)
-        passing.replace(out)
+        with new_folder(out) as folder:
+            tokenizer.save_pretrained(folder)
+            model.save_pretrained(folder)
+            share_files(folder)
     except OSError as error:
         raise UserError(
             f"--out must be a folder that can be written, but {out} cannot ({error.strerror})."
         ) from None
     finally:
-        shutil.rmtree(passing, ignore_errors=True)
         if bars:
             transformers_logging.enable_progress_bar()
