@@ -9,22 +9,22 @@ So the writing may be killed at any moment; the same command goes on with the ta
 is taken away is made again by the same command.
 """
 
-import errno
-import fcntl
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
+from filelock import FileLock
 
 from flallm_ds.data import index as index_file
 from flallm_ds.data.index import COLUMNS, STRING_COLUMNS, Index
 from flallm_ds.errors import UserError
 from flallm_ds.features.facts import FeatureFacts, to_npy
-from flallm_ds.sharding.writer import SHARD_NAME, ShardWriter, move, write_file
+from flallm_ds.files import move, take_lock, write_file
+from flallm_ds.sharding.writer import SHARD_NAME, ShardWriter, index_json
 
 BEGUN = ".begun"
 TRAINING = "train"  # the split whose views are training's: random picks, augmented
@@ -52,7 +52,7 @@ class FeatureFolder:
     def __init__(self, out: Path, sources: Mapping[str, Index], views: Mapping[str, int]) -> None:
         self.out, self.sources, self.views = out, sources, views
         self._begun = out / BEGUN
-        self._lock: IO[str] | None = None
+        self._lock: FileLock | None = None
 
     def begin(self, plan: Mapping[str, Any]) -> None:
         """Take the folder, or go on with it, alone until `end`.
@@ -68,17 +68,19 @@ class FeatureFolder:
                 "holds something else. Name another folder."
             )
         self._begun.mkdir(parents=True, exist_ok=True)
-        lock = _locked(self._begun / "lock", self.out)
+        lock = take_lock(self._begun / "lock")
+        if lock is None:
+            raise UserError(f"one command at a time may write to {self.out}, but another does. Wait for it.")
         try:
             self._compare(plan, path)
         except UserError:
-            lock.close()
+            lock.release()
             raise
         self._lock = lock
 
     def _compare(self, plan: Mapping[str, Any], path: Path) -> None:
         if not path.is_file():
-            write_file(path, _json(plan))
+            write_file(path, index_json(plan))
         before = _read(path)
         for name in before | plan:
             if before.get(name) != plan.get(name):
@@ -95,7 +97,7 @@ class FeatureFolder:
     def end(self) -> None:
         """Let others at the folder."""
         if self._lock is not None:
-            self._lock.close()
+            self._lock.release()
 
     def jobs(self) -> list[Job]:
         """All tars, those of a shard of the source beside each other."""
@@ -135,7 +137,7 @@ class FeatureFolder:
                 places.append((offset, len(member)))
         entry = vars(tar.shard_entry) | {"file": job.name}
         move(temporary, self.out / job.name)
-        write_file(self._record(job), _json({"shard": entry, "places": places}))
+        write_file(self._record(job), index_json({"shard": entry, "places": places}))
 
     def finish(self, facts: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
         """Write tables and index.json. facts: the fields of `FeatureFacts` that all splits share.
@@ -169,7 +171,8 @@ class FeatureFolder:
         kept = {
             name: manifest[name] for name in ("corpus", "language", "options", "notes") if name in manifest
         }
-        write_file(self.out / "index.json", _json(own | kept | {"splits": entries, "features": dict(facts)}))
+        content = own | kept | {"splits": entries, "features": dict(facts)}
+        write_file(self.out / "index.json", index_json(content))
 
 
 def share(jobs: Sequence[Job], sizes: Mapping[str, np.ndarray], rank: int, world_size: int) -> list[Job]:
@@ -187,24 +190,6 @@ def share(jobs: Sequence[Job], sizes: Mapping[str, np.ndarray], rank: int, world
 def _holds_more(out: Path) -> bool:
     """Whether a folder holds more than a beginning that was killed at once."""
     return any(path.name != BEGUN for path in out.iterdir())
-
-
-def _locked(path: Path, out: Path) -> IO[str]:
-    file = path.open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-            raise
-        raise UserError(
-            f"one command at a time may write to {out}, but another does. Wait for it."
-        ) from error
-    return file
-
-
-def _json(content: Any) -> bytes:
-    return (json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode()
 
 
 def _read(path: Path) -> Any:

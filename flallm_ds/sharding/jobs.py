@@ -23,11 +23,11 @@ from flallm_ds.data.codecs import h264
 from flallm_ds.data.codecs.video import Box, BrokenVideo, Video
 from flallm_ds.data.index import Shard
 from flallm_ds.errors import UserError
+from flallm_ds.files import move, write_json
 from flallm_ds.sharding import pool
 from flallm_ds.sharding.corpora import Row
 from flallm_ds.sharding.options import Options
-from flallm_ds.sharding.partial import write_json
-from flallm_ds.sharding.writer import SHARD_NAME, ShardWriter, move
+from flallm_ds.sharding.writer import SHARD_NAME, ShardWriter
 
 SHUFFLE_SEED = 0  # of the order in which a training split's clips are put into shards
 _NUM_MEASURED = 32  # clips of a split whose size says how many go into a shard of so many megabytes

@@ -10,9 +10,7 @@ Whatever has its final name here is whole and on the disk, so a build may be kil
 """
 
 import errno
-import fcntl
 import json
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -20,8 +18,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from flallm_ds.errors import UserError
-from flallm_ds.sharding.writer import publish, write_file
+from flallm_ds.files import publish_folder, take_lock, write_json
 
 _NAMES = {"lock", "plan.json", "work", "shards"}
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -77,7 +77,7 @@ class Partial:
 
     def finish(self) -> None:
         """Make shards/ the output folder, and remove the rest."""
-        publish(self.shards, self.out)
+        publish_folder(self.shards, self.out)
         self.discard()
 
     def discard(self) -> None:
@@ -150,26 +150,26 @@ def hold(out: Path) -> Iterator[Partial]:
 
 @contextmanager
 def _lock(partial: Partial) -> Iterator[None]:
-    path = partial.folder / "lock"
+    lock = _take_lock(partial)
+    if lock is None:
+        raise UserError(
+            f"one build at a time must write to an output folder, but another is at work on "
+            f"{partial.out}. Wait for it, or end it."
+        )
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _take_lock(partial: Partial) -> FileLock | None:
     while True:
         partial.folder.mkdir(parents=True, exist_ok=True)
         try:
             partial.check_ours()
-            file = path.open("w")
+            return take_lock(partial.folder / "lock")
         except FileNotFoundError:  # another build has just finished and removed the folder
             continue
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"one build at a time must write to an output folder, but another is at work on "
-                    f"{partial.out}. Wait for it, or end it."
-                ) from None
-            if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
-                continue
-            yield
-            return
 
 
 def _say(sentence: str) -> None:
@@ -209,8 +209,3 @@ def _word(value: Any) -> str:
 def plain(content: Any) -> Any:
     """The content as it comes back from a JSON file: no tuples, no paths."""
     return json.loads(json.dumps(content, default=str))
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file: whole, or not at all."""
-    write_file(path, json.dumps(content, ensure_ascii=False, default=str).encode())

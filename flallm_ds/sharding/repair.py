@@ -4,7 +4,6 @@ New files are written in a folder of their own and then moved to names that noth
 changes last and at once. So a repair that is killed leaves the folder as it was, or mended.
 """
 
-import fcntl
 import json
 import os
 import re
@@ -19,9 +18,10 @@ from safetensors import SafetensorError
 
 from flallm_ds.data.index import Shard, write_table
 from flallm_ds.errors import UserError
+from flallm_ds.files import move, sync, take_folder_lock
 from flallm_ds.sharding import pool
 from flallm_ds.sharding.verify import Job, Report, check, check_clip, clip_span, read_only, tar_members
-from flallm_ds.sharding.writer import ShardWriter, move
+from flallm_ds.sharding.writer import ShardWriter, index_json
 
 if TYPE_CHECKING:
     from flallm_ds.sharding.jobs import Clip
@@ -78,14 +78,12 @@ def mend(folder: Path, report: Report, source: Path | None, workers: int) -> Rep
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Two repairs of one folder would undo each other."""
-    handle = os.open(folder, os.O_RDONLY)
+    handle = take_folder_lock(folder)
+    if handle is None:
+        raise UserError(
+            f"one repair at a time must be at work, but another is at work on {folder}. Wait for it."
+        )
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"one repair at a time must be at work, but another is at work on {folder}. Wait for it."
-            ) from None
         yield
     finally:
         os.close(handle)
@@ -182,8 +180,7 @@ def _commit(
     manifest["replaced"] = sorted(_files(report.manifest) - _files(manifest))
     for name in _files(manifest) - _files(report.manifest):
         _publish(scratch / name, folder / name)
-    text = json.dumps(manifest, ensure_ascii=False, indent=1) + "\n"
-    (scratch / "index.json").write_text(text, encoding="utf-8")
+    (scratch / "index.json").write_bytes(index_json(manifest))
     _publish(scratch / "index.json", folder / "index.json")
     _remove_replaced(folder, manifest)
 
@@ -317,6 +314,5 @@ def read_source(
 def _publish(path: Path, target: Path) -> None:
     """Move a finished file to its place, readable by others, and safe on the disk."""
     path.chmod(0o644)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    sync(path)
     move(path, target)

@@ -3,7 +3,7 @@
     with ShardWriter(folder / "train-000000.tar", shard=0) as tar:
         rows.append(tar.add(key, jpegs, fps=25.0, height=256, width=256, id=..., text=..., ...))
     write_index(folder, ..., splits={"train": (rows, [tar.shard_entry])})
-    publish(folder, out)                                   # appears whole at `out`, or not at all
+    publish_folder(folder, out)                            # appears whole at `out`, or not at all
 
 The bytes depend on nothing but the clips: no time, owner, or number of workers is in them.
 """
@@ -139,34 +139,6 @@ class ShardWriter:
         self._position += len(content)
 
 
-def publish(folder: Path, out: Path) -> None:
-    """Make a folder `out`, all at once and safe on the disk; `out` is absent or an empty folder."""
-    for path in folder.iterdir():
-        _sync(path)
-    _sync(folder)
-    folder.rename(out)
-    _sync(out.parent)
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a small file: whole and safe on the disk, or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        move(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def move(path: Path, target: Path) -> None:
-    """Rename a file that is on the disk, so that its new name is there too."""
-    path.rename(target)
-    _sync(target.parent)
-
-
 def earlier_build(out: Path) -> dict[str, Any] | None:
     """The index.json of the build that lies at `out`; None where a new one may go.
 
@@ -220,13 +192,9 @@ def write_index(
     manifest = {"format": index.FORMAT, "corpus": corpus, "language": language, "options": dict(options)} | {
         "splits": entries, "skipped": dict(skipped or {}), "notes": list(notes), **more
     }  # fmt: skip
-    text = json.dumps(manifest, ensure_ascii=False, indent=1) + "\n"
-    (folder / "index.json").write_text(text, encoding="utf-8")
+    (folder / "index.json").write_bytes(index_json(manifest))
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def index_json(content: Mapping[str, Any]) -> bytes:
+    """Return the bytes of an index.json."""
+    return (json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode()

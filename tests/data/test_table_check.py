@@ -16,12 +16,12 @@ from flallm_ds.data.index import STRING_COLUMNS, fingerprint, iter_rows, load_in
 from flallm_ds.data.loader import ClipReader
 from flallm_ds.data.mixture import open_indexes
 from flallm_ds.data.sampling import FrameSampling
-from flallm_ds.data.storage.store import file_sha256
 from flallm_ds.errors import UserError
+from flallm_ds.files import file_sha256, publish_folder
 from flallm_ds.sharding.preview import preview
 from flallm_ds.sharding.stats import stats
 from flallm_ds.sharding.verify import ShardFault, verify
-from flallm_ds.sharding.writer import ShardWriter, publish, write_index
+from flallm_ds.sharding.writer import ShardWriter, write_index
 
 NUM_CLIPS = 6  # three in each of two tars
 
@@ -42,7 +42,7 @@ def written(tmp_path_factory) -> Path:
                 rows.append(tar.add(f"{number:08d}", [jpeg] * 5, fps=25.0, height=8, width=8, **facts))
         tars.append(tar.shard_entry)
     write_index(folder, corpus="c", language="de", options={}, splits={"train": (rows, tars)})
-    publish(folder, place / "shards")
+    publish_folder(folder, place / "shards")
     return place / "shards"
 
 

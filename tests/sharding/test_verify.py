@@ -8,9 +8,10 @@ import pytest
 
 from flallm_ds.data import index
 from flallm_ds.errors import UserError
+from flallm_ds.files import file_sha256, publish_folder
 from flallm_ds.sharding.build import Options, build
 from flallm_ds.sharding.verify import ShardFault, verify
-from flallm_ds.sharding.writer import ShardWriter, publish, write_index
+from flallm_ds.sharding.writer import ShardWriter, write_index
 from tests.helpers.paths import ROOT
 from tests.helpers.trees import make_phoenix, write_video
 
@@ -56,7 +57,7 @@ def reseal(folder: Path, name: str) -> None:
     for entry in manifest["splits"].values():
         for shard in entry["shards"]:
             if shard["file"] == name:
-                shard["sha256"] = index.file_sha256(folder / name)
+                shard["sha256"] = file_sha256(folder / name)
                 shard["bytes"] = (folder / name).stat().st_size
     (folder / "index.json").write_text(json.dumps(manifest))
 
@@ -186,6 +187,6 @@ def test_a_hand_written_folder_is_read(tmp_path):
         facts = {"text": "x", "signer": "", "video": "", "language": "de"}
         rows = [tar.add("k", [jpeg], fps=25.0, height=8, width=8, id="a.b", **facts)]
     write_index(folder, corpus="c", language="de", options={}, splits={"train": (rows, [tar.shard_entry])})
-    publish(folder, tmp_path / "out")
+    publish_folder(folder, tmp_path / "out")
     verify(tmp_path / "out", workers=1)
     assert index.load_index(tmp_path / "out", "train").strings("id")[0] == "a.b"
