@@ -177,6 +177,8 @@ class FileCache:
             _release(fd)
 
 
+# Not the locks of `flallm_ds.files`: the descriptor that is locked is the one that is written to and read
+# by offset, its file is renamed while it is locked, and a file that is not there must not be made.
 def _lock(path: Path, create: bool = True) -> int | None:
     """A locked descriptor of the file that bears this name now, or None where another holds it."""
     try:
