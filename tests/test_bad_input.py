@@ -223,7 +223,7 @@ def test_stage_llm_without_stage_1_says_which_command_makes_it(
 def test_stage_llm_without_stage_1_prepares_nothing(
     refused: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flallm_ds.training.stages.prepare", lambda: pytest.fail("minutes of work before the refusal"))
+    monkeypatch.setattr("flallm_ds.training.stages.prepare", lambda: pytest.fail("it took minutes"))
     given = (f"--run={tmp_path / 'run'}", f"--visual_run={tmp_path / 'visual'}")
     assert "launch/train.py --stage visual" in refused(train, "--stage=llm", *given)
 
