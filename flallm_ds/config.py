@@ -13,18 +13,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flallm_ds.command import check_not_empty, coerce, nearest
-from flallm_ds.errors import UserError
+from flallm_ds.errors import UserError, require
 
 Stage = Literal["visual", "llm", "joint"]
 
 
-def _must(holds: bool, sentence: str) -> None:
-    if not holds:
-        raise UserError(sentence)
-
-
 def _must_be_fraction(section: str, name: str, value: float) -> None:
-    _must(0 <= value < 1, f"{section}.{name} must be in [0, 1), but is {value}.")
+    require(0 <= value < 1, f"{section}.{name} must be in [0, 1), but is {value}.")
 
 
 @dataclass(frozen=True)
@@ -58,36 +53,42 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         for name in ("keep_every", "max_frames", "batch_clips", "micro_batches", "crop_size", "frame_size"):
-            _must(getattr(self, name) >= 1, f"data.{name} must be at least 1, but is {getattr(self, name)}.")
-        _must(bool(self.shards), "data.shards must name a shard folder, but is empty.")
+            require(
+                getattr(self, name) >= 1, f"data.{name} must be at least 1, but is {getattr(self, name)}."
+            )
+        require(bool(self.shards), "data.shards must name a shard folder, but is empty.")
         for name in ("temperature", "cache_gb"):
-            _must(getattr(self, name) > 0, f"data.{name} must be above 0, but is {getattr(self, name)}.")
+            require(getattr(self, name) > 0, f"data.{name} must be above 0, but is {getattr(self, name)}.")
         for name in ("target_fps", "feature_fps"):
             rate = getattr(self, name)
-            _must(rate is None or rate > 0, f"data.{name} must be above 0, but is {rate}.")
-        _must(self.batch_frames >= 0, f"data.batch_frames must not be negative, but is {self.batch_frames}.")
-        _must(self.threads >= 0, f"data.threads must not be negative, but is {self.threads}.")
+            require(rate is None or rate > 0, f"data.{name} must be above 0, but is {rate}.")
+        require(
+            self.batch_frames >= 0, f"data.batch_frames must not be negative, but is {self.batch_frames}."
+        )
+        require(self.threads >= 0, f"data.threads must not be negative, but is {self.threads}.")
         _must_be_fraction("data", "max_broken", self.max_broken)
         for name in ("time_masks", "feature_masks"):
-            _must(
+            require(
                 getattr(self, name) >= 0, f"data.{name} must not be negative, but is {getattr(self, name)}."
             )
         for name in ("time_mask_frames", "feature_mask_width"):
-            _must(getattr(self, name) >= 1, f"data.{name} must be at least 1, but is {getattr(self, name)}.")
-        _must(
+            require(
+                getattr(self, name) >= 1, f"data.{name} must be at least 1, but is {getattr(self, name)}."
+            )
+        require(
             not self.weights or (len(self.weights) == len(self.shards) and min(self.weights) > 0),
             f"data.weights must be one number above 0 for each of the {len(self.shards)} data.shards, "
             f"but is {','.join(map(str, self.weights))}.",
         )
-        _must(
+        require(
             not self.weights or self.temperature == 1,
             f"data.temperature must be 1 where data.weights are given, but is {self.temperature}.",
         )
-        _must(
+        require(
             self.crop_size <= self.frame_size,
             f"data.crop_size must be at most data.frame_size ({self.frame_size}), but is {self.crop_size}.",
         )
-        _must(
+        require(
             self.batch_clips >= self.micro_batches,
             f"data.batch_clips must be at least data.micro_batches ({self.micro_batches}), "
             f"but is {self.batch_clips}.",
@@ -118,30 +119,30 @@ class VisualConfig:
     frozen: Literal["all", "backbone", "none"] = "all"  # what of stage 1's encoder stage llm keeps as it is
 
     def __post_init__(self) -> None:
-        _must(self.width >= 1, f"visual.width must be at least 1, but is {self.width}.")
+        require(self.width >= 1, f"visual.width must be at least 1, but is {self.width}.")
         for name in ("frozen_stages", "chunk_frames"):
-            _must(
+            require(
                 getattr(self, name) >= 0,
                 f"visual.{name} must not be negative, but is {getattr(self, name)}.",
             )
-        _must(self.lora_rank >= 1, f"visual.lora_rank must be at least 1, but is {self.lora_rank}.")
+        require(self.lora_rank >= 1, f"visual.lora_rank must be at least 1, but is {self.lora_rank}.")
         pretrained = self.pretrained and self.weights != "none"
-        _must(
+        require(
             self.frozen_stages == 0 or pretrained,
             "visual.frozen_stages must be 0 where visual.weights is none or visual.pretrained is false, or "
             f"random weights would stay random, but is {self.frozen_stages}.",
         )
-        _must(
+        require(
             self.tune == "full" or pretrained,
             "visual.tune must be full where visual.weights is none or visual.pretrained is false, or random "
             f"weights would stay random, but is {self.tune}.",
         )
-        _must(
+        require(
             self.frozen_stages == 0 or self.tune == "full",
             f"visual.frozen_stages must be 0 where visual.tune is {self.tune}, which freezes all stages, but "
             f"is {self.frozen_stages}.",
         )
-        _must(
+        require(
             self.temporal_kernel >= 1 and self.temporal_kernel % 2 == 1,
             "visual.temporal_kernel must be odd and above 0 (so that length is kept), but is "
             f"{self.temporal_kernel}.",
@@ -188,13 +189,13 @@ class LlmConfig:
     def __post_init__(self) -> None:
         for name in ("dropout", "attention_dropout", "lora_dropout"):
             _must_be_fraction("llm", name, getattr(self, name))
-        _must(self.lora_rank >= 1, f"llm.lora_rank must be at least 1, but is {self.lora_rank}.")
-        _must(
+        require(self.lora_rank >= 1, f"llm.lora_rank must be at least 1, but is {self.lora_rank}.")
+        require(
             self.pretrained or self.bits == 16,
             f"llm.bits must be 16 where llm.pretrained is false, but is {self.bits}.",
         )
         for entry in self.sign_languages:
-            _must(
+            require(
                 entry.count("=") == 1,
                 f"llm.sign_languages must be CORPUS=NAME,CORPUS=NAME, but {entry!r} is not.",
             )
@@ -215,16 +216,16 @@ class OptimConfig:
     clip: float = 1.0  # gradient norm at most; 0 leaves it alone
 
     def __post_init__(self) -> None:
-        _must(
+        require(
             min(self.lr, self.llm_lr, self.backbone_lr or 0.0) >= 0,
             f"rates must not be negative, but are {self.lr}, {self.llm_lr}, {self.backbone_lr}.",
         )
-        _must(
+        require(
             len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
             f"optim.betas must be two numbers from 0 to below 1, but are {self.betas}.",
         )
         for name in ("weight_decay", "momentum", "clip"):
-            _must(
+            require(
                 getattr(self, name) >= 0, f"optim.{name} must not be negative, but is {getattr(self, name)}."
             )
         _must_be_fraction("optim", "warmup", self.warmup)
@@ -246,14 +247,14 @@ class TrainConfig:
     probe_every: int = 0  # steps between two looks at the gradients of the last layers; 0: none
 
     def __post_init__(self) -> None:
-        _must(self.epochs >= 1, f"train.epochs must be at least 1, but is {self.epochs}.")
-        _must(self.keep_checkpoints >= 1, "train.keep_checkpoints must be at least 1.")
-        _must(
+        require(self.epochs >= 1, f"train.epochs must be at least 1, but is {self.epochs}.")
+        require(self.keep_checkpoints >= 1, "train.keep_checkpoints must be at least 1.")
+        require(
             self.save_every_steps is None or self.save_every_steps >= 1,
             f"train.save_every_steps must be none or at least 1, but is {self.save_every_steps}.",
         )
-        _must(self.probe_every >= 0, f"train.probe_every must not be negative, but is {self.probe_every}.")
-        _must(self.seed >= 0, f"train.seed must not be negative, but is {self.seed}.")
+        require(self.probe_every >= 0, f"train.probe_every must not be negative, but is {self.probe_every}.")
+        require(self.seed >= 0, f"train.seed must not be negative, but is {self.seed}.")
         _must_be_fraction("train", "label_smoothing", self.label_smoothing)
 
 
@@ -270,7 +271,9 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         for name in ("every_epochs", "num_beams", "max_new_tokens"):
-            _must(getattr(self, name) >= 1, f"eval.{name} must be at least 1, but is {getattr(self, name)}.")
+            require(
+                getattr(self, name) >= 1, f"eval.{name} must be at least 1, but is {getattr(self, name)}."
+            )
 
 
 @dataclass(frozen=True)
@@ -289,21 +292,21 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:
-        _must(
+        require(
             self.stage != "llm" or bool(self.visual_run),
             "visual_run must name the run folder of stage visual in stage llm (or be none), but is empty. "
             "Give --visual_run=FOLDER.",
         )
-        _must(
+        require(
             self.stage != "joint" or not self.visual_run,
             f"visual_run must not be given in stage joint, which has no stage 1, but is {self.visual_run}.",
         )
-        _must(
+        require(
             self.stage == "llm" or self.visual.frozen == "all",
             f"visual.frozen is of stage llm and must not be given in stage {self.stage}, but is "
             f"{self.visual.frozen}.",
         )
-        _must(
+        require(
             self.stage == "visual" or self.llm.input != "light_t" or self.visual_run not in ("", "none"),
             "llm.input must be signs or frames where there is no stage 1 whose Light-T could be read, but is "
             "light_t.",
@@ -353,7 +356,7 @@ class RunConfig:
             saved = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path} must be JSON, but {error}.") from error
-        _must(isinstance(saved, dict), f"{path} must be a JSON object, got {type(saved).__name__}.")
+        require(isinstance(saved, dict), f"{path} must be a JSON object, got {type(saved).__name__}.")
         hints = typing.get_type_hints(cls)
         arguments: dict[str, Any] = {}
         for name, value in saved.items():
@@ -409,7 +412,7 @@ def _section(cls: Any, values: dict[str, Any], path: Path) -> Any:
 
 def _without_pipe(values: dict[str, Any], path: Path) -> dict[str, Any]:
     """Leave out `allow_pipe`, a former option that older runs hold. Raises UserError if it is set."""
-    _must(
+    require(
         values.get("allow_pipe", False) is False,
         f"data.allow_pipe must be false, because shards are no longer read from commands, got "
         f"{values.get('allow_pipe')!r}: {path}. Copy the shards to a folder or give an https:// or s3:// "

@@ -21,6 +21,12 @@ class Preempted(Exception):
     exit_code = 75
 
 
+def require(holds: bool, sentence: str) -> None:
+    """Raise UserError with this sentence where a condition does not hold."""
+    if not holds:
+        raise UserError(sentence)
+
+
 def file_problem(error: OSError) -> str:
     """One sentence for a user about a file that cannot be read or written."""
     place = f" {error.filename}" if error.filename is not None else " a file"

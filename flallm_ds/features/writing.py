@@ -21,7 +21,7 @@ from flallm_ds.data.index import check_video, read_manifest
 from flallm_ds.data.loader import BrokenClips, Clip, ClipReader, Loader
 from flallm_ds.data.plan import EpochPlan
 from flallm_ds.data.preprocess import Preprocess
-from flallm_ds.errors import Preempted, RankError, UserError
+from flallm_ds.errors import Preempted, RankError, UserError, require
 from flallm_ds.features.facts import OPTIONS
 from flallm_ds.features.folder import TRAINING, FeatureFolder, Job, share
 from flallm_ds.models.feature_extractor import FeatureExtractor
@@ -48,14 +48,14 @@ def write_features(
     config: of the stage llm that is to train on them. views: how many epochs' frame picks and augmentations
     of the training clips. Raises UserError for options that do not fit, Preempted when asked to stop.
     """
-    _must(views >= 1, f"--views must be at least 1, but is {views}.")
-    _must(bool(splits), "--splits must name a split, but is empty.")
-    _must(
+    require(views >= 1, f"--views must be at least 1, but is {views}.")
+    require(bool(splits), "--splits must name a split, but is empty.")
+    require(
         len(config.data.shards) == 1,
         f"--data.shards must name one folder, but names {len(config.data.shards)}: write the features of "
         "each, and give all of them to stage llm.",
     )
-    _must(
+    require(
         not config.trains_visual,
         f"visual.frozen must be all where features are written, but is {config.visual.frozen}.",
     )
@@ -263,8 +263,3 @@ class Progress:
         left = clock(seconds * (self._num_tars / self._done - 1))
         rate = self._frames / seconds
         print(f"features: tar {self._done}/{self._num_tars}  {rate:.0f} frames/s  left {left}", flush=True)
-
-
-def _must(holds: bool, sentence: str) -> None:
-    if not holds:
-        raise UserError(sentence)

@@ -26,7 +26,7 @@ from flallm_ds.data.sampling import FrameSampling
 from flallm_ds.data.storage.store import CacheOptions, open_store
 from flallm_ds.data.text.codec import Instruction, TextCodec, Wording
 from flallm_ds.dist import World, cores_of_rank, main_first, on_each_machine
-from flallm_ds.errors import RankError, UserError
+from flallm_ds.errors import RankError, UserError, require
 from flallm_ds.features.checks import check_run, check_stage
 from flallm_ds.features.sequences import FeatureMasks
 from flallm_ds.files import replace_folder
@@ -191,7 +191,7 @@ def build_task(config: RunConfig, folder: Path, world: World) -> Task:
     check_precision(config, json_config, json_path)
     check_rates(config, json_config, json_path)
     ds_config = ds.complete(json_config, world.device, accumulation, config.optim.clip)
-    _must(
+    require(
         not (config.visual.chunk_frames and config.trains_visual and ds.zero_stage(ds_config) == 3),
         "visual.chunk_frames must be 0 where ZeRO-3 partitions the visual encoder, because ranks with fewer "
         f"chunks would leave the others waiting, but is {config.visual.chunk_frames}.",
@@ -246,7 +246,7 @@ def check_clips(
         limits.append(extractor.light_t_encoder.config.max_position_embeddings)
     data = config.data
     longest = max(int(num_places(i, make_sampling(data), data.feature_fps).max()) for i in indexes)
-    _must(
+    require(
         not limits or longest <= min(limits),
         f"clips must have at most {min(limits, default=0)} frames, which is as much as what reads them can "
         f"tell apart, but one keeps {longest}. Give --data.max_frames={min(limits, default=0)}, or a larger "
@@ -286,7 +286,7 @@ def deepspeed_json(config: RunConfig) -> Path:
 def check_precision(config: RunConfig, json_config: dict[str, Any], path: Path) -> None:
     """Raise UserError for BatchNorm in an engine that casts its parameters but not the statistics."""
     for precision in ("bf16", "fp16"):
-        _must(
+        require(
             not (config.trains_visual and json_config.get(precision, {}).get("enabled")),
             f"train.deepspeed must compute by torch_autocast where the visual encoder is trained, because "
             f"BatchNorm's statistics stay fp32, but {path} enables {precision}. Take ds_configs/zero2.json "
@@ -307,17 +307,12 @@ def check_rates(config: RunConfig, json_config: dict[str, Any], path: Path) -> N
     if config.stage != "visual" and (llm.tune != "frozen" or llm.layers):
         rates["llm_lr"] = optim.llm_lr
     for name, rate in rates.items():
-        _must(
+        require(
             rate >= least or rate == 0,
             f"optim.{name} must be at least {least:g} where {path} sets {flag}, because smaller updates of "
             f"most weights are rounded away, got {rate:g}. Set --optim.{name}={least:g} or a JSON with fp32 "
             "master weights, such as ds_configs/zero3_offload.json.",
         )
-
-
-def _must(holds: bool, sentence: str) -> None:
-    if not holds:
-        raise UserError(sentence)
 
 
 def open_index(data: DataConfig, split: str, world: World) -> Index:
@@ -331,7 +326,7 @@ def check_jpegs(data: DataConfig) -> None:
     """Raise UserError where shards hold H.264, of which the GPU's JPEG decoder makes nothing."""
     for folder in data.shards:
         options = read_manifest(open_store(folder, CacheOptions.of_run(data))).get("options", {})
-        _must(
+        require(
             options.get("clip_format") != "h264",
             f"data.decoder must be cpu where shards hold H.264, but is {data.decoder} for {folder}.",
         )
@@ -406,7 +401,7 @@ def _open_codec(config: RunConfig, folder: Path, train_index: Index, world: Worl
 def check_unknown(codec: TextCodec, texts: Iterable[str], name: str) -> None:
     """Raise UserError where the tokenizer of the LLM `name` cannot write the training text; print a few."""
     unknown = codec.unknown_tokens(texts)
-    _must(
+    require(
         unknown.num_unknown <= MOST_UNKNOWN * unknown.num_tokens,
         f"llm.name must have a tokenizer that can write the training text, at most {100 * MOST_UNKNOWN:g} % "
         f"of the tokens unknown, got {name} with {unknown}. Give another --llm.name (a stand-in LLM: one "
