@@ -24,12 +24,12 @@ from flallm_ds.data.preprocess import Preprocess
 from flallm_ds.errors import Preempted, RankError, UserError, require
 from flallm_ds.features.facts import OPTIONS
 from flallm_ds.features.folder import TRAINING, FeatureFolder, Job, share
+from flallm_ds.models.encode import encode
 from flallm_ds.models.feature_extractor import FeatureExtractor
 from flallm_ds.terminal import clock
 from flallm_ds.training.build import (
     decode_threads,
     feature_extractor,
-    frozen_features,
     make_sampling,
     open_index,
     stage_1_export,
@@ -181,7 +181,7 @@ class Writing:
                 return
             view = int(plan.passes[plan.places_of(step)[0][0]])
             rows = plan.slices_of(step)[0].tolist()
-            for row, features_SD in zip(rows, self.encode(batch, reader.train), strict=True):
+            for row, features_SD in zip(rows, self.features_of(batch, reader.train), strict=True):
                 if (row, view) in reader.lost:
                     features_SD = np.full_like(features_SD, np.nan)
                 elif not np.isfinite(features_SD).all():
@@ -195,14 +195,13 @@ class Writing:
                 yield job, [found[row] for row in job.rows.tolist()]
                 found = {}
 
-    def encode(self, batch: Batch, train: bool) -> list[np.ndarray]:
-        """The features of each clip of a batch."""
+    def features_of(self, batch: Batch, train: bool) -> list[np.ndarray]:
+        """Encode a batch: features_SD of each clip, in the dtype of the folder."""
         data = self.config.data
         preprocess = Preprocess(data.frame_size, data.crop_size, data.augment)
-        pixels_NCHW = preprocess(batch, train, self.world.device)
-        features_ND = frozen_features(self.extractor, pixels_NCHW, batch.num_frames_B).cpu().numpy()
-        with np.errstate(over="ignore"):  # it is looked for by `encoded`
-            features_ND = features_ND.astype(self.facts["dtype"])
+        encoded_ND = encode(batch, self.extractor, preprocess, train=train, device=self.world.device)
+        with np.errstate(over="ignore"):  # `encoded` looks for values that are not finite
+            features_ND = encoded_ND.cpu().numpy().astype(self.facts["dtype"])
         return np.split(features_ND, np.cumsum(batch.num_frames_B.numpy())[:-1])
 
 

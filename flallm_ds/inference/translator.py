@@ -22,6 +22,7 @@ from flallm_ds.errors import UserError
 from flallm_ds.export.hub import folder_of
 from flallm_ds.export.model_card import spoken
 from flallm_ds.features.sequences import resample
+from flallm_ds.models.encode import encode
 from flallm_ds.models.llm.load import Bits, LlmOptions
 from flallm_ds.models.sign_translator import Beam, Candidate
 
@@ -177,25 +178,34 @@ class Translator:
 
         rate: of the frames, a second, where the LLM reads features at another one.
         """
+        autocast = bool(self.export.settings.get("visual_autocast", True))
         # Not the LLM: autocast would cast each of its matrices again for every token.
-        half = self.device.type == "cuda" and self.export.settings.get("visual_autocast", True)
+        # The outer autocast covers what training does without it: pixels where the fused kernel cannot run,
+        # and features at another rate. Earlier exports were scored so.
+        half = autocast and self.device.type == "cuda"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
-            features_ND, num_frames_B = self._features(batch, rate)
+            features_ND = encode(
+                batch,
+                self.export.visual,
+                self.preprocess,
+                train=False,
+                device=self.device,
+                autocast=autocast,
+            )
+            features_ND, num_frames_B = self._at_trained_rate(features_ND, batch.num_frames_B, rate)
         return self.export.translator.generate(
             features_ND.float(), num_frames_B, self._wordings(batch), self.beam, streamer=streamer
         )
 
-    def _features(self, batch: Batch, rate: float | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """(features_ND, how many each clip has)."""
-        if batch.features_ND is not None:
-            return batch.features_ND.to(self.device).float(), batch.num_frames_B
-        pixels_NCHW = self.preprocess(batch, train=False, device=self.device)
-        features_ND = self.export.visual(pixels_NCHW, batch.num_frames_B)
+    def _at_trained_rate(
+        self, features_ND: torch.Tensor, num_frames_B: torch.Tensor, rate: float | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(features_ND, how many each clip has) at the rate of training. rate: as in `generate`."""
         wanted = self.export.settings["frames"]["feature_fps"]
         if wanted is None or rate is None:
-            return features_ND, batch.num_frames_B
-        lengths_B = batch.num_frames_B.to(self.device)
-        features_BSD, lengths_B = resample(features_ND[None].float(), lengths_B, rate, wanted)
+            return features_ND, num_frames_B
+        lengths_B = num_frames_B.to(self.device)
+        features_BSD, lengths_B = resample(features_ND[None], lengths_B, rate, wanted)
         return features_BSD[0], lengths_B.cpu()
 
     def _wordings(self, batch: Batch) -> list[Wording]:

@@ -34,6 +34,7 @@ from flallm_ds.models.adapters import Adapter
 from flallm_ds.models.backbones.build import build_backbone, check_reachable
 from flallm_ds.models.backbones.interface import Backbone
 from flallm_ds.models.checkpointing import checkpoint_llm
+from flallm_ds.models.encode import encode
 from flallm_ds.models.feature_extractor import FeatureExtractor
 from flallm_ds.models.light_translator import build_light_translator
 from flallm_ds.models.llm.load import (
@@ -98,13 +99,9 @@ class Task:
     def inputs(self, batch: Batch, train: bool) -> torch.Tensor:
         """What the engine's module reads: pixels_NCHW, or features_ND of an encoder that is frozen."""
         device = self.world.device
-        if batch.features_ND is not None:
-            features_ND = batch.features_ND.to(device, non_blocking=True).float()
-        else:
-            pixels_NCHW = self.preprocess(batch, train, device)
-            if self.frozen is None:
-                return pixels_NCHW
-            features_ND = frozen_features(self.frozen, pixels_NCHW, batch.num_frames_B)
+        if self.frozen is None:
+            return self.preprocess(batch, train, device)
+        features_ND = encode(batch, self.frozen, self.preprocess, train=train, device=device)
         if not train:
             return features_ND
         data = self.config.data
@@ -161,18 +158,6 @@ class Task:
             ) from error
         finally:
             module.train(was_training)
-
-
-@torch.no_grad()
-def frozen_features(
-    extractor: FeatureExtractor, pixels_NCHW: torch.Tensor, num_frames_B: torch.Tensor
-) -> torch.Tensor:
-    """features_ND, float32, of an encoder outside the engine."""
-    assert not extractor.training, "a frozen encoder in train mode would change its BatchNorm statistics"
-    device = pixels_NCHW.device
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        features_ND: torch.Tensor = extractor(pixels_NCHW, num_frames_B)
-    return features_ND.float()
 
 
 def build_task(config: RunConfig, folder: Path, world: World) -> Task:

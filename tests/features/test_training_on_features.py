@@ -28,8 +28,9 @@ from flallm_ds.dist import World
 from flallm_ds.errors import UserError
 from flallm_ds.inference.pictures import strip_of_run
 from flallm_ds.inference.translator import Translator
+from flallm_ds.models.encode import encode
 from flallm_ds.recipes import resolve
-from flallm_ds.training.build import feature_extractor, frozen_features
+from flallm_ds.training.build import feature_extractor
 from tests.helpers.launching import command, environment, flags, launch, losses, tiny_options
 from tests.helpers.paths import RANKS
 
@@ -135,8 +136,7 @@ def test_features_are_those_that_stage_llm_computes_from_video(
             for root in (tiny_corpus / "shards", out)
         )
         for theirs, ours in zip(video, cached, strict=True):
-            pixels_NCHW = preprocess(theirs, training, world.device)
-            expected_ND = frozen_features(extractor, pixels_NCHW, theirs.num_frames_B)
+            expected_ND = encode(theirs, extractor, preprocess, train=training, device=world.device)
             torch.testing.assert_close(ours.features_ND.float(), expected_ND, rtol=tolerance, atol=tolerance)
             seen.append(float(expected_ND.std()))
     assert len(seen) == 12 and min(seen) > 0.05
