@@ -79,6 +79,40 @@ class ClipReader:
     train: bool
     feature_fps: float | None = None
 
+    def num_places(self) -> np.ndarray:
+        """Count the frames or features that a batch holds of each clip, int64 (clips,).
+
+        Raises UserError where features cannot be brought to `feature_fps`.
+        """
+        num_frames, fps = self.index.num_frames, self.index.arrays["fps"]
+        kept = self.sampling.num_kept(num_frames, fps)
+        if self.feature_fps is None:
+            return kept
+        try:
+            return resampled_lengths(kept, self.sampling.rates(num_frames, fps), self.feature_fps)
+        except ValueError as error:
+            raise UserError(
+                f"data.feature_fps cannot be {self.feature_fps} for {self.index.root}: {error}."
+            ) from error
+
+    def plan(
+        self, batch_clips: int, slices: int, *, batch_frames: int = 0, weights: Sequence[float] = ()
+    ) -> Plan:
+        """Plan the order of these clips; the arguments are fields of `Plan`. Raises as `num_places`."""
+        arrays = self.index.arrays
+        return Plan(
+            fingerprint=self.index.fingerprint,
+            num_kept=self.num_places(),
+            shard=arrays["shard"],
+            seed=self.seed,
+            batch_clips=batch_clips,
+            slices=slices,
+            batch_frames=batch_frames,
+            corpus=arrays.get("corpus"),
+            weights=tuple(weights),
+            features=self.index.features_digest,
+        )
+
     def draws(self, row: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """(the clip's random numbers, float32 (9,); indices of its kept frames)."""
         arrays = self.index.arrays
@@ -359,21 +393,6 @@ def _pad(ids: Sequence[Sequence[int]]) -> torch.Tensor:
     return torch.from_numpy(np.array([[*row, *[-100] * (longest - len(row))] for row in ids], np.int64))
 
 
-def num_places(index: Index, sampling: FrameSampling, feature_fps: float | None = None) -> np.ndarray:
-    """How many frames or features of each clip a batch holds, int64.
-
-    Raises UserError where features cannot be brought to that rate.
-    """
-    fps = index.arrays["fps"]
-    kept = sampling.num_kept(index.num_frames, fps)
-    if feature_fps is None:
-        return kept
-    try:
-        return resampled_lengths(kept, sampling.rates(index.num_frames, fps), feature_fps)
-    except ValueError as error:
-        raise UserError(f"data.feature_fps cannot be {feature_fps} for {index.root}: {error}.") from error
-
-
 def open_loader(
     shards: str | Path | Sequence[str | Path],
     split: str = "train",
@@ -397,19 +416,8 @@ def open_loader(
     """
     index = mixture.open_indexes(shards, split)
     sampling = sampling or (index.features[0].sampling if index.features else FrameSampling())
-    num_kept = num_places(index, sampling)
-    plan = Plan(
-        index.fingerprint,
-        num_kept,
-        index.arrays["shard"],
-        seed,
-        batch_clips * world_size,
-        world_size,
-        corpus=index.arrays.get("corpus"),
-        weights=tuple(weights),
-        features=index.features_digest,
-    )
-    order = plan.epoch(epoch) if train else plan.in_length_order()
     reader = ClipReader(index, sampling, seed, train)
+    plan = reader.plan(batch_clips * world_size, world_size, weights=weights)
+    order = plan.epoch(epoch) if train else plan.in_length_order()
     broken = BrokenClips(budget=-(-len(index) // 100)) if train else None  # 1 %, as in data.max_broken
     return Loader(reader, order, codec, rank=rank, world_size=world_size, threads=threads, broken=broken)

@@ -129,18 +129,15 @@ class Writing:
             self.folder.end()
 
     def _write(self, stop: StopRequest) -> None:
-        sampling = make_sampling(self.config.data)
-        sizes = {
-            split: sampling.num_kept(index.num_frames, index.arrays["fps"])
-            for split, index in self.folder.sources.items()
-        }
+        readers = {split: self.reader(split) for split in self.folder.sources}
+        sizes = {split: reader.num_places() for split, reader in readers.items()}
         todo = set(dist.main_first(lambda: [job.name for job in self.folder.left()], self.world))
         jobs = [job for job in self.folder.jobs() if job.name in todo]
         mine = share(jobs, sizes, self.world.rank, self.world.size)
         progress = Progress(len(mine), self.world.is_main)
-        for split in self.folder.sources:
+        for split, reader in readers.items():
             part = [job for job in mine if job.split == split]
-            for job, clips in self.encoded(part, sizes[split], stop):
+            for job, clips in self.encoded(part, reader, stop):
                 try:
                     self.folder.write(job, clips)
                 except OSError as error:
@@ -157,6 +154,7 @@ class Writing:
             print(f"features are in {out}\nnext: stage llm with --data.shards={out}", flush=True)
 
     def reader(self, split: str) -> "TolerantReader":
+        """Return what reads the clips of a split of the source."""
         data, index = self.config.data, self.folder.sources[split]
         training = split == TRAINING
         budget = math.ceil(data.max_broken * len(index)) if training else 0
@@ -164,16 +162,15 @@ class Writing:
         return TolerantReader(index, sampling, self.config.train.seed, training, broken=BrokenClips(budget))
 
     def encoded(
-        self, jobs: list[Job], num_kept: np.ndarray, stop: StopRequest
+        self, jobs: list[Job], reader: "TolerantReader", stop: StopRequest
     ) -> Iterator[tuple[Job, list[np.ndarray]]]:
-        """Jobs of one split in order, each with the features of its clips: NaN for a broken one.
+        """Yield the jobs of the reader's split in order, each with features_SD of its clips; NaN if broken.
 
         It ends early where this rank is asked to stop.
         """
         if not jobs:
             return
-        reader = self.reader(jobs[0].split)
-        plan, last_steps = plan_of(jobs, num_kept)
+        plan, last_steps = plan_of(jobs, reader.num_places())
         loader = Loader(reader, plan, threads=self.config.data.threads or decode_threads(self.world))
         found: dict[int, np.ndarray] = {}
         for step, (batch,) in enumerate(on_device(loader.steps(), self.world.device)):

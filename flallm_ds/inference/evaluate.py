@@ -10,8 +10,7 @@ from flallm_ds import dist, export
 from flallm_ds.batch import Hypothesis
 from flallm_ds.config import DataConfig, RunConfig
 from flallm_ds.data.index import Index
-from flallm_ds.data.loader import ClipReader, Loader, num_places
-from flallm_ds.data.plan import Plan
+from flallm_ds.data.loader import ClipReader, Loader
 from flallm_ds.data.text.codec import TextCodec
 from flallm_ds.errors import UserError
 from flallm_ds.features.checks import check_evaluation, check_features
@@ -98,16 +97,11 @@ def split_loader(translator: Translator, index: Index, run: str, world: dist.Wor
             f"second, but {index.root} is video. Make them with launch/features.py."
         )
     sampling = export.frame_sampling(translator.export.settings)
+    reader = ClipReader(index, sampling, seed=0, train=False, feature_fps=frames["feature_fps"])
+    plan = reader.plan(batch_clips=CLIPS_A_BATCH * world.size, slices=world.size)
     return Loader(
-        ClipReader(index, sampling, seed=0, train=False, feature_fps=frames["feature_fps"]),
-        Plan(
-            index.fingerprint,
-            num_places(index, sampling, frames["feature_fps"]),
-            index.arrays["shard"],
-            seed=0,
-            batch_clips=CLIPS_A_BATCH * world.size,
-            slices=world.size,
-        ).in_length_order(),
+        reader,
+        plan.in_length_order(),
         translator.export.codec,
         rank=world.rank,
         world_size=world.size,

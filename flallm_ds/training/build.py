@@ -19,7 +19,7 @@ from flallm_ds.config import DataConfig, RunConfig
 from flallm_ds.data import mixture
 from flallm_ds.data.device import check_nvjpeg
 from flallm_ds.data.index import Index, read_manifest
-from flallm_ds.data.loader import BrokenClips, ClipReader, Loader, num_places
+from flallm_ds.data.loader import BrokenClips, ClipReader, Loader
 from flallm_ds.data.plan import EpochPlan, Plan, slices_of_rank, temperature_weights
 from flallm_ds.data.preprocess import Preprocess
 from flallm_ds.data.sampling import FrameSampling
@@ -88,7 +88,7 @@ class Task:
         return self.frozen or self.engine.module.visual
 
     def plan(self, index: Index) -> Plan:
-        return make_plan(index, self.config)
+        return make_plan(make_reader(index, self.config, train=True), self.config)
 
     def train_loader(self, epoch: int) -> Loader:
         return make_loader(self, self.train_index, self.plan(self.train_index).epoch(epoch), self.broken)
@@ -229,8 +229,8 @@ def check_clips(
     limits = [reads - around] if reads is not None else []
     if extractor.light_t_encoder is not None:
         limits.append(extractor.light_t_encoder.config.max_position_embeddings)
-    data = config.data
-    longest = max(int(num_places(i, make_sampling(data), data.feature_fps).max()) for i in indexes)
+    readers = [make_reader(index, config, train=False) for index in indexes]
+    longest = max(int(reader.num_places().max()) for reader in readers)
     require(
         not limits or longest <= min(limits),
         f"clips must have at most {min(limits, default=0)} frames, which is as much as what reads them can "
@@ -321,33 +321,25 @@ def make_sampling(data: DataConfig) -> FrameSampling:
     return FrameSampling(data.keep_every, data.max_frames, data.target_fps, data.cap)
 
 
-def make_plan(index: Index, config: RunConfig) -> Plan:
+def make_reader(index: Index, config: RunConfig, train: bool) -> ClipReader:
+    data = config.data
+    return ClipReader(index, make_sampling(data), config.train.seed, train, data.feature_fps)
+
+
+def make_plan(reader: ClipReader, config: RunConfig) -> Plan:
     data = config.data
     weights = data.weights
     if data.temperature != 1 and len(data.shards) > 1:
-        weights = temperature_weights(np.bincount(index.arrays["corpus"]).tolist(), data.temperature)
-    return Plan(
-        fingerprint=index.fingerprint,
-        num_kept=num_places(index, make_sampling(data), data.feature_fps),
-        shard=index.arrays["shard"],
-        seed=config.train.seed,
-        batch_clips=data.batch_clips,
-        slices=data.micro_batches,
-        batch_frames=data.batch_frames,
-        corpus=index.arrays.get("corpus"),
-        weights=weights,
-        features=index.features_digest,
-    )
+        num_clips = np.bincount(reader.index.arrays["corpus"]).tolist()
+        weights = temperature_weights(num_clips, data.temperature)
+    return reader.plan(data.batch_clips, data.micro_batches, batch_frames=data.batch_frames, weights=weights)
 
 
 def make_loader(task: Task, index: Index, epoch_plan: EpochPlan, broken: BrokenClips | None) -> Loader:
     """broken: where broken clips of training are counted; None for evaluation, which replaces nothing."""
     data, world = task.config.data, task.world
-    reader = ClipReader(
-        index, make_sampling(data), task.config.train.seed, broken is not None, data.feature_fps
-    )
     return Loader(
-        reader,
+        make_reader(index, task.config, broken is not None),
         epoch_plan,
         task.codec,
         rank=world.rank,

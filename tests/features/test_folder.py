@@ -14,7 +14,7 @@ import torch
 import webdataset
 
 from flallm_ds.data.index import Index, load_index, read_manifest
-from flallm_ds.data.loader import BrokenClips, ClipReader, Loader, num_places, open_loader
+from flallm_ds.data.loader import BrokenClips, ClipReader, Loader, open_loader
 from flallm_ds.data.mixture import open_indexes
 from flallm_ds.data.plan import Plan
 from flallm_ds.data.sampling import FrameSampling
@@ -400,13 +400,11 @@ def test_ranks_share_all_tars_and_neighbours_stay_together(tiny_corpus, tmp_path
 
 def test_features_come_at_another_rate_with_the_lengths_of_the_plan(features):
     index = load_index(features, "train")
-    lengths = num_places(index, SAMPLING, feature_fps=5.0)
-    kept = num_places(index, SAMPLING)
-    assert (lengths < kept).all()
-    row_of = {key: row for row, key in enumerate(index.strings("key"))}
     reader = ClipReader(index, SAMPLING, 0, True, feature_fps=5.0)
-    plan = Plan(index.fingerprint, lengths, index.arrays["shard"], 0, 8, 2)
-    for batch in Loader(reader, plan.epoch(0)):
+    lengths = reader.num_places()
+    assert (lengths < dataclasses.replace(reader, feature_fps=None).num_places()).all()
+    row_of = {key: row for row, key in enumerate(index.strings("key"))}
+    for batch in Loader(reader, reader.plan(batch_clips=8, slices=2).epoch(0)):
         for key, length, part in zip(
             batch.keys,
             batch.num_frames_B.tolist(),
@@ -431,7 +429,7 @@ def test_lengths_are_foreseen_for_all_rates_and_lengths():
 
 def test_a_rate_out_of_reach_is_refused(features):
     with pytest.raises(UserError, match=r"data\.feature_fps cannot be 0\.1.*24 times"):
-        num_places(load_index(features, "train"), SAMPLING, feature_fps=0.1)
+        ClipReader(load_index(features, "train"), SAMPLING, 0, True, feature_fps=0.1).num_places()
 
 
 def test_rates_of_kept_frames_follow_the_stride_and_the_cap():

@@ -135,11 +135,11 @@ def test_batch_norm_statistics_do_not_depend_on_the_number_of_ranks(runs: Path) 
 def test_the_engine_gives_the_losses_of_a_plain_pytorch_loop(runs: Path, tiny_corpus: Path) -> None:
     """Stage visual against a loop without DeepSpeed: token mean, AdamW, clipping, cosine."""
     from flallm_ds.data.index import load_index
-    from flallm_ds.data.loader import ClipReader, Loader
+    from flallm_ds.data.loader import Loader
     from flallm_ds.data.preprocess import Preprocess
     from flallm_ds.data.text.codec import TextCodec
     from flallm_ds.recipes import resolve
-    from flallm_ds.training.build import feature_extractor, make_plan, make_sampling, visual_model
+    from flallm_ds.training.build import feature_extractor, make_plan, make_reader, visual_model
     from flallm_ds.training.schedule import rate_factor
     from flallm_ds.training.trainer import seed_micro_batch
 
@@ -153,11 +153,11 @@ def test_the_engine_gives_the_losses_of_a_plain_pytorch_loop(runs: Path, tiny_co
         model.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=config.optim.weight_decay
     )
     index = load_index(tiny_corpus / "shards", "train")
-    reader = ClipReader(index, make_sampling(config.data), config.train.seed, train=True)
+    reader = make_reader(index, config, train=True)
     preprocess = Preprocess(config.data.frame_size, config.data.crop_size, config.data.augment)
     found = []
     for epoch in range(2):
-        loader = Loader(reader, make_plan(index, config).epoch(epoch), codec)
+        loader = Loader(reader, make_plan(reader, config).epoch(epoch), codec)
         for step, batches in enumerate(loader.steps()):
             tokens = sum(b.num_target_tokens for b in batches)
             total = 0.0
