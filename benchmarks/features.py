@@ -121,7 +121,7 @@ def row_of(costs: Costs) -> tuple[str, ...]:
 def measure(setting: Setting, folder: Path, rounds: int, world: dist.World) -> Costs:
     """folder: as `material` made it."""
     import flallm_ds.training.trainer  # noqa: F401 - seconds that are no part of the writing
-    from launch.features import Writing
+    from flallm_ds.features.writing import Writing
 
     video, cached = (options(setting, folder, name) for name in ("shards", "features"))
     begin = cpu_seconds()
@@ -149,8 +149,8 @@ class Epochs:
         self._task = build_task(config, folder, world)
         self._trainer = Trainer(self._task, folder, StopRequest())
         self._trainer.progress.start(config.train.epochs)
-        plan = self._task.plan(self._task.train_index)
-        self.frames, self.num_clips = int(plan.num_kept.sum()), len(plan.num_kept)
+        num_kept = self._task.train.plan.num_kept
+        self.frames, self.num_clips = int(num_kept.sum()), len(num_kept)
 
     def epoch(self) -> float:
         """CPU seconds of the next one."""

@@ -28,8 +28,9 @@ from flallm_ds.data.device import check_nvjpeg, on_device
 from flallm_ds.data.index import load_index
 from flallm_ds.errors import UserError
 from flallm_ds.recipes import resolve
-from flallm_ds.training.build import Task, build_task, make_loader
+from flallm_ds.training.build import build_task
 from flallm_ds.training.stop import StopRequest
+from flallm_ds.training.task import Task
 from flallm_ds.training.trainer import Position, Trainer
 
 WARM_UP = 10  # steps until kernels are chosen and slots are as large as they get
@@ -116,20 +117,19 @@ def stage_1(folder: Path, clips: int, frames: int, videos: Path | None) -> Task:
 
 
 def sides(task: Task) -> Iterator[tuple[str, int, Task]]:
-    """(decoder, threads, the task with these options)."""
+    """Yield (decoder, threads, the task that loads so)."""
     for decoder in ("cpu", "nvjpeg"):
         for threads in THREADS:
-            options = {"data.decoder": decoder, "data.threads": str(threads)}
-            yield decoder, threads, replace(task, config=task.config.with_overrides(options))
+            train = replace(task.train, threads=threads, encoded=decoder == "nvjpeg")
+            yield decoder, threads, replace(task, train=train)
 
 
 def steps_of(task: Task, num_steps: int) -> Iterator[list[Batch]]:
     """Epochs joined to one: what a run pays once an epoch must not be paid every few steps."""
-    plan = task.plan(task.train_index)
+    plan = task.train.plan
     epochs = -(-num_steps // plan.epoch(0).num_steps)
     order = joined([plan.epoch(epoch) for epoch in range(epochs)])
-    loader = make_loader(task, task.train_index, order, task.broken)
-    return on_device(loader.steps(), task.world.device)
+    return on_device(task.train.loader(order).steps(), task.world.device)
 
 
 def into_the_device(task: Task, num_steps: int) -> float:

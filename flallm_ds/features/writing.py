@@ -20,7 +20,6 @@ from flallm_ds.data.device import on_device
 from flallm_ds.data.index import check_video, read_manifest
 from flallm_ds.data.loader import BrokenClips, Clip, ClipReader, Loader
 from flallm_ds.data.plan import EpochPlan
-from flallm_ds.data.preprocess import Preprocess
 from flallm_ds.errors import Preempted, RankError, UserError, require
 from flallm_ds.features.facts import OPTIONS
 from flallm_ds.features.folder import TRAINING, FeatureFolder, Job, share
@@ -30,6 +29,7 @@ from flallm_ds.terminal import clock
 from flallm_ds.training.build import (
     decode_threads,
     feature_extractor,
+    make_preprocess,
     make_sampling,
     open_index,
     stage_1_export,
@@ -194,8 +194,7 @@ class Writing:
 
     def features_of(self, batch: Batch, train: bool) -> list[np.ndarray]:
         """Encode a batch: features_SD of each clip, in the dtype of the folder."""
-        data = self.config.data
-        preprocess = Preprocess(data.frame_size, data.crop_size, data.augment)
+        preprocess = make_preprocess(self.config.data)
         encoded_ND = encode(batch, self.extractor, preprocess, train=train, device=self.world.device)
         with np.errstate(over="ignore"):  # `encoded` looks for values that are not finite
             features_ND = encoded_ND.cpu().numpy().astype(self.facts["dtype"])

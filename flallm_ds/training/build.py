@@ -4,7 +4,6 @@ import math
 import os
 import socket
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,17 +13,16 @@ from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from flallm_ds import export
-from flallm_ds.batch import Batch
 from flallm_ds.config import DataConfig, RunConfig
 from flallm_ds.data import mixture
 from flallm_ds.data.device import check_nvjpeg
 from flallm_ds.data.index import Index, read_manifest
-from flallm_ds.data.loader import BrokenClips, ClipReader, Loader
-from flallm_ds.data.plan import EpochPlan, Plan, slices_of_rank, temperature_weights
+from flallm_ds.data.loader import BrokenClips, ClipReader
+from flallm_ds.data.plan import Plan, slices_of_rank, temperature_weights
 from flallm_ds.data.preprocess import Preprocess
 from flallm_ds.data.sampling import FrameSampling
 from flallm_ds.data.storage.store import CacheOptions, open_store
-from flallm_ds.data.text.codec import Instruction, TextCodec, Wording
+from flallm_ds.data.text.codec import Instruction, TextCodec
 from flallm_ds.dist import World, cores_of_rank, main_first, on_each_machine
 from flallm_ds.errors import RankError, UserError, require
 from flallm_ds.features.checks import check_run, check_stage
@@ -34,7 +32,6 @@ from flallm_ds.models.adapters import Adapter
 from flallm_ds.models.backbones.build import build_backbone, check_reachable
 from flallm_ds.models.backbones.interface import Backbone
 from flallm_ds.models.checkpointing import checkpoint_llm
-from flallm_ds.models.encode import encode
 from flallm_ds.models.feature_extractor import FeatureExtractor
 from flallm_ds.models.light_translator import build_light_translator
 from flallm_ds.models.llm.load import (
@@ -49,115 +46,15 @@ from flallm_ds.models.llm.load import (
     trim_llm,
 )
 from flallm_ds.models.llm.tuning import Tuning, check_bits, tune
-from flallm_ds.models.pretrained import first_line
-from flallm_ds.models.sign_translator import Beam, Candidate, SignTranslator
+from flallm_ds.models.sign_translator import Beam, SignTranslator
 from flallm_ds.models.visual_encoder import VisualEncoder, resnet_width
 from flallm_ds.training import engine as ds
 from flallm_ds.training.batch_statistics import BatchStatistics, KeptStatistics
+from flallm_ds.training.task import Split, Task
 from flallm_ds.training.weights_record import record_weights
 
-NUM_CHECKED = 8  # frames of the clip that generation is tried with
 DS_CONFIGS = Path(__file__).resolve().parents[1] / "ds_configs"  # also in an installed wheel
 MOST_UNKNOWN = 0.001  # of the training tokens: a model learns to leave out what it reads as unknown
-
-
-@dataclass(frozen=True)
-class Task:
-    """One stage, ready to run on this rank.
-
-    frozen: stage 2's visual encoder, outside the engine; None where it is trained in it. rates: each group's
-    base rate. kept: BatchNorm statistics inside the engine that must stay as they are.
-    """
-
-    config: RunConfig
-    world: World
-    train_index: Index
-    dev_index: Index
-    codec: TextCodec
-    preprocess: Preprocess
-    frozen: FeatureExtractor | None
-    engine: ds.Engine
-    rates: tuple[float, ...]
-    statistics: BatchStatistics
-    kept: KeptStatistics
-    broken: BrokenClips
-
-    @property
-    def extractor(self) -> FeatureExtractor:
-        """The visual encoder, wherever it is."""
-        return self.frozen or self.engine.module.visual
-
-    def plan(self, index: Index) -> Plan:
-        return make_plan(make_reader(index, self.config, train=True), self.config)
-
-    def train_loader(self, epoch: int) -> Loader:
-        return make_loader(self, self.train_index, self.plan(self.train_index).epoch(epoch), self.broken)
-
-    def dev_loader(self) -> Loader:
-        return make_loader(self, self.dev_index, self.plan(self.dev_index).in_length_order(), None)
-
-    def inputs(self, batch: Batch, train: bool) -> torch.Tensor:
-        """What the engine's module reads: pixels_NCHW, or features_ND of an encoder that is frozen."""
-        device = self.world.device
-        if self.frozen is None:
-            return self.preprocess(batch, train, device)
-        features_ND = encode(batch, self.frozen, self.preprocess, train=train, device=device)
-        if not train:
-            return features_ND
-        data = self.config.data
-        masks = FeatureMasks(
-            data.time_masks, data.time_mask_frames, data.feature_masks, data.feature_mask_width
-        )
-        return masks(features_ND, batch.num_frames_B, batch.draws_B9)
-
-    def wordings(self, batch: Batch) -> list[Wording]:
-        """The ids around each clip's visual tokens."""
-        wording = self.codec.light_wording if self.config.stage == "visual" else self.codec.wording
-        return [wording(*of) for of in zip(batch.languages, batch.corpora, strict=True)]
-
-    def generate(self, batch: Batch) -> list[list[Candidate]]:
-        """The hypotheses of the dev search."""
-        beam = Beam(
-            self.config.eval.num_beams, self.config.eval.length_penalty, self.config.eval.max_new_tokens
-        )
-        synced = self.engine.searches_in_step
-        found: list[list[Candidate]] = self.engine.module.generate(
-            self.inputs(batch, train=False), batch.num_frames_B, self.wordings(batch), beam, synced
-        )
-        return found
-
-    @torch.no_grad()
-    def check_generation(self) -> None:
-        """Search for two tokens of a made-up clip, so that no LLM fails at the first scoring, after hours.
-
-        Every rank must call it. Random numbers, statistics and modes stay as they were. Raises UserError.
-        """
-        if self.config.stage == "visual":
-            return
-        module, device = self.engine.module, self.world.device
-        crop = self.config.data.crop_size
-        shape = (3, crop, crop) if self.frozen is None else (self.frozen.feature_width,)
-        inputs = torch.zeros((NUM_CHECKED, *shape), device=device)
-        instruction = self.codec.instruction
-        wording = self.codec.wording((*instruction.languages, "")[0])
-        beam = Beam(self.config.eval.num_beams, self.config.eval.length_penalty, max_new_tokens=2)
-        was_training = module.training
-        module.eval()
-        try:
-            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-                module.generate(
-                    inputs, torch.tensor([NUM_CHECKED]), [wording], beam, self.engine.searches_in_step
-                )
-        except (torch.OutOfMemoryError, UserError):
-            raise
-        except Exception as error:
-            raise UserError(
-                f"the LLM {self.config.llm.name} (a {type(module.language_model).__name__}) must generate "
-                f"from embeddings, but did not: {type(error).__name__}: {first_line(error)} Give another "
-                "--llm.name."
-            ) from error
-        finally:
-            module.train(was_training)
 
 
 def build_task(config: RunConfig, folder: Path, world: World) -> Task:
@@ -192,23 +89,26 @@ def build_task(config: RunConfig, folder: Path, world: World) -> Task:
         if config.stage == "visual"
         else llm_model(config, codec, folder, extractor, ds_config, world)
     )
-    check_clips(config, (train_index, dev_index), codec, model, extractor)
+    train = make_split(train_index, config, codec, world, train=True)
+    dev = make_split(dev_index, config, codec, world, train=False)
+    check_clips(config, (train, dev), codec, model, extractor)
     record_weights(config, folder, world)
     groups = parameter_groups(model, config)
     engine = ds.Engine(model, groups, config.optim, ds_config, world)
     task = Task(
         config=config,
         world=world,
-        train_index=train_index,
-        dev_index=dev_index,
+        train=train,
+        dev=dev,
         codec=codec,
-        preprocess=Preprocess(config.data.frame_size, config.data.crop_size, config.data.augment),
+        preprocess=make_preprocess(config.data),
+        masks=make_masks(config.data),
+        beam=Beam(config.eval.num_beams, config.eval.length_penalty, config.eval.max_new_tokens),
         frozen=None if config.trains_visual else extractor,
         engine=engine,
         rates=tuple(group["lr"] for group in groups),
         statistics=BatchStatistics(engine.module, world),
         kept=KeptStatistics(engine.module.train()),
-        broken=BrokenClips(math.ceil(config.data.max_broken * len(train_index))),
     )
     task.check_generation()
     return task
@@ -216,21 +116,22 @@ def build_task(config: RunConfig, folder: Path, world: World) -> Task:
 
 def check_clips(
     config: RunConfig,
-    indexes: Sequence[Index],
+    splits: Sequence[Split],
     codec: TextCodec,
     model: SignTranslator,
     extractor: FeatureExtractor,
 ) -> None:
     """Raise UserError for a language that the codec does not know, or a clip longer than what reads it."""
     wording = codec.light_wording if config.stage == "visual" else codec.wording
-    languages = sorted({language for index in indexes for language in index.strings("language")})
-    around = max(len(w.before) + len(w.after) for w in map(wording, languages))
+    languages = set[str]()
+    for split in splits:
+        languages.update(split.index.strings("language"))
+    around = max(len(w.before) + len(w.after) for w in map(wording, sorted(languages)))
     reads = longest_input(model.language_model)
     limits = [reads - around] if reads is not None else []
     if extractor.light_t_encoder is not None:
         limits.append(extractor.light_t_encoder.config.max_position_embeddings)
-    readers = [make_reader(index, config, train=False) for index in indexes]
-    longest = max(int(reader.num_places().max()) for reader in readers)
+    longest = max(int(split.plan.num_kept.max()) for split in splits)
     require(
         not limits or longest <= min(limits),
         f"clips must have at most {min(limits, default=0)} frames, which is as much as what reads them can "
@@ -335,23 +236,31 @@ def make_plan(reader: ClipReader, config: RunConfig) -> Plan:
     return reader.plan(data.batch_clips, data.micro_batches, batch_frames=data.batch_frames, weights=weights)
 
 
-def make_loader(task: Task, index: Index, epoch_plan: EpochPlan, broken: BrokenClips | None) -> Loader:
-    """broken: where broken clips of training are counted; None for evaluation, which replaces nothing."""
-    data, world = task.config.data, task.world
-    return Loader(
-        make_reader(index, task.config, broken is not None),
-        epoch_plan,
-        task.codec,
-        rank=world.rank,
-        world_size=world.size,
+def make_split(index: Index, config: RunConfig, codec: TextCodec, world: World, train: bool) -> Split:
+    """Plan one split and say how this rank loads it. train: as in training; else as in evaluation."""
+    data = config.data
+    reader = make_reader(index, config, train)
+    return Split(
+        reader,
+        make_plan(reader, config),
+        codec,
+        world,
         threads=data.threads or decode_threads(world),
-        broken=broken,
-        encoded=data.decoder == "nvjpeg" and broken is not None,
+        broken=BrokenClips(math.ceil(data.max_broken * len(index)) if train else 0),
+        encoded=train and data.decoder == "nvjpeg",
     )
 
 
+def make_preprocess(data: DataConfig) -> Preprocess:
+    return Preprocess(data.frame_size, data.crop_size, data.augment)
+
+
+def make_masks(data: DataConfig) -> FeatureMasks:
+    return FeatureMasks(data.time_masks, data.time_mask_frames, data.feature_masks, data.feature_mask_width)
+
+
 def decode_threads(world: World) -> int:
-    """The cores of this rank; more than 8 have no use."""
+    """Return as many threads as this rank has cores; more than 8 have no use."""
     return min(8, cores_of_rank(world.local_size, os.environ))
 
 

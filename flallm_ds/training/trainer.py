@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors import SafetensorError
 from torch import nn
 
@@ -25,7 +24,6 @@ from flallm_ds.models.llm.tuning import merged
 from flallm_ds.models.weights import named_state
 from flallm_ds.terminal import one_line
 from flallm_ds.training import checkpoint
-from flallm_ds.training.build import Task
 from flallm_ds.training.hypotheses import Evaluation
 from flallm_ds.training.probe import last_layers
 from flallm_ds.training.progress import Progress, ScoringProgress
@@ -33,6 +31,7 @@ from flallm_ds.training.run_folder import Metrics, shown
 from flallm_ds.training.run_log import RunLog
 from flallm_ds.training.schedule import rate_factor
 from flallm_ds.training.stop import StopRequest
+from flallm_ds.training.task import Task
 from flallm_ds.training.weights_record import read_weights
 
 
@@ -123,62 +122,53 @@ class Trainer:
             waiting_since = time.perf_counter()
 
     def _step(self, batches: list[Batch], num_steps: int, waited: float) -> bool:
-        """One optimizer step on this rank's micro-batches; True if any rank was asked to stop."""
+        """Make one step on this rank's micro-batches and log it; True if any rank was asked to stop."""
         begin = time.perf_counter()
-        task, train, at = self.task, self.config.train, self.at
+        task, at = self.task, self.at
         counts = [
-            sum(b.num_target_tokens for b in batches),
-            sum(int(b.num_frames_B.sum()) for b in batches),
+            sum(batch.num_target_tokens for batch in batches),
+            sum(int(batch.num_frames_B.sum()) for batch in batches),
             bool(self.stop),
             self._lost_records,
         ]
         tokens, frames, stops, lost = all_reduce_sum(counts, self.world)
         if lost:
             main_first(self._check_records, self.world)
-        factor = rate_factor((at.epoch + at.step / num_steps) / train.epochs, self.config.optim.warmup)
+        done = (at.epoch + at.step / num_steps) / self.config.train.epochs
+        factor = rate_factor(done, self.config.optim.warmup)
         rates = [rate * factor for rate in task.rates]
-        loss_sum = 0.0
-        with task.statistics:
-            for place, batch in enumerate(batches):
-                slice_number = self.world.rank * len(batches) + place
-                seed_micro_batch(train.seed, at.epoch, at.step, slice_number)
-                inputs = task.inputs(batch, train=True)
-                target_ids_BL = batch.target_ids_BL.to(self.world.device, non_blocking=True)
-                loss = task.engine(
-                    inputs, batch.num_frames_B, task.wordings(batch), target_ids_BL, train.label_smoothing
-                )
-                loss_sum += loss.item()
-                task.engine.backward(loss * (self.world.size / tokens))
-                if place == len(batches) - 1:
-                    # Before the optimizer steps: what is not finite must not enter its moments.
-                    loss_mean = all_reduce_sum([loss_sum], self.world)[0] / tokens
-                    self._must_be_finite("loss", loss_mean)
-                    self._probe()
-                task.engine.micro_step_done(rates)
+        loss = task.step(batches, at.epoch, at.step, tokens, rates, self._before_update)
         if task.engine.is_stuck:
             self._must_be_finite("gradient norm", task.engine.grad_norm())
-        task.kept.check()
         at.step, at.global_step = at.step + 1, at.global_step + 1
         seconds = waited + time.perf_counter() - begin
-        if self.metrics is not None:
-            self.metrics.write(
-                "train",
-                at.global_step,
-                {
-                    "epoch": at.epoch,
-                    "step": at.step,
-                    "loss": loss_mean,
-                    "lr": rates[-1],
-                    "grad_norm": task.engine.grad_norm(),
-                    "skipped_steps": task.engine.skipped_steps,
-                    "frames": int(frames),
-                    "seconds": seconds,
-                    "waiting_s": waited,
-                    "broken_clips": len(task.broken.reasons),
-                },
-            )
-        self.progress.step(at.epoch, at.step, num_steps, loss_mean, frames, seconds, waited)
+        self._write_step(loss, rates[-1], int(frames), seconds, waited)
+        self.progress.step(at.epoch, at.step, num_steps, loss, frames, seconds, waited)
         return stops > 0
+
+    def _before_update(self, loss: float) -> None:
+        """Look at a step's loss and gradients. What is not finite must not enter the optimizer's moments."""
+        self._must_be_finite("loss", loss)
+        self._probe()
+
+    def _write_step(self, loss: float, rate: float, frames: int, seconds: float, waited: float) -> None:
+        """Write a line of metrics.jsonl about the step that was made."""
+        if self.metrics is None:
+            return
+        task = self.task
+        values = {
+            "epoch": self.at.epoch,
+            "step": self.at.step,
+            "loss": loss,
+            "lr": rate,
+            "grad_norm": task.engine.grad_norm(),
+            "skipped_steps": task.engine.skipped_steps,
+            "frames": frames,
+            "seconds": seconds,
+            "waiting_s": waited,
+            "broken_clips": len(task.train.broken.reasons),
+        }
+        self.metrics.write("train", self.at.global_step, values)
 
     def _must_be_finite(self, what: str, value: float) -> None:
         """Raise UserError on every rank for a step that must not be made."""
@@ -260,7 +250,7 @@ class Trainer:
                 ((f"visual.{name}", tensor) for name, tensor in frozen),
             )
             parts = task.extractor.settings(), task.extractor.visual.settings()
-            settings = export.settings_of(self.config, task.train_index, scores, *parts)
+            settings = export.settings_of(self.config, task.train.index, scores, *parts)
             settings["weights"] = read_weights(self.folder)
             llm = task.engine.module.language_model
             try:
@@ -299,7 +289,7 @@ class Trainer:
         self.progress.pause(time.perf_counter() - begin)
 
     def _state(self) -> dict[str, Any]:
-        plan_state = self.task.plan(self.task.train_index).state(self.at.epoch, self.at.step)
+        plan_state = self.task.train.plan.state(self.at.epoch, self.at.step)
         return {
             "position": asdict(self.at),
             "plan": asdict(plan_state),
@@ -315,7 +305,7 @@ class Trainer:
         newest, state = found.path, found.state
         position = Position(**state["position"])
         saved = PlanState.load(state["plan"])
-        self.task.plan(self.task.train_index).state(saved.epoch, saved.step).check_same_plan(saved)
+        self.task.train.plan.state(saved.epoch, saved.step).check_same_plan(saved)
         if state["world_size"] != self.world.size:
             raise UserError(
                 f"a run must be resumed with the ranks it was saved by ({state['world_size']}), but there "
@@ -346,9 +336,3 @@ class Trainer:
     def _out_of_steps(self) -> bool:
         limit = self.config.train.max_steps
         return limit is not None and self.at.global_step >= limit
-
-
-def seed_micro_batch(seed: int, epoch: int, step: int, slice_number: int) -> None:
-    """Dropout of a micro-batch depends on its place in the run alone, so a resume needs no RNG states."""
-    state = np.random.SeedSequence([seed, epoch, step, slice_number]).generate_state(1, np.uint64)[0]
-    torch.manual_seed(int(state) & (2**63 - 1))

@@ -13,10 +13,11 @@ from flallm_ds.command import main
 from flallm_ds.errors import UserError
 from flallm_ds.models.sign_translator import Beam, Candidate
 from flallm_ds.recipes import resolve
-from flallm_ds.training.build import Task, build_task
+from flallm_ds.training.build import build_task
 from flallm_ds.training.hypotheses import Evaluation
 from flallm_ds.training.run_folder import run_folder
 from flallm_ds.training.stop import StopRequest
+from flallm_ds.training.task import Task
 from flallm_ds.training.trainer import Trainer
 
 

@@ -12,10 +12,11 @@ import torch
 from flallm_ds import command, dist
 from flallm_ds.cli.train import train
 from flallm_ds.recipes import resolve
-from flallm_ds.training.build import Task, build_task
+from flallm_ds.training.build import build_task
 from flallm_ds.training.run_folder import run_folder
 from flallm_ds.training.stages import run_stage
 from flallm_ds.training.stop import StopRequest
+from flallm_ds.training.task import Task
 from tests.helpers.launching import flags, tiny_options
 from tests.helpers.llms import make_llm_with_own_code
 

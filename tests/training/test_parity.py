@@ -136,12 +136,17 @@ def test_the_engine_gives_the_losses_of_a_plain_pytorch_loop(runs: Path, tiny_co
     """Stage visual against a loop without DeepSpeed: token mean, AdamW, clipping, cosine."""
     from flallm_ds.data.index import load_index
     from flallm_ds.data.loader import Loader
-    from flallm_ds.data.preprocess import Preprocess
     from flallm_ds.data.text.codec import TextCodec
     from flallm_ds.recipes import resolve
-    from flallm_ds.training.build import feature_extractor, make_plan, make_reader, visual_model
+    from flallm_ds.training.build import (
+        feature_extractor,
+        make_plan,
+        make_preprocess,
+        make_reader,
+        visual_model,
+    )
     from flallm_ds.training.schedule import rate_factor
-    from flallm_ds.training.trainer import seed_micro_batch
+    from flallm_ds.training.task import seed_micro_batch
 
     run = runs / "one" / "visual"
     config = resolve("visual", None, tiny_options(tiny_corpus, "visual", run))
@@ -154,7 +159,7 @@ def test_the_engine_gives_the_losses_of_a_plain_pytorch_loop(runs: Path, tiny_co
     )
     index = load_index(tiny_corpus / "shards", "train")
     reader = make_reader(index, config, train=True)
-    preprocess = Preprocess(config.data.frame_size, config.data.crop_size, config.data.augment)
+    preprocess = make_preprocess(config.data)
     found = []
     for epoch in range(2):
         loader = Loader(reader, make_plan(reader, config).epoch(epoch), codec)

@@ -1,0 +1,211 @@
+"""What one training step and one search do, for one stage; the loop around them is in trainer.py.
+
+A step, from top to bottom: `Task.step` goes through this rank's micro-batches. For each of them, `Task.loss`
+gives the engine `Task.inputs`, `Task.wordings` and the target ids, and the gradients are added up. Then the
+optimizer moves once. A search is `Task.generate`.
+
+B clips, N frames packed over the batch, L text tokens, D width of the visual features.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from flallm_ds.batch import Batch
+from flallm_ds.config import RunConfig
+from flallm_ds.data.index import Index
+from flallm_ds.data.loader import BrokenClips, ClipReader, Loader
+from flallm_ds.data.plan import EpochPlan, Plan
+from flallm_ds.data.preprocess import Preprocess
+from flallm_ds.data.text.codec import TextCodec, Wording
+from flallm_ds.dist import World, all_reduce_sum
+from flallm_ds.errors import UserError
+from flallm_ds.features.sequences import FeatureMasks
+from flallm_ds.models.encode import encode
+from flallm_ds.models.feature_extractor import FeatureExtractor
+from flallm_ds.models.pretrained import first_line
+from flallm_ds.models.sign_translator import Beam, Candidate
+from flallm_ds.training.batch_statistics import BatchStatistics, KeptStatistics
+from flallm_ds.training.engine import Engine
+
+NUM_CHECKED = 8  # frames of the made-up clip that generation is tried with
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split, its plan, and how this rank loads it.
+
+    threads: that decode. broken: counts the clips that were replaced; its budget is 0 in evaluation, where
+    none may be. encoded: whether frames stay JPEGs, for the device to decode.
+    """
+
+    reader: ClipReader
+    plan: Plan
+    codec: TextCodec
+    world: World
+    threads: int
+    broken: BrokenClips
+    encoded: bool
+
+    @property
+    def index(self) -> Index:
+        return self.reader.index
+
+    def loader(self, order: EpochPlan) -> Loader:
+        """Load the clips of the split in the order of an epoch of its plan."""
+        return Loader(
+            self.reader,
+            order,
+            self.codec,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            threads=self.threads,
+            broken=self.broken,
+            encoded=self.encoded,
+        )
+
+
+@dataclass(frozen=True)
+class Task:
+    """One stage, ready to run on this rank.
+
+    beam: the dev search. frozen: the visual encoder of stage llm, outside the engine; None where it is
+    trained inside. masks: of frozen features. rates: the base learning rate of each parameter group.
+    statistics: of BatchNorm in train mode. kept: those inside the engine that must stay as they are.
+    """
+
+    config: RunConfig
+    world: World
+    train: Split
+    dev: Split
+    codec: TextCodec
+    preprocess: Preprocess
+    masks: FeatureMasks
+    beam: Beam
+    frozen: FeatureExtractor | None
+    engine: Engine
+    rates: tuple[float, ...]
+    statistics: BatchStatistics
+    kept: KeptStatistics
+
+    def train_loader(self, epoch: int) -> Loader:
+        return self.train.loader(self.train.plan.epoch(epoch))
+
+    def dev_loader(self) -> Loader:
+        return self.dev.loader(self.dev.plan.in_length_order())
+
+    # --- a step
+
+    def step(
+        self,
+        batches: Sequence[Batch],
+        epoch: int,
+        step: int,
+        num_tokens: float,
+        rates: Sequence[float],
+        before_update: Callable[[float], None],
+    ) -> float:
+        """Make one optimizer step on this rank's micro-batches; return the global batch's mean loss.
+
+        epoch, step: the step's place in the run. num_tokens: target tokens of the global batch, over all
+        ranks; the loss is the mean over them. rates: the learning rate of each parameter group.
+        before_update: called with the mean loss when all gradients are there.
+        """
+        loss_sum = 0.0
+        with self.statistics:
+            for number, batch in enumerate(batches):
+                slice_number = self.world.rank * len(batches) + number
+                seed_micro_batch(self.config.train.seed, epoch, step, slice_number)
+                loss = self.loss(batch)
+                loss_sum += loss.item()
+                # DeepSpeed averages over ranks; times their number it is the mean over the tokens of all.
+                self.engine.backward(loss * (self.world.size / num_tokens))
+                if number == len(batches) - 1:
+                    loss_mean = all_reduce_sum([loss_sum], self.world)[0] / num_tokens
+                    before_update(loss_mean)
+                self.engine.micro_step_done(rates)
+        self.kept.check()
+        return loss_mean
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """Return the cross entropy of a micro-batch, summed over its target tokens."""
+        inputs = self.inputs(batch, train=True)
+        target_ids_BL = batch.target_ids_BL.to(self.world.device, non_blocking=True)
+        smoothing = self.config.train.label_smoothing
+        return self.engine(inputs, batch.num_frames_B, self.wordings(batch), target_ids_BL, smoothing)
+
+    def inputs(self, batch: Batch, train: bool) -> torch.Tensor:
+        """Make what the engine's module reads: pixels_NCHW, or features_ND of an encoder that is frozen."""
+        device = self.world.device
+        if self.frozen is None:
+            return self.preprocess(batch, train, device)
+        features_ND = encode(batch, self.frozen, self.preprocess, train=train, device=device)
+        return self.masks(features_ND, batch.num_frames_B, batch.draws_B9) if train else features_ND
+
+    def wordings(self, batch: Batch) -> list[Wording]:
+        """Return the ids around each clip's visual tokens."""
+        wording = self.codec.light_wording if self.config.stage == "visual" else self.codec.wording
+        return [wording(*of) for of in zip(batch.languages, batch.corpora, strict=True)]
+
+    # --- a search
+
+    def generate(self, batch: Batch) -> list[list[Candidate]]:
+        """Search for the hypotheses of each clip, best first, as dev is scored.
+
+        Every rank must make as many calls as the others.
+        """
+        inputs = self.inputs(batch, train=False)
+        return self._search(inputs, batch.num_frames_B, self.wordings(batch), self.beam)
+
+    def _search(
+        self, inputs: torch.Tensor, num_frames_B: torch.Tensor, wordings: list[Wording], beam: Beam
+    ) -> list[list[Candidate]]:
+        synced = self.engine.searches_in_step
+        found: list[list[Candidate]] = self.engine.module.generate(
+            inputs, num_frames_B, wordings, beam, synced
+        )
+        return found
+
+    @torch.no_grad()
+    def check_generation(self) -> None:
+        """Search for two tokens of a made-up clip, so that no LLM fails at the first scoring, after hours.
+
+        Every rank must call it. Random numbers, statistics and modes stay as they were. Raises UserError.
+        """
+        if self.config.stage == "visual":
+            return
+        module, device = self.engine.module, self.world.device
+        crop = self.preprocess.crop_size
+        shape = (3, crop, crop) if self.frozen is None else (self.frozen.feature_width,)
+        inputs = torch.zeros((NUM_CHECKED, *shape), device=device)
+        language = (*self.codec.instruction.languages, "")[0]
+        wordings = [self.codec.wording(language)]
+        beam = replace(self.beam, max_new_tokens=2)
+        was_training = module.training
+        module.eval()
+        try:
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                self._search(inputs, torch.tensor([NUM_CHECKED]), wordings, beam)
+        except (torch.OutOfMemoryError, UserError):
+            raise
+        except Exception as error:
+            raise UserError(
+                f"the LLM {self.config.llm.name} (a {type(module.language_model).__name__}) must generate "
+                f"from embeddings, but did not: {type(error).__name__}: {first_line(error)} Give another "
+                "--llm.name."
+            ) from error
+        finally:
+            module.train(was_training)
+
+    @property
+    def extractor(self) -> FeatureExtractor:
+        """The visual encoder, in the engine or outside of it."""
+        return self.frozen or self.engine.module.visual
+
+
+def seed_micro_batch(seed: int, epoch: int, step: int, slice_number: int) -> None:
+    """Seed dropout by the micro-batch's place in the run alone, so that a resume needs no RNG states."""
+    state = np.random.SeedSequence([seed, epoch, step, slice_number]).generate_state(1, np.uint64)[0]
+    torch.manual_seed(int(state) & (2**63 - 1))
