@@ -26,14 +26,8 @@ from flallm_ds.features.folder import TRAINING, FeatureFolder, Job, share
 from flallm_ds.models.encode import encode
 from flallm_ds.models.feature_extractor import FeatureExtractor
 from flallm_ds.terminal import clock
-from flallm_ds.training.build import (
-    decode_threads,
-    feature_extractor,
-    make_preprocess,
-    make_sampling,
-    open_index,
-    stage_1_export,
-)
+from flallm_ds.training.build.data import decode_threads, make_preprocess, make_sampling, open_index
+from flallm_ds.training.build.visual import feature_extractor, stage_1_export
 from flallm_ds.training.stop import StopRequest
 
 BATCH_FRAMES = 256  # that the encoder sees at once, if a clip has no more
@@ -171,7 +165,7 @@ class Writing:
         if not jobs:
             return
         plan, last_steps = plan_of(jobs, reader.num_places())
-        loader = Loader(reader, plan, threads=self.config.data.threads or decode_threads(self.world))
+        loader = Loader(reader, plan, threads=decode_threads(self.config.data.threads, self.world))
         found: dict[int, np.ndarray] = {}
         for step, (batch,) in enumerate(on_device(loader.steps(), self.world.device)):
             if stop:

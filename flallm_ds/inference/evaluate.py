@@ -20,7 +20,7 @@ from flallm_ds.inference import report
 from flallm_ds.inference.translator import Translator
 from flallm_ds.metrics.columns import CEILING
 from flallm_ds.metrics.scoring import blind_scores, ceiling_of, perfect, scores_by, scores_of
-from flallm_ds.training.build import decode_threads, open_index
+from flallm_ds.training.build.data import decode_threads, open_index
 from flallm_ds.training.hypotheses import Evaluation
 from flallm_ds.training.progress import ScoringProgress
 from flallm_ds.training.stop import StopRequest
@@ -62,7 +62,7 @@ def evaluate_run(
         raise UserError(f"--shards must be given where {run} is no run folder (it has no config.json).")
     if data is None:
         data = RunConfig.load(config_path).data if config_path.is_file() else DataConfig()
-    threads = threads or data.threads
+    threads = decode_threads(threads or data.threads, world)
     index = open_index(replace(data, shards=shards or data.shards, weights=()), split, world)
     results = Path(run) / export.EVALUATION
     lock = results / f".{split}.lock"
@@ -70,7 +70,7 @@ def evaluate_run(
         of_export = dist.main_first(lambda: export.digest(folder), world)
         translator = Translator.from_pretrained(run, world.device, search.bits, search.hub_code)
         translator = translator.searching(search.beams, search.nbest, search.length_penalty)
-        loader = split_loader(translator, index, run, world, threads or decode_threads(world))
+        loader = split_loader(translator, index, run, world, threads)
         codec = translator.export.codec
         evaluation = Evaluation(loader, translator.generate, codec, world)
         hypotheses = evaluation.hypotheses(ScoringProgress(split, PRINT_EVERY_S, world.is_main), stop)

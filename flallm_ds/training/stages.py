@@ -17,7 +17,10 @@ from flallm_ds.inference.evaluate import Search, evaluate_run
 from flallm_ds.quickstart import prepare
 from flallm_ds.recipes import config_of
 from flallm_ds.training import checkpoint
-from flallm_ds.training.build import build_task, check_llm_of, open_index, stage_1_export
+from flallm_ds.training.build import build_task
+from flallm_ds.training.build.data import open_index
+from flallm_ds.training.build.language import check_llm_of
+from flallm_ds.training.build.visual import stage_1_export
 from flallm_ds.training.run_folder import locked_run, open_run_folder, run_folder
 from flallm_ds.training.run_log import run_log
 from flallm_ds.training.stop import StopRequest

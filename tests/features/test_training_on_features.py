@@ -30,7 +30,7 @@ from flallm_ds.inference.pictures import strip_of_run
 from flallm_ds.inference.translator import Translator
 from flallm_ds.models.encode import encode
 from flallm_ds.recipes import resolve
-from flallm_ds.training.build import feature_extractor
+from flallm_ds.training.build.visual import feature_extractor
 from tests.helpers.launching import command, environment, flags, launch, losses, tiny_options
 from tests.helpers.paths import RANKS
 

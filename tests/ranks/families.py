@@ -16,7 +16,8 @@ from flallm_ds.data.plan import Plan
 from flallm_ds.inference.translator import Translator
 from flallm_ds.models.sign_translator import Candidate
 from flallm_ds.recipes import resolve
-from flallm_ds.training.build import build_task, open_index
+from flallm_ds.training.build import build_task
+from flallm_ds.training.build.data import open_index
 from flallm_ds.training.run_folder import open_run_folder
 from flallm_ds.training.stop import StopRequest
 from flallm_ds.training.trainer import Trainer

@@ -138,13 +138,9 @@ def test_the_engine_gives_the_losses_of_a_plain_pytorch_loop(runs: Path, tiny_co
     from flallm_ds.data.loader import Loader
     from flallm_ds.data.text.codec import TextCodec
     from flallm_ds.recipes import resolve
-    from flallm_ds.training.build import (
-        feature_extractor,
-        make_plan,
-        make_preprocess,
-        make_reader,
-        visual_model,
-    )
+    from flallm_ds.training.build.data import make_plan, make_preprocess, make_reader
+    from flallm_ds.training.build.language import visual_model
+    from flallm_ds.training.build.visual import feature_extractor
     from flallm_ds.training.schedule import rate_factor
     from flallm_ds.training.task import seed_micro_batch
 

@@ -28,7 +28,7 @@ from flallm_ds.files import locked
 from flallm_ds.inference.pictures import draw_probe, read_probe
 from flallm_ds.inference.translator import Translator
 from flallm_ds.recipes import RECIPES, config_of, resolve
-from flallm_ds.training.build import check_jpegs
+from flallm_ds.training.build.data import check_jpegs
 from flallm_ds.training.stages import next_commands, run_stage
 from flallm_ds.training.stop import StopRequest
 from tests.helpers.launching import (

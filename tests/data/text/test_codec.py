@@ -11,7 +11,7 @@ from flallm_ds.data.text.codec import DECODER_ONLY_PROMPT, Instruction, TextCode
 from flallm_ds.errors import UserError
 from flallm_ds.metrics.scoring import ceiling_of, perfect, scores_of
 from flallm_ds.models.llm.standin import train_tokenizer
-from flallm_ds.training.build import check_unknown
+from flallm_ds.training.build.language import check_unknown
 from tests.helpers.llms import FAMILIES, make_tiny_llm
 
 TRAINING_TEXT = ["regen sonne wind morgen", "wolken wolken wind morgen"]

@@ -1,0 +1,70 @@
+"""The only place that turns a RunConfig into objects: `build_task`, and a file for each kind."""
+
+from pathlib import Path
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from flallm_ds.config import RunConfig
+from flallm_ds.dist import World, on_each_machine
+from flallm_ds.features.checks import check_run
+from flallm_ds.models.sign_translator import Beam
+from flallm_ds.training import engine as ds
+from flallm_ds.training.batch_statistics import BatchStatistics, KeptStatistics
+from flallm_ds.training.build.data import (
+    check_clips,
+    make_masks,
+    make_preprocess,
+    make_split,
+    open_indexes,
+)
+from flallm_ds.training.build.engine import deepspeed_config, parameter_groups
+from flallm_ds.training.build.language import llm_model, open_codec, visual_model
+from flallm_ds.training.build.visual import feature_extractor
+from flallm_ds.training.task import Task
+from flallm_ds.training.weights_record import record_weights
+
+
+def build_task(config: RunConfig, folder: Path, world: World) -> Task:
+    """Load the data, the texts' codec, the models and the engine of a run whose folder is open.
+
+    Every rank must call it. Raises UserError where options, data and models do not fit one another.
+    """
+    ds.prepare()
+    transformers_logging.disable_progress_bar()
+    train_index, dev_index = open_indexes(config, world)
+    ds_config = deepspeed_config(config, world)
+    on_each_machine(ds.check_compilation_locks, world)
+    torch.manual_seed(config.train.seed)  # the same initial weights on every rank
+    codec = open_codec(config, folder, train_index, world)
+    extractor = feature_extractor(config, world).to(world.device)
+    if train_index.features:
+        check_run(config, train_index, dev_index, extractor.fingerprint())
+    model = (
+        visual_model(config, codec, extractor).to(world.device)
+        if config.stage == "visual"
+        else llm_model(config, codec, folder, extractor, ds_config, world)
+    )
+    train = make_split(train_index, config, codec, world, train=True)
+    dev = make_split(dev_index, config, codec, world, train=False)
+    check_clips(config, (train, dev), codec, model, extractor)
+    record_weights(config, folder, world)
+    groups = parameter_groups(model, config)
+    engine = ds.Engine(model, groups, config.optim, ds_config, world)
+    task = Task(
+        config=config,
+        world=world,
+        train=train,
+        dev=dev,
+        codec=codec,
+        preprocess=make_preprocess(config.data),
+        masks=make_masks(config.data),
+        beam=Beam(config.eval.num_beams, config.eval.length_penalty, config.eval.max_new_tokens),
+        frozen=None if config.trains_visual else extractor,
+        engine=engine,
+        rates=tuple(group["lr"] for group in groups),
+        statistics=BatchStatistics(engine.module, world),
+        kept=KeptStatistics(engine.module.train()),
+    )
+    task.check_generation()
+    return task

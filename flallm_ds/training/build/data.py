@@ -1,0 +1,132 @@
+"""Build the data of a run: indexes, plans, what loads their batches, and checks of the clips."""
+
+import math
+import os
+from collections.abc import Sequence
+
+import numpy as np
+
+from flallm_ds.config import DataConfig, RunConfig
+from flallm_ds.data import mixture
+from flallm_ds.data.device import check_nvjpeg
+from flallm_ds.data.index import Index, read_manifest
+from flallm_ds.data.loader import BrokenClips, ClipReader
+from flallm_ds.data.plan import Plan, slices_of_rank, temperature_weights
+from flallm_ds.data.preprocess import Preprocess
+from flallm_ds.data.sampling import FrameSampling
+from flallm_ds.data.storage.store import CacheOptions, open_store
+from flallm_ds.data.text.codec import TextCodec
+from flallm_ds.dist import World, cores_of_rank, on_each_machine
+from flallm_ds.errors import require
+from flallm_ds.features.checks import check_stage
+from flallm_ds.features.sequences import FeatureMasks
+from flallm_ds.models.feature_extractor import FeatureExtractor
+from flallm_ds.models.llm.load import longest_input
+from flallm_ds.models.sign_translator import SignTranslator
+from flallm_ds.training.task import Split
+
+
+def open_indexes(config: RunConfig, world: World) -> tuple[Index, Index]:
+    """Open the training and the dev index. Raises UserError where they do not fit the run."""
+    data = config.data
+    slices_of_rank(data.micro_batches, world.rank, world.size)
+    if data.decoder == "nvjpeg":
+        check_nvjpeg(world.device)
+        check_jpegs(data)
+    train_index = open_index(data, "train", world)
+    dev_index = open_index(data, config.eval.split, world)
+    check_stage(config, train_index)
+    return train_index, dev_index
+
+
+def open_index(data: DataConfig, split: str, world: World) -> Index:
+    """Open the index of a split of data.shards; check that every machine has each shard, whole."""
+    index = mixture.open_indexes(data.shards, split, CacheOptions.of_run(data))
+    on_each_machine(lambda: index.store.check(index.shards, data.check_shards), world)
+    return index
+
+
+def check_jpegs(data: DataConfig) -> None:
+    """Raise UserError where shards hold H.264, of which the GPU's JPEG decoder makes nothing."""
+    for folder in data.shards:
+        options = read_manifest(open_store(folder, CacheOptions.of_run(data))).get("options", {})
+        require(
+            options.get("clip_format") != "h264",
+            f"data.decoder must be cpu where shards hold H.264, but is {data.decoder} for {folder}.",
+        )
+
+
+def make_split(index: Index, config: RunConfig, codec: TextCodec, world: World, train: bool) -> Split:
+    """Plan a split and how this rank loads it. train: as in training, else as in evaluation."""
+    data = config.data
+    reader = make_reader(index, config, train)
+    return Split(
+        reader,
+        make_plan(reader, config),
+        codec,
+        world,
+        threads=decode_threads(data.threads, world),
+        broken=BrokenClips(math.ceil(data.max_broken * len(index)) if train else 0),
+        encoded=train and data.decoder == "nvjpeg",
+    )
+
+
+def make_reader(index: Index, config: RunConfig, train: bool) -> ClipReader:
+    data = config.data
+    return ClipReader(index, make_sampling(data), config.train.seed, train, data.feature_fps)
+
+
+def make_sampling(data: DataConfig) -> FrameSampling:
+    return FrameSampling(data.keep_every, data.max_frames, data.target_fps, data.cap)
+
+
+def make_plan(reader: ClipReader, config: RunConfig) -> Plan:
+    """Plan the batches of a run, with each corpus's share of an epoch."""
+    data = config.data
+    weights = data.weights
+    if data.temperature != 1 and len(data.shards) > 1:
+        num_clips = np.bincount(reader.index.arrays["corpus"]).tolist()
+        weights = temperature_weights(num_clips, data.temperature)
+    return reader.plan(data.batch_clips, data.micro_batches, batch_frames=data.batch_frames, weights=weights)
+
+
+def decode_threads(asked: int, world: World) -> int:
+    """Return the threads asked for; 0 means the cores of this rank, of which 8 are enough."""
+    return asked or min(8, cores_of_rank(world.local_size, os.environ))
+
+
+def make_preprocess(data: DataConfig) -> Preprocess:
+    return Preprocess(data.frame_size, data.crop_size, data.augment)
+
+
+def make_masks(data: DataConfig) -> FeatureMasks:
+    return FeatureMasks(data.time_masks, data.time_mask_frames, data.feature_masks, data.feature_mask_width)
+
+
+def check_clips(
+    config: RunConfig,
+    splits: Sequence[Split],
+    codec: TextCodec,
+    model: SignTranslator,
+    extractor: FeatureExtractor,
+) -> None:
+    """Check that the codec knows all languages and that no clip is too long for the models.
+
+    Raises UserError.
+    """
+    wording = codec.light_wording if config.stage == "visual" else codec.wording
+    languages = set[str]()
+    for split in splits:
+        languages.update(split.index.strings("language"))
+    around = max(len(w.before) + len(w.after) for w in map(wording, sorted(languages)))
+    reads = longest_input(model.language_model)
+    limits = [reads - around] if reads is not None else []
+    if extractor.light_t_encoder is not None:
+        limits.append(extractor.light_t_encoder.config.max_position_embeddings)
+    longest = max(int(split.plan.num_kept.max()) for split in splits)
+    require(
+        not limits or longest <= min(limits),
+        f"clips must have at most {min(limits, default=0)} frames, which is as much as what reads them can "
+        f"tell apart, but one keeps {longest}. Give --data.max_frames={min(limits, default=0)}, or a larger "
+        "--data.keep_every (of cached features: a smaller --data.feature_fps).",
+    )
