@@ -13,7 +13,7 @@ from typing import Any
 
 from flallm_ds.dist import World, gather_objects
 from flallm_ds.errors import UserError, file_problem
-from flallm_ds.files import file_sha256, partial_of, put_folder, replace_file, sync
+from flallm_ds.files import file_sha256, partial_of, put_folder, recover_folders, replace_file, sync
 
 MANIFEST = "manifest.json"
 
@@ -104,6 +104,17 @@ def newest(folder: Path) -> Saved | None:
             "Put a copy of a whole checkpoint there, or start another run with --run=FOLDER."
         )
     return None
+
+
+def resumable(run: Path) -> Saved | None:
+    """Find what a run resumes from, once its folders are whole again; None for a run without checkpoints.
+
+    Every file of the checkpoint is read, so call it once at a start. Raises UserError as `newest`.
+    """
+    checkpoints = run / "checkpoints"
+    for parent in (run, checkpoints):
+        recover_folders(parent)
+    return newest(checkpoints)
 
 
 def set_aside(damaged: Iterable[Path]) -> None:

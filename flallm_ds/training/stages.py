@@ -12,7 +12,6 @@ from flallm_ds import export
 from flallm_ds.config import RunConfig
 from flallm_ds.dist import World, main_first
 from flallm_ds.errors import UserError
-from flallm_ds.files import recover_folders
 from flallm_ds.inference.evaluate import Search, evaluate_run
 from flallm_ds.quickstart import prepare
 from flallm_ds.recipes import config_of
@@ -35,7 +34,9 @@ def run_stage(config: RunConfig, world: World, stop: StopRequest) -> bool:
     The caller holds the run folder (`locked_run`). Raises UserError for options that do not fit, Preempted
     when asked to stop.
     """
-    if main_first(lambda: is_finished(config), world):
+    # Checkpoints are read once, and before the models: damaged ones end the start at once.
+    saved = main_first(lambda: begun(config), world)
+    if main_first(lambda: is_finished(config, saved), world):
         if world.is_main:
             print(summary(config), flush=True)
         return True
@@ -43,7 +44,7 @@ def run_stage(config: RunConfig, world: World, stop: StopRequest) -> bool:
         with run_folder(config, world) as folder:
             task = build_task(config, folder, world)
         trainer = Trainer(task, folder, stop, log)
-        trainer.run()
+        trainer.run(saved)
         finished = trainer.at.epoch >= config.train.epochs
         if world.is_main:
             limit = (
@@ -59,18 +60,22 @@ def run_stage(config: RunConfig, world: World, stop: StopRequest) -> bool:
     return finished
 
 
-def is_finished(config: RunConfig) -> bool:
-    """Whether the run is there, is this very run, and has an export and a checkpoint after its last epoch."""
+def begun(config: RunConfig) -> checkpoint.Saved | None:
+    """Find the checkpoint that the run resumes from; None where it has none yet.
+
+    Raises UserError where the folder is of another run, or none of its checkpoints is whole.
+    """
     folder = Path(config.run)
     if not (folder / "config.json").is_file():
-        return False
+        return None
     open_run_folder(config)
-    for parent in (folder, folder / "checkpoints"):
-        recover_folders(parent)
-    if not (folder / "best" / export.SETTINGS_FILE).is_file():
-        return False
-    newest = checkpoint.newest(folder / "checkpoints")
-    return newest is not None and int(newest.state["position"]["epoch"]) >= config.train.epochs
+    return checkpoint.resumable(folder)
+
+
+def is_finished(config: RunConfig, saved: checkpoint.Saved | None) -> bool:
+    """Return whether the run has an export, and its checkpoint is of the end of its last epoch."""
+    has_export = (Path(config.run) / "best" / export.SETTINGS_FILE).is_file()
+    return has_export and saved is not None and saved.state["position"]["epoch"] >= config.train.epochs
 
 
 def summary(config: RunConfig) -> str:

@@ -17,7 +17,7 @@ from flallm_ds.data.device import on_device
 from flallm_ds.data.plan import PlanState
 from flallm_ds.dist import all_reduce_sum, gather_objects, main_first
 from flallm_ds.errors import Preempted, UserError
-from flallm_ds.files import recover_folders, replace_folder
+from flallm_ds.files import replace_folder
 from flallm_ds.metrics.columns import CEILING
 from flallm_ds.metrics.scoring import ceiling_of, perfect, scores_of
 from flallm_ds.models.llm.tuning import merged
@@ -60,9 +60,13 @@ class Trainer:
         )
         self.metrics: Metrics | None = None
 
-    def run(self) -> None:
-        """Train what is left. Raises Preempted when asked to stop, after saving."""
-        self._resume()
+    def run(self, saved: checkpoint.Saved | None) -> None:
+        """Train what is left. Raises Preempted when asked to stop, after saving.
+
+        saved: what to resume from, the same on every rank, as `checkpoint.resumable` finds it.
+        """
+        if saved is not None:
+            self._resume(saved)
         main_first(self._open_metrics, self.world)
         try:
             self._train()
@@ -297,11 +301,8 @@ class Trainer:
             "frozen_encoder": self._frozen_encoder,
         }
 
-    def _resume(self) -> None:
-        """Go on from the newest committed checkpoint, if there is one."""
-        found = main_first(self._newest_checkpoint, self.world)
-        if found is None:
-            return
+    def _resume(self, found: checkpoint.Saved) -> None:
+        """Load a checkpoint. Raises UserError where it is of another plan, world size or encoder."""
         newest, state = found.path, found.state
         position = Position(**state["position"])
         saved = PlanState.load(state["plan"])
@@ -327,11 +328,6 @@ class Trainer:
     def _frozen_encoder(self) -> str:
         """Fingerprint of the encoder outside the engine, which no checkpoint holds; or nothing."""
         return self.task.frozen.fingerprint() if self.task.frozen is not None else ""
-
-    def _newest_checkpoint(self) -> checkpoint.Saved | None:
-        for parent in (self.folder, self.folder / "checkpoints"):
-            recover_folders(parent)
-        return checkpoint.newest(self.folder / "checkpoints")
 
     def _out_of_steps(self) -> bool:
         limit = self.config.train.max_steps

@@ -32,7 +32,7 @@ def runs(*, scenarios: Path | None = None, exports: Path | None = None) -> None:
         config = resolve(scenario["stage"], None, scenario["options"])
         folder = dist.main_first(lambda config=config: open_run_folder(config), world)
         task = build_task(config, folder, world)
-        Trainer(task, folder, StopRequest()).run()
+        Trainer(task, folder, StopRequest()).run(saved=None)
         task.engine.module.eval()
         found = _search(task.dev_loader(), task.generate)
         (folder / f"trained.{world.rank}.json").write_text(json.dumps(found), encoding="utf-8")

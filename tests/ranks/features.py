@@ -11,6 +11,7 @@ from flallm_ds.command import main
 from flallm_ds.errors import UserError
 from flallm_ds.features.writing import Writing
 from flallm_ds.recipes import resolve
+from flallm_ds.training import checkpoint
 from flallm_ds.training.build import build_task
 from flallm_ds.training.run_folder import open_run_folder
 from flallm_ds.training.stop import StopRequest
@@ -47,7 +48,8 @@ def runs(*, folder: Path, corpus: Path) -> None:
         task = build_task(config, place, world)
         if stage == "llm":
             save_file({"features_ND": first_features(task)}, place / f"first_features_{world.rank}")
-        Trainer(task, place, stop).run()
+        saved = dist.main_first(lambda: checkpoint.resumable(place), world)
+        Trainer(task, place, stop).run(saved)
 
     train("visual", "visual", **ONE_EPOCH)
     config = resolve("llm", None, tiny_options(corpus, "llm", folder / "features"))

@@ -32,7 +32,7 @@ def runs(*, scenarios: Path) -> None:
         except UserError as error:
             Path(f"{config.run}.{world.rank}.txt").write_text(str(error), encoding="utf-8")
             continue
-        Trainer(task, folder, StopRequest()).run()
+        Trainer(task, folder, StopRequest()).run(saved=None)
         if scenario["stage"] != "visual":
             found = {how: search(task, how) for how in ("auto", "never", "auto")}
             (folder / f"found.{world.rank}.json").write_text(json.dumps(found), encoding="utf-8")

@@ -11,6 +11,7 @@ from flallm_ds import dist
 from flallm_ds.command import main
 from flallm_ds.errors import UserError
 from flallm_ds.recipes import resolve
+from flallm_ds.training import checkpoint
 from flallm_ds.training.build import build_task
 from flallm_ds.training.run_folder import open_run_folder
 from flallm_ds.training.stop import StopRequest
@@ -32,15 +33,16 @@ def scenarios(*, file: Path) -> None:
         if scenario.get("damaged"):
             dist.main_first(lambda folder=folder: flip_a_byte(folder), world)
         fault = next((name for name in ("nan_at", "full_at") if name in scenario), None)
+        saved = dist.main_first(lambda folder=folder: checkpoint.resumable(folder), world)
         trainer = Trainer(build_task(config, folder, world), folder, stop)
         if fault is None:
-            trainer.run()
+            trainer.run(saved)
             continue
         parameter = next(p for p in trainer.task.engine.module.parameters() if p.requires_grad)
         faults = Faults(trainer, scenario[fault], fault)
         parameter.register_hook(faults)
         try:
-            trainer.run()
+            trainer.run(saved)
         except UserError as error:
             folder.with_name(f"{folder.name}.{fault}.rank-{world.rank}").write_text(str(error))
         finally:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from flallm_ds.files import locked
 from flallm_ds.inference.pictures import draw_probe, read_probe
 from flallm_ds.inference.translator import Translator
 from flallm_ds.recipes import RECIPES, config_of, resolve
+from flallm_ds.training import checkpoint
 from flallm_ds.training.build.data import check_jpegs
 from flallm_ds.training.stages import next_commands, run_stage
 from flallm_ds.training.stop import StopRequest
@@ -300,6 +302,32 @@ def test_a_stage_leaves_no_engine_behind(tiny_corpus: Path, tmp_path: Path) -> N
     with dist.session() as world:
         assert run_stage(config, world, StopRequest()) is False  # one of five steps
     assert held() <= before
+
+
+def test_a_start_reads_its_checkpoint_once_and_before_it_builds_anything(
+    tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    read_state = checkpoint.read_state
+
+    def spy(path: Path) -> dict[str, Any]:
+        read.append(path.name)
+        return read_state(path)
+
+    monkeypatch.setattr(checkpoint, "read_state", spy)
+    given = {"light_t.size": "tiny", "train.epochs": 1}
+    limits: list[dict[str, object]] = [{"train.max_steps": 1}, {"train.max_steps": 2}, {}, {}]
+    with dist.session() as world:
+        for limit in limits:
+            options = tiny_options(tiny_corpus, "visual", tmp_path / "run", **given, **limit)
+            config = resolve("visual", None, options)
+            assert run_stage(config, world, StopRequest()) == (not limit)
+        assert read == ["step-00000001", "step-00000002", "step-00000005"]
+        for manifest in (tmp_path / "run" / "checkpoints").glob("*/manifest.json"):
+            manifest.unlink()
+        monkeypatch.setattr("flallm_ds.training.stages.build_task", lambda *_: pytest.fail("was built"))
+        with pytest.raises(UserError, match=r"Cannot resume from .*: no checkpoint is whole\."):
+            run_stage(config, world, StopRequest())
 
 
 def test_each_score_stands_next_to_the_highest_that_the_tokenizer_allows(
