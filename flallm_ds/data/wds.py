@@ -39,7 +39,8 @@ def decode_clip(
     num_frames, fps, width, height, gloss), and webdataset's own `__key__` and `__url__`.
     Raises ValueError, here for impossible values, there for a broken clip: with its key, its tar and why.
     """
-    return partial(_decode, FrameSampling(keep_every, max_frames, target_fps, cap), train)
+    sampling = FrameSampling(keep_every, max_frames, target_fps, cap)
+    return partial(_decode, sampling, train)
 
 
 def _decode(sampling: FrameSampling, train: bool, sample: Mapping[str, Any]) -> dict[str, Any]:

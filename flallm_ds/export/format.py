@@ -80,10 +80,7 @@ def settings_of(
         "frames": {
             "short_side": min(index.frame_hw),
             "fps": index.options.get("fps"),
-            "keep_every": config.data.keep_every,
-            "target_fps": config.data.target_fps,
-            "max_frames": config.data.max_frames,
-            "cap": config.data.cap,
+            **FrameSampling.of(config.data).settings(),
             "frame_size": config.data.frame_size,
             "crop_size": config.data.crop_size,
             "feature_fps": config.data.feature_fps,
@@ -131,10 +128,7 @@ def base_llm(folder: Path, base: str) -> str:
 
 def frame_sampling(settings: dict[str, Any]) -> FrameSampling:
     """Which frames of a clip the exported model sees."""
-    frames = settings["frames"]
-    return FrameSampling(
-        frames["keep_every"], frames["max_frames"], frames.get("target_fps"), frames.get("cap", "uniform")
-    )
+    return FrameSampling.of_settings(settings["frames"])
 
 
 def find(folder: str | Path) -> Path:

@@ -1,20 +1,19 @@
 """What a folder of features says of itself, and one clip's features as bytes. numpy alone."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 import numpy as np
 
-from flallm_ds.data.sampling import Cap, FrameSampling
+from flallm_ds.data.sampling import SAMPLING_OPTIONS, FrameSampling
 from flallm_ds.errors import UserError
 
 DTYPES = ("float32", "float16")
 MAX_WIDTH = 2**16  # of a feature; the widest encoders have 6,144
 # The options of a run (data.NAME) that decide which pixels the encoder saw.
-OPTIONS = ("keep_every", "target_fps", "max_frames", "cap", "frame_size", "crop_size", "augment")
+OPTIONS = (*SAMPLING_OPTIONS, "frame_size", "crop_size", "augment")
 
 
 @dataclass(frozen=True)
@@ -65,10 +64,7 @@ class FeatureFacts:
                 and all(isinstance(text, str) for text in texts)
                 and len(entry["shards"]) % facts.views == 0
                 and set(facts.options) == set(OPTIONS)
-                and all(type(facts.options[name]) is int for name in ("keep_every", "max_frames"))
-                and facts.options["cap"] in get_args(Cap)
-                and math.isfinite(facts.options["target_fps"] or 1)
-                and facts.sampling is not None
+                and facts.sampling.has_types()
             )
         except (KeyError, TypeError, ValueError):  # the last of a sampling that cannot be
             whole = False
@@ -82,9 +78,7 @@ class FeatureFacts:
     @property
     def sampling(self) -> FrameSampling:
         """Which frames the encoder saw."""
-        return FrameSampling(
-            *(self.options[name] for name in ("keep_every", "max_frames", "target_fps", "cap"))
-        )
+        return FrameSampling.of_settings(self.options)
 
     def check_sizes(self, num_frames: np.ndarray, fps: np.ndarray, sizes: np.ndarray) -> None:
         """Raise ValueError where a clip's bytes are too few for its features."""
@@ -100,9 +94,9 @@ class FeatureFacts:
     @property
     def seed_matters(self) -> bool:
         """Whether anything was drawn."""
-        of = self.options
-        still = of["keep_every"] == 1 and of["target_fps"] is None and of["cap"] == "uniform"
-        return self.training and not (still and of["crop_size"] == of["frame_size"] and not of["augment"])
+        crops = self.options["crop_size"] != self.options["frame_size"]
+        augments = crops or bool(self.options["augment"])
+        return self.training and (augments or not self.sampling.draws_nothing)
 
 
 def to_npy(features_SD: np.ndarray) -> bytes:

@@ -1,6 +1,9 @@
+from dataclasses import fields
+
 import numpy as np
 import pytest
 
+from flallm_ds.config import DataConfig
 from flallm_ds.data.sampling import FrameSampling, sample_rng
 
 
@@ -149,3 +152,19 @@ def test_random_numbers_belong_to_seed_epoch_and_sample():
     assert sample_rng(0, 0, 0).random(4).tolist() == base
     others = [sample_rng(*place).random(4).tolist() for place in ((1, 0, 0), (0, 1, 0), (0, 0, 1))]
     assert base not in others and len({tuple(o) for o in others}) == 3
+
+
+# --- options and stored settings
+
+
+def test_options_and_stored_settings_hold_the_same_sampling():
+    sampling = FrameSampling(keep_every=2, max_frames=30, target_fps=12.5, cap="segment")
+    options = DataConfig(keep_every=2, max_frames=30, target_fps=12.5, cap="segment")
+    assert FrameSampling.of(options) == sampling
+    assert FrameSampling.of_settings({"frame_size": 64} | sampling.settings()) == sampling
+    assert FrameSampling.of_settings({"keep_every": 2, "max_frames": 30}) == FrameSampling(2, 30)
+
+
+def test_settings_have_every_field_in_the_order_of_files_made_before():
+    assert list(FrameSampling().settings()) == ["keep_every", "target_fps", "max_frames", "cap"]
+    assert set(FrameSampling().settings()) == {field.name for field in fields(FrameSampling)}
