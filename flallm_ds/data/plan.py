@@ -1,9 +1,11 @@
 """The order of an epoch as a pure function: which clips form which step, before a byte is read.
 
-Shards are shuffled, windows of shards mixed, clips bucketed by length and cut into global batches; a global
-batch is dealt into `slices` micro-batches of nearly equal frames. Rank r of a world of W takes the slices
-r*slices/W to (r+1)*slices/W, so 1 rank x 4 micro-batches and 2 x 2 see the same micro-batches, and every
-rank has the same number of steps.
+Shards are shuffled, windows of shards are mixed, clips are bucketed by length and cut into global
+batches. A global batch is dealt into `slices` micro-batches of nearly equal frames. Rank r of a
+world of W takes the slices r*slices/W to (r+1)*slices/W, so 1 rank x 4 micro-batches and 2 x 2 see
+the same micro-batches, and every rank has the same number of steps.
+
+A row is a clip of the index; a place is a position in the order of an epoch.
 """
 
 import math
@@ -16,19 +18,22 @@ import numpy as np
 from flallm_ds.errors import UserError
 
 VERSION = 4
-# Batches that are bucketed by length together: more pad less, fewer mix better. Small corpora take the least.
+# Least and most batches of a pool, in which clips are bucketed by length. Large pools pad less,
+# small ones mix better; small corpora take the least.
 POOL_BATCHES = (8, 64)
-EPOCH_POOLS = 32  # that an epoch should have at least, before its pools grow
+EPOCH_POOLS = 32  # an epoch has this many pools before its pools grow
 WINDOW_SHARDS = 16  # shards whose clips are mixed
-_JITTER = 0.1  # of a length, so that neighbours in length are not the same in every epoch
+# Share of a length that is added at random, so that a clip has other neighbours in each epoch.
+_JITTER = 0.1
+_MAX_SWAPS = 8  # for each micro-batch, when the micro-batches of a step are evened out
 
 
 @dataclass(frozen=True)
 class PlanState:
-    """Where a run is in its data, as a few plain values; enough to go on to the bit, at any world size.
+    """Where a run is in its data: plain values that resume it to the bit, at any world size.
 
-    batch_frames is 0 where `batch_clips` cuts the batches; weights are empty where every clip counts alike.
-    features: the digest of cached features, empty for video.
+    batch_frames is 0 where `batch_clips` cuts the batches; weights are empty where every clip
+    counts alike. features: the digest of cached features, empty for video.
     """
 
     version: int
@@ -44,32 +49,37 @@ class PlanState:
 
     def check_same_plan(self, other: "PlanState") -> None:
         """Raise UserError that says what differs if `other` belongs to another plan."""
-        mine, its = asdict(self), asdict(other)
-        for name in (f.name for f in fields(self) if f.name not in ("epoch", "step")):
-            if mine[name] != its[name]:
+        mine, saved = asdict(self), asdict(other)
+        for name in mine:
+            if name not in ("epoch", "step") and mine[name] != saved[name]:
                 raise UserError(
-                    f"the data's {name} must be {its[name]!r} as in the checkpoint, but is {mine[name]!r} "
-                    "now. Use the shards and options the run began with, or start another run folder."
+                    f"the data's {name} must be {saved[name]!r} as in the checkpoint, but is "
+                    f"{mine[name]!r} now. Use the shards and options the run began with, or start "
+                    "another run folder."
                 )
 
     @classmethod
     def load(cls, saved: dict[str, Any]) -> "PlanState":
-        """From what `asdict` gave and JSON kept. Raises UserError where another version wrote it."""
-        names = {f.name for f in fields(cls)}
+        """Read what `asdict` gave and JSON kept.
+
+        Raises UserError where another version wrote it.
+        """
+        names = {field.name for field in fields(cls)}
         if set(saved) != names:
             raise UserError(
-                f"the data's version must be {VERSION}, but the checkpoint's is {saved.get('version')}. "
-                "Start another run folder, or go on with the version of flallm_ds that began the run."
+                f"the data's version must be {VERSION}, but the checkpoint's is "
+                f"{saved.get('version')}. Start another run folder, or go on with the version of "
+                "flallm_ds that began the run."
             )
         return cls(**saved | {"weights": tuple(saved["weights"])})
 
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """One epoch as places: `order[p]` is the clip (row of the index) at place p; `ends[i]` closes batch i.
+    """One epoch: `order[p]` is the row at place p; batch i ends before place `ends[i]`.
 
-    passes[p] is how often that clip came before: its random draws come from there. It is the epoch, unless
-    corpora are mixed by weights. num_kept: kept frames of each clip of the index.
+    passes[p] is how often that clip came before: its random draws come from there. It is the epoch,
+    unless corpora are mixed by weights. num_kept: kept frames of each row, int (clips,).
     """
 
     order: np.ndarray
@@ -83,26 +93,32 @@ class EpochPlan:
         return len(self.ends)
 
     def batch(self, step: int) -> np.ndarray:
-        """The clips (rows of the index) of a global batch."""
+        """Return the rows of a global batch."""
         return self.order[self._begin(step) : self.ends[step]]
 
     def slices_of(self, step: int) -> list[np.ndarray]:
-        """The clips (rows of the index) of each micro-batch of a step."""
+        """Return the rows of each micro-batch of a step."""
         return [self.order[places] for places in self.places_of(step)]
 
     def places_of(self, step: int) -> list[np.ndarray]:
-        """The batch dealt into micro-batches, as places; with fewer clips than slices some are empty.
+        """Return the places of each micro-batch of a step, nearly equal in frames.
 
-        Dealt there and back again by length, then evened out by swaps: ranks wait for the fullest one.
+        With fewer clips than slices some micro-batches are empty.
         """
         kept = self.num_kept[self.batch(step)]
-        place = np.arange(len(kept))
-        lane = place % self.slices
-        lane = np.where(place // self.slices % 2 == 0, lane, self.slices - 1 - lane)
+
+        # Deal the clips in serpentine order of length: with 3 slices 0 1 2 2 1 0 0 1 2 ...
+        turn, position = np.divmod(np.arange(len(kept)), self.slices)
+        dealt_to = np.where(turn % 2 == 0, position, self.slices - 1 - position)
+
+        # Collect the clips of each micro-batch, longest first.
         by_length = np.argsort(-kept, kind="stable")
-        lanes = [by_length[lane == s] for s in range(self.slices)]
-        _even_out(lanes, kept)
-        return [self._begin(step) + lane for lane in lanes]
+        micro_batches = [by_length[dealt_to == s] for s in range(self.slices)]
+
+        # Ranks wait for the one with the most frames.
+        _even_out(micro_batches, kept)
+        begin = self._begin(step)
+        return [begin + positions for positions in micro_batches]
 
     def _begin(self, step: int) -> int:
         return int(self.ends[step - 1]) if step else 0
@@ -112,11 +128,11 @@ class EpochPlan:
 class Plan:
     """All epochs of a run over one split.
 
-    num_kept: kept frames of each clip, int (clips,). shard: each clip's shard, int (clips,).
-    batch_clips: clips of a global batch at most. batch_frames: kept frames of a global batch at most,
-    instead; a clip with more is a batch of its own.
-    corpus, weights: each clip's corpus, int (clips,), and each corpus's share of an epoch; without weights an
-    epoch holds every clip once. features: their digest, for the state; the order is that of the video.
+    num_kept: kept frames of each row, int (clips,). shard: each row's shard number, int (clips,).
+    batch_clips: clips of a global batch at most. batch_frames: kept frames of a global batch at
+    most, instead; a clip with more is a batch of its own. corpus, weights: each row's corpus, int
+    (clips,), and each corpus's share of an epoch; without weights an epoch holds every clip once.
+    features: the digest of cached features, for the state; the order is that of the video.
     """
 
     fingerprint: str
@@ -131,6 +147,7 @@ class Plan:
     features: str = ""
 
     def state(self, epoch: int, step: int) -> PlanState:
+        """Return what a checkpoint before this step keeps."""
         return PlanState(
             VERSION,
             self.fingerprint,
@@ -145,134 +162,193 @@ class Plan:
         )
 
     def epoch(self, epoch: int) -> EpochPlan:
-        """Training order: shuffled anew each epoch; without weights every clip exactly once."""
+        """Return the training order of an epoch; without weights it has every clip exactly once."""
         rows, passes = self._drawn(epoch)
-        num = len(rows)
         rng = self._rng(epoch)
-        window_of_shard = rng.permutation(int(self.shard.max()) + 1).astype(np.int32) // WINDOW_SHARDS
-        # Stable sorts: others leave equal keys in an order that depends on the processor.
-        mixed = np.argsort(window_of_shard[self.shard[rows]] + rng.random(num), kind="stable")
+
+        # Mix the clips of WINDOW_SHARDS shards at a time, windows and shards in random order.
+        # All sorts are stable: others leave equal keys in an order that depends on the processor.
+        num_shards = int(self.shard.max()) + 1
+        window_of_shard = rng.permutation(num_shards).astype(np.int32) // WINDOW_SHARDS
+        window = window_of_shard[self.shard[rows]]
+        mixed = np.argsort(window + rng.random(len(rows)), kind="stable")
+
+        # Sort each pool of the mixed order by length, with jitter.
+        # Up in one pool and down in the next: a batch that two pools share is of one length, too.
         kept = self.num_kept[rows[mixed]].astype(np.float32)
         pool = self._pools(kept)
-        # Up in one pool and down in the next: a batch that two pools share is of one length, too.
-        length = kept * (1 + _JITTER * rng.random(num, np.float32)) * (1 - 2 * (pool % 2)).astype(np.float32)
-        length /= 4 * np.abs(length).max()  # so that it orders within a pool alone
-        places = mixed[np.argsort(pool + length, kind="stable")]
-        ends = self._cut(self.num_kept[rows[places]])
+        jitter = 1 + _JITTER * rng.random(len(rows), np.float32)
+        direction = (1 - 2 * (pool % 2)).astype(np.float32)
+        length = kept * jitter * direction
+        length /= 4 * np.abs(length).max()  # below 1 / 2: the number of the pool is sorted by first
+        order = mixed[np.argsort(pool + length, kind="stable")]
+
+        # Cut that order into batches, and shuffle the batches of each pool.
+        ends = self._cut(self.num_kept[rows[order]])
         begins = np.concatenate([[0], ends[:-1]])
-        batch_order = np.lexsort((rng.random(len(ends)), pool[begins]))
-        sizes = (ends - begins)[batch_order]
-        ends = np.cumsum(sizes)
-        places = places[np.repeat(begins[batch_order] - (ends - sizes), sizes) + np.arange(num)]
-        return EpochPlan(rows[places], passes[places], ends, self.num_kept, self.slices)
+        shuffled = np.lexsort((rng.random(len(ends)), pool[begins]))
+
+        # Move the clips of each batch to the new place of the batch.
+        new_sizes = (ends - begins)[shuffled]
+        new_ends = np.cumsum(new_sizes)
+        new_begins = new_ends - new_sizes
+        moved_by = np.repeat(begins[shuffled] - new_begins, new_sizes)
+        order = order[moved_by + np.arange(len(rows))]
+        return EpochPlan(rows[order], passes[order], new_ends, self.num_kept, self.slices)
 
     def in_length_order(self) -> EpochPlan:
-        """Evaluation order: every clip exactly once, longest first, so that padding and waiting are least."""
+        """Return the evaluation order: every clip exactly once, longest first.
+
+        So padding, and the waiting of ranks for each other, are least.
+        """
         order = np.argsort(-self.num_kept, kind="stable")
-        return EpochPlan(
-            order, np.zeros_like(order), self._cut(self.num_kept[order]), self.num_kept, self.slices
-        )
+        ends = self._cut(self.num_kept[order])
+        return EpochPlan(order, np.zeros_like(order), ends, self.num_kept, self.slices)
 
     def _rng(self, *what: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, *what, int(self.fingerprint, 16)])
 
     def _drawn(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(rows of an epoch, before any shuffling; how often each came before).
+        """Return the rows of an epoch before any shuffling, and how often each clip came before.
 
-        With weights, a corpus gives a fixed number of clips to each epoch, taken one after another from an
-        endless row of its own shuffles: over the epochs all its clips come equally often.
+        With weights, a corpus gives a fixed number of clips to each epoch. They are taken one after
+        another from an endless sequence of shuffles of the corpus: over the epochs all its clips
+        come equally often.
         """
-        num = len(self.num_kept)
+        num_clips = len(self.num_kept)
         if not self.weights:
-            return np.arange(num, dtype=np.int32), np.full(num, epoch, np.int32)
+            return np.arange(num_clips, dtype=np.int32), np.full(num_clips, epoch, np.int32)
         rows, passes = [], []
         for number, quota in enumerate(self.quotas):
             own = np.flatnonzero(self._corpus == number).astype(np.int32)
-            turns = np.arange(epoch * quota, (epoch + 1) * quota)
-            for n in range(epoch * quota // len(own), -(-(epoch + 1) * quota // len(own))):
-                shuffled = self._rng(n, number, 1).permutation(own)
-                chosen = turns[turns // len(own) == n] % len(own)
-                rows.append(shuffled[chosen])
-                passes.append(np.full(len(chosen), n, np.int32))
+
+            # Where this epoch lies in the endless sequence, and which shuffles that touches.
+            begin, end = epoch * quota, (epoch + 1) * quota
+            shuffle_of, position = np.divmod(np.arange(begin, end), len(own))
+            touched = range(begin // len(own), -(-end // len(own)))
+
+            # A shuffle's number is also how often each of its clips came before.
+            for shuffle in touched:
+                shuffled = self._rng(shuffle, number, 1).permutation(own)
+                chosen = shuffled[position[shuffle_of == shuffle]]
+                rows.append(chosen)
+                passes.append(np.full(len(chosen), shuffle, np.int32))
         return np.concatenate(rows), np.concatenate(passes)
 
     @cached_property
     def quotas(self) -> list[int]:
-        """Clips that each corpus gives to an epoch; their sum is the number of all clips."""
+        """How many clips each corpus gives to an epoch; their sum is the number of all clips."""
         shares = np.array(self.weights) / sum(self.weights)
+        # Rounded where the corpora meet, not each by itself: so the sum is exact.
         ends = np.rint(np.cumsum(shares) * len(self.num_kept)).astype(int)
-        return [int(n) for n in np.diff(ends, prepend=0)]
+        quotas: list[int] = np.diff(ends, prepend=0).tolist()
+        return quotas
 
     @property
     def _corpus(self) -> np.ndarray:
+        """Each row's corpus, int (clips,)."""
         return np.zeros(len(self.num_kept), np.int32) if self.corpus is None else self.corpus
 
     def _pools(self, kept: np.ndarray) -> np.ndarray:
-        """For each place of the mixed order the pool in which it is bucketed by length."""
+        """Return the pool in which each place of the mixed order is bucketed by length, int32.
+
+        kept: kept frames at each place, float32.
+        """
+        # Number the batch of each place. This is near enough: `_cut` cuts the real ones.
         if self.batch_frames:
             batch = (np.cumsum(kept, dtype=np.float64) / self.batch_frames).astype(np.int32)
         else:
             num_batches = -(-len(kept) // self.batch_clips)
             batch = (np.arange(len(kept)) * num_batches // len(kept)).astype(np.int32)
+
+        # Spread the batches over as many pools as the size of a pool allows.
         num_batches = int(batch[-1]) + 1
-        num_pools = -(-num_batches // int(np.clip(num_batches // EPOCH_POOLS, *POOL_BATCHES)))
-        return (np.arange(num_batches, dtype=np.int32) * num_pools // num_batches)[batch]
+        pool_batches = int(np.clip(num_batches // EPOCH_POOLS, *POOL_BATCHES))
+        num_pools = -(-num_batches // pool_batches)
+        pool_of_batch = np.arange(num_batches, dtype=np.int32) * num_pools // num_batches
+        return pool_of_batch[batch]
 
     def _cut(self, kept: np.ndarray) -> np.ndarray:
-        """Where each global batch of this order ends.
+        """Return where each global batch of this order ends.
 
-        With batch_clips the remainder is spread, in units that up to 64 slices share equally, so that none of
-        them has a clip more to do. With batch_frames, each batch has as many clips for each slice.
+        kept: kept frames at each place, int. With batch_frames, the number of clips of a batch is a
+        multiple of the slices where it can be.
         """
         if not self.batch_frames:
-            unit = math.gcd(self.batch_clips, 64)
-            num_units, num_batches = -(-len(kept) // unit), -(-len(kept) // self.batch_clips)
-            return np.minimum(np.arange(1, num_batches + 1) * num_units // num_batches * unit, len(kept))
-        sums = np.concatenate([[0], np.cumsum(kept, dtype=np.int64)])
+            return self._cut_by_clips(len(kept))
+        frames_before = np.concatenate([[0], np.cumsum(kept, dtype=np.int64)])
         ends: list[int] = []
         begin = 0
         while begin < len(kept):
-            end = max(int(sums.searchsorted(sums[begin] + self.batch_frames, "right")) - 1, begin + 1)
+            # As many clips as batch_frames allows, one at least.
+            limit = frames_before[begin] + self.batch_frames
+            end = max(int(frames_before.searchsorted(limit, "right")) - 1, begin + 1)
+            # Each slice the same number of clips; the clips left over begin the next batch.
             if end < len(kept) and end - begin > self.slices:
                 end -= (end - begin) % self.slices
             ends.append(end)
             begin = end
         return np.array(ends)
 
+    def _cut_by_clips(self, num_clips: int) -> np.ndarray:
+        """Return where each global batch ends, the remainder spread over all of them.
 
-def _even_out(lanes: list[np.ndarray], kept: np.ndarray) -> None:
-    """Swap clips between the fullest and the emptiest lane while that brings the two nearer."""
-    loads = np.array([kept[lane].sum() for lane in lanes])
-    for _ in range(8 * len(lanes)):
-        high, low = int(loads.argmax()), int(loads.argmin())
-        excess = loads[high] - loads[low]
-        if excess < 2 or not len(lanes[low]):
+        It is spread in units that up to 64 slices share equally, so that no slice has a clip more
+        to do.
+        """
+        unit = math.gcd(self.batch_clips, 64)
+        num_units = -(-num_clips // unit)
+        num_batches = -(-num_clips // self.batch_clips)
+        end_units = np.arange(1, num_batches + 1) * num_units // num_batches
+        return np.minimum(end_units * unit, num_clips)
+
+
+def _even_out(micro_batches: list[np.ndarray], kept: np.ndarray) -> None:
+    """Swap clips between the fullest and the emptiest micro-batch while that brings the two nearer.
+
+    micro_batches: positions in `kept`, which are changed in place.
+    """
+    frames = np.array([kept[positions].sum() for positions in micro_batches])
+    for _ in range(_MAX_SWAPS * len(micro_batches)):
+        full, empty = int(frames.argmax()), int(frames.argmin())
+        excess = frames[full] - frames[empty]
+        if excess < 2 or not len(micro_batches[empty]):
             return
-        gain = kept[lanes[high]][:, None] - kept[lanes[low]][None, :]
+
+        # The pair of clips whose swap moves nearest to half of the excess.
+        full_kept, empty_kept = kept[micro_batches[full]], kept[micro_batches[empty]]
+        gain = full_kept[:, None] - empty_kept[None, :]
         i, j = np.unravel_index(np.abs(2 * gain - excess).argmin(), gain.shape)
         moved = gain[i, j]
         if not 0 < moved < excess:
             return
-        lanes[high][i], lanes[low][j] = lanes[low][j], lanes[high][i]
-        loads[high] -= moved
-        loads[low] += moved
+
+        from_full, from_empty = micro_batches[full][i], micro_batches[empty][j]
+        micro_batches[full][i], micro_batches[empty][j] = from_empty, from_full
+        frames[full] -= moved
+        frames[empty] += moved
 
 
 def temperature_weights(sizes: list[int], temperature: float) -> tuple[float, ...]:
-    """Each corpus's share of an epoch: its size to the power 1 / temperature.
+    """Return each corpus's share of an epoch: its size to the power 1 / temperature.
 
-    1 keeps the sizes, higher evens corpora out. Source: mBART and M2M-100 (arXiv 2001.08210, 2010.11125).
+    A temperature of 1 keeps the sizes, a higher one evens the corpora out. Source: mBART and
+    M2M-100 (arXiv 2001.08210, 2010.11125).
     """
     raised = np.array(sizes, np.float64) ** (1 / temperature)
     return tuple((raised / raised.sum()).tolist())
 
 
 def slices_of_rank(slices: int, rank: int, world_size: int) -> range:
-    """The micro-batches that a rank computes, in order. Raises UserError if they cannot be dealt equally."""
+    """Return the micro-batches that a rank computes, in order.
+
+    Raises UserError if they cannot be dealt equally.
+    """
     if slices % world_size:
         raise UserError(
-            f"data.micro_batches must be a multiple of the number of ranks ({world_size}), but is {slices}. "
-            f"Give --data.micro_batches={-(-slices // world_size) * world_size}, or other ranks."
+            f"data.micro_batches must be a multiple of the number of ranks ({world_size}), but is "
+            f"{slices}. Give --data.micro_batches={-(-slices // world_size) * world_size}, or "
+            "other ranks."
         )
     each = slices // world_size
     return range(rank * each, (rank + 1) * each)
