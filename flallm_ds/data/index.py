@@ -108,9 +108,9 @@ class Table(Mapping[str, np.ndarray]):
 class Index:
     """One split of a shard folder. Columns are arrays of length `len(index)`, one entry a clip.
 
-    shards: all tars; of features, the views of a shard are beside each other, and `views` counts them.
-    fingerprint: of the clips, which the order comes from; of features, that of the video they were made from.
-    features: what they are, one entry a folder; empty for video.
+    shards: all tars; of features, the views of a shard are next to each other, and `views` counts
+    them. fingerprint: of the clips, which the order comes from; of features, that of the video they
+    were made from. features: what they are, one entry a folder; empty for video.
     """
 
     store: Store
@@ -119,10 +119,10 @@ class Index:
     fingerprint: str
     shards: tuple[Shard, ...]
     arrays: Mapping[str, np.ndarray]
-    options: dict[str, Any] = field(default_factory=dict)  # of build.py, where one build made the shards
-    corpora: tuple[str, ...] = ()  # of several joined shard folders; `arrays["corpus"]` says whose a clip is
+    options: dict[str, Any] = field(default_factory=dict)  # of build.py, if one build made all
+    corpora: tuple[str, ...] = ()  # of joined shard folders; `arrays["corpus"]` numbers them
     features: tuple[FeatureFacts, ...] = ()
-    views: np.ndarray | None = None  # tars of each shard number, int (shards,); None: one each
+    views: np.ndarray | None = None  # read `views_of_shard`, which has ones where this is None
 
     def __len__(self) -> int:
         return len(self.arrays["num_frames"])
@@ -138,15 +138,18 @@ class Index:
         return int(self.arrays["height"].max()), int(self.arrays["width"].max())
 
     def corpus_of(self, row: int) -> str:
-        """The corpus that a clip belongs to."""
+        """Return the corpus that a clip belongs to."""
         return self.corpora[int(self.arrays["corpus"][row])] if self.corpora else self.corpus
 
     def own_row(self, row: int) -> int:
-        """The clip's row in its own folder: its random numbers come from there, whatever is joined to it."""
+        """Return the clip's row in its own folder.
+
+        Its random numbers come from that row, whatever is joined to the folder.
+        """
         return int(self.arrays["own_row"][row]) if self.corpora else row
 
     def features_of(self, row: int) -> FeatureFacts:
-        """What the clip's features are."""
+        """Return what the clip's features are."""
         return self.features[int(self.arrays["corpus"][row]) if self.corpora else 0]
 
     @property
@@ -154,27 +157,37 @@ class Index:
         """Sixteen hex digits that differ whenever a byte of the features does; empty for video."""
         if not self.features:
             return ""
-        return hashlib.sha256("+".join(facts.digest for facts in self.features).encode()).hexdigest()[:16]
+        digests = "+".join(facts.digest for facts in self.features)
+        return hashlib.sha256(digests.encode()).hexdigest()[:16]
 
     @cached_property
-    def _first_tar(self) -> np.ndarray:
-        assert self.views is not None
-        first: np.ndarray = np.cumsum(self.views) - self.views
-        return first
-
-    def tars(self, rows: Any, passes: Any) -> Any:
-        """Places in `shards` of clips that came so often before: each pass reads the next view."""
-        shard = self.arrays["shard"][rows]
-        return shard if self.views is None else self._first_tar[shard] + passes % self.views[shard]
-
-    def tar(self, row: int, passes: int = 0) -> Shard:
-        """The tar of a clip that came so often before."""
-        return self.shards[int(self.tars(row, passes))]
+    def views_of_shard(self) -> np.ndarray:
+        """Tars of each shard number, int (shards,): one of video, one for each view of features."""
+        return np.ones(len(self.shards), np.int64) if self.views is None else self.views
 
     @property
     def num_shards(self) -> int:
-        """Shard numbers; for features there are more tars."""
-        return len(self.shards) if self.views is None else len(self.views)
+        """How many shard numbers there are; of features there are more tars."""
+        return len(self.views_of_shard)
+
+    @cached_property
+    def _first_tar(self) -> np.ndarray:
+        """Place in `shards` of the first tar of each shard number."""
+        first: np.ndarray = np.cumsum(self.views_of_shard) - self.views_of_shard
+        return first
+
+    def tars(self, rows: Any, passes: Any) -> Any:
+        """Return the places in `shards` of clips that came so often before.
+
+        rows, passes: int, or int arrays of one shape. Each pass reads the next view.
+        """
+        shard = self.arrays["shard"][rows]
+        view = passes % self.views_of_shard[shard]
+        return self._first_tar[shard] + view
+
+    def tar(self, row: int, passes: int = 0) -> Shard:
+        """Return the tar of a clip that came so often before."""
+        return self.shards[int(self.tars(row, passes))]
 
     def strings(self, name: str) -> StringColumn:
         """A string column (one of `STRING_COLUMNS`), decoded row by row when read."""
@@ -329,7 +342,9 @@ def _open_table(
 
 def write_table(path: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Write one split's rows (a dict of every column each) and return what index.json must say of it."""
-    arrays = {name: np.asarray([row[name] for row in rows], dtype=dtype) for name, dtype in COLUMNS.items()}
+    arrays = {}
+    for name, dtype in COLUMNS.items():
+        arrays[name] = np.asarray([row[name] for row in rows], dtype=dtype)
     for name in STRING_COLUMNS:
         arrays |= StringColumn.columns(name, [row[name] for row in rows])
     return write_arrays(path, arrays)

@@ -1,4 +1,4 @@
-"""Several shard folders as one split: their clips one after another, each with its corpus and language."""
+"""Several shard folders as one split. Each of the clips knows its corpus and its language."""
 
 import hashlib
 from collections import ChainMap
@@ -18,31 +18,34 @@ from flallm_ds.errors import UserError
 def open_indexes(
     shards: str | Path | Sequence[str | Path], split: str, cache: CacheOptions | None = None
 ) -> Index:
-    """The index of one split of one shard folder (or address), or of several joined.
+    """Open the index of one split of one shard folder (or address), or of several joined.
 
-    Languages are tags, however the folders name them. Raises UserError as `load_index` does, or where a
-    folder is named twice, video is mixed with features, or a language is unknown.
+    Languages are tags, however the folders name them. Raises UserError as `load_index` does, or
+    where a folder is named twice, video is mixed with features, or a language is unknown.
     """
     roots = [shards] if isinstance(shards, str | Path) else list(shards)
     if not roots:
-        raise UserError("data.shards must name a shard folder, but is empty. Give --data.shards=FOLDER.")
-    if len(set(map(str, roots))) < len(roots):
         raise UserError(
-            f"data.shards must name each shard folder once, but is {', '.join(map(str, roots))}. "
+            "data.shards must name a shard folder, but is empty. Give --data.shards=FOLDER.",
+        )
+    names = [str(root) for root in roots]
+    if len(set(names)) < len(names):
+        raise UserError(
+            f"data.shards must name each shard folder once, but is {', '.join(names)}. "
             "Give a corpus more weight with --data.weights."
         )
     indexes = [with_language_tags(load_index(root, split, cache)) for root in roots]
     for index in indexes:
         if not len(index):
             raise UserError(
-                f"split {split} must hold a clip, got none in {index.root}. Build it with clips, or name "
-                "another folder."
+                f"split {split} must hold a clip, got none in {index.root}. Build it with clips, "
+                "or name another folder."
             )
     kinds = {"features" if index.features else "video": index.root for index in indexes}
     if len(kinds) > 1:
         raise UserError(
-            f"data.shards must all be video or all be features, but {kinds['video']} is video and "
-            f"{kinds['features']} is features. Make features of all with launch/features.py."
+            f"data.shards must all be video or all be features, but {kinds['video']} is video "
+            f"and {kinds['features']} is features. Make features of all with launch/features.py."
         )
     return indexes[0] if len(indexes) == 1 else join(indexes)
 
@@ -53,68 +56,104 @@ def with_language_tags(index: Index) -> Index:
     The order of the clips does not change: it comes from the fingerprint.
     Raises UserError for an unknown language.
     """
-    names, numbers = _distinct(index.arrays["language"], index.arrays["language_ends"])
+    names, number_of_row = _distinct(index.arrays["language"], index.arrays["language_ends"])
     what = f"the language of each {index.split} clip in {index.root}"
     tags = [language_tag(name, what) if name else "" for name in names]
     if tags == names:
         return index
-    column = StringColumn.columns("language", [tags[number] for number in numbers.tolist()])
-    arrays = ChainMap(column, index.arrays)  # type: ignore[arg-type]  # read alone
+    tag_of_row = [tags[number] for number in number_of_row.tolist()]
+    columns = StringColumn.columns("language", tag_of_row)
+    arrays = ChainMap(columns, index.arrays)  # type: ignore[arg-type]  # read alone
     return replace(index, arrays=arrays)
 
 
 def _distinct(blob: np.ndarray, ends: np.ndarray) -> tuple[list[str], np.ndarray]:
-    """(distinct strings of a column, the number of each row's string); 0.2 s for a million rows."""
+    """Return the distinct strings of a column, and the number of each row's string, int64 (rows,).
+
+    It takes 0.2 s for a million rows.
+    """
     sizes = np.diff(ends, prepend=0)
     names: list[str] = []
-    numbers = np.zeros(len(ends), np.int64)
-    # Strings of one length are the rows of a matrix of bytes, which NumPy sorts as strings.
+    number_of_row = np.zeros(len(ends), np.int64)
     for size in np.unique(sizes).tolist():
+        # Strings of one length are the rows of a matrix of bytes.
         rows = np.flatnonzero(sizes == size)
-        letters = blob[(ends[rows] - size)[:, None] + np.arange(size)]
+        begins = ends[rows] - size
+        letters = blob[begins[:, None] + np.arange(size)]
+
+        # NumPy sorts each row as one string; it has none of length 0.
         strings = letters.view(f"S{size}").ravel() if size else np.full(len(rows), b"")
         distinct, found = np.unique(strings, return_inverse=True)
-        numbers[rows] = len(names) + found
+
+        # The new strings are numbered behind those of other lengths.
+        number_of_row[rows] = len(names) + found
         names += [string.decode("utf-8", errors="replace") for string in distinct.tolist()]
-    return names, numbers
+    return names, number_of_row
 
 
 def join(indexes: Sequence[Index]) -> Index:
-    """One index of all clips of several. Keys begin with their folder's place: folders number alike."""
-    arrays = {name: np.concatenate([index.arrays[name] for index in indexes]) for name in COLUMNS}
-    counts = [len(index) for index in indexes]
-    num_shards = np.cumsum([0, *(index.num_shards for index in indexes)])
-    arrays["shard"] = arrays["shard"] + np.repeat(num_shards[:-1], counts).astype(np.int32)
-    arrays["corpus"] = np.repeat(np.arange(len(indexes), dtype=np.int32), counts)
-    arrays["own_row"] = np.concatenate([np.arange(count, dtype=np.int32) for count in counts])
+    """Join several indexes to one of all their clips.
+
+    Keys begin with the place of their folder: keys of two folders may be the same.
+    """
+    num_clips = [len(index) for index in indexes]
+    arrays: dict[str, np.ndarray] = {}
+    for name in COLUMNS:
+        arrays[name] = np.concatenate([index.arrays[name] for index in indexes])
     for name in STRING_COLUMNS:
-        if name == "key":
-            keys = (f"{n}_{key}" for n, index in enumerate(indexes) for key in index.strings(name))
-            arrays |= StringColumn.columns(name, list(keys))
-            continue
-        blobs = [index.arrays[name] for index in indexes]
-        begins = np.cumsum([0, *map(len, blobs)])
-        ends = [index.arrays[f"{name}_ends"] + b for index, b in zip(indexes, begins, strict=False)]
-        arrays |= {name: np.concatenate(blobs), f"{name}_ends": np.concatenate(ends)}
-    content = "+".join(index.fingerprint for index in indexes)
+        arrays |= _joined_keys(indexes) if name == "key" else _joined_strings(indexes, name)
+
+    # Shard numbers of a folder follow those of the folders before it.
+    num_shards = [index.num_shards for index in indexes]
+    first_shard = np.cumsum([0, *num_shards[:-1]])
+    arrays["shard"] = arrays["shard"] + np.repeat(first_shard, num_clips).astype(np.int32)
+
+    # Each clip knows its folder, and its row there.
+    arrays["corpus"] = np.repeat(np.arange(len(indexes), dtype=np.int32), num_clips)
+    arrays["own_row"] = np.concatenate([np.arange(num, dtype=np.int32) for num in num_clips])
+
+    # Each tar is read from the store of its folder, the first one where two hold the same tar.
+    store_of: dict[Shard, Store] = {}
+    for index in reversed(indexes):
+        store_of |= dict.fromkeys(index.shards, index.store)
+
+    fingerprints = "+".join(index.fingerprint for index in indexes)
     return Index(
         corpus="+".join(index.corpus for index in indexes),
         split=indexes[0].split,
-        fingerprint=hashlib.sha256(content.encode()).hexdigest()[:16],
+        fingerprint=hashlib.sha256(fingerprints.encode()).hexdigest()[:16],
         shards=tuple(shard for index in indexes for shard in index.shards),
         arrays=arrays,
-        store=JoinedStore({shard: index.store for index in reversed(indexes) for shard in index.shards}),
+        store=JoinedStore(store_of),
         corpora=tuple(index.corpus for index in indexes),
         features=tuple(facts for index in indexes for facts in index.features),
-        views=np.concatenate([v for index in indexes if (v := index.views) is not None])
-        if indexes[0].features
-        else None,
+        views=np.concatenate([index.views_of_shard for index in indexes]),
     )
+
+
+def _joined_keys(indexes: Sequence[Index]) -> dict[str, np.ndarray]:
+    """Return the two arrays of all keys, each key with the place of its index before it."""
+    keys: list[str] = []
+    for number, index in enumerate(indexes):
+        keys += [f"{number}_{key}" for key in index.strings("key")]
+    return StringColumn.columns("key", keys)
+
+
+def _joined_strings(indexes: Sequence[Index], name: str) -> dict[str, np.ndarray]:
+    """Return the two arrays of a string column of all indexes."""
+    blobs, ends = [], []
+    begin = 0
+    for index in indexes:
+        blob = index.arrays[name]
+        blobs.append(blob)
+        ends.append(index.arrays[f"{name}_ends"] + begin)
+        begin += len(blob)
+    return {name: np.concatenate(blobs), f"{name}_ends": np.concatenate(ends)}
 
 
 @dataclass(frozen=True)
 class JoinedStore:
-    """The stores of several folders: each shard is asked of its own."""
+    """The stores of several folders: each shard is read from the store of its folder."""
 
     store_of: dict[Shard, Store]
 
@@ -123,7 +162,9 @@ class JoinedStore:
         return ", ".join(dict.fromkeys(store.root for store in self.store_of.values()))
 
     def file(self, name: str, sha256: str | None = None) -> Path:
-        raise UserError(f"{name} must be asked of one shard folder, but here are several: {self.root}.")
+        raise UserError(
+            f"{name} must be asked of one shard folder, but here are several: {self.root}.",
+        )
 
     def open(self, shard: Shard) -> BinaryIO:
         return self.store_of[shard].open(shard)
@@ -137,8 +178,10 @@ class JoinedStore:
             store.check(own, checksums)
 
     def _by_store(self, shards: Sequence[Shard]) -> list[tuple[Store, list[Shard]]]:
-        parts: dict[int, tuple[Store, list[Shard]]] = {}
+        """Return each store with the shards that are its own, in their order."""
+        shards_of: dict[int, tuple[Store, list[Shard]]] = {}
         for shard in shards:
             store = self.store_of[shard]
-            parts.setdefault(id(store), (store, []))[1].append(shard)
-        return list(parts.values())
+            _, own = shards_of.setdefault(id(store), (store, []))
+            own.append(shard)
+        return list(shards_of.values())
