@@ -41,7 +41,8 @@ class OurLoader:
         self, shards: Path, keep_every: int, batch_clips: int, threads: int, epochs: int = 1
     ) -> None:
         # Not above: torch takes seconds to import, and the plan has no use for it.
-        from flallm_ds.data.loader import ClipReader, Loader
+        from flallm_ds.data.loader import Loader
+        from flallm_ds.data.readers import ClipReader
 
         index = load(shards)
         plan = plan_of(index, keep_every=keep_every, batch_clips=batch_clips, slices=1)

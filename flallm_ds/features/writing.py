@@ -18,8 +18,9 @@ from flallm_ds.batch import Batch
 from flallm_ds.config import RunConfig
 from flallm_ds.data.device import on_device
 from flallm_ds.data.index import check_video, read_manifest
-from flallm_ds.data.loader import BrokenClips, Clip, ClipReader, Loader
+from flallm_ds.data.loader import BrokenClips, Loader
 from flallm_ds.data.plan import EpochPlan
+from flallm_ds.data.readers import Clip, ClipReader
 from flallm_ds.errors import Preempted, RankError, UserError, require
 from flallm_ds.features.facts import OPTIONS
 from flallm_ds.features.folder import TRAINING, FeatureFolder, Job, share

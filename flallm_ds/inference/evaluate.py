@@ -10,7 +10,8 @@ from flallm_ds import dist, export
 from flallm_ds.batch import Hypothesis
 from flallm_ds.config import DataConfig, RunConfig
 from flallm_ds.data.index import Index
-from flallm_ds.data.loader import ClipReader, Loader
+from flallm_ds.data.loader import Loader
+from flallm_ds.data.readers import ClipReader
 from flallm_ds.data.text.codec import TextCodec
 from flallm_ds.errors import UserError
 from flallm_ds.features.checks import check_evaluation, check_features

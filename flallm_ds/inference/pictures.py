@@ -10,8 +10,8 @@ import numpy as np
 from flallm_ds import export
 from flallm_ds.batch import Hypothesis
 from flallm_ds.config import RunConfig
-from flallm_ds.data.loader import ClipReader
 from flallm_ds.data.mixture import open_indexes
+from flallm_ds.data.readers import ClipReader
 from flallm_ds.data.sampling import FrameSampling
 from flallm_ds.data.storage.store import CacheOptions
 from flallm_ds.errors import UserError

@@ -14,8 +14,8 @@ from transformers import TextStreamer
 from flallm_ds import export
 from flallm_ds.batch import Batch
 from flallm_ds.data.codecs.video import Video
-from flallm_ds.data.loader import NUM_DRAWS
 from flallm_ds.data.preprocess import Preprocess
+from flallm_ds.data.readers import NUM_DRAWS
 from flallm_ds.data.text.codec import Wording
 from flallm_ds.data.text.languages import tag_of
 from flallm_ds.errors import UserError

@@ -16,9 +16,10 @@ import torch
 from flallm_ds.batch import Batch
 from flallm_ds.config import RunConfig
 from flallm_ds.data.index import Index
-from flallm_ds.data.loader import BrokenClips, ClipReader, Loader
+from flallm_ds.data.loader import BrokenClips, Loader
 from flallm_ds.data.plan import EpochPlan, Plan
 from flallm_ds.data.preprocess import Preprocess
+from flallm_ds.data.readers import ClipReader
 from flallm_ds.data.text.codec import TextCodec, Wording
 from flallm_ds.dist import World, all_reduce_sum
 from flallm_ds.errors import UserError

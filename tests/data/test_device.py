@@ -15,8 +15,8 @@ import torch
 
 from flallm_ds.batch import Batch, EncodedBatch
 from flallm_ds.data import device
-from flallm_ds.data.buffers import FrameBuffers
 from flallm_ds.data.device import BrokenJpeg, decode_on_device, on_device
+from flallm_ds.data.readers import FrameBuffers
 from flallm_ds.errors import RankError, UserError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -17,9 +17,10 @@ from flallm_ds.batch import Batch
 from flallm_ds.data.codecs.avi import frame_spans, pack_frames
 from flallm_ds.data.codecs.decode import FAST
 from flallm_ds.data.index import Index, Shard, StringColumn, load_index
-from flallm_ds.data.loader import BrokenClips, ClipReader, Loader, open_loader
+from flallm_ds.data.loader import BrokenClips, Loader, open_loader
 from flallm_ds.data.mixture import open_indexes
 from flallm_ds.data.plan import Plan
+from flallm_ds.data.readers import ClipReader
 from flallm_ds.data.sampling import FrameSampling
 from flallm_ds.data.storage.store import LocalStore
 from flallm_ds.data.text.codec import Instruction, TextCodec
@@ -526,6 +527,6 @@ def test_pickles_in_a_shard_are_never_read(tiny_shards, codec, tmp_path):
 def test_a_fault_of_ours_is_not_taken_for_a_broken_clip(train, codec):
     loader = loader_of(train, codec, broken=BrokenClips(budget=100))
     columns = {name: column for name, column in train.arrays.items() if name != "offset"}
-    loader.reader = replace(loader.reader, index=replace(train, arrays=columns))
+    reader = replace(loader.reader, index=replace(train, arrays=columns))
     with pytest.raises(KeyError):
-        list(loader.steps())
+        list(Loader(reader, loader.plan, codec, broken=loader.broken).steps())

@@ -13,8 +13,8 @@ from safetensors.numpy import load_file, save_file
 
 from flallm_ds import command
 from flallm_ds.data.index import STRING_COLUMNS, fingerprint, iter_rows, load_index, read_manifest
-from flallm_ds.data.loader import ClipReader
 from flallm_ds.data.mixture import open_indexes
+from flallm_ds.data.readers import ClipReader
 from flallm_ds.data.sampling import FrameSampling
 from flallm_ds.errors import UserError
 from flallm_ds.files import file_sha256, publish_folder

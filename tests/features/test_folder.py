@@ -14,9 +14,10 @@ import torch
 import webdataset
 
 from flallm_ds.data.index import Index, load_index, read_manifest
-from flallm_ds.data.loader import BrokenClips, ClipReader, Loader, open_loader
+from flallm_ds.data.loader import BrokenClips, Loader, open_loader
 from flallm_ds.data.mixture import open_indexes
 from flallm_ds.data.plan import Plan
+from flallm_ds.data.readers import ClipReader
 from flallm_ds.data.sampling import FrameSampling
 from flallm_ds.errors import RankError, UserError
 from flallm_ds.features.facts import OPTIONS, from_npy, to_npy

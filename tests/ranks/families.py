@@ -11,8 +11,9 @@ from flallm_ds import dist, export
 from flallm_ds.batch import Batch
 from flallm_ds.command import main
 from flallm_ds.config import RunConfig
-from flallm_ds.data.loader import ClipReader, Loader
+from flallm_ds.data.loader import Loader
 from flallm_ds.data.plan import Plan
+from flallm_ds.data.readers import ClipReader
 from flallm_ds.inference.translator import Translator
 from flallm_ds.models.sign_translator import Candidate
 from flallm_ds.recipes import resolve

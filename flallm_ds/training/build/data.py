@@ -10,9 +10,10 @@ from flallm_ds.config import DataConfig, RunConfig
 from flallm_ds.data import mixture
 from flallm_ds.data.device import check_nvjpeg
 from flallm_ds.data.index import Index, read_manifest
-from flallm_ds.data.loader import BrokenClips, ClipReader
+from flallm_ds.data.loader import BrokenClips
 from flallm_ds.data.plan import Plan, slices_of_rank, temperature_weights
 from flallm_ds.data.preprocess import Preprocess
+from flallm_ds.data.readers import ClipReader
 from flallm_ds.data.sampling import FrameSampling
 from flallm_ds.data.storage.store import CacheOptions, open_store
 from flallm_ds.data.text.codec import TextCodec
