@@ -1,4 +1,7 @@
-"""Sequences of visual features at another rate (corpora of 24, 25, 30 or 50 frames a second), and masked."""
+"""Sequences of visual features: resampled to another rate, and masked.
+
+Corpora have 24, 25, 30 or 50 frames a second.
+"""
 
 from dataclasses import dataclass
 from fractions import Fraction
@@ -8,60 +11,80 @@ import torch
 from torchaudio import functional as F
 from torchaudio.transforms import TimeMasking
 
-MAX_DENOMINATOR = 24  # of the ratio of rates: the filter bank grows with it, and 25 / 29.97 is 5 / 6 to 0.1 %
-_LEAST_WEIGHT = 1e-3  # of the real features in an output place; the filter's side lobes alone are no signal
+# Of the ratio of two rates: the filter bank grows with it, and 25 / 29.97 is 5 / 6 to 0.1 %.
+MAX_DENOMINATOR = 24
+# Of the real features in an output place: the side lobes of the filter alone are no signal.
+_LEAST_WEIGHT = 1e-3
 
 
 def resample(
     features_BTD: torch.Tensor, lengths_B: torch.Tensor, from_fps: float, to_fps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(features_BSD at `to_fps`, their lengths): anti-aliased along time, each sequence by its own length.
+    """Return features_BSD at `to_fps` and their lengths, anti-aliased along time.
 
-    features_BTD: float, padded with anything; lengths_B: int64, places of each sequence.
-    torchaudio's filter takes what lies beyond a sequence for zeros, which would turn a constant into 0.41 at
-    its end. So each output is divided by what the same filter makes of ones: a constant stays constant, and
-    padding changes nothing. Raises ValueError if a rate is not above 0.
+    features_BTD: float, padded with anything; lengths_B: int64, places of each sequence. Each
+    sequence is resampled by its own length: padding changes nothing.
+    Raises ValueError if a rate is not above 0, or where the rates are too far apart.
     """
     ratio = _ratio(from_fps, to_fps)
     if ratio == 1:
         return features_BTD, lengths_B
-    mask_BT = torch.arange(features_BTD.shape[1], device=features_BTD.device) < lengths_B[:, None]
+    device = features_BTD.device
     new_lengths_B = -(-lengths_B * ratio.numerator // ratio.denominator)
-    together_BCT = torch.cat([features_BTD.masked_fill(~mask_BT[..., None], 0), mask_BT[..., None]], dim=2).mT
-    resampled_BCS = F.resample(together_BCT.contiguous(), ratio.denominator, ratio.numerator)
-    features_BSD = resampled_BCS[:, :-1].mT / resampled_BCS[:, -1:].mT.clamp_min(_LEAST_WEIGHT)
-    new_mask_BS = torch.arange(features_BSD.shape[1], device=features_BTD.device) < new_lengths_B[:, None]
-    return features_BSD.masked_fill(~new_mask_BS[..., None], 0), new_lengths_B
+
+    # Filter the features, with zeros for padding, and next to them a channel of ones.
+    places_T = torch.arange(features_BTD.shape[1], device=device)
+    mask_BT1 = (places_T < lengths_B[:, None])[..., None]
+    masked_BTD = features_BTD.masked_fill(~mask_BT1, 0)
+    together_BCT = torch.cat([masked_BTD, mask_BT1], dim=2).mT.contiguous()
+    resampled_BCS = F.resample(together_BCT, ratio.denominator, ratio.numerator)
+
+    # The filter takes what lies beyond a sequence for zeros, which would turn a constant into 0.41
+    # at its end. Divided by what the filter made of the ones, a constant stays constant.
+    weights_BS1 = resampled_BCS[:, -1:].mT.clamp_min(_LEAST_WEIGHT)
+    features_BSD = resampled_BCS[:, :-1].mT / weights_BS1
+
+    new_places_S = torch.arange(features_BSD.shape[1], device=device)
+    new_mask_BS1 = (new_places_S < new_lengths_B[:, None])[..., None]
+    return features_BSD.masked_fill(~new_mask_BS1, 0), new_lengths_B
 
 
 def _ratio(from_fps: float, to_fps: float) -> Fraction:
+    """Return `to_fps` / `from_fps` with a small denominator.
+
+    Raises ValueError if a rate is not above 0, or where they are too far apart.
+    """
     if min(from_fps, to_fps) <= 0:
         raise ValueError(f"rates must be above 0, but are {from_fps} and {to_fps}")
     ratio = Fraction(to_fps / from_fps).limit_denominator(MAX_DENOMINATOR)
     if ratio == 0:
-        raise ValueError(
-            f"rates must not differ by more than {MAX_DENOMINATOR} times, but are {from_fps}, {to_fps}"
-        )
+        limit = f"rates must not differ by more than {MAX_DENOMINATOR} times"
+        raise ValueError(f"{limit}, but are {from_fps}, {to_fps}")
     return ratio
 
 
 def resampled_lengths(lengths_B: np.ndarray, from_fps_B: np.ndarray, to_fps: float) -> np.ndarray:
-    """What `resample` makes of these lengths at these rates, int64. Raises ValueError as it does."""
+    """Return what `resample` makes of these lengths at these rates, int64 (B,).
+
+    Raises ValueError as `resample` does.
+    """
+    # A corpus has few rates: one ratio for each, not for each clip.
     rates, which_B = np.unique(from_fps_B, return_inverse=True)
     ratios = [_ratio(float(rate), to_fps) for rate in rates]
-    up_B = np.array([ratio.numerator for ratio in ratios], np.int64)[which_B]
-    down_B = np.array([ratio.denominator for ratio in ratios], np.int64)[which_B]
+    up = np.array([ratio.numerator for ratio in ratios], np.int64)
+    down = np.array([ratio.denominator for ratio in ratios], np.int64)
+    up_B, down_B = up[which_B], down[which_B]
     resampled_B: np.ndarray = -(-np.asarray(lengths_B, np.int64) * up_B // down_B)
     return resampled_B
 
 
 @dataclass(frozen=True)
 class FeatureMasks:
-    """SpecAugment (arXiv 1904.08779) on packed features: spans of time and spans of features become zeros.
+    """Masks packed features with SpecAugment (arXiv 1904.08779): spans of them become zeros.
 
-    times, time_width: masks of a clip, and the most features that one spans; it never spans a whole clip.
-    channels, channel_width: the same across the numbers of a feature. The spans of a clip come from its own
-    draws alone, whatever else is in the batch.
+    times, time_width: spans of time in a clip, and the most features that one spans; it never spans
+    a whole clip. channels, channel_width: the same along the feature dimension. The spans of a clip
+    come from the draws of that clip alone, whatever else is in the batch.
     """
 
     times: int = 0
@@ -72,30 +95,46 @@ class FeatureMasks:
     def __call__(
         self, features_ND: torch.Tensor, num_frames_B: torch.Tensor, draws_B9: torch.Tensor
     ) -> torch.Tensor:
+        """Return features_ND with zeros in the spans. num_frames_B, draws_B9: on the host."""
         if not self.times and not self.channels:
             return features_ND
-        spans = [
-            self.keep(length, features_ND.shape[1], draws)
-            for length, draws in zip(num_frames_B.tolist(), draws_B9, strict=True)
-        ]
-        time_N = torch.cat([time for time, _ in spans]).to(features_ND.device, non_blocking=True)
-        channel_BD = torch.stack([channel for _, channel in spans]).to(features_ND.device, non_blocking=True)
-        clips_N = torch.arange(len(num_frames_B)).repeat_interleave(num_frames_B).to(features_ND.device)
+        device, width = features_ND.device, features_ND.shape[1]
+
+        # The spans of each clip: along its time, and along the feature dimension.
+        times, channels = [], []
+        for length, draws_9 in zip(num_frames_B.tolist(), draws_B9, strict=True):
+            time, channel = self.keep(length, width, draws_9)
+            times.append(time)
+            channels.append(channel)
+        time_N = torch.cat(times).to(device, non_blocking=True)
+        channel_BD = torch.stack(channels).to(device, non_blocking=True)
+
+        # The clip that each packed feature belongs to.
+        clips_N = torch.arange(len(num_frames_B)).repeat_interleave(num_frames_B).to(device)
         return features_ND * time_N[:, None] * channel_BD[clips_N]
 
-    def keep(self, length: int, width: int, draws_9: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(of each place of a clip, of each number of a feature): 1 where it is kept, 0 where masked."""
+    def keep(
+        self,
+        length: int,
+        width: int,
+        draws_9: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a mask of the clip's places and one of its channels: 0 in the spans, 1 elsewhere.
+
+        length: features of the clip. width: channels of a feature. draws_9: float32, on the host.
+        """
         words = draws_9.contiguous().view(torch.int32).numpy().view(np.uint32)
+        seed = int(np.random.SeedSequence(words.tolist()).generate_state(1)[0])
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed, which seeds the GPUs as well.
-            torch.default_generator.manual_seed(
-                int(np.random.SeedSequence(words.tolist()).generate_state(1)[0])
-            )
-            return _keep(self.times, self.time_width, length), _keep(self.channels, self.channel_width, width)
+            torch.default_generator.manual_seed(seed)
+            time = _kept(self.times, self.time_width, length)
+            channel = _kept(self.channels, self.channel_width, width)
+        return time, channel
 
 
-def _keep(masks: int, width: int, size: int) -> torch.Tensor:
-    """Zeros in `masks` random spans of `size` places, ones elsewhere."""
+def _kept(masks: int, width: int, size: int) -> torch.Tensor:
+    """Return `size` ones, with zeros in `masks` random spans of up to `width`."""
     if not masks:
         return torch.ones(size)
     # torchaudio's parameter is one more than the widest span.
