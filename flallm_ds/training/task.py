@@ -25,9 +25,9 @@ from flallm_ds.dist import World, all_reduce_sum
 from flallm_ds.errors import UserError
 from flallm_ds.features.sequences import FeatureMasks
 from flallm_ds.models.encode import encode
-from flallm_ds.models.feature_extractor import FeatureExtractor
 from flallm_ds.models.pretrained import first_line
 from flallm_ds.models.sign_translator import Beam, Candidate
+from flallm_ds.models.visual_encoder import FeatureExtractor
 from flallm_ds.training.batch_statistics import BatchStatistics, KeptStatistics
 from flallm_ds.training.engine import Engine
 

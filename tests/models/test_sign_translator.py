@@ -3,10 +3,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from flallm_ds.data.text.codec import Instruction, TextCodec, Wording
-from flallm_ds.models.adapters import Adapter
 from flallm_ds.models.light_translator import build_light_translator
 from flallm_ds.models.sign_translator import Beam, SignTranslator
-from flallm_ds.models.visual_encoder import VisualEncoder
+from flallm_ds.models.visual_encoder import Adapter, VisualEncoder
 
 WIDTH = 12
 

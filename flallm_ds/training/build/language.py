@@ -14,9 +14,7 @@ from flallm_ds.data.text.codec import Instruction, TextCodec
 from flallm_ds.dist import World, main_first
 from flallm_ds.errors import RankError, UserError, require
 from flallm_ds.files import replace_folder
-from flallm_ds.models.adapters import Adapter
 from flallm_ds.models.checkpointing import checkpoint_llm
-from flallm_ds.models.feature_extractor import FeatureExtractor
 from flallm_ds.models.light_translator import build_light_translator
 from flallm_ds.models.llm.load import (
     LlmOptions,
@@ -30,6 +28,7 @@ from flallm_ds.models.llm.load import (
 )
 from flallm_ds.models.llm.tuning import Tuning, check_bits, tune
 from flallm_ds.models.sign_translator import SignTranslator
+from flallm_ds.models.visual_encoder import Adapter, FeatureExtractor
 from flallm_ds.training import engine as ds
 
 MOST_UNKNOWN = 0.001  # of the training tokens: a model learns to leave out what it reads as unknown

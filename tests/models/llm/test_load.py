@@ -22,7 +22,6 @@ from transformers.utils import is_bitsandbytes_available, is_flash_attn_2_availa
 
 from flallm_ds.data.text.codec import Instruction, TextCodec
 from flallm_ds.errors import UserError
-from flallm_ds.models.adapters import Adapter
 from flallm_ds.models.llm.load import (
     LlmOptions,
     embedding_scale,
@@ -36,6 +35,7 @@ from flallm_ds.models.llm.load import (
     untrim_llm,
 )
 from flallm_ds.models.sign_translator import Beam, SignTranslator
+from flallm_ds.models.visual_encoder import Adapter
 from tests.helpers.llms import make_tiny_llm
 
 

@@ -10,10 +10,10 @@ from transformers import AutoTokenizer
 
 from flallm_ds.data.text.codec import Instruction, TextCodec, Wording
 from flallm_ds.errors import UserError
-from flallm_ds.models.adapters import Adapter
 from flallm_ds.models.light_translator import build_light_translator
 from flallm_ds.models.llm.load import is_decoder_only, llm_config, load_llm, trim_llm
 from flallm_ds.models.sign_translator import Beam, SignTranslator
+from flallm_ds.models.visual_encoder import Adapter
 from tests.helpers.llms import make_tiny_llm
 from tests.models.llm.test_load import SPOKEN, TEXTS
 
