@@ -24,7 +24,7 @@ from flallm_ds.models.llm.tuning import Tuning, tune
 from flallm_ds.models.sign_translator import SignTranslator
 from flallm_ds.models.visual_encoder import Adapter, VisualEncoder
 from flallm_ds.training import engine as ds
-from flallm_ds.training.batch_statistics import BatchStatistics
+from flallm_ds.training.step import BatchStatistics
 
 ds.prepare()
 VOCABULARY, STEPS, PIXELS = 61, 4, 32
