@@ -27,7 +27,7 @@ SIZES = {
 
 
 def build_light_translator(size: str, codec: TextCodec, dropout: float) -> MBartForConditionalGeneration:
-    """A Transformer encoder-decoder with random weights, learned positions, untied embedding and head."""
+    """Build an encoder-decoder: random weights, learned positions, untied embedding and head."""
     s = SIZES[size]
     config = MBartConfig(
         vocab_size=codec.vocab_size,
@@ -47,7 +47,8 @@ def build_light_translator(size: str, codec: TextCodec, dropout: float) -> MBart
         pad_token_id=codec.pad_id,
         bos_token_id=codec.eos_id,
         eos_token_id=codec.eos_id,
-        decoder_start_token_id=codec.eos_id,  # the search is always given its start (TextCodec.light_wording)
+        # The search is always given its start, by TextCodec.light_wording.
+        decoder_start_token_id=codec.eos_id,
         forced_eos_token_id=None,
     )
     return light_translator_from_config(config)
@@ -56,19 +57,24 @@ def build_light_translator(size: str, codec: TextCodec, dropout: float) -> MBart
 def light_translator_from_config(config: MBartConfig) -> MBartForConditionalGeneration:
     """Light-T as an export's config.json describes it, with random weights."""
     model = MBartForConditionalGeneration(config)
-    # Learned, but sinusoids to begin with: visual tokens are of unit size, beside which mBART's initial
-    # positions (0.02) are invisible for thousands of steps.
+    # Learned, but sinusoids to begin with: visual tokens are of unit size, next to which mBART's
+    # initial positions (0.02) are invisible for thousands of steps.
     positions = model.model.encoder.embed_positions.weight
     with torch.no_grad():
-        positions.copy_(0.5 * sinusoids(*positions.shape))
-    # The encoder reads visual tokens: the decoder's word embedding is the only one there is.
+        positions.copy_(0.5 * sines_then_cosines(*positions.shape))
+    # The encoder reads visual tokens: the decoder's word embedding is the only one.
     model.model.shared = model.model.decoder.embed_tokens
     model.model.encoder.embed_tokens = model.model.decoder.embed_tokens
     return model
 
 
-def sinusoids(length: int, width: int) -> torch.Tensor:
-    """(length, width): sines, then cosines, of falling frequency (Vaswani et al. 2017, section 3.5)."""
+def sines_then_cosines(length: int, width: int) -> torch.Tensor:
+    """(length, width): all sines of falling frequency, then all cosines.
+
+    Source: Vaswani et al. 2017, section 3.5. In models/llm/standin.py the two alternate, and
+    frequencies are rounded in another way.
+    """
+    # One frequency for each pair of a sine and a cosine.
     frequency = torch.exp(-math.log(10_000.0) * torch.arange(0, width, 2) / width)
     angle = torch.arange(length).unsqueeze(1) * frequency
     return torch.cat([angle.sin(), angle.cos()], dim=1)[:, :width]

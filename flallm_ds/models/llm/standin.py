@@ -1,7 +1,7 @@
-"""A small mBART pretrained on the spot, in place of `facebook/mbart-large-cc25` where no hub can be reached.
+"""A small mBART pretrained on the spot, where no hub with `facebook/mbart-large-cc25` is reachable.
 
-The folder it writes is read by the same AutoTokenizer and AutoModelForSeq2SeqLM calls as the real model. As
-there, neither the language nor the decoder's start is stored: who loads the model must name both.
+The folder it writes is read by the same AutoTokenizer and AutoModelForSeq2SeqLM calls as the real
+model. As there, neither the language nor the decoder's start is stored: a caller must name both.
 """
 
 import math
@@ -29,10 +29,8 @@ PAD, EOS = 1, 2
 MAX_PIECES = 128  # longer sentences are left out
 BATCH = 32
 PEAK_RATE_AT_256 = 1e-3  # falls with the square root of the width
-MASK_RATIO, MEAN_SPAN = (
-    0.35,
-    3.5,
-)  # mBART (arXiv 2001.08210): share of words masked, Poisson mean of span lengths
+# mBART (arXiv 2001.08210): share of words that are masked, Poisson mean of the spans' lengths.
+MASK_RATIO, MEAN_SPAN = 0.35, 3.5
 
 Say = Callable[[str], None]
 
@@ -47,19 +45,22 @@ def standin_llm(
     steps: int = 300,
     seed: int = 0,
 ) -> None:
-    """Train a tokenizer and pretrain a small mBART on text files by denoising; write a Hugging Face folder.
+    """Train a tokenizer, pretrain a small mBART by denoising, and write a Hugging Face folder.
 
     texts: files of one sentence per line, separated by commas. language: one of mBART's 25 codes.
-    vocab_size: at most this many ids, the 30 special ones included. layers: of encoder and decoder each.
-    steps: batches of 32 sentences; 300 take half a minute on two CPU cores at the default size.
+    vocab_size: at most this many ids, the 30 special ones included. layers: of encoder and decoder
+    each. steps: batches of 32 sentences; 300 take half a minute on two CPU cores at the default
+    size.
     """
     if language not in FAIRSEQ_LANGUAGE_CODES:
         raise UserError(
-            f"--language must be a code of mBART, but is {language!r}: {nearest(language, codes())}"
+            f"--language must be a code of mBART, but is {language!r}: "
+            f"{nearest(language, list(FAIRSEQ_LANGUAGE_CODES))}"
         )
     if d_model < 64 or d_model % 64:
         raise UserError(f"--d_model must be a multiple of 64, but is {d_model}.")
-    for name, value, least in (("vocab_size", vocab_size, 100), ("layers", layers, 1), ("steps", steps, 1)):
+    limits = (("vocab_size", vocab_size, 100), ("layers", layers, 1), ("steps", steps, 1))
+    for name, value, least in limits:
         if value < least:
             raise UserError(f"--{name} must be at least {least}, but is {value}.")
     _refuse_used(out)
@@ -69,8 +70,10 @@ def standin_llm(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         rng = np.random.default_rng(seed)
+        # A few sentences are held out, to show what the model has learned.
         unique = list(dict.fromkeys(sentences))
-        held = {unique[i] for i in rng.permutation(len(unique))[: min(200, len(unique) // 20)]}
+        num_held = min(200, len(unique) // 20)
+        held = {unique[i] for i in rng.permutation(len(unique))[:num_held]}
         kept = [sentence for sentence in sentences if sentence not in held]
         tokenizer = train_tokenizer(kept, vocab_size, language)
         model = new_model(len(tokenizer), d_model, layers)
@@ -83,22 +86,20 @@ def standin_llm(
     say(f"written to {out}.")
 
 
-def codes() -> list[str]:
-    return list(FAIRSEQ_LANGUAGE_CODES)
-
-
 def read_sentences(texts: str) -> list[str]:
-    """Non-empty lines of comma-separated files, spaces normalised; UserError where one cannot be read."""
+    """Non-empty lines of comma-separated files, spaces normalised.
+
+    Raises UserError for a file that cannot be read.
+    """
     sentences = []
-    for name in filter(None, (part.strip() for part in texts.split(","))):
+    names = [part.strip() for part in texts.split(",")]
+    for name in filter(None, names):
         try:
             lines = Path(name).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            reason = (
-                "is not UTF-8"
-                if isinstance(error, UnicodeDecodeError)
-                else f"cannot be read ({error.strerror})"
-            )
+            reason = "is not UTF-8"
+            if isinstance(error, OSError):
+                reason = f"cannot be read ({error.strerror})"
             raise UserError(f"--texts must name text files, but {name} {reason}.") from None
         sentences += [" ".join(line.split()) for line in lines if line.strip()]
     if len(sentences) < 10:
@@ -112,31 +113,42 @@ def read_sentences(texts: str) -> list[str]:
 
 
 def train_tokenizer(sentences: Sequence[str], vocab_size: int, language: str) -> MBartTokenizer:
-    """A Unigram tokenizer in mBART's order: <s> <pad> </s> <unk>, pieces, 25 language codes, <mask>.
+    """Train a Unigram tokenizer in mBART's order: <s> <pad> </s> <unk>, pieces, 25 codes, <mask>.
 
     It normalises by `nmt_nfkc`, as mBART's SentencePiece model does.
-    Pieces come from byte-pair merges inside words, scores from counts. The Unigram trainer of `tokenizers`
-    is of no use here: it draws pieces from the list of distinct words, so that a frequent word is no piece
-    unless other words contain it, and its result varies from run to run.
+    Pieces come from byte-pair merges inside words, scores from counts. The Unigram trainer of
+    `tokenizers` is of no use here: it draws pieces from the list of distinct words, so that a
+    frequent word is no piece unless other words contain it, and its result varies from run to run.
     """
     charsmap = nmt_nfkc()
     sentences = normalizer_by(charsmap).normalize(list(sentences))
     budget = vocab_size - len(SPECIALS) - len(FAIRSEQ_LANGUAGE_CODES) - 1
-    letters = Counter(letter for sentence in sentences for letter in sentence if letter != " ")
-    frequent = sorted(letters, key=lambda letter: (-letters[letter], letter))[: budget // 2]
-    rare = {ord(letter): " " for letter in letters.keys() - set(frequent)}  # these will be <unk>
-    words = Counter(word for sentence in sentences for word in sentence.translate(rare).split())
 
+    # The most frequent letters; rare ones will be <unk>.
+    letters = Counter("".join(sentences).replace(" ", ""))
+    frequent = sorted(letters, key=lambda letter: (-letters[letter], letter))[: budget // 2]
+    rare = {ord(letter): " " for letter in letters.keys() - set(frequent)}
+    words: Counter[str] = Counter()
+    for sentence in sentences:
+        words.update(sentence.translate(rare).split())
+
+    # Byte-pair merges of all words, a word as often as it occurs, are the pieces.
     merges = Tokenizer(models.BPE())
     merges.pre_tokenizer = _words()
     trainer = trainers.BpeTrainer(
-        vocab_size=budget, initial_alphabet=["▁", *frequent], max_token_length=16, show_progress=False
+        vocab_size=budget,
+        initial_alphabet=["▁", *frequent],
+        max_token_length=16,
+        show_progress=False,
     )
-    merges.train_from_iterator((word for word, count in words.items() for _ in range(count)), trainer)
+    merges.train_from_iterator(words.elements(), trainer)
     pieces = sorted(merges.get_vocab())
+
+    # Scores: which pieces win depends on them, and they on which pieces win, so count again twice.
     counts = _piece_counts(merges, words)
-    for _ in range(2):  # which pieces win depends on the scores, and the scores on which pieces win
+    for _ in range(2):
         counts = _piece_counts(_unigram(_log_shares(pieces, counts)), words)
+
     ranked = sorted(_log_shares(pieces, counts), key=lambda entry: (-entry[1], entry[0]))
     specials = [(token, 0.0) for token in SPECIALS]
     languages = [(token, 0.0) for token in (*FAIRSEQ_LANGUAGE_CODES, "<mask>")]
@@ -146,13 +158,13 @@ def train_tokenizer(sentences: Sequence[str], vocab_size: int, language: str) ->
 
 
 def _words() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")]
-    )
+    marked = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
+    return pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), marked])
 
 
 def _unigram(entries: list[tuple[str, float]]) -> Tokenizer:
-    tokenizer = Tokenizer(models.Unigram([("<unk>", 0.0), *entries], unk_id=0, byte_fallback=False))
+    model = models.Unigram([("<unk>", 0.0), *entries], unk_id=0, byte_fallback=False)
+    tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = _words()
     return tokenizer
 
@@ -166,15 +178,17 @@ def _piece_counts(tokenizer: Tokenizer, words: Counter[str]) -> Counter[str]:
 
 
 def _log_shares(pieces: list[str], counts: Counter[str]) -> list[tuple[str, float]]:
+    """(piece, logarithm of its share), each count raised by 0.1."""
     total = sum(counts[piece] for piece in pieces) + 0.1 * len(pieces)
-    return [(piece, round(math.log((counts[piece] + 0.1) / total), 6)) for piece in pieces]
+    shares = {piece: (counts[piece] + 0.1) / total for piece in pieces}
+    return [(piece, round(math.log(share), 6)) for piece, share in shares.items()]
 
 
 # --- model and pretraining
 
 
 def new_model(vocab_size: int, d_model: int, layers: int) -> MBartForConditionalGeneration:
-    """mBART's architecture with random weights; head width 64, feed-forward width 4 x d_model."""
+    """Build mBART with random weights; head width 64, feed-forward width 4 x d_model."""
     heads, ffn = d_model // 64, 4 * d_model
     config = MBartConfig(
         vocab_size=vocab_size,
@@ -190,19 +204,22 @@ def new_model(vocab_size: int, d_model: int, layers: int) -> MBartForConditional
         scale_embedding=True,
     )
     model = MBartForConditionalGeneration(config)
-    # Learned positions begin as sinusoids of the words' size: at 0.02 against 0.3 a short pretraining
-    # would not find the order of words, and positions beyond the longest sentence would stay noise.
+    # Learned positions begin as sinusoids of the words' size: at 0.02 against 0.3 a short
+    # pretraining would not find the order of words, and positions beyond the longest sentence would
+    # stay noise.
     for part in (model.model.encoder, model.model.decoder):
         table = part.embed_positions.weight
+        waves = interleaved_sinusoids(*table.shape)
         with torch.no_grad():
-            table.copy_(sinusoids(*table.shape) * config.init_std * math.sqrt(2 * d_model))
+            table.copy_(waves * config.init_std * math.sqrt(2 * d_model))
     return model
 
 
-def sinusoids(num_positions: int, width: int) -> torch.Tensor:
-    """Sines and cosines of each position, num_positions x width, root mean square 0.71."""
-    rates = torch.exp(torch.arange(0, width, 2) * (-math.log(10000.0) / width))
-    angles = torch.arange(num_positions)[:, None] * rates
+def interleaved_sinusoids(num_positions: int, width: int) -> torch.Tensor:
+    """(num_positions, width): sines and cosines in turn, root mean square 0.71."""
+    # One frequency for each pair of a sine and a cosine.
+    frequencies = torch.exp(torch.arange(0, width, 2) * (-math.log(10000.0) / width))
+    angles = torch.arange(num_positions)[:, None] * frequencies
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)
 
 
@@ -219,8 +236,9 @@ def pretrain(
     encoded = encode(tokenizer, sentences, language)
     if not encoded:
         raise UserError(f"--texts must hold sentences of at most {MAX_PIECES} pieces, but all are longer.")
-    if len(encoded) < len(sentences):
-        say(f"{len(sentences) - len(encoded)} sentences of more than {MAX_PIECES} pieces are left out.")
+    num_longer = len(sentences) - len(encoded)
+    if num_longer:
+        say(f"{num_longer} sentences of more than {MAX_PIECES} pieces are left out.")
     code, mask = tokenizer.convert_tokens_to_ids([language, "<mask>"])
     peak = PEAK_RATE_AT_256 * math.sqrt(256 / model.config.d_model)
     # fused: 7 ms a step instead of 23 ms at the default size on two CPU cores.
@@ -231,11 +249,14 @@ def pretrain(
     losses: list[float] = []
     started = told = time.perf_counter()
     untold = 0
-    for step, chosen in zip(range(steps), batches([len(words) for words in encoded], rng), strict=False):
+    endless = batches([len(words) for words in encoded], rng)
+    for step, chosen in zip(range(steps), endless, strict=False):
         for group in optimizer.param_groups:
-            group["lr"] = peak * rate_factor(step, steps)
+            group["lr"] = peak * cosine_under_warmup(step, steps)
+        # The model reads the words with masks, and writes them whole.
         sources = [flat(infill(encoded[i], mask, rng)) for i in chosen]
-        loss = model(**collate(sources, [flat(encoded[i]) for i in chosen], code)).loss
+        targets = [flat(encoded[i]) for i in chosen]
+        loss = model(**collate(sources, targets, code)).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -251,8 +272,12 @@ def pretrain(
     return losses
 
 
-def rate_factor(step: int, steps: int) -> float:
-    """Linear warm-up over the first twentieth, then a cosine to zero."""
+def cosine_under_warmup(step: int, steps: int) -> float:
+    """What the learning rate is multiplied by: a cosine to zero over all steps.
+
+    For the first twentieth of them it is at most a linear warm-up. (A run's own schedule, in
+    training/step.py, begins its cosine where the warm-up ends.)
+    """
     warm = max(1, steps // 20)
     return min((step + 1) / warm, 0.5 * (1 + math.cos(math.pi * step / steps)))
 
@@ -277,7 +302,8 @@ def encode(tokenizer: MBartTokenizer, sentences: Sequence[str], language: str) -
 def infill(words: Sequence[list[int]], mask: int, rng: np.random.Generator) -> list[list[int]]:
     """The words with spans replaced by one <mask> each, as mBART's text infilling does.
 
-    A span of length 0 inserts a mask. The number of masked words is rounded at random: its mean is exact.
+    A span of length 0 inserts a mask. The number of masked words is rounded at random: its mean is
+    exact.
     """
     num_left = int(len(words) * MASK_RATIO + rng.random())
     spans: list[int] = []
@@ -288,9 +314,10 @@ def infill(words: Sequence[list[int]], mask: int, rng: np.random.Generator) -> l
     masked = [mask]
     for span in spans:
         # A span never covers an earlier mask, so that no two masks melt into one.
-        free = [
-            i for i in range(len(noised) - span + 1) if not any(w is masked for w in noised[i : i + span])
-        ]
+        free = []
+        for start in range(len(noised) - span + 1):
+            if not any(word is masked for word in noised[start : start + span]):
+                free.append(start)
         if free:
             start = free[int(rng.integers(len(free)))]
             noised[start : start + span] = [masked]
@@ -302,11 +329,15 @@ def flat(words: Sequence[list[int]]) -> list[int]:
 
 
 def batches(lengths: Sequence[int], rng: np.random.Generator) -> Iterator[list[int]]:
-    """Endless batches of BATCH indices of sentences of like lengths, every sentence once per pass."""
+    """Yield batches of BATCH sentences of like lengths, as indices, for ever.
+
+    Every sentence comes once in each pass.
+    """
     pool = 50 * BATCH
     while True:
         order = rng.permutation(len(lengths))
         for begin in range(0, len(order), pool):
+            # Sentences of a part of the order, sorted by length, are cut into batches.
             bucket = sorted(order[begin : begin + pool].tolist(), key=lambda i: lengths[i])
             starts = np.arange(0, len(bucket), BATCH)
             for start in rng.permutation(starts):
@@ -344,8 +375,9 @@ def restored(
     encoded = [words for words in encode(tokenizer, sentences, language) if words]
     model.eval()
     hypotheses: list[str] = []
-    references = tokenizer.batch_decode([flat(words) for words in encoded], skip_special_tokens=True)
-    longest = max(len(flat(words)) for words in encoded)
+    targets = [flat(words) for words in encoded]
+    references = tokenizer.batch_decode(targets, skip_special_tokens=True)
+    longest = max(map(len, targets))
     for begin in range(0, len(encoded), 50):
         sources = []
         for words in encoded[begin : begin + 50]:
@@ -360,7 +392,8 @@ def restored(
             max_new_tokens=longest + 2,
         )
         hypotheses += tokenizer.batch_decode(ids_BT, skip_special_tokens=True)
-    same = sum(h == r for h, r in zip(hypotheses, references, strict=True)) / len(references)
+    pairs = zip(hypotheses, references, strict=True)
+    same = sum(hypothesis == reference for hypothesis, reference in pairs) / len(references)
     bleu = score(hypotheses, references, language).bleu4
     return (
         f"{len(references)} held-out sentences with one word masked, restored greedily: "
