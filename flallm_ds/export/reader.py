@@ -20,7 +20,8 @@ from flallm_ds.export.format import (
     read_settings,
 )
 from flallm_ds.models.light_translator import light_translator_from_config
-from flallm_ds.models.llm.load import Bits, LlmOptions, can_quantize, embedding_scale, llm_width, load_llm
+from flallm_ds.models.llm.load import LlmOptions, can_quantize, embedding_scale, llm_width, load_llm
+from flallm_ds.models.llm.source import Bits
 from flallm_ds.models.llm.tuning import read_additions
 from flallm_ds.models.sign_translator import SignTranslator
 from flallm_ds.models.visual_encoder import Adapter, FeatureExtractor, Kind, VisualEncoder, encoder_of

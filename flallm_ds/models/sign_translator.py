@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from flallm_ds.data.text.codec import TextCodec, Wording
-from flallm_ds.models.llm.load import ids_alone
+from flallm_ds.models.llm.source import ids_alone
 from flallm_ds.models.llm.word_scale import own_scale, probe_of, word_scale
 from flallm_ds.models.loss import Head, LossKind, token_loss
 from flallm_ds.models.visual_encoder import Adapter, pad_parts

@@ -91,7 +91,7 @@ def backbone(*, out: Path, width: int = 16, frames: int = 20000, epochs: int = 4
     import torch
 
     from flallm_ds.models.visual_encoder import VisualEncoder
-    from flallm_ds.training.schedule import rate_factor
+    from flallm_ds.training.step import rate_factor
 
     begin = time.perf_counter()
     with signals_held():  # workers start now

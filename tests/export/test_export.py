@@ -16,7 +16,8 @@ from flallm_ds.data.storage.store import LocalStore
 from flallm_ds.data.text.codec import Instruction, TextCodec
 from flallm_ds.errors import UserError
 from flallm_ds.models.light_translator import build_light_translator
-from flallm_ds.models.llm.load import embedding_scale, load_llm, trim_llm
+from flallm_ds.models.llm.load import embedding_scale, load_llm
+from flallm_ds.models.llm.trim import trim_llm
 from flallm_ds.models.sign_translator import Beam, Candidate, SignTranslator
 from flallm_ds.models.visual_encoder import Adapter, FeatureExtractor, VisualEncoder
 from flallm_ds.models.weights import named_state

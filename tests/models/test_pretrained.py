@@ -17,7 +17,8 @@ from transformers import ResNetConfig, ResNetModel
 
 from flallm_ds.data.text.codec import Instruction, TextCodec, load_tokenizer
 from flallm_ds.errors import UserError
-from flallm_ds.models.llm.load import check_llm, llm_config, load_llm
+from flallm_ds.models.llm.load import load_llm
+from flallm_ds.models.llm.source import check_llm, llm_config
 from tests.helpers.llms import make_tiny_llm
 
 TEXTS = ["regen am abend", "morgen sonne und wind"]
@@ -224,7 +225,8 @@ def test_offline_mode_is_named(no_network: Path, monkeypatch: pytest.MonkeyPatch
 CACHED = """
 from flallm_ds.data.text.codec import Instruction, TextCodec
 from flallm_ds.models.backbones.build import build_backbone, check_reachable
-from flallm_ds.models.llm.load import check_llm, load_llm
+from flallm_ds.models.llm.load import load_llm
+from flallm_ds.models.llm.source import check_llm
 check_llm("org/llm")
 TextCodec.for_training_text("org/llm", Instruction(), ["regen am abend"], True)
 load_llm("org/llm")

@@ -134,8 +134,6 @@ def test_batch_norm_statistics_do_not_depend_on_the_number_of_ranks(runs: Path) 
 
 def test_the_engine_gives_the_losses_of_a_plain_pytorch_loop(runs: Path, tiny_corpus: Path) -> None:
     """Stage visual against a loop without DeepSpeed: token mean, AdamW, clipping, cosine."""
-    from flallm_ds.training.schedule import rate_factor
-
     from flallm_ds.data.index import load_index
     from flallm_ds.data.loader import Loader
     from flallm_ds.data.text.codec import TextCodec
@@ -143,6 +141,7 @@ def test_the_engine_gives_the_losses_of_a_plain_pytorch_loop(runs: Path, tiny_co
     from flallm_ds.training.build.data import make_plan, make_preprocess, make_reader
     from flallm_ds.training.build.language import visual_model
     from flallm_ds.training.build.visual import feature_extractor
+    from flallm_ds.training.step import rate_factor
     from flallm_ds.training.task import seed_micro_batch
 
     run = runs / "one" / "visual"

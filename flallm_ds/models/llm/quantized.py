@@ -123,7 +123,7 @@ def _spread(scale: torch.Tensor, shape: torch.Size, block: tuple[int, int] | Non
     return scale
 
 
-def _must_fit(
+def _scales_must_fit(
     name: str, key: str, weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int] | None
 ) -> None:
     try:
@@ -164,7 +164,7 @@ def dequantized(
         ):
             found[key.removesuffix("_blocks")] = DequantizedTensor.of(tensor, packed, None, dtype)
         elif scale is not None and tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
-            _must_fit(name, key, tensor, scale, block)
+            _scales_must_fit(name, key, tensor, scale, block)
             found[key] = DequantizedTensor.of(tensor, scale, block, dtype)
         elif scale is not None or (tensor.element_size() == 1 and tensor.dtype != torch.bool):
             raise UserError(

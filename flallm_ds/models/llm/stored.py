@@ -16,6 +16,7 @@ from transformers.core_model_loading import WeightConverter, rename_source_key
 from transformers.modeling_utils import load_state_dict, str_to_torch_dtype
 from transformers.utils import cached_file
 
+from flallm_ds.errors import UserError
 from flallm_ds.models.pretrained import CHECKPOINT_FILES
 
 # What a checkpoint may hold or lack whatever the model: tables that are computed (positions, causal
@@ -160,6 +161,26 @@ def unfilled(skeleton: Any, names: Mapping[str, str]) -> list[str]:
         and not NEEDLESS.search(name)
         and not any(re.search(pattern, name) for pattern in ignored)
     ]
+
+
+def must_fit(name: str, model: Any, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """Raise UserError for parts of an LLM without a tensor, or tensors without a part.
+
+    transformers would go on with random numbers for the first, and without the second.
+    """
+    surplus = sorted(key for key in unexpected if not NEEDLESS.search(key))
+    if surplus:
+        raise UserError(
+            f"the LLM {name} must be of the kind that its config.json says, but {len(surplus)} of "
+            f"its tensors belong to no part of a {type(model).__name__}, {surplus[0]} being one. "
+            "Check --llm.name and its config.json."
+        )
+    lost = sorted(key for key in missing if not NEEDLESS.search(key))
+    if lost:
+        raise UserError(
+            f"the LLM {name} must hold all weights of its model, but lacks {len(lost)}, {lost[0]} "
+            "being one. Check --llm.name, or give --llm.pretrained=false for random weights."
+        )
 
 
 def are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -16,16 +16,9 @@ from flallm_ds.errors import RankError, UserError, require
 from flallm_ds.files import replace_folder
 from flallm_ds.models.checkpointing import checkpoint_llm
 from flallm_ds.models.light_translator import build_light_translator
-from flallm_ds.models.llm.load import (
-    LlmOptions,
-    check_llm,
-    embedding_scale,
-    is_decoder_only,
-    llm_config,
-    llm_width,
-    load_llm,
-    trim_llm,
-)
+from flallm_ds.models.llm.load import LlmOptions, embedding_scale, llm_width, load_llm
+from flallm_ds.models.llm.source import check_llm, is_decoder_only, llm_config
+from flallm_ds.models.llm.trim import trim_llm
 from flallm_ds.models.llm.tuning import Tuning, check_bits, tune
 from flallm_ds.models.sign_translator import SignTranslator
 from flallm_ds.models.visual_encoder import Adapter, FeatureExtractor

@@ -13,7 +13,9 @@ from transformers import CONFIG_MAPPING, AutoModelForMultimodalLM, AutoModelForS
 
 from flallm_ds.data.text.codec import TextCodec
 from flallm_ds.errors import UserError
-from flallm_ds.models.llm.load import TAKEN_OUT, LlmOptions, check_llm, load_llm, trim_llm
+from flallm_ds.models.llm.load import LlmOptions, load_llm
+from flallm_ds.models.llm.source import TAKEN_OUT, check_llm
+from flallm_ds.models.llm.trim import trim_llm
 from tests.helpers.llms import make_tiny_llm
 from tests.models.llm.test_load import SPOKEN, codec_of
 

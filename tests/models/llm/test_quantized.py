@@ -16,7 +16,9 @@ from transformers import (
 )
 
 from flallm_ds.errors import UserError
-from flallm_ds.models.llm.load import LlmOptions, check_llm, load_llm, trim_llm, untrim_llm
+from flallm_ds.models.llm.load import LlmOptions, load_llm
+from flallm_ds.models.llm.source import check_llm
+from flallm_ds.models.llm.trim import trim_llm, untrim_llm
 from tests.helpers.llms import make_tiny_llm
 from tests.models.llm.test_load import SPOKEN, codec_of, logits_LV
 

@@ -11,7 +11,9 @@ from transformers import AutoTokenizer
 from flallm_ds.data.text.codec import Instruction, TextCodec, Wording
 from flallm_ds.errors import UserError
 from flallm_ds.models.light_translator import build_light_translator
-from flallm_ds.models.llm.load import is_decoder_only, llm_config, load_llm, trim_llm
+from flallm_ds.models.llm.load import load_llm
+from flallm_ds.models.llm.source import is_decoder_only, llm_config
+from flallm_ds.models.llm.trim import trim_llm
 from flallm_ds.models.sign_translator import Beam, SignTranslator
 from flallm_ds.models.visual_encoder import Adapter
 from tests.helpers.llms import make_tiny_llm
