@@ -102,7 +102,7 @@ def test_a_checkpoint_leaves_frozen_parameters_out_and_refuses_others(
     assert sentence.startswith("the frozen parameters must be those with which") and "\n" not in sentence
     stored = 0
     for file in (results["out"] / "saved" / case / "engine").glob("*model_states.pt"):
-        with torch.serialization.safe_globals(ds._checkpoint_classes()):
+        with torch.serialization.safe_globals(ds.CHECKPOINT_CLASSES):
             content = torch.load(file, weights_only=True)
         assert not content["frozen_param_fragments"]
         stored += len([name for name in content["module"] if ".layers." in name])

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from flallm_ds.errors import UserError
+from flallm_ds.training.deepspeed_json import OWNED_BY_RUN, for_cpu
 from tests.helpers.paths import ROOT
 
 ds = pytest.importorskip("flallm_ds.training.engine")
@@ -43,11 +44,11 @@ def test_there_are_jsons():
 
 
 def test_on_a_cpu_the_disk_and_the_node_are_left_out():
-    config = ds.for_cpu(json.loads((JSONS[0].parent / "zero3_nvme.json").read_text()))
+    config = for_cpu(json.loads((JSONS[0].parent / "zero3_nvme.json").read_text()))
     assert {
         config["zero_optimization"][part]["device"] for part in ("offload_optimizer", "offload_param")
     } == {"cpu"}
-    config = ds.for_cpu(json.loads((JSONS[0].parent / "zero3_hpz.json").read_text()))
+    config = for_cpu(json.loads((JSONS[0].parent / "zero3_hpz.json").read_text()))
     assert "zero_hpz_partition_size" not in config["zero_optimization"]
 
 
@@ -96,7 +97,7 @@ def test_every_option_named_instead_exists():
     from flallm_ds.config import RunConfig
 
     options = RunConfig(stage="visual", run="r").options()
-    assert [o for o in ds.OWNED_BY_RUN.values() if o.split()[0] not in options] == []
+    assert [o for o in OWNED_BY_RUN.values() if o.split()[0] not in options] == []
 
 
 @pytest.mark.parametrize("content", ["{", None])
@@ -117,7 +118,7 @@ def test_a_json_that_is_no_object_is_refused(tmp_path):
 def test_on_a_cpu_the_same_zero_runs_in_fp32_and_without_compiled_operators():
     config = json.loads((JSONS[0].parent / "zero3_offload.json").read_text())
     before = json.dumps(config)
-    twin = ds.for_cpu(config)
+    twin = for_cpu(config)
     assert json.dumps(config) == before
     assert not {"bf16", "fp16", "torch_autocast", "data_types"} & set(twin)
     zero = twin["zero_optimization"]
