@@ -47,23 +47,31 @@ class Head:
 
     @classmethod
     def of(cls, llm: Any) -> "Head | None":
-        """The head of a model of a verified type; None for another, whose own logits must then be used."""
+        """The head of a model of a verified type.
+
+        None for another model, whose own logits must then be used.
+        """
         if llm.config.model_type not in VERIFIED or llm.get_output_embeddings() is None:
             return None
         return cls(llm)
 
     @property
     def embedding(self) -> nn.Module:
-        """The output embedding. Its weight is whole only within a call of it: ZeRO-3 gathers it there."""
+        """The output embedding.
+
+        Its weight is whole only within a call of it: ZeRO-3 gathers it there.
+        """
         module: nn.Module = self.llm.get_output_embeddings()
         return module
 
     @property
     def vocab_size(self) -> int:
+        """V."""
         return int(self.embedding.out_features)  # type: ignore[arg-type]
 
     @property
     def scale(self) -> float:
+        """What hidden states are multiplied by."""
         scale = 1.0
         for attribute, rule in SCALES.items():
             if getattr(self.llm.config, attribute, None):
@@ -105,17 +113,21 @@ def token_loss(
 ) -> torch.Tensor:
     """Cross entropy with label smoothing, summed over tokens, as a scalar in fp32.
 
-    how: "logits" of all tokens in one piece; "chunks" of them, whose gradients are taken at once; "liger",
-    liger-kernel's fused loss on CUDA; "auto": liger where it can, else logits while they are small.
-    Each calls the output embedding once, and so may ranks under ZeRO-3, whatever their numbers of tokens.
+    how: "logits" of all tokens in one piece; "chunks" of them, whose gradients are taken at once;
+    "liger", liger-kernel's fused loss on CUDA; "auto": liger where it can, else logits while they
+    are small. Each calls the output embedding once, so that ranks under ZeRO-3 gather it equally
+    often, whatever their numbers of tokens.
     Raises UserError where "liger" or "chunks" is asked for and cannot be.
     """
     reasons = {"chunks": why_not_plain(head), "liger": why_not_liger(head, hidden_NE.device)}
     if how == "auto":
-        small = len(targets_N) * head.vocab_size * 4 <= SMALL_BYTES
-        how = "liger" if reasons["liger"] is None else "chunks"
-        if reasons["chunks"] is not None or (small and how == "chunks"):
+        are_small = 4 * len(targets_N) * head.vocab_size <= SMALL_BYTES
+        if reasons["chunks"] is not None:
             how = "logits"
+        elif reasons["liger"] is None:
+            how = "liger"
+        else:
+            how = "logits" if are_small else "chunks"
     reason = reasons.get(how)
     if reason is not None:
         raise UserError(f"llm.loss={how} cannot be: {reason}. Use --llm.loss=auto.")
@@ -129,7 +141,7 @@ def token_loss(
     def forward(hidden_NE: torch.Tensor) -> torch.Tensor:
         return loss(head, embedding.weight, hidden_NE, targets_N, label_smoothing)
 
-    # In place of the embedding's own forward, around which ZeRO-3 gathers the weight and lets it go.
+    # Instead of the embedding's own forward, around which ZeRO-3 gathers the weight and frees it.
     embedding.forward = forward  # type: ignore[method-assign, assignment]
     try:
         summed: torch.Tensor = embedding(head.scaled(hidden_NE))
@@ -158,7 +170,9 @@ def why_not_liger(head: Head, device: torch.device) -> str | None:
 def _operand_dtype(tensor: torch.Tensor) -> torch.dtype:
     """What a matrix product here is computed in."""
     device = tensor.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return tensor.dtype
 
 
 def _liger(
@@ -168,12 +182,18 @@ def _liger(
     targets_N: torch.Tensor,
     label_smoothing: float,
 ) -> torch.Tensor:
-    from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
+    # Not at the top: the package is optional.
+    from liger_kernel.transformers.fused_linear_cross_entropy import (
+        LigerFusedLinearCrossEntropyLoss,
+    )
 
     fused = LigerFusedLinearCrossEntropyLoss(
-        reduction="sum", label_smoothing=label_smoothing, softcap=head.softcap, accum_dtype=torch.float32
+        reduction="sum",
+        label_smoothing=label_smoothing,
+        softcap=head.softcap,
+        accum_dtype=torch.float32,
     )
-    dtype = _operand_dtype(hidden_NE)  # it casts nothing itself
+    dtype = _operand_dtype(hidden_NE)  # liger-kernel casts nothing itself
     bias_V = None if head.bias_V is None else head.bias_V.to(dtype)
     loss: torch.Tensor = fused(weight_VE.to(dtype), hidden_NE.to(dtype), targets_N, bias_V)
     return loss.float()
@@ -193,9 +213,10 @@ def _chunked(
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """The loss and, chunk by chunk in the same pass, its gradients: no logits are kept or computed twice.
+    """The loss and, chunk by chunk in the same pass, its gradients.
 
-    The idea of liger-kernel's fused loss (Hsu et al. 2024, arXiv 2410.10989, section 3.2).
+    No logits are kept or computed twice. The idea of liger-kernel's fused loss (Hsu et al. 2024,
+    arXiv 2410.10989, section 3.2).
     """
 
     @staticmethod
@@ -208,46 +229,56 @@ class _ChunkedLoss(torch.autograd.Function):
         label_smoothing: float,
         with_gradients: bool,
     ) -> torch.Tensor:
+        """The loss, a scalar in fp32; the gradients wait for `backward`. K tokens of a chunk."""
         ctx.dtypes = hidden_NE.dtype, weight_VE.dtype
         dtype = _operand_dtype(hidden_NE)
-        hidden_NE, weight = hidden_NE.to(dtype), weight_VE.to(dtype)
-        gradient_NE = torch.empty_like(hidden_NE) if with_gradients and ctx.needs_input_grad[0] else None
+        hidden_NE, weight_VE = hidden_NE.to(dtype), weight_VE.to(dtype)
+
+        # Gradients that nobody needs are not computed.
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2] if with_gradients else (False, False)
+        gradient_NE = torch.empty_like(hidden_NE) if wants_hidden else None
         # Summed in fp32: a sum of many chunks in bf16 loses what the last ones add.
-        wanted = with_gradients and ctx.needs_input_grad[1]
-        gradient_VE = torch.zeros_like(weight, dtype=torch.float32) if wanted else None
+        gradient_VE = torch.zeros_like(weight_VE, dtype=torch.float32) if wants_weight else None
+
         loss = hidden_NE.new_zeros((), dtype=torch.float32)
-        length = max(1, CHUNK_BYTES // (4 * len(weight)))
+        length = max(1, CHUNK_BYTES // (4 * len(weight_VE)))
         with torch.autocast(hidden_NE.device.type, enabled=False):
             for begin in range(0, len(hidden_NE), length):
                 part = slice(begin, begin + length)
-                products = (hidden_NE[part] @ weight.T).requires_grad_(with_gradients)
+                hidden_KE, targets_K = hidden_NE[part], targets_N[part]
+
+                # The logits of this chunk alone, and its loss.
+                products_KV = (hidden_KE @ weight_VE.T).requires_grad_(with_gradients)
                 with torch.set_grad_enabled(with_gradients):
+                    logits_KV = head.finished(products_KV).float()
                     chunk_loss = F.cross_entropy(
-                        head.finished(products).float(),
-                        targets_N[part],
-                        reduction="sum",
-                        label_smoothing=label_smoothing,
+                        logits_KV, targets_K, reduction="sum", label_smoothing=label_smoothing
                     )
                 loss += chunk_loss.detach()
                 if not with_gradients:
                     continue
-                (gradient,) = torch.autograd.grad(chunk_loss, products)
+
+                # Its gradients, by the chain rule through the matrix product.
+                (gradient_KV,) = torch.autograd.grad(chunk_loss, products_KV)
                 if gradient_NE is not None:
-                    torch.mm(gradient, weight, out=gradient_NE[part])
+                    torch.mm(gradient_KV, weight_VE, out=gradient_NE[part])
                 if gradient_VE is not None:
-                    _add_product(gradient_VE, gradient.T, hidden_NE[part])
+                    _add_product(gradient_VE, gradient_KV.T, hidden_KE)
         ctx.save_for_backward(gradient_NE, gradient_VE)
         return loss
 
     @staticmethod
     def backward(ctx: Any, factor: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        gradient_NE, gradient_VE = ctx.saved_tensors
-        scaled = [None if g is None else g.mul_(factor) for g in (gradient_NE, gradient_VE)]
-        gradients = [None if g is None else g.to(d) for g, d in zip(scaled, ctx.dtypes, strict=True)]
+        """The gradients of `forward`'s inputs, in their types; factor: the gradient of the loss."""
+        gradients = []
+        for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):
+            scaled = None if gradient is None else gradient.mul_(factor).to(dtype)
+            gradients.append(scaled)
         return (*gradients, None, None, None, None)
 
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Add left @ right to `total`, in place."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)
     else:

@@ -1,7 +1,7 @@
 """From frames or visual features to a sentence: [visual encoder ->] adapter -> Light-T or an LLM.
 
-B clips, N packed frames, S visual tokens with the words around them, L text tokens, D visual width,
-E language width.
+B clips, N packed frames, S visual tokens with the words around them, L text tokens, P start tokens,
+M words of a batch around visual tokens, D visual width, E language width.
 """
 
 from collections.abc import Sequence
@@ -34,14 +34,15 @@ class Candidate:
     """One hypothesis. ids: without the start, the end of sentence included where it came."""
 
     ids: tuple[int, ...]
-    score: float | None = None  # log probability / length ** length_penalty, where several are asked for
+    # Log probability / length ** length_penalty, where several hypotheses are asked for.
+    score: float | None = None
 
 
 class SignTranslator(nn.Module):
     """What is trained in a stage.
 
-    visual: trained with the rest, as in stage 1; None where the frozen encoder stays outside and the inputs
-    are its features. loss: see models/loss.py.
+    visual: trained with the rest, as in stage 1; None where the frozen encoder stays outside and
+    the inputs are its features. loss: see models/loss.py.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class SignTranslator(nn.Module):
         self.visual = visual
         self.adapter = adapter
         self.language_model = language_model
-        # Whatever stands there would join in every search, and go into exports.
+        # Other settings in it would take part in every search, and go into exports.
         language_model.generation_config = ids_alone(language_model.generation_config)
         self.decoder_only = not language_model.config.is_encoder_decoder
         self.pad_id, self.eos_id = codec.pad_id, codec.eos_id
@@ -72,13 +73,13 @@ class SignTranslator(nn.Module):
         inputs: pixels_NCHW where the visual encoder is inside, features_ND where it is not.
         """
         features_ND = self.visual(inputs, num_frames_B) if self.visual is not None else inputs
-        if not torch.is_autocast_enabled(features_ND.device.type):
-            features_ND = features_ND.to(
-                next(self.adapter.parameters()).dtype
-            )  # a bf16 engine, an fp32 encoder
+        # Types may differ: an fp32 encoder before a bf16 engine, an fp32 adapter before a bf16 LLM.
+        autocast = torch.is_autocast_enabled(features_ND.device.type)
+        if not autocast:
+            features_ND = features_ND.to(next(self.adapter.parameters()).dtype)
         tokens_NE: torch.Tensor = self.adapter(features_ND)
-        if not torch.is_autocast_enabled(tokens_NE.device.type):
-            tokens_NE = tokens_NE.to(self.language_model.dtype)  # an LLM in bf16 behind an fp32 adapter
+        if not autocast:
+            tokens_NE = tokens_NE.to(self.language_model.dtype)
         return tokens_NE
 
     def _source(
@@ -92,17 +93,26 @@ class SignTranslator(nn.Module):
         """(embeddings_BSE, mask_BS) of: before, visual tokens, after, target."""
         tokens_NE = self.visual_tokens(inputs, num_frames_B)
         videos = torch.split(tokens_NE, num_frames_B.tolist())
-        around = [(w.before, (*w.after, *target)) for w, target in zip(wordings, targets, strict=True)]
-        ids = [i for pair in around for part in pair for i in part]
-        if not ids and not self.decoder_only:  # there a rank without clips must embed as the others do
+
+        # The words of each clip in order: those before its visual tokens, then those after.
+        parts: list[Sequence[int]] = []
+        for wording, target in zip(wordings, targets, strict=True):
+            parts += [wording.before, (*wording.after, *target)]
+        ids = [i for part in parts for i in part]
+        # A rank without clips must embed as the others do, where an LLM reads words at all.
+        if not ids and not self.decoder_only:
             return pad_parts(videos, side)
+
         # One call of the embedding for the batch: under ZeRO-3 each is a gather.
-        ids_N = torch.tensor(ids, dtype=torch.long, device=tokens_NE.device)
-        words_NE = self.language_model.get_input_embeddings()(ids_N)
+        ids_M = torch.tensor(ids, dtype=torch.long, device=tokens_NE.device)
+        words_ME = self.language_model.get_input_embeddings()(ids_M)
         if self._words_scale != 1.0:
-            words_NE = words_NE * self._words_scale
-        words = iter(torch.split(words_NE, [len(part) for pair in around for part in pair]))
-        return pad_parts([torch.cat([next(words), video, next(words)]) for video in videos], side)
+            words_ME = words_ME * self._words_scale
+
+        # Each clip's two parts around its visual tokens.
+        words = iter(torch.split(words_ME, [len(part) for part in parts]))
+        rows = [torch.cat([next(words), video, next(words)]) for video in videos]
+        return pad_parts(rows, side)
 
     def forward(
         self,
@@ -117,9 +127,8 @@ class SignTranslator(nn.Module):
         states_NE = states(inputs, num_frames_B, wordings, target_ids_BL)
         targets_N = target_ids_BL[target_ids_BL != -100]
         if self._head is None:
-            return F.cross_entropy(
-                states_NE.float(), targets_N, label_smoothing=label_smoothing, reduction="sum"
-            )
+            logits_NV = states_NE.float()
+            return F.cross_entropy(logits_NV, targets_N, label_smoothing=label_smoothing, reduction="sum")
         return token_loss(self._head, states_NE, targets_N, label_smoothing, self.loss)
 
     def _decoder_only_states(
@@ -129,17 +138,25 @@ class SignTranslator(nn.Module):
         wordings: Sequence[Wording],
         target_ids_BL: torch.Tensor,
     ) -> torch.Tensor:
-        """The states that predict each target token, packed; logits where the LLM's head is not known."""
-        targets = [[i for i in row if i != -100] for row in target_ids_BL.tolist()]
-        embeddings_BSE, mask_BS = self._source(
-            inputs, num_frames_B, wordings, [t[:-1] for t in targets], "right"
-        )
+        """The states that predict each target token, packed.
+
+        Logits where the LLM's head is not known.
+        """
+        # The LLM reads each text but for its last token, and predicts all of it.
+        targets = []
+        for row in target_ids_BL.tolist():
+            targets.append([i for i in row if i != -100])
+        read = [target[:-1] for target in targets]
+        embeddings_BSE, mask_BS = self._source(inputs, num_frames_B, wordings, read, "right")
         llm = self.language_model
         module = llm if self._head is None else llm.get_decoder()
         out = module(inputs_embeds=embeddings_BSE, attention_mask=mask_BS, use_cache=False)
         states_BSE = out.logits if self._head is None else out.last_hidden_state
-        ends = mask_BS.sum(1).tolist()
-        parts = [row[end - len(t) : end] for row, end, t in zip(states_BSE, ends, targets, strict=True)]
+
+        # A text of n tokens is predicted by the last n states of its clip.
+        parts = []
+        for row_SE, end, target in zip(states_BSE, mask_BS.sum(1).tolist(), targets, strict=True):
+            parts.append(row_SE[end - len(target) : end])
         return torch.cat(parts)
 
     def _encoder_decoder_states(
@@ -152,9 +169,13 @@ class SignTranslator(nn.Module):
         """As `_decoder_only_states`."""
         no_targets: list[list[int]] = [[] for _ in wordings]
         embeddings_BSE, mask_BS = self._source(inputs, num_frames_B, wordings, no_targets, "right")
-        start_BP = torch.tensor([w.start for w in wordings], dtype=torch.long, device=target_ids_BL.device)
-        before_last_BL = target_ids_BL[:, :-1].masked_fill(target_ids_BL[:, :-1] == -100, self.pad_id)
-        decoder_ids_BL = torch.cat([start_BP, before_last_BL], 1)
+
+        # The decoder reads the start and the text but for its last token.
+        start_BP = _start_ids(wordings, target_ids_BL.device)
+        read_BL = target_ids_BL[:, :-1]
+        read_BL = read_BL.masked_fill(read_BL == -100, self.pad_id)
+        decoder_ids_BL = torch.cat([start_BP, read_BL], 1)
+
         llm = self.language_model
         if self._head is None:
             states_BLE = llm(
@@ -164,16 +185,18 @@ class SignTranslator(nn.Module):
                 use_cache=False,
             ).logits
         else:
-            memory_BSE = llm.get_encoder()(
-                inputs_embeds=embeddings_BSE, attention_mask=mask_BS
-            ).last_hidden_state
+            encoded = llm.get_encoder()(inputs_embeds=embeddings_BSE, attention_mask=mask_BS)
+            memory_BSE = encoded.last_hidden_state
             states_BLE = llm.get_decoder()(
                 input_ids=decoder_ids_BL,
                 encoder_hidden_states=memory_BSE,
                 encoder_attention_mask=mask_BS,
                 use_cache=False,
             ).last_hidden_state
-        states_NE: torch.Tensor = states_BLE[:, start_BP.shape[1] - 1 :][target_ids_BL != -100]
+
+        # The last start token predicts the first token of the text.
+        predicting_BLE = states_BLE[:, start_BP.shape[1] - 1 :]
+        states_NE: torch.Tensor = predicting_BLE[target_ids_BL != -100]
         return states_NE
 
     @torch.no_grad()
@@ -188,16 +211,20 @@ class SignTranslator(nn.Module):
     ) -> list[list[Candidate]]:
         """`beam.num_return` hypotheses of each clip, best first.
 
-        synced: all ranks keep generating until the last is done, as ZeRO-3's gathers need. streamer: one of
-        transformers, given the start and then each piece of a single clip, where num_beams is 1.
+        synced: all ranks keep generating until the last is done, as ZeRO-3's gathers need.
+        streamer: one of transformers, given the start and then each piece of a single clip, where
+        num_beams is 1.
         """
         no_targets: list[list[int]] = [[] for _ in wordings]
         side: Literal["left", "right"] = "left" if self.decoder_only else "right"
         embeddings_BSE, mask_BS = self._source(inputs, num_frames_B, wordings, no_targets, side)
         start: dict[str, Any] = {}
+        num_start = 0
         if not self.decoder_only:
-            start_BP = torch.tensor([w.start for w in wordings], dtype=torch.long, device=mask_BS.device)
-            start = {"decoder_input_ids": start_BP, "decoder_start_token_id": start_BP[:, 0].tolist()}
+            start_BP = _start_ids(wordings, mask_BS.device)
+            num_start = start_BP.shape[1]
+            first_B = start_BP[:, 0].tolist()
+            start = {"decoder_input_ids": start_BP, "decoder_start_token_id": first_B}
         scored = beam.num_return > 1
         found = self.language_model.generate(
             inputs_embeds=embeddings_BSE,
@@ -215,13 +242,20 @@ class SignTranslator(nn.Module):
             output_scores=scored,
             **start,
         )
-        skip = 0 if self.decoder_only else start_BP.shape[1]
+        # The hypotheses of all clips come one after another, num_return of each.
         scores = found.sequences_scores.tolist() if scored else [None] * len(found.sequences)
-        candidates = [
-            Candidate(self._until_end(ids[skip:]), score)
-            for ids, score in zip(found.sequences.tolist(), scores, strict=True)
-        ]
-        return [candidates[i : i + beam.num_return] for i in range(0, len(candidates), beam.num_return)]
+        candidates = []
+        for ids, score in zip(found.sequences.tolist(), scores, strict=True):
+            candidates.append(Candidate(self._until_end(ids[num_start:]), score))
+        starts = range(0, len(candidates), beam.num_return)
+        return [candidates[i : i + beam.num_return] for i in starts]
 
     def _until_end(self, ids: list[int]) -> tuple[int, ...]:
+        """The ids up to the first end of sentence; all of them where there is none."""
         return tuple(ids[: ids.index(self.eos_id) + 1] if self.eos_id in ids else ids)
+
+
+def _start_ids(wordings: Sequence[Wording], device: torch.device) -> torch.Tensor:
+    """start_BP: what the decoder begins each text with."""
+    starts = [wording.start for wording in wordings]
+    return torch.tensor(starts, dtype=torch.long, device=device)
