@@ -1,4 +1,4 @@
-"""Activation checkpointing: what a layer computed is dropped and computed again in the backward pass."""
+"""Activation checkpointing: what a layer computes is dropped, and computed again for gradients."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -13,11 +13,11 @@ from flallm_ds.errors import UserError
 
 
 def checkpoint_llm(llm: Any) -> None:
-    """Keep only each layer's input. Raises UserError for a model that transformers cannot do it for."""
+    """Keep only each layer's input. Raises UserError where transformers cannot do so."""
     if not llm.supports_gradient_checkpointing:
         raise UserError(
-            f"llm.checkpointing must be false for a {llm.config.model_type} model, which cannot do it, "
-            "but is true."
+            f"llm.checkpointing must be false for a {llm.config.model_type} model, which cannot do "
+            "it, but is true."
         )
     # The name changes with transformers 6; until 5.22 there is only the old one.
     enable = getattr(llm, "activation_checkpointing_enable", None) or llm.gradient_checkpointing_enable
@@ -25,7 +25,10 @@ def checkpoint_llm(llm: Any) -> None:
 
 
 def checkpoint_stages(backbone: nn.Module) -> None:
-    """Keep only the input of each stage of a network for images. Raises ValueError where it has no stages."""
+    """Keep only the input of each stage of a network for images.
+
+    Raises ValueError where it has no stages.
+    """
     for stage in stages_of(backbone):
         _checkpoint_forward(stage)
 
@@ -33,8 +36,8 @@ def checkpoint_stages(backbone: nn.Module) -> None:
 def stages_of(backbone: nn.Module) -> list[nn.Module]:
     """What a network for images applies one after another, the stem and the pooling apart.
 
-    Of its lists and sequences of several modules that are in no other, and of modules beside one another that
-    are numbered (layer1 ... layer4), those with the most parameters.
+    Of its lists and sequences of several modules that are in no other, and of modules beside one
+    another that are numbered (layer1 ... layer4), those with the most parameters.
     """
     groups = [list(module) for module in _outermost_lists(backbone)]
     numbered: dict[str, list[nn.Module]] = {}
@@ -80,10 +83,11 @@ def _checkpoint_forward(module: nn.Module) -> None:
 
 @contextmanager
 def _statistics_kept(norms: Iterable[_BatchNorm]) -> Iterator[None]:
-    """Batches seen in here are normalised as ever, but do not enter the running statistics again."""
+    """Within, batches are normalised as ever, but do not enter the running statistics again."""
     before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm, _, _ in before:
-        # A momentum of 0 leaves the statistics to the bit. With the counter away nothing counts either.
+        # A momentum of 0 leaves the statistics to the bit. With the counter away nothing counts
+        # either.
         norm.momentum, norm.num_batches_tracked = 0.0, None
     try:
         yield

@@ -1,7 +1,7 @@
-"""Weights on disk: safetensors files, written and read tensor by tensor, so that no second copy is held.
+"""Weights on disk: safetensors files, written and read tensor by tensor, without a second copy.
 
-One file `model.safetensors`, or `model-00001-of-00003.safetensors` ... with `model.safetensors.index.json`:
-the layout that transformers reads.
+One file `model.safetensors`, or `model-00001-of-00003.safetensors` ... with
+`model.safetensors.index.json`: the layout that transformers reads.
 """
 
 import json
@@ -21,9 +21,10 @@ FILE_BYTES = 2 * 10**9  # of one file at most, unless a single tensor is larger
 
 
 class WeightsWriter:
-    """Writes tensors as they come: `with WeightsWriter(folder) as writer: writer.add(name, tensor)`.
+    """Writes tensors as they come.
 
-    At most file_bytes wait in memory. The files get their names at the end: nothing loads before.
+    `with WeightsWriter(folder) as writer: writer.add(name, tensor)`. At most file_bytes wait in
+    memory. The files get their names at the end: nothing loads before.
     """
 
     def __init__(self, folder: Path, name: str = "model.safetensors", file_bytes: int = FILE_BYTES) -> None:
@@ -85,7 +86,7 @@ def write_weights(
 
 
 class Weights:
-    """What `WeightsWriter` or transformers wrote: `names`, and each tensor read when it is asked for.
+    """What `WeightsWriter` or transformers wrote: `names`, and each tensor when it is asked for.
 
     Raises UserError that names a file which is missing or not whole.
     """
@@ -102,7 +103,9 @@ class Weights:
                     f"{index} must be an index of safetensors files, but is not ({error})."
                 ) from None
         self._files = [(folder / file, _open(folder / file)) for file in files]
-        self._places = {key: n for n, (_, file) in enumerate(self._files) for key in list(file.keys())}
+        self._places: dict[str, int] = {}
+        for number, (_, opened) in enumerate(self._files):
+            self._places |= dict.fromkeys(opened.keys(), number)
 
     @property
     def names(self) -> list[str]:
@@ -136,12 +139,13 @@ def named_state(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def must_hold(weights: Weights, module: nn.Module) -> None:
-    """Raise UserError if a parameter or a buffer of the state would keep the value it was made with."""
+    """Raise UserError if a parameter or a buffer of the state is not among the weights."""
     names = set(weights.names)
     missing = [name for name, _ in named_state(module) if name not in names]
     if missing:
+        name = missing[0]
         raise UserError(
-            f"{weights.path} must hold {missing[0]}, but does not: it is of another model or not whole."
+            f"{weights.path} must hold {name}, but does not: it is of another model or not whole."
         )
 
 
@@ -153,7 +157,7 @@ def load_weights(module: nn.Module, weights: Weights) -> None:
         stored = weights[name]
         if stored.shape != own.shape:
             raise UserError(
-                f"{weights.path} must fit its settings, but {name} is {tuple(stored.shape)} where the model "
-                f"has {tuple(own.shape)}."
+                f"{weights.path} must fit its settings, but {name} is {tuple(stored.shape)} where "
+                f"the model has {tuple(own.shape)}."
             )
         own.copy_(stored)

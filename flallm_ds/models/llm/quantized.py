@@ -1,7 +1,7 @@
-"""Checkpoints with quantised weights: fp8 and mxfp4 become ordinary tensors, all others are refused by name.
+"""Checkpoints with quantised weights: fp8 and mxfp4 become ordinary tensors, others are refused.
 
-Their tensors come in parts: a weight of few bits and its scales. What loads one without the other trains on
-garbage, so each method is known by its config and by the names of its parts.
+Their tensors come in parts: a weight of few bits and its scales. What loads one without the other
+trains on garbage, so each method is known by its config and by the names of its parts.
 """
 
 import re
@@ -22,7 +22,7 @@ _PARTS = {
     "bitsandbytes": re.compile(r"\.(SCB|weight_format)$|\.(absmax|nested_absmax|quant_map|quant_state\.)"),
     "mxfp4": re.compile(r"_proj_(blocks|scales)$"),
     "compressed-tensors or ModelOpt": re.compile(
-        r"\.(weight_packed|weight_scale(_2)?|weight_shape|weight_zero_point|weight_global_scale|input_scale)$"
+        r"\.(weight_(packed|scale(_2)?|shape|zero_point|global_scale)|input_scale)$"
     ),
 }
 
@@ -40,9 +40,8 @@ def method_of(settings: Mapping[str, Any]) -> str:
     """transformers' name of the method; empty for a model without one."""
     method = settings.get("quant_method")
     if method is None and settings:
-        method = (
-            "bitsandbytes" if any(key.startswith("load_in_") for key in settings) else "an unknown method"
-        )
+        is_bitsandbytes = any(key.startswith("load_in_") for key in settings)
+        method = "bitsandbytes" if is_bitsandbytes else "an unknown method"
     return str(getattr(method, "value", method) or "")
 
 
@@ -50,20 +49,22 @@ def must_be_readable(name: str, method: str) -> None:
     """Raise UserError for a method that cannot be undone here."""
     if method and method not in READ:
         raise UserError(
-            f"the LLM {name} must have weights that can be trained, but is quantised with {method}. Name the "
-            "unquantised model that it was made from (--llm.bits=4 or 8 quantises that one while it loads)."
+            f"the LLM {name} must have weights that can be trained, but is quantised with "
+            f"{method}. Name the unquantised model that it was made from (--llm.bits=4 or 8 "
+            "quantises that one while it loads)."
         )
 
 
 def must_be_plain(name: str, names: Iterable[str]) -> None:
     """Raise UserError for names of tensors that are parts of quantised weights."""
     for key in names:
-        method = next((method for method, part in _PARTS.items() if part.search(key)), None)
+        methods = (method for method, part in _PARTS.items() if part.search(key))
+        method = next(methods, None)
         if method is not None:
             raise UserError(
-                f"the LLM {name} must have weights that can be trained, but its tensor {key} is a part of "
-                f"weights quantised with {method}, of which its config.json says nothing that can be used. "
-                "Name the unquantised model that it was made from."
+                f"the LLM {name} must have weights that can be trained, but its tensor {key} is a "
+                f"part of weights quantised with {method}, of which its config.json says nothing "
+                "that can be used. Name the unquantised model that it was made from."
             )
 
 
@@ -95,7 +96,8 @@ class DequantizedTensor(StoredTensor):
         if weight.dtype == torch.uint8:
             whole: torch.Tensor = convert_moe_packed_tensors(weight, scale, dtype=self.dtype)
             return whole.contiguous().view(self.shape)
-        return (weight.float() * _spread(scale, weight.shape, self.block)).to(self.dtype)
+        scales = _spread(scale, weight.shape, self.block)
+        return (weight.float() * scales).to(self.dtype)
 
     def blocks(self) -> Iterator[torch.Tensor]:
         yield from torch.split(self.read(), self.rows_at_once)
@@ -106,7 +108,10 @@ def _values(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _spread(scale: torch.Tensor, shape: torch.Size, block: tuple[int, int] | None) -> torch.Tensor:
-    """fp32 scales that broadcast to a weight of this shape. Raises ValueError where they are not of it."""
+    """fp32 scales that broadcast to a weight of this shape.
+
+    Raises ValueError for the scales of another shape.
+    """
     if scale.dtype == torch.uint8:  # an exponent
         scale = (scale.float() - 127).exp2()
     scale = scale.float()
@@ -114,6 +119,7 @@ def _spread(scale: torch.Tensor, shape: torch.Size, block: tuple[int, int] | Non
         return scale.reshape(())
     if scale.dim() == 1:  # one a row, or one an expert
         scale = scale.reshape(-1, *[1] * (len(shape) - 1))
+    # The scale of a block is repeated for each row and column; the last block may be cut off.
     for dim, step in zip((-2, -1), block or (1, 1), strict=True):
         size = shape[dim]
         if scale.shape[dim] == -(-size // step):
@@ -130,9 +136,10 @@ def _scales_must_fit(
         _spread(torch.empty(scale.shape, device="meta"), weight.shape, block).expand(weight.shape)
     except (RuntimeError, ValueError, IndexError) as error:
         raise UserError(
-            f"the scales of the LLM {name} must fit their weights, but of {key} {tuple(weight.shape)} they "
-            f"are {tuple(scale.shape)} where its config.json says blocks of {block}. Fetch it again, or name "
-            "the unquantised model that it was made from."
+            f"the scales of the LLM {name} must fit their weights, but of {key} "
+            f"{tuple(weight.shape)} they are {tuple(scale.shape)} where its config.json says "
+            f"blocks of {block}. Fetch it again, or name the unquantised model that it was made "
+            "from."
         ) from error
 
 
@@ -141,7 +148,8 @@ def dequantized(
 ) -> dict[str, torch.Tensor]:
     """A checkpoint's tensors with each weight and its scales as one, computed when it is read.
 
-    Raises UserError where a weight of few bits lacks its scales, or has others than its config says.
+    Raises UserError where a weight of few bits lacks its scales, or has others than its config
+    says.
     """
     method = method_of(settings)
     must_be_readable(name, method)
@@ -158,11 +166,10 @@ def dequantized(
         if _UNUSED.search(key):
             continue
         scale = state.get(f"{key}_scale_inv")
-        if (
-            key.endswith("_blocks")
-            and (packed := state.get(key.removesuffix("_blocks") + "_scales")) is not None
-        ):
-            found[key.removesuffix("_blocks")] = DequantizedTensor.of(tensor, packed, None, dtype)
+        stem = key.removesuffix("_blocks")
+        packed = state.get(f"{stem}_scales") if stem != key else None
+        if packed is not None:
+            found[stem] = DequantizedTensor.of(tensor, packed, None, dtype)
         elif scale is not None and tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
             _scales_must_fit(name, key, tensor, scale, block)
             found[key] = DequantizedTensor.of(tensor, scale, block, dtype)

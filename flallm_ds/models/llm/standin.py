@@ -103,8 +103,9 @@ def read_sentences(texts: str) -> list[str]:
             raise UserError(f"--texts must name text files, but {name} {reason}.") from None
         sentences += [" ".join(line.split()) for line in lines if line.strip()]
     if len(sentences) < 10:
+        count = len(sentences)
         raise UserError(
-            f"--texts must hold at least 10 sentences, one per line, but {texts!r} holds {len(sentences)}."
+            f"--texts must hold at least 10 sentences, one per line, but {texts!r} holds {count}."
         )
     return sentences
 
@@ -264,10 +265,11 @@ def pretrain(
         losses.append(loss.item())
         now = time.perf_counter()
         if now - told > 5 or step + 1 == steps:
-            speed = (step + 1) * BATCH / (now - started)
-            left = (now - started) / (step + 1) * (steps - step - 1)
+            done = step + 1
+            pace = f"{done * BATCH / (now - started):.0f} sentences/s"
+            left = (now - started) / done * (steps - done)
             mean = sum(losses[untold:]) / len(losses[untold:])
-            say(f"step {step + 1} of {steps}: loss {mean:.3f}, {speed:.0f} sentences/s, {left:.0f} s left.")
+            say(f"step {done} of {steps}: loss {mean:.3f}, {pace}, {left:.0f} s left.")
             told, untold = now, len(losses)
     return losses
 

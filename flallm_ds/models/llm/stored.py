@@ -1,4 +1,4 @@
-"""An LLM's checkpoint as a state dict whose tensors stay in their files until somebody needs their values."""
+"""An LLM's checkpoint as a state dict whose tensors stay in their files until they are needed."""
 
 import ctypes
 import json
@@ -22,9 +22,11 @@ from flallm_ds.models.pretrained import CHECKPOINT_FILES
 # What a checkpoint may hold or lack whatever the model: tables that are computed (positions, causal
 # masks), mBART's bias of zeros, fairseq's version, and heads of other tasks next to a whole LLM.
 NEEDLESS = re.compile(
-    r"(^|\.)(inv_freq|position_ids|final_logits_bias|embed_positions\.weights|embed_positions\._float_tensor"
+    r"(^|\.)(inv_freq|position_ids|final_logits_bias"
+    r"|embed_positions\.weights|embed_positions\._float_tensor"
     r"|(encoder|decoder)\.version|(attn|attention)\.(bias|masked_bias|causal_mask))$"
-    r"|^(classification_head|multiple_choice_head|score|classifier|qa_outputs|v_head|value_head|pooler)\."
+    r"|^(classification_head|multiple_choice_head|score|classifier"
+    r"|qa_outputs|v_head|value_head|pooler)\."
 )
 # Of the text model in LLaVA's layout (language_model.model.layers...) and its successors.
 _OF_TEXT = re.compile(r"(?:model\.)?(?:language_model|text_model|llm)\.(?:model\.)?(lm_head\.)?(.+)")
@@ -33,9 +35,10 @@ BLOCK_BYTES = 64 * 2**20  # how much of a tensor is read at once where rows are 
 
 
 class StoredTensor(torch.Tensor):
-    """A tensor of a safetensors file. It has shape and type; every operation on it reads its values anew.
+    """A tensor of a safetensors file: shape and type, but no values.
 
-    So transformers' own loading code, handed a dict of these, holds one tensor at a time instead of all.
+    Every operation on it reads its values again. So transformers' own loading code, handed a dict
+    of these, holds one tensor at a time instead of all.
     """
 
     path: Path
@@ -49,11 +52,19 @@ class StoredTensor(torch.Tensor):
         return tensor
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        args, kwargs = tree_map_only(StoredTensor, lambda stored: stored.read(), (args, kwargs or {}))
+    def __torch_dispatch__(  # type: ignore[override]
+        cls,
+        func: Any,
+        types: Any,
+        args: Any = (),
+        kwargs: Any = None,
+    ) -> Any:
+        given = (args, kwargs or {})
+        args, kwargs = tree_map_only(StoredTensor, lambda stored: stored.read(), given)
         return func(*args, **kwargs)
 
     def read(self) -> torch.Tensor:
+        """The values, from the file."""
         with safe_open(self.path, framework="pt") as file:
             tensor: torch.Tensor = file.get_tensor(self.key)
         return tensor
@@ -73,7 +84,10 @@ class StoredTensor(torch.Tensor):
 
 
 def checkpoint_files(name: str) -> list[Path]:
-    """The weight files of a hub id (then downloaded) or folder. Raises OSError where there are none."""
+    """The weight files of a hub id, which are then downloaded, or of a folder.
+
+    Raises OSError where there are none.
+    """
     for candidate in CHECKPOINT_FILES:
         found = cached_file(name, candidate, _raise_exceptions_for_missing_entries=False)
         if found is None:
@@ -86,7 +100,10 @@ def checkpoint_files(name: str) -> list[Path]:
 
 
 def open_checkpoint(name: str) -> dict[str, torch.Tensor]:
-    """Every tensor of a hub id or folder by its name there; pickled ones (.bin) are mapped from the file."""
+    """Every tensor of a hub id or folder by its name there.
+
+    Pickled ones (.bin) are mapped from the file.
+    """
     state: dict[str, torch.Tensor] = {}
     for path in checkpoint_files(name):
         if path.suffix != ".safetensors":
@@ -101,16 +118,18 @@ def open_checkpoint(name: str) -> dict[str, torch.Tensor]:
 
 
 def text_tensors(skeleton: Any, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of a multimodal checkpoint's text model, by the names that they have in the text model.
+    """The tensors of a multimodal checkpoint's text model, by their names in the text model.
 
-    skeleton: that on the meta device.
+    skeleton: the text model on the meta device.
     """
-    body = next(name.split(".")[0] for name in skeleton.state_dict() if not name.startswith("lm_head."))
+    own = (name for name in skeleton.state_dict() if not name.startswith("lm_head."))
+    body = next(own).split(".")[0]
     found = {}
     for key, tensor in state.items():
         match = _OF_TEXT.fullmatch(key)
         if match:
-            found[f"{match[1] or f'{body}.'}{match[2]}"] = tensor
+            prefix = match[1] or f"{body}."
+            found[f"{prefix}{match[2]}"] = tensor
         elif key.startswith("lm_head."):
             found[key] = tensor
     return found
@@ -125,11 +144,13 @@ def model_names(skeleton: Any, stored: Sequence[str]) -> dict[str, str]:
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
     own = skeleton.state_dict()
-    renamed = {
-        key: rename_source_key(key, renamings, converters, skeleton.base_model_prefix, own)[0]
-        for key in stored
-    }
-    return {key: name for key, name in renamed.items() if name in own}
+    prefix = skeleton.base_model_prefix
+    names = {}
+    for key in stored:
+        name, _ = rename_source_key(key, renamings, converters, prefix, own)
+        if name in own:
+            names[key] = name
+    return names
 
 
 def unplaced(skeleton: Any, names: Mapping[str, str], stored: Iterable[str]) -> list[str]:
@@ -137,14 +158,8 @@ def unplaced(skeleton: Any, names: Mapping[str, str], stored: Iterable[str]) -> 
 
     names: what `model_names` returned for `stored`.
     """
-    ignored = list(skeleton._keys_to_ignore_on_load_unexpected or ())
-    return [
-        key
-        for key in stored
-        if key not in names
-        and not NEEDLESS.search(key)
-        and not any(re.search(pattern, key) for pattern in ignored)
-    ]
+    ignored = skeleton._keys_to_ignore_on_load_unexpected
+    return [key for key in stored if key not in names and not _is_needless(key, ignored)]
 
 
 def unfilled(skeleton: Any, names: Mapping[str, str]) -> list[str]:
@@ -153,14 +168,16 @@ def unfilled(skeleton: Any, names: Mapping[str, str]) -> list[str]:
     pairs = skeleton.all_tied_weights_keys.items()
     filled |= {source for target, source in pairs if target in filled}
     filled |= {target for target, source in pairs if source in filled}
-    ignored = list(skeleton._keys_to_ignore_on_load_missing or ())
-    return [
-        name
-        for name in skeleton.state_dict()
-        if name not in filled
-        and not NEEDLESS.search(name)
-        and not any(re.search(pattern, name) for pattern in ignored)
-    ]
+    ignored = skeleton._keys_to_ignore_on_load_missing
+    own = skeleton.state_dict()
+    return [name for name in own if name not in filled and not _is_needless(name, ignored)]
+
+
+def _is_needless(name: str, ignored: Iterable[str] | None) -> bool:
+    """Whether no model needs this tensor, or the model's class ignores it, by these patterns."""
+    if NEEDLESS.search(name):
+        return True
+    return any(re.search(pattern, name) for pattern in ignored or ())
 
 
 def must_fit(name: str, model: Any, missing: Iterable[str], unexpected: Iterable[str]) -> None:
@@ -184,32 +201,38 @@ def must_fit(name: str, model: Any, missing: Iterable[str], unexpected: Iterable
 
 
 def are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors hold the same values; stored ones are compared a few rows at a time."""
     if one.shape != other.shape:
         return False
     if isinstance(one, StoredTensor) and isinstance(other, StoredTensor):
-        return all(torch.equal(a, b) for a, b in zip(one.blocks(), other.blocks(), strict=True))
+        pairs = zip(one.blocks(), other.blocks(), strict=True)
+        return all(torch.equal(a, b) for a, b in pairs)
     return one.data_ptr() == other.data_ptr() or torch.equal(one, other)
 
 
 def untied_names(skeleton: Any, state: Mapping[str, torch.Tensor]) -> set[str]:
-    """The model's names of what may be another's tied twin, but is stored with values of its own.
+    """The model's names of tensors that its config ties, but that have values of their own.
 
     mT5's head is not its embedding, although its config says so.
     """
-    stored = {name: state[key] for key, name in model_names(skeleton, list(state)).items()}
-    return {
-        target
-        for target, source in skeleton.all_tied_weights_keys.items()
-        if target in stored and source in stored and not are_equal(stored[target], stored[source])
-    }
+    names = model_names(skeleton, list(state))
+    stored = {name: state[key] for key, name in names.items()}
+    untied = set()
+    for target, source in skeleton.all_tied_weights_keys.items():
+        if target not in stored or source not in stored:
+            continue
+        if not are_equal(stored[target], stored[source]):
+            untied.add(target)
+    return untied
 
 
 @contextmanager
 def tied_before_loading(kind: Any, untied: set[str]) -> Iterator[None]:
-    """Within, `from_pretrained` of this class ties parameters before it loads them, and never these names.
+    """Within, `from_pretrained` of this class ties parameters first, and never these names.
 
-    transformers ties afterwards: until then every twin of a large embedding takes its part of the memory. And
-    it compares twins before it ties them; under ZeRO-3 it compares what is left of them, nothing.
+    transformers ties afterwards: until then every twin of a large embedding takes its part of the
+    memory. And it compares twins before it ties them; under ZeRO-3 it compares what is left of
+    them, nothing.
     """
     ties, load = kind._tied_weights_keys, kind._load_pretrained_model
 
@@ -228,9 +251,10 @@ def tied_before_loading(kind: Any, untied: set[str]) -> Iterator[None]:
 
 @contextmanager
 def freed_at_once() -> Iterator[None]:
-    """Within, freed memory of more than 128 KB goes back to the system at once, where the C library is glibc.
+    """Within, freed memory of more than 128 KB goes back to the system at once, under glibc.
 
-    It would keep pieces of up to 32 MB; between parts of a model that stay, they add up to a third of them.
+    glibc would keep pieces of up to 32 MB; between parts of a model that stay, they add up to a
+    third of them.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:

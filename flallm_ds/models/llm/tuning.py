@@ -1,8 +1,8 @@
-"""What of the LLM is trained: all, some of it by name, or low-rank additions to frozen weights (peft).
+"""What of the LLM is trained: all, some of it by name, or low-rank additions by peft.
 
-Low-rank layers stand in the LLM itself, without a wrapper: `q_proj.weight` becomes `q_proj.base_layer.weight`
-beside `q_proj.lora_A.default.weight`, `q_proj.lora_B.default.weight` and, for DoRA,
-`q_proj.lora_magnitude_vector.default.weight`.
+Low-rank layers stand in the LLM itself, without a wrapper: `q_proj.weight` becomes
+`q_proj.base_layer.weight` beside `q_proj.lora_A.default.weight`, `q_proj.lora_B.default.weight`
+and, for DoRA, `q_proj.lora_magnitude_vector.default.weight`.
 """
 
 import copy
@@ -40,7 +40,11 @@ _QUANTIZED = ("Int8Params", "Params4bit")  # bitsandbytes' classes, which need n
 
 @dataclass(frozen=True)
 class Tuning:
-    """layers and targets are regular expressions, searched for in the names of parameters and of modules."""
+    """What is trained.
+
+    layers and targets are regular expressions, searched for in the names of parameters and of
+    modules.
+    """
 
     how: Literal["full", "lora", "dora", "frozen"] = "full"
     layers: str = ""  # with full, train only the parameters that it matches; else train those, too
@@ -56,10 +60,11 @@ class Tuning:
 
 
 def tune(llm: Any, tuning: Tuning, seed: int = 0) -> None:
-    """Freeze and extend a loaded model in place, before the engine is made; the same draws for the same seed.
+    """Freeze and extend a loaded model in place, before the engine is made.
 
-    For DoRA on parameters that ZeRO-3 has partitioned, the `HfDeepSpeedConfig` must still be alive: the norms
-    of the weights are taken here. Raises UserError for a pattern that matches nothing.
+    The same seed gives the same draws. For DoRA on parameters that ZeRO-3 has partitioned, the
+    `HfDeepSpeedConfig` must still be alive: the norms of the weights are taken here. Raises
+    UserError for a pattern that matches nothing.
     """
     trainable = {n: p for n, p in llm.named_parameters() if p.requires_grad}
     chosen = _chosen(trainable, tuning)
@@ -76,13 +81,14 @@ def _chosen(parameters: dict[str, nn.Parameter], tuning: Tuning) -> list[nn.Para
     if not tuning.layers:
         return []
     whole = [n for n, p in parameters.items() if type(p).__name__ not in _QUANTIZED]
-    return [parameters[n] for n in _search(tuning.layers, whole, f"{tuning.section}.layers", "a parameter")]
+    found = _search(tuning.layers, whole, f"{tuning.section}.layers", "a parameter")
+    return [parameters[name] for name in found]
 
 
 def _add_low_rank(llm: Any, tuning: Tuning, seed: int) -> None:
     partitioned = any(hasattr(p, "ds_id") for p in llm.parameters())
     assert not (partitioned and tuning.how == "dora") or is_deepspeed_zero3_enabled(), (
-        "DoRA reads the weights' norms: keep the HfDeepSpeedConfig alive, or peft sees empty weights"
+        "DoRA reads the weights' norms: keep HfDeepSpeedConfig alive, or peft sees empty weights"
     )
     targets = low_rank_targets(llm, tuning.targets, tuning.section)
     task = TaskType.FEATURE_EXTRACTION
@@ -90,7 +96,8 @@ def _add_low_rank(llm: Any, tuning: Tuning, seed: int) -> None:
         task = TaskType.SEQ_2_SEQ_LM if llm.config.is_encoder_decoder else TaskType.CAUSAL_LM
     config = LoraConfig(
         r=tuning.rank,
-        lora_alpha=tuning.alpha,  # type: ignore[arg-type]  # peft divides it by r; it need not be whole
+        # peft divides it by r; it need not be whole.
+        lora_alpha=tuning.alpha,  # type: ignore[arg-type]
         lora_dropout=tuning.dropout,
         use_dora=tuning.how == "dora",
         target_modules=targets,
@@ -104,11 +111,18 @@ def _add_low_rank(llm: Any, tuning: Tuning, seed: int) -> None:
 
 
 def low_rank_targets(llm: Any, pattern: str, section: str = "llm") -> list[str]:
-    """Names of the linear layers, the output head left out, that `pattern` is found in; ALL_LINEAR: all."""
+    """Names of the linear layers, without the output head, that `pattern` is found in.
+
+    ALL_LINEAR: all of them.
+    """
     head = llm.get_output_embeddings() if hasattr(llm, "get_output_embeddings") else None
-    names = [n for n, m in llm.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head]
-    # PyTorch's own attention never calls its output layer: an addition would have no effect.
-    names = [n for n in names if not isinstance(llm.get_submodule(n), NonDynamicallyQuantizableLinear)]
+    names = []
+    for name, module in llm.named_modules():
+        # PyTorch's own attention never calls its output layer: an addition would have no effect.
+        is_unused = isinstance(module, NonDynamicallyQuantizableLinear)
+        is_linear = isinstance(module, nn.Linear | Conv1D)
+        if is_linear and not is_unused and module is not head:
+            names.append(name)
     if pattern == ALL_LINEAR:
         return names
     what = "a linear layer of the " + {"llm": "LLM", "visual": "backbone"}[section]
@@ -116,12 +130,14 @@ def low_rank_targets(llm: Any, pattern: str, section: str = "llm") -> list[str]:
 
 
 def _search(pattern: str, names: Sequence[str], option: str, what: str) -> list[str]:
+    """The names that a pattern is found in. Raises UserError where it is in none, or no pattern."""
     try:
         found = [name for name in names if re.search(pattern, name)]
     except re.error as error:
         raise UserError(f"{option} must be a regular expression, but is {pattern!r} ({error}).") from None
     if not found:
-        words = sorted({part for name in names for part in name.split(".") if not part.isdigit()})
+        parts = {part for name in names for part in name.split(".")}
+        words = sorted(part for part in parts if not part.isdigit())
         asked = max(re.findall(r"[A-Za-z]\w*", pattern), key=len, default=pattern)
         raise UserError(
             f"{option} must match the name of {what}, such as {names[-1]}, but {pattern!r} "
@@ -141,32 +157,32 @@ def check_bits(bits: int, how: str, zero_stage: int, device: torch.device) -> No
     option = f"llm.bits={bits}"
     if how == "full":
         raise UserError(
-            f"{option} must go with frozen weights, because integers have no gradient, but llm.tune is full. "
-            "Give --llm.tune=lora, or --llm.bits=16."
+            f"{option} must go with frozen weights, because integers have no gradient, but "
+            "llm.tune is full. Give --llm.tune=lora, or --llm.bits=16."
         )
     if device.type != "cuda":
-        raise UserError(
-            f"{option} needs a CUDA device, but this machine has none. Give --llm.bits=16 or use a GPU."
-        )
+        advice = "Give --llm.bits=16 or use a GPU."
+        raise UserError(f"{option} needs a CUDA device, but this machine has none. {advice}")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(
-            f"{option} needs the package bitsandbytes, which is not installed. Install flallm_ds[gpu], or "
-            "give --llm.bits=16."
+            f"{option} needs the package bitsandbytes, which is not installed. Install "
+            "flallm_ds[gpu], or give --llm.bits=16."
         )
     if zero_stage == 3:
         raise UserError(
-            f"{option} must go with ZeRO-2 or less, because quantized weights cannot be partitioned, but the "
-            "DeepSpeed JSON is of stage 3. Give --train.deepspeed=ds_configs/zero2.json, or --llm.bits=16."
+            f"{option} must go with ZeRO-2 or less, because quantized weights cannot be "
+            "partitioned, but the DeepSpeed JSON is of stage 3. Give "
+            "--train.deepspeed=ds_configs/zero2.json, or --llm.bits=16."
         )
 
 
 def merged(tensors: NamedTensors, llm: Any) -> Iterator[tuple[str, torch.Tensor | None]]:
-    """The LLM's tensors under their names from before `tune`, low-rank additions merged into its weights.
+    """The LLM's tensors under their names from before `tune`, low-rank additions merged.
 
-    tensors: whole ones by their names in `llm`, or None (on ranks that only take part in the gathering). They
-    are taken as they come and no more than one layer is held. llm: as `tune` left it, for scales and layouts;
-    its own, possibly partitioned, values are not read. An LLM without additions passes unchanged.
-    Raises UserError for quantized weights.
+    tensors: whole ones by their names in `llm`, or None (on ranks that only take part in the
+    gathering). They are taken as they come and no more than one layer is held. llm: as `tune` left
+    it, for scales and layouts; its own, possibly partitioned, values are not read. An LLM without
+    additions passes unchanged. Raises UserError for quantized weights.
     """
     layers = _low_rank_layers(llm)
     waiting: dict[str, dict[str, torch.Tensor | None]] = {}
@@ -190,21 +206,27 @@ def _low_rank_layers(llm: Any) -> dict[str, Any]:
 
 
 def _parts(layer: Any) -> set[str]:
+    """Names of what a low-rank layer's weight is merged of."""
     names = {name for name, _ in layer.named_parameters()}
-    return {n for n in names if n == "base_layer.weight" or n.startswith("lora_")}
+    return {name for name in names if name == "base_layer.weight" or name.startswith("lora_")}
 
 
 def _merge(layer: Any, parts: dict[str, torch.Tensor | None], name: str) -> torch.Tensor | None:
     """W + scale B A; for DoRA (arXiv 2402.09353) with each output's row at its learnt magnitude."""
     if type(layer.base_layer.weight).__name__ in _QUANTIZED:
         raise UserError(
-            f"weights must not be quantized to be merged, but {name} is of 8 or 4 bits. Export the additions "
-            "apart."
+            f"weights must not be quantized to be merged, but {name} is of 8 or 4 bits. Export the "
+            "additions apart."
         )
     weight = parts.pop("base_layer.weight")
     if weight is None:
         return None
-    short = {part.split(".")[0]: tensor.float() for part, tensor in parts.items() if tensor is not None}
+    short = {}
+    for part, tensor in parts.items():
+        if tensor is not None:
+            short[part.split(".")[0]] = tensor.float()
+
+    # O outputs, I inputs of the layer.
     turned = layer.fan_in_fan_out  # Conv1D holds (inputs, outputs)
     weight_OI = weight.float().T if turned else weight.float()
     (scale,) = layer.scaling.values()
@@ -219,15 +241,16 @@ def _merge(layer: Any, parts: dict[str, torch.Tensor | None], name: str) -> torc
 def write_additions(folder: Path, tensors: NamedTensors, llm: Any, base: str) -> None:
     """Fill an empty folder that `peft.PeftModel.from_pretrained(base model, folder)` reads.
 
-    adapter_config.json and adapter_model.safetensors hold the additions, and the other parameters that were
-    trained, if any. tensors: as for `merged`, of trained parameters at least. base: the name or folder of the
-    LLM that they belong to, written into the config.
+    adapter_config.json and adapter_model.safetensors hold the additions, and the other parameters
+    that were trained, if any. tensors: as for `merged`, of trained parameters at least. base: the
+    name or folder of the LLM that they belong to, written into the config.
     """
     trained = {name for name, p in llm.named_parameters() if p.requires_grad}
     state = {n: t.detach().cpu() for n, t in tensors if t is not None and n in trained}
     additions = get_peft_model_state_dict(llm, state_dict=state, save_embedding_layers=False)
     others = {n: t for n, t in state.items() if ".lora_" not in n}
-    named = {f"base_model.model.{n}": t.contiguous() for n, t in (additions | others).items()}
+    written = additions | others
+    named = {f"base_model.model.{n}": t.contiguous() for n, t in written.items()}
     save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = copy.copy(llm.peft_config["default"])
     config.base_model_name_or_path, config.inference_mode = base, True
@@ -244,9 +267,11 @@ def read_additions(folder: Path, llm: Any) -> None:
         inject_adapter_in_model(LoraConfig.from_pretrained(str(folder)), llm)
         result: Any = set_peft_model_state_dict(llm, dict(weights))
     except (OSError, ValueError, TypeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
         raise UserError(
-            f"the low-rank additions in {folder} must fit their LLM, but do not: {str(error).splitlines()[0]}"
+            f"the low-rank additions in {folder} must fit their LLM, but do not: {reason}"
         ) from error
-    wrong = [name for name in result.missing_keys if ".lora_" in name] + list(result.unexpected_keys)
+    missing = [name for name in result.missing_keys if ".lora_" in name]
+    wrong = [*missing, *result.unexpected_keys]
     if wrong:
         raise UserError(f"the low-rank additions in {folder} must fit their LLM, but {wrong[0]} does not.")

@@ -1,4 +1,4 @@
-"""What of an LLM depends on its vocabulary: tensors with a row a word, and the ids in its configs."""
+"""What of an LLM depends on its vocabulary: tensors with a row a word, ids in its configs."""
 
 import copy
 from collections.abc import Iterator
@@ -10,7 +10,8 @@ import torch
 from flallm_ds.data.text.codec import TextCodec
 from flallm_ds.models.llm.stored import StoredTensor
 
-# Specials of text are absent where they were not kept; other ids (of pictures, sounds) must be some number.
+# Specials of text are absent where they were not kept; other ids (of pictures, sounds) must be some
+# number.
 _TEXT_SPECIALS = ("pad", "bos", "eos", "sep", "cls", "unk", "decoder_start", "forced_bos", "forced_eos")
 _ID_LISTS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids")
 
@@ -20,18 +21,23 @@ def word_dims(skeleton: Any, smaller: Any) -> dict[str, int]:
     shapes = {name: tensor.shape for name, tensor in smaller.state_dict().items()}
     found = {}
     for name, tensor in skeleton.state_dict().items():
-        differing = [d for d, size in enumerate(tensor.shape) if size != shapes[name][d]]
-        if differing:
-            found[name] = differing[0]
+        for dim, (size, other) in enumerate(zip(tensor.shape, shapes[name], strict=True)):
+            if size != other:
+                found[name] = dim
+                break
     return found
 
 
 def chosen_rows(tensor: torch.Tensor, rows: np.ndarray, dim: int) -> torch.Tensor:
-    """`tensor.index_select(dim, rows)` for rising rows, without the whole tensor in memory where dim is 0."""
+    """`tensor.index_select(dim, rows)` for rising rows.
+
+    Where dim is 0, the whole tensor is never in memory.
+    """
     if dim != 0 or not isinstance(tensor, StoredTensor):
         return tensor.index_select(dim, torch.from_numpy(rows))
     parts, start = [], 0
     for block in tensor.blocks():
+        # The rows of this block that are chosen, counted from its first.
         inside = rows[(rows >= start) & (rows < start + len(block))] - start
         parts.append(block[torch.from_numpy(inside)])
         start += len(block)
@@ -39,7 +45,7 @@ def chosen_rows(tensor: torch.Tensor, rows: np.ndarray, dim: int) -> torch.Tenso
 
 
 def trimmed_config(config: Any, codec: TextCodec, words: int, kept: int) -> Any:
-    """A copy of a model's config with `kept` in place of `words` words, and trimmed ids."""
+    """A copy of a model's config with `kept` instead of `words` words, and trimmed ids."""
     trimmed = copy.deepcopy(config)
     for part in _with_parts(trimmed):
         of_words = getattr(part, "vocab_size", None) == words
@@ -59,16 +65,15 @@ def _with_parts(config: Any) -> Iterator[Any]:
 
 
 def renumber(config: Any, codec: TextCodec) -> None:
-    """Write trimmed ids into a config or generation config: nothing may point past the vocabulary."""
+    """Write trimmed ids into a config or generation config, so that none points past the words."""
     for field, value in config.to_dict().items():
-        if value is None or not (field.endswith(("_token_id", "_token_index")) or field in _ID_LISTS):
+        is_list = field in _ID_LISTS
+        is_id = is_list or field.endswith(("_token_id", "_token_index"))
+        if value is None or not is_id:
             continue
         trimmed = _renumbered(value, codec)
-        if (
-            trimmed is None
-            and field.rpartition("_token_")[0] not in _TEXT_SPECIALS
-            and field not in _ID_LISTS
-        ):
+        is_of_text = field.rpartition("_token_")[0] in _TEXT_SPECIALS
+        if trimmed is None and not is_of_text and not is_list:
             trimmed = codec.pad_id
         setattr(config, field, trimmed)
     ends = getattr(config, "eos_token_id", None)
@@ -76,9 +81,10 @@ def renumber(config: Any, codec: TextCodec) -> None:
         config.eos_token_id = codec.eos_id
     elif codec.eos_id not in ends:
         config.eos_token_id = [codec.eos_id, *ends]
-    start = codec.wording().start if codec.language and not codec.instruction.decoder_only else ()
-    if start:
-        config.decoder_start_token_id = start[0]
+    if codec.language and not codec.instruction.decoder_only:
+        start = codec.wording().start
+        if start:
+            config.decoder_start_token_id = start[0]
 
 
 def _renumbered(value: Any, codec: TextCodec) -> Any:
@@ -87,6 +93,8 @@ def _renumbered(value: Any, codec: TextCodec) -> Any:
         known = 0 <= value < len(codec.tokenizer) and codec.trimmed_id(value) >= 0
         return codec.trimmed_id(value) if known else None
     trimmed = [_renumbered(one, codec) for one in value]
+    kept = [one for one in trimmed if one is not None]
     if any(isinstance(one, list) for one in value):  # words of several pieces
-        return [new for new, old in zip(trimmed, value, strict=True) if new and len(new) == len(old)] or None
-    return [one for one in trimmed if one is not None] or None
+        pairs = zip(trimmed, value, strict=True)
+        kept = [new for new, old in pairs if new and len(new) == len(old)]  # a part is no word
+    return kept or None

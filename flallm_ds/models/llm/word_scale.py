@@ -40,13 +40,14 @@ def probe_of(llm: Any) -> Any:
 
 @torch.no_grad()
 def word_scale(probe: Any) -> float:
-    """What the model multiplies rows of its word embedding by where it reads words, but not embeddings.
+    """What the model multiplies embedded words by, but not embeddings that it is given.
 
-    Families do so in the embedding, beside it, or not at all, and some scale embeddings as well. So the model
-    reads the same words in both ways, as far as its first layer. No weights are needed, and no other rank.
+    Families do so in the embedding, beside it, or not at all, and some scale embeddings as well. So
+    the model reads the same words in both ways, as far as its first layer. No weights are needed,
+    and no other rank.
 
-    probe: on the meta device; it is of no other use afterwards. Raises UserError for a model that reads
-    embeddings in another way than words.
+    probe: on the meta device; it is of no other use afterwards. Raises UserError for a model that
+    reads embeddings in another way than words.
     """
     probe.eval()
     with torch.device("cpu"):  # whatever the caller's default device is
@@ -56,7 +57,8 @@ def word_scale(probe: Any) -> float:
 def _measured(probe: Any) -> float:
     table = _materialize(probe)
     padding = getattr(probe.config.get_text_config(), "pad_token_id", None)
-    ids_BS = torch.tensor([[i for i in range(_ROWS) if i != padding][-_WORDS:]])
+    ids = [i for i in range(_ROWS) if i != padding]
+    ids_BS = torch.tensor([ids[-_WORDS:]])
     try:
         if probe.config.model_type in _REFUSED:
             raise ValueError(_REFUSED[probe.config.model_type])
@@ -71,8 +73,8 @@ def _measured(probe: Any) -> float:
         reason = (str(error) or type(error).__name__).splitlines()[0]
     name = probe.config.name_or_path or "this one"
     raise UserError(
-        "llm.name must be an LLM that reads embeddings as it reads words, because visual tokens are "
-        f"embeddings, got {name} ({probe.config.model_type}): {reason}. Choose another LLM."
+        "llm.name must be an LLM that reads embeddings as it reads words, because visual tokens "
+        f"are embeddings, got {name} ({probe.config.model_type}): {reason}. Choose another LLM."
     )
 
 
@@ -82,7 +84,10 @@ def own_scale(embedding: Any) -> float:
 
 
 def _materialize(probe: Any) -> torch.Tensor:
-    """Give what runs ahead of the layers random weights on the host; return the word embedding's rows."""
+    """Give what runs ahead of the layers random weights on the host.
+
+    Returns the word embedding's rows.
+    """
     in_layers: set[nn.Module] = set()
     owners: dict[nn.Module, Any] = {}  # the model whose `_init_weights` knows a module
     for layer in _layers(probe):
@@ -111,9 +116,10 @@ def _materialize(probe: Any) -> torch.Tensor:
 
 
 def _layers(probe: Any) -> list[nn.Module]:
-    """transformers' own layers; of a class that has none (code of the hub), all that stands in a list."""
-    layers = [module for module in probe.modules() if isinstance(module, GradientCheckpointingLayer)]
-    lists = [module for module in probe.modules() if isinstance(module, nn.ModuleList)]
+    """transformers' own layers; of a class without them (code of the hub), all in a list."""
+    modules = list(probe.modules())
+    layers = [module for module in modules if isinstance(module, GradientCheckpointingLayer)]
+    lists = [module for module in modules if isinstance(module, nn.ModuleList)]
     return layers or [layer for entry in lists for layer in entry]
 
 
@@ -129,32 +135,36 @@ def _stop(layer: nn.Module, args: Any, kwargs: Any) -> None:
 
 def _inputs_of_first_layer(probe: Any, **inputs: torch.Tensor) -> list[Any]:
     mask_BS = torch.ones(1, _WORDS, dtype=torch.long)
-    start = {"decoder_input_ids": torch.zeros(1, 1, dtype=torch.long)}
+    if probe.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = torch.zeros(1, 1, dtype=torch.long)
     try:
-        probe(
-            **inputs,
-            attention_mask=mask_BS,
-            use_cache=False,
-            **(start if probe.config.is_encoder_decoder else {}),
-        )
+        probe(**inputs, attention_mask=mask_BS, use_cache=False)
     except _FirstLayer as reached:
         return reached.inputs
     raise ValueError("it has no layers")
 
 
 def _candidates(probe: Any) -> list[float]:
-    """The scale of the embedding, then 1, then each number that a part of the model or its config holds."""
+    """What the scale may be, likely ones first.
+
+    That of the embedding, 1, each number that a part of the model or its config holds, sqrt(E).
+    """
     embedding = probe.get_input_embeddings()
-    models = [module for module in probe.modules() if isinstance(module, PreTrainedModel)]
-    held = [value for model in models for part in (model, model.config) for value in vars(part).values()]
-    numbers = [value for value in held if isinstance(value, float) and value > 0]
-    return list(dict.fromkeys([own_scale(embedding), 1.0, *numbers, embedding.weight.shape[1] ** 0.5]))
+    found = [own_scale(embedding), 1.0]
+    for model in probe.modules():
+        if isinstance(model, PreTrainedModel):
+            held = [*vars(model).values(), *vars(model.config).values()]
+            found += [value for value in held if isinstance(value, float) and value > 0]
+    found.append(embedding.weight.shape[1] ** 0.5)
+    return list(dict.fromkeys(found))
 
 
 def _are_equal(found: list[Any], wanted: list[Any]) -> bool:
-    return len(found) == len(wanted) and all(
-        torch.allclose(a, b, rtol=1e-4, atol=1e-5)
-        if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.shape == b.shape
-        else type(a) is type(b) and not isinstance(a, torch.Tensor)
-        for a, b in zip(found, wanted, strict=True)
-    )
+    """Whether tensors are about equal, and all else is of the same types."""
+    return len(found) == len(wanted) and all(map(_are_like, found, wanted))
+
+
+def _are_like(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one.shape == other.shape and torch.allclose(one, other, rtol=1e-4, atol=1e-5)
+    return type(one) is type(other)
