@@ -1,1 +1,1 @@
-"""Training: build turns a RunConfig into objects, trainer runs them, engine alone imports deepspeed."""
+"""Training: build turns a RunConfig into objects, trainer runs them, engine knows DeepSpeed."""

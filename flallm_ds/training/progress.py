@@ -33,31 +33,49 @@ class Progress:
         self._busy_s += seconds
 
     def step(
-        self, epoch: int, step: int, num_steps: int, loss: float, frames: float, seconds: float, waited: float
+        self,
+        epoch: int,
+        step: int,
+        num_steps: int,
+        loss: float,
+        frames: float,
+        seconds: float,
+        waited: float,
     ) -> None:
-        """One step is done: `frames` kept frames over all ranks in `seconds`, `waited` of them for data."""
+        """Count a step of `seconds`, of which it `waited` for data.
+
+        frames: kept frames over all ranks.
+        """
         if self._first_fraction is None:
             self._first_fraction = (epoch + (step - 1) / num_steps) / self._epochs
         self._fraction_done = (epoch + step / num_steps) / self._epochs
         self._busy_s += seconds
-        self._frames, self._seconds = self._frames + frames, self._seconds + seconds
-        self._waited, self._loss, self._steps = self._waited + waited, self._loss + loss, self._steps + 1
+        self._frames += frames
+        self._seconds += seconds
+        self._waited += waited
+        self._loss += loss
+        self._steps += 1
         now = time.perf_counter()
         last = step == num_steps and epoch == self._epochs - 1
         if now - self._last_print >= self.every_s or last:
             done = self._fraction_done - self._first_fraction
             left = self._busy_s * (1 - self._fraction_done) / done if done else 0.0
+            speed = self._frames / self._seconds
+            waiting = 100 * self._waited / self._seconds
             self.say(
-                f"stage {self.stage}  epoch {epoch + 1}/{self._epochs}  step {step}/{num_steps}  loss "
-                f"{self._loss / self._steps:.3f}  {self._frames / self._seconds:,.0f} frames/s  waiting "
-                f"{100 * self._waited / self._seconds:.1f} %  left {clock(left)}"
+                f"stage {self.stage}  epoch {epoch + 1}/{self._epochs}  step {step}/{num_steps}  "
+                f"loss {self._loss / self._steps:.3f}  {speed:,.0f} frames/s  "
+                f"waiting {waiting:.1f} %  left {clock(left)}"
             )
             self._last_print = now
             self._reset()
 
 
 class ScoringProgress:
-    """Prints how far a split is every `every_s` seconds, on rank 0 alone: call it with (clips done, all)."""
+    """Prints how far a split is every `every_s` seconds, on rank 0 alone.
+
+    Call it with the number of clips that are done, and of all.
+    """
 
     def __init__(self, split: str, every_s: float, enabled: bool) -> None:
         self.split, self.every_s, self.enabled = split, every_s, enabled

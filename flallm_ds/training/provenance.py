@@ -39,7 +39,10 @@ DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def record_start(folder: Path, world: World) -> None:
-    """Add this start to versions.json. Every rank must call it; raises UserError on each where it fails."""
+    """Add this start to versions.json.
+
+    Every rank must call it. Raises UserError on every rank where it fails.
+    """
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
     devices = gather_objects(device, world)
     main_first(lambda: _append(folder / VERSIONS, facts(devices)), world)
@@ -50,10 +53,12 @@ def _append(path: Path, start: dict[str, Any]) -> None:
     if path.is_file():
         try:
             content = dict(json.loads(path.read_text(encoding="utf-8")))
-            starts = list(content.get("starts", [content]))  # an older version wrote the first start alone
+            # An older version wrote the first start alone.
+            starts = list(content.get("starts", [content]))
         except (ValueError, TypeError) as error:
             raise UserError(f"Cannot read {path}: {error}. Delete it; the run resumes without it.") from error
-    replace_file(path, json.dumps({**content, "starts": [*starts, start]}, indent=2) + "\n")
+    content = {**content, "starts": [*starts, start]}
+    replace_file(path, json.dumps(content, indent=2) + "\n")
 
 
 def facts(devices: list[str]) -> dict[str, Any]:
@@ -72,26 +77,34 @@ def facts(devices: list[str]) -> dict[str, Any]:
         "ranks": len(devices),
         "devices": dict(Counter(devices)),
         "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version() if on_gpu else None,  # type: ignore[no-untyped-call]
+        "cudnn": _cudnn() if on_gpu else None,
         "nccl": _nccl() if on_gpu else None,
         "driver": _driver(),
     }
 
 
 def _commit(repository: Path) -> tuple[str | None, bool | None]:
-    """(commit, whether the code was changed since); (None, None) where it does not run from a checkout."""
+    """(commit, whether the code was changed since); (None, None) without a checkout."""
     if not (repository / ".git").exists():  # a repository around site-packages is not ours
         return None, None
     # A container's root may not be the owner of a mounted checkout.
     git = ["git", "-C", str(repository), "-c", f"safe.directory={repository}"]
     try:
-        head, changes = (
-            subprocess.run([*git, *words], capture_output=True, text=True, timeout=30, check=True).stdout
-            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", *CODE])
-        )
+        head = _output([*git, "rev-parse", "HEAD"])
+        changes = _output([*git, "status", "--porcelain", "--", *CODE])
     except (OSError, subprocess.SubprocessError):
         return None, None
-    return head.strip(), bool(changes.strip())
+    return head, bool(changes)
+
+
+def _output(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    return done.stdout.strip()
+
+
+def _cudnn() -> int | None:
+    version: int | None = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+    return version
 
 
 def _nccl() -> str:

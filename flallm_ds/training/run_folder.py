@@ -1,7 +1,7 @@
 """The run folder: what a run was, what it measured, and where it goes on.
 
-config.json  versions.json  metrics.jsonl  hypotheses.jsonl  log.txt  tensorboard/  checkpoints/  tokenizer/
-best/ (an export)  evaluation/  .lock (while a job is at work)
+config.json  versions.json  metrics.jsonl  hypotheses.jsonl  log.txt  tensorboard/  checkpoints/
+tokenizer/  best/ (an export)  evaluation/  .lock (while a job is at work)
 """
 
 import html
@@ -45,9 +45,10 @@ def locked_run(config: RunConfig, world: World) -> Iterator[None]:
 
 @contextmanager
 def run_folder(config: RunConfig, world: World) -> Iterator[Path]:
-    """`open_run_folder` on all ranks while a run is built: one that is refused leaves nothing new."""
+    """`open_run_folder` on all ranks while a run is built; a refused one leaves nothing new."""
     path = Path(config.run)
-    is_new = world.is_main and not (path / "config.json").is_file()  # and empty, or it is refused at once
+    # A new one is empty, or it is refused at once.
+    is_new = world.is_main and not (path / "config.json").is_file()
     was_there = path.exists()
     folder = main_first(lambda: open_run_folder(config), world)
     try:
@@ -75,7 +76,8 @@ def _remove_built(folder: Path) -> None:
 def open_run_folder(config: RunConfig) -> Path:
     """Make the folder of a new run, or check that an existing one is of this very run.
 
-    Raises UserError where the folder is not empty and not a run's, or an option that changes numbers differs.
+    Raises UserError where the folder is not empty and not a run's, or an option that changes
+    numbers differs.
     """
     folder = Path(config.run)
     path = folder / "config.json"
@@ -89,7 +91,10 @@ def open_run_folder(config: RunConfig) -> Path:
 
 
 def _check_free(folder: Path) -> None:
-    """Raise UserError where a folder is neither a run's nor empty; what a killed start leaves is nothing."""
+    """Raise UserError where a folder is neither a run's nor empty.
+
+    What a killed start leaves does not count.
+    """
     config = folder / "config.json"
     if config.is_file() or not folder.exists():
         return
@@ -106,27 +111,30 @@ def _check_same_run(now: RunConfig, before: RunConfig, folder: Path) -> None:
     for name, value in its.items():
         if name not in FREE_TO_CHANGE and mine[name] != value:
             raise UserError(
-                f"{name} must be {value!r} as when the run in {folder} began, but is {mine[name]!r}. "
-                f"Leave it, or start another run with --run=FOLDER."
+                f"{name} must be {value!r} as when the run in {folder} began, but is "
+                f"{mine[name]!r}. Leave it, or start another run with --run=FOLDER."
             )
 
 
 class Metrics:
     """What rank 0 records: metrics.jsonl, hypotheses.jsonl and TensorBoard events.
 
-    A resume forgets what came after its checkpoint. A write that fails is kept in mind and raised by `check`,
-    where all ranks hear of it.
+    A resume forgets what came after its checkpoint. A write that fails is kept in mind and raised
+    by `check`, where all ranks hear of it.
     """
 
     def __init__(self, folder: Path, global_step: int, epoch: int) -> None:
-        """global_step: steps made. epoch: epochs that are done, with their scoring. Raises OSError."""
+        """Open the files, without what a resumed run makes again. Raises OSError.
+
+        global_step: steps made. epoch: epochs that are done, with their scoring.
+        """
+        # Not at the top: slow to import, and rank 0 alone writes events.
         from torch.utils.tensorboard import SummaryWriter
 
         self.folder = folder
         self.problem: OSError | None = None
-        self._metrics, self._hypotheses = (
-            _continued(folder / name, global_step, epoch) for name in ("metrics.jsonl", "hypotheses.jsonl")
-        )
+        self._metrics = _continued(folder / "metrics.jsonl", global_step, epoch)
+        self._hypotheses = _continued(folder / "hypotheses.jsonl", global_step, epoch)
         threading.excepthook = _without_events_thread
         self._events = SummaryWriter(str(folder / EVENTS), purge_step=global_step + 1)
 
@@ -164,8 +172,8 @@ class Metrics:
         if self.problem is not None:
             problem = file_problem(self.problem)
             raise UserError(
-                f"The records in {self.folder} are not complete. {problem} The run resumes from its last "
-                "checkpoint."
+                f"The records in {self.folder} are not complete. {problem} The run resumes from "
+                "its last checkpoint."
             )
 
     def _append(self, file: IO[str], record: dict[str, Any]) -> None:
@@ -205,24 +213,33 @@ def _continued(path: Path, global_step: int, epoch: int) -> IO[str]:
 def _is_before(line: str, global_step: int, epoch: int) -> bool:
     try:
         record = json.loads(line)
+        if int(record["global_step"]) > global_step:
+            return False
         is_scoring = has_scores(record) or "hypothesis" in record
-        return int(record["global_step"]) <= global_step and (not is_scoring or record["epoch"] <= epoch)
+        return not is_scoring or bool(record["epoch"] <= epoch)
     except (ValueError, KeyError, TypeError):
         return False  # a line cut off by a kill
 
 
 def _table(hypotheses: Sequence[Hypothesis]) -> str:
     """For TensorBoard, which reads Markdown."""
-    rows = [(one.key, one.reference, one.hypothesis) for one in hypotheses]
     lines = ["| clip | reference | hypothesis |", "|---|---|---|"]
-    for row in rows:
-        texts = [one_line(text).encode("utf-8", "backslashreplace").decode() for text in row]
-        cells = [html.escape(text).replace("|", "&#124;") for text in texts]
+    for one in hypotheses:
+        cells = map(_cell, (one.key, one.reference, one.hypothesis))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
+def _cell(text: str) -> str:
+    """A text as one cell of a table, in which nothing is markup."""
+    encodable = one_line(text).encode("utf-8", "backslashreplace").decode()
+    return html.escape(encodable).replace("|", "&#124;")
+
+
 def _without_events_thread(args: threading.ExceptHookArgs) -> None:
-    """TensorBoard's thread prints the error that its next write raises, which is where it is handled."""
+    """Print a thread's error, but not one of TensorBoard's.
+
+    Its next write raises the error again, and there it is handled.
+    """
     if not (isinstance(args.exc_value, OSError) and type(args.thread).__name__ == "_AsyncWriterThread"):
         threading.__excepthook__(args)

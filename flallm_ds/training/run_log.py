@@ -1,4 +1,4 @@
-"""log.txt of a run: every line that rank 0 prints, with its time; what is printed stays as it was."""
+"""log.txt of a run: every line that rank 0 prints, with its time."""
 
 import sys
 import time
@@ -51,7 +51,7 @@ class RunLog:
 
 
 class _Tee:
-    """A stream that passes everything on and gives each whole line to the log."""
+    """A stream that passes everything on as it is, and gives each whole line to the log."""
 
     def __init__(self, stream: IO[str], log: RunLog) -> None:
         self._stream, self._log = stream, log

@@ -16,9 +16,9 @@ TWICE_S = 0.3  # torchrun passes Ctrl-C on to ranks that the terminal has sent i
 class StopRequest:
     """Set by a signal or the launcher's death; ranks agree on it at the next step.
 
-    SIGTERM and SIGUSR1 count at any time. Ctrl-C and a lost terminal (SIGHUP) end a command at once while
-    there is nothing to save, that is before `begin`; a second Ctrl-C always does. What is ignored, as SIGHUP
-    under nohup, stays ignored.
+    SIGTERM and SIGUSR1 count at any time. Ctrl-C and a lost terminal (SIGHUP) end a command at once
+    while there is nothing to save, that is before `begin`; a second Ctrl-C always does. What is
+    ignored, as SIGHUP under nohup, stays ignored.
     """
 
     def __init__(self) -> None:
@@ -26,7 +26,8 @@ class StopRequest:
         self._ended_by: int | None = None  # the signal that came before `begin`
         self._interrupted_at = -1.0  # by the monotonic clock; not yet
         self._parent = os.getppid()
-        # A thread hears the second Ctrl-C: handlers wait while the main thread waits for other ranks.
+        # A thread hears the second Ctrl-C: handlers wait while the main thread waits for other
+        # ranks.
         reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         for number in STOPS:
@@ -35,7 +36,8 @@ class StopRequest:
         signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         self._watcher = threading.Thread(target=self._watch, args=(reader,), daemon=True)
         self._watcher.start()
-        # A thread that prints while Python is taken down would hold the lock of stdout, which is fatal.
+        # A thread that prints while Python is taken down would hold the lock of stdout, which is
+        # fatal.
         atexit.register(self._end_watcher)
 
     def begin(self) -> None:

@@ -1,4 +1,4 @@
-"""What a new run really began with, in `weights.json` of its folder: files, digests, the hub's revision.
+"""What a new run really began with, in `weights.json`: files, digests, the hub's revision.
 
 config.json says what was asked for. A folder's files may change later, and a hub id names another
 revision tomorrow; the digests do not.
@@ -27,10 +27,11 @@ _WEIGHTS = (".safetensors", ".bin", ".pth", ".npz")
 
 
 def record_weights(config: RunConfig, folder: Path, world: World) -> None:
-    """Write weights.json on rank 0, once. Raises UserError on every rank where a file cannot be read.
+    """Write weights.json on rank 0, once.
 
-    Every file is read once to digest it: about 1 s a GB on one core, or as long as the disk takes. A run
-    that was begun before there was such a file goes on without.
+    Raises UserError on every rank where a file cannot be read.
+    Every file is read once to digest it: about 1 s a GB on one core, or as long as the disk takes.
+    A run that was begun before there was such a file goes on without.
     """
 
     def write() -> None:
@@ -41,15 +42,18 @@ def record_weights(config: RunConfig, folder: Path, world: World) -> None:
             replace_file(folder / FILE, content + "\n")
         except OSError as error:
             raise UserError(
-                f"{folder / FILE} must be written, but was not ({error}). Check the model's files and the "
-                "disk, then give the same command again."
+                f"{folder / FILE} must be written, but was not ({error}). Check the model's files "
+                "and the disk, then give the same command again."
             ) from error
 
     main_first(write, world)
 
 
 def read_weights(folder: Path) -> dict[str, Any]:
-    """What `record_weights` wrote, without the paths of this machine: for an export. Empty without it."""
+    """What `record_weights` wrote, without the paths of this machine: for an export.
+
+    Empty where it wrote nothing.
+    """
     if not (folder / FILE).is_file():
         return {}
     found: dict[str, Any] = json.loads((folder / FILE).read_text(encoding="utf-8"))
@@ -65,13 +69,14 @@ def _without_folders(entry: dict[str, Any]) -> dict[str, Any]:
 def loaded(config: RunConfig) -> dict[str, Any]:
     """By option (visual.weights, visual_run, llm.name): name, place, revision and files.
 
-    revision: the commit of a hub's model, else none. files: with size and sha256; without the weights
-    where they are random.
+    revision: the commit of a hub's model, else none. files: with size and sha256; without the
+    weights where they are random.
     """
     visual = config.visual
     found = {}
     if config.stage == "llm" and config.visual_run != "none":
-        found["visual_run"] = _entry(config.visual_run, _export_files(export.find(config.visual_run)), None)
+        files = _export_files(export.find(config.visual_run))
+        found["visual_run"] = _entry(config.visual_run, files, None)
     else:
         files, revision = _backbone_files(visual.weights, visual.pretrained)
         found["visual.weights"] = _entry(visual.weights, files, revision)
@@ -81,13 +86,13 @@ def loaded(config: RunConfig) -> dict[str, Any]:
 
 
 def _entry(name: str, files: Iterable[Path], revision: str | None) -> dict[str, Any]:
-    files = sorted(set(files))
-    return {
-        "name": name,
-        "path": str(files[0].parent.absolute()) if files else None,
-        "revision": revision,
-        "files": [{"file": f.name, "bytes": f.stat().st_size, "sha256": file_sha256(f)} for f in files],
-    }
+    entries = []
+    folder = None
+    for file in sorted(set(files)):
+        size, digest = file.stat().st_size, file_sha256(file)
+        entries.append({"file": file.name, "bytes": size, "sha256": digest})
+        folder = folder or str(file.parent.absolute())
+    return {"name": name, "path": folder, "revision": revision, "files": entries}
 
 
 def _export_files(folder: Path) -> list[Path]:
@@ -109,10 +114,11 @@ def _model_files(name: str, with_weights: bool) -> tuple[list[Path], str | None]
     """(the files that were read of a hub's model or a folder, the hub's commit)."""
     cached = None if Path(name).is_dir() else try_to_load_from_cache(name, "config.json")
     folder = Path(cached).parent if isinstance(cached, str) else Path(name)
-    files = [path for path in folder.glob("*") if path.suffix in _SMALL and path.is_file()]
+    there = [path for path in folder.glob("*") if path.is_file()]
+    files = [path for path in there if path.suffix in _SMALL]
     if with_weights:
         try:
             files += checkpoint_files(str(folder))
         except OSError:  # under another name, as some of timm's are
-            files += [path for path in folder.glob("*") if path.suffix in _WEIGHTS and path.is_file()]
+            files += [path for path in there if path.suffix in _WEIGHTS]
     return files, folder.name if isinstance(cached, str) else None
