@@ -20,7 +20,8 @@ def checkpoint_llm(llm: Any) -> None:
             "it, but is true."
         )
     # The name changes with transformers 6; until 5.22 there is only the old one.
-    enable = getattr(llm, "activation_checkpointing_enable", None) or llm.gradient_checkpointing_enable
+    enable = getattr(llm, "activation_checkpointing_enable", None)
+    enable = enable or llm.gradient_checkpointing_enable
     enable({"use_reentrant": False})
 
 

@@ -29,7 +29,8 @@ SCALES: dict[str, Callable[[Any], float]] = {
     "logit_scale": lambda config: config.logit_scale,  # Cohere
     "logits_scaling": lambda config: 1 / config.logits_scaling,  # Granite
 }
-SOFTCAP = "final_logit_softcapping"  # Gemma 2 and 3, in the config: logits = cap * tanh(logits / cap)
+# Of Gemma 2 and 3, in the config: logits = cap * tanh(logits / cap).
+SOFTCAP = "final_logit_softcapping"
 BIAS = "final_logits_bias"  # mBART, a buffer (1, V) of the model
 
 SMALL_BYTES = 256 * 2**20  # of fp32 logits that "auto" computes in one piece

@@ -97,7 +97,8 @@ class Weights:
         files = [name]
         if not self.path.is_file() and index.is_file():
             try:
-                files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+                places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                files = sorted(set(places.values()))
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(
                     f"{index} must be an index of safetensors files, but is not ({error})."

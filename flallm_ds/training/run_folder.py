@@ -204,7 +204,8 @@ def _continued(path: Path, global_step: int, epoch: int) -> IO[str]:
     """A file of JSON lines, opened to append, without what a resumed run makes again."""
     if path.is_file():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and _is_before(line, global_step, epoch)]
+        whole = (line for line in lines if line.endswith("\n"))
+        kept = [line for line in whole if _is_before(line, global_step, epoch)]
         if kept != lines:
             replace_file(path, "".join(kept))
     return path.open("a", encoding="utf-8")
@@ -241,5 +242,6 @@ def _without_events_thread(args: threading.ExceptHookArgs) -> None:
 
     Its next write raises the error again, and there it is handled.
     """
-    if not (isinstance(args.exc_value, OSError) and type(args.thread).__name__ == "_AsyncWriterThread"):
+    is_of_events = type(args.thread).__name__ == "_AsyncWriterThread"
+    if not (is_of_events and isinstance(args.exc_value, OSError)):
         threading.__excepthook__(args)

@@ -15,11 +15,15 @@ from flallm_ds.errors import UserError
 from flallm_ds.models.llm.stored import StoredTensor
 
 READ = ("fp8", "mxfp8", "mxfp4")
-_UNUSED = re.compile(r"\.(activation_scale|input_scale)$")  # of inputs, which stay in full precision
+# Scales of inputs, which stay in full precision.
+_UNUSED = re.compile(r"\.(activation_scale|input_scale)$")
 _PARTS = {
     "fp8": re.compile(r"_scale_inv$"),
     "GPTQ or AWQ": re.compile(r"\.(qweight|qzeros|g_idx)$"),
-    "bitsandbytes": re.compile(r"\.(SCB|weight_format)$|\.(absmax|nested_absmax|quant_map|quant_state\.)"),
+    "bitsandbytes": re.compile(
+        r"\.(SCB|weight_format)$"
+        r"|\.(absmax|nested_absmax|quant_map|quant_state\.)",
+    ),
     "mxfp4": re.compile(r"_proj_(blocks|scales)$"),
     "compressed-tensors or ModelOpt": re.compile(
         r"\.(weight_(packed|scale(_2)?|shape|zero_point|global_scale)|input_scale)$"

@@ -29,7 +29,10 @@ NEEDLESS = re.compile(
     r"|qa_outputs|v_head|value_head|pooler)\."
 )
 # Of the text model in LLaVA's layout (language_model.model.layers...) and its successors.
-_OF_TEXT = re.compile(r"(?:model\.)?(?:language_model|text_model|llm)\.(?:model\.)?(lm_head\.)?(.+)")
+_OF_TEXT = re.compile(
+    r"(?:model\.)?(?:language_model|text_model|llm)\."
+    r"(?:model\.)?(lm_head\.)?(.+)",
+)
 _DTYPES = {**str_to_torch_dtype, "F8_E8M0": torch.float8_e8m0fnu}
 BLOCK_BYTES = 64 * 2**20  # how much of a tensor is read at once where rows are chosen or compared
 

@@ -72,7 +72,8 @@ def untrim_llm(trimmed: Path, base_name: str, codec: TextCodec, out: Path, hub_c
     trimmed: a folder that was written by `trim_llm` or trained since. Words that were not kept have
     the rows of `base_name`. Raises UserError where the two are not of one kind.
     """
-    small_source, base_source = open_source(str(trimmed), hub_code), open_source(base_name, hub_code)
+    small_source = open_source(str(trimmed), hub_code)
+    base_source = open_source(base_name, hub_code)
     small, whole = small_source.skeleton(), base_source.skeleton()
     try:
         state, base = small_source.tensors(small), base_source.tensors(whole)

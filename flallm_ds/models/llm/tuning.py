@@ -51,8 +51,10 @@ class Tuning:
     rank: int = 16
     alpha: float = 32.0  # what lora adds is scaled by alpha / rank
     dropout: float = 0.05
-    targets: str = ALL_LINEAR  # the linear layers that get low-rank additions; the output head never does
-    section: Literal["llm", "visual"] = "llm"  # of the options: what the model is, and what errors name
+    # The linear layers that get low-rank additions; the output head never does.
+    targets: str = ALL_LINEAR
+    # Of the options: what the model is, and what errors name.
+    section: Literal["llm", "visual"] = "llm"
 
     @property
     def low_rank(self) -> bool:

@@ -103,11 +103,13 @@ def _materialize(probe: Any) -> torch.Tensor:
     for module in owners.keys() - in_layers:
         for name, parameter in module.named_parameters(recurse=False):
             numbers = _numbers(parameter, generator)
-            if type(module) is type(words) and parameter.shape == shape:  # of a reader, tied when loaded
+            # Also the embedding of an encoder or decoder, which is tied when it is loaded.
+            if type(module) is type(words) and parameter.shape == shape:
                 numbers = table
                 module.padding_idx = None  # it may be past the probe's rows
             setattr(module, name, nn.Parameter(numbers, requires_grad=False))
-            getattr(module, name)._is_hf_initialized = True  # so that below buffers alone are filled
+            # So that `_init_weights` below fills buffers alone.
+            getattr(module, name)._is_hf_initialized = True
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = torch.zeros_like(buffer, device="cpu")
