@@ -21,13 +21,14 @@ from flallm_ds.data.index import check_video, read_manifest
 from flallm_ds.data.loader import BrokenClips, Loader
 from flallm_ds.data.plan import EpochPlan
 from flallm_ds.data.readers import Clip, ClipReader
+from flallm_ds.data.sampling import FrameSampling
 from flallm_ds.errors import Preempted, RankError, UserError, require
 from flallm_ds.features.facts import OPTIONS
 from flallm_ds.features.folder import TRAINING, FeatureFolder, Job, share
 from flallm_ds.models.encode import encode
 from flallm_ds.models.visual_encoder import FeatureExtractor
 from flallm_ds.terminal import clock
-from flallm_ds.training.build.data import decode_threads, make_preprocess, make_sampling, open_index
+from flallm_ds.training.build.data import decode_threads, make_preprocess, open_index
 from flallm_ds.training.build.visual import feature_extractor, stage_1_export
 from flallm_ds.training.stop import StopRequest
 
@@ -153,7 +154,7 @@ class Writing:
         data, index = self.config.data, self.folder.sources[split]
         training = split == TRAINING
         budget = math.ceil(data.max_broken * len(index)) if training else 0
-        sampling = make_sampling(data)
+        sampling = FrameSampling.of(data)
         return TolerantReader(index, sampling, self.config.train.seed, training, broken=BrokenClips(budget))
 
     def encoded(

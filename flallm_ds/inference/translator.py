@@ -23,7 +23,8 @@ from flallm_ds.export.hub import folder_of
 from flallm_ds.export.model_card import spoken
 from flallm_ds.features.sequences import resample
 from flallm_ds.models.encode import encode
-from flallm_ds.models.llm.load import Bits, LlmOptions
+from flallm_ds.models.llm.load import LlmOptions
+from flallm_ds.models.llm.source import Bits
 from flallm_ds.models.sign_translator import Beam, Candidate
 
 

@@ -74,11 +74,7 @@ def make_split(index: Index, config: RunConfig, codec: TextCodec, world: World, 
 
 def make_reader(index: Index, config: RunConfig, train: bool) -> ClipReader:
     data = config.data
-    return ClipReader(index, make_sampling(data), config.train.seed, train, data.feature_fps)
-
-
-def make_sampling(data: DataConfig) -> FrameSampling:
-    return FrameSampling(data.keep_every, data.max_frames, data.target_fps, data.cap)
+    return ClipReader(index, FrameSampling.of(data), config.train.seed, train, data.feature_fps)
 
 
 def make_plan(reader: ClipReader, config: RunConfig) -> Plan:
