@@ -32,7 +32,7 @@ _FACTS = ("id", "text", "signer", "video", "language")  # of a clip, in the JSON
 
 
 @dataclass(frozen=True)
-class Job:
+class FeatureTar:
     """One tar to write: the clips of one shard of the source, in stored order, seen for the `view`th time."""
 
     split: str
@@ -99,7 +99,7 @@ class FeatureFolder:
         if self._lock is not None:
             self._lock.release()
 
-    def jobs(self) -> list[Job]:
+    def jobs(self) -> list[FeatureTar]:
         """All tars, those of a shard of the source beside each other."""
         found = []
         for split, source in self.sources.items():
@@ -107,21 +107,22 @@ class FeatureFolder:
             order = np.argsort(shards, kind="stable")
             ends = np.cumsum(np.bincount(shards, minlength=source.num_shards))
             for shard, rows in enumerate(np.split(order, ends[:-1])):
-                found += [Job(split, shard, view, rows) for view in range(self.views[split])]
+                for view in range(self.views[split]):
+                    found.append(FeatureTar(split, shard, view, rows))
         return found
 
-    def left(self) -> list[Job]:
+    def left(self) -> list[FeatureTar]:
         """Those that are not finished."""
         return [job for job in self.jobs() if not self._is_done(job)]
 
-    def _is_done(self, job: Job) -> bool:
+    def _is_done(self, job: FeatureTar) -> bool:
         path, record = self.out / job.name, self._record(job)
         return record.is_file() and path.is_file() and path.stat().st_size == _read(record)["shard"]["bytes"]
 
-    def _record(self, job: Job) -> Path:
+    def _record(self, job: FeatureTar) -> Path:
         return self._begun / f"{job.name}.json"
 
-    def write(self, job: Job, features: Sequence[np.ndarray]) -> None:
+    def write(self, job: FeatureTar, features: Sequence[np.ndarray]) -> None:
         """Write a tar: the features of each clip, (S, D), in order. Raises OSError if the disk refuses."""
         source = self.sources[job.split]
         strings = {name: source.strings(name) for name in ("key", *_FACTS)}
@@ -175,7 +176,12 @@ class FeatureFolder:
         write_file(self.out / "index.json", index_json(content))
 
 
-def share(jobs: Sequence[Job], sizes: Mapping[str, np.ndarray], rank: int, world_size: int) -> list[Job]:
+def share(
+    jobs: Sequence[FeatureTar],
+    sizes: Mapping[str, np.ndarray],
+    rank: int,
+    world_size: int,
+) -> list[FeatureTar]:
     """A rank's part of the jobs: neighbours, so that few read the same shard of the source, and about as many
     frames as others have.
 

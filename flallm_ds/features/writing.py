@@ -24,7 +24,7 @@ from flallm_ds.data.readers import Clip, ClipReader
 from flallm_ds.data.sampling import FrameSampling
 from flallm_ds.errors import Preempted, RankError, UserError, require
 from flallm_ds.features.facts import OPTIONS
-from flallm_ds.features.folder import TRAINING, FeatureFolder, Job, share
+from flallm_ds.features.folder import TRAINING, FeatureFolder, FeatureTar, share
 from flallm_ds.models.encode import encode
 from flallm_ds.models.visual_encoder import FeatureExtractor
 from flallm_ds.terminal import clock
@@ -158,8 +158,8 @@ class Writing:
         return TolerantReader(index, sampling, self.config.train.seed, training, broken=BrokenClips(budget))
 
     def encoded(
-        self, jobs: list[Job], reader: "TolerantReader", stop: StopRequest
-    ) -> Iterator[tuple[Job, list[np.ndarray]]]:
+        self, jobs: list[FeatureTar], reader: "TolerantReader", stop: StopRequest
+    ) -> Iterator[tuple[FeatureTar, list[np.ndarray]]]:
         """Yield the jobs of the reader's split in order, each with features_SD of its clips; NaN if broken.
 
         It ends early where this rank is asked to stop.
@@ -215,7 +215,10 @@ class TolerantReader(ClipReader):
             return Clip(self.draws(row, epoch)[0], [])
 
 
-def plan_of(jobs: Sequence[Job], num_kept: np.ndarray) -> tuple[EpochPlan, dict[int, Job]]:
+def plan_of(
+    jobs: Sequence[FeatureTar],
+    num_kept: np.ndarray,
+) -> tuple[EpochPlan, dict[int, FeatureTar]]:
     """(batches of clips, none of two jobs; the job that each last batch of one ends).
 
     Which clips are seen together depends on the job alone, whatever the ranks and what was written before: so
