@@ -26,7 +26,8 @@ from flallm_ds.cli.pictures import probe
 from flallm_ds.cli.train import train
 from flallm_ds.files import file_sha256
 from flallm_ds.models.visual_encoder import VisualEncoder
-from flallm_ds.sharding.build import CORPORA, verb
+from flallm_ds.sharding.build import verb
+from flallm_ds.sharding.rows import CORPORA
 from flallm_ds.sharding.verify import verify
 from tests.helpers.exports import ENCODER_DECODER, write_export
 from tests.helpers.llms import make_tiny_llm

@@ -1,14 +1,13 @@
-"""The work of a build: jobs of clips, each written by one worker as one tar or, at a size limit, as several.
+"""The work of a build: jobs of clips, each written by one worker.
 
-A finished tar lies under its job's name, with a record beside it that says what is in it and which clips are
-done. A job goes on behind its last record. Numbers within the split are given at the end (`collect`).
+A job gives one tar or, at a size limit, several. A finished tar lies under its job's name, next to
+a record that says what is in it and which clips are done. A job continues behind its last record.
+Numbers within the split are given at the end (`collect`).
 """
 
-import hashlib
 import json
 import os
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -16,43 +15,26 @@ from typing import Any
 
 import cv2
 import numpy as np
-import simplejpeg
 
-from flallm_ds.data.codecs import avi as clip_format
-from flallm_ds.data.codecs import h264
-from flallm_ds.data.codecs.video import Box, BrokenVideo, Video
+from flallm_ds.data.codecs.video import BrokenVideo
 from flallm_ds.data.index import Shard
 from flallm_ds.errors import UserError
 from flallm_ds.files import move, write_json
 from flallm_ds.sharding import pool
 from flallm_ds.sharding.corpora import Row
+from flallm_ds.sharding.encode import Encoded, encode_clip
+from flallm_ds.sharding.faults import Fault, over_budget
 from flallm_ds.sharding.options import Options
+from flallm_ds.sharding.rows import Clip
 from flallm_ds.sharding.writer import SHARD_NAME, ShardWriter
 
-SHUFFLE_SEED = 0  # of the order in which a training split's clips are put into shards
 _NUM_MEASURED = 32  # clips of a split whose size says how many go into a shard of so many megabytes
-_FILLED = 0.85  # of a shard's limit, so that a job of larger clips than those measured is seldom cut in two
+# Of a shard's limit, so that a job of larger clips than those measured is seldom cut in two.
+_FILLED = 0.85
 
 
 @dataclass(frozen=True)
-class Fault:
-    """A row that cannot become a clip: the kind, to count by, and one sentence."""
-
-    kind: str
-    sentence: str
-
-
-@dataclass(frozen=True)
-class Clip:
-    """A usable row. key: its number in its table. stamp: sizes and times of its source files."""
-
-    key: str
-    row: Row
-    stamp: str
-
-
-@dataclass(frozen=True)
-class Job:
+class ShardJob:
     """Clips for one worker, and where their tars go."""
 
     name: str
@@ -72,29 +54,9 @@ class Record:
     rows: list[dict[str, Any]] = field(default_factory=list)  # of the index
     shard: dict[str, Any] | None = None  # its entry in the index; None where no clip was left
     faults: list[Fault] = field(default_factory=list)
-    clamped: list[str] = field(default_factory=list)  # ids of clips that end later than their video does
+    clamped: list[str] = field(default_factory=list)  # ids of clips that end later than their video
     stamps: list[str] = field(default_factory=list)  # of the clips that are done
     last: bool = False  # of its job
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """A clip as it is stored."""
-
-    member: bytes
-    num_frames: int
-    fps: float
-    height: int
-    width: int
-    past_end: bool  # its span ends more than a frame after its video
-
-
-def stored_order(split: str, clips: Sequence[Clip]) -> list[Clip]:
-    """Training clips in a fixed shuffled order, dev and test in that of their tables."""
-    if split != "train":
-        return list(clips)
-    # Corpora are sorted by broadcast or video: neighbours would share every batch.
-    return sorted(clips, key=lambda clip: hashlib.sha256(f"{SHUFFLE_SEED} {clip.key}".encode()).digest())
 
 
 def plan(
@@ -104,47 +66,59 @@ def plan(
     options: Options,
     num_skippable: int,
     num_rows: int,
-) -> list[Job]:
-    """Each split's clips, in stored order, as jobs of nearly equal size."""
+) -> list[ShardJob]:
+    """Divide each split's clips, in stored order, into jobs of nearly equal size."""
     jobs = []
     for split, some in clips.items():
         num_jobs = -(-len(some) // clips_per_job[split])
         for n in range(num_jobs):
             part = some[n * len(some) // num_jobs : (n + 1) * len(some) // num_jobs]
-            jobs.append(Job(f"{split}-{n:06d}", folder, split, part, options, num_skippable, num_rows))
+            name = f"{split}-{n:06d}"
+            jobs.append(ShardJob(name, folder, split, part, options, num_skippable, num_rows))
     return jobs
 
 
 def clips_for_size(clips: dict[str, list[Clip]], options: Options) -> dict[str, int]:
-    """How many clips of each split go into a shard of --mb_per_shard, by the sizes of a few of them."""
+    """Measure a few clips; return how many of each split go into a shard of --mb_per_shard."""
     assert options.mb_per_shard is not None
-    chosen = {
-        split: [some[n] for n in np.unique(np.linspace(0, len(some) - 1, _NUM_MEASURED).astype(int))]
-        for split, some in clips.items()
-        if some
-    }
-    tasks = [(split, clip.row, options) for split, some in chosen.items() for clip in some]
+    tasks: list[tuple[str, Row, Options]] = []
+    for split, some in clips.items():
+        if some:
+            # Evenly spaced over the split, each clip once.
+            picks = np.unique(np.linspace(0, len(some) - 1, _NUM_MEASURED).astype(int))
+            tasks += [(split, some[n].row, options) for n in picks]
     sizes: dict[str, list[int]] = {split: [] for split in clips}
-    for position, size in pool.run(
-        _measure, tasks, num_workers=options.workers, num_clips=len(tasks), title="measure"
-    ):
-        sizes[tasks[position][0]] += [size] if size else []
+    results = pool.run(
+        _measure,
+        tasks,
+        num_workers=options.workers,
+        num_clips=len(tasks),
+        title="measure",
+    )
+    for position, size in results:
+        if size:
+            sizes[tasks[position][0]].append(size)
     wanted = _FILLED * options.mb_per_shard * 1e6
-    return {split: max(1, int(wanted / np.mean(some))) if some else 1 for split, some in sizes.items()}
+    counts = dict.fromkeys(clips, 1)
+    for split, measured in sizes.items():
+        if measured:
+            counts[split] = max(1, int(wanted / np.mean(measured)))
+    return counts
 
 
 def _measure(task: tuple[str, Row, Options]) -> int:
-    """Bytes of a stored clip, 0 for one that does not decode."""
+    """Return the bytes of a stored clip, 0 for one that does not decode."""
+    _, row, options = task
     try:
-        return len(encode_clip(*task[1:]).member)
+        return len(encode_clip(row, options).member)
     except BrokenVideo:
         return 0
     finally:
         pool.tick()
 
 
-def records(job: Job) -> list[Record]:
-    """What is finished of a job."""
+def records(job: ShardJob) -> list[Record]:
+    """Return what is finished of a job."""
     found: list[Record] = []
     while (path := job.folder / f"{job.name}-{len(found):03d}.json").is_file():
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -153,18 +127,20 @@ def records(job: Job) -> list[Record]:
     return found
 
 
-def check_stamps(job: Job, done: Sequence[Record]) -> None:
+def check_stamps(job: ShardJob, done: Sequence[Record]) -> None:
     """Raise UserError if a clip was made from a video that has changed since."""
-    for clip, stamp in zip(job.clips, chain.from_iterable(record.stamps for record in done), strict=False):
+    stamps = chain.from_iterable(record.stamps for record in done)
+    for clip, stamp in zip(job.clips, stamps, strict=False):
         if clip.stamp != stamp:
             raise UserError(
-                f"a source must stay as it is while it is built, but {clip.row.path} has changed since clip "
-                f"{clip.row.id} of {job.split} was made. Put it back, or build anew with --restart=true."
+                f"a source must stay as it is while it is built, but {clip.row.path} has changed "
+                f"since clip {clip.row.id} of {job.split} was made. Put it back, or build anew "
+                "with --restart=true."
             )
 
 
-def write_job(job: Job) -> list[Fault]:
-    """Write what is missing of a job, in a worker process; the faults that were met.
+def write_job(job: ShardJob) -> list[Fault]:
+    """Write what is missing of a job, in a worker process; return the faults that were met.
 
     Raises UserError once more clips are broken than the whole build may skip.
     """
@@ -191,9 +167,12 @@ def write_job(job: Job) -> list[Fault]:
 
 
 class _Tar:
-    """A tar on its way; its name is this process's own, as a killed build's worker may be at the same one."""
+    """A tar on its way.
 
-    def __init__(self, job: Job, number: int) -> None:
+    Its temporary name has the process id: a worker of a killed build may still write the same tar.
+    """
+
+    def __init__(self, job: ShardJob, number: int) -> None:
         self.number = number
         self._job = job
         self._record = Record(f"{job.name}-{number:03d}.tar")
@@ -216,13 +195,21 @@ class _Tar:
         if made.past_end:
             record.clamped.append(row.id)
         facts = {"gloss": row.gloss} if row.gloss else {}
-        record.rows.append(
-            self._tar.add_clip(
-                clip.key, made.member, num_frames=made.num_frames, fps=made.fps,
-                height=made.height, width=made.width, id=row.id, text=row.text, signer=row.signer,
-                video=row.video, language=row.language, **facts,
-            )
-        )  # fmt: skip
+        stored = self._tar.add_clip(
+            clip.key,
+            made.member,
+            num_frames=made.num_frames,
+            fps=made.fps,
+            height=made.height,
+            width=made.width,
+            id=row.id,
+            text=row.text,
+            signer=row.signer,
+            video=row.video,
+            language=row.language,
+            **facts,
+        )
+        record.rows.append(stored)
 
     def finish(self, last: bool) -> None:
         """First the tar, then its record: a record speaks of what is on the disk."""
@@ -239,7 +226,7 @@ class _Tar:
         self._temporary.unlink(missing_ok=True)
 
 
-def _encode(job: Job, clip: Clip) -> Encoded | Fault:
+def _encode(job: ShardJob, clip: Clip) -> Encoded | Fault:
     try:
         return encode_clip(clip.row, job.options)
     except BrokenVideo as error:
@@ -250,103 +237,6 @@ def _encode(job: Job, clip: Clip) -> Encoded | Fault:
         pool.tick()
 
 
-def encode_clip(row: Row, options: Options) -> Encoded:
-    """Decode, cut, scale and encode one clip. Raises BrokenVideo, or ValueError if it is too long."""
-    if options.clip_format == "h264":
-        return _encode_h264(row, options)
-    frames = _Frames(row, options)
-    jpegs: list[bytes] = []
-    before: np.ndarray | None = None
-    for frame in frames:
-        if frame is not before:  # at a higher --fps the same comes again
-            jpeg = simplejpeg.encode_jpeg(np.ascontiguousarray(frame), options.quality, "RGB", "420")
-        jpegs.append(jpeg)
-        before = frame
-    height, width = frames.hw
-    member = clip_format.pack_frames(jpegs, frames.video.fps, width, height)
-    return frames.stored(member)
-
-
-def _encode_h264(row: Row, options: Options) -> Encoded:
-    assert options.gop is not None and options.crf is not None
-    fps = options.fps
-    while True:
-        frames = _Frames(row, options)
-        first = next(frames)
-        rate = fps or frames.video.fps  # what the container says; what its frames say is known at their end
-        member = h264.encode_h264(chain([first], frames), rate, options.gop, options.crf)
-        fps = frames.video.fps
-        if rate == fps:
-            return frames.stored(member)
-
-
-class _Frames(Iterator[np.ndarray]):
-    """The frames of a row as the options want them; tells their number and size, and its video's rate."""
-
-    def __init__(self, row: Row, options: Options) -> None:
-        self.video = Video(row.path, image_fps=row.image_fps, num_threads=1)
-        self.num_frames = 0
-        self.hw = (0, 0)
-        self._end_s = row.end_s
-        self._frames = self.video.frames(
-            row.start_s,
-            row.end_s,
-            short_side=options.short_side,
-            box=common_box(row.bbox, options.crop),
-            margin_px=None if options.margin is None else (*options.margin,),  # type: ignore[arg-type]
-            stretch_hw=row.stretch_hw,
-            fps=options.fps,
-        )
-
-    def __next__(self) -> np.ndarray:
-        pool.check_stop()
-        frame = next(self._frames)
-        self.num_frames += 1
-        self.hw = frame.shape[0], frame.shape[1]
-        return frame
-
-    def stored(self, member: bytes) -> Encoded:
-        fps = self.video.fps
-        past_end = self._end_s is not None and self.video.past_end_s > 1 / fps
-        return Encoded(member, self.num_frames, fps, *self.hw, past_end)
-
-
-def common_box(box: Box | None, crop: Sequence[float] | None) -> Box | None:
-    """What a row's box and the crop of all rows have in common; it may be empty."""
-    if box is None or crop is None:
-        return box or (None if crop is None else (crop[0], crop[1], crop[2], crop[3]))
-    return max(box[0], crop[0]), max(box[1], crop[1]), min(box[2], crop[2]), min(box[3], crop[3])
-
-
-def over_budget(faults: Sequence[Fault], max_skipped: int, num_rows: int) -> UserError:
-    """Too many faults, as one sentence that counts them by kind and names the first."""
-    kinds = ", ".join(f"{count:,} {kind}" for kind, count in Counter(fault.kind for fault in faults).items())
-    return UserError(
-        f"every row must give a clip, but of {num_rows:,} rows {kinds}: {faults[0].sentence.rstrip('.')}. "
-        f"Mend them, let more than {max_skipped} be skipped with --max_skipped, or build other --splits."
-    )
-
-
-def collect(jobs: Sequence[Job], folder: Path) -> "Collected":
-    """Give the finished tars their numbers, in `folder`; a tar without clips leaves no gap.
-
-    May be called again after it was interrupted. Raises UserError if a tar is not there.
-    """
-    all_of_it = Collected()
-    for job in jobs:
-        for record in records(job):
-            all_of_it.faults += record.faults
-            all_of_it.clamped.setdefault(job.split, []).extend(record.clamped)
-            if record.shard is None:
-                continue
-            rows, shards = all_of_it.splits.setdefault(job.split, ([], []))
-            shard = Shard(**record.shard | {"file": SHARD_NAME.format(split=job.split, number=len(shards))})
-            _take(job.folder / record.file, folder / shard.file, shard.bytes)
-            rows += [row | {"shard": len(shards)} for row in record.rows]
-            shards.append(shard)
-    return all_of_it
-
-
 @dataclass
 class Collected:
     """What all jobs made: each split's index rows and tars, and what was left out or cut short."""
@@ -355,14 +245,42 @@ class Collected:
     faults: list[Fault] = field(default_factory=list)
     clamped: dict[str, list[str]] = field(default_factory=dict)
 
+    @property
+    def rows(self) -> dict[str, list[dict[str, Any]]]:
+        """Each split's rows, without its tars."""
+        return {split: rows for split, (rows, _) in self.splits.items()}
+
+
+def collect(jobs: Sequence[ShardJob], folder: Path) -> Collected:
+    """Give the finished tars their numbers, in `folder`; a tar without clips leaves no gap.
+
+    May be called again after it was interrupted. Raises UserError if a tar is missing.
+    """
+    collected = Collected()
+    for job in jobs:
+        for record in records(job):
+            collected.faults += record.faults
+            collected.clamped.setdefault(job.split, []).extend(record.clamped)
+            if record.shard is None:
+                continue
+            rows, shards = collected.splits.setdefault(job.split, ([], []))
+            number = len(shards)
+            name = SHARD_NAME.format(split=job.split, number=number)
+            shard = Shard(**record.shard | {"file": name})
+            _take(job.folder / record.file, folder / name, shard.bytes)
+            rows += [row | {"shard": number} for row in record.rows]
+            shards.append(shard)
+    return collected
+
 
 def _take(path: Path, target: Path, size: int) -> None:
+    """Move a finished tar to `target`, where it may be already."""
     if path.exists():
         path.rename(target)
     found = target.stat().st_size if target.exists() else None
     if found != size:
         what = "is missing" if found is None else f"holds {found:,} bytes"
         raise UserError(
-            f"a finished shard must hold {size:,} bytes, but {what}: {target}. It was changed since; build "
-            "anew with --restart=true."
+            f"a finished shard must hold {size:,} bytes, but {what}: {target}. It was changed "
+            "since; build anew with --restart=true."
         )

@@ -22,6 +22,7 @@ from filelock import FileLock
 
 from flallm_ds.errors import UserError
 from flallm_ds.files import publish_folder, take_lock, write_json
+from flallm_ds.sharding.build_plan import differences, plain
 
 _NAMES = {"lock", "plan.json", "work", "shards"}
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -174,38 +175,3 @@ def _take_lock(partial: Partial) -> FileLock | None:
 
 def _say(sentence: str) -> None:
     print(sentence, file=sys.stderr, flush=True)
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """In words, what two plans do not have in common; a bound on what is skipped is no part of a plan."""
-    changes = []
-    for name in ("importer", "corpus"):
-        if old.get(name) != new.get(name):
-            changes.append(f"the {name} was {_word(old.get(name))}, is {_word(new.get(name))}")
-    for section, prefix in (("options", "--"), ("made_by", "the version of ")):
-        before, now = old.get(section, {}), new.get(section, {})
-        changes += [
-            f"{prefix}{name} was {_word(before.get(name))}, is {_word(now.get(name))}"
-            for name in dict.fromkeys([*before, *now])
-            if before.get(name) != now.get(name) and name != "max_skipped"
-        ]
-    for section, what in (("rows", "rows"), ("source", "rows or videos")):
-        before, now = old.get(section, {}), new.get(section, {})
-        if not changes:  # another option may mean other rows
-            changes += [
-                f"{split} has other {what} than then"
-                for split in dict.fromkeys([*before, *now])
-                if before.get(split) != now.get(split)
-            ]
-    return changes
-
-
-def _word(value: Any) -> str:
-    if isinstance(value, list):
-        return ",".join(map(str, value))
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
-
-
-def plain(content: Any) -> Any:
-    """The content as it comes back from a JSON file: no tuples, no paths."""
-    return json.loads(json.dumps(content, default=str))

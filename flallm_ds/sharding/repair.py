@@ -10,22 +10,19 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError
 
 from flallm_ds.data.index import Shard, write_table
 from flallm_ds.errors import UserError
 from flallm_ds.files import move, sync, take_folder_lock
-from flallm_ds.sharding import pool
+from flallm_ds.sharding import jobs, pool
+from flallm_ds.sharding.rows import read_source
 from flallm_ds.sharding.verify import Job, Report, check, check_clip, clip_span, read_only, tar_members
 from flallm_ds.sharding.writer import ShardWriter, index_json
-
-if TYPE_CHECKING:
-    from flallm_ds.sharding.jobs import Clip
-    from flallm_ds.sharding.options import Options
 
 _DROPPED = "dropped by a repair"  # the kind, among what index.json says was skipped
 _NUM_EXAMPLES = 3
@@ -247,17 +244,13 @@ def rebuild(report: Report, broken: list[Job], source: Path, scratch: Path, work
 
     The names of the tars that were broken.
     """
-    from flallm_ds.sharding import jobs  # the encoders, which nothing else here needs
-
     if not broken:
         return set()
-    options, clips = read_source(
-        report.manifest, source, {(j.split, r["key"]) for j in broken for r in j.rows}
-    )
+    options, clips = read_source(report.manifest, source)
     # Every tar is one job, however large it becomes, and what cannot be decoded now is left out of it.
     options = replace(options, mb_per_shard=None, clips_per_shard=1)
     todo = [
-        jobs.Job(
+        jobs.ShardJob(
             job.path.stem, scratch, job.split,
             [clips[job.split, row["key"]] for row in job.rows if (job.split, row["key"]) in clips],
             options, num_skippable=len(job.rows), num_rows=len(job.rows),
@@ -279,36 +272,6 @@ def rebuild(report: Report, broken: list[Job], source: Path, scratch: Path, work
                 f"{job.shard.file} cannot be rebuilt as it was: {why}. --repair=drop keeps its whole clips."
             )
     return {job.shard.file for job in broken}
-
-
-def read_source(
-    manifest: Mapping[str, Any], source: Path, wanted: set[tuple[str, str]]
-) -> "tuple[Options, dict[tuple[str, str], Clip]]":
-    """(the options of the build, the wanted clips by split and key), read from the corpus as the build did.
-
-    Clips that the corpus no longer has are left out. Raises UserError if it is not a corpus of that kind.
-    """
-    from flallm_ds.sharding import build
-    from flallm_ds.sharding.options import Options
-
-    if manifest.get("importer") not in build.CORPORA:
-        raise UserError(
-            "shards must say by which importer they were made, but these do not. Build them again, or use "
-            "--repair=drop."
-        )
-    given: dict[str, Any] = {
-        name: tuple(v) if isinstance(v, list) else v for name, v in manifest["options"].items()
-    }
-    if given.pop("align", None) is not None:
-        raise UserError(
-            "shards that were built with --align cannot be rebuilt, because there is no --align any more. "
-            "Use --repair=drop."
-        )
-    common: dict[str, Any] = {f.name: given.pop(f.name) for f in fields(Options) if f.name in given}
-    options = Options(**common)
-    clips, _ = build.check_rows(build.read_corpus(manifest["importer"], source, options, given)[1], options)
-    found = {(split, clip.key): clip for split, some in clips.items() for clip in some}
-    return options, {place: clip for place, clip in found.items() if place in wanted}
 
 
 def _publish(path: Path, target: Path) -> None:

@@ -1,0 +1,106 @@
+"""Encode one row of a corpus as a stored clip: decode its video, cut, scale, encode."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+import simplejpeg
+
+from flallm_ds.data.codecs import avi, h264
+from flallm_ds.data.codecs.video import Box, Video
+from flallm_ds.sharding import pool
+from flallm_ds.sharding.corpora import Row
+from flallm_ds.sharding.options import Options
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A clip as it is stored."""
+
+    member: bytes
+    num_frames: int
+    fps: float
+    height: int
+    width: int
+    past_end: bool  # its span ends more than a frame after its video
+
+
+def encode_clip(row: Row, options: Options) -> Encoded:
+    """Decode, cut, scale and encode one clip.
+
+    Raises BrokenVideo, or ValueError if the clip is too long for its container.
+    """
+    if options.clip_format == "h264":
+        return _encode_h264(row, options)
+    frames = _Frames(row, options)
+    jpegs: list[bytes] = []
+    before: np.ndarray | None = None
+    for frame in frames:
+        if frame is not before:  # at a higher --fps the same frame comes again
+            pixels = np.ascontiguousarray(frame)
+            jpeg = simplejpeg.encode_jpeg(pixels, options.quality, "RGB", "420")
+        jpegs.append(jpeg)
+        before = frame
+    height, width = frames.hw
+    return frames.stored(avi.pack_frames(jpegs, frames.video.fps, width, height))
+
+
+def _encode_h264(row: Row, options: Options) -> Encoded:
+    assert options.gop is not None and options.crf is not None
+    fps = options.fps
+    while True:
+        frames = _Frames(row, options)
+        first = next(frames)
+        # The rate that the container names. The rate that the frames' times give is known at the
+        # end: where the two differ, the clip is encoded again.
+        rate = fps or frames.video.fps
+        all_frames = chain([first], frames)
+        member = h264.encode_h264(all_frames, rate, options.gop, options.crf)
+        fps = frames.video.fps
+        if rate == fps:
+            return frames.stored(member)
+
+
+class _Frames(Iterator[np.ndarray]):
+    """The frames of a row as the options ask for them, each (H, W, 3) uint8.
+
+    num_frames and hw are those of the frames so far; video.fps is final at the end.
+    """
+
+    def __init__(self, row: Row, options: Options) -> None:
+        self.video = Video(row.path, image_fps=row.image_fps, num_threads=1)
+        self.num_frames = 0
+        self.hw = (0, 0)
+        self._end_s = row.end_s
+        self._frames = self.video.frames(
+            row.start_s,
+            row.end_s,
+            short_side=options.short_side,
+            box=common_box(row.bbox, options.crop),
+            margin_px=options.margin,  # type: ignore[arg-type]
+            stretch_hw=row.stretch_hw,
+            fps=options.fps,
+        )
+
+    def __next__(self) -> np.ndarray:
+        pool.check_stop()
+        frame = next(self._frames)
+        self.num_frames += 1
+        self.hw = frame.shape[0], frame.shape[1]
+        return frame
+
+    def stored(self, member: bytes) -> Encoded:
+        fps = self.video.fps
+        past_end = self._end_s is not None and self.video.past_end_s > 1 / fps
+        return Encoded(member, self.num_frames, fps, *self.hw, past_end)
+
+
+def common_box(box: Box | None, crop: Sequence[float] | None) -> Box | None:
+    """Return what a row's box and the crop of all rows have in common; it may be empty."""
+    if crop is None:
+        return box
+    x0, y0, x1, y1 = crop
+    if box is None:
+        return x0, y0, x1, y1
+    return max(box[0], x0), max(box[1], y0), min(box[2], x1), min(box[3], y1)
