@@ -28,15 +28,16 @@ from flallm_ds.data.codecs.decode import extension_of
 from flallm_ds.errors import UserError
 
 SHARD_NAME = "{split}-{number:06d}.tar"
-_BLOCK = 512
-_RECORD = 20 * _BLOCK  # tar files end on a whole record, by convention
+_BLOCK = tarfile.BLOCKSIZE
+_RECORD = tarfile.RECORDSIZE  # tar files end on a whole record, by convention
 _JSON_BYTES = 8192  # allowed for a clip's JSON when a tar's size is foreseen
 
 
 class ShardWriter:
     """One tar, written front to back: `<key>.avi` (or `.mp4`) and then `<key>.json` for each clip.
 
-    shard: the tar's row in its split's list, for the index. `shard_entry` is what the list says, once closed.
+    shard: the tar's row in its split's list, for the index. `shard_entry` is what that list says of
+    the tar, once it is closed.
     """
 
     def __init__(self, path: Path, shard: int) -> None:
@@ -50,7 +51,10 @@ class ShardWriter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if kind is None:
             self.close()
@@ -70,7 +74,8 @@ class ShardWriter:
             self._file.close()
 
     def bytes_with(self, clip_bytes: int) -> int:
-        """How large the tar would be, at most, with one more clip of that size."""
+        """Return how large the tar would be, at most, with one more clip of that size."""
+        # Two headers, the padding of the clip, and two empty blocks at the end of the tar.
         end = self._position + 5 * _BLOCK + clip_bytes + _JSON_BYTES
         return end + -end % _RECORD
 
@@ -81,9 +86,13 @@ class ShardWriter:
     def add(
         self, key: str, jpegs: Sequence[bytes], *, fps: float, height: int, width: int, **facts: Any
     ) -> dict[str, Any]:
-        """Append a clip of JPEGs and return its row for the index. facts: the others of `add_clip`."""
+        """Append a clip of JPEGs and return its row for the index.
+
+        facts: the other arguments of `add_clip`.
+        """
         clip = pack_frames(jpegs, fps, width, height)
-        return self.add_clip(key, clip, num_frames=len(jpegs), fps=fps, height=height, width=width, **facts)
+        facts |= {"num_frames": len(jpegs), "fps": fps, "height": height, "width": width}
+        return self.add_clip(key, clip, **facts)
 
     def add_clip(
         self,
@@ -103,21 +112,31 @@ class ShardWriter:
     ) -> dict[str, Any]:
         """Append a stored clip and return its row for the index.
 
-        more: goes into its JSON only (gloss, for one). Raises ValueError for a key that WebDataset would cut.
+        more: goes into its JSON only (gloss, for one). Raises ValueError for a key that WebDataset
+        would cut.
         """
-        facts = {"id": id, "text": text, "signer": signer, "video": video, "language": language} | {
-            "num_frames": num_frames, "fps": fps, "width": width, "height": height
-        }  # fmt: skip
+        facts = {
+            "id": id,
+            "text": text,
+            "signer": signer,
+            "video": video,
+            "language": language,
+            "num_frames": num_frames,
+            "fps": fps,
+            "width": width,
+            "height": height,
+        }
         offset = self.add_sample(key, extension_of(clip), clip, facts | more)
         return facts | {"key": key, "shard": self._shard, "offset": offset, "size": len(clip)}
 
     def add_sample(self, key: str, extension: str, content: bytes, facts: Mapping[str, Any]) -> int:
-        """Append a member and a JSON of facts behind it; where the member's bytes begin.
+        """Append a member and a JSON of facts behind it; return where the member's bytes begin.
 
         Raises ValueError for a key that WebDataset would cut.
         """
         if not key or "." in key or "/" in key:
-            raise ValueError(f"a key must be dot-free (WebDataset cuts names there), but is {key!r}.")
+            why = "WebDataset cuts names there"
+            raise ValueError(f"a key must be dot-free ({why}), but is {key!r}.")
         offset = self._add_member(f"{key}.{extension}", content)
         self._add_member(f"{key}.json", json.dumps(facts, ensure_ascii=False).encode())
         self._num_clips += 1
@@ -140,7 +159,7 @@ class ShardWriter:
 
 
 def earlier_build(out: Path) -> dict[str, Any] | None:
-    """The index.json of the build that lies at `out`; None where a new one may go.
+    """Return the index.json of the build that lies at `out`; None where a new one may go.
 
     Raises UserError if something else lies there.
     """
@@ -159,8 +178,8 @@ def earlier_build(out: Path) -> dict[str, Any] | None:
         return index.read_manifest(out)
     except UserError:
         raise UserError(
-            f"--out must be a new or empty folder, but {out} holds what no build of ours made ({first}). "
-            "Name another folder."
+            f"--out must be a new or empty folder, but {out} holds what no build of ours made "
+            f"({first}). Name another folder."
         ) from None
 
 
@@ -185,13 +204,21 @@ def write_index(
         try:
             table = index.write_table(path, rows)
         except SafetensorError as error:
-            number = re.search(r"os error ([0-9]+)", str(error))
-            raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from error
+            found = re.search(r"os error ([0-9]+)", str(error))
+            number = int(found[1]) if found else errno.EIO
+            raise OSError(number, str(error), str(path)) from error
         path.chmod(0o644)  # safetensors makes it private, but shards are read by whole groups
         entries[split] = table | {"shards": [vars(tar) for tar in tars]}
-    manifest = {"format": index.FORMAT, "corpus": corpus, "language": language, "options": dict(options)} | {
-        "splits": entries, "skipped": dict(skipped or {}), "notes": list(notes), **more
-    }  # fmt: skip
+    manifest = {
+        "format": index.FORMAT,
+        "corpus": corpus,
+        "language": language,
+        "options": dict(options),
+        "splits": entries,
+        "skipped": dict(skipped or {}),
+        "notes": list(notes),
+        **more,
+    }
     (folder / "index.json").write_bytes(index_json(manifest))
 
 
