@@ -6,10 +6,22 @@ from typing import Any, Literal
 from flallm_ds.errors import UserError
 from flallm_ds.sharding.corpora import SPLITS
 
-# 128 clips are 100 to 350 MB: few files, yet many shards to shuffle, to fetch and to give to workers.
+# 128 clips are 100 to 350 MB: few files, yet many shards to shuffle, fetch and give to workers.
 CLIPS_PER_SHARD = 128
 GOP, CRF = 12, 23
 _NOT_IN_THE_BYTES = ("workers", "restart")
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "short_side": (16, 4096),
+    "quality": (1, 100),
+    "fps": (0.1, 480),
+    "gop": (1, 10**4),
+    "crf": (0, 51),
+    "clips_per_shard": (1, 10**6),
+    "mb_per_shard": (0.1, 10**6),
+    "limit": (1, 10**9),
+    "max_skipped": (0, 10**9),
+    "workers": (0, 4096),
+}
 
 
 @dataclass(frozen=True)
@@ -20,14 +32,14 @@ class Options:
     --fps: frames a second, taken by time; without it each video's own.
     --crop=x0,y0,x1,y1: the part of every picture to keep, each 0 to 1 of its width or height.
     --margin=top,right,bottom,left: pixels of the source's picture to cut off.
-    --clip_format: mjpeg (each frame a JPEG) or h264 (smaller, slower to read; --gop frames a group, 12, and
-        --crf, 0 to 51, 23: higher is smaller).
+    --clip_format: mjpeg (each frame a JPEG) or h264 (smaller, slower to read; --gop frames a group,
+        12, and --crf, 0 to 51, 23: higher is smaller).
     --clips_per_shard: at most, 128; shards of a split differ by one clip.
     --mb_per_shard: at most so many megabytes instead.
     --splits: which to build, of train, dev, test.
     --limit: the first N rows of each split only, to try things out.
-    --max_skipped: how many rows may lack a video, a text, or decodable frames. They are left out, counted and
-        listed; one more ends the build. 0 by default, so nothing goes missing unsaid.
+    --max_skipped: how many rows may lack a video, a text, or decodable frames. They are left out,
+        counted and listed; one more ends the build. 0 by default, so nothing goes missing unsaid.
     --workers: processes, 0 for one a core.
     --restart=true: throws away what an unfinished build of the same --out has made.
     """
@@ -49,15 +61,12 @@ class Options:
     restart: bool = False
 
     def __post_init__(self) -> None:
-        for name, low, high in (
-            ("short_side", 16, 4096), ("quality", 1, 100), ("fps", 0.1, 480), ("gop", 1, 10**4),
-            ("crf", 0, 51), ("clips_per_shard", 1, 10**6), ("mb_per_shard", 0.1, 10**6), ("limit", 1, 10**9),
-            ("max_skipped", 0, 10**9), ("workers", 0, 4096),
-        ):  # fmt: skip
+        for name, (low, high) in _BOUNDS.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise UserError(f"--{name} must be from {low:,} to {high:,}, but is {value}.")
-        if not self.splits or set(self.splits) - set(SPLITS) or len(set(self.splits)) < len(self.splits):
+        splits = set(self.splits)
+        if not splits or splits - set(SPLITS) or len(splits) < len(self.splits):
             raise UserError(
                 f"--splits must name some of {', '.join(SPLITS)}, but is {','.join(self.splits)!r}."
             )
@@ -68,9 +77,10 @@ class Options:
         if self.crop is not None:
             x0, y0, x1, y1 = self.crop if len(self.crop) == 4 else (0.0, 0.0, 0.0, 0.0)
             if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
+                given = ",".join(f"{part:g}" for part in self.crop)
                 raise UserError(
-                    "--crop must be x0,y0,x1,y1 from 0 to 1, left before right and top before bottom, but is "
-                    f"{','.join(f'{part:g}' for part in self.crop)}."
+                    "--crop must be x0,y0,x1,y1 from 0 to 1, left before right and top before "
+                    f"bottom, but is {given}."
                 )
         if self.margin is not None and (len(self.margin) != 4 or min(self.margin) < 0):
             raise UserError(
@@ -79,24 +89,28 @@ class Options:
             )
 
     def _fill_in(self) -> None:
-        """The defaults that depend on other options; what does not go together is refused."""
+        """Set the defaults that depend on other options.
+
+        Raises UserError for options that do not go together.
+        """
         if self.clip_format not in ("mjpeg", "h264"):
             raise UserError(f"--clip_format must be mjpeg or h264, but is {self.clip_format!r}.")
         if self.clip_format == "h264":
             object.__setattr__(self, "gop", GOP if self.gop is None else self.gop)
             object.__setattr__(self, "crf", CRF if self.crf is None else self.crf)
         elif self.gop is not None or self.crf is not None:
-            raise UserError(
-                "--gop and --crf must go with --clip_format=h264, but that is mjpeg. Leave them out."
-            )
+            wanted = "--gop and --crf must go with --clip_format=h264"
+            raise UserError(f"{wanted}, but that is mjpeg. Leave them out.")
         if self.mb_per_shard is None:
             count = CLIPS_PER_SHARD if self.clips_per_shard is None else self.clips_per_shard
             object.__setattr__(self, "clips_per_shard", count)
         elif self.clips_per_shard is not None:
-            raise UserError(
-                "one of --clips_per_shard and --mb_per_shard must be given, but both are. Leave one out."
-            )
+            wanted = "one of --clips_per_shard and --mb_per_shard must be given"
+            raise UserError(f"{wanted}, but both are. Leave one out.")
 
     def recorded(self) -> dict[str, Any]:
-        """The options that index.json names: all but those that never show in what is built."""
-        return {name: value for name, value in asdict(self).items() if name not in _NOT_IN_THE_BYTES}
+        """Return the options that index.json names: those that decide what is built."""
+        options = asdict(self)
+        for name in _NOT_IN_THE_BYTES:
+            del options[name]
+        return options

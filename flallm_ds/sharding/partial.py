@@ -1,9 +1,9 @@
-"""A build that is not finished yet: what is kept of it, who may go on with it, and how it becomes the shards.
+"""A build that is not finished: what is kept of it, who may continue it, how it becomes the shards.
 
     <out>.partial/
       lock        held while a build is at work there
-      plan.json   what is built from what: a build of anything else may not go on here
-      work/       finished tars under their jobs' names with a record each, and other results worth keeping
+      plan.json   what is built from what: a build of anything else may not continue here
+      work/       finished tars under their jobs' names with a record each; other results to keep
       shards/     what becomes <out>
 
 Whatever has its final name here is whole and on the disk, so a build may be killed at any moment.
@@ -39,7 +39,7 @@ class Partial:
         self._plan = self.folder / "plan.json"
 
     def begin(self, plan: Mapping[str, Any], restart: bool) -> None:
-        """Go on with what is there if it has the same plan, else begin anew.
+        """Continue what is there if it has the same plan, else begin from nothing.
 
         restart: throw away what is there. Raises UserError if another plan's results are there.
         """
@@ -51,9 +51,9 @@ class Partial:
             changes = differences(found or {}, plan)
             if found is not None and self.num_kept() and changes:
                 raise UserError(
-                    f"an unfinished build must be gone on with as it was begun, but {'; '.join(changes)}: "
-                    f"{self.folder}. Give what was given then, or throw its {self.num_kept():,} results away "
-                    "with --restart=true."
+                    f"an unfinished build must be gone on with as it was begun, but "
+                    f"{'; '.join(changes)}: {self.folder}. Give what was given then, or throw its "
+                    f"{self.num_kept():,} results away with --restart=true."
                 )
             if found is None or changes:
                 self.discard()
@@ -66,11 +66,11 @@ class Partial:
         self.begun = True
 
     def num_kept(self) -> int:
-        """How many results lie in work/."""
+        """Return how many results lie in work/."""
         return sum(1 for _ in self.work.glob("*.json"))
 
     def kept(self, name: str, make: Callable[[], Any]) -> Any:
-        """The plain data that `make` returned when it was first called, from work/{name}.json."""
+        """Return the plain data that the first call of `make` gave, from work/{name}.json."""
         path = self.work / f"{name}.json"
         if not path.is_file():
             write_json(path, make())
@@ -82,7 +82,7 @@ class Partial:
         self.discard()
 
     def discard(self) -> None:
-        """Remove all results; the plan first, so that what is half removed is not gone on with."""
+        """Remove all results; the plan first, so that what is half removed is not continued."""
         self._plan.unlink(missing_ok=True)
         for path in (self.work, self.shards):
             shutil.rmtree(path, ignore_errors=True)
@@ -116,9 +116,9 @@ def partial_folder(out: Path) -> Path:
 def hold(out: Path) -> Iterator[Partial]:
     """The unfinished build of `out`, for this process alone.
 
-    What was finished stays for the next time when the build ends early, for whatever reason, which a line on
-    stderr says; a folder that holds nothing is removed. Raises UserError if another build is at work there or
-    the disk refuses.
+    What was finished stays for the next time when the build ends early, for whatever reason, which
+    a line on stderr says; a folder that holds nothing is removed. Raises UserError if another build
+    is at work there or the disk refuses.
     """
     partial = Partial(out)
     try:
@@ -130,7 +130,8 @@ def hold(out: Path) -> Iterator[Partial]:
                 count = partial.num_kept() if partial.begun else 0
                 if count:
                     begin = "stopped: " if stopped else ""
-                    _say(f"{begin}{count:,} results are kept in {partial.folder}; the same command goes on")
+                    kept = f"{begin}{count:,} results are kept in {partial.folder}"
+                    _say(f"{kept}; the same command goes on")
                 elif stopped:
                     _say("stopped before anything was finished; nothing is kept")
                 raise

@@ -1,4 +1,7 @@
-"""Jobs on all cores with one progress bar. A job is a whole shard: clips never travel between processes."""
+"""Run jobs on all cores with one progress bar.
+
+A job is a whole shard: clips never travel between processes.
+"""
 
 import multiprocessing
 import os
@@ -44,15 +47,23 @@ def tick() -> None:
 
 
 def check_stop() -> None:
-    """Raise Stopped if another worker has failed or the user wants to end; cheap enough for every frame."""
+    """Raise Stopped if another worker has failed or the user wants to end.
+
+    Cheap enough to be called for every frame.
+    """
     if _shared is not None and _shared.stop.is_set():
         raise Stopped
 
 
 def run(
-    function: Callable[[Job], Result], jobs: Sequence[Job], *, num_workers: int, num_clips: int, title: str
+    function: Callable[[Job], Result],
+    jobs: Sequence[Job],
+    *,
+    num_workers: int,
+    num_clips: int,
+    title: str,
 ) -> Generator[tuple[int, Result]]:
-    """(position of the job, its result), as they finish.
+    """Yield (position of the job, its result), as the jobs finish.
 
     function: of a module; it calls `tick()` once a clip and `check_stop()` often.
     num_workers: processes, 0 for one a core; with 1 the jobs run in this process.
@@ -95,10 +106,12 @@ def _run_in_processes(
     shared = _Shared()
     # Spawn: forking a process whose libraries run threads can hang it.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_begin_worker, initargs=(shared,))
+    pool = ProcessPoolExecutor(num_workers, context, _begin_worker, initargs=(shared,))
+    positions: dict[Future[Any], int] = {}
     try:
         with signals_held():  # workers start now, and inherit that until they ignore them
-            positions: dict[Future[Any], int] = {pool.submit(function, job): n for n, job in enumerate(jobs)}
+            for position, job in enumerate(jobs):
+                positions[pool.submit(function, job)] = position
         waiting = set(positions)
         while waiting:
             done, waiting = wait(waiting, timeout=_POLL_S, return_when=FIRST_COMPLETED)
@@ -118,7 +131,7 @@ def _run_in_processes(
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Ctrl-C, SIGTERM and SIGHUP come later; a process that is started meanwhile inherits that."""
+    """Hold Ctrl-C, SIGTERM and SIGHUP back; a process that is started meanwhile inherits that."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
     try:
         yield
@@ -137,7 +150,7 @@ def _begin_worker(shared: _Shared) -> None:
 
 
 def begin_worker() -> None:
-    """A pool's initializer: the parent answers the signals; when it is gone, its workers leave."""
+    """Initialize a pool's worker: the parent answers the signals; without it the worker leaves."""
     for number in _STOPS:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
@@ -151,5 +164,7 @@ def _leave_with_parent() -> None:
 
 
 def num_cores() -> int:
-    """Cores that this process may use, which a container or SLURM may have limited."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return the cores that this process may use; a container or SLURM may have limited them."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,7 +1,7 @@
 """Clips of a shard folder to look at: python shards/preview.py FOLDER --out=PREFIX.
 
-PREFIX.png is a contact sheet, PREFIX.html a page that plays the clips beside their texts, without network or
-scripts.
+PREFIX.png is a contact sheet, PREFIX.html a page that plays the clips next to their texts, without
+network or scripts.
 """
 
 import base64
@@ -37,9 +37,17 @@ _MIN_WIDTH_PX = 900
 _MAX_CLIPS = 500
 # DejaVu comes with matplotlib; the others have the scripts that it lacks, where a machine has them.
 _FONTS = (
-    "DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Micro Hei",
-    "Droid Sans Fallback", "Microsoft YaHei", "PingFang SC", "Arial Unicode MS", "Noto Sans Devanagari",
-)  # fmt: skip
+    "DejaVu Sans",
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",
+    "Source Han Sans SC",
+    "WenQuanYi Micro Hei",
+    "Droid Sans Fallback",
+    "Microsoft YaHei",
+    "PingFang SC",
+    "Arial Unicode MS",
+    "Noto Sans Devanagari",
+)
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -53,7 +61,8 @@ _PAGE = """<!doctype html>
 body {{ font-family: sans-serif; margin: 1.5em; background: #fafafa; color: #222 }}
 main {{ display: grid; gap: 1.2em; align-items: start }}
 main {{ grid-template-columns: repeat(auto-fill, minmax(18em, 1fr)) }}
-figure {{ margin: 0; background: #fff; border: 1px solid #ddd; border-radius: 4px; overflow: hidden }}
+figure {{ margin: 0; background: #fff; border: 1px solid #ddd; border-radius: 4px; \
+overflow: hidden }}
 video {{ display: block; width: 100%; height: auto; max-height: 24em; background: #222 }}
 .broken {{ padding: 1em; background: #fdd }}
 figcaption {{ padding: .6em .8em }}
@@ -74,7 +83,7 @@ figcaption small {{ color: #666; overflow-wrap: anywhere }}
 
 @dataclass(frozen=True)
 class Clip:
-    """One clip to show: its row of the index, and either its bytes and frames or what is wrong with it."""
+    """One clip to show: its row of the index, and either its bytes and frames or its fault."""
 
     split: str
     row: dict[str, Any]
@@ -85,16 +94,27 @@ class Clip:
     @property
     def facts(self) -> str:
         row = self.row
-        parts = [self.split, row["id"], f"{row['num_frames'] / row['fps']:.1f} s"]
-        parts += [
+        parts = [
+            self.split,
+            row["id"],
+            f"{row['num_frames'] / row['fps']:.1f} s",
             f"{row['num_frames']} frames at {row['fps']:.4g} a second",
             f"{row['width']}x{row['height']}",
         ]
-        parts += [f"signer {row['signer']}"] if row["signer"] else []
-        return " · ".join([*parts, f"key {row['key']}"])
+        if row["signer"]:
+            parts.append(f"signer {row['signer']}")
+        parts.append(f"key {row['key']}")
+        return " · ".join(parts)
 
 
-def preview(folder: Path, *, out: Path, clips: int = 24, split: str | None = None, seed: int = 0) -> None:
+def preview(
+    folder: Path,
+    *,
+    out: Path,
+    clips: int = 24,
+    split: str | None = None,
+    seed: int = 0,
+) -> None:
     """Write OUT.png, a contact sheet, and OUT.html, a page that plays the clips; both are replaced.
 
     --out: folder and name of the two files, without a suffix.
@@ -116,13 +136,16 @@ def preview(folder: Path, *, out: Path, clips: int = 24, split: str | None = Non
     names = [split] if split is not None else list(manifest["splits"])
     indices = [load_index(folder, name) for name in names]
     drawn = draw([len(index) for index in indices], clips, seed)
-    shown = [read(folder, index, n) for index, rows in zip(indices, drawn, strict=True) for n in rows]
+    shown: list[Clip] = []
+    for index, rows in zip(indices, drawn, strict=True):
+        shown += [read(folder, index, number) for number in rows]
     title = f"{manifest['corpus']}: {len(shown)} of {sum(map(len, indices)):,} clips"
     sheet, missing = contact_sheet(title, shown)
     _write(out.with_name(f"{out.name}.png"), sheet)
     _write(out.with_name(f"{out.name}.html"), page(title, str(folder), shown).encode())
     if missing:
-        print("note: no font of this machine has all characters of the texts; the PNG shows boxes for them")
+        cause = "no font of this machine has all characters of the texts"
+        print(f"note: {cause}; the PNG shows boxes for them")
     for clip in shown:
         if clip.fault:
             print(f"warning: {clip.split} {clip.row['key']} {clip.fault}")
@@ -130,20 +153,23 @@ def preview(folder: Path, *, out: Path, clips: int = 24, split: str | None = Non
 
 
 def draw(sizes: Sequence[int], num_clips: int, seed: int) -> list[list[int]]:
-    """Rows of each split in stored order, shared out evenly; what a small split lacks the others give."""
+    """Draw rows of each split, as many of each; what a small split lacks the others give.
+
+    Returns the numbers of the rows of each split in stored order.
+    """
     counts = [0] * len(sizes)
     for _ in range(min(num_clips, sum(sizes))):
         open_splits = [n for n, size in enumerate(sizes) if counts[n] < size]
         counts[min(open_splits, key=counts.__getitem__)] += 1
     rng = np.random.default_rng(seed)
-    return [
-        sorted(rng.choice(size, count, replace=False).tolist())
-        for size, count in zip(sizes, counts, strict=True)
-    ]
+    rows = []
+    for size, count in zip(sizes, counts, strict=True):
+        rows.append(sorted(rng.choice(size, count, replace=False).tolist()))
+    return rows
 
 
 def read(folder: Path, index: Index, number: int) -> Clip:
-    """Clip `number` of a split, decoded; one that does not decode carries the reason instead."""
+    """Read and decode clip `number` of a split; one that does not decode carries the reason."""
     row = {name: index.arrays[name][number].item() for name in COLUMNS}
     row |= {name: index.strings(name)[number] for name in STRING_COLUMNS}
     num_frames, hw = row["num_frames"], (row["height"], row["width"])
@@ -161,17 +187,25 @@ def read(folder: Path, index: Index, number: int) -> Clip:
 
 
 def contact_sheet(title: str, clips: Sequence[Clip]) -> tuple[bytes, bool]:
-    """(a PNG of each clip's facts, text and evenly spaced frames; whether the fonts lack a character)."""
+    """Draw each clip's facts, text and evenly spaced frames.
+
+    Returns (a PNG, whether the fonts lack a character).
+    """
+    # The sheet is as wide as the widest strip of frames, and the texts are wrapped to that width.
     strips = [_strip(clip) for clip in clips]
-    width = max(_MIN_WIDTH_PX, *(strip.shape[1] for strip in strips)) + 2 * _MARGIN_PX
-    num_columns = (
-        (width - 2 * _MARGIN_PX) * 100 // (_FONT_PX * 56)
-    )  # a letter is about 0.56 of its height wide
-    labels = [[shorten(clip.facts, num_columns), *wrap(clip.row["text"], num_columns)] for clip in clips]
-    heights = [
-        len(label) * _LINE_PX + strip.shape[0] + 2 * _MARGIN_PX
-        for label, strip in zip(labels, strips, strict=True)
-    ]
+    widest = max(strip.shape[1] for strip in strips)
+    width = max(_MIN_WIDTH_PX, widest) + 2 * _MARGIN_PX
+    # A letter is about 0.56 of its height wide.
+    num_columns = (width - 2 * _MARGIN_PX) * 100 // (_FONT_PX * 56)
+    labels = []
+    for clip in clips:
+        facts = shorten(clip.facts, num_columns)
+        labels.append([facts, *wrap(clip.row["text"], num_columns)])
+
+    # Each clip is its label above its strip.
+    heights = []
+    for label, strip in zip(labels, strips, strict=True):
+        heights.append(len(label) * _LINE_PX + strip.shape[0] + 2 * _MARGIN_PX)
     height = 2 * _LINE_PX + sum(heights)
     dpi = 72  # so that a point is a pixel
     figure = Figure(figsize=(width / dpi, height / dpi), dpi=dpi, facecolor="white")
@@ -184,40 +218,54 @@ def contact_sheet(title: str, clips: Sequence[Clip]) -> tuple[bytes, bool]:
         figure.text(s=text, **place, family=fonts, fontsize=_FONT_PX, parse_math=False, **style)
 
     write(_MARGIN_PX // 2, title, weight="bold")
-    y = 2 * _LINE_PX
+    top = 2 * _LINE_PX
     for label, strip, tall in zip(labels, strips, heights, strict=True):
         for number, line in enumerate(label):
-            write(y + number * _LINE_PX, line, color="#777777" if number == 0 else "black")
-        figure.figimage(
-            strip, _MARGIN_PX, height - y - len(label) * _LINE_PX - strip.shape[0], origin="upper"
-        )
-        y += tall
+            write(top + number * _LINE_PX, line, color="#777777" if number == 0 else "black")
+        # matplotlib counts pixels from the bottom.
+        bottom = height - top - len(label) * _LINE_PX - strip.shape[0]
+        figure.figimage(strip, _MARGIN_PX, bottom, origin="upper")
+        top += tall
+
+    # matplotlib warns of characters that no font has.
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         canvas.draw()
+    lacks = any("missing from" in str(warning.message) for warning in caught)
     rgb = np.asarray(canvas.buffer_rgba())[..., :3]
     encoded, png = cv2.imencode(".png", np.ascontiguousarray(rgb[..., ::-1]))
     assert encoded
-    return png.tobytes(), any("missing from" in str(warning.message) for warning in caught)
+    return png.tobytes(), lacks
 
 
 def _strip(clip: Clip) -> np.ndarray:
-    """Evenly spaced frames side by side, the first and the last among them; a red bar for a broken clip."""
+    """Put evenly spaced frames next to each other, the first and the last among them.
+
+    Returns (height, width, 3) uint8; a red bar for a broken clip.
+    """
     if clip.frames_THWC is None:
         return np.full((_FRAME_PX // 4, _MIN_WIDTH_PX, 3), (255, 200, 200), np.uint8)
     num_frames, height, width = clip.frames_THWC.shape[:3]
     size = (max(1, round(_FRAME_PX * width / height)), _FRAME_PX)
     picks = np.linspace(0, num_frames - 1, min(_FRAMES, num_frames)).round().astype(int)
-    shrunk = [cv2.resize(clip.frames_THWC[n], size, interpolation=cv2.INTER_AREA) for n in picks]
-    return np.hstack([np.pad(frame, ((0, 0), (0, 2), (0, 0)), constant_values=255) for frame in shrunk])
+    framed = []
+    for pick in picks:
+        shrunk = cv2.resize(clip.frames_THWC[pick], size, interpolation=cv2.INTER_AREA)
+        # Two white columns between frames.
+        framed.append(np.pad(shrunk, ((0, 0), (0, 2), (0, 0)), constant_values=255))
+    return np.hstack(framed)
 
 
 def wrap(text: str, num_columns: int) -> list[str]:
-    """A text in at most `_MAX_LINES` lines; East Asian characters are twice as wide as others."""
+    """Wrap a text to at most `_MAX_LINES` lines.
+
+    East Asian characters are twice as wide as others.
+    """
     text = " ".join(text.split())
     wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
     narrowed = num_columns * len(text) // max(1, len(text) + wide)
-    return textwrap.wrap(text, max(8, narrowed), max_lines=_MAX_LINES, placeholder=" …") or [""]
+    lines = textwrap.wrap(text, max(8, narrowed), max_lines=_MAX_LINES, placeholder=" …")
+    return lines or [""]
 
 
 def shorten(text: str, num_columns: int) -> str:
@@ -225,7 +273,10 @@ def shorten(text: str, num_columns: int) -> str:
 
 
 def page(title: str, about: str, clips: Sequence[Clip]) -> str:
-    """A page that needs no other file: H.264 in data: addresses, which browsers play, pause and scrub."""
+    """Return a page that needs no other file.
+
+    Clips are H.264 in data: addresses, which browsers play, pause and scrub.
+    """
     figures = "\n".join(map(_figure, clips))
     return _PAGE.format(title=html.escape(title), about=html.escape(about), figures=figures)
 
@@ -234,12 +285,14 @@ def _figure(clip: Clip) -> str:
     if clip.frames_THWC is None:
         shown = f'<div class="broken">{html.escape(clip.fault)}</div>'
     else:
-        whole = is_mp4(clip.member)
-        mp4 = clip.member if whole else encode_h264(clip.frames_THWC, clip.row["fps"], _GOP, _CRF)
+        row, mp4 = clip.row, clip.member
+        if not is_mp4(mp4):
+            mp4 = encode_h264(clip.frames_THWC, row["fps"], _GOP, _CRF)
         data = base64.b64encode(mp4).decode("ascii")
+        size = f'width="{row["width"]}" height="{row["height"]}"'
         # Browsers start a muted video by themselves, and show the controls where the pointer is.
-        manner = f'width="{clip.row["width"]}" height="{clip.row["height"]}" autoplay loop muted playsinline'
-        shown = f'<video {manner} controls src="data:video/mp4;base64,{data}"></video>'
+        manner = f"{size} autoplay loop muted playsinline controls"
+        shown = f'<video {manner} src="data:video/mp4;base64,{data}"></video>'
     language = html.escape(tag_of(clip.row["language"]))
     text, facts = html.escape(clip.row["text"]), html.escape(clip.facts)
     caption = f'<p lang="{language}" dir="auto">{text}</p><small>{facts}</small>'
@@ -250,4 +303,5 @@ def _write(path: Path, content: bytes) -> None:
     try:
         write_file(path, content)
     except OSError as error:
-        raise UserError(f"--out must be where you may write, but {path}: {error.strerror}.") from error
+        why = f"{path}: {error.strerror}"
+        raise UserError(f"--out must be where you may write, but {why}.") from error
