@@ -1,7 +1,9 @@
-"""What every importer yields, and how tables are read. One module per corpus; nothing else knows a corpus.
+"""What every importer yields, and how tables are read.
 
-An importer is `read(source, splits, **its own options) -> Corpus`; `shards/build.py` lists them. It reads
-tables only: whether videos are there and decode is the build's business, the same for every corpus.
+There is one module per corpus; nothing else knows a corpus. An importer is
+`read(source, splits, **its own options) -> Corpus`, and `sharding/rows.py` lists them. It reads
+tables only: whether videos are there and decode is the business of the build, the same for every
+corpus.
 """
 
 import codecs
@@ -21,7 +23,7 @@ from flallm_ds.data.codecs.video import Box
 from flallm_ds.errors import UserError
 
 SPLITS = ("train", "dev", "test")
-SIGNSIM_FILE = "signsim.json"  # marks a folder of the synthetic corpus, which has PHOENIX14T's layout
+SIGNSIM_FILE = "signsim.json"  # marks the synthetic corpus, which has PHOENIX14T's layout
 SPLIT_NAMES = {name: name for name in SPLITS} | {"val": "dev", "valid": "dev", "validation": "dev"}
 
 _DELIMITERS = {",": "commas", "\t": "TABs", "|": "|", ";": "semicolons"}
@@ -29,7 +31,7 @@ _LINE_END = re.compile(r"\r\n|\r|\n")
 _NOT_IN_A_TEXT = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")
 _NUMBER = re.compile(r"\s*\+?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?\s*", re.IGNORECASE)
 _UNSEEN = frozenset(("Cc", "Cf", "Zs", "Zl", "Zp", "Mn", "Mc", "Me"))
-_FILLERS = frozenset("\u115f\u1160\u2800\u3164\uffa0")  # letters and symbols that are drawn as nothing
+_FILLERS = frozenset("\u115f\u1160\u2800\u3164\uffa0")  # letters and symbols drawn as nothing
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,13 @@ class Row:
     gloss: str = ""
     bbox: Box | None = None  # x0, y0, x1, y1 from 0 to 1: the part to keep
     image_fps: float = 25.0  # of a folder of frame images
-    stretch_hw: tuple[int, int] | None = None  # the size a frame is meant to be seen at, before short_side
+    # The size that a frame is meant to be seen at, before short_side.
+    stretch_hw: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The rows of each split in table order, and what the user should know about how they were read."""
+    """The rows of each split in table order, and notes for the user on how they were read."""
 
     name: str
     language: str
@@ -61,7 +64,7 @@ class Corpus:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a UTF-8 text file without their ends (LF, CRLF or CR).
+    """Read the lines of a UTF-8 text file without their ends (LF, CRLF or CR).
 
     Raises UserError that names the file, and the line of what is no UTF-8 text.
     """
@@ -72,14 +75,16 @@ def read_lines(path: Path) -> list[str]:
     except OSError as error:
         raise UserError(f"a table must be readable, but {error.strerror}: {path}.") from error
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise UserError(f"a table must be readable text in UTF-8, got UTF-16: {path}. Save it as UTF-8.")
+        got = f"got UTF-16: {path}. Save it as UTF-8."
+        raise UserError(f"a table must be readable text in UTF-8, {got}")
     try:
         lines = _LINE_END.split(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         before = error.object[: error.start].decode("utf-8")
+        number = len(_LINE_END.split(before))
         byte = error.object[error.start]
         raise UserError(
-            f"{path}, line {len(_LINE_END.split(before))}: a table must be readable text in UTF-8, got "
+            f"{path}, line {number}: a table must be readable text in UTF-8, got "
             f"byte 0x{byte:02x} ({error.reason}). Save it as UTF-8."
         ) from error
     for number, line in enumerate(lines, 1):
@@ -94,9 +99,11 @@ def read_lines(path: Path) -> list[str]:
 def read_table(
     path: Path, delimiter: str, columns: Sequence[str], quoted: bool = True
 ) -> Iterator[tuple[int, dict[str, str]]]:
-    """(line number, row) of a table with a header line that has at least `columns`; one row a line.
+    """Yield (line number, row) of a table with one row a line.
 
-    quoted: fields in double quotes are unquoted (csv's minimal quoting), else quotes are ordinary characters.
+    columns: those that its header line must have.
+    quoted: fields in double quotes are unquoted (csv's minimal quoting), else quotes are ordinary
+    characters.
     Raises UserError that names the file and line of what does not fit.
     """
     lines = read_lines(path)
@@ -109,50 +116,63 @@ def read_table(
         if not any(field.strip() for field in fields):
             continue
         if len(fields) != len(header):
-            raise UserError(
-                f"{what} a row must have {len(header)} fields, got {len(fields)}. Correct the table."
-            )
+            wanted = f"a row must have {len(header)} fields"
+            raise UserError(f"{what} {wanted}, got {len(fields)}. Correct the table.")
         yield number, dict(zip(header, fields, strict=True))
 
 
 def _fields(line: str, delimiter: str, quoted: bool, what: str) -> list[str]:
-    """The fields of one line. Each line is split alone: an open quote cannot swallow the next rows."""
+    """Split one line into its fields, alone: an open quote cannot swallow the next rows."""
     if not quoted:
         return line.split(delimiter)
     try:
         return next(csv.reader([line], delimiter=delimiter, strict=True), [])
     except csv.Error as error:
         raise UserError(
-            f"{what} a field in double quotes must close on its line and have each quote within it doubled, "
-            f"got {line!r:.80} ({error}). Correct the quotes."
+            f"{what} a field in double quotes must close on its line and have each quote within it "
+            f"doubled, got {line!r:.80} ({error}). Correct the quotes."
         ) from error
 
 
-def _check_delimiter(line: str, delimiter: str, columns: Sequence[str], quoted: bool, path: Path) -> None:
-    """Raise UserError if a header has all columns, but by another delimiter or in quotes not read here."""
-    fits = [one for one in _DELIMITERS if set(columns) <= {field.strip(' "') for field in line.split(one)}]
+def _check_delimiter(
+    line: str,
+    delimiter: str,
+    columns: Sequence[str],
+    quoted: bool,
+    path: Path,
+) -> None:
+    """Raise UserError if a header has all columns, but by another delimiter or in quotes."""
+    fits = []
+    for one in _DELIMITERS:
+        names = {field.strip(' "') for field in line.split(one)}
+        if set(columns) <= names:
+            fits.append(one)
     if not fits:
         return
     wanted, other = _DELIMITERS[delimiter], _DELIMITERS[fits[0]]
     if delimiter not in fits:
         raise UserError(
-            f"{path}, line 1: fields must be separated by {wanted}, got {line[:200]!r} with {other}. "
-            f"Save the table with {wanted}."
+            f"{path}, line 1: fields must be separated by {wanted}, got {line[:200]!r} "
+            f"with {other}. Save the table with {wanted}."
         )
     if not quoted and f'"{columns[0]}"' in line:
         raise UserError(
-            f"{path}, line 1: a table separated by {wanted} must have no quotes around its fields, got "
-            f"{line[:200]!r}. Save it without quoting."
+            f"{path}, line 1: a table separated by {wanted} must have no quotes around its fields, "
+            f"got {line[:200]!r}. Save it without quoting."
         )
 
 
-def _check_header(header: Sequence[str], delimiter: str, columns: Sequence[str], path: Path) -> None:
+def _check_header(
+    header: Sequence[str],
+    delimiter: str,
+    columns: Sequence[str],
+    path: Path,
+) -> None:
     """Raise UserError for a column that is missing or there twice."""
     repeated = [name for name, count in Counter(header).items() if name and count > 1]
     if repeated:
-        raise UserError(
-            f"{path}, line 1: each column must have its own name, got {repeated[0]!r} twice. Rename one."
-        )
+        got = f"got {repeated[0]!r} twice. Rename one."
+        raise UserError(f"{path}, line 1: each column must have its own name, {got}")
     missing = [name for name in columns if name not in header]
     if missing:
         raise UserError(
@@ -162,7 +182,7 @@ def _check_header(header: Sequence[str], delimiter: str, columns: Sequence[str],
 
 
 def check_text(text: str, what: str) -> None:
-    """Raise UserError that begins with `what` if a text holds a line break, a TAB or a control character."""
+    """Raise UserError that begins with `what` for a text with a line break or control character."""
     if found := _NOT_IN_A_TEXT.search(text):
         raise UserError(
             f"{what} must be one line without TABs and control characters, got {found[0]!r} in "
@@ -176,7 +196,7 @@ def is_blank(text: str) -> bool:
 
 
 def first_line(path: Path) -> str:
-    """The first line of a text file, to tell by which character it is separated."""
+    """Read the first line of a text file, to tell by which character it is separated."""
     try:
         with path.open(encoding="utf-8-sig", errors="replace") as file:
             return file.readline(100_000)
@@ -185,7 +205,7 @@ def first_line(path: Path) -> str:
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """Every file below a folder in a fixed order; links to folders are followed.
+    """Yield every file below a folder in a fixed order; links to folders are followed.
 
     Hidden files and folders are left out: macOS writes "._clip.mp4" next to clip.mp4.
     """
@@ -197,17 +217,20 @@ def files_below(folder: Path) -> Iterator[Path]:
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(place, name) for name in sorted(names) if not name.startswith("."))
+        for name in sorted(names):
+            if not name.startswith("."):
+                yield Path(place, name)
 
 
 def find_file(source: Path, usual: str, pattern: str) -> Path | None:
-    """source/usual, or else the one file below whose name matches the pattern; None without one.
+    """Find source/usual, or else the one file below whose name matches the pattern.
 
-    Raises UserError if there are several that differ.
+    Returns None without one. Raises UserError if there are several that differ.
     """
     if (source / usual).is_file():
         return source / usual
-    found = [path for path in files_below(source) if fnmatch(path.name, pattern) and path.is_file()]
+    named = [path for path in files_below(source) if fnmatch(path.name, pattern)]
+    found = [path for path in named if path.is_file()]
     for other in found[1:]:
         if not same_content(found[0], other):
             raise UserError(
@@ -223,7 +246,7 @@ def same_content(path: Path, other: Path) -> bool:
 
 
 def read_seconds(value: str, what: str, required: bool = False) -> float | None:
-    """A time given as seconds or as h:m:s, None for an empty one unless it is required.
+    """Read a time given as seconds or as h:m:s, None for an empty one unless it is required.
 
     Raises UserError that begins with `what`.
     """
@@ -234,24 +257,31 @@ def read_seconds(value: str, what: str, required: bool = False) -> float | None:
     parts = [float(part) for part in fields] if all(map(_NUMBER.fullmatch, fields)) else [-1.0]
     seconds = sum(part * 60.0**place for place, part in enumerate(reversed(parts)))
     if len(parts) > 3 or not all(0 <= part < 1e7 for part in parts) or seconds >= 1e7:
-        raise UserError(f"{what} must be seconds from 0 up, or h:m:s, but is {value!r}. Correct the table.")
+        wanted = f"{what} must be seconds from 0 up, or h:m:s"
+        raise UserError(f"{wanted}, but is {value!r}. Correct the table.")
     return seconds
 
 
 def read_split(value: str, what: str) -> str:
-    """train, dev or test by any of its names. Raises UserError that begins with `what`."""
+    """Return train, dev or test for any of its names.
+
+    Raises UserError that begins with `what`.
+    """
     split = SPLIT_NAMES.get(value.strip().lower())
     if split is None:
-        raise UserError(f"{what} split must be one of {', '.join(SPLIT_NAMES)}, but is {value!r}.")
+        names = ", ".join(SPLIT_NAMES)
+        raise UserError(f"{what} split must be one of {names}, but is {value!r}.")
     return split
 
 
 def split_of(video: str) -> str:
-    """train, dev or test (80, 10 and 10 %) for a source video, by its name alone: never by clip."""
+    """Draw train, dev or test (80, 10 and 10 %) for a source video, by its name: never by clip."""
     percent = int.from_bytes(hashlib.sha256(video.encode()).digest()[:8], "big") % 100
-    return "train" if percent < 80 else "dev" if percent < 90 else "test"
+    if percent < 80:
+        return "train"
+    return "dev" if percent < 90 else "test"
 
 
 def first_of(names: Sequence[str]) -> str:
-    """The first three, for a note."""
+    """Return the first three, for a note."""
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -12,30 +12,35 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-# The first of a video's files in this order is read; .json is a list of {text, start, duration} or json3.
+# The first of a video's files in this order is read; .json is a list of {text, start, duration} or
+# json3.
 SUFFIXES = (".vtt", ".json3", ".srt", ".json")
-OTHER_SUFFIXES = frozenset(
-    (".srv1", ".srv2", ".srv3", ".ttml", ".dfxp", ".xml", ".sbv", ".ass", ".ssa", ".sub", ".lrc", ".scc")
-)
+# Captions that are not read.
+OTHER_SUFFIXES = {".ttml", ".dfxp", ".xml", ".sbv", ".ass", ".ssa", ".sub", ".lrc", ".scc"}
+OTHER_SUFFIXES |= {".srv1", ".srv2", ".srv3"}  # YouTube's XML
 
 _CLOCK = r"((?:[0-9]+:)?[0-9]+:[0-9]+(?:[.,][0-9]+)?)"  # SubRip's decimals follow a comma
 _TIMES = re.compile(rf"\s*{_CLOCK}\s*-->\s*{_CLOCK}(?:\s.*)?")
-_NO_CUE = re.compile(r"NOTE\b.*|(STYLE|REGION)\s*")  # first line of a WebVTT block that is not shown
+# The first line of a WebVTT block that is not shown.
+_NO_CUE = re.compile(r"NOTE\b.*|(STYLE|REGION)\s*")
 _MAX_S = 1e7
 _AT_ONCE_S = 0.1
 
 _LINE_BREAK = re.compile(r"(?i:<br\s*/?>)|\\N")
-# Only what begins like a tag: JSON texts escape nothing and may hold "<3". It may go on in the next line.
+# Only what begins like a tag: JSON texts escape nothing and may hold "<3". It may continue in the
+# next line.
 _TAG = re.compile(r"</?(?:[a-z][^<>]*|[0-9]+(?::[0-9]+)+[.,][0-9]+)>|</>", re.IGNORECASE)
 _TIME_TAG = re.compile(r"<[0-9]+(?::[0-9]+)+[.,][0-9]+>")
 _CODE = re.compile(r"\{\\[^{}]*\}")  # {\an8}
-_INVISIBLE = dict.fromkeys((*range(9), *range(14, 28), 0x7F, *map(ord, "\u200b\u200e\u200f\u2060\ufeff")))
+_INVISIBLE = dict.fromkeys((*range(9), *range(14, 28), 0x7F))
+_INVISIBLE |= dict.fromkeys(map(ord, "\u200b\u200e\u200f\u2060\ufeff"))
 _BRACKETS = re.compile(r"\[[^][]*\]|［[^［］]*］|【[^【】]*】")
 _PARENTHESES = re.compile(r"[(（]([^()（）]*)[)）]")
 _NOTE_SIGNS = re.compile("[♩♪♫♬🎵🎶🎼]\ufe0f?")
 _SOUND = re.compile(
-    r"music|musi[qk]|música|instrumental|appla|aplau|clap|cheer|laugh|chuckl|giggl|lach|gelächter|\brires?\b|"
-    r"\brisas?\b|sigh|cough|whistl|inaudible|silence|noise|crosstalk|音乐|音樂|音楽|掌声|掌聲|拍手|笑|박수|음악",
+    r"music|musi[qk]|música|instrumental|appla|aplau|clap|cheer|laugh|chuckl|giggl|lach|gelächter|"
+    r"\brires?\b|\brisas?\b|sigh|cough|whistl|inaudible|silence|noise|crosstalk|"
+    r"音乐|音樂|音楽|掌声|掌聲|拍手|笑|박수|음악",
     re.IGNORECASE,
 )
 _SOUND_WORDS = 4  # more words are a sentence about music
@@ -66,33 +71,46 @@ _Shown = tuple[float, float, list[str]]  # start and end in seconds, lines
 
 
 def read_captions(path: Path) -> Track:
-    """Read a file of one of SUFFIXES. Raises OSError or ValueError if it is not what its name says."""
+    """Read a file of one of SUFFIXES.
+
+    Raises OSError or ValueError if it is not what its name says.
+    """
     text = path.read_text(encoding="utf-8-sig")
     suffix = path.suffix.lower()
     if suffix == ".vtt":
         return Track(*read_vtt(text), _num_unreadable(_without_comments(text)))
     if suffix == ".srt":
-        return Track(*_unroll(_timed(_lines(text), blank_ends=False)), _num_unreadable(_lines(text)))
+        lines = _lines(text)
+        return Track(*_unroll(_timed(lines, blank_ends=False)), _num_unreadable(lines))
     content = json.loads(text)
-    return Track(*_read_json3(content) if isinstance(content, dict) else _unroll(_entries(content)))
+    if isinstance(content, dict):
+        return Track(*_read_json3(content))
+    return Track(*_unroll(_entries(content)))
 
 
 def header_language(path: Path) -> str:
-    """The language that a WebVTT file's header names, "" for none. Raises OSError."""
+    """Return the language that a WebVTT file's header names, "" for none. Raises OSError."""
     if path.suffix.lower() != ".vtt":
         return ""
     with path.open("rb") as file:
-        match = re.search(rb"^Language:[ \t]*([A-Za-z]{2,3}(?:-[A-Za-z0-9]+)*)", file.read(500), re.MULTILINE)
+        head = file.read(500)
+    match = re.search(rb"^Language:[ \t]*([A-Za-z]{2,3}(?:-[A-Za-z0-9]+)*)", head, re.MULTILINE)
     return match[1].decode() if match else ""
 
 
 def read_json(content: Any) -> list[Cue]:
-    """The captions of a list of {text, start, duration}. Raises ValueError for anything else."""
+    """Read the captions of a list of {text, start, duration}.
+
+    Raises ValueError for anything else.
+    """
     return _unroll(_entries(content))[0]
 
 
 def read_vtt(text: str) -> tuple[list[Cue], bool]:
-    """(captions, whether they scroll) of a WebVTT text. Raises ValueError if the text is no WebVTT."""
+    """Return (captions, whether they scroll) of a WebVTT text.
+
+    Raises ValueError if the text is no WebVTT.
+    """
     if not text.startswith("WEBVTT"):
         raise ValueError("captions must begin with WEBVTT")
     shown = _timed(_without_comments(text), blank_ends=True)
@@ -100,7 +118,10 @@ def read_vtt(text: str) -> tuple[list[Cue], bool]:
 
 
 def _read_json3(content: dict[str, Any]) -> tuple[list[Cue], bool]:
-    """(captions, whether they scroll) of YouTube's json3. Raises ValueError for anything else."""
+    """Return (captions, whether they scroll) of YouTube's json3.
+
+    Raises ValueError for anything else.
+    """
     events = content.get("events")
     if not isinstance(events, list) or not events:
         raise ValueError("captions must have a list of events")
@@ -112,7 +133,9 @@ def _read_json3(content: dict[str, Any]) -> tuple[list[Cue], bool]:
         segments = event.get("segs")
         if segments is None:  # it sets up a window
             continue
-        if not isinstance(segments, list) or not all(isinstance(segment, dict) for segment in segments):
+        if not isinstance(segments, list):
+            raise ValueError("the segments of an event must be a list of objects")
+        if not all(isinstance(segment, dict) for segment in segments):
             raise ValueError("the segments of an event must be a list of objects")
         automatic |= "aAppend" in event or any("tOffsetMs" in segment for segment in segments)
         texts = [segment.get("utf8", "") for segment in segments]
@@ -131,7 +154,8 @@ def _entries(content: Any) -> list[_Shown]:
     for entry in content:
         if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
             raise ValueError("a caption must have text, start and duration")
-        shown.append(_caption(_number(entry.get("start")), _number(entry.get("duration")), entry["text"]))
+        start_s, span_s = _number(entry.get("start")), _number(entry.get("duration"))
+        shown.append(_caption(start_s, span_s, entry["text"]))
     return shown
 
 
@@ -152,7 +176,7 @@ def _lines(text: str) -> list[str]:
 
 
 def _without_comments(text: str) -> list[str]:
-    """The lines of a WebVTT text without its first one, its comments and its styles."""
+    """Return the lines of a WebVTT text without its first one, its comments and its styles."""
     lines = []
     before, hidden = "", False
     for line in _lines(text)[1:]:
@@ -168,7 +192,7 @@ def _num_unreadable(lines: Sequence[str]) -> int:
 
 
 def _span(line: str) -> tuple[float, float] | None:
-    """Start and end in seconds that a line of times names; None for a line that cannot be read."""
+    """Return the start and end in seconds of a line of times; None if it cannot be read."""
     times = _TIMES.fullmatch(line)
     if times is None:
         return None
@@ -182,9 +206,10 @@ def _seconds(clock: str) -> float:
 
 
 def _timed(lines: Sequence[str], blank_ends: bool) -> list[_Shown]:
-    """What is shown and when: each line of times, and the lines below it.
+    """Return what is shown and when: each line of times, and the lines below it.
 
-    blank_ends: an empty line ends a caption, else the next line of times does, with the number above it.
+    blank_ends: an empty line ends a caption, else the next line of times does, with the number
+    above it.
     """
     found: list[tuple[tuple[float, float], list[str]]] = []
     current: list[str] | None = None
@@ -203,41 +228,45 @@ def _timed(lines: Sequence[str], blank_ends: bool) -> list[_Shown]:
 
 
 def _unroll(shown: list[_Shown], automatic: bool = False) -> tuple[list[Cue], bool]:
-    """(captions, whether they scroll).
+    """Return (captions, whether they scroll).
 
-    Automatic captions scroll: each shows the last line again above a new one. Their lines are taken once,
-    with the span of the caption in which they were new.
+    Automatic captions scroll: each shows the last line again above a new one. Their lines are taken
+    once, with the span of the caption in which they were new.
     automatic: whether the file says so, by the time of each word.
     """
+    # How many lines of each caption are those of the one before, and whether that one is shown too.
     repeats = [0] * len(shown)
     overlaps = [False] * len(shown)
     for n, ((began_s, end_s, before), (start_s, _, lines)) in enumerate(pairwise(shown), 1):
         if began_s <= start_s < end_s + _AT_ONCE_S:
             repeats[n] = _num_repeated(before, lines)
             overlaps[n] = began_s < start_s < end_s - _AT_ONCE_S
-    # Some tools drop the time of each word, by which automatic captions are known; the repeats stay.
+    # Some tools drop the time of each word, by which automatic captions are known; repeats stay.
     mostly = len(repeats) > 3 and sum(map(bool, repeats)) > len(repeats) / 2
     if not automatic and not mostly:
         # A line said twice is captioned twice, but not while the first is still shown.
-        repeats = [count if overlap else 0 for count, overlap in zip(repeats, overlaps, strict=True)]
-    cues = [
-        Cue(start_s, end_s, " ".join(lines[repeated:]))
-        for (start_s, end_s, lines), repeated in zip(shown, repeats, strict=True)
-        if not repeated or lines[repeated:]
-    ]
+        for n, overlap in enumerate(overlaps):
+            repeats[n] = repeats[n] if overlap else 0
+    cues = []
+    for (start_s, end_s, lines), repeated in zip(shown, repeats, strict=True):
+        if not repeated or lines[repeated:]:
+            cues.append(Cue(start_s, end_s, " ".join(lines[repeated:])))
     return cues, automatic or any(repeats)
 
 
 def _num_repeated(before: list[str], now: list[str]) -> int:
-    """How many of a caption's first lines are the last ones of the caption before."""
-    longest = min(len(before), len(now))
-    return next((n for n in range(longest, 0, -1) if before[-n:] == now[:n]), 0)
+    """Return how many of a caption's first lines are the last ones of the caption before."""
+    for num in range(min(len(before), len(now)), 0, -1):
+        if before[-num:] == now[:num]:
+            return num
+    return 0
 
 
 def separate(cues: Sequence[tuple[int, Cue]]) -> tuple[list[tuple[int, Cue]], int, int]:
-    """(captions that do not overlap, how many were cut, how many were joined); each with its number.
+    """Make captions that do not overlap; each has its number.
 
-    A caption ends where the next begins. Two that begin together, or say the same, become one.
+    Returns (captions, how many were cut, how many were joined). A caption ends where
+    the next begins. Two that begin together, or say the same, become one.
     """
     apart: list[tuple[int, Cue]] = []
     num_cut = num_joined = 0
@@ -256,7 +285,10 @@ def separate(cues: Sequence[tuple[int, Cue]]) -> tuple[list[tuple[int, Cue]], in
 
 
 def _clean(text: str) -> list[str]:
-    """The lines of what is said, without tags, entities, sounds and speakers; [] if no word is left."""
+    """Return the lines of what is said, without tags, entities, sounds and speakers.
+
+    Returns [] if no word is left.
+    """
     text = _TAG.sub("", _LINE_BREAK.sub("\n", text))
     # Twice: transcripts are often escaped twice, tags with them.
     text = _TAG.sub("", html.unescape(html.unescape(text)))
@@ -279,19 +311,20 @@ def _is_sound(words: str) -> bool:
 
 
 def _without_name(arrows: re.Match[str]) -> str:
-    """What stays of ">> NAME:" or ">>": a name's words begin with no small letter."""
+    """Return what stays of ">> NAME:" or ">>": a name's words begin with no small letter."""
     name = arrows[1]
     is_name = name is None or not any(word[0].islower() for word in name.split())
     return " " if is_name else f" {arrows[0].lstrip('>')}"
 
 
 def _without_dashes(lines: Sequence[str]) -> Iterator[str]:
-    """The lines that are not empty, without the dashes before what each of several speakers says."""
+    """Yield the lines that are not empty, without the dashes before what each speaker says."""
     spoken = ""
     dialogue = False
     for line in filter(None, lines):
         # After a comma or a word the dash is the sentence's own.
-        if (match := _DASH.match(line)) and (not spoken or dialogue or spoken[-1] in ".!?…\"'”"):
+        begins = not spoken or dialogue or spoken[-1] in ".!?…\"'”"
+        if begins and (match := _DASH.match(line)):
             dialogue = dialogue or not spoken
             line = line[match.end() :]
         line = _NEXT_DASH.sub(" ", line) if dialogue else line

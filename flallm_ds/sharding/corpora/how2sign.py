@@ -1,7 +1,8 @@
 """How2Sign: American sign language, instructional speech, front camera.
 
-The right clips are cut from the raw videos by the re-aligned times. The ready-made sentence clips were cut
-with the original, misaligned times: they are used where they cover more rows of a split, and a note says so.
+The right clips are cut from the raw videos by the re-aligned times. The ready-made sentence clips
+were cut with the original, misaligned times: they are used where they cover more rows of a split,
+and a note says so.
 """
 
 import re
@@ -19,17 +20,25 @@ from flallm_ds.sharding.corpora import (
 )
 from flallm_ds.sharding.corpora.videos import Videos
 
-_COLUMNS = ("VIDEO_ID", "VIDEO_NAME", "SENTENCE_NAME", "START_REALIGNED", "END_REALIGNED", "SENTENCE")
+_COLUMNS = (
+    "VIDEO_ID",
+    "VIDEO_NAME",
+    "SENTENCE_NAME",
+    "START_REALIGNED",
+    "END_REALIGNED",
+    "SENTENCE",
+)
 _OWN_SPLITS = {"train": "train", "dev": "val", "test": "test"}
 
 
 def read(source: Path, splits: tuple[str, ...], *, repair_mojibake: bool = False) -> Corpus:
-    """How2Sign. --source: the folder that holds sentence_level (and video_level, if you have the raw videos).
+    """How2Sign. --source: the folder that holds sentence_level (and video_level for raw videos).
 
     --repair_mojibake=true mends texts such as "horseâ€™s" (163 sentences of train, 23 of test).
     """
     if not source.is_dir():
-        raise UserError(f"--source must be the How2Sign folder, but is no folder: {source}. Check --source.")
+        wanted = "--source must be the How2Sign folder"
+        raise UserError(f"{wanted}, but is no folder: {source}. Check --source.")
     videos = Videos(source)
     rows, notes = {}, []
     for split in splits:
@@ -38,23 +47,33 @@ def read(source: Path, splits: tuple[str, ...], *, repair_mojibake: bool = False
     return Corpus("how2sign", "en", rows, notes)
 
 
-def read_rows(source: Path, split: str, videos: Videos, repair: bool) -> tuple[list[Row], list[str]]:
-    """The rows of a split's re-aligned table (TAB- or comma-separated) and notes on how they were read."""
+def read_rows(
+    source: Path,
+    split: str,
+    videos: Videos,
+    repair: bool,
+) -> tuple[list[Row], list[str]]:
+    """Read the rows of a split's re-aligned table, separated by TABs or commas.
+
+    Returns (the rows, notes on how they were read).
+    """
     table = _find_table(source, split)
     delimiter = "\t" if "\t" in first_line(table) else ","
     lines = list(read_table(table, delimiter, _COLUMNS))
+    # Raw videos, or ready-made clips where more rows have one.
     raw_names = {fields["VIDEO_NAME"]: (fields["VIDEO_NAME"],) for _, fields in lines}
     ready_names = {fields["SENTENCE_NAME"]: (fields["SENTENCE_NAME"],) for _, fields in lines}
     there = videos.found(raw_names), videos.found(ready_names)
     num_raw = sum(fields["VIDEO_NAME"] in there[0] for _, fields in lines)
     num_ready = sum(fields["SENTENCE_NAME"] in there[1] for _, fields in lines)
     raw = num_raw > 0 and num_raw >= num_ready
-    level = "video_level" if raw else "sentence_level"
-    paths, said = videos.choose(raw_names if raw else ready_names, f"{level}/{split}/rgb_front/raw_videos")
-    kind = (
-        "cut from the raw videos by the re-aligned times" if raw else "ready-made, cut by the original times"
-    )
-    num_there = num_raw if raw else num_ready
+    if raw:
+        names, level, num_there = raw_names, "video_level", num_raw
+        kind = "cut from the raw videos by the re-aligned times"
+    else:
+        names, level, num_there = ready_names, "sentence_level", num_ready
+        kind = "ready-made, cut by the original times"
+    paths, said = videos.choose(names, f"{level}/{split}/rgb_front/raw_videos")
     notes = [f"clips {kind} ({num_there:,} of {len(lines):,} rows have a video)", *said]
     rows, num_garbled = [], 0
     for line, fields in lines:
@@ -90,12 +109,16 @@ _GARBLED = re.compile(r"[\u00c2-\u00f4][^\x00-\x7f]{1,3}")
 
 
 def mend_mojibake(text: str) -> str:
-    """UTF-8 that was read as Windows-1252 or Latin-1, read aright ("horseâ€™s"); any other text unchanged."""
+    """Correct UTF-8 that was read as Windows-1252 or Latin-1 ("horseâ€™s").
+
+    Any other text is returned unchanged.
+    """
 
     def mend(match: re.Match[str]) -> str:
         for length in range(len(match[0]), 1, -1):
+            garbled, rest = match[0][:length], match[0][length:]
             try:
-                return b"".join(map(_byte, match[0][:length])).decode("utf-8") + match[0][length:]
+                return b"".join(map(_byte, garbled)).decode("utf-8") + rest
             except (UnicodeError, ValueError):
                 continue
         return match[0]
@@ -104,7 +127,10 @@ def mend_mojibake(text: str) -> str:
 
 
 def _byte(character: str) -> bytes:
-    """The byte that was shown as this character; Windows-1252 has five holes, which Latin-1 fills."""
+    """Return the byte that was shown as this character.
+
+    Windows-1252 has five holes, which Latin-1 fills.
+    """
     try:
         return character.encode("cp1252")
     except UnicodeEncodeError:

@@ -1,10 +1,10 @@
 """Any sign corpus by a manifest: CSV, TSV or JSON lines with a video and a text a row.
 
-Columns: video, text; optionally start, end (seconds or h:m:s within the video), split, signer, language, id,
-bbox ("x0,y0,x1,y1", each 0 to 1: the part of the picture to keep) and fps (of a folder of frame images; 25).
-A video is a file or a folder of frame images; its path is relative to the manifest's folder. Without a split
-column, a video's clips go to train, dev or test (80, 10 and 10 %) by a hash of its path: never one video to
-two splits, and the same on every machine.
+Columns: video, text; optionally start, end (seconds or h:m:s within the video), split, signer,
+language, id, bbox ("x0,y0,x1,y1", each 0 to 1: the part of the picture to keep) and fps (of a
+folder of frame images; 25). A video is a file or a folder of frame images; its path is relative to
+the manifest's folder. Without a split column, a video's clips go to train, dev or test (80, 10 and
+10 %) by a hash of its path: never one video to two splits, and the same on every machine.
 """
 
 import json
@@ -39,7 +39,7 @@ _LIKENESS = 0.82  # difflib's, of a misspelt name: "langage" is language, "sign"
 
 
 def read(source: Path, splits: tuple[str, ...], *, language: str = "") -> Corpus:
-    """Any corpus by a manifest. --source: the CSV, TSV or JSON lines file (columns: see docs/data.md).
+    """Any corpus by a manifest. --source: a CSV, TSV or JSON lines file (columns: docs/data.md).
 
     --language: of the texts (de, German, zh-Hant, ...), where the manifest has no such column.
     """
@@ -61,39 +61,46 @@ def read(source: Path, splits: tuple[str, ...], *, language: str = "") -> Corpus
             quoted.append(line)
     notes = [f"columns that are not used: {', '.join(sorted(unused))}"] if unused else []
     if quoted:
+        numbers = first_of([str(line) for line in quoted])
         notes.append(
-            f"{len(quoted):,} texts begin and end with a double quote, which is kept: a TSV has no quoting "
-            f"(lines {first_of([str(line) for line in quoted])})"
+            f"{len(quoted):,} texts begin and end with a double quote, which is kept: a TSV has no "
+            f"quoting (lines {numbers})"
         )
-    return Corpus(source.stem, languages.pop() if len(languages) == 1 else "mixed", rows, notes)
+    language = languages.pop() if len(languages) == 1 else "mixed"
+    return Corpus(source.stem, language, rows, notes)
 
 
 def _unused(fields: dict[str, str], what: str) -> set[str]:
-    """The names of columns that are not read. Raises UserError for one that means another column."""
+    """Return the names of columns that are not read.
+
+    Raises UserError for one that means another column.
+    """
     unknown = fields.keys() - set(_COLUMNS)
     for name in sorted(unknown):
         meant = _meant(name)
         if meant and meant not in fields:
             raise UserError(
-                f"{what} columns must be named {', '.join(_COLUMNS)}, got {name!r} and no {meant!r}. "
-                f"Rename it to {meant}, or, if it is something else, to a name less like it."
+                f"{what} columns must be named {', '.join(_COLUMNS)}, got {name!r} and no "
+                f"{meant!r}. Rename it to {meant}, or, if it is something else, to a name less "
+                "like it."
             )
     return {name or "(without a name)" for name in unknown}
 
 
 @cache
 def _meant(name: str) -> str | None:
-    """The column that an unknown name is a misspelling or another name of; None without one."""
+    """Return the column that an unknown name is a misspelling or another name of, if any."""
     plain = name.strip().lower()
     # A misspelt or renamed "start" would otherwise make each row the whole video.
     if (first := re.split(r"[^a-z]", plain)[0]) in ("start", "end", "split"):
         return first
     swapped = [column for column in _COLUMNS if sorted(column) == sorted(plain)]
-    return next(iter(swapped + get_close_matches(plain, _COLUMNS, 1, _LIKENESS)), None)
+    near = swapped + get_close_matches(plain, _COLUMNS, 1, _LIKENESS)
+    return near[0] if near else None
 
 
 def _check_once(row: Row, own_id: str, line: int, first_line_of: dict[Any, int], what: str) -> None:
-    """Raise UserError if an earlier row has the same id, or the same text for the same part of a video."""
+    """Raise UserError if an earlier row has the same id, or the same text, video and times."""
     place = (os.path.normpath(row.path), row.start_s or 0.0, row.end_s, row.bbox)
     first = first_line_of.setdefault((place, row.text, row.language), line)
     if first != line:
@@ -102,16 +109,16 @@ def _check_once(row: Row, own_id: str, line: int, first_line_of: dict[Any, int],
             "Remove one of the two."
         )
     if own_id and (first := first_line_of.setdefault(own_id, line)) != line:
-        raise UserError(
-            f"{what} id must be that of one row, got {own_id!r} of line {first} again. Correct the manifest."
-        )
+        got = f"got {own_id!r} of line {first} again. Correct the manifest."
+        raise UserError(f"{what} id must be that of one row, {got}")
 
 
 def _read_row(fields: dict[str, str], folder: Path, language: str, what: str) -> tuple[str, Row]:
-    """(split, row) of one line. Raises UserError that begins with `what`."""
+    """Return (split, row) of one line. Raises UserError that begins with `what`."""
     video = fields.get("video", "").strip()
     if not video:
-        raise UserError(f"{what} video must name a file or folder, but is empty. Correct the manifest.")
+        wanted = "video must name a file or folder"
+        raise UserError(f"{what} {wanted}, but is empty. Correct the manifest.")
     for name in ("text", "signer", "id"):
         check_text(fields.get(name, "").strip(), f"{what} {name}")
     named = fields.get("language", "").strip()
@@ -139,7 +146,9 @@ def _read_row(fields: dict[str, str], folder: Path, language: str, what: str) ->
 
 
 def _made_id(video: str, start_s: float | None, end_s: float | None) -> str:
-    return video if start_s is None and end_s is None else f"{video}:{start_s or 0:g}-{end_s or 'end'}"
+    if start_s is None and end_s is None:
+        return video
+    return f"{video}:{start_s or 0:g}-{end_s or 'end'}"
 
 
 def _read_box(value: str, what: str) -> tuple[float, float, float, float] | None:
@@ -150,7 +159,8 @@ def _read_box(value: str, what: str) -> tuple[float, float, float, float] | None
     except ValueError:
         x0, y0, x1, y1 = 0.0, 0.0, 0.0, 0.0
     if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
-        raise UserError(f"{what} bbox must be x0,y0,x1,y1 with each from 0 to 1, but is {value!r}.")
+        wanted = f"{what} bbox must be x0,y0,x1,y1 with each from 0 to 1"
+        raise UserError(f"{wanted}, but is {value!r}.")
     return x0, y0, x1, y1
 
 
@@ -162,14 +172,17 @@ def _read_fps(value: str, what: str) -> float:
     except ValueError:
         fps = 0.0
     if not 1 <= fps <= 480:
-        raise UserError(f"{what} fps must be from 1 to 480, but is {value!r}. Correct the manifest.")
+        wanted = f"{what} fps must be from 1 to 480"
+        raise UserError(f"{wanted}, but is {value!r}. Correct the manifest.")
     return fps
 
 
 def _read_lines(source: Path) -> Iterator[tuple[int, dict[str, str]]]:
     suffix = source.suffix.lower()
-    if suffix in (".csv", ".tsv"):
-        return read_table(source, "," if suffix == ".csv" else "\t", _NEEDED, quoted=suffix == ".csv")
+    if suffix == ".csv":
+        return read_table(source, ",", _NEEDED, quoted=True)
+    if suffix == ".tsv":
+        return read_table(source, "\t", _NEEDED, quoted=False)
     if suffix in (".jsonl", ".ndjson", ".json"):
         return _read_json_lines(source)
     raise UserError(f"--source must be a .csv, .tsv or .jsonl manifest, but is {source}.")
@@ -184,24 +197,25 @@ def _read_json_lines(source: Path) -> Iterator[tuple[int, dict[str, str]]]:
         except (ValueError, RecursionError) as error:
             why = error.msg if isinstance(error, json.JSONDecodeError) else error
             raise UserError(
-                f"{source}, line {number}: a manifest must be JSON lines, one object a line, but {why}. "
-                "Correct the manifest."
+                f"{source}, line {number}: a manifest must be JSON lines, one object a line, but "
+                f"{why}. Correct the manifest."
             ) from error
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. Raises ValueError for a name that is there twice."""
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        repeated = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-        raise ValueError(f"{repeated!r} is there twice")
-    return fields
+    """Make a JSON object. Raises ValueError for a name that is there twice."""
+    counts = Counter(name for name, _ in pairs)
+    repeated = [name for name, count in counts.items() if count > 1]
+    if repeated:
+        raise ValueError(f"{repeated[0]!r} is there twice")
+    return dict(pairs)
 
 
 def _plain(fields: Any) -> dict[str, str]:
-    """A JSON object's values as the strings that a CSV would hold.
+    """Return a JSON object's values as the strings that a CSV would hold.
 
-    null is an empty cell, but not for video and text. Raises ValueError for a value of another kind.
+    null is an empty cell, but not for video and text. Raises ValueError for a value of another
+    kind.
     """
     if not isinstance(fields, dict):
         raise ValueError(f"an object must be there, got {json.dumps(fields)[:50]}")
@@ -209,9 +223,11 @@ def _plain(fields: Any) -> dict[str, str]:
         raise ValueError(f"'text' must be there, got {', '.join(fields)[:50] or 'no name'}")
     plain = {}
     for name, value in fields.items():
-        if name in _STRINGS and not isinstance(value, str) and (value is not None or name in _NEEDED):
+        is_empty = value is None and name not in _NEEDED
+        if name in _STRINGS and not isinstance(value, str) and not is_empty:
             raise ValueError(f"{name} must be a string, got {json.dumps(value)[:50]}")
-        if name in _NUMBERS and (isinstance(value, bool) or not isinstance(value, str | int | float | None)):
+        is_number = isinstance(value, str | int | float | None) and not isinstance(value, bool)
+        if name in _NUMBERS and not is_number:
             raise ValueError(f"{name} must be a number or a string, got {json.dumps(value)[:50]}")
         if isinstance(value, list):
             plain[name] = ",".join(map(str, value))

@@ -1,8 +1,8 @@
 """OpenASL: American sign language from the web; the user fetches the videos.
 
-Clips are cut from the raw videos by the table's times and cropped by the corpus's boxes. Ready-made clips are
-used where they cover more rows of a split; the corpus's own script has cropped them already, so the boxes are
-not applied to them again.
+Clips are cut from the raw videos by the table's times and cropped by the corpus's boxes. Ready-made
+clips are used where they cover more rows of a split; the corpus's own script has cropped them
+already, so the boxes are not applied to them again.
 """
 
 import json
@@ -25,12 +25,11 @@ _COLUMNS = ("vid", "yid", "start", "end", "raw-text", "split")
 
 
 def read(source: Path, splits: tuple[str, ...]) -> Corpus:
-    """OpenASL. --source: the folder that holds data/openasl-v1.0.tsv, data/bbox-v1.0.json and the videos."""
+    """OpenASL. --source: the folder that holds openasl-v1.0.tsv, bbox-v1.0.json and the videos."""
     table = find_file(source, "data/openasl-v1.0.tsv", "openasl-v*.tsv")
     if table is None:
-        raise UserError(
-            f"--source must hold data/openasl-v1.0.tsv, but there is none below {source}. Check --source."
-        )
+        wanted = "--source must hold data/openasl-v1.0.tsv"
+        raise UserError(f"{wanted}, but there is none below {source}. Check --source.")
     lines: dict[str, list[tuple[int, dict[str, str]]]] = {split: [] for split in splits}
     for line, fields in read_table(table, "\t", _COLUMNS, quoted=False):
         split = read_split(fields["split"], f"{table}, line {line}:")
@@ -52,16 +51,20 @@ def read_rows(
     boxes: dict[str, Box],
     source: Path,
 ) -> tuple[list[Row], list[str]]:
-    """The rows of one split, and notes on how they were read."""
+    """Read the rows of one split. Returns (the rows, notes on how they were read)."""
+    # Raw videos, or ready-made clips where more rows have one.
     raw_names = {fields["yid"]: (fields["yid"],) for _, fields in lines}
     ready_names = {fields["vid"]: _file_names(fields["vid"]) for _, fields in lines}
     there = videos.found(raw_names), videos.found(ready_names)
     num_raw = sum(fields["yid"] in there[0] for _, fields in lines)
     num_ready = sum(fields["vid"] in there[1] for _, fields in lines)
     raw = num_raw > 0 and num_raw >= num_ready
-    paths, said = videos.choose(*((raw_names, "raw-video") if raw else (ready_names, "video-clip")))
-    kind = "cut from the raw videos by the table's times" if raw else "ready-made, cut and cropped already"
-    num_there = num_raw if raw else num_ready
+    if raw:
+        kind, num_there = "cut from the raw videos by the table's times", num_raw
+        paths, said = videos.choose(raw_names, "raw-video")
+    else:
+        kind, num_there = "ready-made, cut and cropped already", num_ready
+        paths, said = videos.choose(ready_names, "video-clip")
     notes = [f"clips {kind} ({num_there:,} of {len(lines):,} rows have a video)", *said]
     rows = []
     for line, fields in lines:
@@ -92,15 +95,20 @@ def read_rows(
 
 
 def read_boxes(path: Path | None) -> dict[str, Box]:
-    """The boxes by clip, cut to the frame; one that is empty then is left out. {} without a file."""
+    """Read the boxes by clip, cut to the frame; those that are empty then are left out.
+
+    Returns {} without a file.
+    """
     if path is None:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"the boxes must be readable JSON, but {error}: {path}. Fetch them again.") from error
+        why = f"{error}: {path}. Fetch them again."
+        raise UserError(f"the boxes must be readable JSON, but {why}") from error
     if not isinstance(content, dict):
-        raise UserError(f"the boxes must be a JSON object by clip, but are not: {path}. Fetch them again.")
+        why = f"are not: {path}. Fetch them again."
+        raise UserError(f"the boxes must be a JSON object by clip, but {why}")
     boxes = {}
     for vid, corners in content.items():
         try:
@@ -115,6 +123,6 @@ def read_boxes(path: Path | None) -> dict[str, Box]:
 
 
 def _file_names(vid: str) -> tuple[str, ...]:
-    """What a ready-made clip's file may be called: disks that refuse a colon made something else of it."""
+    """Return the names that a ready-made clip's file may have: some disks refuse its colon."""
     letters = (":", "_", "-", "%")  # the corpus's own script writes %
     return tuple(vid.replace(":", letter) for letter in letters)

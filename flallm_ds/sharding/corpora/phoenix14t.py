@@ -1,8 +1,9 @@
-"""RWTH-PHOENIX-Weather 2014 T: German sign language weather forecasts, folders of PNG frames at 25 fps.
+"""RWTH-PHOENIX-Weather 2014 T: German weather forecasts in sign language.
 
-The frames are 210x260, squeezed from 210x300, and stored so unless asked otherwise: training scales them to a
-square anyway. Texts are kept as the tables have them (lower case, no final period); tables that end every
-sentence in " ." score about 1.1 BLEU-4 higher, which the metric's rule must say, not the shards hide.
+The frames are PNG at 25 fps, 210x260, squeezed from 210x300, and stored so unless asked otherwise:
+training scales them to a square anyway. Texts are kept as the tables have them (lower case, no
+final period); tables that end every sentence in " ." score about 1.1 BLEU-4 higher, which the
+metric's rule must say, not the shards hide.
 """
 
 import re
@@ -19,9 +20,10 @@ _ROOTS = ("", "PHOENIX-2014-T", "PHOENIX-2014-T-release-v3/PHOENIX-2014-T")
 
 
 def read(source: Path, splits: tuple[str, ...], *, stretch: bool = False) -> Corpus:
-    """PHOENIX14T. --source: the release, the PHOENIX-2014-T folder in it, or the folder that holds it.
+    """PHOENIX14T. --source: the release, its PHOENIX-2014-T folder, or the folder that holds it.
 
-    --stretch=true stores frames as they are meant to be seen, 210x300 instead of the squeezed 210x260.
+    --stretch=true stores frames as they are meant to be seen, 210x300 instead of the squeezed
+        210x260.
     """
     for folder in (source.resolve(), *source.resolve().parents[:2]):
         if (folder / SIGNSIM_FILE).is_file():
@@ -42,27 +44,32 @@ def read_release(source: Path, splits: tuple[str, ...], stretch: bool = False) -
         rows[split] = read_rows(table, frames / split, SEEN_HW if stretch else None)
         num_dots = sum(row.text.endswith(" .") for row in rows[split])
         if num_dots:
-            notes.append(f'{split}: {num_dots:,} texts end in " ." and are kept so; the usual table has none')
+            what = f'{num_dots:,} texts end in " ." and are kept so'
+            notes.append(f"{split}: {what}; the usual table has none")
     return Corpus("phoenix14t", "de", rows, notes)
 
 
 def find_root(source: Path) -> Path:
-    """The folder PHOENIX-2014-T, from itself or one or two levels above it."""
+    """Find the folder PHOENIX-2014-T, from itself or one or two levels above it."""
     for name in _ROOTS:
         if (source / name / "annotations" / "manual").is_dir():
             return source / name
     raise UserError(
-        f"--source must be the PHOENIX14T release, but there is no annotations/manual in {source} or in "
-        f"{_ROOTS[-1]} below it. Name the folder PHOENIX-2014-T-release-v3."
+        f"--source must be the PHOENIX14T release, but there is no annotations/manual in {source} "
+        f"or in {_ROOTS[-1]} below it. Name the folder PHOENIX-2014-T-release-v3."
     )
 
 
 def read_rows(table: Path, frames: Path, stretch_hw: tuple[int, int] | None = None) -> list[Row]:
-    """The rows of one table, `|` between fields and no quoting; `frames` holds a folder for each clip."""
+    """Read the rows of one table, with `|` between fields and no quoting.
+
+    frames: the folder that holds a folder of frames for each clip.
+    """
     rows = []
     for line, fields in read_table(table, "|", _COLUMNS, quoted=False):
         text = fields["translation"].strip()
         check_text(text, f"{table}, line {line}: translation")
+        broadcast = re.sub(r"-[0-9]+$", "", fields["name"])  # the name without the clip's number
         rows.append(
             Row(
                 id=fields["name"],
@@ -70,7 +77,7 @@ def read_rows(table: Path, frames: Path, stretch_hw: tuple[int, int] | None = No
                 text=text,
                 language="de",
                 signer=fields["speaker"],
-                video=re.sub(r"-[0-9]+$", "", fields["name"]),  # the broadcast, without its clip's number
+                video=broadcast,
                 gloss=fields["orth"].strip(),
                 image_fps=FPS,
                 stretch_hw=stretch_hw,
@@ -80,14 +87,16 @@ def read_rows(table: Path, frames: Path, stretch_hw: tuple[int, int] | None = No
 
 
 def _frame_folder(frames: Path, pattern: str) -> Path:
-    """The folder of `<name>/1/*.png`; most copies have no `/1`. Raises UserError if both hold images."""
+    """Find the folder of `<name>/1/*.png`; most copies have no `/1`.
+
+    Raises UserError if both hold images.
+    """
     named = frames / re.sub(r"/[^/]*\*[^/]*$", "", pattern)
     clip = named.parent if named.name == "1" else named
     if not (clip / "1").is_dir():
         return clip
     below, above = image_paths(clip / "1"), image_paths(clip)
     if below and above and not (clip / "1").samefile(clip):
-        raise UserError(
-            f"a clip must have one folder of frames, got two: {clip} and {clip / '1'}. Move one of them away."
-        )
+        two = f"{clip} and {clip / '1'}. Move one of them away."
+        raise UserError(f"a clip must have one folder of frames, got two: {two}")
     return clip if above else clip / "1"

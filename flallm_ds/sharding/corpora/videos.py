@@ -1,4 +1,4 @@
-"""Which file is a clip's video: searched by name, never a rendering of it, never one of two by chance."""
+"""Find the file of a clip's video: by its name, never a rendering, never one of two by chance."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -8,18 +8,26 @@ from flallm_ds.data.codecs.video import VIDEO_SUFFIXES
 from flallm_ds.errors import UserError
 from flallm_ds.sharding.corpora import files_below, same_content
 
-# In the name of a folder: what was computed from the videos, or another view, under the names of the clips.
+# In the name of a folder: what was computed from the videos, or another view, under the names of
+# the clips.
 _RENDERING = re.compile(
-    r"(?<![a-z])([a-z]*(?<!pur)poses?|[a-z]*key[ _-]?points?|kpts?|landmarks?|skeletons?|mediapipe|holistic|"
-    r"masks?|segmentations?|silhouettes?|depth|(optical[ _-]?)?flow|heatmaps?|smplx?|render(ing|ed|s)?|"
-    r"overlays?|visuali[sz]ations?|side)(?![a-z])"
+    r"(?<![a-z])([a-z]*(?<!pur)poses?|[a-z]*key[ _-]?points?|kpts?|landmarks?|skeletons?|mediapipe|"
+    r"holistic|masks?|segmentations?|silhouettes?|depth|(optical[ _-]?)?flow|heatmaps?|smplx?|"
+    r"render(ing|ed|s)?|overlays?|visuali[sz]ations?|side)(?![a-z])"
 )
 
 
-class Videos:
-    """The video files below a folder, by the name that `name_of` takes from a path ("" for none)."""
+def _stem(path: Path) -> str:
+    return path.stem
 
-    def __init__(self, source: Path, name_of: Callable[[Path], str] = lambda path: path.stem) -> None:
+
+class Videos:
+    """The video files below a folder by their names.
+
+    name_of: gives the name that a path has as a video, "" for none.
+    """
+
+    def __init__(self, source: Path, name_of: Callable[[Path], str] = _stem) -> None:
         self._source = source
         self._files: dict[str, list[Path]] = {}
         self._renderings: dict[str, list[Path]] = {}
@@ -30,17 +38,19 @@ class Videos:
                 kind.setdefault(name, []).append(path)
 
     def found(self, clips: Mapping[str, Sequence[str]]) -> set[str]:
-        """The clips that have a video. clips: as for `choose`."""
+        """Return the clips that have a video. clips: as for `choose`."""
         return {clip for clip, names in clips.items() if any(name in self._files for name in names)}
 
     def choose(
         self, clips: Mapping[str, Sequence[str]], own: str | None = None
     ) -> tuple[dict[str, Path], list[str]]:
-        """(the video of each clip that has one, notes on files of the same name that were not taken).
+        """Choose the video of each clip.
 
         clips: for each clip the names that its file may have.
-        own: the corpus's own folder as a regular expression of the end of a path; its files go first.
-        Raises UserError if two files that differ could be a clip, or if there are renderings alone.
+        own: the corpus's own folder as a regular expression of the end of a path; its files go
+            first.
+        Returns (the video of each clip that has one, notes on files that were not taken). Raises
+        UserError if two files that differ could be a clip, or if there are renderings alone.
         """
         chosen: dict[str, Path] = {}
         clashes: list[tuple[Path, Path]] = []
@@ -66,19 +76,17 @@ class Videos:
             )
         if unseen and not chosen:
             raise UserError(
-                f"clips must have RGB videos, got renderings or other views alone, such as {unseen[0]}. "
-                f"Put the clips themselves below {self._source}, in a folder not named after poses, masks or "
-                "views."
+                "clips must have RGB videos, got renderings or other views alone, such as "
+                f"{unseen[0]}. Put the clips themselves below {self._source}, in a folder not "
+                "named after poses, masks or views."
             )
         notes = []
         if not_taken:
-            example = self._short(not_taken[0])
-            notes.append(f"{len(not_taken):,} other files of the same names are not taken ({example})")
+            what = "other files of the same names are not taken"
+            notes.append(f"{len(not_taken):,} {what} ({self._short(not_taken[0])})")
         if unseen:
-            notes.append(
-                f"{len(unseen):,} clips have renderings or other views alone, which are not taken "
-                f"({self._short(unseen[0])})"
-            )
+            what = "clips have renderings or other views alone, which are not taken"
+            notes.append(f"{len(unseen):,} {what} ({self._short(unseen[0])})")
         return chosen, notes
 
     def _is_rendering(self, path: Path) -> bool:
@@ -86,7 +94,7 @@ class Videos:
         return any(_RENDERING.search(folder.lower()) for folder in folders)
 
     def _lies_in(self, path: Path, own: str) -> bool:
-        return re.search(f"(^|/)({own})$", path.parent.relative_to(self._source).as_posix()) is not None
+        return re.search(f"(^|/)({own})$", self._short(path.parent)) is not None
 
     def _short(self, path: Path) -> str:
         return path.relative_to(self._source).as_posix()

@@ -1,7 +1,8 @@
-"""YouTube-ASL and YouTube-SL-25: video ids; videos and captions are fetched by the user. A clip is a caption.
+"""YouTube-ASL and YouTube-SL-25: video ids; the user fetches videos and captions.
 
-There are no splits: a video's clips go to train, dev or test by a hash of its id. Videos and captions are
-found below the source by id: ID.mp4, ID.en.vtt, ID.en.srt, ID.en.json3, or yt-dlp's "Title [ID].en.vtt".
+A clip is a caption. There are no splits: a video's clips go to train, dev or test by a hash of its
+id. Videos and captions are found below the source by id: ID.mp4, ID.en.vtt, ID.en.srt, ID.en.json3,
+or yt-dlp's "Title [ID].en.vtt".
 """
 
 import re
@@ -11,7 +12,15 @@ from pathlib import Path
 
 from flallm_ds.data.text.languages import WRITTEN_WITH, find_language, language_tag
 from flallm_ds.errors import UserError
-from flallm_ds.sharding.corpora import Corpus, Row, files_below, first_of, read_lines, same_content, split_of
+from flallm_ds.sharding.corpora import (
+    Corpus,
+    Row,
+    files_below,
+    first_of,
+    read_lines,
+    same_content,
+    split_of,
+)
 from flallm_ds.sharding.corpora.captions import (
     OTHER_SUFFIXES,
     SUFFIXES,
@@ -43,9 +52,8 @@ class Filter:
             )
 
     def keeps(self, cue: Cue) -> bool:
-        return (
-            0 < len(cue.text) <= self.max_characters and self.min_s <= cue.end_s - cue.start_s <= self.max_s
-        )
+        span_s = cue.end_s - cue.start_s
+        return 0 < len(cue.text) <= self.max_characters and self.min_s <= span_s <= self.max_s
 
 
 @dataclass
@@ -70,10 +78,12 @@ def read(
 
     --ids: the file of video ids, one a line; without it every video with captions is taken.
     --language: of the captions to take.
-    --max_characters, --min_s, --max_s: longer texts, shorter and longer captions are left out and counted.
+    --max_characters, --min_s, --max_s: longer texts, shorter and longer captions are left out and
+        counted.
     """
     wanted = dict.fromkeys(read_ids(ids), language) if ids else None
-    return _read("youtube_asl", source, splits, wanted, language, Filter(max_characters, min_s, max_s))
+    keep = Filter(max_characters, min_s, max_s)
+    return _read("youtube_asl", source, splits, wanted, language, keep)
 
 
 def read_sl25(
@@ -88,16 +98,21 @@ def read_sl25(
 ) -> Corpus:
     """YouTube-SL-25. --source: the folder of the videos and captions that you fetched.
 
-    --ids: the file of video ids and languages, such as youtube-sl-25-metadata.csv; without it every video
-    with captions is taken. Captions are taken in the written language on a video's line (de), or in that
-    which goes with its sign language (gsg); with neither, a video's only captions.
+    --ids: the file of video ids and languages, such as youtube-sl-25-metadata.csv; without it every
+        video with captions is taken. Captions are taken in the written language on a video's line
+        (de), or in that which goes with its sign language (gsg); with neither, a video's only
+        captions.
     --language: of the captions to take, of every video.
-    --max_characters, --min_s, --max_s: longer texts, shorter and longer captions are left out and counted.
+    --max_characters, --min_s, --max_s: longer texts, shorter and longer captions are left out and
+        counted.
     """
-    wanted = (
-        {video: language or written_language(code) for video, code in read_ids(ids).items()} if ids else None
-    )
-    return _read("youtube_sl25", source, splits, wanted, language, Filter(max_characters, min_s, max_s))
+    wanted: dict[str, str] | None = None
+    if ids:
+        wanted = {}
+        for video, code in read_ids(ids).items():
+            wanted[video] = language or written_language(code)
+    keep = Filter(max_characters, min_s, max_s)
+    return _read("youtube_sl25", source, splits, wanted, language, keep)
 
 
 def _read(
@@ -108,43 +123,60 @@ def _read(
     language: str,
     keep: Filter,
 ) -> Corpus:
-    """wanted: the caption language by video id ("" for its only one), None for all videos in `language`."""
+    """Read a corpus of videos and captions.
+
+    wanted: the caption language by video id ("" for its only one), None for all videos in
+        `language`.
+    keep: which captions become clips.
+    """
     if not source.is_dir():
-        raise UserError(f"--source must be the folder of videos and captions, but is none: {source}.")
+        folder = "the folder of videos and captions"
+        raise UserError(f"--source must be {folder}, but is none: {source}.")
     captions = find_captions(source)
     if language:
         language = written_language(language) or language_tag(language, "--language")
     wanted = dict.fromkeys(sorted(captions), language) if wanted is None else wanted
     rows: dict[str, list[Row]] = {split: [] for split in splits}
     tally = _Tally()
-    spoken: dict[str, tuple[str, list[tuple[int, Cue]]]] = {}  # language and numbered captions by video
+    # Language and numbered captions by video.
+    spoken: dict[str, tuple[str, list[tuple[int, Cue]]]] = {}
     for video, code in wanted.items():
         if split_of(video) in rows:
-            chosen = _captions_of(video, captions.get(video, {}), written_language(code) or code, keep, tally)
+            asked = written_language(code) or code
+            chosen = _captions_of(video, captions.get(video, {}), asked, keep, tally)
             if chosen:
                 spoken[video] = chosen
     paths, said = Videos(source, _video_id).choose({video: (video,) for video in spoken})
     for video, (written, cues) in spoken.items():
         path = paths.get(video, source / f"{video}.mp4")
-        rows[split_of(video)] += [
-            Row(f"{video}_{n}", path, cue.text, written, "", video, cue.start_s, cue.end_s) for n, cue in cues
-        ]
+        for number, cue in cues:
+            row = Row(
+                id=f"{video}_{number}",
+                path=path,
+                text=cue.text,
+                language=written,
+                video=video,
+                start_s=cue.start_s,
+                end_s=cue.end_s,
+            )
+            rows[split_of(video)].append(row)
     num_kept = sum(map(len, rows.values()))
-    languages = {row.language for table in rows.values() for row in table}
     notes = [
-        f"split by a hash of the video's id; {num_kept:,} of {tally.captions['read']:,} captions kept (1 to "
-        f"{keep.max_characters} characters, {keep.min_s:g} to {keep.max_s:g} s)"
+        f"split by a hash of the video's id; {num_kept:,} of {tally.captions['read']:,} captions "
+        f"kept (1 to {keep.max_characters} characters, {keep.min_s:g} to {keep.max_s:g} s)"
     ]
     notes += _notes(tally, find_other_captions(source)) + said
-    return Corpus(name, languages.pop() if len(languages) == 1 else "mixed", rows, notes)
+    languages = {row.language for table in rows.values() for row in table}
+    language = languages.pop() if len(languages) == 1 else "mixed"
+    return Corpus(name, language, rows, notes)
 
 
 def _captions_of(
     video: str, tracks: dict[str, Path], language: str, keep: Filter, tally: _Tally
 ) -> tuple[str, list[tuple[int, Cue]]] | None:
-    """(language, captions with their numbers) of a video; None, and in the tally, where there are none.
+    """Return (language, captions with their numbers) of a video, and count them in the tally.
 
-    Raises UserError for captions without a language.
+    Returns None where there are none. Raises UserError for captions without a language.
     """
     try:
         track = choose_track(tracks, language)
@@ -157,8 +189,8 @@ def _captions_of(
         return None
     if not track[0]:
         raise UserError(
-            f"captions must have a language, but {track[1]} names none. Give --language, or put the "
-            "language after the video's id in the file of --ids."
+            f"captions must have a language, but {track[1]} names none. Give --language, or put "
+            "the language after the video's id in the file of --ids."
         )
     tally.captions["read"] += len(found.cues)
     tally.captions["wordless"] += sum(not cue.text for cue in found.cues)
@@ -177,44 +209,51 @@ def _captions_of(
     return track[0], [(number, cue) for number, cue in apart if keep.keeps(cue)]
 
 
+_READ = ", ".join(SUFFIXES)
+_JOINED = "begin together with another one, or repeat it while it is shown, and are one with it"
+_CAPTION_NOTES = {
+    "wordless": "have no words without sounds, note signs and names, and are left out",
+    "cut": "overlap the next one and end where it begins",
+    "joined": _JOINED,
+    "without times": "have times that cannot be read, and are left out",
+}
+_VIDEO_NOTES = {
+    "without": "have no captions, or none in their language, and are left out",
+    "other": f"have captions in none of the formats that are read ({_READ}), and are left out",
+    "unreadable": "have captions that cannot be read, and are left out",
+    "empty": "have caption files without a readable caption, and are left out",
+    "automatic": "have automatic captions, which scroll: each of their lines is taken once",
+}
+
+
 def _notes(tally: _Tally, others: dict[str, str]) -> list[str]:
-    """others: the name of a caption file of another format, by video."""
+    """Say what became of captions and videos.
+
+    others: the name of a caption file of another format, by video.
+    """
     notes = []
-    for kind, what in (
-        ("wordless", "have no words without sounds, note signs and names, and are left out"),
-        ("cut", "overlap the next one and end where it begins"),
-        ("joined", "begin together with another one, or repeat it while it is shown, and are one with it"),
-        ("without times", "have times that cannot be read, and are left out"),
-    ):
-        if count := tally.captions[kind]:
-            videos = tally.videos[kind]
-            notes.append(f"{count:,} captions {what}" + (f" ({first_of(videos)})" if videos else ""))
+    for kind, what in _CAPTION_NOTES.items():
+        count, videos = tally.captions[kind], tally.videos[kind]
+        if count:
+            examples = f" ({first_of(videos)})" if videos else ""
+            notes.append(f"{count:,} captions {what}{examples}")
     without = tally.videos["without"]
-    other = [others[video] for video in without if video in others]
-    for files, what in (
-        (
-            [video for video in without if video not in others],
-            "videos have no captions, or none in their language, and are left out",
-        ),
-        (
-            other,
-            f"videos have captions in none of the formats that are read ({', '.join(SUFFIXES)}), and are "
-            "left out",
-        ),
-        (tally.videos["unreadable"], "videos have captions that cannot be read, and are left out"),
-        (tally.videos["empty"], "videos have caption files without a readable caption, and are left out"),
-        (
-            tally.videos["automatic"],
-            "videos have automatic captions, which scroll: each of their lines is taken once",
-        ),
-    ):
-        if files:
-            notes.append(f"{len(files):,} {what} ({first_of(files)})")
+    examples_of = {
+        **tally.videos,
+        "without": [video for video in without if video not in others],
+        "other": [others[video] for video in without if video in others],
+    }
+    for kind, what in _VIDEO_NOTES.items():
+        if files := examples_of.get(kind):
+            notes.append(f"{len(files):,} videos {what} ({first_of(files)})")
     return notes
 
 
 def read_ids(path: str) -> dict[str, str]:
-    """The language column ("" for none or ???) by video id; TABs, commas or spaces between the two."""
+    """Read the language column ("" for none or ???) by video id.
+
+    TABs, commas or spaces separate the two.
+    """
     ids: dict[str, str] = {}
     if not Path(path).is_file():
         raise UserError(f"--ids must name a readable text file, got {path}. Check the path.")
@@ -233,24 +272,26 @@ def read_ids(path: str) -> dict[str, str]:
 
 
 def written_language(code: str) -> str:
-    """de for de, de-AT, German and gsg; "" for an unknown language or sign language."""
+    """Return de for de, de-AT, German and gsg; "" for an unknown language or sign language."""
     if code.lower() in WRITTEN_WITH:
         return WRITTEN_WITH[code.lower()]
     # YouTube adds parts of its own: de-cvfXDfbeED0, en-orig.
     parts = re.split("[-_]", code)
-    wholes = ("-".join(parts[:number]) for number in range(len(parts), 0, -1))
-    found = next(filter(None, map(find_language, wholes)), None)
-    return found.code if found else ""
+    for number in range(len(parts), 0, -1):
+        found = find_language("-".join(parts[:number]))
+        if found:
+            return found.code
+    return ""
 
 
 def _video_id(path: Path) -> str:
-    """The id that a video file is named after; "" for another name."""
+    """Return the id that a video file is named after; "" for another name."""
     match = _STEM.fullmatch(path.stem)
     return match[1] if match and not match[2] else ""
 
 
 def find_captions(source: Path) -> dict[str, dict[str, Path]]:
-    """The caption files below a folder by id and language tag; "" where the name has none.
+    """Find the caption files below a folder by id and language tag; "" where the name has none.
 
     Of several formats the first of SUFFIXES is taken. Raises UserError if two files of one differ.
     """
@@ -263,14 +304,14 @@ def find_captions(source: Path) -> dict[str, dict[str, Path]]:
             other = found.setdefault(match[1], {}).setdefault(match[2] or "", path)
             if other.suffix.lower() == suffix and not same_content(other, path):
                 raise UserError(
-                    f"a video must have one caption file in a language, got two that differ: {other} and "
-                    f"{path}. Move the one that is not meant out of {source}."
+                    "a video must have one caption file in a language, got two that differ: "
+                    f"{other} and {path}. Move the one that is not meant out of {source}."
                 )
     return found
 
 
 def find_other_captions(source: Path) -> dict[str, str]:
-    """The name of a caption file by id, of the formats that are not read."""
+    """Find the name of a caption file by id, of the formats that are not read."""
     found: dict[str, str] = {}
     for path in files_below(source):
         match = _STEM.fullmatch(path.stem) if path.suffix.lower() in OTHER_SUFFIXES else None
@@ -280,8 +321,9 @@ def find_other_captions(source: Path) -> dict[str, str]:
 
 
 def choose_track(tracks: dict[str, Path], language: str) -> tuple[str, Path] | None:
-    """(language, file) of a video's captions in a language; of its only captions where the language is "".
+    """Choose the captions of a video in a language; its only captions where the language is "".
 
+    Returns (language, file).
     `en` also takes `en-US`, after `en` itself. `zh` takes zh-Hant where there is no other Chinese,
     `no` takes nn, and the language returned says so. A file without a language in its name is taken
     as the one asked for unless its own header says another; the language returned may be "".
@@ -298,4 +340,7 @@ def choose_track(tracks: dict[str, Path], language: str) -> tuple[str, Path] | N
     fits += [(written, path) for written, _, path in known if (language, written) == ("no", "nn")]
     if language:
         return fits[0] if fits else None
-    return (known[0][0], known[0][2]) if len({written for written, _, _ in known}) == 1 else None
+    if len({written for written, _, _ in known}) != 1:
+        return None
+    written, _, path = known[0]
+    return written, path
