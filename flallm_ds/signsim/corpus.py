@@ -57,18 +57,23 @@ class Clip:
 
 
 def split_sizes(num_clips: int) -> dict[str, int]:
-    """Clips per split: 1,200 give 1,000 / 80 / 120."""
+    """Return the number of clips of each split: 1,200 give 1,000 / 80 / 120."""
     num_dev, num_test = max(2, num_clips // 15), max(3, num_clips // 10)
-    return dict(zip(SPLITS, (num_clips - num_dev - num_test, num_dev, num_test), strict=True))
+    return {"train": num_clips - num_dev - num_test, "dev": num_dev, "test": num_test}
 
 
 def _signer(split: str, index: int) -> Signer:
-    """Signers take turns; the last of them only in test, where it begins."""
-    return SIGNERS[(index - 1) % len(SIGNERS)] if split == "test" else SIGNERS[index % (len(SIGNERS) - 1)]
+    """Return the signer of clip `index` of a split.
+
+    Signers take turns; the last one only in test, where it begins.
+    """
+    if split == "test":
+        return SIGNERS[(index - 1) % len(SIGNERS)]
+    return SIGNERS[index % (len(SIGNERS) - 1)]
 
 
 def _locate(index: int, num_clips: int) -> tuple[str, int]:
-    """Split of clip `index`, and its place within the split."""
+    """Return the split of clip `index`, and its place within the split."""
     for split, size in split_sizes(num_clips).items():
         if index < size:
             return split, index
@@ -77,11 +82,12 @@ def _locate(index: int, num_clips: int) -> tuple[str, int]:
 
 
 def plan_clip(index: int, num_clips: int, seed: int) -> tuple[Clip, np.random.Generator]:
-    """Clip `index` of a corpus, and the generator from which its frames are drawn."""
+    """Draw clip `index` of a corpus; return it and the generator that its frames are drawn from."""
     rng = np.random.default_rng([seed, index])
     split, within = _locate(index, num_clips)
     name = f"signsim_{split}-{within:06d}"
-    return Clip(index, name, split, _signer(split, within), draw_sentence(rng, split)), rng
+    clip = Clip(index, name, split, _signer(split, within), draw_sentence(rng, split))
+    return clip, rng
 
 
 def write_clip(index: int, num_clips: int, seed: int, root: Path) -> tuple[str, str, int]:
@@ -99,7 +105,7 @@ def write_clip(index: int, num_clips: int, seed: int, root: Path) -> tuple[str, 
 
 
 def draw_monolingual(num_sentences: int, seed: int) -> list[str]:
-    """Different sentences of the grammar, none of which a dev or test split may hold."""
+    """Draw different sentences of the grammar, none of which a dev or test split may hold."""
     rng = np.random.default_rng([seed, _MONOLINGUAL_STREAM])
     sentences: dict[str, None] = {}
     while len(sentences) < num_sentences:
@@ -108,13 +114,17 @@ def draw_monolingual(num_sentences: int, seed: int) -> list[str]:
 
 
 def write_corpus(
-    out: Path, num_clips: int = 1200, seed: int = 0, workers: int | None = None, num_monolingual: int = 20000
+    out: Path,
+    num_clips: int = 1200,
+    seed: int = 0,
+    workers: int | None = None,
+    num_monolingual: int = 20000,
 ) -> Path:
     """Write a corpus into `out`, which appears whole or not at all.
 
-    The bytes depend on num_clips, seed and num_monolingual alone. workers: processes, by default one per
-    usable core. Besides the release, `out` receives monolingual.txt (text for a language model, free of dev
-    and test sentences) and signsim.json (what was asked for and what came out).
+    The bytes depend on num_clips, seed and num_monolingual alone. workers: processes, by default
+    one per usable core. Besides the release, `out` receives monolingual.txt (text for a language
+    model, free of dev and test sentences) and signsim.json (the options, and what was made).
     Returns the release's root, `out`/PHOENIX-2014-T-release-v3/PHOENIX-2014-T.
     Raises UserError when an option is out of range, `out` is not empty, or the disk is too small.
     """
@@ -141,7 +151,8 @@ def write_corpus(
             "signers": {signer.name: _splits_of(signer) for signer in SIGNERS},
             "signs": [asdict(sign) for sign in SIGNS.values()],
         }
-        (root / SIGNSIM_FILE).write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        text = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
+        (root / SIGNSIM_FILE).write_text(text, "utf-8")
     return out / RELEASE
 
 
@@ -158,21 +169,21 @@ def _check_options(num_clips: int, seed: int, workers: int, num_monolingual: int
         raise UserError(f"workers must be at least 1, but is {workers}.")
     # The grammar has millions of sentences, but the last ones would take long to find.
     if not 0 <= num_monolingual <= 500_000:
-        raise UserError(f"monolingual must be from 0 to 500000 sentences, but is {num_monolingual}.")
+        bounds = "from 0 to 500000 sentences"
+        raise UserError(f"monolingual must be {bounds}, but is {num_monolingual}.")
 
 
 def _check_place(out: Path, num_clips: int) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         what = "holds files" if out.is_dir() else "is a file"
-        raise UserError(
-            f"the output folder must be new or empty, but {out} {what}. Choose another --out, or delete it."
-        )
+        remedy = "Choose another --out, or delete it."
+        raise UserError(f"the output folder must be new or empty, but {out} {what}. {remedy}")
     parent = next(folder for folder in out.parents if folder.exists())
     free, needed = shutil.disk_usage(parent).free, num_clips * _CLIP_BYTES
     if free < needed:
         raise UserError(
-            f"{num_clips} clips need about {needed / 1e9:.1f} GB, but {parent} has {free / 1e9:.1f} GB free. "
-            "Ask for fewer --clips, or choose another --out."
+            f"{num_clips} clips need about {needed / 1e9:.1f} GB, but {parent} has "
+            f"{free / 1e9:.1f} GB free. Ask for fewer --clips, or choose another --out."
         )
 
 
@@ -194,8 +205,9 @@ def _whole_or_nothing(out: Path) -> Iterator[Path]:
             yield folder
     except OSError as error:
         if error.filename2 is not None:  # of a rename, which has two names
+            why = f"{out}: {error.strerror}"
             raise UserError(
-                f"the output folder must stay empty while the corpus is made, but {out}: {error.strerror}."
+                f"the output folder must stay empty while the corpus is made, but {why}."
             ) from error
         raise UserError(
             f"the corpus must fit on a disk that can be written, but {error}. "
@@ -206,7 +218,7 @@ def _whole_or_nothing(out: Path) -> Iterator[Path]:
 def _map(
     render: Callable[[int], tuple[str, str, int]], num_clips: int, workers: int
 ) -> Iterator[tuple[str, str, int]]:
-    """Results in the order of the clips, whichever process made them."""
+    """Yield results in the order of the clips, whichever process made them."""
     if workers == 1:
         yield from map(render, range(num_clips))
         return

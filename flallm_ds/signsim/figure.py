@@ -1,7 +1,7 @@
 """Where a signer's body lies in the frame: projection, hands, and arms by inverse kinematics.
 
-Everything is measured on the standard 210x300 canvas and squeezed to 260 rows, as PHOENIX14T squeezes its
-frames. The geometry of all frames of a clip is computed at once.
+Everything is measured on the standard 210x300 canvas and squeezed to 260 rows, as PHOENIX14T
+squeezes its frames. The geometry of all frames of a clip is computed at once.
 
 Array suffixes: F frames, P numbers of a pose, K points of an outline.
 """
@@ -26,7 +26,17 @@ Points = NDArray[np.int32]
 _KNUCKLES = np.array([(10.5, -3.0), (9.0, 9.0), (3.1, 11.0), (-3.0, 10.0), (-8.6, 7.0)])
 _FINGER_PX = np.array([15.0, 21.0, 23.0, 21.0, 17.0])
 _PALM = np.array(
-    [(6.5, -15), (10.5, -8), (11.5, 0), (11, 9), (4, 12.5), (-4, 12), (-10.5, 8.5), (-11, -2), (-6.5, -15)]
+    [
+        (6.5, -15),
+        (10.5, -8),
+        (11.5, 0),
+        (11, 9),
+        (4, 12.5),
+        (-4, 12),
+        (-10.5, 8.5),
+        (-11, -2),
+        (-6.5, -15),
+    ]
 )
 _RING_CENTER, _RING_RADIUS = np.array([4.0, 20.0]), 10.5
 _WRIST = np.array([0.0, -15.0])
@@ -43,13 +53,14 @@ class Camera:
     """Of the whole signer, in px."""
 
     def project(self, points: Floats) -> Floats:
-        """Body coordinates (..., 2 or more) to frame coordinates (..., 2)."""
+        """Map body coordinates (..., 2 or more) to frame coordinates (..., 2)."""
         x = WIDTH / 2 + self.shift[0] + self.side * self.scale * points[..., 0]
         y = (160 + self.shift[1] + self.scale * (points[..., 1] - 160)) * SQUEEZE
         return np.stack([x, y], axis=-1)
 
 
 def fixed_point(points: Floats) -> Points:
+    """Return points in px as OpenCV reads them: whole numbers with SHIFT fractional bits."""
     return np.rint(points * ONE).astype(np.int32)
 
 
@@ -74,21 +85,26 @@ def hand_geometry(hand_FP: Floats, size: float, side: float, camera: Camera) -> 
 
     side: 1 for the dominant hand, -1 for the other, whose x counts to its own side.
     """
-    angle_F = np.deg2rad(hand_FP[:, POINT])
+    # A hand seen from its edge still has some width.
     roll_F = hand_FP[:, ROLL]
     roll_F = np.where(np.abs(roll_F) < 0.35, np.where(roll_F < 0, -0.35, 0.35), roll_F)
+    # The hand's own axes in the frame; a hand nearer to the camera is larger.
     scale_F = size * (1 + (hand_FP[:, 2] - 50) / 220)
+    angle_F = np.deg2rad(hand_FP[:, POINT])
     along_F = np.stack([np.sin(angle_F), -np.cos(angle_F)], axis=1) * scale_F[:, None]
     across_F = np.stack([np.cos(angle_F), np.sin(angle_F)], axis=1) * (scale_F * roll_F)[:, None]
 
     def place(local: Floats) -> Floats:
+        """Map points (F, ..., 2) on the hand's own axes to body coordinates."""
         flat = local.reshape(len(hand_FP), -1, 2)
-        points = flat[..., :1] * across_F[:, None] + flat[..., 1:] * along_F[:, None] + hand_FP[:, None, 0:2]
+        across, along = flat[..., :1] * across_F[:, None], flat[..., 1:] * along_F[:, None]
+        points = across + along + hand_FP[:, None, 0:2]
         return (points * (side, 1)).reshape(local.shape)
 
     num_frames = len(hand_FP)
     palm = place(np.tile(_PALM, (num_frames, 1, 1)))
     wrist = place(np.tile(_WRIST, (num_frames, 1)))
+    # The ring of thumb and index, as far as it is closed.
     turn = np.linspace(0, 2 * np.pi, 13)
     circle = np.stack([np.sin(turn), np.cos(turn)], axis=1) * _RING_RADIUS
     ring = place(circle[None] * np.maximum(hand_FP[:, RING], 0)[:, None, None] + _RING_CENTER)
@@ -104,7 +120,7 @@ def hand_geometry(hand_FP: Floats, size: float, side: float, camera: Camera) -> 
 
 
 def _fingers(hand_FP: Floats) -> Floats:
-    """Base, middle joint and tip of each finger on the hand's own axes: (F, 5, 3, 2)."""
+    """Return base, middle joint and tip of each finger on the hand's own axes: (F, 5, 3, 2)."""
     half = hand_FP[:, LENGTHS] * _FINGER_PX / 2
     first = np.deg2rad(hand_FP[:, ANGLES])
     second = first + np.deg2rad(hand_FP[:, CURLS])
@@ -119,16 +135,18 @@ _ELBOW_POLE = np.array([0.75, 1.0, -0.35])  # elbows hang outwards, down and bac
 
 
 def elbows(shoulder: Floats, wrist_F: Floats, arms: float, side: float) -> Floats:
-    """Two-link inverse kinematics in three dimensions.
+    """Find the elbow (F, 3) by two-link inverse kinematics in three dimensions.
 
-    Returns the elbow (F, 3). Beyond reach, the arm is drawn a little longer instead of missing the hand.
+    Beyond reach, the arm is drawn a little longer instead of missing the hand.
     """
     upper, fore = _UPPER_ARM * arms, _FOREARM * arms
     reach_F = wrist_F - shoulder
     distance_F = np.linalg.norm(reach_F, axis=1)
+    # The triangle of shoulder, elbow and wrist: the elbow's place along the reach, and above it.
     clipped_F = np.clip(distance_F, abs(upper - fore) + 1, upper + fore - 1)
     along_F = (upper**2 - fore**2 + clipped_F**2) / (2 * clipped_F)
     height_F = np.sqrt(np.maximum(upper**2 - along_F**2, 0))
+    # Which way is up: the part of the pole that is perpendicular to the reach.
     direction_F = reach_F / np.maximum(distance_F, 1e-6)[:, None]
     pole = _ELBOW_POLE * (side, 1, 1)
     normal_F = pole - (direction_F @ pole)[:, None] * direction_F
@@ -151,7 +169,7 @@ class Limb:
 
 
 def limb(start_F: Floats, end_F: Floats, radii: tuple[float, float], light: float) -> Limb:
-    """Quadrilaterals of a limb between two points (F, 2) of the frame; the radii are in px."""
+    """Make the quadrilaterals of a limb between two points (F, 2) of the frame; radii in px."""
     axis_F = end_F - start_F
     length_F = np.maximum(np.linalg.norm(axis_F, axis=1), 1e-6)[:, None]
     normal_F = np.stack([-axis_F[:, 1], axis_F[:, 0]], axis=1) / length_F

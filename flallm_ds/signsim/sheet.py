@@ -9,7 +9,8 @@ import numpy as np
 
 from flallm_ds.errors import UserError
 from flallm_ds.signsim.figure import Camera, figure
-from flallm_ds.signsim.render import Frame, draw_frame, draw_torso, make_background
+from flallm_ds.signsim.paint import Frame
+from flallm_ds.signsim.render import draw_frame, draw_torso, make_background
 from flallm_ds.signsim.signer import SIGNERS, Signer, sign_poses
 from flallm_ds.signsim.signs import SIGNS, Sign
 
@@ -21,7 +22,7 @@ _KEYFRAMES = (1, 4, 7)  # of a stroke of _PHASES poses; a swing is at its extrem
 
 
 def keyframes(sign: Sign, signer: Signer) -> list[Frame]:
-    """Three phases of a sign, (HEIGHT, WIDTH, 3) each, without jitter or camera noise."""
+    """Draw three phases of a sign, (HEIGHT, WIDTH, 3) each, without jitter or camera noise."""
     poses_FP = sign_poses(sign, _PHASES, signer.space)
     person = figure(poses_FP, signer, Camera(side=1.0 if signer.left_handed else -1.0))
     stage = make_background(signer, 1.0, np.random.default_rng(0))
@@ -30,10 +31,15 @@ def keyframes(sign: Sign, signer: Signer) -> list[Frame]:
 
 
 def _cell(sign: Sign, signer: Signer) -> Frame:
-    shrunk = [cv2.resize(frame, _CELL, interpolation=cv2.INTER_AREA) for frame in keyframes(sign, signer)]
+    """Return the three phases of a sign side by side, below its gloss."""
+    shrunk = []
+    for frame in keyframes(sign, signer):
+        shrunk.append(cv2.resize(frame, _CELL, interpolation=cv2.INTER_AREA))
     label = np.full((_LABEL_PX, 3 * _CELL[0], 3), 255, dtype=np.uint8)
-    cv2.putText(label, sign.gloss, (3, 13), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (40, 40, 40), 1, cv2.LINE_AA)
-    return np.pad(np.vstack([label, np.hstack(shrunk)]), ((0, 4), (3, 3), (0, 0)), constant_values=255)
+    font, gray = cv2.FONT_HERSHEY_SIMPLEX, (40, 40, 40)
+    cv2.putText(label, sign.gloss, (3, 13), font, 0.42, gray, 1, cv2.LINE_AA)
+    cell = np.vstack([label, np.hstack(shrunk)])
+    return np.pad(cell, ((0, 4), (3, 3), (0, 0)), constant_values=255)
 
 
 def write_sheet(path: Path) -> Path:
@@ -41,9 +47,14 @@ def write_sheet(path: Path) -> Path:
 
     Raises UserError when the file cannot be written.
     """
-    cells = [_cell(sign, SIGNERS[index % _COLUMNS]) for index, sign in enumerate(SIGNS.values())]
+    cells = []
+    for index, sign in enumerate(SIGNS.values()):
+        cells.append(_cell(sign, SIGNERS[index % _COLUMNS]))
+    # White cells fill the last row.
     cells += [np.full_like(cells[0], 255)] * (-len(cells) % _COLUMNS)
-    rows = [np.hstack(cells[start : start + _COLUMNS]) for start in range(0, len(cells), _COLUMNS)]
+    rows = []
+    for start in range(0, len(cells), _COLUMNS):
+        rows.append(np.hstack(cells[start : start + _COLUMNS]))
     encoded, png = cv2.imencode(".png", np.vstack(rows))
     assert encoded
     try:

@@ -49,23 +49,66 @@ class Signer:
 
 
 SIGNERS = (
-    Signer("Signer01", False, 1.00, 1.00, 1.00, (1.00, 1.00), 1.00, 1.00, 0.08, (150, 178, 226),
-           (34, 44, 62), "bob", (46, 40, 38), "vee", False, ((170, 150, 132), (214, 204, 196)), -0.8),
-    Signer("Signer02", True, 1.10, 1.05, 1.06, (1.02, 1.04), 1.05, 1.06, 0.12, (128, 160, 214),
-           (30, 36, 44), "short", (112, 66, 38), "lapel", False, ((150, 146, 140), (196, 190, 186)), 0.7),
-    Signer("Signer03", False, 0.92, 0.95, 0.96, (0.96, 0.98), 0.95, 0.90, 0.05, (88, 122, 176),
-           (22, 22, 30), "long", (70, 38, 92), "round", True, ((186, 172, 140), (208, 206, 190)), 0.5),
-    Signer("Signer04", False, 1.07, 1.03, 1.08, (1.06, 1.02), 1.02, 0.95, 0.10, (160, 190, 236),
-           (92, 98, 108), "bald", (78, 86, 58), "lapel", False, ((140, 132, 120), (180, 178, 170)), -0.4,
-           True, True),
-    Signer("Signer05", True, 0.95, 0.98, 0.97, (0.97, 1.00), 0.98, 1.10, 0.14, (142, 172, 228),
-           (60, 116, 176), "long", (88, 92, 40), "vee", False, ((196, 168, 152), (220, 206, 200)), 0.9),
-    Signer("Signer06", False, 1.03, 1.00, 1.03, (1.00, 0.97), 1.00, 1.02, 0.09, (62, 88, 132),
-           (16, 16, 20), "short", (204, 198, 190), "round", True, ((166, 184, 170), (206, 214, 206)), -0.6,
-           False, True),
+    Signer(
+        "Signer01", left_handed=False,
+        shoulders=1.00, arms=1.00, hands=1.00, head=(1.00, 1.00),
+        space=1.00, tempo=1.00, undershoot=0.08,
+        skin=(150, 178, 226), hair=(34, 44, 62), hair_style="bob",
+        clothes=(46, 40, 38), neckline="vee", short_sleeves=False,
+        background=((170, 150, 132), (214, 204, 196)), light=-0.8,
+    ),
+    Signer(
+        "Signer02", left_handed=True,
+        shoulders=1.10, arms=1.05, hands=1.06, head=(1.02, 1.04),
+        space=1.05, tempo=1.06, undershoot=0.12,
+        skin=(128, 160, 214), hair=(30, 36, 44), hair_style="short",
+        clothes=(112, 66, 38), neckline="lapel", short_sleeves=False,
+        background=((150, 146, 140), (196, 190, 186)), light=0.7,
+    ),
+    Signer(
+        "Signer03", left_handed=False,
+        shoulders=0.92, arms=0.95, hands=0.96, head=(0.96, 0.98),
+        space=0.95, tempo=0.90, undershoot=0.05,
+        skin=(88, 122, 176), hair=(22, 22, 30), hair_style="long",
+        clothes=(70, 38, 92), neckline="round", short_sleeves=True,
+        background=((186, 172, 140), (208, 206, 190)), light=0.5,
+    ),
+    Signer(
+        "Signer04", left_handed=False,
+        shoulders=1.07, arms=1.03, hands=1.08, head=(1.06, 1.02),
+        space=1.02, tempo=0.95, undershoot=0.10,
+        skin=(160, 190, 236), hair=(92, 98, 108), hair_style="bald",
+        clothes=(78, 86, 58), neckline="lapel", short_sleeves=False,
+        background=((140, 132, 120), (180, 178, 170)), light=-0.4,
+        glasses=True, beard=True,
+    ),
+    Signer(
+        "Signer05", left_handed=True,
+        shoulders=0.95, arms=0.98, hands=0.97, head=(0.97, 1.00),
+        space=0.98, tempo=1.10, undershoot=0.14,
+        skin=(142, 172, 228), hair=(60, 116, 176), hair_style="long",
+        clothes=(88, 92, 40), neckline="vee", short_sleeves=False,
+        background=((196, 168, 152), (220, 206, 200)), light=0.9,
+    ),
+    Signer(
+        "Signer06", left_handed=False,
+        shoulders=1.03, arms=1.00, hands=1.03, head=(1.00, 0.97),
+        space=1.00, tempo=1.02, undershoot=0.09,
+        skin=(62, 88, 132), hair=(16, 16, 20), hair_style="short",
+        clothes=(204, 198, 190), neckline="round", short_sleeves=True,
+        background=((166, 184, 170), (206, 214, 206)), light=-0.6,
+        glasses=False, beard=True,
+    ),
     # The seventh occurs in test alone.
-    Signer("Signer07", False, 0.97, 1.02, 1.02, (0.99, 1.03), 1.03, 0.97, 0.11, (112, 146, 200),
-           (40, 52, 96), "bun", (44, 36, 110), "round", False, ((162, 160, 170), (210, 204, 206)), 0.6, True),
+    Signer(
+        "Signer07", left_handed=False,
+        shoulders=0.97, arms=1.02, hands=1.02, head=(0.99, 1.03),
+        space=1.03, tempo=0.97, undershoot=0.11,
+        skin=(112, 146, 200), hair=(40, 52, 96), hair_style="bun",
+        clothes=(44, 36, 110), neckline="round", short_sleeves=False,
+        background=((162, 160, 170), (210, 204, 206)), light=0.6,
+        glasses=True,
+    ),
 )  # fmt: skip
 UNSEEN = SIGNERS[-1]
 
@@ -89,12 +132,12 @@ _BROWS |= {"MOEGLICH": 1.0, "ABER": 0.9, "HOCH": 0.8, "FREUNDLICH": 0.8, "SONNE"
 
 
 def _roll_for(point_deg: float) -> float:
-    """The wrist's natural turn, as the thumb's side (1 or -1) for fingers that point so."""
+    """Return the wrist's natural turn: the thumb's side (1 or -1) for fingers that point so."""
     return -1.0 if -45 < point_deg < 135 else 1.0
 
 
 def _shape(name: str) -> Floats:
-    """A handshape as the 16 finger numbers of a pose."""
+    """Return a handshape as the 16 finger numbers of a pose."""
     lengths, angles, curls, ring = HANDSHAPES[name]
     return np.array([*lengths, *angles, *curls, ring], dtype=np.float64)
 
@@ -108,28 +151,30 @@ REST_HAND[LENGTHS] *= 0.8
 
 
 def rest_pose() -> Floats:
-    """Hands low in front of the body, face at ease."""
+    """Return the pose (POSE,) of hands low in front of the body and a face at ease."""
     return np.concatenate([REST_HAND, REST_HAND, [0.0, 0.5, 0.0, 0.0, 0.0]])
 
 
 def sign_poses(sign: Sign, num_frames: int, space: float = 1.0) -> Floats:
-    """The poses of a sign's stroke.
+    """Return the poses of a sign's stroke, (num_frames, POSE).
 
     The other hand's x counts positive to its own side, so a mirrored sign has equal hands.
-    Returns (num_frames, POSE).
     """
     phase_N = np.linspace(0, 1, num_frames) if num_frames > 1 else np.array([1.0])
     offset_N3 = MOVEMENTS[sign.movement](phase_N)
     x, y = LOCATIONS[sign.location]
     poses_NP = np.tile(rest_pose(), (num_frames, 1))
+    # The dominant hand: its movement, and its handshape, which may change on the way.
     main_NP, other_NP = poses_NP[:, :HAND], poses_NP[:, HAND:FACE]
     main_NP[:] = _hand(x, y, _DEPTH, sign.point_deg, sign.handshape)
     main_NP[:, XYZ] += offset_N3
     if sign.end_handshape:
         ease_N = np.clip(phase_N * 2 - 0.5, 0, 1)[:, None]
         main_NP[:, 5:] += ease_N * (_shape(sign.end_handshape) - _shape(sign.handshape))
+    # The other hand: still below the dominant one, or moving with it.
     if sign.hands == "base":
-        other_NP[:] = _hand(-BASE_PALM[0] + 6, BASE_PALM[1], _DEPTH - 14, -80, sign.other_handshape or "flat")
+        shape = sign.other_handshape or "flat"
+        other_NP[:] = _hand(-BASE_PALM[0] + 6, BASE_PALM[1], _DEPTH - 14, -80, shape)
         if sign.other_handshape:  # an upright finger to move towards
             other_NP[:, 0:4] = (52, 172, _DEPTH, 0)
             other_NP[:, ROLL] = _roll_for(0)
@@ -143,6 +188,7 @@ def sign_poses(sign: Sign, num_frames: int, space: float = 1.0) -> Floats:
             other_NP[:, 0] -= 2 * offset_N3[:, 0]
         if sign.other_handshape:
             other_NP[:, 5:] = _shape(sign.other_handshape)
+    # The signer's own signing space, within the frame.
     for hand_NP in (main_NP, other_NP):
         hand_NP[:, 0] = np.clip(hand_NP[:, 0] * space, -_FRAME_EDGE, _FRAME_EDGE)
         hand_NP[:, 1] = 150 + (hand_NP[:, 1] - 150) * space
@@ -154,13 +200,14 @@ _ALTERNATE = np.array([0.0, 1.0, 1.0])
 
 
 def _face(gloss: str) -> Floats:
+    """Return mouth, brows, nod and turn of a sign."""
     vowel = next((letter for letter in gloss if letter in _MOUTHS), "E")
     brow = _BROWS.get(gloss, 0.0)
     return np.array([*_MOUTHS[vowel], brow, max(-brow, 0) * 0.8, 0.0])
 
 
 def _transition(before_P: Floats, after_P: Floats, num_frames: int) -> Floats:
-    """Poses strictly between two poses, along a smooth and slightly bowed way. Returns (num_frames, POSE)."""
+    """Return poses strictly between two poses, (num_frames, POSE), on a smooth and bowed way."""
     phase_N = np.arange(1, num_frames + 1) / (num_frames + 1)
     ease_N1 = (phase_N * phase_N * (3 - 2 * phase_N))[:, None]
     poses_NP = before_P + ease_N1 * (after_P - before_P)
@@ -173,26 +220,32 @@ def _transition(before_P: Floats, after_P: Floats, num_frames: int) -> Floats:
 
 
 def _coarticulate(strokes: list[Floats], undershoot: float) -> None:
-    """Draw each stroke's ends towards its neighbours, in place: hands do not quite reach their targets."""
+    """Draw each stroke's ends towards its neighbours, in place.
+
+    Hands do not quite reach their targets. undershoot: the share of the way that is cut short.
+    """
     ends = [(stroke[0].copy(), stroke[-1].copy()) for stroke in strokes]
     for index, stroke in enumerate(strokes):
         phase_N1 = np.linspace(0, 1, len(stroke))[:, None]
         for start in (0, HAND):
-            span = slice(start, start + 3)
+            xyz = slice(start, start + 3)
             if index > 0:
-                stroke[:, span] += undershoot * (1 - phase_N1) * (ends[index - 1][1] - ends[index][0])[span]
+                gap_P = ends[index - 1][1] - ends[index][0]
+                stroke[:, xyz] += undershoot * (1 - phase_N1) * gap_P[xyz]
             if index + 1 < len(strokes):
-                stroke[:, span] += undershoot * phase_N1 * (ends[index + 1][0] - ends[index][1])[span]
+                gap_P = ends[index + 1][0] - ends[index][1]
+                stroke[:, xyz] += undershoot * phase_N1 * gap_P[xyz]
 
 
 def _frames(rng: np.random.Generator, mean: float, tempo: float, least: int) -> int:
-    """A whole number of frames around mean / tempo; the rounding is drawn."""
+    """Draw a whole number of frames around mean / tempo; the rounding is drawn."""
     return max(least, int(mean / tempo * rng.uniform(0.85, 1.15) + rng.random()))
 
 
 def clip_poses(signs: list[Sign], signer: Signer, rng: np.random.Generator) -> Floats:
-    """The poses of a clip: rise from rest, the signs run together, return to rest. Returns (F, POSE)."""
+    """Return the poses of a clip, (F, POSE): rise from rest, the signs, return to rest."""
     tempo = signer.tempo * rng.uniform(0.92, 1.08)
+    # Each sign by itself, a little off its place.
     strokes = []
     for sign in signs:
         stroke_NP = sign_poses(sign, _frames(rng, 8.0, tempo, 5), signer.space)
@@ -200,6 +253,7 @@ def clip_poses(signs: list[Sign], signer: Signer, rng: np.random.Generator) -> F
         stroke_NP[:, HAND : HAND + 2] += rng.normal(0, 2.5, 2)
         stroke_NP[:, [POINT, HAND + POINT]] += rng.normal(0, 5, 2)
         strokes.append(stroke_NP)
+    # The signs run together, with transitions between them.
     _coarticulate(strokes, signer.undershoot)
     parts = [rest_pose()[None]]
     for stroke_NP in [*strokes, rest_pose()[None]]:
@@ -214,6 +268,6 @@ def clip_poses(signs: list[Sign], signer: Signer, rng: np.random.Generator) -> F
 
 
 def _wander(rng: np.random.Generator, num_frames: int, size: float) -> Floats:
-    """Slow aimless movement in two coordinates, within about +-size. Returns (num_frames, 2)."""
+    """Return slow aimless movement in two coordinates, (num_frames, 2), within about +-size."""
     time_F1 = np.arange(num_frames)[:, None]
     return size * np.sin(time_F1 * rng.uniform(0.05, 0.16, 2) + rng.uniform(0, 2 * np.pi, 2))

@@ -1,8 +1,8 @@
-"""The lexicon of the synthetic language: handshapes, locations, movements, and the signs made of them.
+"""The lexicon of the synthetic language: handshapes, locations, movements, and signs made of them.
 
 Signing space is measured on a standard signer facing the camera, in pixels of a 210x300 frame that
-PHOENIX14T later squeezes to 210x260: x from the body's midline, positive towards the dominant hand; y
-down from the frame's top. The face spans y 45 to 107, the shoulders lie at y 135.
+PHOENIX14T later squeezes to 210x260: x from the body's midline, positive towards the dominant hand;
+y down from the frame's top. The face spans y 45 to 107, the shoulders lie at y 135.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
-# Per handshape: five lengths (1 = stretched), five angles (degrees towards the thumb), five curls (degrees
-# by which the outer half bends away from the thumb), and how far thumb and index close a ring (0 to 1).
+# Per handshape: five lengths (1 = stretched), five angles (degrees towards the thumb), five curls
+# (degrees by which the outer half bends away from the thumb), and how far thumb and index close a
+# ring (0 to 1).
 _FLAT_ANGLES = (24, 3, 1, -1, -4)
 _FIST = (0.45, 0.30, 0.32, 0.30, 0.26)
 HANDSHAPES: dict[str, tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...], float]] = {
@@ -73,7 +74,8 @@ def _wave(ax: float, ay: float, cycles: float, dx: float = 0.0, dy: float = 0.0)
 
     def path(phase_N: Floats) -> Floats:
         swing_N = np.sin(2 * np.pi * cycles * phase_N)
-        return np.stack([ax * swing_N + dx * phase_N, ay * swing_N + dy * phase_N, 0 * phase_N], axis=1)
+        x_N, y_N = ax * swing_N + dx * phase_N, ay * swing_N + dy * phase_N
+        return np.stack([x_N, y_N, 0 * phase_N], axis=1)
 
     return path
 
@@ -92,7 +94,8 @@ def _arc(dx: float, rise: float) -> Path:
     """A bow by dx px sideways that rises by `rise` px half-way."""
 
     def path(phase_N: Floats) -> Floats:
-        return np.stack([dx * phase_N, -rise * np.sin(np.pi * phase_N), 25 * np.sin(np.pi * phase_N)], axis=1)
+        bow_N = np.sin(np.pi * phase_N)
+        return np.stack([dx * phase_N, -rise * bow_N, 25 * bow_N], axis=1)
 
     return path
 
@@ -133,8 +136,8 @@ class Sign:
     gloss: str
     """Upper case, as in the `orth` column."""
     hands: str
-    """One of HANDS: one hand; both as mirror images; mirrored with opposite movement; both moving the same
-    way; or the dominant hand acting on the still palm of the other."""
+    """One of HANDS: one hand; both as mirror images; mirrored with opposite movement; both moving
+    the same way; or the dominant hand acting on the still palm of the other."""
     handshape: str
     location: str
     movement: str
@@ -148,7 +151,8 @@ class Sign:
     def __post_init__(self) -> None:
         shapes = {self.handshape, self.end_handshape or "flat", self.other_handshape or "flat"}
         assert shapes <= HANDSHAPES.keys(), self
-        assert self.location in LOCATIONS and self.movement in MOVEMENTS and self.hands in HANDS, self
+        assert self.location in LOCATIONS and self.movement in MOVEMENTS, self
+        assert self.hands in HANDS, self
 
 
 _ALL_SIGNS = (

@@ -20,8 +20,10 @@ from flallm_ds.sharding.options import Options
 from flallm_ds.signsim import SIGNS, write_corpus, write_sheet
 from flallm_ds.signsim.corpus import plan_clip, split_sizes
 from flallm_ds.signsim.figure import HEIGHT, WIDTH, Camera, elbows, figure
-from flallm_ds.signsim.grammar import PLANS, SPLITS, Draw, Sentence, draw_sentence
+from flallm_ds.signsim.grammar import SPLITS, Sentence, draw_sentence
+from flallm_ds.signsim.plans import PLANS
 from flallm_ds.signsim.signer import HAND, SIGNERS, UNSEEN, clip_poses, sign_poses
+from flallm_ds.signsim.words import Draw
 
 NUM_CLIPS = 12
 MAKE = [sys.executable, "-m", "flallm_ds", "signsim", "corpus"]

@@ -1,0 +1,242 @@
+"""The kinds of sentences: how meanings become signs in order, and German wordings.
+
+Text follows PHOENIX14T: lower case, umlauts, no punctuation. Signs put the time first, qualities
+after what they qualify, and verbs last, so their order differs from the words'. A plan returns the
+signs and two wordings, the usual one first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from flallm_ds.signsim.words import Draw, Glosses, Phrase
+
+Wording = list[Phrase]
+Plan = Callable[[Draw], tuple[Glosses, list[Wording]]]
+
+
+def _fixed(text: str) -> Phrase:
+    return (text,)
+
+
+_THERE_IS = _fixed("gibt es")  # takes the accusative
+
+
+def outlook(draw: Draw) -> tuple[Glosses, list[Wording]]:
+    """Time, place, phenomenon, state."""
+    (time, when), (place, where) = draw.setting()
+    noun, what, _ = draw.noun(quality=0.6, case="acc")
+    state = draw.state()
+    glosses = time + noun + place + (state[0],)
+    then = _fixed(f"und es ist {state[1]}")
+    return glosses, [[when, _THERE_IS, where, what, then], [where, _THERE_IS, when, what, then]]
+
+
+def contrast(draw: Draw) -> tuple[Glosses, list[Wording]]:
+    """Two places with different weather."""
+    (place1, where1), (place2, where2) = draw.two_places()
+    noun1, what1, first = draw.noun(quality=0.3)
+    noun2, what2, _ = draw.noun(but=first.gloss, quality=0.4)
+    but = ("aber", "dagegen", "hingegen")
+    glosses = place1 + noun1 + place2 + noun2 + ("ABER",)
+    return glosses, [[what1, where1, where2, but, what2], [where1, what1, where2, but, what2]]
+
+
+def temperatures(draw: Draw) -> tuple[Glosses, list[Wording]]:
+    """Two places with their temperatures."""
+    (place1, where1), (place2, where2) = draw.two_places()
+    number1, degrees1 = draw.number()
+    number2, degrees2 = draw.number()
+    glosses = place1 + number1 + place2 + number2 + ("GRAD",)
+    return glosses, [
+        [_fixed(f"{degrees1} grad"), where1, _fixed(f"und {degrees2}"), where2],
+        [where1, _fixed(degrees1), where2, _fixed(f"{degrees2} grad")],
+    ]
+
+
+def span(draw: Draw) -> tuple[Glosses, list[Wording]]:
+    """A span of temperatures."""
+    (time, when), (place, where) = draw.setting()
+    (low, low_word), (high, high_word) = draw.two_numbers()
+    glosses = time + place + (low, high, "BIS", "GRAD")
+    verb, degrees = _fixed("liegen die werte"), _fixed(f"zwischen {low_word} und {high_word} grad")
+    return glosses, [[when, verb, where, degrees], [where, verb, when, degrees]]
+
+
+def trend(draw: Draw) -> tuple[Glosses, list[Wording]]:
+    """Temperatures rise or sink to a value."""
+    (time, when), (place, where) = draw.setting()
+    number, degrees = draw.number()
+    verb, word = (("STEIGEN", "steigt"), ("SINKEN", "sinkt"))[draw.index(2)]
+    subject = ("die temperatur", "der wert")
+    value = _fixed(f"auf {degrees} grad")
+    glosses = time + place + ("GRAD",) + number + (verb,)
+    rises = _fixed(word)
+    return glosses, [[where, rises, subject, when, value], [when, rises, subject, where, value]]
+
+
+def system(draw: Draw) -> tuple[Glosses, list[Wording]]:
+    """A high or a low comes and brings weather."""
+    time, when = draw.time()
+    kind, word = (("HOCH", "ein hoch"), ("TIEF", "ein tief"))[draw.index(2)]
+    origin, direction = draw.cardinal()
+    noun, what, _ = draw.noun(quality=0.5, case="acc")
+    source = (f"aus {direction}en", f"von {direction}en her")
+    glosses = (*time, kind, origin, *noun, "KOMMEN")
+    return glosses, [
+        [_fixed(word), source, _fixed("bringt"), when, what],
+        [when, _fixed("bringt"), _fixed(word), source, what],
+    ]
+
+
+def vanishing(draw: Draw) -> tuple[Glosses, list[Wording]]:
+    """Weather goes away."""
+    (time, when), (place, where) = draw.setting()
+    noun, _, entry = draw.noun(but="SONNE", quality=0)
+    subject = _fixed(f"{entry.article} {entry.word}")
+    finite, particle = _fixed(entry.vanish[0]), _fixed(entry.vanish[1])
+    glosses = noun + place + time + ("VERSCHWINDEN",)
+    return glosses, [
+        [when, finite, subject, where, particle],
+        [where, finite, subject, when, particle],
+    ]
+
+
+def changing(draw: Draw) -> tuple[Glosses, list[Wording]]:
+    """Two kinds of weather in turn."""
+    (time, when), (place, where) = draw.setting()
+    noun1, what1, first = draw.noun(quality=0)
+    noun2, what2, _ = draw.noun(but=first.gloss, quality=0)
+    glosses = place + time + noun1 + noun2 + ("WECHSELN",)
+    turns = _fixed(f"mal {what1[0]} und mal {what2[0]}")
+    return glosses, [[when, _THERE_IS, where, turns], [where, _THERE_IS, when, turns]]
+
+
+def staying(draw: Draw) -> tuple[Glosses, list[Wording]]:
+    """The weather stays as it is."""
+    (time, when), (place, where) = draw.setting()
+    state1 = draw.state()
+    state2 = draw.state(but=state1[0])
+    both = draw.chance(0.5)
+    glosses = time + place + (state1[0],) + ((state2[0],) if both else ()) + ("BLEIBEN",)
+    states = _fixed(f"{state1[1]} und {state2[1]}" if both else state1[1])
+    stays = _fixed("bleibt es")
+    return glosses, [[when, stays, where, states], [where, stays, when, states]]
+
+
+def becoming(draw: Draw) -> tuple[Glosses, list[Wording]]:
+    """More of a state, with a phenomenon."""
+    (time, when), (place, where) = draw.setting()
+    state = draw.state()
+    noun, what, _ = draw.noun(quality=0, case="dat")
+    glosses = (*place, state[0], "MEHR", *noun, *time)
+    change = _fixed(f"wird es {state[2]}")
+    company = _fixed("mit")
+    return glosses, [[where, change, when, company, what], [when, change, where, company, what]]
+
+
+def possible(draw: Draw) -> tuple[Glosses, list[Wording]]:
+    """Weather that may come."""
+    (time, when), (place, where) = draw.setting()
+    noun, what, entry = draw.noun(quality=0.6)
+    finite = _fixed("sind" if entry.gender == "p" else "ist")
+    glosses = noun + time + place + ("MOEGLICH",)
+    maybe = ("möglich", "denkbar")
+    return glosses, [[where, finite, when, what, maybe], [when, finite, where, what, maybe]]
+
+
+def sequence(draw: Draw) -> tuple[Glosses, list[Wording]]:
+    """First one kind of weather, then another."""
+    (time, when), (place, where) = draw.setting()
+    noun1, what1, first = draw.noun(quality=0.3, case="acc")
+    noun2, what2, _ = draw.noun(but=first.gloss, quality=0.4, case="acc")
+    glosses = (*noun1, "DANN", *noun2, *place, *time)
+    begin, then = ("erst", "zunächst"), ("und dann", "und später")
+    turns = [begin, what1, then, what2]
+    return glosses, [[when, _THERE_IS, where, *turns], [where, _THERE_IS, when, *turns]]
+
+
+def alike(draw: Draw) -> tuple[Glosses, list[Wording]]:
+    """The next day resembles the first."""
+    time1, when1 = draw.time()
+    time2, when2 = draw.time()
+    while set(time1) & set(time2):
+        time2, when2 = draw.time()
+    noun, what, _ = draw.noun(quality=0.5)
+    place, where = draw.place()
+    like = ("ähnlich", "ähnliches wetter")
+    glosses = time1 + noun + place + time2 + ("AEHNLICH",)
+    return glosses, [[what, when1, where, like, when2], [when1, where, what, when2, like]]
+
+
+def blowing(draw: Draw) -> tuple[Glosses, list[Wording]]:
+    """Wind with its origin and force."""
+    (time, when), (place, where) = draw.setting()
+    origin, direction = draw.cardinal()
+    force, word = (("STARK", "stark"), ("SCHWACH", "schwach"))[draw.index(2)]
+    source = _fixed(f"aus {direction}en")
+    glosses = time + place + ("WIND", force, "KOMMEN", origin)
+    verb = ("weht der wind", "kommt der wind")
+    strength = _fixed(word)
+    return glosses, [[where, verb, when, strength, source], [when, verb, where, strength, source]]
+
+
+def headline(draw: Draw) -> tuple[Glosses, list[Wording]]:
+    """A phenomenon, where and when: the shortest full report."""
+    time, when = draw.time()
+    place, where = draw.place()
+    noun, what, _ = draw.noun(quality=0.25, case="acc")
+    return noun + place + time, [[when, _THERE_IS, where, what], [where, _THERE_IS, when, what]]
+
+
+def brief(draw: Draw) -> tuple[Glosses, list[Wording]]:
+    """A phenomenon with its force, and either where or when."""
+    about, about_words = draw.time() if draw.chance(0.5) else draw.place()
+    noun, what, entry = draw.noun(quality=0.5)
+    comes = _fixed("kommen" if entry.gender == "p" else "kommt")
+    return noun + about, [[about_words, comes, what], [what, comes, about_words]]
+
+
+def mood(draw: Draw) -> tuple[Glosses, list[Wording]]:
+    """How it is, and either where or when."""
+    about, about_words = draw.time() if draw.chance(0.5) else draw.place()
+    state = draw.state()
+    return (state[0], *about), [
+        [about_words, _fixed(f"ist das wetter {state[1]}")],
+        [_fixed("das wetter ist"), about_words, _fixed(state[1])],
+    ]
+
+
+def reading(draw: Draw) -> tuple[Glosses, list[Wording]]:
+    """One temperature, and either where or when."""
+    about, about_words = draw.time() if draw.chance(0.5) else draw.place()
+    number, degrees = draw.number()
+    value = _fixed(f"bei {degrees} grad")
+    return ("GRAD", *number, *about), [
+        [about_words, _fixed("liegen die werte"), value],
+        [_fixed("die werte liegen"), about_words, value],
+    ]
+
+
+# plan -> share of sentences. Most are short: with two or three signs a clip, a small corpus shows
+# sooner which word goes with which sign.
+PLANS: tuple[tuple[Plan, float], ...] = (
+    (headline, 0.07),
+    (brief, 0.19),
+    (mood, 0.13),
+    (reading, 0.16),
+    (outlook, 0.03),
+    (contrast, 0.035),
+    (temperatures, 0.015),
+    (span, 0.03),
+    (trend, 0.045),
+    (system, 0.05),
+    (vanishing, 0.045),
+    (changing, 0.025),
+    (staying, 0.03),
+    (becoming, 0.03),
+    (possible, 0.035),
+    (sequence, 0.035),
+    (alike, 0.03),
+    (blowing, 0.015),
+)
