@@ -11,6 +11,7 @@ head.py              a signer's head
 render.py            the frames of a clip
 corpus.py            a release in the PHOENIX14T layout, whole or not at all
 sheet.py             a contact sheet of all signs
+pretraining_data.py  frames of random signs, and where each hand is
 backbone.py          a small ResNet-18 that stands in for ImageNet weights
 """
 

@@ -8,7 +8,8 @@ import torch
 
 from flallm_ds.errors import UserError
 from flallm_ds.models.backbones.build import build_backbone
-from flallm_ds.signsim.backbone import FRAMES_A_TASK, NUM_TARGETS, backbone, random_poses, render, targets
+from flallm_ds.signsim.backbone import backbone
+from flallm_ds.signsim.pretraining_data import FRAMES_A_TASK, NUM_TARGETS, random_poses, render, targets
 
 
 def test_the_folder_loads_by_the_path_of_a_hub_model(tmp_path: Path) -> None:

@@ -1,0 +1,71 @@
+"""What the stand-in backbone learns from: frames of random signs, and where each hand is.
+
+Worker processes render the frames; torch is not loaded here.
+"""
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from flallm_ds.signsim.render import render_clip
+from flallm_ds.signsim.signer import HAND, POINT, SIGNERS, UNSEEN, sign_poses
+from flallm_ds.signsim.signs import HANDS, HANDSHAPES, LOCATIONS, MOVEMENTS, Sign
+
+FRAMES_A_TASK = 125
+SIDE = 64  # px of the squashed frames
+# Per hand on the screen's left, then right: x, y, sine and cosine of where it points.
+NUM_TARGETS = 8
+
+
+def random_sign(rng: np.random.Generator) -> Sign:
+    """Draw any handshape at any location with any movement: most such signs mean nothing."""
+    return Sign(
+        gloss=str(rng.choice(list("AEIOU"))),  # what the mouth does
+        hands=str(rng.choice(HANDS, p=(0.4, 0.3, 0.1, 0.1, 0.1))),
+        handshape=str(rng.choice(list(HANDSHAPES))),
+        location=str(rng.choice(list(LOCATIONS))),
+        movement=str(rng.choice(list(MOVEMENTS))),
+        point_deg=float(rng.uniform(-90, 180)),
+    )
+
+
+def random_poses(num: int, rng: np.random.Generator) -> NDArray[np.float64]:
+    """Draw poses (num, POSE) from anywhere within random signs, or on the way between two."""
+    poses = []
+    for _ in range(num):
+        here = sign_poses(random_sign(rng), 9)[rng.integers(9)]
+        there = sign_poses(random_sign(rng), 9)[rng.integers(9)]
+        way = rng.uniform(0, 1) if rng.random() < 0.3 else 0.0
+        poses.append((1 - way) * here + way * there)
+    return np.stack(poses)
+
+
+def targets(poses_FP: NDArray[np.float64], left_handed: bool) -> NDArray[np.float32]:
+    """Return what is to be seen, (F, NUM_TARGETS), each number of about unit spread."""
+    hands = []
+    for start, own_side in ((0, 1.0), (HAND, -1.0)):
+        hand_FP = poses_FP[:, start : start + HAND]
+        point_F = np.deg2rad(hand_FP[:, POINT])
+        x_F = hand_FP[:, 0] * own_side * (-1.0 if left_handed else 1.0) / 40
+        y_F = (hand_FP[:, 1] - 150) / 80
+        hands.append(np.stack([x_F, y_F, 1.4 * np.sin(point_F), 1.7 * np.cos(point_F)], axis=1))
+    if left_handed:
+        hands.reverse()
+    return np.concatenate(hands, axis=1).astype(np.float32)
+
+
+def render(task: int, seed: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """Render FRAMES_A_TASK squashed frames (F, SIDE, SIDE, 3) of one signer, RGB.
+
+    Returns the frames and their targets.
+    """
+    cv2.setNumThreads(1)
+    rng = np.random.default_rng([seed, task])
+    signers = [signer for signer in SIGNERS if signer is not UNSEEN]
+    signer = signers[task % len(signers)]
+    poses_FP = random_poses(FRAMES_A_TASK, rng)
+    frames = []
+    for frame in render_clip(poses_FP, signer, rng):
+        squashed = cv2.resize(frame, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
+        frames.append(squashed[..., ::-1])
+    return np.stack(frames), targets(poses_FP, signer.left_handed)
