@@ -47,6 +47,7 @@ def encode_clip(row: Row, options: Options) -> Encoded:
 
 
 def _encode_h264(row: Row, options: Options) -> Encoded:
+    """Encode a clip as H.264 at its video's own frame rate, or at --fps."""
     assert options.gop is not None and options.crf is not None
     fps = options.fps
     while True:

@@ -187,6 +187,7 @@ class _Tar:
         return self._tar.bytes_with(len(made.member)) > limit * 1e6
 
     def add(self, clip: Clip, made: Encoded | Fault) -> None:
+        """Append a clip, or record why it is left out."""
         record, row = self._record, clip.row
         record.stamps.append(clip.stamp)
         if isinstance(made, Fault):

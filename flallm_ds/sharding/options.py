@@ -74,6 +74,7 @@ class Options:
         self._fill_in()
 
     def _check_picture(self) -> None:
+        """Raise UserError for a crop or a margin that cannot be."""
         if self.crop is not None:
             x0, y0, x1, y1 = self.crop if len(self.crop) == 4 else (0.0, 0.0, 0.0, 0.0)
             if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):

@@ -80,6 +80,7 @@ def run(
 def _run_here(
     function: Callable[[Any], Any], jobs: Sequence[Any], bar: Progress
 ) -> Iterator[tuple[int, Any]]:
+    """Run the jobs in this process; a thread shows their progress."""
     global _shared
     _shared = _Shared()
     watcher_done = threading.Event()
@@ -103,6 +104,7 @@ def _watch(shared: _Shared, bar: Progress, done: threading.Event) -> None:
 def _run_in_processes(
     function: Callable[[Any], Any], jobs: Sequence[Any], num_workers: int, bar: Progress
 ) -> Iterator[tuple[int, Any]]:
+    """Run the jobs in worker processes; the first exception stops all of them."""
     shared = _Shared()
     # Spawn: forking a process whose libraries run threads can hang it.
     context = multiprocessing.get_context("spawn")

@@ -93,6 +93,7 @@ class Clip:
 
     @property
     def facts(self) -> str:
+        """One line of what the index says of the clip, without its text."""
         row = self.row
         parts = [
             self.split,
@@ -282,6 +283,7 @@ def page(title: str, about: str, clips: Sequence[Clip]) -> str:
 
 
 def _figure(clip: Clip) -> str:
+    """Return one clip of the page: its video, or what is wrong with it, and its text."""
     if clip.frames_THWC is None:
         shown = f'<div class="broken">{html.escape(clip.fault)}</div>'
     else:

@@ -106,6 +106,7 @@ def _hair_above(
 
 
 def _face(frame: Frame, person: Figure, index: int, center: Floats) -> None:
+    """Draw eyes, glasses, nose and mouth around the face's centre."""
     scale, skin = person.camera.scale, lit(person, person.signer.skin)
     for side in (-1, 1):
         _eye(frame, person, index, moved(center, side * 9.0 * scale, -3.0 * scale), side)

@@ -141,6 +141,7 @@ def draw_torso(frame: Frame, person: Figure) -> None:
 
 
 def _draw_collar(frame: Frame, person: Figure, cloth: Color, skin: Color) -> None:
+    """Draw the neckline: skin in a vee or a round, or lapels over a shirt."""
     camera, neckline = person.camera, person.signer.neckline
     if neckline == "vee":
         convex(frame, _mapped(camera, [(-15, 119), (15, 119), (0, 152)]), shade(skin, 0.93))

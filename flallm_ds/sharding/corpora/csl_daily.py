@@ -154,6 +154,7 @@ _DAMAGED = (
 
 
 def _read_infos(table: Path) -> list[dict[str, Any]]:
+    """Read the entries of the clips from the pickle, without its power to import anything."""
     try:
         with table.open("rb") as file:
             content = _PlainUnpickler(file).load()

@@ -39,7 +39,7 @@ class Videos:
 
     def found(self, clips: Mapping[str, Sequence[str]]) -> set[str]:
         """Return the clips that have a video. clips: as for `choose`."""
-        return {clip for clip, names in clips.items() if any(name in self._files for name in names)}
+        return {clip for clip, names in clips.items() if not self._files.keys().isdisjoint(names)}
 
     def choose(
         self, clips: Mapping[str, Sequence[str]], own: str | None = None
