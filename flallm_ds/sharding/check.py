@@ -13,9 +13,9 @@ import numpy as np
 
 from flallm_ds.data.codecs.decode import EXTENSIONS, decode_frames, extension_of
 from flallm_ds.data.index import STRING_COLUMNS, Shard, iter_rows, load_index, read_manifest
-from flallm_ds.data.storage.store import open_regular
 from flallm_ds.errors import UserError
 from flallm_ds.features.facts import FeatureFacts, from_npy
+from flallm_ds.files import open_regular
 from flallm_ds.sharding import pool
 
 _BLOCK = tarfile.BLOCKSIZE
