@@ -19,7 +19,8 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-if __name__ in ("__main__", "__mp_main__"):  # run as a file: the project's root is not on the path yet
+# run as a file: the project's root is not on the path yet
+if __name__ in ("__main__", "__mp_main__"):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import av
@@ -33,7 +34,13 @@ from flallm_ds import command
 from flallm_ds.data.codecs.video import fitted_size
 from flallm_ds.sharding import build
 
-COLUMNS = ("source", "side", "frames per second", "frames per CPU-second", "CPU share of all cores")
+COLUMNS = (
+    "source",
+    "side",
+    "frames per second",
+    "frames per CPU-second",
+    "CPU share of all cores",
+)
 
 
 def encode_images(paths: list[Path], quality: int) -> int:
@@ -46,7 +53,8 @@ def encode_images(paths: list[Path], quality: int) -> int:
 
 
 def encode_video(path: Path, short_side: int, quality: int) -> int:
-    """The bare loop over a video: one thread, scaled within the conversion to RGB as the builder does it."""
+    """The bare loop over a video: one thread, scaled within the conversion to RGB as the
+    builder does it."""
     num_frames = 0
     with av.open(str(path.absolute())) as container:
         stream = container.streams.video[0]
@@ -129,14 +137,20 @@ def run(
             ),
             "720p H.264": (
                 mp4s,
-                [partial(encode_video, path, options.short_side, options.quality) for path in mp4s],
+                [
+                    partial(encode_video, path, options.short_side, options.quality)
+                    for path in mp4s
+                ],
             ),
         }
         for number, (name, (paths, work)) in enumerate(loops.items()):
             table = material.write_manifest(paths, folder / f"{number}.csv")
-            # A shard is a job: enough of them that all workers end together, as in a real build.
+            # A shard is a job: enough of them that all workers end together, as in a real
+            # build.
             per_shard = max(1, min(options.clips_per_shard, len(paths) // (8 * workers)))
-            own = build.Options(workers=workers, splits=("train",), clips_per_shard=per_shard)
+            own = build.Options(
+                workers=workers, splits=("train",), clips_per_shard=per_shard
+            )
             num_frames = bare_loops(work, workers)
             sources[name] = (
                 num_frames,
@@ -151,11 +165,15 @@ def run(
 
     report = Report(__file__, "Building shards, and the bound")
     report.text(
-        f"shards/build.py with its defaults on {workers} workers (decode, scale, encode, pack, checksum, "
-        "write, sync), beside bare loops that decode, scale and encode the same frames and write nothing. "
-        f"By the clock, as all cores work: the median of {rounds} interleaved rounds, lowest and highest.",
+        f"shards/build.py with its defaults on {workers} workers (decode, scale, encode, "
+        "pack, checksum, write, sync), beside bare loops that decode, scale and encode "
+        "the same frames and write nothing. By the clock, as all cores work: the median "
+        f"of {rounds} interleaved rounds, lowest and highest.",
         f"Videos and PNGs are {'of real videos' if videos else 'synthetic'}: "
-        + ", ".join(f"{num_frames:,} frames of {name}" for name, (num_frames, _, _) in sources.items())
+        + ", ".join(
+            f"{num_frames:,} frames of {name}"
+            for name, (num_frames, _, _) in sources.items()
+        )
         + ".",
     )
     report.table(
@@ -169,7 +187,11 @@ def run(
     )  # fmt: skip
     report.text("## Targets")
     report.targets(
-        Target(f"shards/build.py / bare loops, {name}", 0.7, ratios(ours.frames_per_s, bound.frames_per_s))
+        Target(
+            f"shards/build.py / bare loops, {name}",
+            0.7,
+            ratios(ours.frames_per_s, bound.frames_per_s),
+        )
         for name, (_, ours, bound) in sources.items()
     )
     return report.finish(out, hardware)

@@ -15,7 +15,8 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-if __name__ in ("__main__", "__mp_main__"):  # run as a file: the project's root is not on the path yet
+# run as a file: the project's root is not on the path yet
+if __name__ in ("__main__", "__mp_main__"):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import av
@@ -23,7 +24,17 @@ import numpy as np
 import simplejpeg
 
 from benchmarks import material
-from benchmarks.measure import ROOT, Amount, Rates, Report, Target, Way, interleave, ratios, spread
+from benchmarks.measure import (
+    ROOT,
+    Amount,
+    Rates,
+    Report,
+    Target,
+    Way,
+    interleave,
+    ratios,
+    spread,
+)
 from flallm_ds import command
 from flallm_ds.data.codecs import h264
 from flallm_ds.data.codecs.avi import pack_frames
@@ -60,7 +71,8 @@ class Clip:
 
 @dataclass(frozen=True)
 class Format:
-    """A way to store a clip. `find` gives the picked frames undecoded, None where there is no such thing."""
+    """A way to store a clip. `find` gives the picked frames undecoded, None where there
+    is no such thing."""
 
     label: str
     write: Callable[[Clip], bytes]
@@ -86,7 +98,10 @@ def find_in_pack(member: bytes, picks: np.ndarray) -> list[memoryview]:
     bounds[1:] = np.frombuffer(member, "<u4", num_frames, 4)
     bounds += begin
     view = memoryview(member)
-    return [view[a:b] for a, b in zip(bounds[picks].tolist(), bounds[picks + 1].tolist(), strict=True)]
+    return [
+        view[a:b]
+        for a, b in zip(bounds[picks].tolist(), bounds[picks + 1].tolist(), strict=True)
+    ]
 
 
 def ffmpeg_writer(container: str) -> Callable[[Clip], bytes]:
@@ -129,7 +144,9 @@ def decode_by_ffmpeg(member: bytes, picks: np.ndarray, out_THWC: np.ndarray) -> 
 
 
 def formats(num_frames: int, gop: int, crf: int) -> dict[str, Format]:
-    def by_simplejpeg(find: Callable[[bytes, np.ndarray], Sequence[object]]) -> Callable[..., None]:
+    def by_simplejpeg(
+        find: Callable[[bytes, np.ndarray], Sequence[object]],
+    ) -> Callable[..., None]:
         return lambda member, picks, out: decode_jpegs(find(member, picks), out)
 
     def ours(member: bytes, picks: np.ndarray, out: np.ndarray) -> None:
@@ -168,9 +185,12 @@ def make_clips(
         shape = shape or frames[0].shape
         if any(frame.shape != shape for frame in frames):
             raise UserError(
-                f"the videos must be of one size, but are not: {videos}. Name others by --videos."
+                f"the videos must be of one size, but are not: {videos}. Name others by "
+                "--videos."
             )
-        yield Clip(np.stack(frames), [simplejpeg.encode_jpeg(f, quality=quality) for f in frames])
+        yield Clip(
+            np.stack(frames), [simplejpeg.encode_jpeg(f, quality=quality) for f in frames]
+        )
 
 
 class Bench:
@@ -178,8 +198,13 @@ class Bench:
 
     def __init__(self, clips: list[Clip], kinds: dict[str, Format]) -> None:
         self.clips, self.kinds = clips, kinds
-        self.members = {name: [kind.write(clip) for clip in clips] for name, kind in kinds.items()}
-        self.picks = {"all": np.arange(self.num_frames), "4": np.arange(0, self.num_frames, 4)}
+        self.members = {
+            name: [kind.write(clip) for clip in clips] for name, kind in kinds.items()
+        }
+        self.picks = {
+            "all": np.arange(self.num_frames),
+            "4": np.arange(0, self.num_frames, 4),
+        }
         self._out = np.zeros_like(clips[0].frames_THWC)
 
     @property
@@ -194,7 +219,8 @@ class Bench:
                 ways[f"find {name}"] = Way(kind.label, lambda name=name: self._find(name))
             for kept in self.picks:
                 ways[f"{kept} {name}"] = Way(
-                    kind.label, lambda name=name, kept=kept: self._decode(name, self.picks[kept])
+                    kind.label,
+                    lambda name=name, kept=kept: self._decode(name, self.picks[kept]),
                 )
         return ways
 
@@ -252,13 +278,27 @@ def targets(bench: Bench, rates: dict[str, Rates]) -> list[Target]:
     """Our AVI may cost 10 % more than the plain pack, because any player opens it."""
 
     def times(what: str) -> list[float]:
-        return ratios(us_per_frame(rates[f"{what} avi"]), us_per_frame(rates[f"{what} pack"]))
+        return ratios(
+            us_per_frame(rates[f"{what} avi"]), us_per_frame(rates[f"{what} pack"])
+        )
 
     size = bench.kilobytes("avi") / bench.kilobytes("pack")
     return [
         Target("bytes, our AVI / plain pack", 1.1, [size], at_least=False, digits=3),
-        Target("find and decode all, our AVI / plain pack", 1.1, times("all"), at_least=False, digits=3),
-        Target("find and decode 1 in 4, our AVI / plain pack", 1.1, times("4"), at_least=False, digits=3),
+        Target(
+            "find and decode all, our AVI / plain pack",
+            1.1,
+            times("all"),
+            at_least=False,
+            digits=3,
+        ),
+        Target(
+            "find and decode 1 in 4, our AVI / plain pack",
+            1.1,
+            times("4"),
+            at_least=False,
+            digits=3,
+        ),
     ]
 
 
@@ -284,19 +324,24 @@ def run(
     """
     if min(clips, frames, rounds) < 1:
         raise UserError(
-            f"--clips, --frames and --rounds must be at least 1, but are {clips}, {frames} and {rounds}."
+            f"--clips, --frames and --rounds must be at least 1, but are {clips}, {frames} "
+            f"and {rounds}."
         )
     videos = videos or (REAL_VIDEOS if REAL_VIDEOS.is_dir() else None)
     report = Report(__file__, "Storing a clip")
-    bench = Bench(list(make_clips(videos, clips, frames, short_side, quality)), formats(frames, gop, crf))
+    bench = Bench(
+        list(make_clips(videos, clips, frames, short_side, quality)),
+        formats(frames, gop, crf),
+    )
     rates = interleave(bench.ways(), rounds=rounds, seconds=seconds)
     height, width = bench.clips[0].hw
     report.text(
-        f"{clips} clips of {frames} frames of {width}x{height}, {'real' if videos else 'synthetic'}; JPEG "
-        f"quality {quality}. CPU time of one thread: median over {rounds} interleaved rounds, lowest and "
-        "highest. All formats of JPEGs hold the same JPEGs. Writing them does not count their encoding, "
-        "writing H.264 does. `mean error` is that of a decoded value from 0 to 255. All decode to RGB in "
-        "memory that is there already.",
+        f"{clips} clips of {frames} frames of {width}x{height}, "
+        f"{'real' if videos else 'synthetic'}; JPEG quality {quality}. CPU time of one "
+        f"thread: median over {rounds} interleaved rounds, lowest and highest. All "
+        "formats of JPEGs hold the same JPEGs. Writing them does not count their "
+        "encoding, writing H.264 does. `mean error` is that of a decoded value from 0 to "
+        "255. All decode to RGB in memory that is there already.",
     )
     report.table(COLUMNS, [row(bench, rates, name) for name in bench.kinds])
     report.text("## Targets")

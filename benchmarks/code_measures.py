@@ -1,7 +1,8 @@
 """Measure the code of a commit, for comparisons: python benchmarks/code_measures.py A,B.
 
-Prints a Markdown table with one column a commit. The files of one training step are those of the product in
-which a function ran between two steps of stage visual: loop, loader threads, model, engine.
+Prints a Markdown table with one column a commit. The files of one training step are those
+of the product in which a function ran between two steps of stage visual: loop, loader
+threads, model, engine.
 """
 
 import ast
@@ -23,7 +24,8 @@ WIDE = 90  # columns
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
-# Runs launch/train.py; between the second and the third step it notes the files whose functions are called.
+# Runs launch/train.py; between the second and the third step it notes the files whose
+# functions are called.
 TRACED = """
 import runpy, sys, threading
 steps, files = 0, set()
@@ -70,7 +72,9 @@ def code_measures(commits: tuple[str, ...] = ("HEAD",), *, step: bool = True) ->
             checkout(commit, tree)
             columns[commit] = measures(tree)
             if step:
-                columns[commit]["files of one training step"] = str(len(step_files(tree, folder)))
+                columns[commit]["files of one training step"] = str(
+                    len(step_files(tree, folder))
+                )
     print("| | " + " | ".join(columns) + " |")
     print("|---|" + "--:|" * len(columns))
     for name in next(iter(columns.values())):
@@ -82,7 +86,9 @@ def measures(root: Path) -> dict[str, str]:
     """The measures of a source tree, as they are printed."""
     product = [source for folder in PRODUCT for source in read(root, folder)]
     tests = list(read(root, "tests"))
-    num_lines, num_test_lines = (sum(len(s.lines) for s in some) for some in (product, tests))
+    num_lines, num_test_lines = (
+        sum(len(s.lines) for s in some) for some in (product, tests)
+    )
     largest = max(product, key=lambda source: len(source.lines))
     longest, length = max(functions(product), key=lambda found: found[1])
     wide = sum(len(line) > WIDE for source in product for line in source.lines)
@@ -123,7 +129,11 @@ def inner_imports(source: Source) -> int:
     found = set()
     for function in ast.walk(source.tree):
         if isinstance(function, FUNCTIONS):
-            found |= {node for node in ast.walk(function) if isinstance(node, ast.Import | ast.ImportFrom)}
+            found |= {
+                node
+                for node in ast.walk(function)
+                if isinstance(node, ast.Import | ast.ImportFrom)
+            }
     return len(found)
 
 
@@ -132,12 +142,15 @@ def cycles(sources: list[Source]) -> list[list[str]]:
     modules = {source.module for source in sources}
     imports = {source.module: imported(source, modules) for source in sources}
     reached = {module: reach(module, imports) for module in modules}
-    groups = {tuple(sorted(m for m in reached[one] if one in reached[m])) for one in modules}
+    groups = {
+        tuple(sorted(m for m in reached[one] if one in reached[m])) for one in modules
+    }
     return [list(group) for group in groups if len(group) > 1]
 
 
 def imported(source: Source, modules: set[str]) -> set[str]:
-    """The product's modules that a file imports; a package counts where a name of its own is imported."""
+    """The product's modules that a file imports; a package counts where a name of its own
+    is imported."""
     found = set()
     for node in ast.walk(source.tree):
         if isinstance(node, ast.Import):
@@ -164,19 +177,38 @@ def num_options(root: Path) -> int:
     """The fields of the dataclasses of a run, without those that hold a section of options."""
     tree = ast.parse((root / "flallm_ds" / "config.py").read_text(encoding="utf-8"))
     fields = [node for c in tree.body if isinstance(c, ast.ClassDef) for node in c.body]
-    names = [ast.unparse(node.annotation) for node in fields if isinstance(node, ast.AnnAssign)]
+    names = [
+        ast.unparse(node.annotation) for node in fields if isinstance(node, ast.AnnAssign)
+    ]
     return sum(not name.endswith("Config") for name in names)
 
 
 def step_files(tree: Path, folder: Path) -> list[str]:
     """The files of the package in which a function ran during one training step of a commit."""
     make_corpus(folder)
-    places = {"run": tree / "run", "data.shards": folder / "shards", "llm.name": folder / "llm"}
-    options = OPTIONS | {name: str(path) for name, path in places.items()} | {"train.max_steps": "4"}
-    words = ["launch/train.py", "--stage=visual", *(f"--{n}={value}" for n, value in options.items())]
+    places = {
+        "run": tree / "run",
+        "data.shards": folder / "shards",
+        "llm.name": folder / "llm",
+    }
+    options = (
+        OPTIONS
+        | {name: str(path) for name, path in places.items()}
+        | {"train.max_steps": "4"}
+    )
+    words = [
+        "launch/train.py",
+        "--stage=visual",
+        *(f"--{n}={value}" for n, value in options.items()),
+    ]
     command = [sys.executable, "-c", TRACED, *words]
     done = subprocess.run(
-        command, cwd=tree, env=environment_of(tree), capture_output=True, text=True, check=False
+        command,
+        cwd=tree,
+        env=environment_of(tree),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     lines = [line for line in done.stdout.splitlines() if line.startswith("FILES ")]
     assert lines, done.stdout[-2000:] + done.stderr[-2000:]

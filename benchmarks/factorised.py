@@ -1,12 +1,13 @@
 """Joint training, stage 1 alone, and both stages on signsim: FLa-LLM's Tables 4 and 5 in small.
 
-    python benchmarks/factorised.py --out runs/factorised
-    python benchmarks/factorised.py --out runs/weak --visual.weights=FOLDER --visual.frozen_stages=0
+    python benchmarks/factorised.py --out runs/factorised python benchmarks/factorised.py
+    --out runs/weak --visual.weights=FOLDER --visual.frozen_stages=0
 
-Every run is an ordinary command of launch/, one process each, `jobs` of them at a time. Started again, it
-goes on where it was. The corpus, the stand-in backbone and the stand-in LLM are the quickstart's
-(data/signsim). Joint training has the epochs of both stages together, so that all see as many clips. Table
-and probe plot are written to the folder at the end.
+Every run is an ordinary command of launch/, one process each, `jobs` of them at a time.
+Started again, it goes on where it was. The corpus, the stand-in backbone and the stand-in
+LLM are the quickstart's (data/signsim). Joint training has the epochs of both stages
+together, so that all see as many clips. Table and probe plot are written to the folder at
+the end.
 """
 
 import os
@@ -36,20 +37,30 @@ def factorised(
 ) -> None:
     """Train and score three systems for each seed, then write table.md and probe.png.
 
-    visual_epochs, llm_epochs: of the two stages; joint training has their sum. Other options go to every run.
+    visual_epochs, llm_epochs: of the two stages; joint training has their sum. Other
+    options go to every run.
     """
     out = out.resolve()
     (out / "logs").mkdir(parents=True, exist_ok=True)
     prepare()  # once, before two runs of it side by side
     options = [f"--{name}={value}" for name, value in overrides.items()]
-    lines = [line for s in seeds for line in _lines(out, s, visual_epochs, llm_epochs, options)]
+    lines = [
+        line for s in seeds for line in _lines(out, s, visual_epochs, llm_epochs, options)
+    ]
     with ThreadPoolExecutor(jobs) as pool:
         for future in [pool.submit(_run_line, line) for line in lines]:
             future.result()
     table = _table(out, seeds)
     (out / "table.md").write_text(table + "\n", encoding="utf-8")
     first = [str(out / f"{system}_{seeds[0]}") for system in SYSTEMS]
-    _python("-m", "flallm_ds", "probe", f"--runs={','.join(first)}", f"--out={out / 'probe.png'}", log=None)
+    _python(
+        "-m",
+        "flallm_ds",
+        "probe",
+        f"--runs={','.join(first)}",
+        f"--out={out / 'probe.png'}",
+        log=None,
+    )
     print(f"{table}\n\n{out / 'table.md'}  {out / 'probe.png'}")
 
 
@@ -64,13 +75,26 @@ def _lines(
         "--train.deepspeed=ds_configs/zero2.json",
     ]  # one process: nothing to split, nothing to offload
     options = {"joint": [], "visual": [], "llm": [f"--visual_run={runs['visual']}"]}
-    epochs = {"joint": visual_epochs + llm_epochs, "visual": visual_epochs, "llm": llm_epochs}
+    epochs = {
+        "joint": visual_epochs + llm_epochs,
+        "visual": visual_epochs,
+        "llm": llm_epochs,
+    }
     for system, count in epochs.items():
         looks = 3 if system == "joint" else 2  # at dev: the best of them is scored
-        options[system] += [f"--train.epochs={count}", f"--eval.every_epochs={max(1, count // looks)}"]
+        options[system] += [
+            f"--train.epochs={count}",
+            f"--eval.every_epochs={max(1, count // looks)}",
+        ]
     commands = {
         system: [
-            ["launch/train.py", f"--stage={system}", f"--run={run}", *common, *options[system]],
+            [
+                "launch/train.py",
+                f"--stage={system}",
+                f"--run={run}",
+                *common,
+                *options[system],
+            ],
             ["launch/evaluate.py", f"--run={run}", "--split=test"],
         ]
         for system, run in runs.items()
@@ -83,8 +107,15 @@ _printing = threading.Lock()
 
 def _run_line(commands: list[list[str]]) -> None:
     for command in commands:
-        run = next(Path(word.removeprefix("--run=")) for word in command if word.startswith("--run="))
-        if command[0] == "launch/evaluate.py" and (run / "evaluation" / "test.json").is_file():
+        run = next(
+            Path(word.removeprefix("--run="))
+            for word in command
+            if word.startswith("--run=")
+        )
+        if (
+            command[0] == "launch/evaluate.py"
+            and (run / "evaluation" / "test.json").is_file()
+        ):
             continue
         with _printing:
             print(f"== {' '.join(command)}", flush=True)
@@ -104,7 +135,10 @@ def _python(*words: str, log: Path | None) -> None:
         check=False,
     )
     if done.returncode:
-        raise UserError(f"{' '.join(words)} must end well, but ended with code {done.returncode}: see {log}.")
+        raise UserError(
+            f"{' '.join(words)} must end well, but ended with code {done.returncode}: see "
+            f"{log}."
+        )
 
 
 def _table(out: Path, seeds: tuple[int, ...]) -> str:
@@ -113,21 +147,33 @@ def _table(out: Path, seeds: tuple[int, ...]) -> str:
 
     said = {
         system: [
-            read_hypotheses(out / f"{system}_{seed}" / "evaluation" / "test.hypotheses.jsonl")
+            read_hypotheses(
+                out / f"{system}_{seed}" / "evaluation" / "test.hypotheses.jsonl"
+            )
             for seed in seeds
         ]
         for system in SYSTEMS
     }
     references = [h.reference for h in said["joint"][0]]
-    texts = {system: [[h.hypothesis for h in run] for run in runs] for system, runs in said.items()}
+    texts = {
+        system: [[h.hypothesis for h in run] for run in runs]
+        for system, runs in said.items()
+    }
     found = paired_bootstrap(texts, references)
-    lines = ["| test BLEU-4 | " + " | ".join(f"seed {seed}" for seed in seeds) + " | mean, 95 % interval |"]
+    lines = [
+        "| test BLEU-4 | "
+        + " | ".join(f"seed {seed}" for seed in seeds)
+        + " | mean, 95 % interval |"
+    ]
     lines.append("|---|" + "--:|" * (len(seeds) + 1))
     for system, name in SYSTEMS.items():
         alone = [
-            paired_bootstrap({"": [run]}, references, resamples=2).score("").value for run in texts[system]
+            paired_bootstrap({"": [run]}, references, resamples=2).score("").value
+            for run in texts[system]
         ]
-        lines.append(f"| {name} | {' | '.join(f'{v:.1f}' for v in alone)} | {found.score(system)} |")
+        lines.append(
+            f"| {name} | {' | '.join(f'{v:.1f}' for v in alone)} | {found.score(system)} |"
+        )
     lines.append("")
     for better, worse in (("visual", "joint"), ("llm", "visual"), ("llm", "joint")):
         gap, chance = found.difference(better, worse)

@@ -1,4 +1,5 @@
-"""How much cheaper an epoch of stage llm is on cached features than on video, and what writing them costs.
+"""How much cheaper an epoch of stage llm is on cached features than on video, and what
+writing them costs.
 
 python benchmarks/features.py --out=benchmarks/results
 """
@@ -13,7 +14,8 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-if __name__ in ("__main__", "__mp_main__"):  # run as a file: the project's root is not on the path yet
+# run as a file: the project's root is not on the path yet
+if __name__ in ("__main__", "__mp_main__"):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.measure import ROOT, Report, cpu_seconds, ratios, spread
@@ -36,7 +38,8 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained on. short_side: of the stored frames, px. more: options besides the quickstart's."""
+    """What is trained on. short_side: of the stored frames, px. more: options besides the
+    quickstart's."""
 
     label: str
     clips: int
@@ -63,7 +66,8 @@ def run(
     large_clips: int = 40,
     rounds: int = 3,
 ) -> str:
-    """Train epochs of stage llm on video and on features in turn, in one process, and write a page.
+    """Train epochs of stage llm on video and on features in turn, in one process, and
+    write a page.
 
     --clips, --large_clips: of the corpora at 64 and at 256 px, three splits together.
     """
@@ -91,14 +95,17 @@ def run(
             material(setting, place)
             costs.append(measure(setting, place, rounds, world))
     dist.stop()
-    report = Report(__file__, "Stage llm on cached features", {"deepspeed": "", "transformers": ""})
+    report = Report(
+        __file__, "Stage llm on cached features", {"deepspeed": "", "transformers": ""}
+    )
     report.text(
-        "CPU seconds of one process, one thread a library: epochs on video and on features in turn, "
-        f"{rounds} rounds after one that does not count. Figures are ratios of one run; the seconds hold "
-        "for this machine on this day. The LLM is the stand-in (d_model 256, two layers each way): with a "
-        "larger one an epoch on features costs more, and the factor is smaller. Batches of 32 clips at 64 "
-        "px, of 8 at 224 px; 1 frame in 4 is kept. The engine is ZeRO-3 with offload, whose work in a step "
-        "does not depend on the clips: at 64 px it is most of an epoch on features."
+        "CPU seconds of one process, one thread a library: epochs on video and on features "
+        f"in turn, {rounds} rounds after one that does not count. Figures are ratios of "
+        "one run; the seconds hold for this machine on this day. The LLM is the stand-in "
+        "(d_model 256, two layers each way): with a larger one an epoch on features costs "
+        "more, and the factor is smaller. Batches of 32 clips at 64 px, of 8 at 224 px; 1 "
+        "frame in 4 is kept. The engine is ZeRO-3 with offload, whose work in a step does "
+        "not depend on the clips: at 64 px it is most of an epoch on features."
     )
     rows = [(s.label, *row_of(cost)) for s, cost in zip(settings, costs, strict=True)]
     report.table(("setting", *COLUMNS), rows)
@@ -125,7 +132,9 @@ def measure(setting: Setting, folder: Path, rounds: int, world: dist.World) -> C
 
     video, cached = (options(setting, folder, name) for name in ("shards", "features"))
     begin = cpu_seconds()
-    Writing.begin(video, world, folder / "features", VIEWS, "float32", ("train", "dev")).run(StopRequest())
+    Writing.begin(
+        video, world, folder / "features", VIEWS, "float32", ("train", "dev")
+    ).run(StopRequest())
     writing = (cpu_seconds() - begin) / VIEWS
     ways = [Epochs(config, world) for config in (video, cached)]
     spent: list[list[float]] = [[], []]
@@ -162,7 +171,8 @@ class Epochs:
 
 
 def options(setting: Setting, folder: Path, shards: str) -> RunConfig:
-    """Of the quickstart's stage llm; the encoder has random weights, which cost as much as trained ones."""
+    """Of the quickstart's stage llm; the encoder has random weights, which cost as much
+    as trained ones."""
     given: dict[str, object] = {
         "run": folder / f"run_{shards}",
         "data.shards": folder / shards,
@@ -172,7 +182,9 @@ def options(setting: Setting, folder: Path, shards: str) -> RunConfig:
         "visual.frozen_stages": 0,
         "train.log_every_s": 1e9,
     }
-    return resolve("llm", None, {name: str(value) for name, value in (given | setting.more).items()})
+    return resolve(
+        "llm", None, {name: str(value) for name, value in (given | setting.more).items()}
+    )
 
 
 def material(setting: Setting, folder: Path) -> None:
@@ -187,10 +199,27 @@ def material(setting: Setting, folder: Path) -> None:
         f"--clips={setting.clips}",
         "--monolingual=500",
     ]
-    build = ["shards/build.py", "signsim", f"--source={corpus}", f"--out={folder / 'shards'}"]
-    llm = ["-m", "flallm_ds", "standin_llm", f"--texts={corpus / 'monolingual.txt'}", "--steps=5"]
-    for words in (make, [*build, f"--short_side={setting.short_side}"], [*llm, f"--out={folder / 'llm'}"]):
-        subprocess.run([sys.executable, *words], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    build = [
+        "shards/build.py",
+        "signsim",
+        f"--source={corpus}",
+        f"--out={folder / 'shards'}",
+    ]
+    llm = [
+        "-m",
+        "flallm_ds",
+        "standin_llm",
+        f"--texts={corpus / 'monolingual.txt'}",
+        "--steps=5",
+    ]
+    for words in (
+        make,
+        [*build, f"--short_side={setting.short_side}"],
+        [*llm, f"--out={folder / 'llm'}"],
+    ):
+        subprocess.run(
+            [sys.executable, *words], cwd=ROOT, check=True, stdout=subprocess.DEVNULL
+        )
 
 
 if __name__ == "__main__":

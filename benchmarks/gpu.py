@@ -1,4 +1,5 @@
-"""With a GPU: frames into the device, how long the real stage-1 step waits for them, and the fused kernel.
+"""With a GPU: frames into the device, how long the real stage-1 step waits for them, and
+the fused kernel.
 
 python benchmarks/gpu.py --out=benchmarks/results [--videos=FOLDER]
 """
@@ -13,7 +14,8 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-if __name__ in ("__main__", "__mp_main__"):  # run as a file: the project's root is not on the path yet
+# run as a file: the project's root is not on the path yet
+if __name__ in ("__main__", "__mp_main__"):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
@@ -37,7 +39,13 @@ WARM_UP = 10  # steps until kernels are chosen and slots are as large as they ge
 THREADS = (1, 2, 4, 8, 16)
 WAITING = 0.02  # of a step's time, at most
 COLUMNS = ("decoder", "threads", "kept frames per second into the device")
-STEP_COLUMNS = ("decoder", "threads", "ms a step", "kept frames per second", "share waiting for data")
+STEP_COLUMNS = (
+    "decoder",
+    "threads",
+    "ms a step",
+    "kept frames per second",
+    "share waiting for data",
+)
 
 
 def run(
@@ -57,7 +65,8 @@ def run(
     """
     if not torch.cuda.is_available():  # before anything is built
         raise UserError(
-            "benchmarks/gpu.py needs a CUDA device, but PyTorch sees none: run it where there is one."
+            "benchmarks/gpu.py needs a CUDA device, but PyTorch sees none: run it where "
+            "there is one."
         )
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -85,10 +94,10 @@ def run(
     report = Report(__file__, "On a GPU", {"GPU": torch.cuda.get_device_name()})
     data = task.config.data
     report.text(
-        f"{clips} clips of {frames} frames of 210x260, stage 1 of the recipe phoenix14t with random weights "
-        f"({data.batch_clips} clips a step in {data.micro_batches} micro-batches, 1 in {data.keep_every} "
-        f"frames). Seconds are of the clock; the median of {rounds} rounds of "
-        f"{steps} steps, with the lowest and the highest.",
+        f"{clips} clips of {frames} frames of 210x260, stage 1 of the recipe phoenix14t "
+        f"with random weights ({data.batch_clips} clips a step in {data.micro_batches} "
+        f"micro-batches, 1 in {data.keep_every} frames). Seconds are of the clock; the "
+        f"median of {rounds} rounds of {steps} steps, with the lowest and the highest.",
         "## Into the device",
         "torchvision's nvJPEG decoder is one for the process: threads only read for it.",
     )
@@ -98,7 +107,9 @@ def run(
     report.text("## Preprocessing 256 frames, ms")
     report.table(("way", "ms"), [(way, spread(ms, 3)) for way, ms in kernel.items()])
     best = min(waiting, key=lambda key: sorted(waiting[key])[rounds // 2])
-    what = f"share of the step's time waiting for data, decoder {best[0]}, {best[1]} threads"
+    what = (
+        f"share of the step's time waiting for data, decoder {best[0]}, {best[1]} threads"
+    )
     report.text("## Targets")
     report.targets([Target(what, WAITING, waiting[best], at_least=False, digits=4)])
     return report.finish(out, hardware)
@@ -109,7 +120,11 @@ def stage_1(folder: Path, clips: int, frames: int, videos: Path | None) -> Task:
     pngs = material.png_folders(folder / "png", clips, frames, videos)
     shards = material.build_shards([paths[0].parent for paths in pngs], folder / "shards")
     small_codec(load_index(shards, "train")).tokenizer.save_pretrained(folder / "llm")
-    options = {"data.shards": str(shards), "run": str(folder / "run"), "llm.name": str(folder / "llm")}
+    options = {
+        "data.shards": str(shards),
+        "run": str(folder / "run"),
+        "llm.name": str(folder / "llm"),
+    }
     options |= {"visual.weights": "none", "eval.split": "train"}
     config = resolve("visual", "phoenix14t", options)
     Path(config.run).mkdir()
@@ -146,13 +161,15 @@ def into_the_device(task: Task, num_steps: int) -> float:
 
 
 def train_steps(trainer: Trainer, task: Task, num_steps: int) -> tuple[float, float, float]:
-    """(ms a step, frames per second, share of the time waiting for data) of real optimizer steps."""
+    """(ms a step, frames per second, share of the time waiting for data) of real
+    optimizer steps."""
     trainer.task, trainer.at = task, Position()
     waited = spent = num_frames = 0.0
     since = time.perf_counter()
     for number, batches in enumerate(steps_of(task, num_steps + WARM_UP)):
         wait = time.perf_counter() - since
-        trainer._step(batches, num_steps, wait)  # it reads the loss, so the GPU is done with the forward
+        # it reads the loss, so the GPU is done with the forward
+        trainer._step(batches, num_steps, wait)
         now = time.perf_counter()
         if number >= WARM_UP:
             waited, spent = waited + wait, spent + now - since
@@ -171,7 +188,9 @@ def kernel_times(task: Task, rounds: int) -> dict[str, list[float]]:
     ways: dict[str, Callable[[], torch.Tensor]] = {
         "PyTorch": lambda: preprocess.resample(frames, theta, clips, crop),
         "fused, float32": lambda: preprocess._fused(frames, theta, clips, crop),
-        "fused, bfloat16": lambda: preprocess._fused(frames, theta, clips, crop, torch.bfloat16),
+        "fused, bfloat16": lambda: preprocess._fused(
+            frames, theta, clips, crop, torch.bfloat16
+        ),
     }
     times: dict[str, list[float]] = {way: [] for way in ways}
     for number in range(rounds + 1):

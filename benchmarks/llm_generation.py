@@ -1,9 +1,11 @@
-"""Beam search under ZeRO-3: weights gathered once for a whole evaluation, or again for every token.
+"""Beam search under ZeRO-3: weights gathered once for a whole evaluation, or again for
+every token.
 
-    deepspeed --num_gpus 2 benchmarks/llm_generation.py [--layers 4 --width 256 --pieces 8000]
+    deepspeed --num_gpus 2 benchmarks/llm_generation.py [--layers 4 --width 256 --pieces
+    8000]
 
-An mBART with random weights, so that every sentence has `tokens` pieces. Both ways alternate, and the best of
-`rounds` counts: other work on the machine only adds time.
+An mBART with random weights, so that every sentence has `tokens` pieces. Both ways
+alternate, and the best of `rounds` counts: other work on the machine only adds time.
 """
 
 import time
@@ -75,9 +77,13 @@ def generation(
     if world.is_main:
         size = sum(p.ds_numel for p in engine.module.parameters()) / 1e6
         token, once = min(seconds["never"]), min(seconds["auto"])
-        print(f"{size:.1f} M parameters, {world.size} ranks, {clips} clips, {tokens} tokens, beam 5")
         print(
-            f"gathered for every token: {token:.2f} s a batch; once: {once:.2f} s; factor {token / once:.1f}"
+            f"{size:.1f} M parameters, {world.size} ranks, {clips} clips, {tokens} tokens, "
+            "beam 5"
+        )
+        print(
+            f"gathered for every token: {token:.2f} s a batch; once: {once:.2f} s; factor "
+            f"{token / once:.1f}"
         )
     dist.stop()
 

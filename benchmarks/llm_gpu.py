@@ -1,7 +1,8 @@
-"""Stage 2 on one GPU: steps of an mBART-large; ways of attention and loss; the largest LLM that trains.
+"""Stage 2 on one GPU: steps of an mBART-large; ways of attention and loss; the largest
+LLM that trains.
 
-python benchmarks/llm_gpu.py --out=benchmarks/results
-python benchmarks/llm_gpu.py --small=true          (everything at toy size, on a CPU as well)
+python benchmarks/llm_gpu.py --out=benchmarks/results python benchmarks/llm_gpu.py
+--small=true          (everything at toy size, on a CPU as well)
 """
 
 import json
@@ -15,9 +16,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))  # the optimizer of an offload
+# the optimizer of an offload
+os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
 
-if __name__ in ("__main__", "__mp_main__"):  # run as a file: the project's root is not on the path yet
+# run as a file: the project's root is not on the path yet
+if __name__ in ("__main__", "__mp_main__"):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
@@ -38,7 +41,13 @@ MBART = {
 
 
 def _qwen3(
-    width: int, ffn: int, layers: int, heads: int, tied: bool, kv_heads: int = 8, head: int = 128
+    width: int,
+    ffn: int,
+    layers: int,
+    heads: int,
+    tied: bool,
+    kv_heads: int = 8,
+    head: int = 128,
 ) -> dict[str, Any]:
     return {
         "hidden_size": width, "intermediate_size": ffn, "num_hidden_layers": layers,
@@ -47,7 +56,8 @@ def _qwen3(
     }  # fmt: skip
 
 
-# Sizes as their config.json on the hub has them; the last of each list is for trying this script.
+# Sizes as their config.json on the hub has them; the last of each list is for trying this
+# script.
 MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "mBART-large, trimmed": ("mbart", 2_454, MBART),
     "mBART-large": ("mbart", 250_027, MBART),
@@ -75,7 +85,8 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Job:
-    """Some steps of stage 2 with random weights and synthetic features, in a process of its own."""
+    """Some steps of stage 2 with random weights and synthetic features, in a process of
+    its own."""
 
     model: str
     deepspeed: str = "zero3"
@@ -119,21 +130,27 @@ def run(
     """
     if not (small or torch.cuda.is_available()):
         raise UserError(
-            "benchmarks/llm_gpu.py needs a CUDA device, but PyTorch sees none: run it where there is one, or "
-            "try it at toy size with --small=true."
+            "benchmarks/llm_gpu.py needs a CUDA device, but PyTorch sees none: run it "
+            "where there is one, or try it at toy size with --small=true."
         )
     for name in ladder:
         if name not in MODELS:
-            raise UserError(f"--ladder must name sizes of {', '.join(MODELS)}, but {name!r} is none of them.")
+            raise UserError(
+                f"--ladder must name sizes of {', '.join(MODELS)}, but {name!r} is none of "
+                "them."
+            )
     shape = {"clips": clips, "steps": steps}
     versions = {"GPU": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
-    report = Report(__file__, "Stage 2 on one GPU" if versions else "Stage 2 at toy size", versions)
+    report = Report(
+        __file__, "Stage 2 on one GPU" if versions else "Stage 2 at toy size", versions
+    )
     example = Job("")
     report.text(
-        f"Random weights, synthetic features of a frozen encoder: {clips} clips a step in one micro-batch, "
-        f"{example.frames} visual and {example.words} target tokens each; tokens are of both. {steps} steps "
-        f"after {example.warm_up} that do not count, by the clock. Device memory is the most that PyTorch "
-        "had allocated in those steps; host memory the most that the process ever held."
+        f"Random weights, synthetic features of a frozen encoder: {clips} clips a step in "
+        f"one micro-batch, {example.frames} visual and {example.words} target tokens each; "
+        f"tokens are of both. {steps} steps after {example.warm_up} that do not count, by "
+        "the clock. Device memory is the most that PyTorch had allocated in those steps; "
+        "host memory the most that the process ever held."
     )
     for title, jobs in parts(tuple(ladder), shape, small).items():
         report.text(f"## {title}")
@@ -141,7 +158,9 @@ def run(
     return report.finish(out, hardware)
 
 
-def parts(ladder: tuple[str, ...], shape: dict[str, int], small: bool) -> dict[str, list[Job]]:
+def parts(
+    ladder: tuple[str, ...], shape: dict[str, int], small: bool
+) -> dict[str, list[Job]]:
     """The jobs under each heading."""
     mbart, trimmed, qwen = "mBART-large", "mBART-large, trimmed", "Qwen3-0.6B"
     if small:
@@ -151,7 +170,8 @@ def parts(ladder: tuple[str, ...], shape: dict[str, int], small: bool) -> dict[s
     plain = [Job(name, loss="logits", **shape) for name in (mbart, qwen)]
     large = Job("", "zero3_offload", checkpointing=True, **shape)
     return {
-        "A step of mBART-large": [Job(n, z, **shape) for n in (trimmed, mbart) for z in ZEROS],
+        "A step of "
+        "mBART-large": [Job(n, z, **shape) for n in (trimmed, mbart) for z in ZEROS],
         "Attention and loss": [
             *plain,
             *(replace(job, loss=loss) for job in plain for loss in ("chunks", *liger)),
@@ -165,7 +185,13 @@ def parts(ladder: tuple[str, ...], shape: dict[str, int], small: bool) -> dict[s
 
 
 def row(job: Job, found: Measured | str) -> tuple[str, ...]:
-    how = (job.deepspeed, job.tuning, job.attention, job.loss, "yes" if job.checkpointing else "no")
+    how = (
+        job.deepspeed,
+        job.tuning,
+        job.attention,
+        job.loss,
+        "yes" if job.checkpointing else "no",
+    )
     if isinstance(found, str):
         return (job.model, "", "", *how, found, "", "", "")
     return (
@@ -185,13 +211,16 @@ def in_a_process(job: Job, limit_s: float) -> Measured | str:
     print(job, file=sys.stderr, flush=True)
     arguments = [sys.executable, __file__, "child", json.dumps(asdict(job))]
     try:
-        ended = subprocess.run(arguments, capture_output=True, text=True, timeout=limit_s, check=False)
+        ended = subprocess.run(
+            arguments, capture_output=True, text=True, timeout=limit_s, check=False
+        )
     except subprocess.TimeoutExpired:
         return f"not done after {limit_s:.0f} s"
     if ended.returncode == 0:
         return Measured(**json.loads(ended.stdout.splitlines()[-1]))
     print(ended.stderr[-3000:], file=sys.stderr, flush=True)
-    if ended.returncode < 0:  # the kernel's way to say that the host's memory is full is signal 9
+    # the kernel's way to say that the host's memory is full is signal 9
+    if ended.returncode < 0:
         return f"ended by signal {-ended.returncode}"
     lines = ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"]
     if any("OutOfMemoryError" in line for line in lines):
@@ -215,8 +244,12 @@ def child(job: Job) -> Measured:
     dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
     model = translator(job, dtype)
     parameters = list(model.parameters())
-    counts = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
-    ds.deepspeed.zero.Init(module=model, config_dict_or_path=config)  # one parameter after another
+    counts = (
+        sum(p.numel() for p in parameters),
+        sum(p.numel() for p in parameters if p.requires_grad),
+    )
+    # one parameter after another
+    ds.deepspeed.zero.Init(module=model, config_dict_or_path=config)
     new = {id(p) for p in model.adapter.parameters()}
     trained = [p for p in parameters if p.requires_grad]
     groups = [
@@ -227,7 +260,9 @@ def child(job: Job) -> Measured:
     step_s, device_gb = steps_of(job, engine, world.device)
     dist.stop()
     tokens = job.clips * (job.frames + job.words)
-    return Measured(*counts, step_s, tokens / step_s, device_gb, memory_kb("VmHWM") * 1024 / 1e9)
+    return Measured(
+        *counts, step_s, tokens / step_s, device_gb, memory_kb("VmHWM") * 1024 / 1e9
+    )
 
 
 def translator(job: Job, dtype: torch.dtype) -> Any:
@@ -271,7 +306,11 @@ def steps_of(job: Job, engine: Any, device: torch.device) -> tuple[float, float]
 
     family, vocabulary, _ = MODELS[job.model]
     # As of "Translate this German Sign Language video into German:" in Qwen3's chat.
-    wording = Wording(start=(5,)) if family == "mbart" else Wording(before=(3,) * 12, after=(4,) * 6)
+    wording = (
+        Wording(start=(5,))
+        if family == "mbart"
+        else Wording(before=(3,) * 12, after=(4,) * 6)
+    )
     features_ND = torch.randn(job.clips * job.frames, 512, device=device)
     num_frames_B = torch.full((job.clips,), job.frames)
     targets_BL = torch.randint(3, vocabulary, (job.clips, job.words), device=device)

@@ -1,4 +1,5 @@
-"""Memory that loading a large LLM takes on each rank: ours and transformers' own way under ZeRO-3, and whole.
+"""Memory that loading a large LLM takes on each rank: ours and transformers' own way
+under ZeRO-3, and whole.
 
 python benchmarks/llm_loading.py --out=benchmarks/results
 """
@@ -18,7 +19,8 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-if __name__ in ("__main__", "__mp_main__"):  # run as a file: the project's root is not on the path yet
+# run as a file: the project's root is not on the path yet
+if __name__ in ("__main__", "__mp_main__"):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
@@ -80,7 +82,8 @@ def run(
     way: str = "",
     folder: Path | None = None,
 ) -> str:
-    """Save an LLM with random weights in bf16, load it in fp32 each way, and report each rank's peak memory.
+    """Save an LLM with random weights in bf16, load it in fp32 each way, and report each
+    rank's peak memory.
 
     --out: folder for the report; --hardware: its name there. --width, --layers, --vocabulary: of a Llama;
     the defaults make a billion parameters. --shard-mb: of one file. --ranks: on this machine's CPU.
@@ -107,22 +110,40 @@ def run(
     whole = found["whole"][0]
     report = Report(
         __file__,
-        f"Memory to load an LLM of {num_parameters / 1e9:.2f} billion parameters on {ranks} CPU ranks",
-        {name: metadata.version(name) for name in ("transformers", "deepspeed", "safetensors")},
+        f"Memory to load an LLM of {num_parameters / 1e9:.2f} billion parameters on "
+        f"{ranks} CPU ranks",
+        {
+            name: metadata.version(name)
+            for name in ("transformers", "deepspeed", "safetensors")
+        },
     )
     report.text(
-        f"A Llama of {layers} layers, {width} wide, {vocabulary:,} words, random weights; in bf16 on disk in "
-        f"{num_files} safetensors files, in fp32 once loaded: {4 * num_parameters / 1e6:,.0f} MB whole. ZeRO "
-        "stage 3 with CPU offload (`ds_configs/zero3_offload.json`). Resident memory of each rank (VmHWM, "
-        "RssAnon, RssFile), which counts pages of mapped files. What imports take is measured after a tiny "
-        "LLM was loaded the same way. A full copy was measured on one rank: on more, each would hold as much."
+        f"A Llama of {layers} layers, {width} wide, {vocabulary:,} words, random weights; "
+        f"in bf16 on disk in {num_files} safetensors files, in fp32 once loaded: "
+        f"{4 * num_parameters / 1e6:,.0f} MB whole. ZeRO stage 3 with CPU offload "
+        "(`ds_configs/zero3_offload.json`). Resident memory of each rank (VmHWM, RssAnon, "
+        "RssFile), which counts pages of mapped files. What imports take is measured after "
+        "a tiny LLM was loaded the same way. A full copy was measured on one rank: on "
+        "more, each would hold as much."
     )
-    report.table(COLUMNS, [_row(way, n, m, whole) for way in WAYS for n, m in enumerate(found[way])])
+    report.table(
+        COLUMNS, [_row(way, n, m, whole) for way in WAYS for n, m in enumerate(found[way])]
+    )
     of_highest, of_left = zip(*(_shares(m, whole) for m in found["ours"]), strict=True)
     report.targets(
         [
-            Target("fullest rank's highest / a full copy's highest", 0.65, [max(of_highest)], at_least=False),
-            Target("the same / what it leaves, without imports", 0.65, [max(of_left)], at_least=False),
+            Target(
+                "fullest rank's highest / a full copy's highest",
+                0.65,
+                [max(of_highest)],
+                at_least=False,
+            ),
+            Target(
+                "the same / what it leaves, without imports",
+                0.65,
+                [max(of_left)],
+                at_least=False,
+            ),
         ]
     )
     return report.finish(out, hardware)
@@ -130,7 +151,9 @@ def run(
 
 def _shares(memory: Memory, whole: Memory) -> tuple[float, float]:
     """Of the highest a full copy reaches; of what it leaves, without imports."""
-    return memory.highest / whole.highest, (memory.highest - memory.before) / (whole.after - whole.before)
+    return memory.highest / whole.highest, (memory.highest - memory.before) / (
+        whole.after - whole.before
+    )
 
 
 def _row(way: str, rank: int, memory: Memory, whole: Memory) -> tuple[str, ...]:
@@ -166,7 +189,12 @@ def measure(way: str, model: Path, ranks: int) -> list[Memory]:
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         children.append(
             subprocess.Popen(
-                [sys.executable, str(Path(__file__).resolve()), f"--way={way}", f"--folder={model}"],
+                [
+                    sys.executable,
+                    str(Path(__file__).resolve()),
+                    f"--way={way}",
+                    f"--folder={model}",
+                ],
                 env={**os.environ, **place, **address},
                 stdout=subprocess.PIPE,
                 text=True,
@@ -189,13 +217,18 @@ def rank_of(way: str, model: Path) -> str:
     engine.prepare()
     device = torch.device("cpu")
     config = engine.complete(
-        engine.read_deepspeed_config(ROOT / "ds_configs" / "zero3_offload.json"), device, 1, 1.0
+        engine.read_deepspeed_config(ROOT / "ds_configs" / "zero3_offload.json"),
+        device,
+        1,
+        1.0,
     )
     deepspeed.init_distributed("gloo")
     partitioning = None if way == "whole" else engine.model_loading(config)
     loading: dict[str, Callable[[Path], Any]] = {
         "whole": lambda folder: touched(load_llm(str(folder))),
-        "transformers": lambda folder: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        "transformers": lambda folder: AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32
+        ),
         "ours": lambda folder: load_llm(str(folder)),
     }
     loading[way](model / "tiny")
@@ -214,7 +247,8 @@ def touched(model: Any) -> Any:
 
 
 def watched(load: Callable[[], Any]) -> Memory:
-    """Memory of this process while `load` runs; anonymous and file pages by samples, each at its highest."""
+    """Memory of this process while `load` runs; anonymous and file pages by samples, each
+    at its highest."""
     Path("/proc/self/clear_refs").write_text("5")  # the kernel's mark begins anew
     before = status()
     highest = dict(before)
@@ -233,14 +267,24 @@ def watched(load: Callable[[], Any]) -> Memory:
     watcher.join()
     after = status()
     del kept
-    return Memory(before["VmRSS"], after["VmHWM"], highest["RssAnon"], highest["RssFile"], after["VmRSS"])
+    return Memory(
+        before["VmRSS"],
+        after["VmHWM"],
+        highest["RssAnon"],
+        highest["RssFile"],
+        after["VmRSS"],
+    )
 
 
 def status() -> dict[str, float]:
     """MB of /proc/self/status."""
     lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
     wanted = ("VmRSS:", "VmHWM:", "RssAnon:", "RssFile:")
-    return {line[0][:-1]: int(line[1]) * 1024 / 1e6 for line in lines if line and line[0] in wanted}
+    return {
+        line[0][:-1]: int(line[1]) * 1024 / 1e6
+        for line in lines
+        if line and line[0] in wanted
+    }
 
 
 if __name__ == "__main__":

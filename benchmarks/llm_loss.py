@@ -1,4 +1,5 @@
-"""Memory and CPU time of the loss over a large vocabulary: all logits, chunks, chunks computed twice.
+"""Memory and CPU time of the loss over a large vocabulary: all logits, chunks, chunks
+computed twice.
 
 python benchmarks/llm_loss.py --out=benchmarks/results
 """
@@ -14,7 +15,8 @@ from types import SimpleNamespace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-if __name__ in ("__main__", "__mp_main__"):  # run as a file: the project's root is not on the path yet
+# run as a file: the project's root is not on the path yet
+if __name__ in ("__main__", "__mp_main__"):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
@@ -50,12 +52,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Cost:
-    """peak_mb: above what the process held before, the gradients of weight and states among it."""
+    """peak_mb: above what the process held before, the gradients of weight and states
+    among it."""
 
     peak_mb: float
     cpu_s: float
     loss: float
-    gradients: tuple[float, float]  # norms, of the output embedding and of the hidden states
+    # norms, of the output embedding and of the hidden states
+    gradients: tuple[float, float]
 
 
 def run(
@@ -88,11 +92,12 @@ def run(
     report = Report(__file__, f"The loss over {vocabulary:,} words")
     weights = ", ".join(f"{w * vocabulary * 4 / 1e6:,.0f} MB at E = {w}" for w in widths)
     report.text(
-        f"{tokens:,} tokens, label smoothing {SMOOTHING}, forward and backward pass of the loss alone "
-        f"in fp32; all logits take {tokens * vocabulary * 4 / 1e6:,.0f} MB. Peak memory is resident memory "
-        "above what the process held before (weight and hidden states); the weight's gradient is in it: "
-        f"{weights}. CPU time is of one thread. The median of {rounds} rounds, each in a process of its own, "
-        "with the lowest and the highest.",
+        f"{tokens:,} tokens, label smoothing {SMOOTHING}, forward and backward pass of "
+        f"the loss alone in fp32; all logits take {tokens * vocabulary * 4 / 1e6:,.0f} "
+        "MB. Peak memory is resident memory above what the process held before (weight "
+        f"and hidden states); the weight's gradient is in it: {weights}. CPU time is of "
+        f"one thread. The median of {rounds} rounds, each in a process of its own, with "
+        "the lowest and the highest.",
         "`logits` and `chunks` are `--llm.loss`'s. `checkpoint` makes the same chunks, but "
         "torch.utils.checkpoint computes each again in the backward pass.",
     )
@@ -100,7 +105,10 @@ def run(
     report.text("## Targets")
     report.targets(
         [
-            *(Target(f"memory, logits / chunks, E = {w}", 2.0, values) for w, values in memory),
+            *(
+                Target(f"memory, logits / chunks, E = {w}", 2.0, values)
+                for w, values in memory
+            ),
             *(
                 Target(f"CPU time, chunks / logits, E = {w}", 1.1, values, at_least=False)
                 for w, values in time
@@ -140,7 +148,8 @@ def cost(way: str, job: Job) -> Cost:
     head = Head(SimpleNamespace(config=config, get_output_embeddings=lambda: embedding))
     hidden_NE = torch.randn(job.tokens, job.width, requires_grad=True)
     targets_N = torch.randint(job.vocabulary, (job.tokens,))
-    F.cross_entropy(embedding(hidden_NE[:2]), targets_N[:2]).backward()  # libraries load, kernels are chosen
+    # libraries load, kernels are chosen
+    F.cross_entropy(embedding(hidden_NE[:2]), targets_N[:2]).backward()
     embedding.weight.grad = hidden_NE.grad = None
     Path("/proc/self/clear_refs").write_text("5")  # the highest mark so far is forgotten
     before_kb, before_s = memory_kb("VmRSS"), cpu_seconds()
@@ -155,18 +164,26 @@ def cost(way: str, job: Job) -> Cost:
 Way = Callable[[Head, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def _checkpointed(head: Head, hidden_NE: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+def _checkpointed(
+    head: Head, hidden_NE: torch.Tensor, targets_N: torch.Tensor
+) -> torch.Tensor:
     def part_loss(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return token_loss(head, hidden, targets, SMOOTHING, "logits")
 
     length = max(1, loss.CHUNK_BYTES // (4 * head.vocab_size))
     parts = zip(hidden_NE.split(length), targets_N.split(length), strict=True)
-    return torch.stack([checkpoint(part_loss, h, t, use_reentrant=False) for h, t in parts]).sum()
+    return torch.stack(
+        [checkpoint(part_loss, h, t, use_reentrant=False) for h, t in parts]
+    ).sum()
 
 
 WAYS: dict[str, Way] = {
-    "logits": lambda head, hidden, targets: token_loss(head, hidden, targets, SMOOTHING, "logits"),
-    "chunks": lambda head, hidden, targets: token_loss(head, hidden, targets, SMOOTHING, "chunks"),
+    "logits": lambda head, hidden, targets: token_loss(
+        head, hidden, targets, SMOOTHING, "logits"
+    ),
+    "chunks": lambda head, hidden, targets: token_loss(
+        head, hidden, targets, SMOOTHING, "chunks"
+    ),
     "checkpoint": _checkpointed,
 }
 

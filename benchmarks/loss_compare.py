@@ -1,8 +1,9 @@
 """Train at two commits and compare the losses bit for bit: python benchmarks/loss_compare.py A B.
 
-A change that only moves code must leave every number as it is. Both commits train both stages on two ranks,
-on the same small signsim corpus, with dropout and augmentation on, and are stopped and resumed once in each
-stage. Compared are loss, gradient norm and learning rate of each step, and the dev scores.
+A change that only moves code must leave every number as it is. Both commits train both
+stages on two ranks, on the same small signsim corpus, with dropout and augmentation on,
+and are stopped and resumed once in each stage. Compared are loss, gradient norm and
+learning rate of each step, and the dev scores.
 """
 
 import json
@@ -51,7 +52,8 @@ OPTIONS = {
 
 
 def loss_compare(a: str, b: str, *, work: Path | None = None) -> None:
-    """Print the first number that differs between commits A and B, with exit code 2, or that none does.
+    """Print the first number that differs between commits A and B, with exit code 2, or
+    that none does.
 
     work: a folder to keep the corpus and both runs in; by default a temporary one.
     """
@@ -68,7 +70,12 @@ def make_corpus(folder: Path) -> None:
     if (folder / "llm").exists():
         return
     write_corpus(folder / "corpus", NUM_CLIPS, seed=0, workers=None, num_monolingual=200)
-    build("signsim", folder / "corpus", folder / "shards", Options(short_side=64, clips_per_shard=8))
+    build(
+        "signsim",
+        folder / "corpus",
+        folder / "shards",
+        Options(short_side=64, clips_per_shard=8),
+    )
     texts = str(folder / "corpus" / "monolingual.txt")
     standin_llm(texts, folder / "llm", vocab_size=200, d_model=64, layers=1, steps=5)
 
@@ -99,7 +106,9 @@ def checkout(commit: str, tree: Path) -> None:
     tree.mkdir(parents=True)
     with tempfile.TemporaryFile() as file:
         command = ["git", "archive", "--format=tar", commit]
-        done = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.PIPE, text=True, check=False)
+        done = subprocess.run(
+            command, cwd=ROOT, stdout=file, stderr=subprocess.PIPE, text=True, check=False
+        )
         if done.returncode:
             raise UserError(f"A and B must be commits of this repository, got {commit!r}.")
         file.seek(0)
@@ -108,7 +117,8 @@ def checkout(commit: str, tree: Path) -> None:
 
 
 def launch(tree: Path, stage: str, options: dict[str, str]) -> None:
-    """Train a stage on two ranks. Raises UserError with the end of the output where that fails."""
+    """Train a stage on two ranks. Raises UserError with the end of the output where that
+    fails."""
     launcher = str(Path(sys.executable).parent / "deepspeed")
     command = [
         launcher,
@@ -129,7 +139,8 @@ def launch(tree: Path, stage: str, options: dict[str, str]) -> None:
     )
     if done.returncode:
         raise UserError(
-            f"stage {stage} of {tree.name} ended with code {done.returncode}:\n{done.stdout[-3000:]}"
+            f"stage {stage} of {tree.name} ended with code "
+            f"{done.returncode}:\n{done.stdout[-3000:]}"
         )
 
 
@@ -138,7 +149,9 @@ def environment_of(tree: Path) -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(tree)}
 
 
-def compare(first: list[dict[str, Any]], second: list[dict[str, Any]], a: str, b: str) -> None:
+def compare(
+    first: list[dict[str, Any]], second: list[dict[str, Any]], a: str, b: str
+) -> None:
     """Raise UserError that names the first number that differs."""
     if len(first) != len(second):
         raise UserError(f"{a} wrote {len(first)} records, but {b} wrote {len(second)}.")
@@ -146,7 +159,10 @@ def compare(first: list[dict[str, Any]], second: list[dict[str, Any]], a: str, b
         place = f"stage {one['stage']}, step {one['global_step']}"
         for name in ("stage", "kind", "global_step", *COMPARED[one["kind"]]):
             if one[name] != other.get(name):
-                raise UserError(f"{name} at {place} is {one[name]!r} ({a}) and {other.get(name)!r} ({b}).")
+                raise UserError(
+                    f"{name} at {place} is {one[name]!r} ({a}) and {other.get(name)!r} "
+                    f"({b})."
+                )
 
 
 if __name__ == "__main__":

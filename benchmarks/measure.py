@@ -1,7 +1,8 @@
-"""How every benchmark measures and reports: CPU time of all processes, sides interleaved, a Markdown page.
+"""How every benchmark measures and reports: CPU time of all processes, sides interleaved,
+a Markdown page.
 
-CPU time and not the clock: it holds on a machine that others use as well. Ratios of one run and not absolute
-figures: they hold on another machine as well.
+CPU time and not the clock: it holds on a machine that others use as well. Ratios of one
+run and not absolute figures: they hold on another machine as well.
 """
 
 import os
@@ -20,12 +21,21 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("torch", "numpy", "simplejpeg", "opencv-python-headless", "pillow", "av", "webdataset")
+PACKAGES = (
+    "torch",
+    "numpy",
+    "simplejpeg",
+    "opencv-python-headless",
+    "pillow",
+    "av",
+    "webdataset",
+)
 
 
 @dataclass(frozen=True)
 class Amount:
-    """What one pass of a way of loading gave: real frames (no padding) and the clips they are of."""
+    """What one pass of a way of loading gave: real frames (no padding) and the clips they
+    are of."""
 
     frames: int
     clips: int
@@ -48,7 +58,8 @@ class Rates:
 
 
 def cpu_seconds() -> float:
-    """User and system time of this process, of those it has waited for, and of those still running."""
+    """User and system time of this process, of those it has waited for, and of those
+    still running."""
     total = 0.0
     for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN):
         usage = resource.getrusage(who)
@@ -69,7 +80,8 @@ def interleave(ways: dict[str, Way], *, rounds: int, seconds: float) -> dict[str
     passes = {}
     for key, way in ways.items():
         spent_s = _cpu_of(way)
-        if spent_s < seconds:  # again: the first time held what is done once, such as starting workers
+        # again: the first time held what is done once, such as starting workers
+        if spent_s < seconds:
             spent_s = _cpu_of(way)
         passes[key] = max(1, round(seconds / max(spent_s, 1e-3)))
     rates: dict[str, Rates] = {key: Rates([], []) for key in ways}
@@ -80,7 +92,9 @@ def interleave(ways: dict[str, Way], *, rounds: int, seconds: float) -> dict[str
             amounts = [way.run() for _ in range(passes[key])]
             spent_s = max(cpu_seconds() - begin, 1e-9)
             rates[key].frames_per_cpu_s.append(sum(a.frames for a in amounts) / spent_s)
-            rates[key].cpu_ms_per_clip.append(1000 * spent_s / sum(a.clips for a in amounts))
+            rates[key].cpu_ms_per_clip.append(
+                1000 * spent_s / sum(a.clips for a in amounts)
+            )
     return rates
 
 
@@ -97,13 +111,16 @@ def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
 
 def spread(values: Sequence[float], digits: int = 0, unit: str = "") -> str:
     """Median, lowest and highest."""
-    middle, low, high = (f"{v:,.{digits}f}" for v in (statistics.median(values), min(values), max(values)))
+    middle, low, high = (
+        f"{v:,.{digits}f}" for v in (statistics.median(values), min(values), max(values))
+    )
     return f"{middle}{unit} ({low} to {high})"
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a figure should be. `values`: the figure in each round; its median is held against the target."""
+    """What a figure should be. `values`: the figure in each round; its median is held
+    against the target."""
 
     what: str
     target: float
@@ -132,11 +149,17 @@ class Target:
 class Report:
     """A page in Markdown, headed by how it was made."""
 
-    def __init__(self, script: str, title: str, versions: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, script: str, title: str, versions: dict[str, str] | None = None
+    ) -> None:
         self.name = Path(script).stem
         command = shlex.join(["python", f"benchmarks/{Path(script).name}", *sys.argv[1:]])
-        found = {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
-        found = {name: version for name, version in (found | (versions or {})).items() if version}
+        found = {"python": platform.python_version()} | {
+            name: _version(name) for name in PACKAGES
+        }
+        found = {
+            name: version for name, version in (found | (versions or {})).items() if version
+        }
         self.parts = [
             f"# {title}\n",
             f"    {command}\n",
@@ -150,7 +173,9 @@ class Report:
 
     def table(self, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-        self.parts.append("\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n")
+        self.parts.append(
+            "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
+        )
 
     def targets(self, targets: Iterable[Target]) -> None:
         self.table(Target.HEADER, [target.row() for target in targets])
@@ -166,7 +191,10 @@ class Report:
     def path(self, out: Path, hardware: str | None, suffix: str) -> Path:
         out.mkdir(parents=True, exist_ok=True)
         model = re.sub(r"\(r\)|\(tm\)|cpu|processor|@.*", "", cpu_model().lower())
-        slug = hardware or re.sub(r"[^a-z0-9]+", "-", model).strip("-") + f"-{num_cores()}cores"
+        slug = (
+            hardware
+            or re.sub(r"[^a-z0-9]+", "-", model).strip("-") + f"-{num_cores()}cores"
+        )
         return out / f"{self.name}_{slug}_{date.today():%Y%m}{suffix}"
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-if __name__ in ("__main__", "__mp_main__"):  # run as a file: the project's root is not on the path yet
+# run as a file: the project's root is not on the path yet
+if __name__ in ("__main__", "__mp_main__"):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
@@ -38,7 +39,8 @@ def run(
     batch_clips: int = 4,
     threads: int = 0,
 ) -> str:
-    """Load the same clips epoch after epoch and report the process's memory after each, with its slope.
+    """Load the same clips epoch after epoch and report the process's memory after each,
+    with its slope.
 
     --out: folder for the report and the plot; --hardware: their name there. --videos: where frames come from,
     without it they are synthetic. --clips, --frames: clips and frames of each. --threads: 0 for one a core.
@@ -47,7 +49,9 @@ def run(
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         pngs = material.png_folders(folder / "png", clips, frames, videos)
-        shards = material.build_shards([paths[0].parent for paths in pngs], folder / "shards")
+        shards = material.build_shards(
+            [paths[0].parent for paths in pngs], folder / "shards"
+        )
         loader = OurLoader(shards, keep_every, batch_clips, threads or num_cores())
         after, highest, files, num_threads = [], [], [], []
         for _ in range(epochs):
@@ -65,10 +69,11 @@ def run(
     slope, begin = np.polyfit(np.arange(first, epochs), after[first:], 1)
     report = Report(__file__, f"Memory over {epochs} epochs of the loader")
     report.text(
-        f"{clips} clips of {frames} frames of 210x260, 1 frame in {keep_every} kept, {batch_clips} clips "
-        f"a batch. After {first} epochs the resident memory changes by **{slope:+.2f} MB an epoch** (line "
-        f"of least squares), {100 * slope / begin:+.2f} % of it; open files by {files[-1] - files[first]:+d} "
-        f"and threads by {num_threads[-1] - num_threads[first]:+d} over all of them."
+        f"{clips} clips of {frames} frames of 210x260, 1 frame in {keep_every} kept, "
+        f"{batch_clips} clips a batch. After {first} epochs the resident memory changes by "
+        f"**{slope:+.2f} MB an epoch** (line of least squares), {100 * slope / begin:+.2f} "
+        f"% of it; open files by {files[-1] - files[first]:+d} and threads by "
+        f"{num_threads[-1] - num_threads[first]:+d} over all of them."
     )
     if out is not None:
         picture = report.path(out, hardware, ".png")
@@ -77,14 +82,22 @@ def run(
     report.table(
         COLUMNS,
         [
-            (f"{n + 1}", f"{after[n]:.1f}", f"{highest[n]:.1f}", f"{files[n]}", f"{num_threads[n]}")
+            (
+                f"{n + 1}",
+                f"{after[n]:.1f}",
+                f"{highest[n]:.1f}",
+                f"{files[n]}",
+                f"{num_threads[n]}",
+            )
             for n in range(epochs)
         ],
     )
     return report.finish(out, hardware)
 
 
-def plot(path: Path, after: list[float], highest: list[float], slope: float, first: int) -> None:
+def plot(
+    path: Path, after: list[float], highest: list[float], slope: float, first: int
+) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -92,7 +105,9 @@ def plot(path: Path, after: list[float], highest: list[float], slope: float, fir
 
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     numbers = range(1, len(after) + 1)
-    axes.plot(numbers, highest, marker=".", color="tab:gray", label="highest within the epoch")
+    axes.plot(
+        numbers, highest, marker=".", color="tab:gray", label="highest within the epoch"
+    )
     axes.plot(numbers, after, marker="o", color="tab:blue", label="after the epoch")
     axes.set_title(f"{slope:+.2f} MB an epoch from epoch {first + 1} on")
     axes.set_xlabel("epoch")

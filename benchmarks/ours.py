@@ -1,4 +1,5 @@
-"""Where the benchmarks touch flallm_ds: the index, the plan and the loader, each opened in one place."""
+"""Where the benchmarks touch flallm_ds: the index, the plan and the loader, each opened
+in one place."""
 
 import os
 from collections.abc import Iterator
@@ -27,14 +28,18 @@ def load(shards: Path) -> Index:
 
 def plan_of(index: Index, *, keep_every: int, batch_clips: int, slices: int) -> Plan:
     num_kept = FrameSampling(keep_every).num_kept(index.num_frames, index.arrays["fps"])
-    return Plan(index.fingerprint, num_kept, index.arrays["shard"], SEED, batch_clips, slices)
+    return Plan(
+        index.fingerprint, num_kept, index.arrays["shard"], SEED, batch_clips, slices
+    )
 
 
 class OurLoader:
-    """The loader on one rank, one micro-batch a step, over `epochs` epochs as one; texts are left out.
+    """The loader on one rank, one micro-batch a step, over `epochs` epochs as one; texts
+    are left out.
 
-    The benchmark's few clips are read again and again, as if the corpus were as large as a real one: what a
-    run pays once an epoch (threads, memory) must not be paid every few steps.
+    The benchmark's few clips are read again and again, as if the corpus were as large as
+    a real one: what a run pays once an epoch (threads, memory) must not be paid every few
+    steps.
     """
 
     def __init__(
@@ -60,7 +65,9 @@ def joined(epochs: list[EpochPlan]) -> EpochPlan:
     return EpochPlan(
         order=np.concatenate([epoch.order for epoch in epochs]),
         passes=np.concatenate([epoch.passes for epoch in epochs]),
-        ends=np.concatenate([epoch.ends + begin for epoch, begin in zip(epochs, begins, strict=True)]),
+        ends=np.concatenate(
+            [epoch.ends + begin for epoch, begin in zip(epochs, begins, strict=True)]
+        ),
         num_kept=epochs[0].num_kept,
         slices=epochs[0].slices,
     )
@@ -82,7 +89,9 @@ def tar_of(index: Index, row: int) -> Path:
 def member(index: Index, row: int) -> bytes:
     """A clip's bytes, by the index's offset."""
     with tar_of(index, row).open("rb", buffering=0) as file:
-        return os.pread(file.fileno(), int(index.arrays["size"][row]), int(index.arrays["offset"][row]))
+        return os.pread(
+            file.fileno(), int(index.arrays["size"][row]), int(index.arrays["offset"][row])
+        )
 
 
 def jpegs(index: Index, row: int) -> list[memoryview]:
@@ -92,7 +101,8 @@ def jpegs(index: Index, row: int) -> list[memoryview]:
 
 
 def decode_clip(index: Index, row: int, picks: np.ndarray) -> np.ndarray:
-    """The picked frames, uint8 (frames, height, width, 3), by the decoder that our loader uses."""
+    """The picked frames, uint8 (frames, height, width, 3), by the decoder that our loader
+    uses."""
     encoded = jpegs(index, row)
     height, width = int(index.arrays["height"][row]), int(index.arrays["width"][row])
     decoded = np.empty((len(picks), height, width, 3), np.uint8)

@@ -1,7 +1,8 @@
-"""Other ways of loading the same clips, each as its users run it, and the bound that none can pass.
+"""Other ways of loading the same clips, each as its users run it, and the bound that none
+can pass.
 
-Where a way of doing it left a choice, the one that is cheaper for the peer was taken; its docstring says so.
-Texts are left out of all of them, and of our own rows.
+Where a way of doing it left a choice, the one that is cheaper for the peer was taken; its
+docstring says so. Texts are left out of all of them, and of our own rows.
 """
 
 import json
@@ -41,15 +42,17 @@ def batches_of(rows: Sequence[int], size: int) -> Iterator[Sequence[int]]:
 
 
 class PngFolders:
-    """GFSLT-VLP's S2T_Dataset.load_imgs and collate_fn (datasets.py): frames as PNG files, pixels as float32.
+    """GFSLT-VLP's S2T_Dataset.load_imgs and collate_fn (datasets.py): frames as PNG
+    files, pixels as float32.
 
-    Each frame: cv2.imread, cvtColor, PIL.Image.fromarray, resize to 256 by PIL's default (bicubic),
-    ToTensor and Normalize (torchvision's, written out here), then copied into a zeroed tensor of the clip as
-    a 224 crop, the same one for all its frames. Collating pads each clip by repeating its first frame 8 times
-    and its last one to a multiple of 4 and 8 more (one copy), and joins the clips (a second one).
-    Cheaper than the original: no augmentation (there it rotates and scales every frame with PIL in training),
-    no mask, no tokens. It has no 1 in 4: with `keep_every` the list of paths is thinned before any is read,
-    which is the cheapest it could do.
+    Each frame: cv2.imread, cvtColor, PIL.Image.fromarray, resize to 256 by PIL's default
+    (bicubic), ToTensor and Normalize (torchvision's, written out here), then copied into
+    a zeroed tensor of the clip as a 224 crop, the same one for all its frames. Collating
+    pads each clip by repeating its first frame 8 times and its last one to a multiple of
+    4 and 8 more (one copy), and joins the clips (a second one). Cheaper than the
+    original: no augmentation (there it rotates and scales every frame with PIL in
+    training), no mask, no tokens. It has no 1 in 4: with `keep_every` the list of paths
+    is thinned before any is read, which is the cheapest it could do.
     """
 
     def __init__(self, clips: list[list[Path]], keep_every: int, batch_clips: int) -> None:
@@ -73,7 +76,9 @@ class PngFolders:
             images.append(Image.fromarray(image))
         for place, image in enumerate(images):
             image = image.resize((RESIZE, RESIZE))
-            pixels = torch.from_numpy(np.array(image, np.uint8, copy=True)).view(RESIZE, RESIZE, 3)
+            pixels = torch.from_numpy(np.array(image, np.uint8, copy=True)).view(
+                RESIZE, RESIZE, 3
+            )
             pixels = pixels.permute(2, 0, 1).contiguous().to(torch.float32).div(255)
             pixels = pixels.clone().sub_(self._mean).div_(self._std).unsqueeze(0)
             pixels_TCHW[place] = pixels[:, :, top : top + CROP, left : left + CROP]
@@ -95,9 +100,11 @@ class PngFolders:
 
 
 class BareLoop:
-    """The bound: the same JPEGs, already in memory, decoded one after the other into a small buffer a thread.
+    """The bound: the same JPEGs, already in memory, decoded one after the other into a
+    small buffer a thread.
 
-    On as many threads as our loader has: two busy cores that share what one has do less in a CPU-second each.
+    On as many threads as our loader has: two busy cores that share what one has do less
+    in a CPU-second each.
     """
 
     def __init__(self, index: Index, keep_every: int, threads: int) -> None:
@@ -129,13 +136,16 @@ class _DecodedClips(Dataset[torch.Tensor]):
 
 
 class TorchDataLoader:
-    """torch.utils.data.DataLoader: workers read a clip by its offset and decode its kept frames alone.
+    """torch.utils.data.DataLoader: workers read a clip by its offset and decode its kept
+    frames alone.
 
-    The decoder is ours; a batch is its clips joined, uint8. Workers live on from pass to pass, so that
-    starting them is not counted.
+    The decoder is ours; a batch is its clips joined, uint8. Workers live on from pass to
+    pass, so that starting them is not counted.
     """
 
-    def __init__(self, index: Index, keep_every: int, batch_clips: int, workers: int) -> None:
+    def __init__(
+        self, index: Index, keep_every: int, batch_clips: int, workers: int
+    ) -> None:
         self._num_clips = len(index)
         self._loader = DataLoader(
             _DecodedClips(index, keep_every),
@@ -147,14 +157,17 @@ class TorchDataLoader:
         )
 
     def __call__(self) -> Amount:
-        return Amount(sum(len(frames_NHWC) for frames_NHWC in self._loader), self._num_clips)
+        return Amount(
+            sum(len(frames_NHWC) for frames_NHWC in self._loader), self._num_clips
+        )
 
 
 class PlainWebdataset:
-    """webdataset as it is mostly used: each frame a member `KEY.NNNN.jpg` of the tar, a sample all of a clip.
+    """webdataset as it is mostly used: each frame a member `KEY.NNNN.jpg` of the tar, a
+    sample all of a clip.
 
-    webdataset reads every member, kept or not. Then the kept ones are decoded by the decoder that we use, and
-    the clips of a batch are joined.
+    webdataset reads every member, kept or not. Then the kept ones are decoded by the
+    decoder that we use, and the clips of a batch are joined.
     """
 
     def __init__(self, tar: Path, keep_every: int, batch_clips: int) -> None:
@@ -164,8 +177,12 @@ class PlainWebdataset:
         num_frames = num_clips = 0
         waiting: list[np.ndarray] = []
         for sample in webdataset.WebDataset([self._tar], shardshuffle=False):
-            names = sorted(name for name in sample if name.endswith(".jpg"))[:: self._keep_every]
-            frames_THWC = np.stack([simplejpeg.decode_jpeg(sample[name], "RGB", **FAST) for name in names])
+            names = sorted(name for name in sample if name.endswith(".jpg"))[
+                :: self._keep_every
+            ]
+            frames_THWC = np.stack(
+                [simplejpeg.decode_jpeg(sample[name], "RGB", **FAST) for name in names]
+            )
             num_frames, num_clips = num_frames + len(frames_THWC), num_clips + 1
             waiting.append(frames_THWC)
             if len(waiting) == self._batch_clips:
@@ -178,10 +195,11 @@ class PlainWebdataset:
 
 
 class Mp4:
-    """Decoding the mp4 while training: PyAV, every frame decoded, kept ones scaled to a short side of 256.
+    """Decoding the mp4 while training: PyAV, every frame decoded, kept ones scaled to a
+    short side of 256.
 
-    One decoding thread, which costs the least CPU time, and bilinear scaling within the conversion to RGB.
-    A batch is its clips joined, uint8.
+    One decoding thread, which costs the least CPU time, and bilinear scaling within the
+    conversion to RGB. A batch is its clips joined, uint8.
     """
 
     def __init__(self, paths: list[Path], keep_every: int, batch_clips: int) -> None:
@@ -221,7 +239,8 @@ class Mp4:
 
 
 def spdl_python(folder: Path) -> Path:
-    """The Python of an environment that holds SPDL and the FFmpeg of PyAV; made when it is not there.
+    """The Python of an environment that holds SPDL and the FFmpeg of PyAV; made when it
+    is not there.
 
     Raises UserError if it cannot be installed.
     """
@@ -238,27 +257,35 @@ def spdl_python(folder: Path) -> Path:
         made = subprocess.run(command, capture_output=True, text=True, check=False)
         if made.returncode:
             reason = (made.stderr.strip().splitlines() or ["no reason given"])[-1]
-            raise UserError(f"SPDL must be installed into {folder.name}, but was not: {reason}")
-    # SPDL looks for FFmpeg's libraries by their plain names; in the wheel of PyAV they have a hash in them.
+            raise UserError(
+                f"SPDL must be installed into {folder.name}, but was not: {reason}"
+            )
+    # SPDL looks for FFmpeg's libraries by their plain names; in the wheel of PyAV they
+    # have a hash in them.
     (libraries,) = folder.glob("lib/python*/site-packages/av.libs")
     links = folder / "ffmpeg"
     links.mkdir()
     for library in libraries.glob("lib*.so.*"):
         if library.name.startswith(("libav", "libsw")):
             stem, _, version = library.name.partition(".so.")
-            (links / f"{stem.rsplit('-', 1)[0]}.so.{version.split('.')[0]}").symlink_to(library)
+            (links / f"{stem.rsplit('-', 1)[0]}.so.{version.split('.')[0]}").symlink_to(
+                library
+            )
     ready.write_text("\n".join(SPDL_PACKAGES))
     return python
 
 
 class Spdl:
-    """SPDL's pipeline over the same shards, in a process of its own (benchmarks/spdl_child.py says how).
+    """SPDL's pipeline over the same shards, in a process of its own
+    (benchmarks/spdl_child.py says how).
 
-    Its process stays, so that starting it is not counted. Clips are not joined to batches, which spares it a
-    copy.
+    Its process stays, so that starting it is not counted. Clips are not joined to
+    batches, which spares it a copy.
     """
 
-    def __init__(self, python: Path, index: Index, keep_every: int, threads: int, way: str) -> None:
+    def __init__(
+        self, python: Path, index: Index, keep_every: int, threads: int, way: str
+    ) -> None:
         folder = python.parents[1]
         (libraries,) = folder.glob("lib/python*/site-packages/av.libs")
         environment = os.environ | {
@@ -277,7 +304,9 @@ class Spdl:
             [str(python), str(ROOT / "benchmarks" / "spdl_child.py")],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
         )  # fmt: skip
-        self._ask({"clips": clips, "whole": keep_every == 1, "threads": threads, "way": way})
+        self._ask(
+            {"clips": clips, "whole": keep_every == 1, "threads": threads, "way": way}
+        )
 
     def __call__(self) -> Amount:
         return Amount(**self._ask({}))
@@ -293,5 +322,8 @@ class Spdl:
         self._child.stdin.flush()
         answer = self._child.stdout.readline()
         if not answer:
-            raise UserError("SPDL must load the shards, but its process ended; its own message is above.")
+            raise UserError(
+                "SPDL must load the shards, but its process ended; its own message is "
+                "above."
+            )
         return dict(json.loads(answer))

@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-if __name__ in ("__main__", "__mp_main__"):  # run as a file: the project's root is not on the path yet
+# run as a file: the project's root is not on the path yet
+if __name__ in ("__main__", "__mp_main__"):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
@@ -63,7 +64,9 @@ def lengths(clips: int) -> np.ndarray:
 def write(folder: Path, clips: int) -> None:
     """An index as shards/build.py writes it, with names and texts as long as PHOENIX's."""
     rng = np.random.default_rng(1)
-    letters = rng.integers(ord("a"), ord("z") + 1, 1 << 16, dtype=np.uint8).tobytes().decode()
+    letters = (
+        rng.integers(ord("a"), ord("z") + 1, 1 << 16, dtype=np.uint8).tobytes().decode()
+    )
     begins, text_lengths = rng.integers(0, 1 << 15, clips), rng.integers(40, 140, clips)
     rows, offset = [], 0
     for number, num_frames in enumerate(lengths(clips).tolist()):
@@ -82,10 +85,21 @@ def write(folder: Path, clips: int) -> None:
         offset += size + 2048
     num_shards = -(-clips // CLIPS_PER_SHARD)
     tars = [
-        Shard(f"train-{n:06d}.tar", 10**9, f"{n:064x}", min(CLIPS_PER_SHARD, clips - n * CLIPS_PER_SHARD))
+        Shard(
+            f"train-{n:06d}.tar",
+            10**9,
+            f"{n:064x}",
+            min(CLIPS_PER_SHARD, clips - n * CLIPS_PER_SHARD),
+        )
         for n in range(num_shards)
     ]
-    write_index(folder, corpus="synthetic", language="de", options={}, splits={"train": (rows, tars)})
+    write_index(
+        folder,
+        corpus="synthetic",
+        language="de",
+        options={},
+        splits={"train": (rows, tars)},
+    )
 
 
 @dataclass(frozen=True)
@@ -113,7 +127,9 @@ def memory_kb(name: str) -> int:
 def plan_epoch(folder: Path, batch_clips: int, slices: int) -> Cost:
     """Index and plan of an epoch, from nothing."""
     return cost_of(
-        lambda: plan_of(load(folder), keep_every=4, batch_clips=batch_clips, slices=slices).epoch(EPOCH)
+        lambda: plan_of(
+            load(folder), keep_every=4, batch_clips=batch_clips, slices=slices
+        ).epoch(EPOCH)
     )
 
 
@@ -121,7 +137,9 @@ def resume(folder: Path, batch_clips: int, slices: int) -> Cost:
     """From nothing to the clips of the first step after the middle of an epoch."""
 
     def first_batch() -> list[list[int]]:
-        plan = plan_of(load(folder), keep_every=4, batch_clips=batch_clips, slices=slices).epoch(EPOCH)
+        plan = plan_of(
+            load(folder), keep_every=4, batch_clips=batch_clips, slices=slices
+        ).epoch(EPOCH)
         return [rows.tolist() for rows in plan.slices_of(plan.num_steps // 2)]
 
     return cost_of(first_batch)
@@ -134,7 +152,8 @@ class Balance:
     ranks: int
     batch_clips: int
     steps: int
-    padding: float  # share of all visual tokens, those of a micro-batch padded to its longest clip
+    # share of all visual tokens, those of a micro-batch padded to its longest clip
+    padding: float
     median: float
     worst: float  # of the steps that are full
     short: float  # of the step that holds what is left over; 1 where there is none
@@ -144,7 +163,9 @@ class Balance:
 
 def balance(folder: Path, ranks: int, batch_clips: int, slices: int) -> Balance:
     index = load(folder)
-    plan: EpochPlan = plan_of(index, keep_every=4, batch_clips=batch_clips, slices=slices).epoch(EPOCH)
+    plan: EpochPlan = plan_of(
+        index, keep_every=4, batch_clips=batch_clips, slices=slices
+    ).epoch(EPOCH)
     shares = [slices_of_rank(slices, rank, ranks) for rank in range(ranks)]
     uneven, sizes = np.zeros(plan.num_steps), np.zeros(plan.num_steps, int)
     seen = np.zeros(len(index), int)
@@ -190,7 +211,8 @@ def run(
     ranks: tuple[int, ...] = (8, 64),
     rounds: int = 5,
 ) -> str:
-    """Plan an epoch of that many clips, 1 frame in 4 kept, and report what it costs and what comes out.
+    """Plan an epoch of that many clips, 1 frame in 4 kept, and report what it costs and
+    what comes out.
 
     --out: folder for the report; --hardware: its name there.
     --ranks: worlds to deal the steps to, each rank one micro-batch of --rank_clips clips a step.
@@ -207,16 +229,20 @@ def run(
             print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)
             plans.append(in_new_process(plan_epoch, folder, first_batch, first_world))
             resumes.append(in_new_process(resume, folder, first_batch, first_world))
-        balances = [in_new_process(balance, folder, world, batch, world) for world, batch in worlds]
+        balances = [
+            in_new_process(balance, folder, world, batch, world) for world, batch in worlds
+        ]
 
     report = Report(__file__, f"The plan of {clips:,} clips")
     report.text(
-        f"Lengths are log-normal, {SHORTEST} to {LONGEST} frames with a mean of {MEAN} as in PHOENIX14T, and "
-        f"1 frame in 4 is kept. The index takes {table_mb:.0f} MB on the disk. Time and memory: median of "
-        f"{rounds} processes with the lowest and the highest, from opening the index on, Python and its "
-        "imports not counted. Memory is the highest resident size above what the process had before.",
-        "A rank computes one micro-batch a step. Its visual tokens are padded to its longest clip; ranks "
-        "wait for the one with most frames. All steps are full but the short one, which holds the remainder.",
+        f"Lengths are log-normal, {SHORTEST} to {LONGEST} frames with a mean of {MEAN} as "
+        f"in PHOENIX14T, and 1 frame in 4 is kept. The index takes {table_mb:.0f} MB on "
+        f"the disk. Time and memory: median of {rounds} processes with the lowest and the "
+        "highest, from opening the index on, Python and its imports not counted. Memory "
+        "is the highest resident size above what the process had before.",
+        "A rank computes one micro-batch a step. Its visual tokens are padded to its "
+        "longest clip; ranks wait for the one with most frames. All steps are full but "
+        "the short one, which holds the remainder.",
     )
     report.table(
         ("what", "seconds", "CPU-seconds", "peak memory, MB"),
@@ -236,16 +262,45 @@ def run(
     )  # fmt: skip
     report.text("## Targets")
     found = [
-        Target("CPU-seconds of index and plan of an epoch", 1, [c.cpu_s for c in plans], at_least=False),
-        Target("peak memory of it", 200, [c.peak_mb for c in plans], False, digits=0, unit=" MB"),
-        Target("CPU-seconds to the first batch in the middle", 2, [c.cpu_s for c in resumes], at_least=False),
+        Target(
+            "CPU-seconds of index and plan of an epoch",
+            1,
+            [c.cpu_s for c in plans],
+            at_least=False,
+        ),
+        Target(
+            "peak memory of it",
+            200,
+            [c.peak_mb for c in plans],
+            False,
+            digits=0,
+            unit=" MB",
+        ),
+        Target(
+            "CPU-seconds to the first batch in the middle",
+            2,
+            [c.cpu_s for c in resumes],
+            at_least=False,
+        ),
     ]
     for b in balances:
         uneven = 100 * (max(b.worst, b.short) - 1)
         found += [
-            Target(f"padding of visual tokens, {b.ranks} ranks", 15, [100 * b.padding], False, 1, " %"),
             Target(
-                f"frames of a rank above the mean at any step, {b.ranks} ranks", 3, [uneven], False, 2, " %"
+                f"padding of visual tokens, {b.ranks} ranks",
+                15,
+                [100 * b.padding],
+                False,
+                1,
+                " %",
+            ),
+            Target(
+                f"frames of a rank above the mean at any step, {b.ranks} ranks",
+                3,
+                [uneven],
+                False,
+                2,
+                " %",
             ),
         ]
     report.targets(found)

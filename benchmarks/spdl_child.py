@@ -1,4 +1,5 @@
-"""SPDL's side of benchmarks/loader.py, run by the Python of SPDL's own environment; it needs nothing of ours.
+"""SPDL's side of benchmarks/loader.py, run by the Python of SPDL's own environment; it
+needs nothing of ours.
 
 The first line of stdin is the job, each later one asks for a pass, each is answered by a line of counts. Both
 ways read a clip by one pread and decode in SPDL's Pipeline on as many threads as our loader has:
@@ -39,9 +40,15 @@ def load_as_images(clip: dict) -> object:
 
 def one_pass(job: dict) -> dict[str, int]:
     def load(clip: dict) -> object:
-        return load_as_video(clip, job["whole"]) if job["way"] == "video" else load_as_images(clip)
+        return (
+            load_as_video(clip, job["whole"])
+            if job["way"] == "video"
+            else load_as_images(clip)
+        )
 
-    builder = PipelineBuilder().add_source(job["clips"]).pipe(load, concurrency=job["threads"])
+    builder = (
+        PipelineBuilder().add_source(job["clips"]).pipe(load, concurrency=job["threads"])
+    )
     pipeline = builder.add_sink(3).build(num_threads=job["threads"])
     num_frames = 0
     with pipeline.auto_stop():

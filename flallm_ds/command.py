@@ -1,9 +1,11 @@
-"""How every command line of the project is read: each word is checked, fire sorts them, then the call.
+"""How every command line of the project is read: each word is checked, fire sorts them,
+then the call.
 
-fire alone drops what stands after `--`, reads `-` as the end of a call, takes an option that is given twice
-by its last value, and guesses (`2024_01` becomes 202401, `--notes` means tes=False). So `checked` lets pass
-only words and `--name=value`, which fire sorts into words and options, all strings. A function is called once
-every name is known and every value is of the annotated type.
+fire alone drops what stands after `--`, reads `-` as the end of a call, takes an option
+that is given twice by its last value, and guesses (`2024_01` becomes 202401, `--notes`
+means tes=False). So `checked` lets pass only words and `--name=value`, which fire sorts
+into words and options, all strings. A function is called once every name is known and
+every value is of the annotated type.
 """
 
 import atexit
@@ -34,13 +36,16 @@ _OTHER_DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"
 
 
 class NoValue(str):
-    """The value of an option that was given without one; only an option that is true or false can be."""
+    """The value of an option that was given without one; only an option that is true or
+    false can be."""
 
 
 def checked(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """(positional words, options) of a command line: `--a.b=1` and `--a.b 1` are options, hyphens as `_`.
+    """(positional words, options) of a command line: `--a.b=1` and `--a.b 1` are options,
+    hyphens as `_`.
 
-    Raises UserError for a word that is neither, and for an option that is given twice: nothing is dropped.
+    Raises UserError for a word that is neither, and for an option that is given twice:
+    nothing is dropped.
     """
     words: list[str] = []
     options: dict[str, str] = {}
@@ -62,11 +67,13 @@ def checked(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
             value = rest.pop(0)
             if value.startswith("="):
                 raise UserError(
-                    f"--{name} must be written without spaces, --{name}={value[1:]}, got {value!r}."
+                    f"--{name} must be written without spaces, --{name}={value[1:]}, got "
+                    f"{value!r}."
                 )
         if name in options:
             raise UserError(
-                f"--{name} must be given once, but was given twice: {options[name]}, then {value}."
+                f"--{name} must be given once, but was given twice: {options[name]}, then "
+                f"{value}."
             )
         options[name] = value
     return words, options
@@ -74,7 +81,9 @@ def checked(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
 
 def _is_option(word: str) -> bool:
     """Whether a word looks like an option, right or wrong; -1 and -0.5 are values."""
-    return word[:1] in tuple(_OTHER_DASHES) or (word.startswith("-") and not re.fullmatch(r"-\.?\d.*", word))
+    return word[:1] in tuple(_OTHER_DASHES) or (
+        word.startswith("-") and not re.fullmatch(r"-\.?\d.*", word)
+    )
 
 
 def _no_option(word: str) -> str:
@@ -84,8 +93,8 @@ def _no_option(word: str) -> str:
     name = word.lstrip(f"-{_OTHER_DASHES}")
     if _OPTION.fullmatch(f"--{name}"):
         return (
-            f"an option must begin with two hyphens, --{name}, got {word!a}. (A value or a file whose name "
-            f"begins with a hyphen: write --option={word} or ./{word}.)"
+            f"an option must begin with two hyphens, --{name}, got {word!a}. (A value or a "
+            f"file whose name begins with a hyphen: write --option={word} or ./{word}.)"
         )
     return f"options must be written --name=value, got {word!a}."
 
@@ -104,26 +113,35 @@ def read_words(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         words.extend(args)
         options.update(kwargs)
 
-    fire.Fire(collect, command=[*given_words, *(f"--{name}={value}" for name, value in given.items())])
+    fire.Fire(
+        collect,
+        command=[*given_words, *(f"--{name}={value}" for name, value in given.items())],
+    )
     assert (words, options) == (given_words, given), "fire must pass on what it is given"
     return words, given  # with what fire has no sign for: that a value is missing
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """`Did you mean …?` with the closest valid names, or the list of all where nothing is close."""
+    """`Did you mean …?` with the closest valid names, or the list of all where nothing is
+    close."""
     valid = list(valid)
     lowered = {v.lower(): v for v in valid}
     name = name.lower()
-    close = [v for low, v in lowered.items() if low.endswith(f".{name}")]  # the section was left out
-    close = close or [lowered[low] for low in difflib.get_close_matches(name, lowered, n=3, cutoff=0.5)]
+    # the section was left out
+    close = [v for low, v in lowered.items() if low.endswith(f".{name}")]
+    close = close or [
+        lowered[low] for low in difflib.get_close_matches(name, lowered, n=3, cutoff=0.5)
+    ]
     return f"did you mean {' or '.join(close)}?" if close else f"valid: {', '.join(valid)}."
 
 
 def coerce(value: str, hint: Any, name: str) -> Any:
-    """`value` as the annotated type (bool, int, float, str, Path, a Literal, `X | None`, tuple of X).
+    """`value` as the annotated type (bool, int, float, str, Path, a Literal, `X | None`,
+    tuple of X).
 
-    Raises UserError that names the option, the type it must have, and what came. A value is missing where
-    the option stood alone (not of a bool), or is empty where neither a text nor a tuple can be.
+    Raises UserError that names the option, the type it must have, and what came. A value
+    is missing where the option stood alone (not of a bool), or is empty where neither a
+    text nor a tuple can be.
     """
     if isinstance(value, NoValue) and hint is not bool:
         raise UserError(f"--{name} must have a value, got none. Write --{name}=VALUE.")
@@ -137,7 +155,9 @@ def coerce(value: str, hint: Any, name: str) -> Any:
     if origin is typing.Literal:
         found = next((choice for choice in args if str(choice) == value), None)
         if found is None:
-            raise UserError(f"--{name} must be one of {', '.join(map(str, args))}, but is {value!r}.")
+            raise UserError(
+                f"--{name} must be one of {', '.join(map(str, args))}, but is {value!r}."
+            )
         return found
     if origin is tuple:
         if not value.strip():
@@ -146,7 +166,10 @@ def coerce(value: str, hint: Any, name: str) -> Any:
             value = value[1:-1].removesuffix(",")
         parts = [part.strip() for part in value.split(",")] if value.strip() else []
         if not all(parts):
-            raise UserError(f"--{name} must have something before and after each comma, but is {value!r}.")
+            raise UserError(
+                f"--{name} must have something before and after each comma, but is "
+                f"{value!r}."
+            )
         return tuple(coerce(part, args[0], name) for part in parts)
     if hint is bool:
         lowered = value.lower()
@@ -165,19 +188,29 @@ def coerce(value: str, hint: Any, name: str) -> Any:
     return Path(value) if hint is Path else value
 
 
-def bind(function: Callable[..., Any], words: list[str], options: Mapping[str, str]) -> dict[str, Any]:
-    """Arguments for `function` from words and options; raises UserError where they do not fit its signature.
+def bind(
+    function: Callable[..., Any], words: list[str], options: Mapping[str, str]
+) -> dict[str, Any]:
+    """Arguments for `function` from words and options; raises UserError where they do not
+    fit its signature.
 
-    A function that takes **overrides receives the options it does not name as they came (strings). What is
-    positional-only is for callers in Python.
+    A function that takes **overrides receives the options it does not name as they came
+    (strings). What is positional-only is for callers in Python.
     """
     parameters = inspect.signature(function).parameters
     hints = typing.get_type_hints(function)
-    named = {n: p for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    named = {
+        n: p
+        for n, p in parameters.items()
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    }
     open_ended = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
     positional = [n for n, p in named.items() if p.kind == p.POSITIONAL_OR_KEYWORD]
     if len(words) > len(positional):
-        raise UserError(f"{words[len(positional)]!r} is one word too many: options are written --name=value.")
+        raise UserError(
+            f"{words[len(positional)]!r} is one word too many: options are written "
+            "--name=value."
+        )
     arguments: dict[str, Any] = {}
     for name, word in zip(positional, words, strict=False):
         arguments[name] = coerce(word, hints[name], name)
@@ -199,7 +232,8 @@ def bind(function: Callable[..., Any], words: list[str], options: Mapping[str, s
 
 
 def check_not_empty(value: str, default: Any, name: str) -> None:
-    """Raise UserError for an empty text (of a shell variable that is not set?) that is not the default."""
+    """Raise UserError for an empty text (of a shell variable that is not set?) that is
+    not the default."""
     if not value and default not in ("", ()):
         raise UserError(f"--{name} must not be empty. Give it a value, or leave it out.")
 
@@ -212,7 +246,9 @@ def usage(function: Callable[..., Any]) -> str:
         if p.kind == p.VAR_KEYWORD:
             parts.append("[--section.field=VALUE ...]")
         elif p.default is p.empty:
-            parts.append(f"{name.upper()}" if p.kind == p.POSITIONAL_OR_KEYWORD else f"--{name}=...")
+            parts.append(
+                f"{name.upper()}" if p.kind == p.POSITIONAL_OR_KEYWORD else f"--{name}=..."
+            )
         else:
             parts.append(f"[--{name}={p.default}]")
     return f"usage: {' '.join(parts)}"
@@ -222,7 +258,8 @@ def usage(function: Callable[..., Any]) -> str:
 class Verb:
     """A verb of a command line, whose module is imported when the verb is used.
 
-    summary: one line for the list of verbs. target: `module:name` of a function or of a table of verbs.
+    summary: one line for the list of verbs. target: `module:name` of a function or of a
+    table of verbs.
     """
 
     summary: str
@@ -240,7 +277,8 @@ Command = Callable[..., Any] | Verbs
 
 
 def main(command: Command | Verb) -> NoReturn:
-    """Run a function, or one verb of several, with the process's arguments, and exit with its code.
+    """Run a function, or one verb of several, with the process's arguments, and exit with
+    its code.
 
     UserError is printed as one sentence (exit code 2), never as a traceback.
     """
@@ -277,9 +315,12 @@ def main(command: Command | Verb) -> NoReturn:
             print("stopped.", file=sys.stderr, flush=True)
         code = 128 + (stop.args[0] if stop.args else signal.SIGINT)
     if (reason := terminal.write_error()) and code == 0:
-        _say_error(f"Cannot write all of the output: {reason}. Make room, or send it elsewhere.")
+        _say_error(
+            f"Cannot write all of the output: {reason}. Make room, or send it elsewhere."
+        )
         code = RankError.exit_code
-    end_process(code)  # not sooner: the error holds frames, and in them what is still to be closed
+    # not sooner: the error holds frames, and in them what is still to be closed
+    end_process(code)
 
 
 def _say_error(sentence: str) -> None:
@@ -289,9 +330,10 @@ def _say_error(sentence: str) -> None:
 def answer_signals(importing: bool = False) -> None:
     """Let Ctrl-C, SIGTERM and a lost terminal (SIGHUP) end the process without a traceback.
 
-    They unwind the command, so that it tidies up; a second Ctrl-C does not wait for that. A signal that is
-    ignored, as SIGHUP under nohup, stays so. Of several ranks, SIGTERM and SIGHUP end each at once: one that
-    waits for another would not wake up. importing: called before slow imports, Ctrl-C ends at once.
+    They unwind the command, so that it tidies up; a second Ctrl-C does not wait for that.
+    A signal that is ignored, as SIGHUP under nohup, stays so. Of several ranks, SIGTERM
+    and SIGHUP end each at once: one that waits for another would not wake up. importing:
+    called before slow imports, Ctrl-C ends at once.
     """
     sys.unraisablehook = _report_ignored
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
@@ -307,7 +349,8 @@ def _interrupt(number: int, frame: types.FrameType | None) -> NoReturn:
 
 
 def _report_ignored(ignored: "sys.UnraisableHookArgs") -> None:
-    """As Python does, but without a traceback of a Ctrl-C that came while an object was deleted."""
+    """As Python does, but without a traceback of a Ctrl-C that came while an object was
+    deleted."""
     if not issubclass(ignored.exc_type, KeyboardInterrupt):
         sys.__unraisablehook__(ignored)
 
@@ -357,12 +400,15 @@ def _is_rank() -> bool:
 def end_process(code: int) -> NoReturn:
     """End as Python does, but where there was a process group leave the interpreter standing.
 
-    A thread of gloo's that waits for the interpreter while it is taken down aborts the process, whose work is
-    done (https://github.com/pytorch/pytorch/issues/190489); the launcher then calls the run failed. gloo's
-    threads cannot be joined: DeepSpeed keeps the group that owns them.
+    A thread of gloo's that waits for the interpreter while it is taken down aborts the
+    process, whose work is done (https://github.com/pytorch/pytorch/issues/190489); the
+    launcher then calls the run failed. gloo's threads cannot be joined: DeepSpeed keeps
+    the group that owns them.
     """
-    ranks = sys.modules.get("flallm_ds.dist")  # not imported for this: it needs torch, which takes seconds
-    if ranks is None or not ranks.was_started or sys.getprofile() is not None:  # a profiler writes at the end
+    # not imported for this: it needs torch, which takes seconds
+    ranks = sys.modules.get("flallm_ds.dist")
+    # a profiler writes at the end
+    if ranks is None or not ranks.was_started or sys.getprofile() is not None:
         sys.exit(code)
     threading._shutdown()  # type: ignore[attr-defined]  # as multiprocessing ends its processes
     atexit._run_exitfuncs()

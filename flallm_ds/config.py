@@ -1,7 +1,9 @@
-"""RunConfig: everything that names a run, in frozen dataclasses; unknown or mistyped options never pass.
+"""RunConfig: everything that names a run, in frozen dataclasses; unknown or mistyped
+options never pass.
 
-Ownership: this file owns batch sizes, accumulation, clipping, rates and steps. The DeepSpeed JSON named by
-`train.deepspeed` owns ZeRO, precision, offload and communication. A number given in both is an error.
+Ownership: this file owns batch sizes, accumulation, clipping, rates and steps. The
+DeepSpeed JSON named by `train.deepspeed` owns ZeRO, precision, offload and communication.
+A number given in both is an error.
 """
 
 import dataclasses
@@ -26,67 +28,100 @@ def _must_be_fraction(section: str, name: str, value: float) -> None:
 class DataConfig:
     """Which clips, which of their frames, and how many at a time."""
 
-    shards: tuple[str, ...] = ("data/signsim/shards",)  # folders or addresses of shards/build.py's shards
-    weights: tuple[float, ...] = ()  # each folder's share of an epoch; none: every clip once
-    temperature: float = 1.0  # instead of weights: shares are sizes ** (1 / temperature); 1: every clip once
+    # folders or addresses of shards/build.py's shards
+    shards: tuple[str, ...] = ("data/signsim/shards",)
+    # each folder's share of an epoch; none: every clip once
+    weights: tuple[float, ...] = ()
+    # instead of weights: shares are sizes ** (1 / temperature); 1: every clip once
+    temperature: float = 1.0
     keep_every: int = 4  # one frame of each group of this many is kept, before decoding
-    target_fps: float | None = None  # kept frames a second, instead of keep_every: one pace for all corpora
+    # kept frames a second, instead of keep_every: one pace for all corpora
+    target_fps: float | None = None
     max_frames: int = 512  # kept frames of a clip at most
-    cap: Literal["uniform", "random", "segment"] = "uniform"  # which of them, where there are more
+    # which of them, where there are more
+    cap: Literal["uniform", "random", "segment"] = "uniform"
     frame_size: int = 256  # px; frames are squashed to this square on the device
     crop_size: int = 224  # px; side of the crop that the backbone sees
     augment: bool = True  # rotation, scale and shift of whole clips in training
     batch_clips: int = 8  # clips of one optimizer step, over all ranks
-    batch_frames: int = 0  # kept frames of one optimizer step at most, instead of batch_clips
-    micro_batches: int = 2  # slices of that batch; world size must divide it; the rest is accumulation
-    feature_fps: float | None = None  # cached features (launch/features.py) are resampled to this rate
+    # kept frames of one optimizer step at most, instead of batch_clips
+    batch_frames: int = 0
+    # slices of that batch; world size must divide it; the rest is accumulation
+    micro_batches: int = 2
+    # cached features (launch/features.py) are resampled to this rate
+    feature_fps: float | None = None
     time_masks: int = 0  # spans of frozen features that become zeros in training, a clip
     time_mask_frames: int = 8  # features of such a span at most
     feature_masks: int = 0  # the same across the numbers of a feature
     feature_mask_width: int = 64  # of these at most
-    decoder: Literal["cpu", "nvjpeg"] = "cpu"  # of the JPEGs in training; nvjpeg: on the GPU
-    threads: int = 0  # decode threads a rank; 0: the cores of the machine shared among its ranks
-    max_broken: float = 0.01  # share of the clips that a rank may fail to decode before the run stops
+    # of the JPEGs in training; nvjpeg: on the GPU
+    decoder: Literal["cpu", "nvjpeg"] = "cpu"
+    # decode threads a rank; 0: the cores of the machine shared among its ranks
+    threads: int = 0
+    # share of the clips that a rank may fail to decode before the run stops
+    max_broken: float = 0.01
     check_shards: bool = False  # read every shard at the start and compare its checksum
-    cache_dir: str | None = None  # of remote shards; none: $FLALLM_CACHE or ~/.cache/flallm_ds
+    # of remote shards; none: $FLALLM_CACHE or ~/.cache/flallm_ds
+    cache_dir: str | None = None
     cache_gb: float = 100.0  # that remote shards may take there
 
     def __post_init__(self) -> None:
-        for name in ("keep_every", "max_frames", "batch_clips", "micro_batches", "crop_size", "frame_size"):
+        for name in (
+            "keep_every",
+            "max_frames",
+            "batch_clips",
+            "micro_batches",
+            "crop_size",
+            "frame_size",
+        ):
             require(
-                getattr(self, name) >= 1, f"data.{name} must be at least 1, but is {getattr(self, name)}."
+                getattr(self, name) >= 1,
+                f"data.{name} must be at least 1, but is {getattr(self, name)}.",
             )
         require(bool(self.shards), "data.shards must name a shard folder, but is empty.")
         for name in ("temperature", "cache_gb"):
-            require(getattr(self, name) > 0, f"data.{name} must be above 0, but is {getattr(self, name)}.")
+            require(
+                getattr(self, name) > 0,
+                f"data.{name} must be above 0, but is {getattr(self, name)}.",
+            )
         for name in ("target_fps", "feature_fps"):
             rate = getattr(self, name)
-            require(rate is None or rate > 0, f"data.{name} must be above 0, but is {rate}.")
+            require(
+                rate is None or rate > 0, f"data.{name} must be above 0, but is {rate}."
+            )
         require(
-            self.batch_frames >= 0, f"data.batch_frames must not be negative, but is {self.batch_frames}."
+            self.batch_frames >= 0,
+            f"data.batch_frames must not be negative, but is {self.batch_frames}.",
         )
-        require(self.threads >= 0, f"data.threads must not be negative, but is {self.threads}.")
+        require(
+            self.threads >= 0, f"data.threads must not be negative, but is {self.threads}."
+        )
         _must_be_fraction("data", "max_broken", self.max_broken)
         for name in ("time_masks", "feature_masks"):
             require(
-                getattr(self, name) >= 0, f"data.{name} must not be negative, but is {getattr(self, name)}."
+                getattr(self, name) >= 0,
+                f"data.{name} must not be negative, but is {getattr(self, name)}.",
             )
         for name in ("time_mask_frames", "feature_mask_width"):
             require(
-                getattr(self, name) >= 1, f"data.{name} must be at least 1, but is {getattr(self, name)}."
+                getattr(self, name) >= 1,
+                f"data.{name} must be at least 1, but is {getattr(self, name)}.",
             )
         require(
-            not self.weights or (len(self.weights) == len(self.shards) and min(self.weights) > 0),
-            f"data.weights must be one number above 0 for each of the {len(self.shards)} data.shards, "
-            f"but is {','.join(map(str, self.weights))}.",
+            not self.weights
+            or (len(self.weights) == len(self.shards) and min(self.weights) > 0),
+            f"data.weights must be one number above 0 for each of the {len(self.shards)} "
+            f"data.shards, but is {','.join(map(str, self.weights))}.",
         )
         require(
             not self.weights or self.temperature == 1,
-            f"data.temperature must be 1 where data.weights are given, but is {self.temperature}.",
+            "data.temperature must be 1 where data.weights are given, but is "
+            f"{self.temperature}.",
         )
         require(
             self.crop_size <= self.frame_size,
-            f"data.crop_size must be at most data.frame_size ({self.frame_size}), but is {self.crop_size}.",
+            f"data.crop_size must be at most data.frame_size ({self.frame_size}), but is "
+            f"{self.crop_size}.",
         )
         require(
             self.batch_clips >= self.micro_batches,
@@ -97,26 +132,34 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class VisualConfig:
-    """The visual encoder: a per-frame backbone, ResNet-18 by default, and the local temporal module.
+    """The visual encoder: a per-frame backbone, ResNet-18 by default, and the local
+    temporal module.
 
-    What makes an encoder (weights, pretrained, width, temporal_kernel) is of its first stage: visual, joint,
-    or llm with visual_run=none. How its backbone is trained counts in any stage that trains it.
+    What makes an encoder (weights, pretrained, width, temporal_kernel) is of its first
+    stage: visual, joint, or llm with visual_run=none. How its backbone is trained counts
+    in any stage that trains it.
     """
 
-    weights: str = "microsoft/resnet-18"  # an image encoder: hub id or folder of transformers or timm,
-    # timm/NAME, timm/NAME@FILE, torchvision's ResNet as a .pth file, or "none": a random ResNet-18
+    # an image encoder: hub id or folder of transformers or timm, timm/NAME, timm/NAME@FILE,
+    # torchvision's ResNet as a .pth file, or "none": a random ResNet-18
+    weights: str = "microsoft/resnet-18"
     pretrained: bool = True  # false: its architecture with random weights
     width: int = 64  # channels of a ResNet's first stage; ImageNet weights are for 64
     tune: Literal["full", "lora", "frozen"] = "full"  # how the backbone is trained
     lora_rank: int = 16
     lora_alpha: float = 32.0
     lora_targets: str = "all-linear"  # or a regular expression of modules
-    freeze_batch_norm: bool = False  # a pretrained backbone keeps its BatchNorm statistics in stage 1
-    frozen_stages: int = 0  # of the backbone's, from the stem up: they keep their weights in stage 1
-    checkpointing: bool = False  # compute the backbone's activations again in the backward pass: less memory
-    chunk_frames: int = 0  # frames that a frozen encoder sees at a time, in less memory; 0: all
+    # a pretrained backbone keeps its BatchNorm statistics in stage 1
+    freeze_batch_norm: bool = False
+    # of the backbone's, from the stem up: they keep their weights in stage 1
+    frozen_stages: int = 0
+    # compute the backbone's activations again in the backward pass: less memory
+    checkpointing: bool = False
+    # frames that a frozen encoder sees at a time, in less memory; 0: all
+    chunk_frames: int = 0
     temporal_kernel: int = 3  # frames seen by the local temporal module
-    frozen: Literal["all", "backbone", "none"] = "all"  # what of stage 1's encoder stage llm keeps as it is
+    # what of stage 1's encoder stage llm keeps as it is
+    frozen: Literal["all", "backbone", "none"] = "all"
 
     def __post_init__(self) -> None:
         require(self.width >= 1, f"visual.width must be at least 1, but is {self.width}.")
@@ -125,27 +168,31 @@ class VisualConfig:
                 getattr(self, name) >= 0,
                 f"visual.{name} must not be negative, but is {getattr(self, name)}.",
             )
-        require(self.lora_rank >= 1, f"visual.lora_rank must be at least 1, but is {self.lora_rank}.")
+        require(
+            self.lora_rank >= 1,
+            f"visual.lora_rank must be at least 1, but is {self.lora_rank}.",
+        )
         pretrained = self.pretrained and self.weights != "none"
         require(
             self.frozen_stages == 0 or pretrained,
-            "visual.frozen_stages must be 0 where visual.weights is none or visual.pretrained is false, or "
-            f"random weights would stay random, but is {self.frozen_stages}.",
+            "visual.frozen_stages must be 0 where visual.weights is none or "
+            "visual.pretrained is false, or random weights would stay random, but is "
+            f"{self.frozen_stages}.",
         )
         require(
             self.tune == "full" or pretrained,
-            "visual.tune must be full where visual.weights is none or visual.pretrained is false, or random "
-            f"weights would stay random, but is {self.tune}.",
+            "visual.tune must be full where visual.weights is none or visual.pretrained "
+            f"is false, or random weights would stay random, but is {self.tune}.",
         )
         require(
             self.frozen_stages == 0 or self.tune == "full",
-            f"visual.frozen_stages must be 0 where visual.tune is {self.tune}, which freezes all stages, but "
-            f"is {self.frozen_stages}.",
+            f"visual.frozen_stages must be 0 where visual.tune is {self.tune}, which "
+            f"freezes all stages, but is {self.frozen_stages}.",
         )
         require(
             self.temporal_kernel >= 1 and self.temporal_kernel % 2 == 1,
-            "visual.temporal_kernel must be odd and above 0 (so that length is kept), but is "
-            f"{self.temporal_kernel}.",
+            "visual.temporal_kernel must be odd and above 0 (so that length is kept), but "
+            f"is {self.temporal_kernel}.",
         )
 
 
@@ -162,26 +209,36 @@ class LightTranslatorConfig:
 
 @dataclass(frozen=True)
 class LlmConfig:
-    """The pretrained LLM of stage 2, encoder-decoder or decoder-only; stage 1 uses its tokenizer."""
+    """The pretrained LLM of stage 2, encoder-decoder or decoder-only; stage 1 uses its
+    tokenizer."""
 
     name: str = "facebook/mbart-large-cc25"  # hub id or folder
-    language: str = ""  # of all clips: de, German, zh-Hant or a token (de_DE); empty: each clip's own
-    prompt: str = ""  # text with {video}, {language}, {sign_language}; empty: the usual one of the LLM's kind
-    sign_languages: tuple[str, ...] = ()  # CORPUS=NAME, where it is not the usual one of the language
-    trim_vocabulary: bool = True  # keep the pieces of the training text, specials and language ids
+    # of all clips: de, German, zh-Hant or a token (de_DE); empty: each clip's own
+    language: str = ""
+    # text with {video}, {language}, {sign_language}; empty: the usual one of the LLM's
+    # kind
+    prompt: str = ""
+    # CORPUS=NAME, where it is not the usual one of the language
+    sign_languages: tuple[str, ...] = ()
+    # keep the pieces of the training text, specials and language ids
+    trim_vocabulary: bool = True
     pretrained: bool = True  # false: random weights
-    input: Literal["signs", "frames", "light_t"] = "signs"  # what it reads: with or without the local
-    # temporal module, or the states of stage 1's Light-T encoder
+    # what it reads: with or without the local temporal module, or the states of stage 1's
+    # Light-T encoder
+    input: Literal["signs", "frames", "light_t"] = "signs"
     tune: Literal["full", "lora", "dora", "frozen"] = "full"
-    layers: str = ""  # a regular expression: with tune=full train only what it matches, else that, too
+    # a regular expression: with tune=full train only what it matches, else that, too
+    layers: str = ""
     lora_rank: int = 16
     lora_alpha: float = 32.0
     lora_dropout: float = 0.05
     lora_targets: str = "all-linear"  # or a regular expression of modules
-    bits: Literal[16, 8, 4] = 16  # of frozen weights under LoRA; 8 and 4 need bitsandbytes and a GPU
+    # of frozen weights under LoRA; 8 and 4 need bitsandbytes and a GPU
+    bits: Literal[16, 8, 4] = 16
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     checkpointing: bool = False  # compute activations twice: less memory, a third slower
-    loss: Literal["auto", "logits", "chunks", "liger"] = "auto"  # auto: logits in one piece while small
+    # auto: logits in one piece while small
+    loss: Literal["auto", "logits", "chunks", "liger"] = "auto"
     hub_code: bool = False  # run code that comes with a hub's model
     dropout: float = 0.3
     attention_dropout: float = 0.1
@@ -189,7 +246,10 @@ class LlmConfig:
     def __post_init__(self) -> None:
         for name in ("dropout", "attention_dropout", "lora_dropout"):
             _must_be_fraction("llm", name, getattr(self, name))
-        require(self.lora_rank >= 1, f"llm.lora_rank must be at least 1, but is {self.lora_rank}.")
+        require(
+            self.lora_rank >= 1,
+            f"llm.lora_rank must be at least 1, but is {self.lora_rank}.",
+        )
         require(
             self.pretrained or self.bits == 16,
             f"llm.bits must be 16 where llm.pretrained is false, but is {self.bits}.",
@@ -197,7 +257,8 @@ class LlmConfig:
         for entry in self.sign_languages:
             require(
                 entry.count("=") == 1,
-                f"llm.sign_languages must be CORPUS=NAME,CORPUS=NAME, but {entry!r} is not.",
+                f"llm.sign_languages must be CORPUS=NAME,CORPUS=NAME, but {entry!r} is "
+                "not.",
             )
 
 
@@ -206,19 +267,23 @@ class OptimConfig:
     """Optimizer and rates."""
 
     name: Literal["sgd", "adamw"] = "adamw"
-    lr: float = 1e-3  # of all but the two below: the whole of stage 1; the LLM-Adapter in stage 2
+    # of all but the two below: the whole of stage 1; the LLM-Adapter in stage 2
+    lr: float = 1e-3
     backbone_lr: float | None = None  # of the backbone, where it is trained; none: lr
-    llm_lr: float = 1e-5  # of what is trained of the LLM; low-rank layers want more: 1e-4 to 2e-4
+    # of what is trained of the LLM; low-rank layers want more: 1e-4 to 2e-4
+    llm_lr: float = 1e-5
     weight_decay: float = 1e-3
     momentum: float = 0.9  # sgd
     betas: tuple[float, ...] = (0.9, 0.998)  # adamw
-    warmup: float = 0.0  # fraction of the run over which rates rise from 0; then a cosine to 0
+    # fraction of the run over which rates rise from 0; then a cosine to 0
+    warmup: float = 0.0
     clip: float = 1.0  # gradient norm at most; 0 leaves it alone
 
     def __post_init__(self) -> None:
         require(
             min(self.lr, self.llm_lr, self.backbone_lr or 0.0) >= 0,
-            f"rates must not be negative, but are {self.lr}, {self.llm_lr}, {self.backbone_lr}.",
+            f"rates must not be negative, but are {self.lr}, {self.llm_lr}, "
+            f"{self.backbone_lr}.",
         )
         require(
             len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
@@ -226,7 +291,8 @@ class OptimConfig:
         )
         for name in ("weight_decay", "momentum", "clip"):
             require(
-                getattr(self, name) >= 0, f"optim.{name} must not be negative, but is {getattr(self, name)}."
+                getattr(self, name) >= 0,
+                f"optim.{name} must not be negative, but is {getattr(self, name)}.",
             )
         _must_be_fraction("optim", "warmup", self.warmup)
 
@@ -236,24 +302,31 @@ class TrainConfig:
     """How long, on what engine, and what is kept."""
 
     epochs: int = 75
-    max_steps: int | None = None  # save and stop here; without it, the same command goes on to the last epoch
+    # save and stop here; without it, the same command goes on to the last epoch
+    max_steps: int | None = None
     seed: int = 0
     label_smoothing: float = 0.2
-    deepspeed: str = ""  # a DeepSpeed JSON; empty: of ds_configs, zero2 where the visual encoder is trained,
-    # else zero3_offload
+    # a DeepSpeed JSON; empty: of ds_configs, zero2 where the visual encoder is trained, else
+    # zero3_offload
+    deepspeed: str = ""
     save_every_steps: int | None = None  # besides the checkpoint at the end of each epoch
     keep_checkpoints: int = 2
     log_every_s: float = 10.0
-    probe_every: int = 0  # steps between two looks at the gradients of the last layers; 0: none
+    # steps between two looks at the gradients of the last layers; 0: none
+    probe_every: int = 0
 
     def __post_init__(self) -> None:
         require(self.epochs >= 1, f"train.epochs must be at least 1, but is {self.epochs}.")
         require(self.keep_checkpoints >= 1, "train.keep_checkpoints must be at least 1.")
         require(
             self.save_every_steps is None or self.save_every_steps >= 1,
-            f"train.save_every_steps must be none or at least 1, but is {self.save_every_steps}.",
+            "train.save_every_steps must be none or at least 1, but is "
+            f"{self.save_every_steps}.",
         )
-        require(self.probe_every >= 0, f"train.probe_every must not be negative, but is {self.probe_every}.")
+        require(
+            self.probe_every >= 0,
+            f"train.probe_every must not be negative, but is {self.probe_every}.",
+        )
         require(self.seed >= 0, f"train.seed must not be negative, but is {self.seed}.")
         _must_be_fraction("train", "label_smoothing", self.label_smoothing)
 
@@ -267,12 +340,14 @@ class EvalConfig:
     num_beams: int = 5
     length_penalty: float = 1.0
     max_new_tokens: int = 100
-    gather: Literal["auto", "never"] = "auto"  # ZeRO-3: hold all weights on each rank where they fit
+    # ZeRO-3: hold all weights on each rank where they fit
+    gather: Literal["auto", "never"] = "auto"
 
     def __post_init__(self) -> None:
         for name in ("every_epochs", "num_beams", "max_new_tokens"):
             require(
-                getattr(self, name) >= 1, f"eval.{name} must be at least 1, but is {getattr(self, name)}."
+                getattr(self, name) >= 1,
+                f"eval.{name} must be at least 1, but is {getattr(self, name)}.",
             )
 
 
@@ -281,8 +356,10 @@ class RunConfig:
     """One run of one stage."""
 
     stage: Stage
-    run: str  # the run's folder: started anew where there is none, resumed where there is one
-    visual_run: str = ""  # stage llm: the run folder of stage 1 (or its export), or "none" to do without
+    # the run's folder: started anew where there is none, resumed where there is one
+    run: str
+    # stage llm: the run folder of stage 1 (or its export), or "none" to do without
+    visual_run: str = ""
     data: DataConfig = field(default_factory=DataConfig)
     visual: VisualConfig = field(default_factory=VisualConfig)
     light_t: LightTranslatorConfig = field(default_factory=LightTranslatorConfig)
@@ -294,22 +371,25 @@ class RunConfig:
     def __post_init__(self) -> None:
         require(
             self.stage != "llm" or bool(self.visual_run),
-            "visual_run must name the run folder of stage visual in stage llm (or be none), but is empty. "
-            "Give --visual_run=FOLDER.",
+            "visual_run must name the run folder of stage visual in stage llm (or be "
+            "none), but is empty. Give --visual_run=FOLDER.",
         )
         require(
             self.stage != "joint" or not self.visual_run,
-            f"visual_run must not be given in stage joint, which has no stage 1, but is {self.visual_run}.",
+            "visual_run must not be given in stage joint, which has no stage 1, but is "
+            f"{self.visual_run}.",
         )
         require(
             self.stage == "llm" or self.visual.frozen == "all",
-            f"visual.frozen is of stage llm and must not be given in stage {self.stage}, but is "
-            f"{self.visual.frozen}.",
+            f"visual.frozen is of stage llm and must not be given in stage {self.stage}, "
+            f"but is {self.visual.frozen}.",
         )
         require(
-            self.stage == "visual" or self.llm.input != "light_t" or self.visual_run not in ("", "none"),
-            "llm.input must be signs or frames where there is no stage 1 whose Light-T could be read, but is "
-            "light_t.",
+            self.stage == "visual"
+            or self.llm.input != "light_t"
+            or self.visual_run not in ("", "none"),
+            "llm.input must be signs or frames where there is no stage 1 whose Light-T "
+            "could be read, but is light_t.",
         )
 
     @property
@@ -318,7 +398,8 @@ class RunConfig:
         return self.stage != "llm" or self.visual.frozen != "all"
 
     def with_overrides(self, overrides: Mapping[str, str]) -> "RunConfig":
-        """A copy with dotted options set, e.g. {"optim.lr": "3e-4"}; strings are read by each field's type.
+        """A copy with dotted options set, e.g. {"optim.lr": "3e-4"}; strings are read by
+        each field's type.
 
         Raises UserError that names the nearest options where one does not exist.
         """
@@ -332,7 +413,10 @@ class RunConfig:
             sections.setdefault(section, {})[option] = coerce(value, hint, name)
             check_not_empty(value, default, name)
         top = sections.pop("")
-        changed = {s: dataclasses.replace(getattr(self, s), **values) for s, values in sections.items()}
+        changed = {
+            s: dataclasses.replace(getattr(self, s), **values)
+            for s, values in sections.items()
+        }
         return dataclasses.replace(self, **top, **changed)
 
     def options(self) -> dict[str, Any]:
@@ -341,7 +425,10 @@ class RunConfig:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             if dataclasses.is_dataclass(value):
-                flat |= {f"{f.name}.{g.name}": getattr(value, g.name) for g in dataclasses.fields(value)}
+                flat |= {
+                    f"{f.name}.{g.name}": getattr(value, g.name)
+                    for g in dataclasses.fields(value)
+                }
             else:
                 flat[f.name] = value
         return flat
@@ -351,23 +438,33 @@ class RunConfig:
 
     @classmethod
     def load(cls, path: Path) -> "RunConfig":
-        """Read what `to_json` wrote. Raises UserError where it is not JSON or a field is unknown."""
+        """Read what `to_json` wrote. Raises UserError where it is not JSON or a field is
+        unknown."""
         try:
             saved = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path} must be JSON, but {error}.") from error
-        require(isinstance(saved, dict), f"{path} must be a JSON object, got {type(saved).__name__}.")
+        require(
+            isinstance(saved, dict),
+            f"{path} must be a JSON object, got {type(saved).__name__}.",
+        )
         hints = typing.get_type_hints(cls)
         arguments: dict[str, Any] = {}
         for name, value in saved.items():
             hint = hints.get(name)
             if hint is None:
-                raise UserError(f"{path} has an unknown field {name!r}: it comes from another version.")
-            arguments[name] = _section(hint, value, path) if isinstance(value, dict) else value
+                raise UserError(
+                    f"{path} has an unknown field {name!r}: it comes from another version."
+                )
+            arguments[name] = (
+                _section(hint, value, path) if isinstance(value, dict) else value
+            )
         try:
             return cls(**arguments)
         except TypeError as error:
-            raise UserError(f"{path} must hold the fields of a run, but does not: {error}.") from error
+            raise UserError(
+                f"{path} must hold the fields of a run, but does not: {error}."
+            ) from error
 
 
 def check_names(options: Iterable[str]) -> None:
@@ -375,7 +472,9 @@ def check_names(options: Iterable[str]) -> None:
     valid = RunConfig(stage="visual", run="").options()
     for name in options:
         if name not in valid:
-            raise UserError(f"there is no option --{name}: {nearest(name, [*valid, 'recipe'])}")
+            raise UserError(
+                f"there is no option --{name}: {nearest(name, [*valid, 'recipe'])}"
+            )
 
 
 # What may differ between a run and its resumption without changing a number of it.
@@ -403,19 +502,25 @@ def _section(cls: Any, values: dict[str, Any], path: Path) -> Any:
         values = _without_pipe(values, path)
     unknown = set(values) - names
     if unknown:
-        raise UserError(f"{path} has an unknown field {unknown.pop()!r}: it comes from another version.")
+        raise UserError(
+            f"{path} has an unknown field {unknown.pop()!r}: it comes from another version."
+        )
     try:
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
     except TypeError as error:
-        raise UserError(f"{path} must hold values of the fields' types, but does not: {error}.") from error
+        raise UserError(
+            f"{path} must hold values of the fields' types, but does not: {error}."
+        ) from error
 
 
 def _without_pipe(values: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Leave out `allow_pipe`, a former option that older runs hold. Raises UserError if it is set."""
+    """Leave out `allow_pipe`, a former option that older runs hold. Raises UserError if
+    it is set."""
     require(
         values.get("allow_pipe", False) is False,
-        f"data.allow_pipe must be false, because shards are no longer read from commands, got "
-        f"{values.get('allow_pipe')!r}: {path}. Copy the shards to a folder or give an https:// or s3:// "
-        "address in data.shards, and set data.allow_pipe to false there.",
+        "data.allow_pipe must be false, because shards are no longer read from commands, "
+        f"got {values.get('allow_pipe')!r}: {path}. Copy the shards to a folder or give "
+        "an https:// or s3:// address in data.shards, and set data.allow_pipe to false "
+        "there.",
     )
     return {name: value for name, value in values.items() if name != "allow_pipe"}

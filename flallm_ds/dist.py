@@ -17,7 +17,9 @@ import torch.distributed as dist
 from flallm_ds.errors import UserError, file_problem
 from flallm_ds.files import locked
 
-START_WITH = "Start with deepspeed, torchrun, Open MPI's mpirun, or launch/slurm/train.sbatch."
+START_WITH = (
+    "Start with deepspeed, torchrun, Open MPI's mpirun, or launch/slurm/train.sbatch."
+)
 
 was_started = False  # whether this process ever joined a process group
 _told_by_start: set[str] = set()  # names of the environment that no launcher had set
@@ -45,22 +47,28 @@ class World:
 
 
 def rank_environment(env: Mapping[str, str]) -> dict[str, str]:
-    """RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT under any launcher.
+    """RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT under
+    any launcher.
 
-    deepspeed and torchrun set the first ones themselves; Open MPI's `mpirun` tells them as OMPI_COMM_WORLD_*,
-    `srun python` as SLURM_*, with the rendezvous exported by launch/slurm/run.sh; a plain `python` is
-    a world of one. Raises UserError where a launcher told only half of it.
+    deepspeed and torchrun set the first ones themselves; Open MPI's `mpirun` tells them
+    as OMPI_COMM_WORLD_*, `srun python` as SLURM_*, with the rendezvous exported by
+    launch/slurm/run.sh; a plain `python` is a world of one. Raises UserError where a
+    launcher told only half of it.
     """
     if "RANK" in env or "WORLD_SIZE" in env:
         found = {
-            name: _told(env, name, "RANK or WORLD_SIZE") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+            name: _told(env, name, "RANK or WORLD_SIZE")
+            for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
         }
         found["LOCAL_WORLD_SIZE"] = (
             env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or found["WORLD_SIZE"]
         )
-    elif int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:  # under SLURM, too: srun started mpirun's daemons
+    # under SLURM, too: srun started mpirun's daemons
+    elif int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
         found = {
-            name: _told(env, f"OMPI_COMM_WORLD_{name.replace('WORLD_', '')}", "OMPI_COMM_WORLD_SIZE")
+            name: _told(
+                env, f"OMPI_COMM_WORLD_{name.replace('WORLD_', '')}", "OMPI_COMM_WORLD_SIZE"
+            )
             for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         }
     elif "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
@@ -68,12 +76,14 @@ def rank_environment(env: Mapping[str, str]) -> dict[str, str]:
             "RANK": env["SLURM_PROCID"],
             "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"],
             "LOCAL_RANK": _told(env, "SLURM_LOCALID", "SLURM_PROCID"),
-            "LOCAL_WORLD_SIZE": env.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0],
+            "LOCAL_WORLD_SIZE": env.get("SLURM_STEP_TASKS_PER_NODE", "1")
+            .split("(")[0]
+            .split(",")[0],
         }
     elif int(env.get("PMI_SIZE", "1")) > 1:
         raise UserError(
-            f"RANK and WORLD_SIZE must be set where PMI_SIZE says {env['PMI_SIZE']} processes, but are not. "
-            f"{START_WITH}"
+            f"RANK and WORLD_SIZE must be set where PMI_SIZE says {env['PMI_SIZE']} "
+            f"processes, but are not. {START_WITH}"
         )
     else:
         port = str(free_port()) if "MASTER_PORT" not in env else env["MASTER_PORT"]
@@ -88,21 +98,24 @@ def rank_environment(env: Mapping[str, str]) -> dict[str, str]:
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if name not in env:
             raise UserError(
-                f"{name} must be set where there are {found['WORLD_SIZE']} ranks, but is not. {START_WITH}"
+                f"{name} must be set where there are {found['WORLD_SIZE']} ranks, but is "
+                f"not. {START_WITH}"
             )
         found[name] = env[name]
     return found
 
 
 def _told(env: Mapping[str, str], name: str, because: str) -> str:
-    """A launcher's variable: a rank that lacks one would take itself for the only one, or for the first."""
+    """A launcher's variable: a rank that lacks one would take itself for the only one, or
+    for the first."""
     if name not in env:
         raise UserError(f"{name} must be set where {because} is, but is not. {START_WITH}")
     return env[name]
 
 
 def start(timeout: timedelta = timedelta(minutes=30)) -> World:
-    """Join the process group (nccl where there are GPUs, gloo elsewhere) and return this process's World."""
+    """Join the process group (nccl where there are GPUs, gloo elsewhere) and return this
+    process's World."""
     told = rank_environment(os.environ)
     _told_by_start.update(told.keys() - os.environ.keys())
     os.environ.update(told)
@@ -110,7 +123,8 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> World:
     rank, size, local_rank, local_size = (int(os.environ[name]) for name in names)
     world = World(rank, size, local_rank, local_size)
     if world.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        # Threads that wait for one another spin: with more of them than cores, a step takes 30 times as long.
+        # Threads that wait for one another spin: with more of them than cores, a step
+        # takes 30 times as long.
         torch.set_num_threads(cores_of_rank(local_size, os.environ))
     if not dist.is_initialized():
         if world.device.type == "cuda":
@@ -123,7 +137,8 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> World:
 
 
 def cores_of_rank(local_size: int, env: Mapping[str, str]) -> int:
-    """CPU cores for this rank: those that srun bound it to alone, else its share of those of all here."""
+    """CPU cores for this rank: those that srun bound it to alone, else its share of those
+    of all here."""
     cores = len(os.sched_getaffinity(0))
     tasks_here = env.get("SLURM_STEP_TASKS_PER_NODE", "0").split("(")[0].split(",")[0]
     if int(tasks_here) == local_size and cores <= int(env.get("SLURM_CPUS_PER_TASK", "0")):
@@ -134,18 +149,22 @@ def cores_of_rank(local_size: int, env: Mapping[str, str]) -> int:
 def stop() -> None:
     """Leave the process group; the environment is as it was before `start`."""
     if dist.is_initialized():
-        deepspeed = sys.modules.get("deepspeed.comm")  # it keeps the group and others made of it
+        # it keeps the group and others made of it
+        deepspeed = sys.modules.get("deepspeed.comm")
         group_holder: Any = deepspeed if deepspeed and deepspeed.is_initialized() else dist
         group_holder.destroy_process_group()
     while (
         _told_by_start
-    ):  # a later group, or a child's, would find this one's port taken: it may be held on to
+        # a later group, or a child's, would find this one's port taken: it may be held on
+        # to
+    ):
         os.environ.pop(_told_by_start.pop(), None)
 
 
 @contextmanager
 def session() -> Iterator[World]:
-    """This process's World; at the end it leaves the process group, unless it was in it before."""
+    """This process's World; at the end it leaves the process group, unless it was in it
+    before."""
     begins = not dist.is_initialized()
     world = start()
     try:
@@ -156,8 +175,10 @@ def session() -> Iterator[World]:
 
 
 def free_port() -> int:
-    """A TCP port that nobody uses now, below those handed out to connections: it is bound later."""
-    draw = random.Random()  # by the clock and the system, whatever seed torch or the caller has set
+    """A TCP port that nobody uses now, below those handed out to connections: it is bound
+    later."""
+    # by the clock and the system, whatever seed torch or the caller has set
+    draw = random.Random()
     while True:
         with socket.socket() as s, suppress(OSError):
             s.bind(("", draw.randrange(16_384, 32_768)))
@@ -173,7 +194,8 @@ def all_reduce_sum(values: Iterable[float], world: World) -> list[float]:
 
 
 def gather_objects(local: Any, world: World) -> list[Any]:
-    """What each rank holds, on every rank, in the order of ranks (plain lists of our own making only)."""
+    """What each rank holds, on every rank, in the order of ranks (plain lists of our own
+    making only)."""
     if world.size == 1:
         return [local]
     gathered: list[Any] = [None] * world.size

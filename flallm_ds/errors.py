@@ -1,10 +1,12 @@
-"""The exceptions that users see: each is one sentence that says what must hold, what came, and what to do."""
+"""The exceptions that users see: each is one sentence that says what must hold, what
+came, and what to do."""
 
 import errno
 
 
 class UserError(Exception):
-    """Wrong input. Every rank finds the same error, so rank 0 alone prints it; the exit code is 2."""
+    """Wrong input. Every rank finds the same error, so rank 0 alone prints it; the exit
+    code is 2."""
 
     exit_code = 2
 
@@ -16,7 +18,8 @@ class RankError(UserError):
 
 
 class Preempted(Exception):
-    """The run was asked to stop, has saved its state, and wants to be started again (exit code 75)."""
+    """The run was asked to stop, has saved its state, and wants to be started again (exit
+    code 75)."""
 
     exit_code = 75
 

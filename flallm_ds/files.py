@@ -1,7 +1,9 @@
-"""Files and folders that appear whole or not at all, locks that end with their process, checksums.
+"""Files and folders that appear whole or not at all, locks that end with their process,
+checksums.
 
-A new file or folder is written under a temporary name next to its place and then renamed, so that
-a process may be killed at any moment. What a kill leaves under a temporary name counts for nothing.
+A new file or folder is written under a temporary name next to its place and then renamed,
+so that a process may be killed at any moment. What a kill leaves under a temporary name
+counts for nothing.
 
     function        temporary name      who may write
     replace_file    .partial-NAME       one process at a time; the next try overwrites what is left
@@ -31,12 +33,14 @@ from filelock import FileLock, Timeout, lock_descriptor
 
 from flallm_ds.errors import UserError
 
-# A holder that ends may remove its lock file. Who opened that file just before opens the new one.
+# A holder that ends may remove its lock file. Who opened that file just before opens the
+# new one.
 _LOCK_WAIT_S = 0.1
 
 
 def partial_of(path: Path) -> Path:
-    """Return the temporary path of `replace_file` and `replace_folder`, for those who clean up."""
+    """Return the temporary path of `replace_file` and `replace_folder`, for those who
+    clean up."""
     return path.with_name(f".partial-{path.name}")
 
 
@@ -65,7 +69,8 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write compact JSON as `write_file` does; a value that JSON lacks (a path) becomes a string."""
+    """Write compact JSON as `write_file` does; a value that JSON lacks (a path) becomes a
+    string."""
     write_file(path, json.dumps(content, ensure_ascii=False, default=str).encode())
 
 
@@ -96,10 +101,11 @@ def sync(path: Path) -> None:
 
 
 def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a folder whole or not at all; an existing one is replaced when the new one is complete.
+    """Write a folder whole or not at all; an existing one is replaced when the new one is
+    complete.
 
-    write: is called with an empty folder. A kill between the two renames leaves no `path`:
-    `recover_folders` puts the old one back. Raises OSError.
+    write: is called with an empty folder. A kill between the two renames leaves no
+    `path`: `recover_folders` puts the old one back. Raises OSError.
     """
     partial = partial_of(path)
     shutil.rmtree(partial, ignore_errors=True)
@@ -148,7 +154,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     Raises OSError, also where something but an empty folder is at `path` in the end.
     """
     partial = path.with_name(f".partial-{path.name}.{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)  # of a killed process that had the same number
+    # of a killed process that had the same number
+    shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         yield partial
@@ -158,7 +165,8 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def publish_folder(folder: Path, path: Path) -> None:
-    """Rename a folder of complete files to `path`, absent or empty, with all of it on the disk."""
+    """Rename a folder of complete files to `path`, absent or empty, with all of it on the
+    disk."""
     for file in folder.iterdir():
         sync(file)
     sync(folder)
@@ -184,13 +192,17 @@ def share_files(folder: Path) -> None:
 def take_lock(path: Path) -> FileLock | None:
     """Lock a file, which is made if need be and stays; None where another process holds it.
 
-    `release()` ends the lock. Raises OSError where the file cannot be opened, or (without a
-    filename) where the file system has no flock.
+    `release()` ends the lock. Raises OSError where the file cannot be opened, or (without
+    a filename) where the file system has no flock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # No soft lock (a file that merely exists): after kill -9 nobody would remove it.
     lock = FileLock(
-        path, timeout=_LOCK_WAIT_S, thread_local=False, fallback_to_soft=False, poll_interval=0.01
+        path,
+        timeout=_LOCK_WAIT_S,
+        thread_local=False,
+        fallback_to_soft=False,
+        poll_interval=0.01,
     )
     try:
         lock.acquire()
@@ -221,8 +233,8 @@ def locked(path: Path, what: str, advice: str) -> Iterator[None]:
     """Hold the lock file `path` while the block runs, then remove it and the folders made for it.
 
     what: is locked, advice: what else a user can do than wait; both for the message.
-    Raises UserError where another process holds it, or where the file system has no flock; OSError
-    where the file cannot be opened.
+    Raises UserError where another process holds it, or where the file system has no
+    flock; OSError where the file cannot be opened.
     """
     made = [folder for folder in path.parents if not folder.exists()]
     try:
@@ -232,18 +244,21 @@ def locked(path: Path, what: str, advice: str) -> Iterator[None]:
         if error.filename is not None:
             raise  # the file cannot be opened
         raise UserError(
-            f"Cannot lock {what}: the file system of {path} has no flock ({error.strerror}). "
-            f"Mount it with flock, or {advice} on another file system."
+            f"Cannot lock {what}: the file system of {path} has no flock "
+            f"({error.strerror}). Mount it with flock, or {advice} on another file system."
         ) from error
     if lock is None:
         holder = _holder(path)
-        raise UserError(f"{what} is in use by {holder}. Wait for it or end it, or {advice}.")
+        raise UserError(
+            f"{what} is in use by {holder}. Wait for it or end it, or {advice}."
+        )
     try:
         with suppress(OSError):  # on a full disk the lock holds all the same
             path.write_text(json.dumps(_this_process()), encoding="utf-8")
         yield
     finally:
-        # Removed while it is held: who has opened it meanwhile sees that it has no name any more.
+        # Removed while it is held: who has opened it meanwhile sees that it has no name
+        # any more.
         with suppress(OSError):
             path.unlink()
         lock.release()
@@ -251,7 +266,8 @@ def locked(path: Path, what: str, advice: str) -> Iterator[None]:
 
 
 def _this_process() -> dict[str, str | int | None]:
-    """What the lock file says, for the message alone: only the kernel decides who holds the lock."""
+    """What the lock file says, for the message alone: only the kernel decides who holds
+    the lock."""
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -266,7 +282,8 @@ def _holder(path: Path) -> str:
         said = json.loads(path.read_text(encoding="utf-8"))
         job = f" (SLURM job {said['slurm_job']})" if said["slurm_job"] else ""
         return f"process {said['pid']} on {said['host']}{job} since {said['since']}"
-    except (OSError, ValueError, KeyError, TypeError):  # it is being written, or the disk was full
+    # it is being written, or the disk was full
+    except (OSError, ValueError, KeyError, TypeError):
         return "another process"
 
 
@@ -292,7 +309,8 @@ def sha256_of(file: BinaryIO) -> str:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a regular file, unbuffered. Raises OSError for another: a fifo would block for ever."""
+    """Open a regular file, unbuffered. Raises OSError for another: a fifo would block for
+    ever."""
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)

@@ -1,7 +1,7 @@
 """The quickstart: corpus -> shards -> both stages and their scores -> a translated video.
 
-Everything is made in the current folder, below data/ and runs/. Each step is an ordinary command, printed as
-it runs, and is left out where its result is there already.
+Everything is made in the current folder, below data/ and runs/. Each step is an ordinary
+command, printed as it runs, and is left out where its result is there already.
 """
 
 import json
@@ -22,13 +22,18 @@ DATA = Path("data/signsim")
 
 
 def prepare() -> None:
-    """The embedded default's corpus, shards, stand-in backbone and LLM, where they are not there yet."""
+    """The embedded default's corpus, shards, stand-in backbone and LLM, where they are
+    not there yet."""
     parts = [DATA / name for name in ("corpus", "shards", "backbone", "llm")]
     if all(part.exists() for part in parts):
         _make(*parts)  # says so
         return
     try:
-        with locked(DATA / ".lock", f"The corpus {DATA}", "use another one with --data.shards=FOLDER"):
+        with locked(
+            DATA / ".lock",
+            f"The corpus {DATA}",
+            "use another one with --data.shards=FOLDER",
+        ):
             _make(*parts)
     except OSError as error:
         raise UserError(file_problem(error)) from error
@@ -38,7 +43,14 @@ def _make(corpus: Path, shards: Path, backbone: Path, llm: Path) -> None:
     flallm = str(BIN / "flallm")
     _step(
         corpus,
-        [flallm, "signsim", "corpus", f"--out={corpus}", f"--clips={NUM_CLIPS}", "--monolingual=10000"],
+        [
+            flallm,
+            "signsim",
+            "corpus",
+            f"--out={corpus}",
+            f"--clips={NUM_CLIPS}",
+            "--monolingual=10000",
+        ],
     )
     build = [flallm, "shards", "build", "signsim"]
     _step(shards, [*build, f"--source={corpus}", f"--out={shards}", "--short_side=64"])
@@ -48,17 +60,28 @@ def _make(corpus: Path, shards: Path, backbone: Path, llm: Path) -> None:
 
 
 def quickstart() -> None:
-    """Everything from nothing to scores and a translated video; run again, it goes on where it was."""
+    """Everything from nothing to scores and a translated video; run again, it goes on
+    where it was."""
     begin = time.perf_counter()
     prepare()
-    visual, llm = Path(config_of("quickstart_visual").run), Path(config_of("quickstart_llm").run)
-    _step(llm / "evaluation" / "test.json", [*_launcher(), "--module", "flallm_ds.cli.train", "--stage=both"])
+    visual, llm = (
+        Path(config_of("quickstart_visual").run),
+        Path(config_of("quickstart_llm").run),
+    )
+    _step(
+        llm / "evaluation" / "test.json",
+        [*_launcher(), "--module", "flallm_ds.cli.train", "--stage=both"],
+    )
     _show(visual, llm)
-    print(f"\nThe whole took {(time.perf_counter() - begin) / 60:.1f} minutes (without installation).")
+    print(
+        f"\nThe whole took {(time.perf_counter() - begin) / 60:.1f} minutes (without "
+        "installation)."
+    )
 
 
 def _launcher() -> list[str]:
-    """deepspeed with as many ranks as there are GPUs, or cores on a machine without one; two at most."""
+    """deepspeed with as many ranks as there are GPUs, or cores on a machine without one;
+    two at most."""
     import torch
 
     ranks = min(2, torch.cuda.device_count() or len(os.sched_getaffinity(0)))
@@ -74,28 +97,38 @@ def _step(result: Path, command: list[str]) -> None:
 
 def _run(command: list[str]) -> None:
     """Run an ordinary command and show it. Raises UserError where it fails."""
-    print(f"\n== {' '.join(Path(c).name if c.startswith('/') else c for c in command)}", flush=True)
-    # A step has the machine to itself: its threads may spin while they wait for one another.
+    print(
+        f"\n== {' '.join(Path(c).name if c.startswith('/') else c for c in command)}",
+        flush=True,
+    )
+    # A step has the machine to itself: its threads may spin while they wait for one
+    # another.
     process = subprocess.Popen(command, env=os.environ | {"GOMP_SPINCOUNT": "100000"})
     try:
         code = process.wait()
     except BaseException as stop:
-        if not isinstance(stop, KeyboardInterrupt):  # which the terminal sends to the step, too
+        # which the terminal sends to the step, too
+        if not isinstance(stop, KeyboardInterrupt):
             process.terminate()
         process.wait()  # it says what it keeps
         raise
     if code:
-        raise UserError(f"the step above must end well, but ended with code {code}. Mend it and run again.")
+        raise UserError(
+            f"the step above must end well, but ended with code {code}. Mend it and run "
+            "again."
+        )
 
 
 def _show(visual: Path, llm: Path) -> None:
-    """The table, three sentences, a strip of frames, and one video translated by the finished model."""
+    """The table, three sentences, a strip of frames, and one video translated by the
+    finished model."""
     from flallm_ds.inference.pictures import strip_of_run
     from flallm_ds.inference.report import read_hypotheses, table
     from flallm_ds.metrics.ceiling import Ceiling
 
     results = [
-        json.loads((run / "evaluation" / "test.json").read_text(encoding="utf-8")) for run in (visual, llm)
+        json.loads((run / "evaluation" / "test.json").read_text(encoding="utf-8"))
+        for run in (visual, llm)
     ]
     rows = {"stage 1 alone": results[0]["scores"], "both stages": results[1]["scores"]}
     print("\n" + table({**rows, "blind control": results[1]["blind"]}))

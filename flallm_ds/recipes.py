@@ -1,8 +1,8 @@
 """The table of named runs, and how a command line chooses one of them.
 
-    flallm recipes
-    deepspeed launch/train.py --recipe phoenix14t_visual --data.shards=FOLDER --optim.lr=5e-3
-    deepspeed launch/train.py --recipe phoenix14t --stage both --run=runs/mine
+    flallm recipes deepspeed launch/train.py --recipe phoenix14t_visual
+    --data.shards=FOLDER --optim.lr=5e-3 deepspeed launch/train.py --recipe phoenix14t
+    --stage both --run=runs/mine
 
 A row is a base and the options that differ from it, written as on the command line.
 """
@@ -31,9 +31,10 @@ from flallm_ds.errors import UserError
 class Recipe:
     """Describe a named run.
 
-    summary: what it is, in one line. options: what differs from the base; the run folder is
-    runs/NAME. paper: test BLEU-4 of FLa-LLM (arXiv 2403.12556); None if the paper gives none.
-    ours: our test BLEU-4, with what it is measured on; empty if it is not measured.
+    summary: what it is, in one line. options: what differs from the base; the run folder
+    is runs/NAME. paper: test BLEU-4 of FLa-LLM (arXiv 2403.12556); None if the paper
+    gives none. ours: our test BLEU-4, with what it is measured on; empty if it is not
+    measured.
     """
 
     summary: str
@@ -280,11 +281,14 @@ def config_of(name: str) -> RunConfig:
     return recipe.base.with_overrides({"run": f"runs/{name}", **recipe.options})
 
 
-def resolve_both(recipe: str | None, overrides: Mapping[str, str]) -> tuple[RunConfig, RunConfig]:
+def resolve_both(
+    recipe: str | None, overrides: Mapping[str, str]
+) -> tuple[RunConfig, RunConfig]:
     """Return the configs of `--stage both`.
 
-    Options go to both stages, stage1.OPTION and stage2.OPTION to one. run=RUN means the folders
-    RUN_visual and RUN_llm. Raises UserError as `resolve` does, and for what would part the stages.
+    Options go to both stages, stage1.OPTION and stage2.OPTION to one. run=RUN means the
+    folders RUN_visual and RUN_llm. Raises UserError as `resolve` does, and for what would
+    part the stages.
     """
     given: dict[str, dict[str, str]] = {"": {}, "stage1": {}, "stage2": {}}
     for name, value in overrides.items():
@@ -296,8 +300,9 @@ def resolve_both(recipe: str | None, overrides: Mapping[str, str]) -> tuple[RunC
         for option in ("visual_run", "run") if name else ("visual_run",):
             if option in values:
                 raise UserError(
-                    f"--{option} must not be given for one stage of --stage both, but is {values[option]!r}: "
-                    "stage 2 starts from stage 1. Give --run=RUN for the folders RUN_visual and RUN_llm."
+                    f"--{option} must not be given for one stage of --stage both, but is "
+                    f"{values[option]!r}: stage 2 starts from stage 1. Give --run=RUN for "
+                    "the folders RUN_visual and RUN_llm."
                 )
     run = given[""].pop("run", None)
     if run is not None:
@@ -310,11 +315,14 @@ def resolve_both(recipe: str | None, overrides: Mapping[str, str]) -> tuple[RunC
     return visual, replace(llm, visual_run=visual.run)
 
 
-def resolve(stage: str | None, recipe: str | None, overrides: Mapping[str, str]) -> RunConfig:
+def resolve(
+    stage: str | None, recipe: str | None, overrides: Mapping[str, str]
+) -> RunConfig:
     """Return the recipe's config with dotted overrides.
 
-    `--recipe phoenix14t --stage llm` means phoenix14t_llm; without a recipe it is the quickstart's.
-    Raises UserError for an unknown option, recipe or stage, or where stage and recipe disagree.
+    `--recipe phoenix14t --stage llm` means phoenix14t_llm; without a recipe it is the
+    quickstart's. Raises UserError for an unknown option, recipe or stage, or where stage
+    and recipe disagree.
     """
     check_names(overrides)
     if stage not in (None, *get_args(Stage)):
@@ -328,5 +336,7 @@ def resolve(stage: str | None, recipe: str | None, overrides: Mapping[str, str])
         raise UserError(f"there is no recipe {recipe!r}: {nearest(recipe or '', RECIPES)}")
     config = config_of(name)
     if stage is not None and config.stage != stage:
-        raise UserError(f"--stage must be {config.stage} for the recipe {name}, but is {stage}.")
+        raise UserError(
+            f"--stage must be {config.stage} for the recipe {name}, but is {stage}."
+        )
     return config.with_overrides(overrides)

@@ -1,4 +1,5 @@
-"""What a person sees on a terminal or in a log file: text that can always be written, and progress."""
+"""What a person sees on a terminal or in a log file: text that can always be written, and
+progress."""
 
 import errno
 import io
@@ -13,7 +14,8 @@ from typing import Any, Protocol
 
 LOG_EVERY_S = 10.0  # between two lines of progress: a log file keeps every line
 
-# C0 and C1 controls but tab and newline, DEL, line separators, and what changes the direction of a line.
+# C0 and C1 controls but tab and newline, DEL, line separators, and what changes the
+# direction of a line.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 _NOBODY_READS = (errno.EPIPE, errno.EIO)  # `| head` has ended; the terminal is gone
 
@@ -21,7 +23,8 @@ _write_error: OSError | None = None  # the first one that is a fault, e.g. of a 
 
 
 def printable(text: str) -> str:
-    r"""Replace controls that would steer a terminal, bidirectional ones too, by their escapes (`\x1b`)."""
+    r"""Replace controls that would steer a terminal, bidirectional ones too, by their
+    escapes (`\x1b`)."""
     return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
@@ -31,11 +34,13 @@ def one_line(text: str) -> str:
 
 
 def prepare() -> None:
-    """Make stdout and stderr such that no print ever fails; called once, at the start of a command.
+    """Make stdout and stderr such that no print ever fails; called once, at the start of
+    a command.
 
-    A character that the encoding lacks is written as its escape. When nobody reads the output any more, the
-    command goes on without it: its result is in files, and its exit code says how it ended. Texts of corpora
-    and models go to stdout, where control characters are escaped.
+    A character that the encoding lacks is written as its escape. When nobody reads the
+    output any more, the command goes on without it: its result is in files, and its exit
+    code says how it ended. Texts of corpora and models go to stdout, where control
+    characters are escaped.
     """
     for name, kind in (("stdout", _EscapingText), ("stderr", _Text)):
         stream = getattr(sys, name)
@@ -47,11 +52,13 @@ def prepare() -> None:
                 io.BufferedWriter(io.FileIO(stream.fileno(), "w", closefd=False)),
                 encoding=stream.encoding,
                 errors="backslashreplace",
-                line_buffering=stream.line_buffering or stream.write_through,  # python -u writes through
+                # python -u writes through
+                line_buffering=stream.line_buffering or stream.write_through,
             )
             setattr(sys, name, text)
     if not shows_bars():
-        # Read when huggingface_hub is imported, which is later: bars of downloads and of loading weights.
+        # Read when huggingface_hub is imported, which is later: bars of downloads and of
+        # loading weights.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
@@ -76,7 +83,8 @@ class _Text(io.TextIOWrapper):
         if error.errno not in _NOBODY_READS and _write_error is None:
             _write_error = error
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self.fileno())  # also for what is buffered, and for what a library writes
+        # also for what is buffered, and for what a library writes
+        os.dup2(nowhere, self.fileno())
         os.close(nowhere)
 
 
@@ -86,7 +94,8 @@ class _EscapingText(_Text):
 
 
 def write_error() -> str:
-    """Why output was lost, e.g. "No space left on device"; empty if it was not, or if nobody reads it."""
+    """Why output was lost, e.g. "No space left on device"; empty if it was not, or if
+    nobody reads it."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     return (_write_error.strerror or str(_write_error)) if _write_error is not None else ""
@@ -108,12 +117,18 @@ class Progress(Protocol):
 
 @contextmanager
 def progress(total: int, title: str) -> Iterator[Progress]:
-    """Show how many of `total` clips are done, on stderr: a bar on a terminal, lines in a log file."""
+    """Show how many of `total` clips are done, on stderr: a bar on a terminal, lines in a
+    log file."""
     if shows_bars():
         from tqdm import tqdm
 
         with tqdm(
-            total=total, unit="clip", desc=title, smoothing=0.05, mininterval=0.2, dynamic_ncols=True
+            total=total,
+            unit="clip",
+            desc=title,
+            smoothing=0.05,
+            mininterval=0.2,
+            dynamic_ncols=True,
         ) as bar:
             yield bar
     else:
@@ -141,7 +156,11 @@ class ProgressLines:
         self._said = time.monotonic()
         seconds = self._said - self._begin
         rate = self.n / seconds if seconds else 0.0
-        end = f"left {clock((self.total - self.n) / rate)}" if 0 < self.n < self.total else clock(seconds)
+        end = (
+            f"left {clock((self.total - self.n) / rate)}"
+            if 0 < self.n < self.total
+            else clock(seconds)
+        )
         line = f"{self.title}: {self.n}/{self.total} clips  {rate:.1f} clips/s  {end}"
         print(line, file=sys.stderr, flush=True)
 

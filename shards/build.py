@@ -1,4 +1,5 @@
-"""A sign corpus into shards: python shards/build.py CORPUS --source=DIR --out=DIR (each has its --help)."""
+"""A sign corpus into shards: python shards/build.py CORPUS --source=DIR --out=DIR (each
+has its --help)."""
 
 from flallm_ds.cli.shards import VERBS
 from flallm_ds.command import main

@@ -1,4 +1,5 @@
-"""Every byte of a shard folder against its index: python shards/verify.py FOLDER [--repair=drop|rebuild]."""
+"""Every byte of a shard folder against its index: python shards/verify.py FOLDER
+[--repair=drop|rebuild]."""
 
 from flallm_ds.cli.shards import VERBS
 from flallm_ds.command import main

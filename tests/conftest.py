@@ -1,4 +1,5 @@
-"""Fixtures that every room's tests share. All corpora are written by the real writers; all LLMs are tiny."""
+"""Fixtures that every room's tests share. All corpora are written by the real writers;
+all LLMs are tiny."""
 
 import os
 
@@ -19,17 +20,30 @@ from tests.helpers.bars import WORDS, write_phoenix
 
 @pytest.fixture(scope="session")
 def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with shards/ (40 train, 9 dev and 9 test clips of 18 to 33 frames, 64x79 px) and llm/."""
+    """A folder with shards/ (40 train, 9 dev and 9 test clips of 18 to 33 frames, 64x79
+    px) and llm/."""
     from flallm_ds.models.llm.standin import standin_llm
     from flallm_ds.sharding.build import Options, build
 
     folder = tmp_path_factory.mktemp("tiny")
     write_phoenix(folder / "phoenix", {"train": 40, "dev": 9, "test": 9})
-    build("phoenix14t", folder / "phoenix", folder / "shards", Options(short_side=64, clips_per_shard=8))
+    build(
+        "phoenix14t",
+        folder / "phoenix",
+        folder / "shards",
+        Options(short_side=64, clips_per_shard=8),
+    )
     shutil.rmtree(folder / "phoenix")
     sentences = [f"{a} {b} {c} morgen" for a in WORDS for b in WORDS for c in WORDS]
     (folder / "text.txt").write_text("\n".join(sentences), encoding="utf-8")
-    standin_llm(str(folder / "text.txt"), folder / "llm", vocab_size=120, d_model=64, layers=1, steps=5)
+    standin_llm(
+        str(folder / "text.txt"),
+        folder / "llm",
+        vocab_size=120,
+        d_model=64,
+        layers=1,
+        steps=5,
+    )
     return folder
 
 

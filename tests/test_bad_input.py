@@ -1,4 +1,5 @@
-"""Wrong input: one clear sentence, a non-zero exit, nothing half-written; by real command lines."""
+"""Wrong input: one clear sentence, a non-zero exit, nothing half-written; by real command
+lines."""
 
 import json
 import os
@@ -41,18 +42,25 @@ BUILD = {name: verb(name) for name in CORPORA}
 
 @pytest.fixture
 def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command line that must be refused; its one sentence. Its --run folder stays as it was."""
+    """Run a command line that must be refused; its one sentence. Its --run folder stays
+    as it was."""
 
     def run(target: Any, *arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
         monkeypatch.setattr("flallm_ds.command.end_process", sys.exit)
-        folders = [Path(a.removeprefix("--run=")) for a in map(str, arguments) if a.startswith("--run=")]
+        folders = [
+            Path(a.removeprefix("--run="))
+            for a in map(str, arguments)
+            if a.startswith("--run=")
+        ]
         before = [files_of(folder) for folder in folders]
         with pytest.raises(SystemExit) as stop:
             command.main(target)
         assert [files_of(folder) for folder in folders] == before
         captured = capsys.readouterr()
-        sentences = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+        sentences = [
+            line for line in captured.err.splitlines() if line.startswith("error: ")
+        ]
         assert stop.value.code not in (0, None)
         assert len(sentences) == 1, captured.err
         assert "Traceback" not in captured.err
@@ -67,13 +75,20 @@ def files_of(folder: Path) -> list[Path] | None:
 
 def options(corpus: Path, run: Path, **more: object) -> list[str]:
     """A run that would be short if it were to start."""
-    given = {"run": run, "data.shards": corpus / "shards", "llm.name": corpus / "llm", "train.epochs": 1}
+    given = {
+        "run": run,
+        "data.shards": corpus / "shards",
+        "llm.name": corpus / "llm",
+        "train.epochs": 1,
+    }
     given |= {"visual.weights": "none", "visual.frozen_stages": 0}
     return [f"--{name}={value}" for name, value in (given | more).items()]
 
 
 def test_a_misspelt_option_names_the_nearest(refused: Run, tmp_path: Path) -> None:
-    assert "optim.lr" in refused(train, "--stage=visual", f"--run={tmp_path / 'run'}", "--optim.lrr=1")
+    assert "optim.lr" in refused(
+        train, "--stage=visual", f"--run={tmp_path / 'run'}", "--optim.lrr=1"
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -98,7 +113,9 @@ def test_a_word_too_many(refused: Run) -> None:
     ],
 )
 @pytest.mark.parametrize("target", [train, BUILD["manifest"], verify, translate], ids=str)
-def test_nothing_that_was_typed_is_dropped(refused: Run, target: Any, typed: list[str]) -> None:
+def test_nothing_that_was_typed_is_dropped(
+    refused: Run, target: Any, typed: list[str]
+) -> None:
     assert "must be" in (said := refused(target, *typed)) or "must begin" in said
 
 
@@ -108,7 +125,8 @@ def test_nothing_that_was_typed_is_dropped(refused: Run, target: Any, typed: lis
 def test_an_option_without_its_value_does_not_start_a_run(
     refused: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str
 ) -> None:
-    """As of a shell variable that is not set: no run of the default recipe, no folder named True."""
+    """As of a shell variable that is not set: no run of the default recipe, no folder
+    named True."""
     monkeypatch.chdir(tmp_path)
     assert option.rstrip("=") in refused(train, "--stage=visual", option)
     assert not list(tmp_path.iterdir())
@@ -128,7 +146,9 @@ def test_an_unknown_corpus_of_build(refused: Run, tmp_path: Path) -> None:
 
 
 def test_a_missing_source_folder(refused: Run, tmp_path: Path) -> None:
-    sentence = refused(BUILD, "phoenix14t", f"--source={tmp_path / 'no'}", f"--out={tmp_path / 'o'}")
+    sentence = refused(
+        BUILD, "phoenix14t", f"--source={tmp_path / 'no'}", f"--out={tmp_path / 'o'}"
+    )
     assert str(tmp_path / "no") in sentence
     assert list(tmp_path.iterdir()) == []
 
@@ -147,7 +167,11 @@ def test_shards_that_are_not_there(refused: Run, tmp_path: Path, tiny_corpus: Pa
         ("data.cap", "even", "one of uniform, random, segment"),
         ("data.target_fps", "-1", "data.target_fps must be above 0"),
         ("data.max_broken", "16", "data.max_broken must be in [0, 1)"),
-        ("data.shards", "pipe:cat data/{file}", "got a command (pipe:), which is never run. Copy the shards"),
+        (
+            "data.shards",
+            "pipe:cat data/{file}",
+            "got a command (pipe:), which is never run. Copy the shards",
+        ),
         ("data.shards", "simplecache::http://host/shards", "got simplecache:: before it"),
         ("data.shards", "reference://::http://host/shards", "got one on top of another"),
         ("data.shards", "zip://shards", "got one on top of another"),
@@ -178,7 +202,11 @@ def test_a_shard_whose_bytes_changed_where_checksums_are_asked_for(
     content = bytearray(tar.read_bytes())
     content[-5000] ^= 1
     tar.write_bytes(content)
-    given = options(tiny_corpus, tmp_path / "run", **{"data.shards": tiny_shards, "data.check_shards": True})
+    given = options(
+        tiny_corpus,
+        tmp_path / "run",
+        **{"data.shards": tiny_shards, "data.check_shards": True},
+    )
     assert tar.name in refused(train, "--stage=visual", *given)
 
 
@@ -197,7 +225,13 @@ def test_a_truncated_shard_is_found_before_the_first_step(
     [("train", "num_frames", 10**9), ("dev", "fps", np.nan), ("dev", "size", 2**62)],
 )
 def test_a_table_that_says_what_cannot_be(
-    refused: Run, tmp_path: Path, tiny_shards: Path, tiny_corpus: Path, split: str, column: str, value: float
+    refused: Run,
+    tmp_path: Path,
+    tiny_shards: Path,
+    tiny_corpus: Path,
+    split: str,
+    column: str,
+    value: float,
 ) -> None:
     """Before a model is made; scoring reads it by the same way."""
     table = tiny_shards / f"{split}.safetensors"
@@ -209,7 +243,9 @@ def test_a_table_that_says_what_cannot_be(
     (tiny_shards / "index.json").write_text(json.dumps(manifest))
     given = options(tiny_corpus, tmp_path / "run", **{"data.shards": tiny_shards})
     sentence = refused(train, "--stage=visual", *given)
-    assert f"the table of split {split} must describe clips: {column} must be from" in sentence
+    assert (
+        f"the table of split {split} must describe clips: {column} must be from" in sentence
+    )
     assert "in row 3" in sentence and not (tmp_path / "run").exists()
 
 
@@ -224,14 +260,18 @@ def test_stage_llm_without_stage_1_says_which_command_makes_it(
 def test_stage_llm_without_stage_1_prepares_nothing(
     refused: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flallm_ds.training.stages.prepare", lambda: pytest.fail("it took minutes"))
+    monkeypatch.setattr(
+        "flallm_ds.training.stages.prepare", lambda: pytest.fail("it took minutes")
+    )
     given = (f"--run={tmp_path / 'run'}", f"--visual_run={tmp_path / 'visual'}")
     assert "launch/train.py --stage visual" in refused(train, "--stage=llm", *given)
 
 
 def settings_of(stage: str, visual: dict[str, object]) -> dict[str, object]:
     """What a reader of flallm.json relies on."""
-    frames = dict.fromkeys(("short_side", "keep_every", "max_frames", "frame_size", "crop_size"), 32)
+    frames = dict.fromkeys(
+        ("short_side", "keep_every", "max_frames", "frame_size", "crop_size"), 32
+    )
     return {
         "format": export.FORMAT,
         "stage": stage,
@@ -244,7 +284,9 @@ def settings_of(stage: str, visual: dict[str, object]) -> dict[str, object]:
     }
 
 
-def test_a_stage_1_export_of_another_width(refused: Run, tmp_path: Path, tiny_corpus: Path) -> None:
+def test_a_stage_1_export_of_another_width(
+    refused: Run, tmp_path: Path, tiny_corpus: Path
+) -> None:
     best = tmp_path / "visual" / "best"
     best.mkdir(parents=True)
     settings = settings_of("visual", {"width": 32, "temporal_kernel": 3})
@@ -272,9 +314,13 @@ def test_a_deepspeed_json_with_a_misspelt_or_doubly_owned_key(
     assert word in refused(train, "--stage=visual", *given)
 
 
-def test_a_run_folder_that_is_not_ours(refused: Run, tmp_path: Path, tiny_corpus: Path) -> None:
+def test_a_run_folder_that_is_not_ours(
+    refused: Run, tmp_path: Path, tiny_corpus: Path
+) -> None:
     (tmp_path / "thesis.tex").write_text("mine")
-    assert str(tmp_path) in refused(train, "--stage=visual", *options(tiny_corpus, tmp_path))
+    assert str(tmp_path) in refused(
+        train, "--stage=visual", *options(tiny_corpus, tmp_path)
+    )
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
@@ -293,7 +339,9 @@ def test_a_stale_compilation_lock(
     lock.touch()
     os.utime(lock, (0, 0))
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
-    assert str(lock) in refused(train, "--stage=visual", *options(tiny_corpus, tmp_path / "run"))
+    assert str(lock) in refused(
+        train, "--stage=visual", *options(tiny_corpus, tmp_path / "run")
+    )
 
 
 def test_an_llm_that_is_not_there(refused: Run, tmp_path: Path, tiny_corpus: Path) -> None:
@@ -310,31 +358,54 @@ class HangsUp(socketserver.BaseRequestHandler):
         self.seen.append(self.request.recv(10_000).decode().split(" HTTP")[0])
 
 
-def test_imagenet_weights_out_of_reach_end_the_run_at_once(tmp_path: Path, tiny_corpus: Path) -> None:
+def test_imagenet_weights_out_of_reach_end_the_run_at_once(
+    tmp_path: Path, tiny_corpus: Path
+) -> None:
     """No run begins from random weights that its config.json calls pretrained."""
-    given = options(tiny_corpus, tmp_path / "run", **{"visual.weights": "microsoft/resnet-18"})
-    command_line = [sys.executable, str(ROOT / "launch" / "train.py"), "--stage=visual", *given]
+    given = options(
+        tiny_corpus, tmp_path / "run", **{"visual.weights": "microsoft/resnet-18"}
+    )
+    command_line = [
+        sys.executable,
+        str(ROOT / "launch" / "train.py"),
+        "--stage=visual",
+        *given,
+    ]
     with socketserver.TCPServer(("127.0.0.1", 0), HangsUp) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         hub = {
             "HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}",
             "HF_HOME": str(tmp_path / "hub"),
         }
-        environment = {name: v for name, v in os.environ.items() if name != "HF_HUB_OFFLINE"} | hub
-        done = subprocess.run(command_line, env=environment, capture_output=True, text=True, timeout=300)
+        environment = {
+            name: v for name, v in os.environ.items() if name != "HF_HUB_OFFLINE"
+        } | hub
+        done = subprocess.run(
+            command_line, env=environment, capture_output=True, text=True, timeout=300
+        )
         server.shutdown()
     assert done.returncode == 2 and "Traceback" not in done.stderr
     (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert "visual.weights must be within reach, but microsoft/resnet-18 is no file or folder" in sentence
+    assert (
+        "visual.weights must be within reach, but microsoft/resnet-18 is no file or folder"
+        in sentence
+    )
     assert "--visual.weights=none to train from random weights" in sentence
     asked = [request for request in HangsUp.seen if "resnet" in request]
-    assert asked == ["HEAD /microsoft/resnet-18/resolve/main/config.json"]  # and not for a minute
+    # and not for a minute
+    assert asked == ["HEAD /microsoft/resnet-18/resolve/main/config.json"]
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("weights", ["microsoft/resnet-18", "nosuch/thing", "timm/resnet18.a1_in1k"])
+@pytest.mark.parametrize(
+    "weights", ["microsoft/resnet-18", "nosuch/thing", "timm/resnet18.a1_in1k"]
+)
 def test_backbone_weights_that_are_not_cached_where_there_is_no_hub(
-    refused: Run, tmp_path: Path, tiny_corpus: Path, monkeypatch: pytest.MonkeyPatch, weights: str
+    refused: Run,
+    tmp_path: Path,
+    tiny_corpus: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    weights: str,
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -355,45 +426,84 @@ def test_backbone_weights_that_are_nothing(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_language_that_the_tokenizer_does_not_know(refused: Run, tmp_path: Path, tiny_corpus: Path) -> None:
+def test_a_language_that_the_tokenizer_does_not_know(
+    refused: Run, tmp_path: Path, tiny_corpus: Path
+) -> None:
     given = options(tiny_corpus, tmp_path / "run", **{"llm.language": "de_DF"})
     assert "de_DE" in refused(train, "--stage=visual", *given)
 
 
-def test_an_llm_that_cannot_write_the_training_text(refused: Run, tmp_path: Path, tiny_corpus: Path) -> None:
+def test_an_llm_that_cannot_write_the_training_text(
+    refused: Run, tmp_path: Path, tiny_corpus: Path
+) -> None:
     """It would learn to leave out what it reads as unknown, and score what is left."""
     llm = make_tiny_llm("mbart", tmp_path / "llm", ["今天到处阳光明媚。", "regn wind"])
     for stage in ("--stage=visual", "--stage=llm"):
-        given = options(tiny_corpus, tmp_path / "run", **{"llm.name": llm, "visual_run": "none"})
+        given = options(
+            tiny_corpus, tmp_path / "run", **{"llm.name": llm, "visual_run": "none"}
+        )
         sentence = refused(train, stage, *given)
-        assert "at most 0.1 % of the tokens unknown, got " in sentence and f"{llm} with " in sentence
-        assert " % of " in sentence and "because of 'o' (" in sentence and "--llm.name" in sentence
+        assert (
+            "at most 0.1 % of the tokens unknown, got " in sentence
+            and f"{llm} with " in sentence
+        )
+        assert (
+            " % of " in sentence
+            and "because of 'o' (" in sentence
+            and "--llm.name" in sentence
+        )
         assert not (tmp_path / "run").exists()
 
 
-def test_clips_longer_than_what_reads_them(refused: Run, tmp_path: Path, tiny_corpus: Path) -> None:
+def test_clips_longer_than_what_reads_them(
+    refused: Run, tmp_path: Path, tiny_corpus: Path
+) -> None:
     """Its table of positions would end in the middle of training."""
     llm = Path(shutil.copytree(tiny_corpus / "llm", tmp_path / "llm"))
     config = json.loads((llm / "config.json").read_text())
     (llm / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 6}))
     state = load_file(llm / "model.safetensors")
-    tables = {name: tensor[:8] for name, tensor in state.items() if "embed_positions" in name}
+    tables = {
+        name: tensor[:8] for name, tensor in state.items() if "embed_positions" in name
+    }
     assert tables
-    save_file(state | {n: t.clone() for n, t in tables.items()}, llm / "model.safetensors", {"format": "pt"})
-    given = options(tiny_corpus, tmp_path / "run", **{"llm.name": llm, "data.max_frames": 7})
+    save_file(
+        state | {n: t.clone() for n, t in tables.items()},
+        llm / "model.safetensors",
+        {"format": "pt"},
+    )
+    given = options(
+        tiny_corpus, tmp_path / "run", **{"llm.name": llm, "data.max_frames": 7}
+    )
     sentence = refused(train, "--stage=llm", "--visual_run=none", *given)
-    assert "at most 6 frames" in sentence and "one keeps 7" in sentence and "--data.max_frames=6" in sentence
+    assert (
+        "at most 6 frames" in sentence
+        and "one keeps 7" in sentence
+        and "--data.max_frames=6" in sentence
+    )
 
 
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"visual.weights": "https://host/facebook/dinov2-small"}, "Name it as facebook/dinov2-small."),
+        (
+            {"visual.weights": "https://host/facebook/dinov2-small"},
+            "Name it as facebook/dinov2-small.",
+        ),
         ({"visual.weights": "{}/vit.gguf"}, "GGUF files hold quantised weights"),
         ({"visual.weights": "{}/empty"}, "the folder is empty. Check --visual.weights."),
-        ({"llm.name": "{}/fp8", "llm.bits": 4, "llm.tune": "lora"}, "got 4 and quantised with fp8"),
-        ({"llm.name": "{}/llava", "llm.bits": 8, "llm.tune": "lora"}, "got 8 and a multimodal model"),
-        ({"llm.name": "{}/aya"}, "is a multimodal aya_vision, which is neither, and its text model cannot"),
+        (
+            {"llm.name": "{}/fp8", "llm.bits": 4, "llm.tune": "lora"},
+            "got 4 and quantised with fp8",
+        ),
+        (
+            {"llm.name": "{}/llava", "llm.bits": 8, "llm.tune": "lora"},
+            "got 8 and a multimodal model",
+        ),
+        (
+            {"llm.name": "{}/aya"},
+            "is a multimodal aya_vision, which is neither, and its text model cannot",
+        ),
     ],
 )
 def test_weights_of_another_kind(
@@ -406,7 +516,9 @@ def test_weights_of_another_kind(
     transformers.AyaVisionConfig().save_pretrained(tmp_path / "aya")
     named = {name: str(value).format(tmp_path) for name, value in given.items()}
     more = {"visual_run": "none", "llm.trim_vocabulary": False, **named}
-    assert said in refused(train, "--stage=llm", *options(tiny_corpus, tmp_path / "run", **more))
+    assert said in refused(
+        train, "--stage=llm", *options(tiny_corpus, tmp_path / "run", **more)
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -427,7 +539,12 @@ def test_a_corrupted_video_of_a_corpus_leaves_nothing(
 ) -> None:
     shutil.copy(shared_data / "edge_videos" / "corrupted.mp4", tmp_path)
     (tmp_path / "m.csv").write_text("video,text,split\ncorrupted.mp4,hello,train\n")
-    given = ["manifest", f"--source={tmp_path / 'm.csv'}", f"--out={tmp_path / 'o'}", "--language=en"]
+    given = [
+        "manifest",
+        f"--source={tmp_path / 'm.csv'}",
+        f"--out={tmp_path / 'o'}",
+        "--language=en",
+    ]
     assert "corrupted.mp4" in refused(BUILD, *given)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["corrupted.mp4", "m.csv"]
 
@@ -439,21 +556,48 @@ def test_a_corrupted_video_of_a_corpus_leaves_nothing(
     ("stage", "given", "said"),
     [
         ("joint", {"visual_run": "runs/v"}, "visual_run must not be given in stage joint"),
-        ("joint", {"llm.input": "light_t"}, "llm.input must be signs or frames where there is no stage 1"),
-        ("llm", {"visual_run": "none", "llm.input": "light_t"}, "llm.input must be signs or frames"),
+        (
+            "joint",
+            {"llm.input": "light_t"},
+            "llm.input must be signs or frames where there is no stage 1",
+        ),
+        (
+            "llm",
+            {"visual_run": "none", "llm.input": "light_t"},
+            "llm.input must be signs or frames",
+        ),
         ("visual", {"visual.frozen": "backbone"}, "visual.frozen is of stage llm"),
         ("visual", {"train.probe_every": -1}, "train.probe_every must not be negative"),
-        ("both", {"visual_run": "runs/v"}, "--visual_run must not be given for one stage of --stage both"),
-        ("both", {"stage2.run": "runs/v"}, "--run=RUN for the folders RUN_visual and RUN_llm"),
+        (
+            "both",
+            {"visual_run": "runs/v"},
+            "--visual_run must not be given for one stage of --stage both",
+        ),
+        (
+            "both",
+            {"stage2.run": "runs/v"},
+            "--run=RUN for the folders RUN_visual and RUN_llm",
+        ),
         ("both", {"stage1.optim.lrr": 1}, "did you mean optim.lr"),
-        ("both", {"stage1.visual.width": 8, "stage2.visual.width": 16}, "visual.width must be the same"),
+        (
+            "both",
+            {"stage1.visual.width": 8, "stage2.visual.width": 16},
+            "visual.width must be the same",
+        ),
         ("visuall", {}, "--stage must be visual, llm, joint or both"),
     ],
 )
 def test_stages_that_cannot_be(
-    refused: Run, tmp_path: Path, tiny_corpus: Path, stage: str, given: dict[str, object], said: str
+    refused: Run,
+    tmp_path: Path,
+    tiny_corpus: Path,
+    stage: str,
+    given: dict[str, object],
+    said: str,
 ) -> None:
-    assert said in refused(train, f"--stage={stage}", *options(tiny_corpus, tmp_path / "run", **given))
+    assert said in refused(
+        train, f"--stage={stage}", *options(tiny_corpus, tmp_path / "run", **given)
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -461,11 +605,14 @@ def test_stages_that_cannot_be(
 def test_a_bf16_engine_with_batch_norm_inside(
     refused: Run, tmp_path: Path, tiny_corpus: Path, given: dict[str, str]
 ) -> None:
-    """DeepSpeed would cast the parameters, not the statistics, and fail at the first step on a GPU."""
+    """DeepSpeed would cast the parameters, not the statistics, and fail at the first step
+    on a GPU."""
     more = {"train.deepspeed": "ds_configs/zero3.json"}
     words = options(tiny_corpus, tmp_path / "run", **more)
     sentence = refused(train, f"--stage={given['stage']}", *words)
-    assert "must compute by torch_autocast" in sentence and "ds_configs/zero2.json" in sentence
+    assert (
+        "must compute by torch_autocast" in sentence and "ds_configs/zero2.json" in sentence
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -478,7 +625,9 @@ def test_light_t_states_of_an_export_that_has_no_light_t(
     (best / "flallm.json").write_text(json.dumps(settings_of("llm", visual.settings())))
     save_file(visual.state_dict(), best / "visual_encoder.safetensors")
     more = {"visual_run": tmp_path / "other", "visual.width": 8, "llm.input": "light_t"}
-    sentence = refused(train, "--stage=llm", *options(tiny_corpus, tmp_path / "run", **more))
+    sentence = refused(
+        train, "--stage=llm", *options(tiny_corpus, tmp_path / "run", **more)
+    )
     assert "llm.input=light_t must read a result of stage visual" in sentence
 
 

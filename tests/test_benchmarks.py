@@ -1,4 +1,5 @@
-"""Each benchmark once at a tiny size: that it runs and what it reports, never how fast anything was."""
+"""Each benchmark once at a tiny size: that it runs and what it reports, never how fast
+anything was."""
 
 import multiprocessing
 import re
@@ -49,7 +50,10 @@ def test_loader_reports_every_way_at_both_rates_and_the_targets(tmp_path):
     )  # fmt: skip
     assert saved_page(tmp_path, "loader") == page
     clips, videos, targets = tables(page)
-    assert tuple(clips[0]) == tuple(videos[0]) == loader.COLUMNS and tuple(targets[0]) == Target.HEADER
+    assert (
+        tuple(clips[0]) == tuple(videos[0]) == loader.COLUMNS
+        and tuple(targets[0]) == Target.HEADER
+    )
     assert [row[1] for row in clips[1:]] == ["all"] * 7 + ["1 in 4"] * 7
     assert [row[0] for row in clips[1:8]] == [row[0] for row in clips[8:]]
     assert len(videos) == 5 and len(targets) == 12
@@ -60,10 +64,15 @@ def test_loader_reports_every_way_at_both_rates_and_the_targets(tmp_path):
 
 
 def test_plan_reports_costs_ranks_and_targets(tmp_path):
-    page = plan.run(clips=1_000, rank_clips=4, ranks=(2, 4), rounds=1, out=tmp_path, hardware="here")
+    page = plan.run(
+        clips=1_000, rank_clips=4, ranks=(2, 4), rounds=1, out=tmp_path, hardware="here"
+    )
     assert saved_page(tmp_path, "plan") == page
     costs, ranks, targets = tables(page)
-    assert [row[0] for row in costs[1:]] == ["index and plan of an epoch", "resume in the middle"]
+    assert [row[0] for row in costs[1:]] == [
+        "index and plan of an epoch",
+        "resume in the middle",
+    ]
     assert tuple(ranks[0]) == plan.RANK_COLUMNS and tuple(targets[0]) == Target.HEADER
     assert [row[:3] for row in ranks[1:]] == [["2", "8", "125"], ["4", "16", "63"]]
     assert all(row[-2:] == ["yes", "yes"] for row in ranks[1:])
@@ -71,27 +80,41 @@ def test_plan_reports_costs_ranks_and_targets(tmp_path):
 
 
 def test_memory_reports_each_epoch_and_draws_them(tmp_path):
-    page = memory.run(clips=2, frames=9, epochs=4, batch_clips=1, threads=1, out=tmp_path, hardware="here")
+    page = memory.run(
+        clips=2, frames=9, epochs=4, batch_clips=1, threads=1, out=tmp_path, hardware="here"
+    )
     assert saved_page(tmp_path, "memory") == page
     (epochs,) = tables(page)
-    assert tuple(epochs[0]) == memory.COLUMNS and [row[0] for row in epochs[1:]] == ["1", "2", "3", "4"]
+    assert tuple(epochs[0]) == memory.COLUMNS and [row[0] for row in epochs[1:]] == [
+        "1",
+        "2",
+        "3",
+        "4",
+    ]
     (picture,) = re.findall(r"!\[memory\]\((.*)\)", page)
     assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
 
 
 def test_build_reports_both_sides_of_both_sources(tmp_path):
-    page = build.run(clips=2, frames=5, mp4_clips=2, workers=1, rounds=1, out=tmp_path, hardware="here")
+    page = build.run(
+        clips=2, frames=5, mp4_clips=2, workers=1, rounds=1, out=tmp_path, hardware="here"
+    )
     assert saved_page(tmp_path, "build") == page
     sides, targets = tables(page)
     assert tuple(sides[0]) == build.COLUMNS and tuple(targets[0]) == Target.HEADER
     assert [row[1] for row in sides[1:]] == ["shards/build.py", "bare loops"] * 2
-    assert "10 frames of PNG folders, 210x260, 10 frames of 720p H.264" in page and len(targets) == 3
+    assert (
+        "10 frames of PNG folders, 210x260, 10 frames of 720p H.264" in page
+        and len(targets) == 3
+    )
 
 
 @pytest.mark.parametrize("script", ["loader", "plan", "memory", "build"])
 def test_a_script_runs_as_a_file_and_refuses_unknown_options(script):
     command = [sys.executable, f"benchmarks/{script}.py", "--clip=3"]
-    ended = subprocess.run(command, cwd=measure.ROOT, capture_output=True, text=True, check=False)
+    ended = subprocess.run(
+        command, cwd=measure.ROOT, capture_output=True, text=True, check=False
+    )
     assert ended.returncode == 2 and "there is no option --clip" in ended.stderr
 
 
@@ -131,8 +154,12 @@ def test_every_way_counts_the_same_real_frames(clips, keep_every, frames):
 @pytest.mark.parametrize("way", ["video", "images"])
 def test_spdl_decodes_the_same_frames(clips, way, keep_every, frames):
     if not (loader.SPDL_FOLDER / "ready").is_file():
-        pytest.skip("SPDL's environment is made by benchmarks/loader.py, which was not run here")
-    side = peers.Spdl(peers.spdl_python(loader.SPDL_FOLDER), load(clips[1]), keep_every, 1, way)
+        pytest.skip(
+            "SPDL's environment is made by benchmarks/loader.py, which was not run here"
+        )
+    side = peers.Spdl(
+        peers.spdl_python(loader.SPDL_FOLDER), load(clips[1]), keep_every, 1, way
+    )
     try:
         assert side() == side() == Amount(frames, 3)
     finally:
@@ -143,7 +170,9 @@ def test_an_epoch_of_ours_repeats_the_clips(clips):
     _, shards, _ = clips
     batches = list(OurLoader(shards, 4, 2, 1, epochs=3).batches())
     assert sum(len(batch.keys) for batch in batches) == 9
-    assert {key for batch in batches for key in batch.keys} == set(load(shards).strings("key"))
+    assert {key for batch in batches for key in batch.keys} == set(
+        load(shards).strings("key")
+    )
 
 
 def test_png_folders_are_collated_as_the_peer_does(clips):
@@ -151,10 +180,13 @@ def test_png_folders_are_collated_as_the_peer_does(clips):
     first = way._load(way._clips[0])
     assert first.shape == (9, 3, 224, 224) and first.dtype == torch.float32
     both = way._collate([first, first[:6]])
-    # 9 frames become 12 and 6 become 8, each with 16 more; the padding repeats the first and the last frame
+    # 9 frames become 12 and 6 become 8, each with 16 more; the padding repeats the first
+    # and the last frame
     assert len(both) == 28 + 24
     assert (
-        torch.equal(both[0], first[0]) and torch.equal(both[8:17], first) and torch.equal(both[27], first[8])
+        torch.equal(both[0], first[0])
+        and torch.equal(both[8:17], first)
+        and torch.equal(both[27], first[8])
     )
     assert torch.equal(both[28], first[0]) and torch.equal(both[36:42], first[:6])
 
@@ -172,7 +204,11 @@ def test_crops_lie_where_the_draws_say():
 
 def test_frames_of_real_videos_have_phoenix_size(shared_data, tmp_path):
     (paths,) = material.png_folders(tmp_path, 1, 3, shared_data / "how2sign")
-    assert len(paths) == 3 and material.read_frames(paths[0].parent).__next__().shape == (260, 210, 3)
+    assert len(paths) == 3 and material.read_frames(paths[0].parent).__next__().shape == (
+        260,
+        210,
+        3,
+    )
 
 
 def test_a_folder_without_videos_is_refused(tmp_path):
@@ -193,7 +229,10 @@ def test_sides_are_interleaved_and_fast_ones_run_more_often():
             pass
         return Amount(10, 2)
 
-    ways = {name: Way(name, lambda name=name, s=s: busy(name, s)) for name, s in (("a", 0.1), ("b", 0.005))}
+    ways = {
+        name: Way(name, lambda name=name, s=s: busy(name, s))
+        for name, s in (("a", 0.1), ("b", 0.005))
+    }
     rates = interleave(ways, rounds=3, seconds=0.1)
     order = [a for a, b in pairwise([*calls, ""]) if a != b]
     assert order == ["a", "b"] * 4
@@ -226,5 +265,13 @@ def test_cpu_time_holds_that_of_processes_that_run_and_that_have_ended():
 
 
 def test_targets_say_met_or_missed_by_the_median():
-    assert Target("x", 2, [1.0, 2.5, 9.0]).row() == ("x", "at least 2", "2.50 (1.00 to 9.00)", "met")
-    assert Target("x", 2, [1.0, 2.5, 9.0], at_least=False).row()[1::2] == ("at most 2", "missed")
+    assert Target("x", 2, [1.0, 2.5, 9.0]).row() == (
+        "x",
+        "at least 2",
+        "2.50 (1.00 to 9.00)",
+        "met",
+    )
+    assert Target("x", 2, [1.0, 2.5, 9.0], at_least=False).row()[1::2] == (
+        "at most 2",
+        "missed",
+    )

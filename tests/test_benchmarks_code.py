@@ -1,4 +1,5 @@
-"""loss_compare and code_measures on small inputs; that losses are equal to the bit is for people to run."""
+"""loss_compare and code_measures on small inputs; that losses are equal to the bit is for
+people to run."""
 
 from pathlib import Path
 from typing import Any
@@ -11,22 +12,35 @@ from flallm_ds.errors import UserError
 
 
 def record(step: int, loss: float) -> dict[str, Any]:
-    return {"stage": "llm", "kind": "train", "global_step": step, "loss": loss, "grad_norm": 1.0, "lr": 0.1}
+    return {
+        "stage": "llm",
+        "kind": "train",
+        "global_step": step,
+        "loss": loss,
+        "grad_norm": 1.0,
+        "lr": 0.1,
+    }
 
 
 def test_the_first_number_that_differs_is_named() -> None:
     first = [record(1, 2.5), record(2, 1.25)]
     compare(first, [dict(one) for one in first], "a", "b")
-    with pytest.raises(UserError, match=r"loss at stage llm, step 2 is 1\.25 \(a\) and 1\.2500000000000002"):
+    with pytest.raises(
+        UserError, match=r"loss at stage llm, step 2 is 1\.25 \(a\) and 1\.2500000000000002"
+    ):
         compare(first, [first[0], record(2, 1.2500000000000002)], "a", "b")
-    with pytest.raises(UserError, match=r"global_step at stage llm, step 2 is 2 \(a\) and 3 \(b\)"):
+    with pytest.raises(
+        UserError, match=r"global_step at stage llm, step 2 is 2 \(a\) and 3 \(b\)"
+    ):
         compare(first, [first[0], record(3, 1.25)], "a", "b")
     with pytest.raises(UserError, match=r"a wrote 2 records, but b wrote 1"):
         compare(first, first[:1], "a", "b")
 
 
 def test_a_commit_that_does_not_exist_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="must be commits of this repository, got 'no-such-commit'"):
+    with pytest.raises(
+        UserError, match="must be commits of this repository, got 'no-such-commit'"
+    ):
         checkout("no-such-commit", tmp_path / "tree")
 
 

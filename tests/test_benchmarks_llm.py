@@ -12,8 +12,12 @@ from tests.test_benchmarks import tables
 
 
 def test_llm_loss_reports_each_way_at_each_width(tmp_path):
-    page = llm_loss.run(tokens=40, vocabulary=1_000, widths=(8,), rounds=1, out=tmp_path, hardware="here")
-    assert (tmp_path / f"llm_loss_here_{date.today():%Y%m}.md").read_text(encoding="utf-8") == page
+    page = llm_loss.run(
+        tokens=40, vocabulary=1_000, widths=(8,), rounds=1, out=tmp_path, hardware="here"
+    )
+    assert (tmp_path / f"llm_loss_here_{date.today():%Y%m}.md").read_text(
+        encoding="utf-8"
+    ) == page
     costs, targets = tables(page)
     assert tuple(costs[0]) == llm_loss.COLUMNS and tuple(targets[0]) == Target.HEADER
     assert [row[:2] for row in costs[1:]] == [["8", way] for way in llm_loss.WAYS]
@@ -22,9 +26,17 @@ def test_llm_loss_reports_each_way_at_each_width(tmp_path):
 
 
 def test_llm_gpu_reports_a_row_that_failed_beside_one_that_did_not(tmp_path, monkeypatch):
-    """At toy size, on a CPU where there is no GPU: LoRA with offload and checkpointing, as of the ladder."""
+    """At toy size, on a CPU where there is no GPU: LoRA with offload and checkpointing,
+    as of the ladder."""
     works = Job(
-        "toy Qwen3", "zero3_offload", "lora", loss="chunks", checkpointing=True, clips=2, steps=1, warm_up=1
+        "toy Qwen3",
+        "zero3_offload",
+        "lora",
+        loss="chunks",
+        checkpointing=True,
+        clips=2,
+        steps=1,
+        warm_up=1,
     )
     fails = Job("toy mBART", "no_such_json")
     monkeypatch.setattr(llm_gpu, "parts", lambda *_: {"Toys": [fails, works]})
@@ -35,7 +47,9 @@ def test_llm_gpu_reports_a_row_that_failed_beside_one_that_did_not(tmp_path, mon
         "UserError: train.deepspeed must be a DeepSpeed JSON, "
         "but there is no file ds_configs/no_such_json.json."
     )
-    assert worked[0] == "toy Qwen3" and all(float(worked[i].replace(",", "")) > 0 for i in (1, 2, 8, 9, 11))
+    assert worked[0] == "toy Qwen3" and all(
+        float(worked[i].replace(",", "")) > 0 for i in (1, 2, 8, 9, 11)
+    )
     assert float(worked[2]) < float(worked[1])
 
 
@@ -58,6 +72,9 @@ def test_llm_gpu_tries_every_size_of_the_ladder_in_both_tunings():
     ]
     assert all(job.deepspeed == "zero3_offload" and job.clips == 3 for job in ladder)
     toys = llm_gpu.parts(llm_gpu.LADDER, {"clips": 3, "steps": 4}, small=True)
-    assert {job.model for jobs in toys.values() for job in jobs} == {"toy mBART", "toy Qwen3"}
+    assert {job.model for jobs in toys.values() for job in jobs} == {
+        "toy mBART",
+        "toy Qwen3",
+    }
     with pytest.raises(UserError, match="'Qwen9' is none of them"):
         llm_gpu.run(small=True, ladder=("Qwen9",))

@@ -14,7 +14,9 @@ from flallm_ds.errors import UserError
 from flallm_ds.recipes import resolve_both
 
 
-def command(video: Path, *, model: Path, beams: int | None = None, fast: bool = False) -> None:
+def command(
+    video: Path, *, model: Path, beams: int | None = None, fast: bool = False
+) -> None:
     """Translate."""
 
 
@@ -30,8 +32,13 @@ def open_ended(stage: str | None = None, **overrides: str) -> None:
     [
         (["a.mp4", "--model=m"], ["a.mp4"], {"model": "m"}),
         (["a.mp4", "--model", "m"], ["a.mp4"], {"model": "m"}),
-        (["--optim.lr=3e-4", "--data.shards", "x"], [], {"optim.lr": "3e-4", "data.shards": "x"}),
-        (["--run=2024_01"], [], {"run": "2024_01"}),  # plain fire makes the number 202401 of it
+        (
+            ["--optim.lr=3e-4", "--data.shards", "x"],
+            [],
+            {"optim.lr": "3e-4", "data.shards": "x"},
+        ),
+        # plain fire makes the number 202401 of it
+        (["--run=2024_01"], [], {"run": "2024_01"}),
         (["--run=[1,2]", "--name=None"], [], {"run": "[1,2]", "name": "None"}),
         (["007"], ["007"], {}),
         (["--keep-every=3"], [], {"keep_every": "3"}),
@@ -49,24 +56,37 @@ def test_words_and_options_stay_the_strings_that_were_typed(argv, words, options
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        (["--", "--seed=7"], "got a '--' that stands alone"),  # fire drops all that follows
+        # fire drops all that follows
+        (["--", "--seed=7"], "got a '--' that stands alone"),
         (["--seed=7", "--"], "got a '--' that stands alone"),
-        (["--", "--interactive"], "got a '--' that stands alone"),  # fire opens Python's prompt
+        # fire opens Python's prompt
+        (["--", "--interactive"], "got a '--' that stands alone"),
         (["--", "--trace"], "got a '--' that stands alone"),
         (["--", "--completion"], "got a '--' that stands alone"),
-        (["-"], "got a '-' that stands alone"),  # fire ends the call here and begins another
+        # fire ends the call here and begins another
+        (["-"], "got a '-' that stands alone"),
         (["--seed=7", "-", "--seed=8"], "got a '-' that stands alone"),
         (["--out", "-"], "got a '-' that stands alone"),
         (["-seed=7"], "must begin with two hyphens, --seed=7, got '-seed=7'"),
         (["-s"], "must begin with two hyphens, --s, got '-s'"),
         (["---seed=7"], "must begin with two hyphens, --seed=7, got '---seed=7'"),
-        (["\u2013seed=7"], r"must begin with two hyphens, --seed=7, got '\u2013seed=7'"),  # an en dash
-        (["\u2014stage", "llm"], r"must begin with two hyphens, --stage, got '\u2014stage'"),
+        # an en dash
+        (["\u2013seed=7"], r"must begin with two hyphens, --seed=7, got '\u2013seed=7'"),
+        (
+            ["\u2014stage", "llm"],
+            r"must begin with two hyphens, --stage, got '\u2014stage'",
+        ),
         (["-\u2010seed"], r"must begin with two hyphens, --seed, got '-\u2010seed'"),
         (["\u2212seed=1"], r"must begin with two hyphens, --seed=1, got '\u2212seed=1'"),
-        (["-aB.mp4"], "a file whose name begins with a hyphen: write --option=-aB.mp4 or ./-aB.mp4"),
+        (
+            ["-aB.mp4"],
+            "a file whose name begins with a hyphen: write --option=-aB.mp4 or ./-aB.mp4",
+        ),
         (["--run", "-aB"], "must begin with two hyphens, --aB, got '-aB'"),
-        (["--seed=7", "--seed=8"], "--seed must be given once, but was given twice: 7, then 8"),
+        (
+            ["--seed=7", "--seed=8"],
+            "--seed must be given once, but was given twice: 7, then 8",
+        ),
         (["--keep-every=7", "--keep_every", "8"], "--keep_every must be given once"),
         (["--run", "=x"], "--run must be written without spaces, --run=x, got '=x'"),
         (["--=7"], "options must be written --name=value, got '--=7'"),
@@ -90,17 +110,28 @@ def test_an_option_without_a_value_is_true_or_refused():
         with pytest.raises(UserError, match="--model must have a value, got none"):
             bind(command, words, options)
     with pytest.raises(UserError, match="there is no option --nofast: did you mean fast"):
-        bind(command, *read_words(["v", "--model=m", "--nofast"]))  # fire makes fast=False of it
+        # fire makes fast=False of it
+        bind(command, *read_words(["v", "--model=m", "--nofast"]))
 
 
-@pytest.mark.parametrize("name", ["optim.lr", "llm.name", "data.augment", "stage1.optim.lr", "run", "seed"])
+@pytest.mark.parametrize(
+    "name", ["optim.lr", "llm.name", "data.augment", "stage1.optim.lr", "run", "seed"]
+)
 @pytest.mark.parametrize("value", ["", "x --stage=llm", None])
 def test_of_a_run_no_option_passes_without_its_value(name, value):
     """Nor by another name, nor empty, as of a shell variable that is not set."""
     given = f"--{name}" if value is None else f"--{name}={value}"
     _, overrides = read_words([given])
-    right = name == "data.augment" if value is None else bool(value) and name in ("llm.name", "run")
-    with nullcontext() if right else pytest.raises(UserError, match=f"--{name.removeprefix('stage1.')}"):
+    right = (
+        name == "data.augment"
+        if value is None
+        else bool(value) and name in ("llm.name", "run")
+    )
+    with (
+        nullcontext()
+        if right
+        else pytest.raises(UserError, match=f"--{name.removeprefix('stage1.')}")
+    ):
         resolve_both("quickstart", overrides)
 
 
@@ -140,7 +171,11 @@ def test_values_become_the_annotated_type(value, hint, expected):
         ("3.5", int, "--epochs must be a whole number, but is '3.5'"),
         ("fast", float, "--epochs must be a number, but is 'fast'"),
         ("maybe", bool, "--epochs must be true or false, but is 'maybe'"),
-        ("huge", Literal["tiny", "base"], "--epochs must be one of tiny, base, but is 'huge'"),
+        (
+            "huge",
+            Literal["tiny", "base"],
+            "--epochs must be one of tiny, base, but is 'huge'",
+        ),
         ("5", Literal[16, 8, 4], "--epochs must be one of 16, 8, 4, but is '5'"),
         ("a,b", tuple[float, ...], "--epochs must be a number, but is 'a'"),
         ("x", int | None, "--epochs must be a whole number, but is 'x'"),
@@ -149,8 +184,16 @@ def test_values_become_the_annotated_type(value, hint, expected):
         ("1e999", float, "--epochs must be a number, but is '1e999'"),
         ("", Path, "--epochs must name a file or a folder, but is empty"),
         ("", Path | None, "--epochs must name a file or a folder, but is empty"),
-        ("a,", tuple[str, ...], "--epochs must have something before and after each comma, but is 'a,'"),
-        ("a,,b", tuple[str, ...], "--epochs must have something before and after each comma"),
+        (
+            "a,",
+            tuple[str, ...],
+            "--epochs must have something before and after each comma, but is 'a,'",
+        ),
+        (
+            "a,,b",
+            tuple[str, ...],
+            "--epochs must have something before and after each comma",
+        ),
         (",", tuple[str, ...], "--epochs must have something before and after each comma"),
     ],
 )
@@ -167,21 +210,43 @@ def test_arguments_are_bound_by_place_and_by_name():
     assert bind(command, ["v.mp4"], {"model": "m", "beams": "3", "fast": "yes"}) == {
         "video": Path("v.mp4"), "model": Path("m"), "beams": 3, "fast": True,
     }  # fmt: skip
-    assert bind(command, [], {"video": "v", "model": "m"}) == {"video": Path("v"), "model": Path("m")}
+    assert bind(command, [], {"video": "v", "model": "m"}) == {
+        "video": Path("v"),
+        "model": Path("m"),
+    }
 
 
 def test_overrides_stay_strings():
-    assert bind(open_ended, [], {"stage": "llm", "optim.lr": "1"}) == {"stage": "llm", "optim.lr": "1"}
+    assert bind(open_ended, [], {"stage": "llm", "optim.lr": "1"}) == {
+        "stage": "llm",
+        "optim.lr": "1",
+    }
 
 
 @pytest.mark.parametrize(
     ("words", "options", "sentence"),
     [
-        (["v"], {"model": "m", "beam": "3"}, "there is no option --beam: did you mean beams?"),
-        (["v"], {"model": "m", "zzz": "3"}, "there is no option --zzz: valid: video, model, beams, fast."),
+        (
+            ["v"],
+            {"model": "m", "beam": "3"},
+            "there is no option --beam: did you mean beams?",
+        ),
+        (
+            ["v"],
+            {"model": "m", "zzz": "3"},
+            "there is no option --zzz: valid: video, model, beams, fast.",
+        ),
         (["v", "w"], {"model": "m"}, "'w' is one word too many"),
-        (["v"], {}, "--model must be given. usage: VIDEO --model=... [--beams=None] [--fast=False]"),
-        (["v"], {"video": "w", "model": "m"}, "--video must be given once, but was given twice"),
+        (
+            ["v"],
+            {},
+            "--model must be given. usage: VIDEO --model=... [--beams=None] [--fast=False]",
+        ),
+        (
+            ["v"],
+            {"video": "w", "model": "m"},
+            "--video must be given once, but was given twice",
+        ),
         (["v"], {"model": "m", "beams": "many"}, "--beams must be a whole number"),
     ],
 )
@@ -196,7 +261,9 @@ def test_usage_shows_words_options_and_defaults():
 
 
 def test_nearest_names_come_first():
-    assert nearest("optm.lr", ["optim.lr", "optim.llm_lr", "data.shards"]).startswith("did you mean optim.lr")
+    assert nearest("optm.lr", ["optim.lr", "optim.llm_lr", "data.shards"]).startswith(
+        "did you mean optim.lr"
+    )
     assert nearest("qqq", ["a", "b"]) == "valid: a, b."
     assert nearest("SEED", ["train.seed", "speed"]) == "did you mean train.seed?"
 
@@ -236,19 +303,23 @@ def test_a_mistyped_option_stops_the_command_before_it_runs():
 
 
 @pytest.mark.parametrize(
-    "argv", [("--",), ("--", "--steps=3"), ("-",), ("--steps=1", "--steps=2"), ("3", "", "4")]
+    "argv",
+    [("--",), ("--", "--steps=3"), ("-",), ("--steps=1", "--steps=2"), ("3", "", "4")],
 )
 @pytest.mark.parametrize("launcher", [(), ("--local_rank=0",)])
 def test_nothing_that_was_typed_is_dropped(launcher, argv):
     done = run(*launcher, *argv)
-    assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1, done.stderr
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1, (
+        done.stderr
+    )
 
 
 @pytest.mark.parametrize("added", ["--local_rank=1", "--local-rank=1"])
 def test_the_option_that_a_launcher_adds_is_passed_over(added):
     done = run(added, "--steps=3")
     assert (done.returncode, done.stdout) == (0, "ran 3\n")
-    for argv in (["--steps=3", added], ["--local_ranks=1"], ["--local_rank=x"]):  # these are typed
+    # these are typed
+    for argv in (["--steps=3", added], ["--local_ranks=1"], ["--local_rank=x"]):
         assert run(*argv).returncode == 2
 
 
@@ -273,14 +344,25 @@ def test_verbs_are_listed_and_mistyped_ones_are_refused():
         run("trian", verbs=True),
         run("train", "--steps=2", verbs=True),
     )
-    assert listed.returncode == 0 and "train" in listed.stdout and "Train for so many steps." in listed.stdout
-    assert wrong.returncode == 2 and "there is no verb 'trian': did you mean train?" in wrong.stderr
+    assert (
+        listed.returncode == 0
+        and "train" in listed.stdout
+        and "Train for so many steps." in listed.stdout
+    )
+    assert (
+        wrong.returncode == 2
+        and "there is no verb 'trian': did you mean train?" in wrong.stderr
+    )
     assert right.stdout == "ran 2\n"
 
 
 def test_help_shows_the_usage_without_running():
     done = run("--help")
-    assert done.returncode == 0 and "usage: [--steps=1]" in done.stdout and "ran" not in done.stdout
+    assert (
+        done.returncode == 0
+        and "usage: [--steps=1]" in done.stdout
+        and "ran" not in done.stdout
+    )
 
 
 def test_help_is_printed_by_one_rank():
@@ -323,7 +405,9 @@ main(run)
 
 
 def test_a_thread_that_waits_for_the_interpreter_does_not_abort_a_run_that_is_done():
-    done = subprocess.run([sys.executable, "-c", THREADS_THAT_WAIT], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", THREADS_THAT_WAIT], capture_output=True, text=True
+    )
     assert (done.returncode, done.stdout) == (0, "ran\n"), done.stderr
 
 
@@ -350,8 +434,11 @@ main(work)
 """
 
 
-def waiting(*, stubborn: bool = False, ignored: signal.Signals | None = None) -> subprocess.Popen[str]:
-    """A command that has begun to import; it hears signals that are ignored where the tests run."""
+def waiting(
+    *, stubborn: bool = False, ignored: signal.Signals | None = None
+) -> subprocess.Popen[str]:
+    """A command that has begun to import; it hears signals that are ignored where the
+    tests run."""
 
     def set_signals() -> None:
         for number in (signal.SIGINT, signal.SIGHUP):  # in the background, under nohup
@@ -362,7 +449,12 @@ def waiting(*, stubborn: bool = False, ignored: signal.Signals | None = None) ->
     pipe = subprocess.PIPE
     code = f"STUBBORN = {stubborn}\n{WAITS}"
     process = subprocess.Popen(
-        [sys.executable, "-c", code], stdin=pipe, stdout=pipe, stderr=pipe, text=True, preexec_fn=set_signals
+        [sys.executable, "-c", code],
+        stdin=pipe,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        preexec_fn=set_signals,
     )
     assert process.stdout.readline() == "importing\n"
     return process
@@ -377,7 +469,8 @@ def at_work(**given) -> subprocess.Popen[str]:
 
 
 def end(process: subprocess.Popen[str]) -> tuple[str, str]:
-    """What else it prints until it ends (communicate would forget what came with an earlier line)."""
+    """What else it prints until it ends (communicate would forget what came with an
+    earlier line)."""
     process.stdin.close()
     said = process.stdout.read(), process.stderr.read()
     process.wait(60)
@@ -393,7 +486,11 @@ def test_ctrl_c_during_imports_is_one_line():
 
 @pytest.mark.parametrize(
     ("number", "code", "line"),
-    [(signal.SIGINT, 130, "stopped.\n"), (signal.SIGTERM, 143, ""), (signal.SIGHUP, 129, "")],
+    [
+        (signal.SIGINT, 130, "stopped.\n"),
+        (signal.SIGTERM, 143, ""),
+        (signal.SIGHUP, 129, ""),
+    ],
 )
 def test_a_command_that_is_told_to_end_tidies_up(number, code, line):
     process = at_work()

@@ -30,8 +30,16 @@ def test_overrides_are_read_by_each_fields_type(config):
             "light_t.size": "tiny",
         }
     )
-    assert changed.run == "2024_01" and changed.optim.lr == 3e-4 and changed.optim.betas == (0.9, 0.98)
-    assert changed.train.max_steps == 7 and changed.data.augment is False and changed.data.batch_clips == 32
+    assert (
+        changed.run == "2024_01"
+        and changed.optim.lr == 3e-4
+        and changed.optim.betas == (0.9, 0.98)
+    )
+    assert (
+        changed.train.max_steps == 7
+        and changed.data.augment is False
+        and changed.data.batch_clips == 32
+    )
     assert changed.light_t.size == "tiny"
     same = {n for n, v in config.options().items() if changed.options()[n] == v}
     assert len(config.options()) - len(same) == 7
@@ -61,7 +69,9 @@ def test_fields_cannot_be_set(config):
 def test_an_unknown_option_is_refused_with_the_nearest_names(config, name, near):
     with pytest.raises(UserError) as caught:
         config.with_overrides({name: "1"})
-    assert f"there is no option --{name}: did you mean" in str(caught.value) and near in str(caught.value)
+    assert f"there is no option --{name}: did you mean" in str(
+        caught.value
+    ) and near in str(caught.value)
 
 
 def test_a_section_is_no_option(config):
@@ -76,7 +86,11 @@ def test_a_section_is_no_option(config):
         ("train.epochs", "0", "train.epochs must be at least 1"),
         ("data.keep_every", "0", "data.keep_every must be at least 1"),
         ("data.crop_size", "300", "data.crop_size must be at most data.frame_size (256)"),
-        ("data.batch_clips", "1", "data.batch_clips must be at least data.micro_batches (2)"),
+        (
+            "data.batch_clips",
+            "1",
+            "data.batch_clips must be at least data.micro_batches (2)",
+        ),
         ("visual.temporal_kernel", "4", "visual.temporal_kernel must be odd"),
         ("visual.frozen_stages", "-1", "visual.frozen_stages must not be negative"),
         ("optim.name", "adam", "--optim.name must be one of sgd, adamw"),
@@ -90,7 +104,11 @@ def test_a_section_is_no_option(config):
         ("llm.dropout", "1.5", "llm.dropout must be in [0, 1)"),
         ("stage", "llm", "visual_run must name the run folder of stage visual"),
         ("stage", "both", "--stage must be one of visual, llm, joint"),
-        ("visual.frozen", "none", "visual.frozen is of stage llm and must not be given in stage visual"),
+        (
+            "visual.frozen",
+            "none",
+            "visual.frozen is of stage llm and must not be given in stage visual",
+        ),
         ("visual.frozen", "half", "--visual.frozen must be one of all, backbone, none"),
         ("llm.input", "poses", "--llm.input must be one of signs, frames, light_t"),
         ("visual.temporal_kernel", "-1", "visual.temporal_kernel must be odd and above 0"),
@@ -98,7 +116,11 @@ def test_a_section_is_no_option(config):
         ("optim.betas", "0.9,1.5", "optim.betas must be two numbers from 0 to below 1"),
         ("optim.weight_decay", "-1", "optim.weight_decay must not be negative"),
         ("optim.momentum", "-1", "optim.momentum must not be negative"),
-        ("train.save_every_steps", "0", "train.save_every_steps must be none or at least 1"),
+        (
+            "train.save_every_steps",
+            "0",
+            "train.save_every_steps must be none or at least 1",
+        ),
         ("train.probe_every", "-1", "train.probe_every must not be negative"),
     ],
 )
@@ -111,8 +133,14 @@ def test_values_that_cannot_be_are_refused(config, name, value, sentence):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"stage": "joint", "visual_run": "elsewhere"}, "visual_run must not be given in stage joint"),
-        ({"stage": "joint", "llm.input": "light_t"}, "llm.input must be signs or frames where there is no"),
+        (
+            {"stage": "joint", "visual_run": "elsewhere"},
+            "visual_run must not be given in stage joint",
+        ),
+        (
+            {"stage": "joint", "llm.input": "light_t"},
+            "llm.input must be signs or frames where there is no",
+        ),
         (
             {"stage": "llm", "visual_run": "none", "llm.input": "light_t"},
             "llm.input must be signs or frames where there is no stage 1",
@@ -127,13 +155,17 @@ def test_options_that_do_not_go_together_are_refused(config, options, sentence):
 
 
 def test_random_weights_are_not_frozen(config):
-    with pytest.raises(UserError, match=r"visual\.frozen_stages must be 0 where visual\.weights is none"):
+    with pytest.raises(
+        UserError, match=r"visual\.frozen_stages must be 0 where visual\.weights is none"
+    ):
         config.with_overrides({"visual.weights": "none", "visual.frozen_stages": "2"})
 
 
 def test_a_dump_loads_to_the_same_config(config, tmp_path):
     path = tmp_path / "config.json"
-    changed = config.with_overrides({"optim.betas": "0.8,0.9", "run": "läufe/天", "train.max_steps": "3"})
+    changed = config.with_overrides(
+        {"optim.betas": "0.8,0.9", "run": "läufe/天", "train.max_steps": "3"}
+    )
     path.write_text(changed.to_json(), encoding="utf-8")
     assert RunConfig.load(path) == changed
     assert hash(RunConfig.load(path)) == hash(changed)
@@ -144,7 +176,9 @@ def test_a_dump_of_another_version_is_refused(config, tmp_path, section):
     saved = json.loads(config.to_json())
     (saved if section is None else saved[section])["momentums"] = 1
     (tmp_path / "config.json").write_text(json.dumps(saved))
-    with pytest.raises(UserError, match="unknown field 'momentums': it comes from another version"):
+    with pytest.raises(
+        UserError, match="unknown field 'momentums': it comes from another version"
+    ):
         RunConfig.load(tmp_path / "config.json")
 
 
@@ -181,14 +215,19 @@ def test_the_ablations_change_what_they_name_alone():
     for name in (n for n in RECIPES if n.startswith("phoenix14t_") and n.endswith("_llm")):
         options = resolve(None, name).options()
         changes[name.removeprefix("phoenix14t_")] = {
-            option: value for option, value in options.items() if value != base[option] and option != "run"
+            option: value
+            for option, value in options.items()
+            if value != base[option] and option != "run"
         }
     assert changes["unfrozen_llm"] == {"visual.frozen": "none"}
     assert changes["temporal_llm"] == {"visual.frozen": "backbone"}
     assert changes["light_t_llm"] == {"llm.input": "light_t"}
     assert changes["imagenet_llm"] == {"visual_run": "none", "llm.input": "frames"}
     assert changes["random_llm"] == {"llm.pretrained": False}
-    assert changes["keep8_llm"] == {"data.keep_every": 8, "visual_run": "runs/phoenix14t_keep8_visual"}
+    assert changes["keep8_llm"] == {
+        "data.keep_every": 8,
+        "visual_run": "runs/phoenix14t_keep8_visual",
+    }
     assert resolve(None, "phoenix14t_large_visual").light_t.size == "large"
 
 
@@ -196,15 +235,27 @@ def test_the_ablations_change_what_they_name_alone():
 
 
 def test_options_go_to_both_stages_or_to_one():
-    given = {"optim.lr": "0.5", "stage1.train.epochs": "3", "stage2.train.epochs": "4", "run": "runs/mine"}
+    given = {
+        "optim.lr": "0.5",
+        "stage1.train.epochs": "3",
+        "stage2.train.epochs": "4",
+        "run": "runs/mine",
+    }
     visual, llm = resolve_both("phoenix14t", given)
     assert (visual.stage, visual.optim.lr, visual.train.epochs) == ("visual", 0.5, 3)
     assert (llm.stage, llm.optim.lr, llm.train.epochs) == ("llm", 0.5, 4)
-    assert (visual.run, llm.run, llm.visual_run) == ("runs/mine_visual", "runs/mine_llm", "runs/mine_visual")
+    assert (visual.run, llm.run, llm.visual_run) == (
+        "runs/mine_visual",
+        "runs/mine_llm",
+        "runs/mine_visual",
+    )
 
 
 def test_both_stages_of_a_recipe_are_the_recipes_own():
-    assert resolve_both("csl_daily", {}) == (resolve("visual", "csl_daily"), resolve("llm", "csl_daily"))
+    assert resolve_both("csl_daily", {}) == (
+        resolve("visual", "csl_daily"),
+        resolve("llm", "csl_daily"),
+    )
 
 
 @pytest.mark.parametrize(
@@ -212,9 +263,21 @@ def test_both_stages_of_a_recipe_are_the_recipes_own():
     [
         (None, {"stage1.optim.lrr": "1"}, "did you mean optim.lr"),
         (None, {"stage3.optim.lr": "1"}, "there is no option --stage3.optim.lr"),
-        (None, {"visual_run": "elsewhere"}, "--visual_run must not be given for one stage of --stage both"),
-        (None, {"stage2.run": "elsewhere"}, "Give --run=RUN for the folders RUN_visual and RUN_llm"),
-        ("phoenix14t_visual", {}, "--stage must be visual for the recipe phoenix14t_visual, but is llm"),
+        (
+            None,
+            {"visual_run": "elsewhere"},
+            "--visual_run must not be given for one stage of --stage both",
+        ),
+        (
+            None,
+            {"stage2.run": "elsewhere"},
+            "Give --run=RUN for the folders RUN_visual and RUN_llm",
+        ),
+        (
+            "phoenix14t_visual",
+            {},
+            "--stage must be visual for the recipe phoenix14t_visual, but is llm",
+        ),
         ("phoenix14t_frames", {}, "there is no recipe 'phoenix14t_frames'"),
     ],
 )
@@ -227,20 +290,45 @@ def test_stages_that_would_part_are_refused(recipe, options, sentence):
 def test_the_papers_recipes_have_the_papers_numbers():
     visual, llm = resolve("visual", "phoenix14t"), resolve("llm", "phoenix14t")
     assert (visual.optim.name, visual.optim.momentum, visual.optim.lr) == ("sgd", 0.9, 1e-2)
-    assert (visual.data.batch_clips, visual.train.epochs, visual.train.label_smoothing) == (8, 75, 0.2)
-    assert (llm.optim.name, llm.optim.lr, llm.optim.llm_lr, llm.data.batch_clips) == ("adamw", 1e-3, 1e-5, 16)
+    assert (visual.data.batch_clips, visual.train.epochs, visual.train.label_smoothing) == (
+        8,
+        75,
+        0.2,
+    )
+    assert (llm.optim.name, llm.optim.lr, llm.optim.llm_lr, llm.data.batch_clips) == (
+        "adamw",
+        1e-3,
+        1e-5,
+        16,
+    )
     for config in (visual, llm):
-        assert (config.data.keep_every, config.data.frame_size, config.data.crop_size) == (4, 256, 224)
-        assert (config.eval.num_beams, config.eval.length_penalty, config.eval.max_new_tokens) == (
+        assert (config.data.keep_every, config.data.frame_size, config.data.crop_size) == (
+            4,
+            256,
+            224,
+        )
+        assert (
+            config.eval.num_beams,
+            config.eval.length_penalty,
+            config.eval.max_new_tokens,
+        ) == (
             5,
             1.0,
             100,
         )
-        assert (config.visual.width, config.visual.temporal_kernel, config.light_t.size) == (64, 3, "base")
+        assert (
+            config.visual.width,
+            config.visual.temporal_kernel,
+            config.light_t.size,
+        ) == (64, 3, "base")
 
 
 def test_a_recipe_is_found_by_its_name_or_its_corpus_and_stage():
-    assert resolve("llm", "phoenix14t") == resolve(None, "phoenix14t_llm") == resolve("llm", "phoenix14t_llm")
+    assert (
+        resolve("llm", "phoenix14t")
+        == resolve(None, "phoenix14t_llm")
+        == resolve("llm", "phoenix14t_llm")
+    )
     assert resolve("visual", None) == resolve(None, "quickstart_visual")
 
 
@@ -249,7 +337,9 @@ def test_overrides_change_a_recipe():
 
 
 def test_a_mistyped_option_is_found_before_the_recipe_is():
-    with pytest.raises(UserError, match=r"there is no option --optim\.l: did you mean optim\.lr"):
+    with pytest.raises(
+        UserError, match=r"there is no option --optim\.l: did you mean optim\.lr"
+    ):
         resolve_with("visual", "nowhere", {"optim.l": "1"})
 
 
@@ -258,9 +348,17 @@ def test_a_mistyped_option_is_found_before_the_recipe_is():
     [
         (None, None, "--stage must be given"),
         ("bth", None, "--stage must be visual, llm, joint or both, but is 'bth'"),
-        (None, "phoenix_visual", "there is no recipe 'phoenix_visual': did you mean phoenix14t_visual"),
+        (
+            None,
+            "phoenix_visual",
+            "there is no recipe 'phoenix_visual': did you mean phoenix14t_visual",
+        ),
         (None, "phoenix14t", "there is no recipe 'phoenix14t'"),
-        ("llm", "phoenix14t_visual", "--stage must be visual for the recipe phoenix14t_visual, but is llm"),
+        (
+            "llm",
+            "phoenix14t_visual",
+            "--stage must be visual for the recipe phoenix14t_visual, but is llm",
+        ),
     ],
 )
 def test_a_recipe_that_is_not_there_is_refused(stage, recipe, sentence):
@@ -277,13 +375,17 @@ def stored(config, path, **data):
 
 
 def test_a_run_of_before_that_did_not_allow_commands_is_read(config, tmp_path):
-    assert RunConfig.load(stored(config, tmp_path / "config.json", allow_pipe=False)) == config
+    assert (
+        RunConfig.load(stored(config, tmp_path / "config.json", allow_pipe=False)) == config
+    )
 
 
 @pytest.mark.parametrize("value", [True, 1, "true", None, "rm -r /"])
 def test_a_run_that_allowed_commands_is_refused_with_the_remedy(config, tmp_path, value):
     path = stored(config, tmp_path / "config.json", allow_pipe=value)
-    with pytest.raises(UserError, match=r"data\.allow_pipe must be false.*config\.json\. Copy the shards"):
+    with pytest.raises(
+        UserError, match=r"data\.allow_pipe must be false.*config\.json\. Copy the shards"
+    ):
         RunConfig.load(path)
 
 

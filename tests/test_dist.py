@@ -28,13 +28,18 @@ ALONE = World(rank=0, size=1, local_rank=0, local_size=1)
 
 def found(env: dict[str, str]) -> tuple[int, ...]:
     told = rank_environment(env)
-    return tuple(int(told[n]) for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    return tuple(
+        int(told[n]) for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    )
 
 
 def test_the_deepspeed_launcher_is_understood():
     env = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_SIZE": "2", **MASTER}
     assert found(env) == (3, 4, 1, 2)
-    assert rank_environment(env)["MASTER_ADDR"] == "node1" and rank_environment(env)["MASTER_PORT"] == "29511"
+    assert (
+        rank_environment(env)["MASTER_ADDR"] == "node1"
+        and rank_environment(env)["MASTER_PORT"] == "29511"
+    )
 
 
 def test_torchrun_is_understood():
@@ -50,7 +55,8 @@ def test_torchrun_is_understood():
 
 
 @pytest.mark.parametrize(
-    ("per_node", "local_size"), [("2(x2)", 2), ("4", 4), ("2,2", 2), ("2(x3),1", 2), ("16(x128)", 16)]
+    ("per_node", "local_size"),
+    [("2(x2)", 2), ("4", 4), ("2,2", 2), ("2(x3),1", 2), ("16(x128)", 16)],
 )
 def test_srun_is_understood(per_node, local_size):
     env = {
@@ -113,7 +119,8 @@ def test_ranks_without_a_place_to_meet_are_refused(env, missing):
     ],
 )
 def test_a_launcher_that_tells_half_of_it_is_refused(env, missing):
-    """Else every rank would take itself for a world of one, or for the first GPU's, without a word."""
+    """Else every rank would take itself for a world of one, or for the first GPU's,
+    without a word."""
     with pytest.raises(UserError, match=f"{missing} must be set"):
         rank_environment({**env, **MASTER})
 
@@ -121,10 +128,13 @@ def test_a_launcher_that_tells_half_of_it_is_refused(env, missing):
 @pytest.mark.parametrize(
     ("step", "cores", "local_size", "found"),
     [
-        ({}, 32, 4, 8),  # deepspeed, torchrun: all ranks of a machine may use the same cores
+        # deepspeed, torchrun: all ranks of a machine may use the same cores
+        ({}, 32, 4, 8),
         ({}, 2, 4, 1),
-        ({"SLURM_STEP_TASKS_PER_NODE": "4(x2)", "SLURM_CPUS_PER_TASK": "8"}, 8, 4, 8),  # srun bound each task
-        ({"SLURM_STEP_TASKS_PER_NODE": "4(x2)", "SLURM_CPUS_PER_TASK": "8"}, 32, 4, 8),  # and here it did not
+        # srun bound each task
+        ({"SLURM_STEP_TASKS_PER_NODE": "4(x2)", "SLURM_CPUS_PER_TASK": "8"}, 8, 4, 8),
+        # and here it did not
+        ({"SLURM_STEP_TASKS_PER_NODE": "4(x2)", "SLURM_CPUS_PER_TASK": "8"}, 32, 4, 8),
         (
             {"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_CPUS_PER_TASK": "32"},
             32,
@@ -133,7 +143,9 @@ def test_a_launcher_that_tells_half_of_it_is_refused(env, missing):
         ),  # deepspeed in a task
     ],
 )
-def test_a_rank_takes_its_own_cores_or_its_share(monkeypatch, step, cores, local_size, found):
+def test_a_rank_takes_its_own_cores_or_its_share(
+    monkeypatch, step, cores, local_size, found
+):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
     assert cores_of_rank(local_size, step) == found
 
@@ -178,7 +190,8 @@ def test_only_rank_0_is_main():
 def test_a_process_group_leaves_no_place_to_meet_behind():
     before = dict(os.environ)
     start()
-    held = torch.distributed.group.WORLD  # as DeepSpeed holds it: its store goes on listening
+    # as DeepSpeed holds it: its store goes on listening
+    held = torch.distributed.group.WORLD
     stop()
     assert dict(os.environ) == before
     start()
@@ -190,7 +203,10 @@ def test_a_process_group_leaves_no_place_to_meet_behind():
 @pytest.mark.parametrize(
     ("path", "sentence"),
     [
-        ("/dev/full", "No space left on device. Free some space and run the same command again."),
+        (
+            "/dev/full",
+            "No space left on device. Free some space and run the same command again.",
+        ),
         ("/dev", "Is a directory. Mend that and run the same command again."),
         ("/proc/version/none", "Not a directory. Mend that"),
     ],
@@ -201,7 +217,9 @@ def test_an_os_error_of_one_rank_is_a_sentence_of_all(
     """Without it the other ranks would wait for the one that died."""
     with pytest.raises(UserError) as caught:
         run(lambda: Path(path).write_text("text"), ALONE)
-    assert str(caught.value).startswith("Cannot read or write ") and sentence in str(caught.value)
+    assert str(caught.value).startswith("Cannot read or write ") and sentence in str(
+        caught.value
+    )
 
 
 def test_a_lock_that_cannot_be_made_is_an_error_of_the_user(tmp_path: Path) -> None:

@@ -37,7 +37,9 @@ def test_shards_are_built_without_torch() -> None:
         "import sys, flallm_ds.files, flallm_ds.sharding.build\n"
         "print(*[name for name in ('torch', 'deepspeed') if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT
+    )
     assert (done.returncode, done.stdout) == (0, "\n"), done.stderr
 
 
@@ -48,10 +50,14 @@ def test_a_replaced_file_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     replace_file(path, "one")
     replace_file(path, "zwei ä")
-    assert path.read_text(encoding="utf-8") == "zwei ä" and list(tmp_path.iterdir()) == [path]
+    assert path.read_text(encoding="utf-8") == "zwei ä" and list(tmp_path.iterdir()) == [
+        path
+    ]
 
 
-def test_a_file_that_does_not_fit_on_the_disk_is_named_and_the_old_one_stays(tmp_path: Path) -> None:
+def test_a_file_that_does_not_fit_on_the_disk_is_named_and_the_old_one_stays(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "config.json"
     replace_file(path, "one")
     (tmp_path / ".partial-config.json").symlink_to("/dev/full")
@@ -60,7 +66,9 @@ def test_a_file_that_does_not_fit_on_the_disk_is_named_and_the_old_one_stays(tmp
     assert path.read_text() == "one"
 
 
-def test_a_file_that_many_threads_write_at_once_is_always_one_of_theirs(tmp_path: Path) -> None:
+def test_a_file_that_many_threads_write_at_once_is_always_one_of_theirs(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "record.json"
     contents = [bytes([65 + number]) * 100_000 for number in range(8)]
 
@@ -75,7 +83,9 @@ def test_a_file_that_many_threads_write_at_once_is_always_one_of_theirs(tmp_path
 
 def test_json_is_compact_and_knows_paths(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"path": tmp_path, "text": "ä"})
-    assert (tmp_path / "a.json").read_text("utf-8") == f'{{"path": "{tmp_path}", "text": "ä"}}'
+    assert (tmp_path / "a.json").read_text(
+        "utf-8"
+    ) == f'{{"path": "{tmp_path}", "text": "ä"}}'
 
 
 # --- folders
@@ -98,7 +108,9 @@ def test_a_replaced_folder_holds_the_new_content_alone(tmp_path: Path) -> None:
     replace_folder(path, write_word("old"))
     (path / "more").touch()
     replace_folder(path, write_word("new"))
-    assert [p.name for p in path.iterdir()] == ["word"] and (path / "word").read_text() == "new"
+    assert [p.name for p in path.iterdir()] == ["word"] and (
+        path / "word"
+    ).read_text() == "new"
     assert list(path.parent.iterdir()) == [path]
 
 
@@ -112,7 +124,9 @@ def test_an_old_folder_stays_when_the_new_one_cannot_be_written(tmp_path: Path) 
     assert (path / "word").read_text() == "new" and list(tmp_path.iterdir()) == [path]
 
 
-def test_a_tokenizer_that_does_not_fit_on_the_disk_is_an_error_of_the_disk(tmp_path: Path) -> None:
+def test_a_tokenizer_that_does_not_fit_on_the_disk_is_an_error_of_the_disk(
+    tmp_path: Path,
+) -> None:
     """The tokenizers library raises a bare Exception."""
     tokenizer = Tokenizer(models.WordLevel())
     with pytest.raises(OSError, match="No space left on device") as caught:
@@ -125,7 +139,12 @@ def test_other_folders_beside_it_are_left_alone(tmp_path: Path) -> None:
     for name in (".old-data", "data", ".old-gone"):
         (tmp_path / name).mkdir()
     replace_folder(tmp_path / "model", write_word("new"))
-    assert {p.name for p in tmp_path.iterdir()} == {".old-data", "data", ".old-gone", "model"}
+    assert {p.name for p in tmp_path.iterdir()} == {
+        ".old-data",
+        "data",
+        ".old-gone",
+        "model",
+    }
 
 
 def test_a_kill_between_the_two_renames_is_recovered_from(
@@ -171,7 +190,10 @@ def test_a_new_folder_appears_when_it_is_complete(tmp_path: Path) -> None:
 
 
 def test_a_new_folder_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="No space left"), new_folder(tmp_path / "out") as folder:
+    with (
+        pytest.raises(OSError, match="No space left"),
+        new_folder(tmp_path / "out") as folder,
+    ):
         no_space(folder)
     assert list(tmp_path.iterdir()) == []
 
@@ -233,7 +255,9 @@ def take(path: Path) -> None:
         pass
 
 
-def test_a_second_process_is_told_who_holds_it(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+def test_a_second_process_is_told_who_holds_it(
+    tmp_path: Path, holder: subprocess.Popen[str]
+) -> None:
     lock = tmp_path / "run" / ".lock"
     before = lock.read_bytes(), lock.stat().st_mtime_ns
     with pytest.raises(UserError) as caught:
@@ -244,7 +268,9 @@ def test_a_second_process_is_told_who_holds_it(tmp_path: Path, holder: subproces
     assert (lock.read_bytes(), lock.stat().st_mtime_ns) == before, "it must touch nothing"
 
 
-def test_it_is_free_again_after_kill_9(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+def test_it_is_free_again_after_kill_9(
+    tmp_path: Path, holder: subprocess.Popen[str]
+) -> None:
     """What the dead one wrote into the file is no reason to refuse."""
     lock = tmp_path / "run" / ".lock"
     holder.send_signal(signal.SIGKILL)
@@ -259,7 +285,10 @@ def test_it_leaves_nothing(tmp_path: Path, holder: subprocess.Popen[str]) -> Non
     assert holder.returncode == 0
     assert list(tmp_path.iterdir()) == [], "the folder was made for the lock"
     (tmp_path / "mine").mkdir()
-    with pytest.raises(ValueError, match="failed"), locked(tmp_path / "mine" / ".lock", "it", "wait"):
+    with (
+        pytest.raises(ValueError, match="failed"),
+        locked(tmp_path / "mine" / ".lock", "it", "wait"),
+    ):
         raise ValueError("failed")
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
 
@@ -277,18 +306,25 @@ def test_what_the_file_says_is_for_the_message_alone(
     take(other)
 
 
-def test_a_file_system_without_flock_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_flock_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A file that merely exists would outlive kill -9."""
 
     def unsupported(fd: int, how: int) -> None:
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
-    with pytest.raises(UserError, match=r"has no flock .*or use another --run=FOLDER on another file system"):
+    with pytest.raises(
+        UserError,
+        match=r"has no flock .*or use another --run=FOLDER on another file system",
+    ):
         take(tmp_path / "run" / ".lock")
 
 
-def test_a_lock_that_is_taken_stays_as_a_file_and_is_free_after_its_release(tmp_path: Path) -> None:
+def test_a_lock_that_is_taken_stays_as_a_file_and_is_free_after_its_release(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "work" / "lock"
     lock = take_lock(path)
     assert lock is not None and take_lock(path) is None

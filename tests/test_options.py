@@ -11,7 +11,9 @@ def unchanged() -> set[str]:
     """The options that have their default in every recipe."""
     default = RunConfig(stage="visual", run="").options()
     recipes = [resolve(None, name, {}).options() for name in RECIPES]
-    changed = {name for options in recipes for name in options if options[name] != default[name]}
+    changed = {
+        name for options in recipes for name in options if options[name] != default[name]
+    }
     return set(default) - changed
 
 

@@ -5,7 +5,9 @@ import re
 from tests.helpers.paths import ROOT
 
 PACKAGE = ROOT / "flallm_ds"
-SECTION = re.compile(r"^### flallm_ds/(?P<folder>[a-z_/]*).*\n(?P<table>(?:.*\n)*?)(?=\n###? )", re.MULTILINE)
+SECTION = re.compile(
+    r"^### flallm_ds/(?P<folder>[a-z_/]*).*\n(?P<table>(?:.*\n)*?)(?=\n###? )", re.MULTILINE
+)
 
 
 def named() -> set[str]:

@@ -48,7 +48,10 @@ def run(proof: Path, *argv: str, **more) -> subprocess.CompletedProcess[str]:
     ("env", "said"),
     [
         ({"PYTHONIOENCODING": "ascii"}, r"Gr\xfc\xdfe, \u4f60\u597d \u266a"),
-        ({"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}, r"Gr\xfc\xdfe, \u4f60\u597d \u266a"),
+        (
+            {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"},
+            r"Gr\xfc\xdfe, \u4f60\u597d \u266a",
+        ),
         ({"PYTHONIOENCODING": "utf-8"}, "Grüße, 你好 ♪"),
     ],
 )
@@ -58,7 +61,8 @@ def test_what_an_encoding_lacks_is_written_as_its_escape(proof, env, said):
 
 
 def test_a_name_that_is_no_text_is_printed(proof):
-    """A file name may hold bytes that are no UTF-8, which Python reads as halves of characters."""
+    """A file name may hold bytes that are no UTF-8, which Python reads as halves of
+    characters."""
     done = subprocess.run(
         [sys.executable, "-c", PRINTS, b"--text=clip\xff.mp4"],
         env={**os.environ, "PROOF": str(proof), "PYTHONUTF8": "1"}, capture_output=True, timeout=60,
@@ -76,7 +80,9 @@ def test_a_command_goes_on_when_nobody_reads_it(proof, argv, code, unbuffered):
     done = run(proof, "--lines=5000", *argv, stdout=writes, stderr=subprocess.PIPE, env=env)
     os.close(writes)
     assert done.returncode == code and proof.is_file()
-    assert done.stderr.count("\n") == 5000 and "Error" not in done.stderr, done.stderr[-2000:]
+    assert done.stderr.count("\n") == 5000 and "Error" not in done.stderr, done.stderr[
+        -2000:
+    ]
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["--no_such=1"]])
@@ -91,7 +97,10 @@ def test_help_and_errors_need_no_reader(proof, argv):
 def test_a_command_goes_on_when_its_terminal_is_gone(proof):
     own, other = pty.openpty()
     os.close(own)
-    assert run(proof, "--lines=5000", stdout=other, stderr=other).returncode == 0 and proof.is_file()
+    assert (
+        run(proof, "--lines=5000", stdout=other, stderr=other).returncode == 0
+        and proof.is_file()
+    )
     os.close(other)
 
 
@@ -119,7 +128,9 @@ STEERING = "a\x1b[31mred\x07\x08\x9b2J\u202egnp.exe\u2066x\u2028y\rz\x7f"
 
 
 def test_control_characters_are_escaped():
-    assert printable(STEERING) == (r"a\x1b[31mred\x07\x08\x9b2J\u202egnp.exe\u2066x\u2028y\rz\x7f")
+    assert printable(STEERING) == (
+        r"a\x1b[31mred\x07\x08\x9b2J\u202egnp.exe\u2066x\u2028y\rz\x7f"
+    )
     text = "Grüße,\t你好 שלום ♪ 👋🏽\n"
     assert printable(text) == text
 
@@ -163,11 +174,15 @@ def test_progress_in_a_log_file_is_lines():
     assert lines[3].startswith("build: 3/3 clips ") and "left" not in lines[3]
 
 
-@pytest.mark.parametrize(("term", "columns"), [("xterm", 80), ("xterm", 20), ("xterm", 0), ("dumb", 80)])
+@pytest.mark.parametrize(
+    ("term", "columns"), [("xterm", 80), ("xterm", 20), ("xterm", 0), ("dumb", 80)]
+)
 def test_progress_on_a_terminal_is_a_bar_where_lines_can_be_drawn_again(term, columns):
     own, other = pty.openpty()
     fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    done = subprocess.run([sys.executable, "-c", BAR], stderr=other, env={**os.environ, "TERM": term})
+    done = subprocess.run(
+        [sys.executable, "-c", BAR], stderr=other, env={**os.environ, "TERM": term}
+    )
     os.close(other)
     said = b""
     try:
@@ -179,4 +194,9 @@ def test_progress_on_a_terminal_is_a_bar_where_lines_can_be_drawn_again(term, co
     bars = said.replace(b"\r\n", b"\n").split(b"\r")
     assert done.returncode == 0 and (len(bars) > 2) == (term != "dumb"), said
     if term != "dumb" and columns:
-        assert max(len(line.decode().rstrip("\n")) for bar in bars for line in bar.splitlines()) <= columns
+        assert (
+            max(
+                len(line.decode().rstrip("\n")) for bar in bars for line in bar.splitlines()
+            )
+            <= columns
+        )

@@ -1,4 +1,5 @@
-"""An installed wheel holds everything: it trains outside the checkout, without the checkout on its path."""
+"""An installed wheel holds everything: it trains outside the checkout, without the
+checkout on its path."""
 
 import os
 import shutil
@@ -18,13 +19,32 @@ from tests.helpers.paths import ROOT
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy of the tracked files, so that nothing else of the checkout gets into it."""
+    """Built from a copy of the tracked files, so that nothing else of the checkout gets
+    into it."""
     folder = tmp_path_factory.mktemp("wheel")
-    for name in ("flallm_ds", "ds_configs", "launch", "shards", "pyproject.toml", "README.md"):
+    for name in (
+        "flallm_ds",
+        "ds_configs",
+        "launch",
+        "shards",
+        "pyproject.toml",
+        "README.md",
+    ):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         more = {"symlinks": True, "ignore": shutil.ignore_patterns("__pycache__")}
-        copy(ROOT / name, folder / "source" / name, **(more if (ROOT / name).is_dir() else {}))
-    build = ["wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(folder / "source")]
+        copy(
+            ROOT / name,
+            folder / "source" / name,
+            **(more if (ROOT / name).is_dir() else {}),
+        )
+    build = [
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        str(folder),
+        str(folder / "source"),
+    ]
     run(sys.executable, "-m", "pip", *build, cwd=folder)
     (found,) = folder.glob("*.whl")
     return found
@@ -32,13 +52,15 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The programs of an environment with the wheel; only its dependencies are those of this environment."""
+    """The programs of an environment with the wheel; only its dependencies are those of
+    this environment."""
     folder = tmp_path_factory.mktemp("installed")
     run(sys.executable, "-m", "venv", "--without-pip", str(folder / "venv"), cwd=folder)
     bin_folder = folder / "venv" / "bin"
     pip = [sys.executable, "-m", "pip", "--python", str(bin_folder / "python")]
     run(*pip, "install", "--no-deps", "--no-index", str(wheel), cwd=folder)
-    # A path in a .pth file is searched, but .pth files in it are not read: the checkout's own is one.
+    # A path in a .pth file is searched, but .pth files in it are not read: the checkout's
+    # own is one.
     site_packages = next((folder / "venv").glob("lib/python*/site-packages"))
     (site_packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
     return bin_folder
@@ -46,7 +68,9 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(*words: str, cwd: Path) -> str:
     """Run a command that must end well; its output."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment = {
+        name: value for name, value in os.environ.items() if name != "PYTHONPATH"
+    }
     environment |= {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         words,
@@ -64,9 +88,13 @@ def run(*words: str, cwd: Path) -> str:
 def test_the_wheel_holds_one_package_and_the_deepspeed_jsons(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
-    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"flallm_ds"}
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {
+        "flallm_ds"
+    }
     jsons = {name for name in names if name.endswith(".json")}
-    assert jsons == {f"flallm_ds/ds_configs/{path.name}" for path in (ROOT / "ds_configs").glob("*.json")}
+    assert jsons == {
+        f"flallm_ds/ds_configs/{path.name}" for path in (ROOT / "ds_configs").glob("*.json")
+    }
 
 
 def test_every_verb_is_listed_and_has_help(installed: Path, tmp_path: Path) -> None:
@@ -74,7 +102,12 @@ def test_every_verb_is_listed_and_has_help(installed: Path, tmp_path: Path) -> N
     for name, verb in VERBS.items():
         assert f"  {name:14} {verb.summary}\n" in listed
         assert run(str(installed / "flallm"), name, "--help", cwd=tmp_path)
-    where = run(str(installed / "python"), "-c", "import flallm_ds; print(flallm_ds.__file__)", cwd=tmp_path)
+    where = run(
+        str(installed / "python"),
+        "-c",
+        "import flallm_ds; print(flallm_ds.__file__)",
+        cwd=tmp_path,
+    )
     assert Path(where.strip()).is_relative_to(installed.parent)
 
 
@@ -92,13 +125,25 @@ def test_an_installed_wheel_makes_shards_and_trains_both_stages(
         "--workers=1",
         cwd=tmp_path,
     )
-    build = ["build", "signsim", "--source=corpus", "--out=shards", "--short_side=32", "--workers=1"]
+    build = [
+        "build",
+        "signsim",
+        "--source=corpus",
+        "--out=shards",
+        "--short_side=32",
+        "--workers=1",
+    ]
     run(flallm, "shards", *build, cwd=tmp_path)
     assert "12" in run(flallm, "shards", "verify", "shards", cwd=tmp_path)
     run(flallm, "shards", "stats", "shards", cwd=tmp_path)
     run(flallm, "shards", "preview", "shards", "--out=look", cwd=tmp_path)
     more = {"train.epochs": 1, "eval.every_epochs": 1}
-    launcher = [str(installed / "python"), "-m", "deepspeed.launcher.runner", "--num_gpus=1"]
+    launcher = [
+        str(installed / "python"),
+        "-m",
+        "deepspeed.launcher.runner",
+        "--num_gpus=1",
+    ]
     launcher += [f"--master_port={free_port()}", "--module", "flallm_ds.cli.train"]
     for stage in ("visual", "llm"):
         options = tiny_options(tiny_corpus, stage, tmp_path / stage, **more)

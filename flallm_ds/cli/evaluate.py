@@ -18,12 +18,14 @@ def evaluate(
     bits: Literal[32, 16, 8, 4] | None = None,
     hub_code: bool = False,
 ) -> None:
-    """BLEU-1..4, ROUGE-L, chrF, the blind control and a file of hypotheses for the best export of a run.
+    """BLEU-1..4, ROUGE-L, chrF, the blind control and a file of hypotheses for the best
+    export of a run.
 
-    run: a run's folder or an export. nbest: as many hypotheses of each clip, with scores, into the file;
-    the best one counts. length_penalty: default the run's; above 0 for longer sentences. shards: default
-    those the run was trained on. bits: of the LLM's weights; default those of its training. hub_code: run
-    code that comes with the LLM. The results go to RUN/evaluation/SPLIT.json and SPLIT.hypotheses.jsonl.
+    run: a run's folder or an export. nbest: as many hypotheses of each clip, with scores,
+    into the file; the best one counts. length_penalty: default the run's; above 0 for
+    longer sentences. shards: default those the run was trained on. bits: of the LLM's
+    weights; default those of its training. hub_code: run code that comes with the LLM.
+    The results go to RUN/evaluation/SPLIT.json and SPLIT.hypotheses.jsonl.
     """
     if beams < 1:
         raise UserError(f"--beams must be at least 1, but is {beams}.")

@@ -23,7 +23,8 @@ def features(
     deepspeed launch/features.py --recipe=RECIPE --visual_run=RUN --out=FOLDER --views=4
 
     Recipe and dotted options are those of the run that is to train on them: frames, crops, seed.
-    --views: how many epochs' frame picks and augmentations of the training clips; a longer run begins again.
+    --views: how many epochs' frame picks and augmentations of the training clips; a longer run
+        begins again.
     --dtype: float16 takes half the room.
     --splits: which; all but train have one view, evaluation's.
     --shards: instead of --data.shards.

@@ -1,4 +1,5 @@
-"""`flallm translate`, `export`, `push` and `standin_llm`: what is done with models in one process."""
+"""`flallm translate`, `export`, `push` and `standin_llm`: what is done with models in one
+process."""
 
 from pathlib import Path
 from typing import Literal
@@ -20,16 +21,18 @@ def translate(
 ) -> None:
     """Translate one video file or folder of frames: flallm translate VIDEO --model FOLDER.
 
-    model: an export, a run folder (its best export), or USER/NAME of the hub. language: of the sentence,
-    where the model speaks several: de, German. nbest: as many sentences, each after its score.
-    length_penalty: above 0 for longer sentences. stream: word by word, with one beam. bits: of the LLM's
-    weights; default those of its training. hub_code: run code that comes with the LLM.
+    model: an export, a run folder (its best export), or USER/NAME of the hub. language:
+    of the sentence, where the model speaks several: de, German. nbest: as many sentences,
+    each after its score. length_penalty: above 0 for longer sentences. stream: word by
+    word, with one beam. bits: of the LLM's weights; default those of its training.
+    hub_code: run code that comes with the LLM.
     """
     from flallm_ds.inference.translator import Translator
 
     if stream and (nbest > 1 or (beams or 1) > 1):
         raise UserError(
-            f"--stream must go with one beam and one sentence, but --beams is {beams} and --nbest {nbest}."
+            f"--stream must go with one beam and one sentence, but --beams is {beams} and "
+            f"--nbest {nbest}."
         )
     translator = Translator.from_pretrained(model, bits=bits, hub_code=hub_code)
     translator = translator.searching(beams, nbest, length_penalty)
@@ -55,15 +58,17 @@ def export(
 ) -> None:
     """Make a run's best model ready to be given away: flallm export --run RUN --out FOLDER.
 
-    Its model card has the scores of launch/evaluate.py, too. lora: low-rank additions merged into the LLM, or
-    apart beside the name (or a copy) of the LLM that they belong to. untrimmed: with all pieces of the
-    vocabulary again, those that were cut from --llm_name (the LLM that the training began with).
+    Its model card has the scores of launch/evaluate.py, too. lora: low-rank additions
+    merged into the LLM, or apart beside the name (or a copy) of the LLM that they belong
+    to. untrimmed: with all pieces of the vocabulary again, those that were cut from
+    --llm_name (the LLM that the training began with).
     """
     from flallm_ds.export.publish import publish
 
-    print(
-        f"{publish(run, out, lora=lora, untrimmed=untrimmed, llm_name=llm_name, hub_code=hub_code)} is ready."
+    folder = publish(
+        run, out, lora=lora, untrimmed=untrimmed, llm_name=llm_name, hub_code=hub_code
     )
+    print(f"{folder} is ready.")
 
 
 def push(*, model: Path, repo: str, private: bool = False) -> None:
@@ -86,11 +91,21 @@ def standin_llm(
     steps: int = 300,
     seed: int = 0,
 ) -> None:
-    """Make a small mBART where no hub can be reached: flallm standin_llm --texts FILE[,FILE] --out FOLDER.
+    """Make a small mBART where no hub can be reached: flallm standin_llm --texts
+    FILE[,FILE] --out FOLDER.
 
-    It is pretrained on the files' sentences (one a line) and loads as facebook/mbart-large-cc25 does.
-    layers: of encoder and decoder each. steps: batches of 32 sentences.
+    It is pretrained on the files' sentences (one a line) and loads as
+    facebook/mbart-large-cc25 does. layers: of encoder and decoder each. steps: batches of
+    32 sentences.
     """
     from flallm_ds.models.llm.standin import standin_llm as make
 
-    make(texts, out, language=language, vocab_size=vocab_size, layers=layers, steps=steps, seed=seed)
+    make(
+        texts,
+        out,
+        language=language,
+        vocab_size=vocab_size,
+        layers=layers,
+        steps=steps,
+        seed=seed,
+    )

@@ -14,7 +14,8 @@ def strip(*, run: Path, out: Path, split: str = "test", clips: int = 2) -> None:
 
 
 def curves(*, runs: str, out: Path) -> None:
-    """A picture of losses and BLEU-4 over the epochs: flallm curves --runs RUN[,RUN] --out FILE.png."""
+    """A picture of losses and BLEU-4 over the epochs: flallm curves --runs RUN[,RUN]
+    --out FILE.png."""
     from flallm_ds.inference.pictures import draw_curves
 
     draw_curves(out, [Path(run) for run in runs.split(",")])

@@ -14,6 +14,6 @@ def recipes() -> None:
     for name, summary, paper, ours in rows:
         print(f"{name:{name_width}}  {summary:{summary_width}}  {paper:>5}  {ours}")
     print(
-        "\nScores: test BLEU-4. Paper: FLa-LLM (arXiv 2403.12556), whose tables are named above; "
-        "- where it gives none.\nTrain one: deepspeed launch/train.py --recipe=NAME"
+        "\nScores: test BLEU-4. Paper: FLa-LLM (arXiv 2403.12556), whose tables are named "
+        "above; - where it gives none.\nTrain one: deepspeed launch/train.py --recipe=NAME"
     )

@@ -8,12 +8,17 @@ from flallm_ds.signsim.sheet import write_sheet
 
 
 def corpus(
-    *, out: Path, clips: int = 1200, seed: int = 0, workers: int | None = None, monolingual: int = 20000
+    *,
+    out: Path,
+    clips: int = 1200,
+    seed: int = 0,
+    workers: int | None = None,
+    monolingual: int = 20000,
 ) -> None:
     """Make a corpus of the synthetic signed language: flallm signsim corpus --out FOLDER.
 
-    The corpus has the layout of PHOENIX14T. clips: in all splits together. monolingual: sentences of text
-    for a language model. workers: processes, by default one per core.
+    The corpus has the layout of PHOENIX14T. clips: in all splits together. monolingual:
+    sentences of text for a language model. workers: processes, by default one per core.
     """
     write_corpus(out, clips, seed, workers, monolingual)
     print(out / RELEASE)
@@ -28,6 +33,7 @@ VERBS = {
     "corpus": corpus,
     "sheet": sheet,
     "backbone": Verb(
-        "Train a small ResNet-18 that stands in for ImageNet weights.", "flallm_ds.signsim.backbone:backbone"
+        "Train a small ResNet-18 that stands in for ImageNet weights.",
+        "flallm_ds.signsim.backbone:backbone",
     ),
 }

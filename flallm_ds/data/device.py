@@ -1,9 +1,10 @@
-"""Batches onto the GPU while earlier ones are computed: `for batches in on_device(loader.steps(), device)`.
+"""Batches onto the GPU while earlier ones are computed: `for batches in
+on_device(loader.steps(), device)`.
 
-Frames are copied on a stream of their own into slots, memory of the device that is used again and again.
-Three rules keep it right, each by an event: the consumer's stream computes on a slot once its copy is done; a
-slot is filled again once that stream has passed the last use of it; the host's frames are held until they are
-copied.
+Frames are copied on a stream of their own into slots, memory of the device that is used
+again and again. Three rules keep it right, each by an event: the consumer's stream
+computes on a slot once its copy is done; a slot is filled again once that stream has
+passed the last use of it; the host's frames are held until they are copied.
 """
 
 from collections import deque
@@ -23,15 +24,18 @@ from flallm_ds.errors import RankError, UserError
 STEPS_AHEAD = 2  # on their way to the device, besides the step in use
 
 
-def on_device(steps: Iterable[Sequence[Batch | EncodedBatch]], device: torch.device) -> Iterator[list[Batch]]:
-    """The same steps, their frames (or cached features) on the device; all else stays on the host. On a CPU:
-    the steps themselves.
+def on_device(
+    steps: Iterable[Sequence[Batch | EncodedBatch]], device: torch.device
+) -> Iterator[list[Batch]]:
+    """The same steps, their frames (or cached features) on the device; all else stays on
+    the host. On a CPU: the steps themselves.
 
-    Frames on a GPU are valid until the next step is asked for; use them on the stream that is current there.
-    Raises RankError if a JPEG does not decode.
+    Frames on a GPU are valid until the next step is asked for; use them on the stream
+    that is current there. Raises RankError if a JPEG does not decode.
     """
     if device.type != "cuda":
-        return cast(Iterator[list[Batch]], iter(steps))  # `check_nvjpeg` has refused JPEGs
+        # `check_nvjpeg` has refused JPEGs
+        return cast(Iterator[list[Batch]], iter(steps))
     return ahead(steps, CudaQueues(device))
 
 
@@ -43,12 +47,15 @@ class Mark(Protocol):
 
 
 class Queues(Protocol):
-    """Two queues of work that a device goes through on its own: copies, and what the consumer computes."""
+    """Two queues of work that a device goes through on its own: copies, and what the
+    consumer computes."""
 
     def memory(self, num_bytes: int) -> torch.Tensor: ...
     def computed(self) -> Mark: ...  # all that was handed to the computing queue by now
     def compute_after(self, mark: Mark) -> None: ...
-    def fill(self, content: torch.Tensor, source: Batch | EncodedBatch, after: Mark) -> Mark: ...
+    def fill(
+        self, content: torch.Tensor, source: Batch | EncodedBatch, after: Mark
+    ) -> Mark: ...
 
 
 class CudaQueues:
@@ -58,7 +65,8 @@ class CudaQueues:
         self.device, self.copies = device, torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def memory(self, num_bytes: int) -> torch.Tensor:
-        """Of the computing stream's pool: what a slot gives back may be used by that stream at once."""
+        """Of the computing stream's pool: what a slot gives back may be used by that
+        stream at once."""
         return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
 
     def computed(self) -> Any:
@@ -97,7 +105,8 @@ class _Slots:
         self._queues = queues
         self._free: deque[_Slot] = deque()
         self._held: deque[tuple[Future[Mark], object]] = deque()
-        # A thread, because nvJPEG makes the host wait, and so does a copy from memory that is not pinned.
+        # A thread, because nvJPEG makes the host wait, and so does a copy from memory
+        # that is not pinned.
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="to-device")
 
     def fill(self, step: Sequence[Batch | EncodedBatch]) -> list[_Filled]:
@@ -112,7 +121,8 @@ class _Slots:
         slot = self._free.popleft() if self._free else None
         if slot is None or len(slot.memory) < num_bytes:
             memory = self._queues.memory(num_bytes)
-            slot = _Slot(memory, self._queues.computed())  # it may have been in use until now
+            # it may have been in use until now
+            slot = _Slot(memory, self._queues.computed())
         content = slot.memory[:num_bytes].view(host.dtype).view(host.shape)
         mark = self._worker.submit(self._queues.fill, content, source, slot.free)
         self._held.append((mark, source))
@@ -139,12 +149,15 @@ class _Slots:
         self._held.clear()
 
 
-def ahead(steps: Iterable[Sequence[Batch | EncodedBatch]], queues: Queues) -> Iterator[list[Batch]]:
+def ahead(
+    steps: Iterable[Sequence[Batch | EncodedBatch]], queues: Queues
+) -> Iterator[list[Batch]]:
     """What `on_device` does, whatever runs the two queues."""
     slots = _Slots(queues)
     coming: deque[list[_Filled]] = deque()
     try:
-        for step in map(slots.fill, steps):  # no name here for the host's frames, which would hold them
+        # no name here for the host's frames, which would hold them
+        for step in map(slots.fill, steps):
             coming.append(step)
             if len(coming) > STEPS_AHEAD:
                 yield from slots.lend(coming.popleft())
@@ -152,7 +165,8 @@ def ahead(steps: Iterable[Sequence[Batch | EncodedBatch]], queues: Queues) -> It
             yield from slots.lend(coming.popleft())
     finally:
         slots.settle()
-        if isinstance(steps, Generator):  # a traceback would keep it, and the loader's threads, for a while
+        # a traceback would keep it, and the loader's threads, for a while
+        if isinstance(steps, Generator):
             steps.close()
 
 
@@ -166,7 +180,8 @@ def _is_done(mark: Future[Mark]) -> bool:
 
 
 class BrokenJpeg(ValueError):
-    """The JPEG at `position` does not decode, or not to its size; the text is the rest of a sentence."""
+    """The JPEG at `position` does not decode, or not to its size; the text is the rest of
+    a sentence."""
 
     def __init__(self, position: int, reason: str) -> None:
         super().__init__(reason)
@@ -174,13 +189,17 @@ class BrokenJpeg(ValueError):
 
 
 def decode_on_device(
-    jpegs: Sequence[bytes | memoryview], sizes: Sequence[tuple[int, int]], out_NHWC: torch.Tensor
+    jpegs: Sequence[bytes | memoryview],
+    sizes: Sequence[tuple[int, int]],
+    out_NHWC: torch.Tensor,
 ) -> None:
-    """Decode N JPEGs into the canvases' top left corners, on their device; the rest becomes black.
+    """Decode N JPEGs into the canvases' top left corners, on their device; the rest
+    becomes black.
 
-    sizes: height and width that each must have. out_NHWC: uint8, RGB. On a GPU nvJPEG decodes: the host waits
-    for it and for all work of the current stream, and pixels differ from the CPU decoder's by a few levels.
-    Raises BrokenJpeg, or ImportError without torchvision.
+    sizes: height and width that each must have. out_NHWC: uint8, RGB. On a GPU nvJPEG
+    decodes: the host waits for it and for all work of the current stream, and pixels
+    differ from the CPU decoder's by a few levels. Raises BrokenJpeg, or ImportError
+    without torchvision.
     """
     from torchvision.io import ImageReadMode, decode_jpeg
 
@@ -188,7 +207,8 @@ def decode_on_device(
     block = torch.frombuffer(bytearray().join(jpegs), dtype=torch.uint8)
     encoded = list(torch.split(block, [len(jpeg) for jpeg in jpegs]))
     if device.type == "cuda":
-        # torchvision writes into memory that this stream may still be reading (pytorch/vision, 9606).
+        # torchvision writes into memory that this stream may still be reading
+        # (pytorch/vision, 9606).
         torch.cuda.current_stream(device).synchronize()
     try:
         frames_CHW = decode_jpeg(encoded, ImageReadMode.RGB, device)
@@ -203,11 +223,16 @@ def decode_on_device(
         for position in range(begin, end):
             seen = tuple(frames_CHW[position].shape[1:])
             if seen != (height, width):
-                raise BrokenJpeg(position, f"frames must be {width}x{height}, but one is {seen[1]}x{seen[0]}")
+                raise BrokenJpeg(
+                    position,
+                    f"frames must be {width}x{height}, but one is {seen[1]}x{seen[0]}",
+                )
         canvas_NHWC = out_NHWC[begin:end]
         canvas_NHWC[:, height:] = 0
         canvas_NHWC[:, :height, width:] = 0
-        canvas_NHWC[:, :height, :width] = torch.stack(frames_CHW[begin:end]).permute(0, 2, 3, 1)
+        canvas_NHWC[:, :height, :width] = torch.stack(frames_CHW[begin:end]).permute(
+            0, 2, 3, 1
+        )
         begin = end
 
 
@@ -229,8 +254,9 @@ def decode_batch(encoded: EncodedBatch, out_NHWC: torch.Tensor) -> None:
         decode_on_device(encoded.jpegs, [sizes_B[clip] for clip in clips_N], out_NHWC)
     except BrokenJpeg as error:
         raise RankError(
-            f"a clip must decode, but {batch.keys[clips_N[error.position]]} does not: {error}. "
-            "Run shards/verify.py on the shards, or give --data.decoder=cpu, which replaces broken clips."
+            f"a clip must decode, but {batch.keys[clips_N[error.position]]} does not: "
+            f"{error}. Run shards/verify.py on the shards, or give --data.decoder=cpu, "
+            "which replaces broken clips."
         ) from error
 
 
@@ -241,7 +267,11 @@ def check_nvjpeg(device: torch.device) -> None:
     try:
         decode_on_device([jpeg], [(16, 16)], torch.empty(1, 16, 16, 3, dtype=torch.uint8))
         if device.type == "cuda":
-            decode_on_device([jpeg], [(16, 16)], torch.empty(1, 16, 16, 3, dtype=torch.uint8, device=device))
+            decode_on_device(
+                [jpeg],
+                [(16, 16)],
+                torch.empty(1, 16, 16, 3, dtype=torch.uint8, device=device),
+            )
             return
     except ImportError as error:
         raise UserError(
@@ -250,7 +280,10 @@ def check_nvjpeg(device: torch.device) -> None:
         ) from error
     except RuntimeError as error:
         raise UserError(
-            f"data.decoder=nvjpeg needs a torchvision that decodes on the GPU, but this one does not "
-            f"({str(error).splitlines()[0]}). Install the one of flallm_ds's extra [gpu], {leave}."
+            "data.decoder=nvjpeg needs a torchvision that decodes on the GPU, but this one "
+            f"does not ({str(error).splitlines()[0]}). Install the one of flallm_ds's "
+            f"extra [gpu], {leave}."
         ) from error
-    raise UserError(f"data.decoder=nvjpeg needs a CUDA device, but there is none. Use a GPU, {leave}.")
+    raise UserError(
+        f"data.decoder=nvjpeg needs a CUDA device, but there is none. Use a GPU, {leave}."
+    )

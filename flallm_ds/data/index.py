@@ -1,12 +1,14 @@
-"""The index of a shard folder: every clip's place, length and text, known before a byte of video is read.
+"""The index of a shard folder: every clip's place, length and text, known before a byte
+of video is read.
 
 A shard folder holds, beside its ordinary WebDataset tars,
-    index.json           corpus, build options, and for each split its tars with sizes and sha256 checksums
+    index.json           corpus, build options, and each split's tars with sizes and sha256
     {split}.safetensors  one row a clip, as columns (see `COLUMNS` and `STRING_COLUMNS`)
 Both are plain data: nothing in them can execute. A million clips load in well under a second.
 
-A folder of kind "features" (launch/features.py) has the rows of the video shards it was made from, in their
-order and with their shard numbers. For each of those shards it holds one tar a view.
+A folder of kind "features" (launch/features.py) has the rows of the video shards it was
+made from, in their order and with their shard numbers. For each of those shards it holds
+one tar a view.
 """
 
 import hashlib
@@ -47,11 +49,13 @@ COLUMNS: dict[str, Any] = {
     "width": np.int32,
     "fps": np.float32,
 }
-STRING_COLUMNS = ("key", "id", "text", "signer", "video", "language")  # id: the corpus's own; key: dot-free
+# id: the corpus's own; key: dot-free
+STRING_COLUMNS = ("key", "id", "text", "signer", "video", "language")
 
 
 class StringColumn(Sequence[str]):
-    """Strings as one UTF-8 blob and their ends: a million texts cost no Python objects until one is read."""
+    """Strings as one UTF-8 blob and their ends: a million texts cost no Python objects
+    until one is read."""
 
     def __init__(self, blob: np.ndarray, ends: np.ndarray) -> None:
         self._blob, self._ends = blob, ends
@@ -72,7 +76,8 @@ class StringColumn(Sequence[str]):
 
 
 class Table(Mapping[str, np.ndarray]):
-    """A table's columns, each read when it is first asked for: a run needs neither signers nor videos."""
+    """A table's columns, each read when it is first asked for: a run needs neither
+    signers nor videos."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -85,13 +90,16 @@ class Table(Mapping[str, np.ndarray]):
         return self._read[name]
 
     def read(self, name: str) -> np.ndarray:
-        """Read a column without keeping it. Raises TypeError where numpy does not have its type."""
+        """Read a column without keeping it. Raises TypeError where numpy does not have
+        its type."""
         if name not in self._file.keys():  # noqa: SIM118 - it is no mapping
             raise KeyError(name)
         try:
             column: np.ndarray = self._file.get_tensor(name)
         except AttributeError as error:  # of safetensors, which looks for float8 in numpy
-            raise TypeError(f"column {name} must be of a type of numpy, but {error}") from error
+            raise TypeError(
+                f"column {name} must be of a type of numpy, but {error}"
+            ) from error
         return column
 
     def __iter__(self) -> Iterator[str]:
@@ -108,9 +116,10 @@ class Table(Mapping[str, np.ndarray]):
 class Index:
     """One split of a shard folder. Columns are arrays of length `len(index)`, one entry a clip.
 
-    shards: all tars; of features, the views of a shard are next to each other, and `views` counts
-    them. fingerprint: of the clips, which the order comes from; of features, that of the video they
-    were made from. features: what they are, one entry a folder; empty for video.
+    shards: all tars; of features, the views of a shard are next to each other, and
+    `views` counts them. fingerprint: of the clips, which the order comes from; of
+    features, that of the video they were made from. features: what they are, one entry a
+    folder; empty for video.
     """
 
     store: Store
@@ -119,10 +128,13 @@ class Index:
     fingerprint: str
     shards: tuple[Shard, ...]
     arrays: Mapping[str, np.ndarray]
-    options: dict[str, Any] = field(default_factory=dict)  # of build.py, if one build made all
-    corpora: tuple[str, ...] = ()  # of joined shard folders; `arrays["corpus"]` numbers them
+    # of build.py, if one build made all
+    options: dict[str, Any] = field(default_factory=dict)
+    # of joined shard folders; `arrays["corpus"]` numbers them
+    corpora: tuple[str, ...] = ()
     features: tuple[FeatureFacts, ...] = ()
-    views: np.ndarray | None = None  # read `views_of_shard`, which has ones where this is None
+    # read `views_of_shard`, which has ones where this is None
+    views: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.arrays["num_frames"])
@@ -139,7 +151,9 @@ class Index:
 
     def corpus_of(self, row: int) -> str:
         """Return the corpus that a clip belongs to."""
-        return self.corpora[int(self.arrays["corpus"][row])] if self.corpora else self.corpus
+        return (
+            self.corpora[int(self.arrays["corpus"][row])] if self.corpora else self.corpus
+        )
 
     def own_row(self, row: int) -> int:
         """Return the clip's row in its own folder.
@@ -154,7 +168,8 @@ class Index:
 
     @property
     def features_digest(self) -> str:
-        """Sixteen hex digits that differ whenever a byte of the features does; empty for video."""
+        """Sixteen hex digits that differ whenever a byte of the features does; empty for
+        video."""
         if not self.features:
             return ""
         digests = "+".join(facts.digest for facts in self.features)
@@ -162,7 +177,8 @@ class Index:
 
     @cached_property
     def views_of_shard(self) -> np.ndarray:
-        """Tars of each shard number, int (shards,): one of video, one for each view of features."""
+        """Tars of each shard number, int (shards,): one of video, one for each view of
+        features."""
         return np.ones(len(self.shards), np.int64) if self.views is None else self.views
 
     @property
@@ -201,16 +217,20 @@ class Index:
     def shard_path(self, row: int) -> Path:
         """Where a tar of a local folder lies. Raises UserError where the shards are remote."""
         if not isinstance(self.store, LocalStore):
-            raise UserError(f"shards must lie in a folder to have paths, but lie in {self.root}.")
+            raise UserError(
+                f"shards must lie in a folder to have paths, but lie in {self.root}."
+            )
         return self.store.file(self.shards[row].file)
 
     def check_files(self, checksums: bool = False) -> None:
-        """Raise UserError if a tar is missing or is not of the size (if asked: the sha256) recorded."""
+        """Raise UserError if a tar is missing or is not of the size (if asked: the
+        sha256) recorded."""
         self.store.check(self.shards, checksums)
 
 
 def read_manifest(root: str | Path | Store) -> dict[str, Any]:
-    """The folder's index.json. Raises UserError where there is none, or where it is not as it was written."""
+    """The folder's index.json. Raises UserError where there is none, or where it is not
+    as it was written."""
     store = open_store(root) if isinstance(root, str | Path) else root
     path = store.file("index.json")
     if not path.is_file():
@@ -225,27 +245,33 @@ def read_manifest(root: str | Path | Store) -> dict[str, Any]:
             raise ValueError(f"it is larger than {MAX_MANIFEST_BYTES:,} bytes")
         manifest: dict[str, Any] = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"index.json must be JSON, but {error}: {path}. Build the shards again.") from error
+        raise UserError(
+            f"index.json must be JSON, but {error}: {path}. Build the shards again."
+        ) from error
     except OSError as error:
         raise UserError(
-            f"index.json must be readable, but {error.strerror}: {path}. Name another folder."
+            f"index.json must be readable, but {error.strerror}: {path}. Name another "
+            "folder."
         ) from error
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != FORMAT:
         raise UserError(
-            f"index.json must have format {FORMAT!r}, but has {found!r}: {path}. Build the shards again."
+            f"index.json must have format {FORMAT!r}, but has {found!r}: {path}. Build the "
+            "shards again."
         )
     try:
         _check_manifest(manifest)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"index.json must be as it was written, but is not ({error}): {path}. Build the shards again."
+            f"index.json must be as it was written, but is not ({error}): {path}. Build "
+            "the shards again."
         ) from error
     return manifest
 
 
 def _check_manifest(manifest: dict[str, Any]) -> None:
-    """Raise KeyError, TypeError, AttributeError or UserError unless every field is of its type."""
+    """Raise KeyError, TypeError, AttributeError or UserError unless every field is of its
+    type."""
     if not isinstance(manifest["corpus"], str):
         raise TypeError("corpus")
     for name, kind in (("language", str), ("options", dict), ("skipped", dict)):
@@ -276,8 +302,8 @@ def load_index(root: str | Path, split: str, cache: CacheOptions | None = None) 
     """The index of one split.
 
     root: a folder, or an address of `open_store`, whose shards pass through the cache.
-    Raises UserError if the folder is no shard folder, has no such split, or its table was changed since or
-    holds what no clip can be.
+    Raises UserError if the folder is no shard folder, has no such split, or its table was
+    changed since or holds what no clip can be.
     """
     store = open_store(root, cache)
     manifest = read_manifest(store)
@@ -305,22 +331,26 @@ def load_index(root: str | Path, split: str, cache: CacheOptions | None = None) 
     if facts is None:
         return index
     views = np.full(len(shards) // facts.views, facts.views)
-    return replace(index, fingerprint=entry["source_fingerprint"], features=(facts,), views=views)
+    return replace(
+        index, fingerprint=entry["source_fingerprint"], features=(facts,), views=views
+    )
 
 
 def _open_table(
     path: Path, split: str, sha256: str, shards: Sequence[Shard], facts: FeatureFacts | None
 ) -> Table:
-    """A split's table, checked. Raises UserError where it is another one, or says what cannot be."""
+    """A split's table, checked. Raises UserError where it is another one, or says what
+    cannot be."""
     try:
         if not path.is_file() or file_sha256(path) != sha256:
             raise UserError(
-                f"the table of split {split} must be the one that index.json names, but it is missing or was "
-                f"changed: {path}. Build the shards again."
+                f"the table of split {split} must be the one that index.json names, but it "
+                f"is missing or was changed: {path}. Build the shards again."
             )
         arrays = Table(path)
         wanted = (*COLUMNS, *STRING_COLUMNS, *(f"{name}_ends" for name in STRING_COLUMNS))
-        columns = {name: arrays.read(name) for name in wanted if name in set(arrays)}  # not kept
+        # not kept
+        columns = {name: arrays.read(name) for name in wanted if name in set(arrays)}
         sizes = np.array([shard.bytes for shard in shards], np.int64)
         if facts is None:
             check_table(columns, COLUMNS, STRING_COLUMNS, sizes, is_video=True)
@@ -330,18 +360,20 @@ def _open_table(
             facts.check_sizes(columns["num_frames"], columns["fps"], columns["size"])
     except OSError as error:
         raise UserError(
-            f"the table of split {split} must be readable, but {error.strerror}: {path}. Name another folder."
+            f"the table of split {split} must be readable, but {error.strerror}: {path}. "
+            "Name another folder."
         ) from error
     except (SafetensorError, TypeError, ValueError) as error:
         raise UserError(
-            f"the table of split {split} must describe clips: {error}, in {path}. Do not use these "
-            "shards, or build them again."
+            f"the table of split {split} must describe clips: {error}, in {path}. Do not "
+            "use these shards, or build them again."
         ) from error
     return arrays
 
 
 def write_table(path: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Write one split's rows (a dict of every column each) and return what index.json must say of it."""
+    """Write one split's rows (a dict of every column each) and return what index.json
+    must say of it."""
     arrays = {}
     for name, dtype in COLUMNS.items():
         arrays[name] = np.asarray([row[name] for row in rows], dtype=dtype)
@@ -352,7 +384,8 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """`write_table` of columns that are there already."""
-    # Not save_file: a kill leaves its temporary file (.tmpXXXXXX) in the folder, and in what is published.
+    # Not save_file: a kill leaves its temporary file (.tmpXXXXXX) in the folder, and in
+    # what is published.
     path.write_bytes(save(dict(arrays)))
     return {
         "table": path.name,
@@ -363,13 +396,16 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]
 
 
 def check_video(
-    manifest: Mapping[str, Any], root: str | Path, what: str, to_do: str = "Name those shards"
+    manifest: Mapping[str, Any],
+    root: str | Path,
+    what: str,
+    to_do: str = "Name those shards",
 ) -> None:
     """Raise UserError unless a folder's clips are video. what: that which needs it."""
     if manifest.get("kind") == FeatureFacts.KIND:
         raise UserError(
-            f"{what} needs shards of video, but {root} holds features of {manifest['features']['source']}. "
-            f"{to_do}."
+            f"{what} needs shards of video, but {root} holds features of "
+            f"{manifest['features']['source']}. {to_do}."
         )
 
 

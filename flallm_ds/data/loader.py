@@ -1,7 +1,8 @@
-"""The downsampling loader: from a plan to packed batches. Frames that are not kept are not decoded.
+"""The downsampling loader: from a plan to packed batches. Frames that are not kept are
+not decoded.
 
-Threads bring the clips straight into the batch's memory, a few steps ahead. What a rank gets
-depends on the plan alone, never on threads or time.
+Threads bring the clips straight into the batch's memory, a few steps ahead. What a rank
+gets depends on the plan alone, never on threads or time.
 """
 
 from collections import deque
@@ -24,7 +25,8 @@ from flallm_ds.data.text.codec import TextCodec
 from flallm_ds.errors import RankError, UserError
 
 STEPS_AHEAD = 2
-SHARDS_AHEAD = 32  # two windows of the plan; remote shards are fetched before they are needed
+# two windows of the plan; remote shards are fetched before they are needed
+SHARDS_AHEAD = 32
 IGNORED = -100  # a target that the loss leaves out
 
 
@@ -46,17 +48,20 @@ class BrokenClips:
         if self.budget == 0:
             raise RankError(
                 f"every clip must decode here, but {key} in {shard} does not ({reason}). "
-                "Run shards/verify.py on the shards; its --repair drops or rebuilds what is broken."
+                "Run shards/verify.py on the shards; its --repair drops or rebuilds what "
+                "is broken."
             )
-        warning = f"warning: clip {key} in {shard} is broken ({reason}); another takes its place"
+        warning = (
+            f"warning: clip {key} in {shard} is broken ({reason}); another takes its place"
+        )
         print(warning, flush=True)
         self.keys.add(key)
         self.reasons[f"{shard}:{key}"] = reason
         if len(self.reasons) > self.budget:
             raise RankError(
-                f"at most {self.budget} clips may be broken, but {len(self.reasons)} are; the last "
-                f"is {key} in {shard}: {reason}. Run shards/verify.py on the shards, or raise "
-                "--data.max_broken."
+                f"at most {self.budget} clips may be broken, but {len(self.reasons)} are; "
+                f"the last is {key} in {shard}: {reason}. Run shards/verify.py on the "
+                "shards, or raise --data.max_broken."
             )
 
 
@@ -91,13 +96,13 @@ class _Pending:
 class Loader:
     """One pass over an epoch plan.
 
-    `for micro_batches in loader.steps(start)` yields a rank's share of each step; `for batch in
-    loader` yields the same micro-batches one by one. Every rank yields the same number of steps
-    with the same number of micro-batches. A broken clip is replaced by the next one of the index,
-    the same on any rank, and counted in `broken`. The threads live only while one iterates: a
-    loader can be pickled, and used after a fork. codec: without one, `target_ids_BL` has no
-    columns. encoded: frames of video stay JPEGs, for `device.on_device` to decode; these batches
-    are `EncodedBatch`es.
+    `for micro_batches in loader.steps(start)` yields a rank's share of each step; `for
+    batch in loader` yields the same micro-batches one by one. Every rank yields the same
+    number of steps with the same number of micro-batches. A broken clip is replaced by
+    the next one of the index, the same on any rank, and counted in `broken`. The threads
+    live only while one iterates: a loader can be pickled, and used after a fork. codec:
+    without one, `target_ids_BL` has no columns. encoded: frames of video stay JPEGs, for
+    `device.on_device` to decode; these batches are `EncodedBatch`es.
     """
 
     def __init__(
@@ -134,7 +139,9 @@ class Loader:
         try:
             for step in range(start, self.plan.num_steps):
                 shards.read_ahead(step)
-                ahead.append([self._submit(pool, buffers, *one) for one in self._places(step)])
+                ahead.append(
+                    [self._submit(pool, buffers, *one) for one in self._places(step)]
+                )
                 if len(ahead) > STEPS_AHEAD:
                     yield [self._finish(pending) for pending in ahead.popleft()]
             while ahead:
@@ -165,12 +172,15 @@ class Loader:
         num_kept = self.plan.num_kept[rows].tolist()
         memory = self.content.memory(sum(num_kept), buffers)
         jobs = []
-        for row, epoch, part in zip(rows, epochs, torch.split(memory, num_kept), strict=True):
+        for row, epoch, part in zip(
+            rows, epochs, torch.split(memory, num_kept), strict=True
+        ):
             jobs.append(pool.submit(self.content.load, row, epoch, part))
         return _Pending(rows, epochs, real, num_kept, memory, jobs)
 
     def _finish(self, pending: _Pending) -> Batch | EncodedBatch:
-        """Wait for the clips of a micro-batch, replace broken ones, and add what the index says."""
+        """Wait for the clips of a micro-batch, replace broken ones, and add what the
+        index says."""
         wait(pending.jobs)  # for all, before any is replaced: they share memory
         for position, job in enumerate(list(pending.jobs)):
             error = job.exception()
@@ -205,7 +215,8 @@ class Loader:
     def _target_ids(self, text: str, real: bool) -> list[int]:
         if self.codec is None:
             return []
-        # A dummy has one place, which counts for nothing: the loss is not defined for none.
+        # A dummy has one place, which counts for nothing: the loss is not defined for
+        # none.
         return self.codec.encode(text) if real else [IGNORED]
 
     def _strings(self, name: str, rows: list[int]) -> tuple[str, ...]:
@@ -245,12 +256,16 @@ class _ShardsAhead:
         self._index = index
 
         # The tars of the epoch, in the order of the first place that each is used at.
-        tars, first_places = np.unique(index.tars(plan.order, plan.passes), return_index=True)
+        tars, first_places = np.unique(
+            index.tars(plan.order, plan.passes), return_index=True
+        )
         by_first_use = np.argsort(first_places)
         self._tars = tars[by_first_use].tolist()
 
         # The step of that place.
-        self._first_step = np.searchsorted(plan.ends, first_places[by_first_use], side="right")
+        self._first_step = np.searchsorted(
+            plan.ends, first_places[by_first_use], side="right"
+        )
         self._begin = -1
 
     def read_ahead(self, step: int) -> None:
@@ -286,9 +301,10 @@ def open_loader(
 ) -> Loader:
     """Open a loader for a loop of your own: `for batch in open_loader("data/mine"): ...`.
 
-    shards: one shard folder (or address) or several. train: shuffled in each epoch, with random
-    frame picks; otherwise longest first, each clip once. batch_clips: of one batch of this rank.
-    sampling: without one, every frame of a video, and of features those that they were made of.
+    shards: one shard folder (or address) or several. train: shuffled in each epoch, with
+    random frame picks; otherwise longest first, each clip once. batch_clips: of one batch
+    of this rank. sampling: without one, every frame of a video, and of features those
+    that they were made of.
     """
     index = mixture.open_indexes(shards, split)
     if sampling is None:
@@ -296,7 +312,8 @@ def open_loader(
     reader = ClipReader(index, sampling, seed, train)
     plan = reader.plan(batch_clips * world_size, world_size, weights=weights)
     order = plan.epoch(epoch) if train else plan.in_length_order()
-    broken = BrokenClips(budget=-(-len(index) // 100)) if train else None  # 1 %: data.max_broken
+    # 1 %: data.max_broken
+    broken = BrokenClips(budget=-(-len(index) // 100)) if train else None
     return Loader(
         reader,
         order,

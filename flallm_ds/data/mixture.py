@@ -9,7 +9,14 @@ from typing import BinaryIO
 
 import numpy as np
 
-from flallm_ds.data.index import COLUMNS, STRING_COLUMNS, Index, Shard, StringColumn, load_index
+from flallm_ds.data.index import (
+    COLUMNS,
+    STRING_COLUMNS,
+    Index,
+    Shard,
+    StringColumn,
+    load_index,
+)
 from flallm_ds.data.storage.store import CacheOptions, Store
 from flallm_ds.data.text.languages import language_tag
 from flallm_ds.errors import UserError
@@ -20,13 +27,15 @@ def open_indexes(
 ) -> Index:
     """Open the index of one split of one shard folder (or address), or of several joined.
 
-    Languages are tags, however the folders name them. Raises UserError as `load_index` does, or
-    where a folder is named twice, video is mixed with features, or a language is unknown.
+    Languages are tags, however the folders name them. Raises UserError as `load_index`
+    does, or where a folder is named twice, video is mixed with features, or a language is
+    unknown.
     """
     roots = [shards] if isinstance(shards, str | Path) else list(shards)
     if not roots:
         raise UserError(
-            "data.shards must name a shard folder, but is empty. Give --data.shards=FOLDER.",
+            "data.shards must name a shard folder, but is empty. Give "
+            "--data.shards=FOLDER.",
         )
     names = [str(root) for root in roots]
     if len(set(names)) < len(names):
@@ -38,14 +47,15 @@ def open_indexes(
     for index in indexes:
         if not len(index):
             raise UserError(
-                f"split {split} must hold a clip, got none in {index.root}. Build it with clips, "
-                "or name another folder."
+                f"split {split} must hold a clip, got none in {index.root}. Build it with "
+                "clips, or name another folder."
             )
     kinds = {"features" if index.features else "video": index.root for index in indexes}
     if len(kinds) > 1:
         raise UserError(
-            f"data.shards must all be video or all be features, but {kinds['video']} is video "
-            f"and {kinds['features']} is features. Make features of all with launch/features.py."
+            f"data.shards must all be video or all be features, but {kinds['video']} is "
+            f"video and {kinds['features']} is features. Make features of all with "
+            "launch/features.py."
         )
     return indexes[0] if len(indexes) == 1 else join(indexes)
 
@@ -56,7 +66,9 @@ def with_language_tags(index: Index) -> Index:
     The order of the clips does not change: it comes from the fingerprint.
     Raises UserError for an unknown language.
     """
-    names, number_of_row = _distinct(index.arrays["language"], index.arrays["language_ends"])
+    names, number_of_row = _distinct(
+        index.arrays["language"], index.arrays["language_ends"]
+    )
     what = f"the language of each {index.split} clip in {index.root}"
     tags = [language_tag(name, what) if name else "" for name in names]
     if tags == names:
@@ -68,7 +80,8 @@ def with_language_tags(index: Index) -> Index:
 
 
 def _distinct(blob: np.ndarray, ends: np.ndarray) -> tuple[list[str], np.ndarray]:
-    """Return the distinct strings of a column, and the number of each row's string, int64 (rows,).
+    """Return the distinct strings of a column, and the number of each row's string, int64
+    (rows,).
 
     It takes 0.2 s for a million rows.
     """
@@ -110,9 +123,12 @@ def join(indexes: Sequence[Index]) -> Index:
 
     # Each clip knows its folder, and its row there.
     arrays["corpus"] = np.repeat(np.arange(len(indexes), dtype=np.int32), num_clips)
-    arrays["own_row"] = np.concatenate([np.arange(num, dtype=np.int32) for num in num_clips])
+    arrays["own_row"] = np.concatenate(
+        [np.arange(num, dtype=np.int32) for num in num_clips]
+    )
 
-    # Each tar is read from the store of its folder, the first one where two hold the same tar.
+    # Each tar is read from the store of its folder, the first one where two hold the same
+    # tar.
     store_of: dict[Shard, Store] = {}
     for index in reversed(indexes):
         store_of |= dict.fromkeys(index.shards, index.store)

@@ -1,9 +1,10 @@
 """The order of an epoch as a pure function: which clips form which step, before a byte is read.
 
-Shards are shuffled, windows of shards are mixed, clips are bucketed by length and cut into global
-batches. A global batch is dealt into `slices` micro-batches of nearly equal frames. Rank r of a
-world of W takes the slices r*slices/W to (r+1)*slices/W, so 1 rank x 4 micro-batches and 2 x 2 see
-the same micro-batches, and every rank has the same number of steps.
+Shards are shuffled, windows of shards are mixed, clips are bucketed by length and cut
+into global batches. A global batch is dealt into `slices` micro-batches of nearly equal
+frames. Rank r of a world of W takes the slices r*slices/W to (r+1)*slices/W, so 1 rank x
+4 micro-batches and 2 x 2 see the same micro-batches, and every rank has the same number
+of steps.
 
 A row is a clip of the index; a place is a position in the order of an epoch.
 """
@@ -18,12 +19,13 @@ import numpy as np
 from flallm_ds.errors import UserError
 
 VERSION = 4
-# Least and most batches of a pool, in which clips are bucketed by length. Large pools pad less,
-# small ones mix better; small corpora take the least.
+# Least and most batches of a pool, in which clips are bucketed by length. Large pools pad
+# less, small ones mix better; small corpora take the least.
 POOL_BATCHES = (8, 64)
 EPOCH_POOLS = 32  # an epoch has this many pools before its pools grow
 WINDOW_SHARDS = 16  # shards whose clips are mixed
-# Share of a length that is added at random, so that a clip has other neighbours in each epoch.
+# Share of a length that is added at random, so that a clip has other neighbours in each
+# epoch.
 _JITTER = 0.1
 _MAX_SWAPS = 8  # for each micro-batch, when the micro-batches of a step are evened out
 
@@ -32,8 +34,8 @@ _MAX_SWAPS = 8  # for each micro-batch, when the micro-batches of a step are eve
 class PlanState:
     """Where a run is in its data: plain values that resume it to the bit, at any world size.
 
-    batch_frames is 0 where `batch_clips` cuts the batches; weights are empty where every clip
-    counts alike. features: the digest of cached features, empty for video.
+    batch_frames is 0 where `batch_clips` cuts the batches; weights are empty where every
+    clip counts alike. features: the digest of cached features, empty for video.
     """
 
     version: int
@@ -53,9 +55,9 @@ class PlanState:
         for name in mine:
             if name not in ("epoch", "step") and mine[name] != saved[name]:
                 raise UserError(
-                    f"the data's {name} must be {saved[name]!r} as in the checkpoint, but is "
-                    f"{mine[name]!r} now. Use the shards and options the run began with, or start "
-                    "another run folder."
+                    f"the data's {name} must be {saved[name]!r} as in the checkpoint, but "
+                    f"is {mine[name]!r} now. Use the shards and options the run began "
+                    "with, or start another run folder."
                 )
 
     @classmethod
@@ -68,8 +70,8 @@ class PlanState:
         if set(saved) != names:
             raise UserError(
                 f"the data's version must be {VERSION}, but the checkpoint's is "
-                f"{saved.get('version')}. Start another run folder, or go on with the version of "
-                "flallm_ds that began the run."
+                f"{saved.get('version')}. Start another run folder, or go on with the "
+                "version of flallm_ds that began the run."
             )
         return cls(**saved | {"weights": tuple(saved["weights"])})
 
@@ -78,8 +80,9 @@ class PlanState:
 class EpochPlan:
     """One epoch: `order[p]` is the row at place p; batch i ends before place `ends[i]`.
 
-    passes[p] is how often that clip came before: its random draws come from there. It is the epoch,
-    unless corpora are mixed by weights. num_kept: kept frames of each row, int (clips,).
+    passes[p] is how often that clip came before: its random draws come from there. It is
+    the epoch, unless corpora are mixed by weights. num_kept: kept frames of each row, int
+    (clips,).
     """
 
     order: np.ndarray
@@ -107,7 +110,8 @@ class EpochPlan:
         """
         kept = self.num_kept[self.batch(step)]
 
-        # Deal the clips in serpentine order of length: with 3 slices 0 1 2 2 1 0 0 1 2 ...
+        # Deal the clips in serpentine order of length: with 3 slices 0 1 2 2 1 0 0 1 2
+        # ...
         turn, position = np.divmod(np.arange(len(kept)), self.slices)
         dealt_to = np.where(turn % 2 == 0, position, self.slices - 1 - position)
 
@@ -128,11 +132,12 @@ class EpochPlan:
 class Plan:
     """All epochs of a run over one split.
 
-    num_kept: kept frames of each row, int (clips,). shard: each row's shard number, int (clips,).
-    batch_clips: clips of a global batch at most. batch_frames: kept frames of a global batch at
-    most, instead; a clip with more is a batch of its own. corpus, weights: each row's corpus, int
-    (clips,), and each corpus's share of an epoch; without weights an epoch holds every clip once.
-    features: the digest of cached features, for the state; the order is that of the video.
+    num_kept: kept frames of each row, int (clips,). shard: each row's shard number, int
+    (clips,). batch_clips: clips of a global batch at most. batch_frames: kept frames of a
+    global batch at most, instead; a clip with more is a batch of its own. corpus,
+    weights: each row's corpus, int (clips,), and each corpus's share of an epoch; without
+    weights an epoch holds every clip once. features: the digest of cached features, for
+    the state; the order is that of the video.
     """
 
     fingerprint: str
@@ -162,25 +167,28 @@ class Plan:
         )
 
     def epoch(self, epoch: int) -> EpochPlan:
-        """Return the training order of an epoch; without weights it has every clip exactly once."""
+        """Return the training order of an epoch; without weights it has every clip
+        exactly once."""
         rows, passes = self._drawn(epoch)
         rng = self._rng(epoch)
 
-        # Mix the clips of WINDOW_SHARDS shards at a time, windows and shards in random order.
-        # All sorts are stable: others leave equal keys in an order that depends on the processor.
+        # Mix the clips of WINDOW_SHARDS shards at a time, windows and shards in random
+        # order. All sorts are stable: others leave equal keys in an order that depends on
+        # the processor.
         num_shards = int(self.shard.max()) + 1
         window_of_shard = rng.permutation(num_shards).astype(np.int32) // WINDOW_SHARDS
         window = window_of_shard[self.shard[rows]]
         mixed = np.argsort(window + rng.random(len(rows)), kind="stable")
 
-        # Sort each pool of the mixed order by length, with jitter.
-        # Up in one pool and down in the next: a batch that two pools share is of one length, too.
+        # Sort each pool of the mixed order by length, with jitter. Up in one pool and
+        # down in the next: a batch that two pools share is of one length, too.
         kept = self.num_kept[rows[mixed]].astype(np.float32)
         pool = self._pools(kept)
         jitter = 1 + _JITTER * rng.random(len(rows), np.float32)
         direction = (1 - 2 * (pool % 2)).astype(np.float32)
         length = kept * jitter * direction
-        length /= 4 * np.abs(length).max()  # below 1 / 2: the number of the pool is sorted by first
+        # below 1 / 2: the number of the pool is sorted by first
+        length /= 4 * np.abs(length).max()
         order = mixed[np.argsort(pool + length, kind="stable")]
 
         # Cut that order into batches, and shuffle the batches of each pool.
@@ -211,9 +219,9 @@ class Plan:
     def _drawn(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the rows of an epoch before any shuffling, and how often each clip came before.
 
-        With weights, a corpus gives a fixed number of clips to each epoch. They are taken one after
-        another from an endless sequence of shuffles of the corpus: over the epochs all its clips
-        come equally often.
+        With weights, a corpus gives a fixed number of clips to each epoch. They are taken
+        one after another from an endless sequence of shuffles of the corpus: over the
+        epochs all its clips come equally often.
         """
         num_clips = len(self.num_kept)
         if not self.weights:
@@ -222,7 +230,8 @@ class Plan:
         for number, quota in enumerate(self.quotas):
             own = np.flatnonzero(self._corpus == number).astype(np.int32)
 
-            # Where this epoch lies in the endless sequence, and which shuffles that touches.
+            # Where this epoch lies in the endless sequence, and which shuffles that
+            # touches.
             begin, end = epoch * quota, (epoch + 1) * quota
             shuffle_of, position = np.divmod(np.arange(begin, end), len(own))
             touched = range(begin // len(own), -(-end // len(own)))
@@ -247,7 +256,9 @@ class Plan:
     @property
     def _corpus(self) -> np.ndarray:
         """Each row's corpus, int (clips,)."""
-        return np.zeros(len(self.num_kept), np.int32) if self.corpus is None else self.corpus
+        return (
+            np.zeros(len(self.num_kept), np.int32) if self.corpus is None else self.corpus
+        )
 
     def _pools(self, kept: np.ndarray) -> np.ndarray:
         """Return the pool in which each place of the mixed order is bucketed by length, int32.
@@ -271,8 +282,8 @@ class Plan:
     def _cut(self, kept: np.ndarray) -> np.ndarray:
         """Return where each global batch of this order ends.
 
-        kept: kept frames at each place, int. With batch_frames, the number of clips of a batch is a
-        multiple of the slices where it can be.
+        kept: kept frames at each place, int. With batch_frames, the number of clips of a
+        batch is a multiple of the slices where it can be.
         """
         if not self.batch_frames:
             return self._cut_by_clips(len(kept))
@@ -283,7 +294,8 @@ class Plan:
             # As many clips as batch_frames allows, one at least.
             limit = frames_before[begin] + self.batch_frames
             end = max(int(frames_before.searchsorted(limit, "right")) - 1, begin + 1)
-            # Each slice the same number of clips; the clips left over begin the next batch.
+            # Each slice the same number of clips; the clips left over begin the next
+            # batch.
             if end < len(kept) and end - begin > self.slices:
                 end -= (end - begin) % self.slices
             ends.append(end)
@@ -293,8 +305,8 @@ class Plan:
     def _cut_by_clips(self, num_clips: int) -> np.ndarray:
         """Return where each global batch ends, the remainder spread over all of them.
 
-        It is spread in units that up to 64 slices share equally, so that no slice has a clip more
-        to do.
+        It is spread in units that up to 64 slices share equally, so that no slice has a
+        clip more to do.
         """
         unit = math.gcd(self.batch_clips, 64)
         num_units = -(-num_clips // unit)
@@ -304,7 +316,8 @@ class Plan:
 
 
 def _even_out(micro_batches: list[np.ndarray], kept: np.ndarray) -> None:
-    """Swap clips between the fullest and the emptiest micro-batch while that brings the two nearer.
+    """Swap clips between the fullest and the emptiest micro-batch while that brings the
+    two nearer.
 
     micro_batches: positions in `kept`, which are changed in place.
     """
@@ -332,8 +345,8 @@ def _even_out(micro_batches: list[np.ndarray], kept: np.ndarray) -> None:
 def temperature_weights(sizes: list[int], temperature: float) -> tuple[float, ...]:
     """Return each corpus's share of an epoch: its size to the power 1 / temperature.
 
-    A temperature of 1 keeps the sizes, a higher one evens the corpora out. Source: mBART and
-    M2M-100 (arXiv 2001.08210, 2010.11125).
+    A temperature of 1 keeps the sizes, a higher one evens the corpora out. Source: mBART
+    and M2M-100 (arXiv 2001.08210, 2010.11125).
     """
     raised = np.array(sizes, np.float64) ** (1 / temperature)
     return tuple((raised / raised.sum()).tolist())
@@ -346,9 +359,9 @@ def slices_of_rank(slices: int, rank: int, world_size: int) -> range:
     """
     if slices % world_size:
         raise UserError(
-            f"data.micro_batches must be a multiple of the number of ranks ({world_size}), but is "
-            f"{slices}. Give --data.micro_batches={-(-slices // world_size) * world_size}, or "
-            "other ranks."
+            f"data.micro_batches must be a multiple of the number of ranks ({world_size}), "
+            f"but is {slices}. Give "
+            f"--data.micro_batches={-(-slices // world_size) * world_size}, or other ranks."
         )
     each = slices // world_size
     return range(rank * each, (rank + 1) * each)

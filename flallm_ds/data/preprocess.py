@@ -1,7 +1,9 @@
-"""Frames to pixels on the device: squash to a square, crop, rotate, scale, shift, normalise; one resampling.
+"""Frames to pixels on the device: squash to a square, crop, rotate, scale, shift,
+normalise; one resampling.
 
-One random draw per clip, never per frame: jitter between frames reads as motion. Never a horizontal flip:
-handedness is meaning. On a GPU this is one Triton kernel (`preprocess_triton.py`), elsewhere `resample`.
+One random draw per clip, never per frame: jitter between frames reads as motion. Never a
+horizontal flip: handedness is meaning. On a GPU this is one Triton kernel
+(`preprocess_triton.py`), elsewhere `resample`.
 """
 
 import math
@@ -25,9 +27,11 @@ MAX_SHIFT = 10 / 256  # of the frame's side
 
 @dataclass(frozen=True)
 class Preprocess:
-    """frame_size: side of the square that frames are squashed to. crop_size: of what the backbone sees, px.
+    """frame_size: side of the square that frames are squashed to. crop_size: of what the
+    backbone sees, px.
 
-    augment: rotate, scale and shift in training. Without `train` the crop is the centre one.
+    augment: rotate, scale and shift in training. Without `train` the crop is the centre
+    one.
     """
 
     frame_size: int
@@ -35,32 +39,50 @@ class Preprocess:
     augment: bool = True
 
     def __call__(
-        self, batch: Batch, train: bool, device: torch.device, dtype: torch.dtype = torch.float32
+        self,
+        batch: Batch,
+        train: bool,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
     ) -> torch.Tensor:
         """pixels_NCHW of `dtype`, normalised as ImageNet's. Nothing here waits for the device."""
         frames_NHWC = batch.frames_NHWC.to(device, non_blocking=True)
         height, width = frames_NHWC.shape[1:3]
         theta_B23 = self.affine(batch.draws_B9, batch.size_B2, (height, width), train)
-        clips_N = torch.arange(len(theta_B23), dtype=torch.int32).repeat_interleave(batch.num_frames_B)
+        clips_N = torch.arange(len(theta_B23), dtype=torch.int32).repeat_interleave(
+            batch.num_frames_B
+        )
         function = _fused if device.type == "cuda" and _can_fuse(device) else resample
-        # non_blocking, though not pinned: CUDA has read so small a source before the call returns.
+        # non_blocking, though not pinned: CUDA has read so small a source before the call
+        # returns.
         theta_B23, clips_N = (t.to(device, non_blocking=True) for t in (theta_B23, clips_N))
         return function(frames_NHWC, theta_B23, clips_N, self.crop_size, dtype)
 
     def affine(
-        self, draws_B9: torch.Tensor, size_B2: torch.Tensor, canvas_hw: tuple[int, int], train: bool
+        self,
+        draws_B9: torch.Tensor,
+        size_B2: torch.Tensor,
+        canvas_hw: tuple[int, int],
+        train: bool,
     ) -> torch.Tensor:
         """theta_B23 for `affine_grid`: from the crop's coordinates in [-1, 1] to the canvas's."""
         side, crop = float(self.frame_size), float(self.crop_size)
         num_clips = len(draws_B9)
         free = side - crop
-        offset_B2 = draws_B9[:, :2] * free if train else torch.full((num_clips, 2), free / 2)
+        offset_B2 = (
+            draws_B9[:, :2] * free if train else torch.full((num_clips, 2), free / 2)
+        )
         angle_B, scale_B, shift_B2 = self._augmentation(draws_B9, train)
-        # crop -> square: p = centre + R (q - centre) / scale + shift, with q = offset + (u + 1) / 2 * crop
+        # crop -> square: p = centre + R (q - centre) / scale + shift, with q = offset +
+        # (u + 1) / 2 * crop
         cos_B, sin_B = torch.cos(angle_B) / scale_B, torch.sin(angle_B) / scale_B
-        turn_B22 = torch.stack([torch.stack([cos_B, -sin_B], -1), torch.stack([sin_B, cos_B], -1)], -2)
+        turn_B22 = torch.stack(
+            [torch.stack([cos_B, -sin_B], -1), torch.stack([sin_B, cos_B], -1)], -2
+        )
         start_B2 = offset_B2 + crop / 2 - side / 2
-        shift_px_B2 = side / 2 + torch.einsum("bij,bj->bi", turn_B22, start_B2) + shift_B2 * side
+        shift_px_B2 = (
+            side / 2 + torch.einsum("bij,bj->bi", turn_B22, start_B2) + shift_B2 * side
+        )
         # square -> canvas, whose coordinates run over [-1, 1]; x first
         canvas_2 = torch.tensor([canvas_hw[1], canvas_hw[0]], dtype=torch.float32)
         stretch_B2 = 2 * size_B2.flip(1) / side / canvas_2
@@ -98,7 +120,9 @@ def resample(
     shape = (len(theta_B23), 3, crop_size, crop_size)
     grid_BHW2 = F.affine_grid(theta_B23, list(shape), align_corners=False)
     grid_NHW2 = grid_BHW2.index_select(0, clips_N)
-    pixels_NCHW = F.grid_sample(frames_NCHW, grid_NHW2, mode="bilinear", align_corners=False)
+    pixels_NCHW = F.grid_sample(
+        frames_NCHW, grid_NHW2, mode="bilinear", align_corners=False
+    )
     device = frames_NHWC.device
     mean = torch.tensor(IMAGENET_MEAN, device=device).view(1, 3, 1, 1) * 255
     std = torch.tensor(IMAGENET_STD, device=device).view(1, 3, 1, 1) * 255
@@ -115,12 +139,15 @@ def _fused(
     from flallm_ds.data import preprocess_triton
 
     mean, std = (tuple(255 * v for v in values) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return preprocess_triton.resample(frames_NHWC, theta_B23, clips_N, crop_size, mean, std, dtype)
+    return preprocess_triton.resample(
+        frames_NHWC, theta_B23, clips_N, crop_size, mean, std, dtype
+    )
 
 
 @cache
 def _can_fuse(device: torch.device) -> bool:
-    """Whether the kernel runs here: Triton builds it at run time, with a C compiler and Python's headers."""
+    """Whether the kernel runs here: Triton builds it at run time, with a C compiler and
+    Python's headers."""
     try:
         _fused(
             torch.zeros(1, 2, 2, 3, dtype=torch.uint8, device=device),
@@ -133,7 +160,8 @@ def _can_fuse(device: torch.device) -> bool:
     except (RuntimeError, OSError, subprocess.SubprocessError) as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         print(
-            f"warning: frames are preprocessed without the fused kernel, which needs Triton: {reason}",
+            "warning: frames are preprocessed without the fused kernel, which needs "
+            f"Triton: {reason}",
             flush=True,
         )
         return False

@@ -1,7 +1,7 @@
 """The device's share of preprocessing as one kernel: uint8 frames in, normalised pixels out.
 
-PyTorch's way makes four passes over memory, three of them over float32 copies of the frames. Here each pixel
-reads its four neighbours as bytes and is written once.
+PyTorch's way makes four passes over memory, three of them over float32 copies of the
+frames. Here each pixel reads its four neighbours as bytes and is written once.
 """
 
 import torch
@@ -19,12 +19,17 @@ def resample_kernel(  # type: ignore[no-untyped-def]
     """One block of pixels of one frame; the grid is (frames, blocks)."""
     frame = tl.program_id(0).to(tl.int64)  # a batch may hold more than 2^31 bytes
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    # Centres of pixels over [-1, 1], the canvas's too: affine_grid and grid_sample with align_corners=False.
+    # Centres of pixels over [-1, 1], the canvas's too: affine_grid and grid_sample with
+    # align_corners=False.
     u = (2 * (place % CROP) + 1).to(tl.float32) / CROP - 1
     v = (2 * (place // CROP) + 1).to(tl.float32) / CROP - 1
     row = theta + tl.load(clips + frame) * 6
-    x = ((tl.load(row + 0) * u + tl.load(row + 1) * v + tl.load(row + 2) + 1) * width - 1) / 2
-    y = ((tl.load(row + 3) * u + tl.load(row + 4) * v + tl.load(row + 5) + 1) * height - 1) / 2
+    x = (
+        (tl.load(row + 0) * u + tl.load(row + 1) * v + tl.load(row + 2) + 1) * width - 1
+    ) / 2
+    y = (
+        (tl.load(row + 3) * u + tl.load(row + 4) * v + tl.load(row + 5) + 1) * height - 1
+    ) / 2
     left, top = tl.floor(x), tl.floor(y)
     right_weight, bottom_weight = x - left, y - top
     source = frames + frame * height * width * 3
@@ -34,7 +39,9 @@ def resample_kernel(  # type: ignore[no-untyped-def]
         for down in tl.static_range(2):
             for aside in tl.static_range(2):
                 i, j = top.to(tl.int32) + down, left.to(tl.int32) + aside
-                seen = (i >= 0) & (i < height) & (j >= 0) & (j < width) & (place < CROP * CROP)
+                seen = (
+                    (i >= 0) & (i < height) & (j >= 0) & (j < width) & (place < CROP * CROP)
+                )
                 byte = tl.load(source + (i * width + j) * 3 + channel, mask=seen, other=0)
                 weight = (bottom_weight if down else 1 - bottom_weight) * (
                     right_weight if aside else 1 - right_weight
@@ -55,15 +62,19 @@ def resample(
 ) -> torch.Tensor:
     """pixels_NCHW: bilinear samples of each frame through its clip's map, minus mean, over std.
 
-    All tensors are on one device. frames_NHWC: uint8. theta_B23: float32, as `affine_grid` takes it.
-    clips_N: int32, the clip of each frame, from 0 to B - 1. mean, std: of each channel, from 0 to 255.
-    Outside of a frame's canvas is black. dtype: float32 or bfloat16.
+    All tensors are on one device. frames_NHWC: uint8. theta_B23: float32, as
+    `affine_grid` takes it. clips_N: int32, the clip of each frame, from 0 to B - 1. mean,
+    std: of each channel, from 0 to 255. Outside of a frame's canvas is black. dtype:
+    float32 or bfloat16.
     """
     num_frames, height, width, channels = frames_NHWC.shape
     assert channels == 3 and frames_NHWC.dtype == torch.uint8 and len(clips_N) == num_frames
-    pixels_NCHW = torch.empty((num_frames, 3, crop_size, crop_size), dtype=dtype, device=frames_NHWC.device)
+    pixels_NCHW = torch.empty(
+        (num_frames, 3, crop_size, crop_size), dtype=dtype, device=frames_NHWC.device
+    )
     grid = (num_frames, triton.cdiv(crop_size**2, BLOCK))
-    with torch.cuda.device(frames_NHWC.get_device()):  # Triton launches on the current device
+    # Triton launches on the current device
+    with torch.cuda.device(frames_NHWC.get_device()):
         resample_kernel[grid](
             frames_NHWC.contiguous(), theta_B23.contiguous(), clips_N.contiguous(), pixels_NCHW,
             height, width, CROP=crop_size, MEAN=mean, STD=std, BLOCK=BLOCK,

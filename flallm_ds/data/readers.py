@@ -1,8 +1,9 @@
 """What a loader's threads do for one clip: read its bytes and bring its content into a batch.
 
-`ClipReader` knows the clips of a split: their random numbers, and their bytes by offset. What a
-batch holds of a clip is one of three contents: decoded frames, JPEGs as they are stored, or cached
-features. `content_of` chooses one, once for a loader; all else treats them alike.
+`ClipReader` knows the clips of a split: their random numbers, and their bytes by offset.
+What a batch holds of a clip is one of three contents: decoded frames, JPEGs as they are
+stored, or cached features. `content_of` chooses one, once for a loader; all else treats
+them alike.
 """
 
 import math
@@ -26,15 +27,17 @@ from flallm_ds.features.facts import from_npy
 from flallm_ds.features.sequences import resample, resampled_lengths
 
 NUM_DRAWS = 9
-_UNHELD = 2  # references to a buffer that nobody holds: the list's, and getrefcount's argument
+# references to a buffer that nobody holds: the list's, and getrefcount's argument
+_UNHELD = 2
 
 
 class FrameBuffers:
-    """Memory for frames or features that is used again: fresh memory costs a page fault each 4 kB.
+    """Memory for frames or features that is used again: fresh memory costs a page fault
+    each 4 kB.
 
-    A tensor from here may be kept as long as anyone likes: every view of it holds its buffer.
-    Pinned where there is a GPU, so that copies to it run next to everything else. Not for several
-    threads at once.
+    A tensor from here may be kept as long as anyone likes: every view of it holds its
+    buffer. Pinned where there is a GPU, so that copies to it run next to everything else.
+    Not for several threads at once.
     """
 
     def __init__(self) -> None:
@@ -55,8 +58,8 @@ class FrameBuffers:
             # A batch's canvas is as large as the largest frame of all clips.
             raise RankError(
                 f"a micro-batch must fit into memory, but one of the shape {shape} takes "
-                f"{num_bytes / 1e9:,.0f} GB. Lower --data.batch_clips or --data.max_frames, or "
-                "build shards of smaller frames (--short_side)."
+                f"{num_bytes / 1e9:,.0f} GB. Lower --data.batch_clips or "
+                "--data.max_frames, or build shards of smaller frames (--short_side)."
             ) from error
         return torch.from_numpy(buffer[:num_bytes].view(dtype).reshape(shape))
 
@@ -72,7 +75,9 @@ class FrameBuffers:
         chosen = max(free, key=lambda n: len(buffers[n]), default=len(buffers))
         buffers[chosen : chosen + 1] = []
         pinned = torch.cuda.is_available()
-        memory = torch.empty(num_bytes + num_bytes // 4, dtype=torch.uint8, pin_memory=pinned)
+        memory = torch.empty(
+            num_bytes + num_bytes // 4, dtype=torch.uint8, pin_memory=pinned
+        )
         buffers.insert(chosen, memory.numpy())
         return buffers[chosen]
 
@@ -100,8 +105,9 @@ class Clip:
 class ClipReader:
     """Reads clips of one split by their offsets in the tars.
 
-    seed, train: with `train`, a random frame of each group is kept, drawn from (seed, epoch,
-    sample). feature_fps: the rate that cached features are brought to; none: their own.
+    seed, train: with `train`, a random frame of each group is kept, drawn from (seed,
+    epoch, sample). feature_fps: the rate that cached features are brought to; none: their
+    own.
     """
 
     index: Index
@@ -120,16 +126,25 @@ class ClipReader:
         if self.feature_fps is None:
             return kept
         try:
-            return resampled_lengths(kept, self.sampling.rates(num_frames, fps), self.feature_fps)
+            return resampled_lengths(
+                kept, self.sampling.rates(num_frames, fps), self.feature_fps
+            )
         except ValueError as error:
             raise UserError(
-                f"data.feature_fps cannot be {self.feature_fps} for {self.index.root}: {error}."
+                f"data.feature_fps cannot be {self.feature_fps} for {self.index.root}: "
+                f"{error}."
             ) from error
 
     def plan(
-        self, batch_clips: int, slices: int, *, batch_frames: int = 0, weights: Sequence[float] = ()
+        self,
+        batch_clips: int,
+        slices: int,
+        *,
+        batch_frames: int = 0,
+        weights: Sequence[float] = (),
     ) -> Plan:
-        """Plan the order of these clips; the arguments are fields of `Plan`. Raises as `num_places`."""
+        """Plan the order of these clips; the arguments are fields of `Plan`. Raises as
+        `num_places`."""
         arrays = self.index.arrays
         return Plan(
             fingerprint=self.index.fingerprint,
@@ -169,7 +184,9 @@ class ClipReader:
             found = os.fstat(file.fileno()).st_size - offset
             if found < size:
                 found = max(found, 0)
-                raise ValueError(f"must hold {size} bytes at {offset}, but ends after {found}")
+                raise ValueError(
+                    f"must hold {size} bytes at {offset}, but ends after {found}"
+                )
             member = memoryview(memory(size))[:size]
             found = os.preadv(file.fileno(), [member], offset)
         if found != size:
@@ -272,7 +289,9 @@ class CachedFeatures:
         self._read_into(part, row, epoch, len(picks))
         return Clip(draws, [])
 
-    def _read_into(self, features_SD: torch.Tensor, row: int, epoch: int, num_kept: int) -> None:
+    def _read_into(
+        self, features_SD: torch.Tensor, row: int, epoch: int, num_kept: int
+    ) -> None:
         """Copy the clip's features, at `feature_fps`. Raises ValueError if they are broken."""
         reader, index = self.reader, self.reader.index
         facts = index.features_of(row)

@@ -8,7 +8,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 Cap = Literal["uniform", "random", "segment"]
-# Of a frame: 25 frames a second at a target of 12.5 are groups of two, whatever the rounding.
+# Of a frame: 25 frames a second at a target of 12.5 are groups of two, whatever the
+# rounding.
 _EDGE = 1e-6
 
 
@@ -16,14 +17,14 @@ _EDGE = 1e-6
 class FrameSampling:
     """Keeps one frame of each group, then at most `max_frames` of these.
 
-    keep_every: frames of a group. target_fps: groups of 1 / target_fps seconds instead, so that
-    corpora of 24, 25, 30 and 50 frames a second are seen at the same pace; a slower clip keeps all
-    its frames. cap: how the frames are thinned where there are too many: `uniform` spreads them
-    evenly; `random` draws any of them; `segment` takes one of each of `max_frames` equal segments.
-    In evaluation nothing is drawn: `random` is then `uniform`, and `segment` takes the middle of
-    each. Raises ValueError for values below their limits.
-    Source: FLa-LLM (arXiv 2403.12556), video downsampling; the random pick from C2RL; segments from
-    TSN (arXiv 1608.00859).
+    keep_every: frames of a group. target_fps: groups of 1 / target_fps seconds instead,
+    so that corpora of 24, 25, 30 and 50 frames a second are seen at the same pace; a
+    slower clip keeps all its frames. cap: how the frames are thinned where there are too
+    many: `uniform` spreads them evenly; `random` draws any of them; `segment` takes one
+    of each of `max_frames` equal segments. In evaluation nothing is drawn: `random` is
+    then `uniform`, and `segment` takes the middle of each. Raises ValueError for values
+    below their limits. Source: FLa-LLM (arXiv 2403.12556), video downsampling; the random
+    pick from C2RL; segments from TSN (arXiv 1608.00859).
     """
 
     keep_every: int = 1
@@ -69,8 +70,8 @@ class FrameSampling:
         has_rate = self.target_fps is None or self.target_fps > 0
         if self.keep_every < 1 or self.max_frames < 1 or not has_rate:
             raise ValueError(
-                "keep_every and max_frames must be at least 1 and target_fps above 0, but are "
-                f"{self.keep_every}, {self.max_frames} and {self.target_fps}"
+                "keep_every and max_frames must be at least 1 and target_fps above 0, but "
+                f"are {self.keep_every}, {self.max_frames} and {self.target_fps}"
             )
 
     def stride(self, fps: float) -> float:
@@ -116,8 +117,8 @@ class FrameSampling:
     ) -> np.ndarray:
         """Return the indices of the kept frames, ascending, int64.
 
-        rng: None takes the first of each group (evaluation), a generator a random one (training).
-        Raises ValueError if there is no frame.
+        rng: None takes the first of each group (evaluation), a generator a random one
+        (training). Raises ValueError if there is no frame.
         """
         if num_frames < 1:
             raise ValueError(f"num_frames must be at least 1, but is {num_frames}")

@@ -1,7 +1,8 @@
 """What must hold of the table of a shard folder, which may come from anyone.
 
-It is checked once, where it is loaded, whole columns at a time. All that follows (plans, batches,
-offsets into tars) relies on it. Whether the tars hold what the table says, `shards/verify.py` finds.
+It is checked once, where it is loaded, whole columns at a time. All that follows (plans,
+batches, offsets into tars) relies on it. Whether the tars hold what the table says,
+`shards/verify.py` finds.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,12 +10,14 @@ from typing import Any
 
 import numpy as np
 
-# (least, most) of a clip's numbers. They leave room for any real clip and stop what no memory could hold.
+# (least, most) of a clip's numbers. They leave room for any real clip and stop what no
+# memory could hold.
 LIMITS: dict[str, tuple[float, float]] = {
     "num_frames": (1, 2**20),  # eleven hours at 25 a second
     "height": (1, 8192),  # px; the levels of H.264 end there
     "width": (1, 8192),
-    "fps": (1e-3, 10_000),  # the writers' limit; faster than any high-speed camera of signing
+    # the writers' limit; faster than any high-speed camera of signing
+    "fps": (1e-3, 10_000),
 }
 MAX_CLIP_BYTES = 2**31  # sizes in an AVI are 32 bits wide
 MAX_CLIP_S = 86_400  # a day
@@ -28,10 +31,12 @@ def check_table(
     shard_bytes: np.ndarray,
     is_video: bool,
 ) -> None:
-    """Raise ValueError, with the column and the row (the first is 0), unless all values can be used.
+    """Raise ValueError, with the column and the row (the first is 0), unless all values
+    can be used.
 
-    types: of the columns of numbers. strings: the names of the string columns. shard_bytes: int64, the
-    size of the tar with each shard number (of features: of its smallest view).
+    types: of the columns of numbers. strings: the names of the string columns.
+    shard_bytes: int64, the size of the tar with each shard number (of features: of its
+    smallest view).
     """
     for name in (*types, *(column for own in strings for column in (own, f"{own}_ends"))):
         if name not in table:
@@ -44,11 +49,15 @@ def check_table(
         within = (numbers[name] >= least) & (numbers[name] <= most)  # NaN is not
         _must(within, numbers[name], f"{name} must be from {least:,} to {most:,}")
     seconds = numbers["num_frames"] / numbers["fps"].astype(np.float64)
-    _must(seconds <= MAX_CLIP_S, seconds, f"num_frames / fps must be at most {MAX_CLIP_S:,} s")
+    _must(
+        seconds <= MAX_CLIP_S, seconds, f"num_frames / fps must be at most {MAX_CLIP_S:,} s"
+    )
     _check_places(numbers, shard_bytes)
     if is_video:
         fits = numbers["num_frames"] <= numbers["size"]
-        _must(fits, numbers["num_frames"], "num_frames must be at most size, a byte a frame")
+        _must(
+            fits, numbers["num_frames"], "num_frames must be at most size, a byte a frame"
+        )
     for name in strings:
         blob = _column(table, name, np.uint8)
         ends = _column(table, f"{name}_ends", np.int64)
@@ -62,8 +71,8 @@ def _column(table: Mapping[str, np.ndarray], name: str, dtype: Any) -> np.ndarra
     values = table[name]
     if values.dtype != dtype or values.ndim != 1:
         raise ValueError(
-            f"column {name} must have one dimension of {np.dtype(dtype).name}, got {values.ndim} of "
-            f"{values.dtype.name}"
+            f"column {name} must have one dimension of {np.dtype(dtype).name}, got "
+            f"{values.ndim} of {values.dtype.name}"
         )
     return values
 
@@ -71,7 +80,8 @@ def _column(table: Mapping[str, np.ndarray], name: str, dtype: Any) -> np.ndarra
 def _must_be_one_a_clip(name: str, found: int, num_clips: int) -> None:
     if found != num_clips:
         raise ValueError(
-            f"column {name} must have one entry a clip ({num_clips:,}, as num_frames has), got {found:,}"
+            f"column {name} must have one entry a clip ({num_clips:,}, as num_frames has), "
+            f"got {found:,}"
         )
 
 
@@ -99,12 +109,15 @@ def _check_places(numbers: Mapping[str, np.ndarray], shard_bytes: np.ndarray) ->
     _must(within, size, "size must end within the clip's tar")
     order = np.lexsort((offset, shard))
     before, after = order[:-1], order[1:]
-    apart = (shard[before] != shard[after]) | (offset[before] + size[before] <= offset[after])
+    apart = (shard[before] != shard[after]) | (
+        offset[before] + size[before] <= offset[after]
+    )
     if not apart.all():
         place = int(np.argmin(apart))
         raise ValueError(
-            f"offset must lie behind the clip before it in the tar, got {offset[after[place]]:,} in row "
-            f"{after[place]}, which overlaps with row {before[place]}"
+            "offset must lie behind the clip before it in the tar, got "
+            f"{offset[after[place]]:,} in row {after[place]}, which overlaps with row "
+            f"{before[place]}"
         )
 
 
@@ -114,7 +127,9 @@ def _check_strings(name: str, blob: np.ndarray, ends: np.ndarray) -> None:
     ascending = (ends >= begins) & (ends <= len(blob))
     _must(ascending, ends, f"{name}_ends must ascend, and end within {name}")
     if (ends[-1] if len(ends) else 0) != len(blob):
-        raise ValueError(f"{name}_ends must reach the end of {name}, which has {len(blob):,} bytes")
+        raise ValueError(
+            f"{name}_ends must reach the end of {name}, which has {len(blob):,} bytes"
+        )
     if not (blob & 0x80).any():
         return  # ASCII
     # A row that begins within a character makes the row before it end within one.
@@ -143,5 +158,9 @@ def _check_keys(blob: np.ndarray, ends: np.ndarray) -> None:
         begin = end
         first = seen.setdefault(key, row)
         if first != row or not key:
-            shown = f"got {key.decode()!r} in rows {first} and {row}" if key else f"but is empty in row {row}"
+            shown = (
+                f"got {key.decode()!r} in rows {first} and {row}"
+                if key
+                else f"but is empty in row {row}"
+            )
             raise ValueError(f"key must be there and be once in a split, {shown}")

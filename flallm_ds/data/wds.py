@@ -1,6 +1,8 @@
-"""The decoder for a loop of one's own: `webdataset.WebDataset(tars).map(decode_clip(keep_every=4))`.
+"""The decoder for a loop of one's own:
+`webdataset.WebDataset(tars).map(decode_clip(keep_every=4))`.
 
-It reads what our tars hold and nothing else; nothing is unpickled. Neither torch nor webdataset is imported.
+It reads what our tars hold and nothing else; nothing is unpickled. Neither torch nor
+webdataset is imported.
 """
 
 import json
@@ -30,24 +32,29 @@ def decode_clip(
 ) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
     """What turns a sample of undecoded members into a clip; it can be pickled into workers.
 
-    The first four are those of `sampling.FrameSampling`: which frames are kept, before any is decoded.
-    train: keep a random frame of each group, not the first. It is drawn from Python's `random`, which a
-    DataLoader seeds differently in each worker.
+    The first four are those of `sampling.FrameSampling`: which frames are kept, before
+    any is decoded. train: keep a random frame of each group, not the first. It is drawn
+    from Python's `random`, which a DataLoader seeds differently in each worker.
 
-    A clip is a dict of `key`, `frames` (uint8 RGB of shape (T, height, width, 3)), `picks` (int64 (T,): the
-    frames' numbers in the stored clip), everything in the clip's JSON (text, id, signer, video, language,
-    num_frames, fps, width, height, gloss), and webdataset's own `__key__` and `__url__`.
-    Raises ValueError, here for impossible values, there for a broken clip: with its key, its tar and why.
+    A clip is a dict of `key`, `frames` (uint8 RGB of shape (T, height, width, 3)),
+    `picks` (int64 (T,): the frames' numbers in the stored clip), everything in the clip's
+    JSON (text, id, signer, video, language, num_frames, fps, width, height, gloss), and
+    webdataset's own `__key__` and `__url__`. Raises ValueError, here for impossible
+    values, there for a broken clip: with its key, its tar and why.
     """
     sampling = FrameSampling(keep_every, max_frames, target_fps, cap)
     return partial(_decode, sampling, train)
 
 
-def _decode(sampling: FrameSampling, train: bool, sample: Mapping[str, Any]) -> dict[str, Any]:
+def _decode(
+    sampling: FrameSampling, train: bool, sample: Mapping[str, Any]
+) -> dict[str, Any]:
     try:
         facts, member = _facts(sample), _member(sample)
         if facts["num_frames"] > len(member):
-            raise ValueError(f"it cannot hold {facts['num_frames']} frames in {len(member)} bytes")
+            raise ValueError(
+                f"it cannot hold {facts['num_frames']} frames in {len(member)} bytes"
+            )
         rng = np.random.default_rng(random.getrandbits(64)) if train else None
         picks = sampling.picks(facts["num_frames"], facts["fps"], rng)
         hw = facts["height"], facts["width"]
@@ -55,7 +62,8 @@ def _decode(sampling: FrameSampling, train: bool, sample: Mapping[str, Any]) -> 
         decode_frames(member, picks, facts["num_frames"], frames, hw)
     except (ValueError, MemoryError, RecursionError) as error:
         raise ValueError(
-            f"a clip must decode, but {sample.get('__key__')} of {sample.get('__url__')} does not: {error}"
+            f"a clip must decode, but {sample.get('__key__')} of {sample.get('__url__')} "
+            f"does not: {error}"
         ) from error
     own = {name: value for name, value in sample.items() if name.startswith("__")}
     return facts | {"key": sample["__key__"], "frames": frames, "picks": picks} | own
@@ -69,10 +77,15 @@ def _facts(sample: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError("its JSON must be an object")
     for name, kind in _FACTS.items():
         if not isinstance(facts.get(name), kind):
-            raise ValueError(f"its JSON must have a {name} of the right type, but has {facts.get(name)!r}")
+            raise ValueError(
+                f"its JSON must have a {name} of the right type, but has "
+                f"{facts.get(name)!r}"
+            )
     for name, (least, most) in LIMITS.items():
         if not least <= facts[name] <= most:
-            raise ValueError(f"its {name} must be from {least:,} to {most:,}, got {facts[name]}")
+            raise ValueError(
+                f"its {name} must be from {least:,} to {most:,}, got {facts[name]}"
+            )
     return facts
 
 
@@ -80,4 +93,6 @@ def _member(sample: Mapping[str, Any]) -> bytes:
     for extension in EXTENSIONS:
         if isinstance(sample.get(extension), bytes):
             return bytes(sample[extension])
-    raise ValueError(f"it must have a member {' or '.join(EXTENSIONS)}, but has {', '.join(sample)}")
+    raise ValueError(
+        f"it must have a member {' or '.join(EXTENSIONS)}, but has {', '.join(sample)}"
+    )

@@ -19,7 +19,14 @@ from flallm_ds.export.format import (
     read_settings,
     settings_of,
 )
-from flallm_ds.export.reader import Export, read, read_features, read_llm, read_visual, trained_bits
+from flallm_ds.export.reader import (
+    Export,
+    read,
+    read_features,
+    read_llm,
+    read_visual,
+    trained_bits,
+)
 from flallm_ds.export.writer import write
 
 __all__ = [

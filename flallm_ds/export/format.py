@@ -1,16 +1,17 @@
 """The export folder: a trained translator that loads without DeepSpeed.
 
 README.md                      the model card
-flallm.json                    stage, widths, frame picking, preprocessing, scores, how it was trained
+flallm.json                    stage, widths, frames, preprocessing, scores, training
 visual_encoder.safetensors     the hand-over from stage 1 to stage 2
-feature_extractor.safetensors  where the LLM reads states of Light-T's encoder: that and its VL-Adapter
+feature_extractor.safetensors  Light-T's encoder and its VL-Adapter, where the LLM reads that
 adapter.safetensors
-language_model/                Light-T or the LLM in the Hugging Face layout, tokenizer and vocabulary.json
+language_model/                Light-T or the LLM, its tokenizer and vocabulary.json
 
-Of an LLM with low-rank additions, or one that was not trained, only what was trained is stored, beside the
-name of the LLM that it belongs to; `flallm export` makes one whole folder of both.
-Numbers are stored as the engine held them: bf16 under a bf16 engine, as they were scored, else fp32. They are
-loaded so again: sentences are those of the dev search.
+Of an LLM with low-rank additions, or one that was not trained, only what was trained is
+stored, beside the name of the LLM that it belongs to; `flallm export` makes one whole
+folder of both. Numbers are stored as the engine held them: bf16 under a bf16 engine, as
+they were scored, else fp32. They are loaded so again: sentences are those of the dev
+search.
 """
 
 import hashlib
@@ -29,7 +30,8 @@ from flallm_ds.files import file_sha256
 FORMAT = "flallm_ds export 2"
 SETTINGS_FILE = "flallm.json"
 EVALUATION = (
-    "evaluation"  # what launch/evaluate.py writes: a corpus's texts, so it never leaves with an export
+    # what launch/evaluate.py writes: a corpus's texts, so it never leaves with an export
+    "evaluation"
 )
 CARD_FILE = "README.md"
 VISUAL_FILE = "visual_encoder.safetensors"
@@ -37,7 +39,8 @@ FEATURES_FILE = "feature_extractor.safetensors"
 ADAPTER_FILE = "adapter.safetensors"
 LANGUAGE_MODEL = "language_model"
 ADDITIONS = "adapter_config.json"  # in it, where the LLM has low-rank additions
-# Where the parameters of a SignTranslator go, by the beginnings of their names; the first that fits.
+# Where the parameters of a SignTranslator go, by the beginnings of their names; the first
+# that fits.
 PLACES = {
     "visual.visual.": VISUAL_FILE,
     "visual.": FEATURES_FILE,
@@ -50,7 +53,9 @@ _TYPES = {
     "stage": str,
     "visual": {},
     "features": {"kind": str},
-    "frames": dict.fromkeys(("short_side", "keep_every", "max_frames", "frame_size", "crop_size"), int),
+    "frames": dict.fromkeys(
+        ("short_side", "keep_every", "max_frames", "frame_size", "crop_size"), int
+    ),
     "generation": {"num_beams": int, "max_new_tokens": int, "length_penalty": (int, float)},
     "scores": {},
     "training": {},
@@ -65,17 +70,20 @@ def settings_of(
     features: dict[str, Any] | None = None,
     visual: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The content of flallm.json. index: of the training clips; a user's video is brought to their form.
+    """The content of flallm.json. index: of the training clips; a user's video is brought
+    to their form.
 
-    features: `FeatureExtractor.settings`; none: sign-wise features. visual: `VisualEncoder.settings`; none: a
-    ResNet-18 of visual.width.
-    bits: of a quantized LLM. visual_autocast: whether the dev search saw frames in autocast, as a frozen
-    encoder does. short_side: of the stored frames, px. fps: to which their build resampled them, if it did.
+    features: `FeatureExtractor.settings`; none: sign-wise features. visual:
+    `VisualEncoder.settings`; none: a ResNet-18 of visual.width. bits: of a quantized LLM.
+    visual_autocast: whether the dev search saw frames in autocast, as a frozen encoder
+    does. short_side: of the stored frames, px. fps: to which their build resampled them,
+    if it did.
     """
     return {
         "format": FORMAT,
         "stage": config.stage,
-        "visual": visual or {"width": config.visual.width, "temporal_kernel": config.visual.temporal_kernel},
+        "visual": visual
+        or {"width": config.visual.width, "temporal_kernel": config.visual.temporal_kernel},
         "features": features or {"kind": "signs"},
         "frames": {
             "short_side": min(index.frame_hw),
@@ -92,7 +100,9 @@ def settings_of(
             "max_new_tokens": config.eval.max_new_tokens,
         },
         "base": base_of(config),
-        "bits": config.llm.bits if config.stage != "visual" and config.llm.bits < 16 else None,
+        "bits": config.llm.bits
+        if config.stage != "visual" and config.llm.bits < 16
+        else None,
         "visual_autocast": not config.trains_visual,
         "scores": scores,
         "training": training_facts(config, index),
@@ -100,7 +110,8 @@ def settings_of(
 
 
 def base_of(config: RunConfig) -> str | None:
-    """The LLM that an export of low-rank additions (or none) belongs to; None where all of it is stored.
+    """The LLM that an export of low-rank additions (or none) belongs to; None where all
+    of it is stored.
 
     A hub id, or a folder: of the run's own trimmed LLM relative to the export.
     """
@@ -120,8 +131,8 @@ def base_llm(folder: Path, base: str) -> str:
     path = (folder / base).resolve()
     if not path.is_dir():
         raise UserError(
-            f"the LLM that {folder} adds to must be at {path}, but is not: put it there, or make a folder "
-            "that needs no other with flallm export."
+            f"the LLM that {folder} adds to must be at {path}, but is not: put it there, "
+            "or make a folder that needs no other with flallm export."
         )
     return str(path)
 
@@ -132,18 +143,21 @@ def frame_sampling(settings: dict[str, Any]) -> FrameSampling:
 
 
 def find(folder: str | Path) -> Path:
-    """The export folder itself, or `best` of a run folder. Raises UserError where there is neither."""
+    """The export folder itself, or `best` of a run folder. Raises UserError where there
+    is neither."""
     folder = Path(folder)
     for candidate in (folder, folder / "best"):
         if (candidate / SETTINGS_FILE).is_file():
             return candidate
     raise UserError(
-        f"there must be an export ({SETTINGS_FILE}) in {folder} or {folder / 'best'}, but there is none."
+        f"there must be an export ({SETTINGS_FILE}) in {folder} or {folder / 'best'}, but "
+        "there is none."
     )
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """flallm.json. Raises UserError for another format, or where values have other types than ours."""
+    """flallm.json. Raises UserError for another format, or where values have other types
+    than ours."""
     try:
         settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -151,15 +165,18 @@ def read_settings(folder: Path) -> dict[str, Any]:
     if not isinstance(settings, dict) or settings.get("format") != FORMAT:
         found = settings.get("format") if isinstance(settings, dict) else None
         raise UserError(
-            f"{folder} must be of format {FORMAT!r}, but is {found!r}: load it with the version that wrote "
-            "it, or train again."
+            f"{folder} must be of format {FORMAT!r}, but is {found!r}: load it with the "
+            "version that wrote it, or train again."
         )
     _check_types(settings, _TYPES, folder / SETTINGS_FILE)
     return settings
 
 
-def _check_types(values: dict[str, Any], types: dict[str, Any], path: Path, section: str = "") -> None:
-    """Raise UserError for a value that is missing or of another type: an export may come from anybody."""
+def _check_types(
+    values: dict[str, Any], types: dict[str, Any], path: Path, section: str = ""
+) -> None:
+    """Raise UserError for a value that is missing or of another type: an export may come
+    from anybody."""
     for name, wanted in types.items():
         value, place = values.get(name), f"{section}{name}"
         if isinstance(wanted, dict):
@@ -175,13 +192,15 @@ def _check_types(values: dict[str, Any], types: dict[str, Any], path: Path, sect
 def digest(folder: Path) -> str:
     """Return 16 hex digits that identify an export by its content, wherever it is copied.
 
-    Covers the settings, the adapter and the visual encoder byte by byte: the adapter changes with
-    every training step, so the gigabytes of an LLM need not be read again.
+    Covers the settings, the adapter and the visual encoder byte by byte: the adapter
+    changes with every training step, so the gigabytes of an LLM need not be read again.
     """
     sha256 = hashlib.sha256()
     for name in (SETTINGS_FILE, ADAPTER_FILE, VISUAL_FILE, FEATURES_FILE):
         path = folder / name
-        sha256.update(f"{name} {file_sha256(path) if path.is_file() else 'none'}\n".encode())
+        sha256.update(
+            f"{name} {file_sha256(path) if path.is_file() else 'none'}\n".encode()
+        )
     return sha256.hexdigest()[:16]
 
 
@@ -204,7 +223,8 @@ def evaluated(source: Path, shards: Sequence[str] = ()) -> dict[str, Any]:
             split, scores = content["split"], content["scores"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(
-                f"Cannot read {path}: it is no result of launch/evaluate.py ({error!r}). Remove it."
+                f"Cannot read {path}: it is no result of launch/evaluate.py ({error!r}). "
+                "Remove it."
             ) from error
         if all(content.get(name) == value for name, value in wanted.items()):
             found[split] = scores

@@ -23,36 +23,40 @@ def folder_of(model: str | Path) -> Path:
         return export.find(snapshot_download(str(model)))
     except HUB_ERRORS as error:
         raise UserError(
-            f"{model} must be a folder with an export, or an export on the hub that can be reached, but is "
-            f"neither: {first_line(error)}"
+            f"{model} must be a folder with an export, or an export on the hub that can be "
+            f"reached, but is neither: {first_line(error)}"
         ) from error
 
 
 def push(model: Path, repo: str, private: bool) -> str:
-    """Upload an export to USER/NAME and return its address. Raises UserError where that cannot be done."""
+    """Upload an export to USER/NAME and return its address. Raises UserError where that
+    cannot be done."""
     folder = export.find(model)
     base = export.read_settings(folder)["base"]
     if base is not None and (base.startswith("..") or Path(base).is_absolute()):
         raise UserError(
-            f"what is pushed must need nothing else of this machine, but {folder} adds to the LLM {base}. "
-            "Make a whole folder with flallm export, and push that."
+            f"what is pushed must need nothing else of this machine, but {folder} adds to "
+            f"the LLM {base}. Make a whole folder with flallm export, and push that."
         )
     if not _HUB_ID.fullmatch(repo):
         raise UserError(f"--repo must be USER/NAME, but is {repo!r}.")
     if get_token() is None:
         raise UserError(
-            "a token of the hub must be there before something is pushed, but there is none. "
-            "Run hf auth login, or set HF_TOKEN."
+            "a token of the hub must be there before something is pushed, but there is "
+            "none. Run hf auth login, or set HF_TOKEN."
         )
     api = HfApi()
     try:
         api.create_repo(repo, private=private, exist_ok=True)
         return str(
             api.upload_folder(
-                repo_id=repo, folder_path=folder, ignore_patterns=[f"{export.EVALUATION}/**"]
+                repo_id=repo,
+                folder_path=folder,
+                ignore_patterns=[f"{export.EVALUATION}/**"],
             ).repo_url
         )
     except HUB_ERRORS as error:
         raise UserError(
-            f"{folder} must go to {repo}, but the hub cannot be reached or refuses it: {first_line(error)}"
+            f"{folder} must go to {repo}, but the hub cannot be reached or refuses it: "
+            f"{first_line(error)}"
         ) from error

@@ -1,4 +1,5 @@
-"""The model card of an export: what it is, how it was trained, how well it does; from what is recorded."""
+"""The model card of an export: what it is, how it was trained, how well it does; from
+what is recorded."""
 
 import json
 import re
@@ -37,7 +38,8 @@ def training_facts(config: RunConfig, index: Index) -> dict[str, Any]:
 
 
 def command(config: RunConfig) -> str:
-    """Return the training command by the nearest recipe, with the shards and all options that change numbers.
+    """Return the training command by the nearest recipe, with the shards and all options
+    that change numbers.
 
     An absolute path becomes /path/to/ and its last part.
     """
@@ -46,7 +48,9 @@ def command(config: RunConfig) -> str:
         base = config_of(name).options()
         mine = config.options()
         # Another visual run or other shards change every number, wherever they lie.
-        counts = [o for o in mine if o in ("visual_run", "data.shards") or o not in FREE_TO_CHANGE]
+        counts = [
+            o for o in mine if o in ("visual_run", "data.shards") or o not in FREE_TO_CHANGE
+        ]
         return {o: mine[o] for o in counts if mine[o] != base[o]}
 
     names = [name for name in RECIPES if config_of(name).stage == config.stage]
@@ -59,7 +63,8 @@ def command(config: RunConfig) -> str:
 
 
 def _quoted(word: str) -> str:
-    """Return a word for bash; one with line breaks or control characters as $'...', so that it shows."""
+    """Return a word for bash; one with line breaks or control characters as $'...', so
+    that it shows."""
     if word.isprintable():
         return shlex.quote(word)
     escaped = ""
@@ -82,7 +87,8 @@ def _without_folders(value: str | None) -> str | None:
 
 
 def plain(text: str) -> str:
-    """Return text from a corpus or a config as Markdown shows it: no markup, no HTML, one line."""
+    """Return text from a corpus or a config as Markdown shows it: no markup, no HTML, one
+    line."""
     visible = "".join(c if c.isprintable() else " " for c in text)
     return re.sub(r"([\\`*_\[\]<>&|#])", r"\\\1", visible)
 
@@ -104,12 +110,16 @@ def _code(text: str) -> str:
 def model_card(settings: dict[str, Any], codec: TextCodec) -> str:
     """README.md of an export, with a hub's front matter. settings: of flallm.json.
 
-    The license is the user's to say: a model's depends on the corpora and on the LLM it came from.
+    The license is the user's to say: a model's depends on the corpora and on the LLM it
+    came from.
     """
     training = settings["training"]
     codes = [tag_of(language) for language in spoken(codec)]
     languages = [find_language(code) for code in codes]
-    names = [one.name if one and one.name else code for one, code in zip(languages, codes, strict=True)]
+    names = [
+        one.name if one and one.name else code
+        for one, code in zip(languages, codes, strict=True)
+    ]
     front: dict[str, Any] = {
         "language": codes,
         "tags": ["sign-language-translation", "gloss-free", "flallm_ds"],
@@ -136,12 +146,22 @@ def model_card(settings: dict[str, Any], codec: TextCodec) -> str:
 def spoken(codec: TextCodec) -> list[str]:
     """The languages that a codec's model was trained to say."""
     instruction = codec.instruction
-    return [instruction.language] if instruction.language else [one for one in instruction.languages if one]
+    return (
+        [instruction.language]
+        if instruction.language
+        else [one for one in instruction.languages if one]
+    )
 
 
 def _front_matter(front: dict[str, Any]) -> str:
-    lines = [f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in front.items() if value]
-    lines.append("# license: yours to say; those of the corpora and of the base model bind it")
+    lines = [
+        f"{name}: {json.dumps(value, ensure_ascii=False)}"
+        for name, value in front.items()
+        if value
+    ]
+    lines.append(
+        "# license: yours to say; those of the corpora and of the base model bind it"
+    )
     return "\n".join(["---", *lines, "---"])
 
 
@@ -157,10 +177,10 @@ def _what_it_is(settings: dict[str, Any], codec: TextCodec) -> str:
         how = f"stage {settings['stage']}, tuned: {training['tune']}"
         translator = f"the language model {plain(training['llm'])} ({how})"
     return (
-        "Videos of signing in, sentences out, without glosses, by the method FLa-LLM (arXiv 2403.12556). "
-        f"A visual encoder reads frames of {frames['crop_size']} pixels, an adapter turns their features "
-        f"into tokens, and {translator} says the sentence with {codec.vocab_size} pieces of vocabulary. "
-        "Trained with flallm_ds."
+        "Videos of signing in, sentences out, without glosses, by the method FLa-LLM "
+        f"(arXiv 2403.12556). A visual encoder reads frames of {frames['crop_size']} "
+        f"pixels, an adapter turns their features into tokens, and {translator} says the "
+        f"sentence with {codec.vocab_size} pieces of vocabulary. Trained with flallm_ds."
     )
 
 
@@ -180,8 +200,8 @@ def _scores(scores: dict[str, Any]) -> str:
         if key in values
     ]
     ceilings = [
-        f" A perfect model would score BLEU-4 {CEILING.text(values)} on {name}: the tokenizer "
-        "cannot write all of its references."
+        f" A perfect model would score BLEU-4 {CEILING.text(values)} on {name}: the "
+        "tokenizer cannot write all of its references."
         for name, values in splits.items()
         if is_low(values)
     ]
@@ -190,21 +210,30 @@ def _scores(scores: dict[str, Any]) -> str:
 
 
 def _training(training: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in training["versions"].items())
+    versions = ", ".join(
+        f"{name} {version}" for name, version in training["versions"].items()
+    )
     corpora = _listed([plain(name) for name in training["corpora"]])
     return (
-        f"## Training\n\n{training['num_clips']} clips of {corpora}, {training['epochs']} epochs.\n\n"
-        f"{_code_block(training['command'])}\n\n{versions}."
+        f"## Training\n\n{training['num_clips']} clips of {corpora}, {training['epochs']} "
+        f"epochs.\n\n{_code_block(training['command'])}\n\n{versions}."
     )
 
 
 def _began_with(weights: dict[str, Any]) -> str:
-    """Name what the training loaded, with the digests of its weights. weights: of weights.json."""
+    """Name what the training loaded, with the digests of its weights. weights: of
+    weights.json."""
     lines = []
     for option, entry in weights.items():
         commit = f" at commit {entry['revision']}" if entry["revision"] else ""
-        files = [f for f in entry["files"] if not f["file"].endswith((".json", ".txt", ".py", ".model"))]
-        digests = [f"{_code(f['file'])} sha256 {f['sha256'][:16]}" for f in files] or ["no weights"]
+        files = [
+            f
+            for f in entry["files"]
+            if not f["file"].endswith((".json", ".txt", ".py", ".model"))
+        ]
+        digests = [f"{_code(f['file'])} sha256 {f['sha256'][:16]}" for f in files] or [
+            "no weights"
+        ]
         lines.append(f"- {option}: {plain(entry['name'])}{commit} ({', '.join(digests)})")
     return "\n".join(["It began with:", "", *lines]) if lines else ""
 
@@ -224,7 +253,8 @@ def _limits(settings: dict[str, Any], codec: TextCodec) -> str:
     if codec.vocab_size < len(codec.tokenizer):
         lines.insert(
             2,
-            f"- The vocabulary is trimmed to the {codec.vocab_size} pieces that the training text needs "
-            f"(of {len(codec.tokenizer)}): what is spelled with others cannot be said.",
+            f"- The vocabulary is trimmed to the {codec.vocab_size} pieces that the "
+            f"training text needs (of {len(codec.tokenizer)}): what is spelled with "
+            "others cannot be said.",
         )
     return "\n".join(["## Limits", "", *lines])

@@ -33,9 +33,10 @@ def publish(
 ) -> Path:
     """Write the best export of `run` to the new folder `out`, and return that.
 
-    lora: low-rank additions merged into the LLM, or apart in peft's layout beside the hub id or a copy of the
-    LLM. untrimmed: with all rows of the vocabulary, from the LLM `llm_name` (default: the one in the run's
-    config.json). hub_code: run code that comes with the LLM. Raises UserError for what the run has not got.
+    lora: low-rank additions merged into the LLM, or apart in peft's layout beside the hub
+    id or a copy of the LLM. untrimmed: with all rows of the vocabulary, from the LLM
+    `llm_name` (default: the one in the run's config.json). hub_code: run code that comes
+    with the LLM. Raises UserError for what the run has not got.
     """
     with ExitStack() as stack:
         try:
@@ -61,7 +62,9 @@ def _publish(
     source = export.find(run)
     settings = export.read_settings(source)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out must name a new or an empty folder, but {out} holds something.")
+        raise UserError(
+            f"--out must name a new or an empty folder, but {out} holds something."
+        )
     codec = TextCodec.load(source / export.LANGUAGE_MODEL, hub_code)
     if lora == "apart":
         _check_apart(source, settings, untrimmed)
@@ -71,7 +74,12 @@ def _publish(
     settings = {**settings, "scores": settings["scores"] | export.evaluated(source)}
 
     def write(folder: Path) -> None:
-        shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(export.EVALUATION))
+        shutil.copytree(
+            source,
+            folder,
+            dirs_exist_ok=True,
+            ignore=shutil.ignore_patterns(export.EVALUATION),
+        )
         found = settings
         if lora == "apart":
             found = _copy_base(source, folder, settings)
@@ -81,7 +89,8 @@ def _publish(
             _untrim(folder, name, codec, hub_code)
         for part in (folder / export.LANGUAGE_MODEL, folder / BASE):
             if part.is_dir():
-                clean_generation(part, hub_code)  # of an older export, or as the base LLM's hub has it
+                # of an older export, or as the base LLM's hub has it
+                clean_generation(part, hub_code)
         _describe(folder, found, hub_code)
 
     try:
@@ -94,32 +103,42 @@ def _publish(
 def _check_apart(source: Path, settings: dict[str, Any], untrimmed: bool) -> None:
     if settings["base"] is None or settings["training"]["tune"] not in ("lora", "dora"):
         raise UserError(
-            f"--lora=apart must be asked of an LLM with low-rank additions, but {source} has none "
-            f"(tuned: {settings['training']['tune']}). Leave --lora."
+            f"--lora=apart must be asked of an LLM with low-rank additions, but {source} "
+            f"has none (tuned: {settings['training']['tune']}). Leave --lora."
         )
     if untrimmed:
-        raise UserError("--untrimmed must go with --lora=merged, because additions are to the trimmed LLM.")
+        raise UserError(
+            "--untrimmed must go with --lora=merged, because additions are to the trimmed "
+            "LLM."
+        )
 
 
 def _check_untrimmed(source: Path, settings: dict[str, Any], codec: TextCodec) -> None:
     if settings["stage"] == "visual":
         raise UserError(
-            f"--untrimmed must be asked of an LLM, but {source} is of stage visual, whose Light-T never had "
-            "more pieces."
+            f"--untrimmed must be asked of an LLM, but {source} is of stage visual, whose "
+            "Light-T never had more pieces."
         )
     if len(codec.kept_ids) == len(codec.untrimmed().kept_ids):
-        raise UserError(f"--untrimmed must be asked of a trimmed LLM, but {source} has all pieces. Leave it.")
+        raise UserError(
+            f"--untrimmed must be asked of a trimmed LLM, but {source} has all pieces. "
+            "Leave it."
+        )
 
 
 def _llm_of(run: Path, llm_name: str) -> str:
     """The LLM that a run began with."""
     config = run / "config.json"
     if not llm_name and not config.is_file():
-        raise UserError(f"--llm_name must say which LLM was trimmed, where {run} is no run folder.")
+        raise UserError(
+            f"--llm_name must say which LLM was trimmed, where {run} is no run folder."
+        )
     return llm_name or RunConfig.load(config).llm.name
 
 
-def _merge(source: Path, folder: Path, settings: dict[str, Any], hub_code: bool) -> dict[str, Any]:
+def _merge(
+    source: Path, folder: Path, settings: dict[str, Any], hub_code: bool
+) -> dict[str, Any]:
     """The whole LLM in place of its additions, in fp32."""
     llm = export.read_llm(source, settings, LlmOptions(hub_code=hub_code))
     lm_folder = folder / export.LANGUAGE_MODEL
@@ -127,7 +146,8 @@ def _merge(source: Path, folder: Path, settings: dict[str, Any], hub_code: bool)
         old.unlink()
     tensors = ((name, t) for name, t in merged(named_state(llm), llm) if t is not None)
     write_weights(lm_folder, tensors)
-    return {**settings, "base": None, "bits": None}  # merged weights are no quantized ones
+    # merged weights are no quantized ones
+    return {**settings, "base": None, "bits": None}
 
 
 def _copy_base(source: Path, folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
@@ -156,5 +176,7 @@ def _untrim(folder: Path, name: str, codec: TextCodec, hub_code: bool) -> None:
 
 def _describe(folder: Path, settings: dict[str, Any], hub_code: bool) -> None:
     codec = TextCodec.load(folder / export.LANGUAGE_MODEL, hub_code)
-    (folder / export.SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (folder / export.SETTINGS_FILE).write_text(
+        json.dumps(settings, indent=2) + "\n", encoding="utf-8"
+    )
     (folder / export.CARD_FILE).write_text(model_card(settings, codec), encoding="utf-8")

@@ -20,11 +20,23 @@ from flallm_ds.export.format import (
     read_settings,
 )
 from flallm_ds.models.light_translator import light_translator_from_config
-from flallm_ds.models.llm.load import LlmOptions, can_quantize, embedding_scale, llm_width, load_llm
+from flallm_ds.models.llm.load import (
+    LlmOptions,
+    can_quantize,
+    embedding_scale,
+    llm_width,
+    load_llm,
+)
 from flallm_ds.models.llm.source import Bits
 from flallm_ds.models.llm.tuning import read_additions
 from flallm_ds.models.sign_translator import SignTranslator
-from flallm_ds.models.visual_encoder import Adapter, FeatureExtractor, Kind, VisualEncoder, encoder_of
+from flallm_ds.models.visual_encoder import (
+    Adapter,
+    FeatureExtractor,
+    Kind,
+    VisualEncoder,
+    encoder_of,
+)
 from flallm_ds.models.weights import Weights, load_weights, must_hold
 
 
@@ -50,7 +62,8 @@ def read_visual(folder: Path) -> VisualEncoder:
 def read_features(folder: Path, kind: Kind | None = None) -> FeatureExtractor:
     """What an LLM's adapter reads, in eval mode: what stage 2 takes from stage 1.
 
-    kind: default that of the export. Raises UserError where the export has not got what this kind needs.
+    kind: default that of the export. Raises UserError where the export has not got what
+    this kind needs.
     """
     settings = read_settings(folder)
     visual = read_visual(folder)
@@ -60,13 +73,15 @@ def read_features(folder: Path, kind: Kind | None = None) -> FeatureExtractor:
         return FeatureExtractor(visual, kind).eval()
     if own["kind"] == "light_t":
         extractor = FeatureExtractor.from_settings(visual, own)
-        parts = {name: part for name, part in extractor.named_children() if name != "visual"}
+        parts = {
+            name: part for name, part in extractor.named_children() if name != "visual"
+        }
         load_weights(nn.ModuleDict(parts), Weights(folder, FEATURES_FILE))
         return extractor.eval()
     if settings["stage"] != "visual":
         raise UserError(
-            f"llm.input=light_t must read a result of stage visual, but {folder} is of stage "
-            f"{settings['stage']}. Give its stage 1 as --visual_run."
+            f"llm.input=light_t must read a result of stage visual, but {folder} is of "
+            f"stage {settings['stage']}. Give its stage 1 as --visual_run."
         )
     light_t = _read_light_translator(folder / LANGUAGE_MODEL)
     adapter = _read_adapter(folder, visual.feature_width, light_t)
@@ -76,7 +91,8 @@ def read_features(folder: Path, kind: Kind | None = None) -> FeatureExtractor:
 def trained_bits(folder: Path, settings: dict[str, Any]) -> Bits:
     """Bits of an LLM's parameter in the run that wrote the export.
 
-    32 where they were quantized and cannot be here; 32 for fp16 as well, because fp32 holds its numbers.
+    32 where they were quantized and cannot be here; 32 for fp16 as well, because fp32
+    holds its numbers.
     """
     quantized: Bits | None = settings.get("bits")
     if quantized is not None:
@@ -88,8 +104,9 @@ def trained_bits(folder: Path, settings: dict[str, Any]) -> Bits:
 def read(folder: Path, options: LlmOptions | None = None) -> Export:
     """Everything, ready to translate; no second copy of the weights is held on the way.
 
-    options: of the LLM; none: in the precision of its training. The adapter is in bf16 where it was trained
-    so, unless the LLM is asked for in fp32. Raises UserError where the folder is not whole.
+    options: of the LLM; none: in the precision of its training. The adapter is in bf16
+    where it was trained so, unless the LLM is asked for in fp32. Raises UserError where
+    the folder is not whole.
     """
     settings = read_settings(folder)
     visual = read_features(folder).requires_grad_(False)
@@ -103,7 +120,9 @@ def read(folder: Path, options: LlmOptions | None = None) -> Export:
     adapter = _read_adapter(folder, visual.feature_width, language_model)
     if options.bits < 32:
         adapter.to(Weights(folder, ADAPTER_FILE)["0.weight"].dtype)
-    translator = SignTranslator(None, adapter, language_model, codec).eval().requires_grad_(False)
+    translator = (
+        SignTranslator(None, adapter, language_model, codec).eval().requires_grad_(False)
+    )
     return Export(settings, visual, translator, codec)
 
 
@@ -113,13 +132,16 @@ def read_llm(folder: Path, settings: dict[str, Any], options: LlmOptions) -> Any
     if settings["base"] is None:
         weights = Weights(lm_folder)
         language_model = load_llm(str(lm_folder), options)
-        must_hold(weights, language_model)  # transformers fills what is missing with random numbers
+        # transformers fills what is missing with random numbers
+        must_hold(weights, language_model)
         return language_model
     language_model = load_llm(base_llm(folder, settings["base"]), options)
     if (lm_folder / ADDITIONS).is_file():
         read_additions(lm_folder, language_model)
     elif settings["training"]["tune"] != "frozen":
-        raise UserError(f"{lm_folder} must hold {ADDITIONS}, but does not: it is not whole.")
+        raise UserError(
+            f"{lm_folder} must hold {ADDITIONS}, but does not: it is not whole."
+        )
     return language_model
 
 

@@ -25,8 +25,8 @@ def write(
 ) -> None:
     """Fill an empty folder.
 
-    state: (name, tensor) of a `SignTranslator` with its feature extractor as `visual`, in any order; at most
-    2 GB of it for each file are held at a time.
+    state: (name, tensor) of a `SignTranslator` with its feature extractor as `visual`, in
+    any order; at most 2 GB of it for each file are held at a time.
     """
     lm_folder = folder / LANGUAGE_MODEL
     lm_folder.mkdir()
@@ -40,11 +40,17 @@ def write(
                 continue
             if prefix not in writers:
                 place = folder / PLACES[prefix]
-                writers[prefix] = stack.enter_context(WeightsWriter(place.parent, place.name))
+                writers[prefix] = stack.enter_context(
+                    WeightsWriter(place.parent, place.name)
+                )
             writers[prefix].add(name.removeprefix(prefix), tensor)
     if additions:
         write_additions(lm_folder, additions, language_model, settings["base"])
-    save_configs(language_model, language_model.config, language_model.generation_config, lm_folder)
+    save_configs(
+        language_model, language_model.config, language_model.generation_config, lm_folder
+    )
     codec.save(lm_folder)
-    (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (folder / SETTINGS_FILE).write_text(
+        json.dumps(settings, indent=2) + "\n", encoding="utf-8"
+    )
     (folder / CARD_FILE).write_text(model_card(settings, codec), encoding="utf-8")

@@ -10,7 +10,8 @@ from flallm_ds.features.facts import OPTIONS
 
 
 def check_stage(config: RunConfig, train_index: Index) -> None:
-    """Raise UserError where cached features, or an option for frozen ones, do not go with the run's stage."""
+    """Raise UserError where cached features, or an option for frozen ones, do not go with
+    the run's stage."""
     data, cached = config.data, bool(train_index.features)
     if config.trains_visual:
         how = (
@@ -21,24 +22,29 @@ def check_stage(config: RunConfig, train_index: Index) -> None:
         if cached:
             facts = train_index.features[0]
             raise UserError(
-                f"data.shards must be video where the visual encoder is trained, but {facts.root} holds "
-                f"features and {how}. Give the shards that they were made from ({facts.source})."
+                "data.shards must be video where the visual encoder is trained, but "
+                f"{facts.root} holds features and {how}. Give the shards that they were "
+                f"made from ({facts.source})."
             )
         for name in ("time_masks", "feature_masks"):
             if getattr(data, name):
                 raise UserError(
-                    f"data.{name} must be 0 where the visual encoder is trained, because it masks frozen "
-                    f"features, but is {getattr(data, name)} and {how}."
+                    f"data.{name} must be 0 where the visual encoder is trained, because "
+                    f"it masks frozen features, but is {getattr(data, name)} and {how}."
                 )
     if data.feature_fps is not None and not cached:
         raise UserError(
-            f"data.feature_fps must be none where data.shards are video, but is {data.feature_fps}. Write "
-            "features with launch/features.py, or give --data.target_fps."
+            "data.feature_fps must be none where data.shards are video, but is "
+            f"{data.feature_fps}. Write features with launch/features.py, or give "
+            "--data.target_fps."
         )
 
 
-def check_run(config: RunConfig, train_index: Index, dev_index: Index, encoder: str) -> None:
-    """Raise UserError unless the features are what this run's frozen encoder would make of the video.
+def check_run(
+    config: RunConfig, train_index: Index, dev_index: Index, encoder: str
+) -> None:
+    """Raise UserError unless the features are what this run's frozen encoder would make
+    of the video.
 
     encoder: its fingerprint.
     """
@@ -48,37 +54,47 @@ def check_run(config: RunConfig, train_index: Index, dev_index: Index, encoder: 
     check_evaluation(dev_index)
     for facts in train_index.features:
         if not facts.training:
-            raise UserError(f"the training split must hold training's views, but does not: {facts.root}.")
+            raise UserError(
+                "the training split must hold training's views, but does not: "
+                f"{facts.root}."
+            )
         if facts.seed_matters and facts.seed != config.train.seed:
             raise UserError(
-                f"train.seed must be {facts.seed}, with which the views of {facts.root} were drawn, but is "
-                f"{config.train.seed}. Give --train.seed={facts.seed}, or make features with this seed."
+                f"train.seed must be {facts.seed}, with which the views of {facts.root} "
+                f"were drawn, but is {config.train.seed}. Give --train.seed={facts.seed}, "
+                "or make features with this seed."
             )
 
 
-def check_features(index: Index, options: Mapping[str, Any], encoder: str, encoder_of: str) -> None:
-    """Raise UserError unless features are of this encoder and of frames by these options (of `OPTIONS`)."""
+def check_features(
+    index: Index, options: Mapping[str, Any], encoder: str, encoder_of: str
+) -> None:
+    """Raise UserError unless features are of this encoder and of frames by these options
+    (of `OPTIONS`)."""
     for facts in index.features:
         if facts.encoder != encoder:
             raise UserError(
-                f"features must be of the encoder of {encoder_of} ({encoder[:12]}), but those in "
-                f"{facts.root} are of {facts.made_by} ({facts.encoder[:12]}). Name that run, or make "
-                "features anew with launch/features.py."
+                f"features must be of the encoder of {encoder_of} ({encoder[:12]}), but "
+                f"those in {facts.root} are of {facts.made_by} ({facts.encoder[:12]}). "
+                "Name that run, or make features anew with launch/features.py."
             )
         for name, value in options.items():
             before = facts.options[name]
             if before != value:
                 raise UserError(
-                    f"data.{name} must be {before} as when the features in {facts.root} were made, but is "
-                    f"{value}. Give --data.{name}={before}, or make others with launch/features.py."
+                    f"data.{name} must be {before} as when the features in {facts.root} "
+                    f"were made, but is {value}. Give --data.{name}={before}, or make "
+                    "others with launch/features.py."
                 )
 
 
 def check_evaluation(index: Index) -> None:
-    """Raise UserError where features are of training's random picks, which no score should come from."""
+    """Raise UserError where features are of training's random picks, which no score
+    should come from."""
     for facts in index.features:
         if facts.training:
             raise UserError(
-                f"features that are scored must be evaluation's view, but split {index.split} of "
-                f"{facts.root} holds training's. Score another split, or the video in {facts.source}."
+                "features that are scored must be evaluation's view, but split "
+                f"{index.split} of {facts.root} holds training's. Score another split, or "
+                f"the video in {facts.source}."
             )

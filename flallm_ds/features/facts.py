@@ -20,9 +20,10 @@ OPTIONS = (*SAMPLING_OPTIONS, "frame_size", "crop_size", "augment")
 class FeatureFacts:
     """The features of one split of one folder.
 
-    root: where they lie. encoder: the fingerprint of what made them; made_by: where that was read from.
-    options: the values of `OPTIONS`. training: whether the views are training's (random picks, augmented),
-    drawn with `seed`; else there is one view, evaluation's. digest: of the tars' bytes.
+    root: where they lie. encoder: the fingerprint of what made them; made_by: where that
+    was read from. options: the values of `OPTIONS`. training: whether the views are
+    training's (random picks, augmented), drawn with `seed`; else there is one view,
+    evaluation's. digest: of the tars' bytes.
     """
 
     KIND: ClassVar[str] = "features"  # of the folder, in index.json
@@ -43,7 +44,8 @@ class FeatureFacts:
     def load(
         cls, manifest: Mapping[str, Any], entry: Mapping[str, Any], root: str, digest: str
     ) -> "FeatureFacts":
-        """From index.json and its entry of the split. Raises UserError where they do not fit each other."""
+        """From index.json and its entry of the split. Raises UserError where they do not
+        fit each other."""
         try:
             facts = cls(
                 root=root,
@@ -53,7 +55,12 @@ class FeatureFacts:
                 **manifest["features"],
             )
             numbers = (facts.views, facts.width, facts.seed)
-            texts = (facts.source, facts.encoder, facts.made_by, entry["source_fingerprint"])
+            texts = (
+                facts.source,
+                facts.encoder,
+                facts.made_by,
+                entry["source_fingerprint"],
+            )
             whole = (
                 facts.dtype in DTYPES
                 and all(type(number) is int for number in numbers)
@@ -70,8 +77,8 @@ class FeatureFacts:
             whole = False
         if not whole:
             raise UserError(
-                f"index.json must say what its features are, but does not: {root}. Make them again with "
-                "launch/features.py."
+                f"index.json must say what its features are, but does not: {root}. Make "
+                "them again with launch/features.py."
             )
         return facts
 
@@ -80,7 +87,9 @@ class FeatureFacts:
         """Which frames the encoder saw."""
         return FrameSampling.of_settings(self.options)
 
-    def check_sizes(self, num_frames: np.ndarray, fps: np.ndarray, sizes: np.ndarray) -> None:
+    def check_sizes(
+        self, num_frames: np.ndarray, fps: np.ndarray, sizes: np.ndarray
+    ) -> None:
         """Raise ValueError where a clip's bytes are too few for its features."""
         kept = self.sampling.num_kept(num_frames, fps)
         least = kept * self.width * np.dtype(self.dtype).itemsize
@@ -102,15 +111,19 @@ class FeatureFacts:
 def to_npy(features_SD: np.ndarray) -> bytes:
     """A member's bytes: numpy's plain format."""
     file = BytesIO()
-    np.lib.format.write_array(file, np.ascontiguousarray(features_SD), version=(1, 0), allow_pickle=False)
+    np.lib.format.write_array(
+        file, np.ascontiguousarray(features_SD), version=(1, 0), allow_pickle=False
+    )
     return file.getvalue()
 
 
 def from_npy(member: memoryview, shape: tuple[int, int], dtype: str) -> np.ndarray:
-    """A view of the member's numbers. Raises ValueError unless it is an array of this shape, all finite.
+    """A view of the member's numbers. Raises ValueError unless it is an array of this
+    shape, all finite.
 
-    Nothing is unpickled, and no memory is taken for what a header claims. The header is compared, not parsed:
-    numpy parses it with `ast`, which fails where several threads do so at once (CPython issue 106905).
+    Nothing is unpickled, and no memory is taken for what a header claims. The header is
+    compared, not parsed: numpy parses it with `ast`, which fails where several threads do
+    so at once (CPython issue 106905).
     """
     magic = np.lib.format.magic(1, 0)
     begin = len(magic) + 2
@@ -118,12 +131,19 @@ def from_npy(member: memoryview, shape: tuple[int, int], dtype: str) -> np.ndarr
     if bytes(member[: len(magic)]) != magic or end > len(member):
         raise ValueError("features must be in numpy's format 1.0, but are not")
     header = bytes(member[begin:end]).decode("latin1").strip()
-    expected = f"{{'descr': '{np.dtype(dtype).str}', 'fortran_order': False, 'shape': {shape}, }}"
+    expected = (
+        f"{{'descr': '{np.dtype(dtype).str}', 'fortran_order': False, 'shape': {shape}, }}"
+    )
     if header != expected:
-        raise ValueError(f"features must be {dtype} of shape {shape}, but their header says {header[:200]}")
+        raise ValueError(
+            f"features must be {dtype} of shape {shape}, but their header says "
+            f"{header[:200]}"
+        )
     if len(member) != end + shape[0] * shape[1] * np.dtype(dtype).itemsize:
         raise ValueError(f"features must be of shape {shape}, but are {len(member)} bytes")
     features_SD: np.ndarray = np.frombuffer(member, dtype, offset=end).reshape(shape)
     if not np.isfinite(features_SD).all():
-        raise ValueError("features must be finite, but are not: the clip was broken in their source")
+        raise ValueError(
+            "features must be finite, but are not: the clip was broken in their source"
+        )
     return features_SD

@@ -1,12 +1,13 @@
-"""A folder of features while it is written: which tars are finished, which are left, the index at the end.
+"""A folder of features while it is written: which tars are finished, which are left, the
+index at the end.
 
     <out>/
       train-000012.view3.tar        whole: a tar gets this name when it is on the disk
       .begun/                       plan.json, lock, and a record for each finished tar
       {split}.safetensors, index.json   last
 
-So the writing may be killed at any moment; the same command goes on with the tars that are left. A tar that
-is taken away is made again by the same command.
+So the writing may be killed at any moment; the same command goes on with the tars that
+are left. A tar that is taken away is made again by the same command.
 """
 
 import json
@@ -28,12 +29,14 @@ from flallm_ds.sharding.writer import SHARD_NAME, ShardWriter, index_json
 
 BEGUN = ".begun"
 TRAINING = "train"  # the split whose views are training's: random picks, augmented
-_FACTS = ("id", "text", "signer", "video", "language")  # of a clip, in the JSON behind its features
+# of a clip, in the JSON behind its features
+_FACTS = ("id", "text", "signer", "video", "language")
 
 
 @dataclass(frozen=True)
 class FeatureTar:
-    """One tar to write: the clips of one shard of the source, in stored order, seen for the `view`th time."""
+    """One tar to write: the clips of one shard of the source, in stored order, seen for
+    the `view`th time."""
 
     split: str
     shard: int
@@ -49,7 +52,9 @@ class FeatureTar:
 class FeatureFolder:
     """`out`, over the splits' indexes of the source and the number of views of each."""
 
-    def __init__(self, out: Path, sources: Mapping[str, Index], views: Mapping[str, int]) -> None:
+    def __init__(
+        self, out: Path, sources: Mapping[str, Index], views: Mapping[str, int]
+    ) -> None:
         self.out, self.sources, self.views = out, sources, views
         self._begun = out / BEGUN
         self._lock: FileLock | None = None
@@ -57,20 +62,28 @@ class FeatureFolder:
     def begin(self, plan: Mapping[str, Any]) -> None:
         """Take the folder, or go on with it, alone until `end`.
 
-        plan: plain values that decide every byte, by the names of their options. Raises UserError if the
-        folder holds anything else, was begun by another plan, or is in use.
+        plan: plain values that decide every byte, by the names of their options. Raises
+        UserError if the folder holds anything else, was begun by another plan, or is in
+        use.
         """
         plan = json.loads(json.dumps(plan))
         path = self._begun / "plan.json"
-        if not path.is_file() and self.out.exists() and (not self.out.is_dir() or _holds_more(self.out)):
+        if (
+            not path.is_file()
+            and self.out.exists()
+            and (not self.out.is_dir() or _holds_more(self.out))
+        ):
             raise UserError(
-                f"--out must be a new or empty folder, or one of features that were begun, but {self.out} "
-                "holds something else. Name another folder."
+                "--out must be a new or empty folder, or one of features that were begun, "
+                f"but {self.out} holds something else. Name another folder."
             )
         self._begun.mkdir(parents=True, exist_ok=True)
         lock = take_lock(self._begun / "lock")
         if lock is None:
-            raise UserError(f"one command at a time may write to {self.out}, but another does. Wait for it.")
+            raise UserError(
+                f"one command at a time may write to {self.out}, but another does. Wait "
+                "for it."
+            )
         try:
             self._compare(plan, path)
         except UserError:
@@ -85,14 +98,18 @@ class FeatureFolder:
         for name in before | plan:
             if before.get(name) != plan.get(name):
                 raise UserError(
-                    f"{name} must be {before.get(name)} as when the features in {self.out} were begun, but "
-                    f"is {plan.get(name)}. Leave it, or write to another --out."
+                    f"{name} must be {before.get(name)} as when the features in {self.out} "
+                    f"were begun, but is {plan.get(name)}. Leave it, or write to another "
+                    "--out."
                 )
 
     def check_shared(self) -> None:
         """Raise UserError on a machine that does not see what `begin` made."""
         if not self._begun.is_dir():
-            raise UserError(f"--out must lie on a disk that all machines share, but {self.out} does not.")
+            raise UserError(
+                f"--out must lie on a disk that all machines share, but {self.out} does "
+                "not."
+            )
 
     def end(self) -> None:
         """Let others at the folder."""
@@ -117,13 +134,18 @@ class FeatureFolder:
 
     def _is_done(self, job: FeatureTar) -> bool:
         path, record = self.out / job.name, self._record(job)
-        return record.is_file() and path.is_file() and path.stat().st_size == _read(record)["shard"]["bytes"]
+        return (
+            record.is_file()
+            and path.is_file()
+            and path.stat().st_size == _read(record)["shard"]["bytes"]
+        )
 
     def _record(self, job: FeatureTar) -> Path:
         return self._begun / f"{job.name}.json"
 
     def write(self, job: FeatureTar, features: Sequence[np.ndarray]) -> None:
-        """Write a tar: the features of each clip, (S, D), in order. Raises OSError if the disk refuses."""
+        """Write a tar: the features of each clip, (S, D), in order. Raises OSError if the
+        disk refuses."""
         source = self.sources[job.split]
         strings = {name: source.strings(name) for name in ("key", *_FACTS)}
         temporary = self._begun / f"{job.name}.tmp"
@@ -149,9 +171,15 @@ class FeatureFolder:
         for split, source in self.sources.items():
             arrays: dict[str, np.ndarray] = {
                 name: source.arrays[name]
-                for name in (*COLUMNS, *STRING_COLUMNS, *(f"{name}_ends" for name in STRING_COLUMNS))
+                for name in (
+                    *COLUMNS,
+                    *STRING_COLUMNS,
+                    *(f"{name}_ends" for name in STRING_COLUMNS),
+                )
             }
-            arrays |= {name: np.zeros(len(source), COLUMNS[name]) for name in ("offset", "size")}
+            arrays |= {
+                name: np.zeros(len(source), COLUMNS[name]) for name in ("offset", "size")
+            }
             tars = []
             for job in (job for job in self.jobs() if job.split == split):
                 record = _read(self._record(job))
@@ -170,7 +198,9 @@ class FeatureFolder:
             }
         own = {"format": index_file.FORMAT, "kind": FeatureFacts.KIND}
         kept = {
-            name: manifest[name] for name in ("corpus", "language", "options", "notes") if name in manifest
+            name: manifest[name]
+            for name in ("corpus", "language", "options", "notes")
+            if name in manifest
         }
         content = own | kept | {"splits": entries, "features": dict(facts)}
         write_file(self.out / "index.json", index_json(content))
@@ -182,8 +212,8 @@ def share(
     rank: int,
     world_size: int,
 ) -> list[FeatureTar]:
-    """A rank's part of the jobs: neighbours, so that few read the same shard of the source, and about as many
-    frames as others have.
+    """A rank's part of the jobs: neighbours, so that few read the same shard of the
+    source, and about as many frames as others have.
 
     sizes: frames of each clip, by split.
     """
@@ -201,4 +231,6 @@ def _holds_more(out: Path) -> bool:
 def _read(path: Path) -> Any:
     with suppress(ValueError):
         return json.loads(path.read_text(encoding="utf-8"))
-    raise UserError(f"{path} must be JSON, but is not. Remove it: its tar is then made again.")
+    raise UserError(
+        f"{path} must be JSON, but is not. Remove it: its tar is then made again."
+    )

@@ -11,9 +11,11 @@ import torch
 from torchaudio import functional as F
 from torchaudio.transforms import TimeMasking
 
-# Of the ratio of two rates: the filter bank grows with it, and 25 / 29.97 is 5 / 6 to 0.1 %.
+# Of the ratio of two rates: the filter bank grows with it, and 25 / 29.97 is 5 / 6 to 0.1
+# %.
 MAX_DENOMINATOR = 24
-# Of the real features in an output place: the side lobes of the filter alone are no signal.
+# Of the real features in an output place: the side lobes of the filter alone are no
+# signal.
 _LEAST_WEIGHT = 1e-3
 
 
@@ -22,9 +24,9 @@ def resample(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return features_BSD at `to_fps` and their lengths, anti-aliased along time.
 
-    features_BTD: float, padded with anything; lengths_B: int64, places of each sequence. Each
-    sequence is resampled by its own length: padding changes nothing.
-    Raises ValueError if a rate is not above 0, or where the rates are too far apart.
+    features_BTD: float, padded with anything; lengths_B: int64, places of each sequence.
+    Each sequence is resampled by its own length: padding changes nothing. Raises
+    ValueError if a rate is not above 0, or where the rates are too far apart.
     """
     ratio = _ratio(from_fps, to_fps)
     if ratio == 1:
@@ -39,8 +41,9 @@ def resample(
     together_BCT = torch.cat([masked_BTD, mask_BT1], dim=2).mT.contiguous()
     resampled_BCS = F.resample(together_BCT, ratio.denominator, ratio.numerator)
 
-    # The filter takes what lies beyond a sequence for zeros, which would turn a constant into 0.41
-    # at its end. Divided by what the filter made of the ones, a constant stays constant.
+    # The filter takes what lies beyond a sequence for zeros, which would turn a constant
+    # into 0.41 at its end. Divided by what the filter made of the ones, a constant stays
+    # constant.
     weights_BS1 = resampled_BCS[:, -1:].mT.clamp_min(_LEAST_WEIGHT)
     features_BSD = resampled_BCS[:, :-1].mT / weights_BS1
 
@@ -63,7 +66,9 @@ def _ratio(from_fps: float, to_fps: float) -> Fraction:
     return ratio
 
 
-def resampled_lengths(lengths_B: np.ndarray, from_fps_B: np.ndarray, to_fps: float) -> np.ndarray:
+def resampled_lengths(
+    lengths_B: np.ndarray, from_fps_B: np.ndarray, to_fps: float
+) -> np.ndarray:
     """Return what `resample` makes of these lengths at these rates, int64 (B,).
 
     Raises ValueError as `resample` does.
@@ -82,9 +87,10 @@ def resampled_lengths(lengths_B: np.ndarray, from_fps_B: np.ndarray, to_fps: flo
 class FeatureMasks:
     """Masks packed features with SpecAugment (arXiv 1904.08779): spans of them become zeros.
 
-    times, time_width: spans of time in a clip, and the most features that one spans; it never spans
-    a whole clip. channels, channel_width: the same along the feature dimension. The spans of a clip
-    come from the draws of that clip alone, whatever else is in the batch.
+    times, time_width: spans of time in a clip, and the most features that one spans; it
+    never spans a whole clip. channels, channel_width: the same along the feature
+    dimension. The spans of a clip come from the draws of that clip alone, whatever else
+    is in the batch.
     """
 
     times: int = 0
@@ -119,9 +125,11 @@ class FeatureMasks:
         width: int,
         draws_9: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return a mask of the clip's places and one of its channels: 0 in the spans, 1 elsewhere.
+        """Return a mask of the clip's places and one of its channels: 0 in the spans, 1
+        elsewhere.
 
-        length: features of the clip. width: channels of a feature. draws_9: float32, on the host.
+        length: features of the clip. width: channels of a feature. draws_9: float32, on
+        the host.
         """
         words = draws_9.contiguous().view(torch.int32).numpy().view(np.uint32)
         seed = int(np.random.SeedSequence(words.tolist()).generate_state(1)[0])

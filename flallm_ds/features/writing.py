@@ -1,4 +1,5 @@
-"""Run stage 2's frozen encoder once over a shard folder. Killed at any moment, the writing can be resumed."""
+"""Run stage 2's frozen encoder once over a shard folder. Killed at any moment, the
+writing can be resumed."""
 
 import math
 import time
@@ -37,23 +38,29 @@ PATIENCE = timedelta(hours=12)  # of a rank that has finished for those that hav
 
 
 def write_features(
-    config: RunConfig, out: Path, views: int, dtype: Literal["float32", "float16"], splits: tuple[str, ...]
+    config: RunConfig,
+    out: Path,
+    views: int,
+    dtype: Literal["float32", "float16"],
+    splits: tuple[str, ...],
 ) -> None:
     """Write the features of a stage-1 result's frozen encoder to `out`, with all ranks.
 
-    config: of the stage llm that is to train on them. views: how many epochs' frame picks and augmentations
-    of the training clips. Raises UserError for options that do not fit, Preempted when asked to stop.
+    config: of the stage llm that is to train on them. views: how many epochs' frame picks
+    and augmentations of the training clips. Raises UserError for options that do not fit,
+    Preempted when asked to stop.
     """
     require(views >= 1, f"--views must be at least 1, but is {views}.")
     require(bool(splits), "--splits must name a split, but is empty.")
     require(
         len(config.data.shards) == 1,
-        f"--data.shards must name one folder, but names {len(config.data.shards)}: write the features of "
-        "each, and give all of them to stage llm.",
+        f"--data.shards must name one folder, but names {len(config.data.shards)}: write "
+        "the features of each, and give all of them to stage llm.",
     )
     require(
         not config.trains_visual,
-        f"visual.frozen must be all where features are written, but is {config.visual.frozen}.",
+        "visual.frozen must be all where features are written, but is "
+        f"{config.visual.frozen}.",
     )
     stop = StopRequest()
     world = dist.start(PATIENCE)
@@ -67,7 +74,9 @@ def _written(out: Path, write: Callable[[], None]) -> None:
     try:
         write()
     except (OSError, SafetensorError) as error:
-        raise UserError(f"--out must be where files can be written, but {out}: {error}.") from error
+        raise UserError(
+            f"--out must be where files can be written, but {out}: {error}."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -83,14 +92,21 @@ class Writing:
 
     @classmethod
     def begin(
-        cls, config: RunConfig, world: dist.World, out: Path, views: int, dtype: str, splits: tuple[str, ...]
+        cls,
+        config: RunConfig,
+        world: dist.World,
+        out: Path,
+        views: int,
+        dtype: str,
+        splits: tuple[str, ...],
     ) -> "Writing":
         if config.visual_run != "none":
             stage_1_export(config)
         sources = {split: open_index(config.data, split, world) for split in splits}
         manifest = dist.main_first(lambda: read_manifest(sources[splits[0]].store), world)
         check_video(manifest, config.data.shards[0], "launch/features.py")
-        torch.manual_seed(config.train.seed)  # as in stage llm, where parts of the encoder may be random
+        # as in stage llm, where parts of the encoder may be random
+        torch.manual_seed(config.train.seed)
         extractor = feature_extractor(config, world).to(world.device)
         options = {name: getattr(config.data, name) for name in OPTIONS}
         facts = {
@@ -102,7 +118,9 @@ class Writing:
             "options": options,
             "seed": config.train.seed,
         }
-        folder = FeatureFolder(out, sources, {split: views if split == TRAINING else 1 for split in splits})
+        folder = FeatureFolder(
+            out, sources, {split: views if split == TRAINING else 1 for split in splits}
+        )
         plan = {
             "the encoder": facts["encoder"],
             "--views": views,
@@ -110,7 +128,10 @@ class Writing:
             "--splits": ",".join(splits),
             "train.seed": config.train.seed,
             **{f"data.{name}": value for name, value in options.items()},
-            **{f"the source of {split}": index.fingerprint for split, index in sources.items()},
+            **{
+                f"the source of {split}": index.fingerprint
+                for split, index in sources.items()
+            },
         }
         dist.main_first(lambda: _written(out, lambda: folder.begin(plan)), world)
         dist.on_each_machine(folder.check_shared, world)
@@ -127,7 +148,9 @@ class Writing:
     def _write(self, stop: StopRequest) -> None:
         readers = {split: self.reader(split) for split in self.folder.sources}
         sizes = {split: reader.num_places() for split, reader in readers.items()}
-        todo = set(dist.main_first(lambda: [job.name for job in self.folder.left()], self.world))
+        todo = set(
+            dist.main_first(lambda: [job.name for job in self.folder.left()], self.world)
+        )
         jobs = [job for job in self.folder.jobs() if job.name in todo]
         mine = share(jobs, sizes, self.world.rank, self.world.size)
         progress = Progress(len(mine), self.world.is_main)
@@ -141,13 +164,19 @@ class Writing:
                         f"{job.name} could not be written to {self.folder.out}: {error}."
                     ) from error
                 progress.tar(sum(map(len, clips)))
-        if any(dist.gather_objects(bool(stop), self.world)):  # when all have written theirs, or stopped
-            raise Preempted("stopped; the same command goes on with the tars that are left.")
+        # when all have written theirs, or stopped
+        if any(dist.gather_objects(bool(stop), self.world)):
+            raise Preempted(
+                "stopped; the same command goes on with the tars that are left."
+            )
         finish = partial(self.folder.finish, self.facts, self.manifest)
         dist.main_first(lambda: _written(self.folder.out, finish), self.world)
         if self.world.is_main:
             out = self.folder.out
-            print(f"features are in {out}\nnext: stage llm with --data.shards={out}", flush=True)
+            print(
+                f"features are in {out}\nnext: stage llm with --data.shards={out}",
+                flush=True,
+            )
 
     def reader(self, split: str) -> "TolerantReader":
         """Return what reads the clips of a split of the source."""
@@ -155,32 +184,41 @@ class Writing:
         training = split == TRAINING
         budget = math.ceil(data.max_broken * len(index)) if training else 0
         sampling = FrameSampling.of(data)
-        return TolerantReader(index, sampling, self.config.train.seed, training, broken=BrokenClips(budget))
+        return TolerantReader(
+            index, sampling, self.config.train.seed, training, broken=BrokenClips(budget)
+        )
 
     def encoded(
         self, jobs: list[FeatureTar], reader: "TolerantReader", stop: StopRequest
     ) -> Iterator[tuple[FeatureTar, list[np.ndarray]]]:
-        """Yield the jobs of the reader's split in order, each with features_SD of its clips; NaN if broken.
+        """Yield the jobs of the reader's split in order, each with features_SD of its
+        clips; NaN if broken.
 
         It ends early where this rank is asked to stop.
         """
         if not jobs:
             return
         plan, last_steps = plan_of(jobs, reader.num_places())
-        loader = Loader(reader, plan, threads=decode_threads(self.config.data.threads, self.world))
+        loader = Loader(
+            reader, plan, threads=decode_threads(self.config.data.threads, self.world)
+        )
         found: dict[int, np.ndarray] = {}
         for step, (batch,) in enumerate(on_device(loader.steps(), self.world.device)):
             if stop:
                 return
             view = int(plan.passes[plan.places_of(step)[0][0]])
             rows = plan.slices_of(step)[0].tolist()
-            for row, features_SD in zip(rows, self.features_of(batch, reader.train), strict=True):
+            for row, features_SD in zip(
+                rows, self.features_of(batch, reader.train), strict=True
+            ):
                 if (row, view) in reader.lost:
                     features_SD = np.full_like(features_SD, np.nan)
                 elif not np.isfinite(features_SD).all():
                     raise RankError(
-                        f"features must be finite, but those of {reader.index.strings('key')[row]} are not "
-                        f"in {features_SD.dtype}. Give --dtype=float32, or look at the encoder."
+                        "features must be finite, but those of "
+                        f"{reader.index.strings('key')[row]} are not in "
+                        f"{features_SD.dtype}. Give --dtype=float32, or look at the "
+                        "encoder."
                     )
                 found[row] = features_SD
             if step in last_steps:
@@ -191,7 +229,9 @@ class Writing:
     def features_of(self, batch: Batch, train: bool) -> list[np.ndarray]:
         """Encode a batch: features_SD of each clip, in the dtype of the folder."""
         preprocess = make_preprocess(self.config.data)
-        encoded_ND = encode(batch, self.extractor, preprocess, train=train, device=self.world.device)
+        encoded_ND = encode(
+            batch, self.extractor, preprocess, train=train, device=self.world.device
+        )
         with np.errstate(over="ignore"):  # `encoded` looks for values that are not finite
             features_ND = encoded_ND.cpu().numpy().astype(self.facts["dtype"])
         return np.split(features_ND, np.cumsum(batch.num_frames_B.numpy())[:-1])
@@ -208,7 +248,9 @@ class TolerantReader(ClipReader):
         try:
             return super().load(row, epoch, content)
         except (ValueError, OSError) as error:
-            self.broken.add(self.index.tar(row).file, self.index.strings("key")[row], str(error))
+            self.broken.add(
+                self.index.tar(row).file, self.index.strings("key")[row], str(error)
+            )
             self.lost.add((row, epoch))
             if content is not None:
                 content[:] = 0
@@ -221,8 +263,8 @@ def plan_of(
 ) -> tuple[EpochPlan, dict[int, FeatureTar]]:
     """(batches of clips, none of two jobs; the job that each last batch of one ends).
 
-    Which clips are seen together depends on the job alone, whatever the ranks and what was written before: so
-    the bytes of a tar do not, either.
+    Which clips are seen together depends on the job alone, whatever the ranks and what
+    was written before: so the bytes of a tar do not, either.
     """
     batches: list[np.ndarray] = []
     views: list[int] = []
@@ -256,4 +298,8 @@ class Progress:
         seconds = now - self._begin
         left = clock(seconds * (self._num_tars / self._done - 1))
         rate = self._frames / seconds
-        print(f"features: tar {self._done}/{self._num_tars}  {rate:.0f} frames/s  left {left}", flush=True)
+        print(
+            f"features: tar {self._done}/{self._num_tars}  {rate:.0f} frames/s  left "
+            f"{left}",
+            flush=True,
+        )

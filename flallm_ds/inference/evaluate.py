@@ -20,7 +20,13 @@ from flallm_ds.files import replace_file
 from flallm_ds.inference import report
 from flallm_ds.inference.translator import Translator
 from flallm_ds.metrics.columns import CEILING
-from flallm_ds.metrics.scoring import blind_scores, ceiling_of, perfect, scores_by, scores_of
+from flallm_ds.metrics.scoring import (
+    blind_scores,
+    ceiling_of,
+    perfect,
+    scores_by,
+    scores_of,
+)
 from flallm_ds.training.build.data import decode_threads, open_index
 from flallm_ds.training.hypotheses import Evaluation
 from flallm_ds.training.progress import ScoringProgress
@@ -32,7 +38,8 @@ PRINT_EVERY_S = 5.0
 
 @dataclass(frozen=True)
 class Search:
-    """How hypotheses are searched. nbest: of each clip. length_penalty, bits: default the run's."""
+    """How hypotheses are searched. nbest: of each clip. length_penalty, bits: default the
+    run's."""
 
     beams: int = 5
     nbest: int = 1
@@ -54,27 +61,37 @@ def evaluate_run(
 ) -> None:
     """Write RUN/evaluation/SPLIT.json and SPLIT.hypotheses.jsonl, and print the table.
 
-    run: a run folder or an export. shards: default those the run was trained on. data: instead of the run's
-    options. Raises Preempted after a request to `stop`.
+    run: a run folder or an export. shards: default those the run was trained on. data:
+    instead of the run's options. Raises Preempted after a request to `stop`.
     """
     folder = export.find(run)
     config_path = Path(run) / "config.json"
     if not shards and not config_path.is_file():
-        raise UserError(f"--shards must be given where {run} is no run folder (it has no config.json).")
+        raise UserError(
+            f"--shards must be given where {run} is no run folder (it has no config.json)."
+        )
     if data is None:
         data = RunConfig.load(config_path).data if config_path.is_file() else DataConfig()
     threads = decode_threads(threads or data.threads, world)
-    index = open_index(replace(data, shards=shards or data.shards, weights=()), split, world)
+    index = open_index(
+        replace(data, shards=shards or data.shards, weights=()), split, world
+    )
     results = Path(run) / export.EVALUATION
     lock = results / f".{split}.lock"
-    with dist.locked_by_main(lock, f"{results / split}.json", "evaluate another --split", world):
+    with dist.locked_by_main(
+        lock, f"{results / split}.json", "evaluate another --split", world
+    ):
         of_export = dist.main_first(lambda: export.digest(folder), world)
-        translator = Translator.from_pretrained(run, world.device, search.bits, search.hub_code)
+        translator = Translator.from_pretrained(
+            run, world.device, search.bits, search.hub_code
+        )
         translator = translator.searching(search.beams, search.nbest, search.length_penalty)
         loader = split_loader(translator, index, run, world, threads)
         codec = translator.export.codec
         evaluation = Evaluation(loader, translator.generate, codec, world)
-        hypotheses = evaluation.hypotheses(ScoringProgress(split, PRINT_EVERY_S, world.is_main), stop)
+        hypotheses = evaluation.hypotheses(
+            ScoringProgress(split, PRINT_EVERY_S, world.is_main), stop
+        )
         facts = {
             "split": split,
             "export": of_export,
@@ -85,20 +102,28 @@ def evaluate_run(
         dist.main_first(lambda: write_results(results, facts, hypotheses, codec), world)
 
 
-def split_loader(translator: Translator, index: Index, run: str, world: dist.World, threads: int) -> Loader:
-    """A loader over the split in length order. Raises UserError for features of another encoder."""
+def split_loader(
+    translator: Translator, index: Index, run: str, world: dist.World, threads: int
+) -> Loader:
+    """A loader over the split in length order. Raises UserError for features of another
+    encoder."""
     frames = translator.export.settings["frames"]
     if index.features:
         options = {name: frames[name] for name in OPTIONS if name != "augment"}
-        check_features(index, options, translator.export.visual.fingerprint(), f"--run={run}")
+        check_features(
+            index, options, translator.export.visual.fingerprint(), f"--run={run}"
+        )
         check_evaluation(index)
     elif frames["feature_fps"] is not None:
         raise UserError(
-            f"--shards must be features where a model was trained on them at {frames['feature_fps']:g} a "
-            f"second, but {index.root} is video. Make them with launch/features.py."
+            "--shards must be features where a model was trained on them at "
+            f"{frames['feature_fps']:g} a second, but {index.root} is video. Make them "
+            "with launch/features.py."
         )
     sampling = export.frame_sampling(translator.export.settings)
-    reader = ClipReader(index, sampling, seed=0, train=False, feature_fps=frames["feature_fps"])
+    reader = ClipReader(
+        index, sampling, seed=0, train=False, feature_fps=frames["feature_fps"]
+    )
     plan = reader.plan(batch_clips=CLIPS_A_BATCH * world.size, slices=world.size)
     return Loader(
         reader,
@@ -130,8 +155,14 @@ def write_results(
     split = search["split"]
     path = folder / f"{split}.hypotheses.jsonl"
     report.write_hypotheses(path, hypotheses)
-    content = {**search, **rows, "ceiling": {"bleu4": ceiling.bleu4, "changes": ceiling.changes}}
-    replace_file(folder / f"{split}.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    content = {
+        **search,
+        **rows,
+        "ceiling": {"bleu4": ceiling.bleu4, "changes": ceiling.changes},
+    }
+    replace_file(
+        folder / f"{split}.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    )
     names = {"scores": "model", "blind": "blind control"}
     print(report.table({names.get(name, name): row for name, row in rows.items()}))
     if str(ceiling):

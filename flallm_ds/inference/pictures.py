@@ -26,7 +26,8 @@ SMOOTHED_OVER = 15  # measurements; the median of as many
 def strip_of_run(run: Path, out: Path, split: str, num_clips: int) -> None:
     """Draw clips of an evaluated split of a run, evenly spaced over its hypotheses.
 
-    Raises UserError where the split has not been evaluated, or not on the run's own shards.
+    Raises UserError where the split has not been evaluated, or not on the run's own
+    shards.
     """
     if num_clips < 1:
         raise UserError(f"--clips must be at least 1, but is {num_clips}.")
@@ -47,9 +48,9 @@ def strip_of_run(run: Path, out: Path, split: str, num_clips: int) -> None:
     reader = ClipReader(index, FrameSampling(max_frames=10**9), seed=0, train=False)
     if missing := set(index.strings("key")) - set(hypotheses):
         raise UserError(
-            f"{path} must hold a hypothesis for each clip of the run's own shards, but has none "
-            f"for {len(missing)} ({min(missing)} for one). Run deepspeed launch/evaluate.py "
-            f"--run {run} --split {split} again, without --shards."
+            f"{path} must hold a hypothesis for each clip of the run's own shards, but has "
+            f"none for {len(missing)} ({min(missing)} for one). Run deepspeed "
+            f"launch/evaluate.py --run {run} --split {split} again, without --shards."
         )
     clips = []
     for row in np.linspace(0, len(index) - 1, num_clips).round().astype(int).tolist():
@@ -62,14 +63,19 @@ def strip_of_run(run: Path, out: Path, split: str, num_clips: int) -> None:
 
 
 def draw_strip(
-    path: Path, clips: Sequence[tuple[Sequence[np.ndarray], Hypothesis]], frames_a_clip: int = 10
+    path: Path,
+    clips: Sequence[tuple[Sequence[np.ndarray], Hypothesis]],
+    frames_a_clip: int = 10,
 ) -> None:
-    """Draw a PNG: for each clip a row of evenly spaced frames, its hypothesis and reference below.
+    """Draw a PNG: for each clip a row of evenly spaced frames, its hypothesis and
+    reference below.
 
     clips: (frames, each uint8 (H, W, 3); what was said).
     """
     pyplot = _pyplot()
-    figure, axes = pyplot.subplots(len(clips), 1, figsize=(11, 2.35 * len(clips)), squeeze=False)
+    figure, axes = pyplot.subplots(
+        len(clips), 1, figsize=(11, 2.35 * len(clips)), squeeze=False
+    )
     for axis, (frames, said) in zip(axes[:, 0], clips, strict=True):
         picks = np.linspace(0, len(frames) - 1, frames_a_clip).round().astype(int)
         axis.imshow(np.concatenate([frames[i] for i in picks], axis=1))
@@ -90,7 +96,8 @@ def draw_strip(
 
 
 def draw_curves(path: Path, runs: Sequence[Path]) -> None:
-    """Draw a PNG of runs over their epochs: the mean training loss, and BLEU-4 where it was scored.
+    """Draw a PNG of runs over their epochs: the mean training loss, and BLEU-4 where it
+    was scored.
 
     Raises UserError where a folder holds no finished step.
     """
@@ -119,7 +126,10 @@ def by_epoch(run: Path) -> tuple[dict[int, float], dict[int, float]]:
         if "loss" in record:
             losses.setdefault(record["epoch"] + 1, []).append(record["loss"])
     if not losses:
-        raise UserError(f"a run must have finished a step before its curves are drawn, but {run} has none.")
+        raise UserError(
+            f"a run must have finished a step before its curves are drawn, but {run} has "
+            "none."
+        )
     means = {epoch: float(np.mean(values)) for epoch, values in losses.items()}
     bleus = {record["epoch"]: record["bleu4"] for record in records if "bleu4" in record}
     return means, bleus
@@ -131,8 +141,8 @@ def by_epoch(run: Path) -> tuple[dict[int, float], dict[int, float]]:
 def draw_probe(path: Path, runs: Sequence[Path]) -> None:
     """Draw a PNG with an axis for each run: smoothed gradient norms of the last layers.
 
-    It shows whose gradient is larger, the visual encoder's or the language model's. Raises
-    UserError where a run has not logged them.
+    It shows whose gradient is larger, the visual encoder's or the language model's.
+    Raises UserError where a run has not logged them.
     """
     found = [read_probe(run) for run in runs]
     pyplot = _pyplot()
@@ -157,8 +167,8 @@ def read_probe(run: Path) -> dict[str, tuple[list[int], list[float]]]:
     records = [record for record in _records(run) if record["kind"] == "probe"]
     if not records:
         raise UserError(
-            f"a run must have looked at its gradients before they are drawn, but {run} has none. "
-            "Train it with --train.probe_every=10."
+            f"a run must have looked at its gradients before they are drawn, but {run} has "
+            "none. Train it with --train.probe_every=10."
         )
     found = {}
     for name in PROBED:
@@ -202,7 +212,8 @@ def _save(figure: Any, path: Path) -> None:
         figure.savefig(path, dpi=110, bbox_inches="tight")
     except OSError as error:
         raise UserError(
-            f"the picture must go where it can be written, but {path}: {error.strerror}. Give another --out."
+            f"the picture must go where it can be written, but {path}: {error.strerror}. "
+            "Give another --out."
         ) from error
     finally:
         _pyplot().close(figure)

@@ -13,7 +13,8 @@ from flallm_ds.metrics.columns import CEILING, COLUMNS
 
 
 def write_hypotheses(path: Path, hypotheses: Sequence[Hypothesis]) -> None:
-    """Write JSON lines: key, hypothesis, reference, corpus, language, and nbest if there is one."""
+    """Write JSON lines: key, hypothesis, reference, corpus, language, and nbest if there
+    is one."""
     lines = []
     for one in hypotheses:
         record = asdict(one)
@@ -26,7 +27,9 @@ def write_hypotheses(path: Path, hypotheses: Sequence[Hypothesis]) -> None:
 def read_hypotheses(path: Path) -> list[Hypothesis]:
     """Read what `write_hypotheses` wrote."""
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    nbest = [tuple((said, score) for said, score in line.pop("nbest", ())) for line in lines]
+    nbest = [
+        tuple((said, score) for said, score in line.pop("nbest", ())) for line in lines
+    ]
     return [Hypothesis(**line, nbest=best) for line, best in zip(lines, nbest, strict=True)]
 
 

@@ -47,9 +47,10 @@ class Translator:
     ) -> "Translator":
         """Load an export folder, the best export of a run folder, or USER/NAME of the hub.
 
-        device: a GPU where there is one. bits: of the LLM's parameters (8 and 4 need bitsandbytes); none:
-        those of its training, so that sentences are those of the training's dev search.
-        hub_code: run code that comes with the LLM. Raises UserError where there is no whole export.
+        device: a GPU where there is one. bits: of the LLM's parameters (8 and 4 need
+        bitsandbytes); none: those of its training, so that sentences are those of the
+        training's dev search. hub_code: run code that comes with the LLM. Raises
+        UserError where there is no whole export.
         """
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         folder = folder_of(model)
@@ -58,7 +59,8 @@ class Translator:
             bits = 32 if bits < 16 and chosen.type != "cuda" else bits
         loaded = export.read(folder, LlmOptions(bits=bits, hub_code=hub_code))
         loaded.visual.to(chosen)
-        if bits > 8 or loaded.settings["stage"] == "visual":  # bitsandbytes puts its weights itself
+        # bitsandbytes puts its weights itself
+        if bits > 8 or loaded.settings["stage"] == "visual":
             loaded.translator.to(chosen)
         loaded.translator.adapter.to(chosen)
         frames = loaded.settings["frames"]
@@ -66,34 +68,46 @@ class Translator:
         return cls(loaded, preprocess, Beam(**loaded.settings["generation"]), chosen)
 
     def searching(
-        self, beams: int | None = None, nbest: int | None = None, length_penalty: float | None = None
+        self,
+        beams: int | None = None,
+        nbest: int | None = None,
+        length_penalty: float | None = None,
     ) -> "Translator":
         """The same with another search. Raises UserError for one that cannot be."""
         given = {"num_beams": beams, "num_return": nbest, "length_penalty": length_penalty}
-        changed: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        changed: dict[str, Any] = {
+            name: value for name, value in given.items() if value is not None
+        }
         beam = replace(self.beam, **changed)
         if not 1 <= beam.num_return <= beam.num_beams:
             raise UserError(
-                f"the sentences of a clip must be 1 to as many as there are beams, but are {beam.num_return} "
-                f"of {beam.num_beams}. Give --nbest of at least 1, and --beams as large or larger."
+                "the sentences of a clip must be 1 to as many as there are beams, but are "
+                f"{beam.num_return} of {beam.num_beams}. Give --nbest of at least 1, and "
+                "--beams as large or larger."
             )
         return replace(self, beam=beam)
 
     def translate(self, video: str | Path, language: str = "") -> str:
         """The sentence signed in a video file or a folder of frames.
 
-        language: of the sentence, where the model speaks several. Frames are scaled and picked as in
-        training's evaluation. Raises UserError if nothing can be decoded.
+        language: of the sentence, where the model speaks several. Frames are scaled and
+        picked as in training's evaluation. Raises UserError if nothing can be decoded.
         """
         return self.nbest(video, language)[0][0]
 
-    def nbest(self, video: str | Path, language: str = "") -> list[tuple[str, float | None]]:
+    def nbest(
+        self, video: str | Path, language: str = ""
+    ) -> list[tuple[str, float | None]]:
         """(sentence, score) of each hypothesis that `beam` asks for, best first, as `translate`.
 
-        score: log probability over length ** length_penalty; None where only one is asked for.
+        score: log probability over length ** length_penalty; None where only one is asked
+        for.
         """
         candidates = self.generate(*self._read(Path(video), self.language(language)))[0]
-        return [(self.export.codec.decode(candidate.ids), candidate.score) for candidate in candidates]
+        return [
+            (self.export.codec.decode(candidate.ids), candidate.score)
+            for candidate in candidates
+        ]
 
     def stream(self, video: str | Path, language: str = "") -> Iterator[str]:
         """The sentence as `translate` with one beam says it, word by word."""
@@ -118,9 +132,11 @@ class Translator:
             raise failure[0]
 
     def language(self, asked: str = "") -> str:
-        """One of the languages that the model was trained to say: the one asked for, or the only one.
+        """One of the languages that the model was trained to say: the one asked for, or
+        the only one.
 
-        Raises UserError where it is none of them, or where there are several and none is asked for.
+        Raises UserError where it is none of them, or where there are several and none is
+        asked for.
         """
         known = spoken(self.export.codec)
         same = [k for k in known if not asked or tag_of(asked) == tag_of(k)]
@@ -128,16 +144,22 @@ class Translator:
             return same[0]
         if not known and not asked:
             return ""
-        must = "be one of those the model speaks" if asked else "be given where the model speaks several"
+        must = (
+            "be one of those the model speaks"
+            if asked
+            else "be given where the model speaks several"
+        )
         raise UserError(
-            f"--language must {must} ({', '.join(known) or 'which are not recorded'}), but is {asked!r}."
+            f"--language must {must} ({', '.join(known) or 'which are not recorded'}), but "
+            f"is {asked!r}."
         )
 
     def _read(self, path: Path, language: str) -> tuple[Batch, float]:
         """(the kept frames as a batch of one clip, how many of them a second has)."""
         if not path.exists():
             raise UserError(
-                f"there must be a video file or a folder of frames at {path}, but there is nothing."
+                f"there must be a video file or a folder of frames at {path}, but there is "
+                "nothing."
             )
         kept, rate = self.kept_frames(path)
         corpora = self.export.settings["training"]["corpora"]
@@ -149,14 +171,16 @@ class Translator:
             target_ids_BL=torch.full((1, 1), -100),
             keys=(path.name,),
             texts=("",),
-            corpora=(corpora[0] if len(corpora) == 1 else "",),  # a prompt may name its sign language
+            # a prompt may name its sign language
+            corpora=(corpora[0] if len(corpora) == 1 else "",),
             languages=(language,),
             real_B=(True,),
         )
         return batch, rate
 
     def kept_frames(self, path: Path) -> tuple[np.ndarray, float]:
-        """(the frames that the model sees of a video, uint8 (T, H, W, 3), how many of them a second has)."""
+        """(the frames that the model sees of a video, uint8 (T, H, W, 3), how many of
+        them a second has)."""
         settings = self.export.settings["frames"]
         sampling = export.frame_sampling(self.export.settings)
         video = Video(path)
@@ -180,9 +204,9 @@ class Translator:
         rate: of the frames, a second, where the LLM reads features at another one.
         """
         autocast = bool(self.export.settings.get("visual_autocast", True))
-        # Not the LLM: autocast would cast each of its matrices again for every token.
-        # The outer autocast covers what training does without it: pixels where the fused kernel cannot run,
-        # and features at another rate. Earlier exports were scored so.
+        # Not the LLM: autocast would cast each of its matrices again for every token. The
+        # outer autocast covers what training does without it: pixels where the fused
+        # kernel cannot run, and features at another rate. Earlier exports were scored so.
         half = autocast and self.device.type == "cuda"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
             features_ND = encode(
@@ -193,15 +217,22 @@ class Translator:
                 device=self.device,
                 autocast=autocast,
             )
-            features_ND, num_frames_B = self._at_trained_rate(features_ND, batch.num_frames_B, rate)
+            features_ND, num_frames_B = self._at_trained_rate(
+                features_ND, batch.num_frames_B, rate
+            )
         return self.export.translator.generate(
-            features_ND.float(), num_frames_B, self._wordings(batch), self.beam, streamer=streamer
+            features_ND.float(),
+            num_frames_B,
+            self._wordings(batch),
+            self.beam,
+            streamer=streamer,
         )
 
     def _at_trained_rate(
         self, features_ND: torch.Tensor, num_frames_B: torch.Tensor, rate: float | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(features_ND, how many each clip has) at the rate of training. rate: as in `generate`."""
+        """(features_ND, how many each clip has) at the rate of training. rate: as in
+        `generate`."""
         wanted = self.export.settings["frames"]["feature_fps"]
         if wanted is None or rate is None:
             return features_ND, num_frames_B
@@ -211,7 +242,11 @@ class Translator:
 
     def _wordings(self, batch: Batch) -> list[Wording]:
         codec = self.export.codec
-        wording = codec.light_wording if self.export.settings["stage"] == "visual" else codec.wording
+        wording = (
+            codec.light_wording
+            if self.export.settings["stage"] == "visual"
+            else codec.wording
+        )
         return [wording(*of) for of in zip(batch.languages, batch.corpora, strict=True)]
 
 

@@ -1,7 +1,7 @@
 """Scores of translations, each beside the rule it was computed by.
 
-`score` is the `sacrebleu` rule of docs; another published lineage is another choice of tokenizer, smoothing
-and ROUGE tokens made from the same parts (bleu.py, rouge.py).
+`score` is the `sacrebleu` rule of docs; another published lineage is another choice of
+tokenizer, smoothing and ROUGE tokens made from the same parts (bleu.py, rouge.py).
 """
 
 from collections import defaultdict
@@ -51,14 +51,15 @@ class Scores:
 def score(hypotheses: Sequence[str], references: Sequence[str], language: str) -> Scores:
     """Scores of hypotheses against one reference each, in the same order.
 
-    language: of the text, by any name that `find_language` knows. Chinese is scored by sacreBLEU's
-    rule for it, other languages without spaces between words (Japanese, Thai, ...) by characters.
-    Raises UserError where the numbers of sentences differ, or where there are none.
+    language: of the text, by any name that `find_language` knows. Chinese is scored by
+    sacreBLEU's rule for it, other languages without spaces between words (Japanese, Thai,
+    ...) by characters. Raises UserError where the numbers of sentences differ, or where
+    there are none.
     """
     if len(hypotheses) != len(references):
         raise UserError(
-            "hypotheses and references must be equally many, but are "
-            f"{len(hypotheses)} and {len(references)}: give one hypothesis for each reference, in its order."
+            f"hypotheses and references must be equally many, but are {len(hypotheses)} "
+            f"and {len(references)}: give one hypothesis for each reference, in its order."
         )
     if not references:
         raise UserError("there must be at least one sentence to score, but there is none.")
@@ -88,16 +89,19 @@ def score(hypotheses: Sequence[str], references: Sequence[str], language: str) -
 def score_by_language(
     hypotheses: Sequence[str], references: Sequence[str], languages: Sequence[str]
 ) -> Scores:
-    """Scores of sentences in several languages: each language alone by its own rule, then their mean.
+    """Scores of sentences in several languages: each language alone by its own rule, then
+    their mean.
 
-    languages: of each pair. Every language weighs the same, however many sentences it has; the numbers of
-    one language alone are those of `score`.
+    languages: of each pair. Every language weighs the same, however many sentences it
+    has; the numbers of one language alone are those of `score`.
     """
     rows = defaultdict(list)
     for row, language in enumerate(languages):
         rows[tag_of(language)].append(row)
     found = {
-        language: score([hypotheses[r] for r in part], [references[r] for r in part], language)
+        language: score(
+            [hypotheses[r] for r in part], [references[r] for r in part], language
+        )
         for language, part in sorted(rows.items())
     }
     if len(found) <= 1:

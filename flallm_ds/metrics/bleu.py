@@ -1,6 +1,7 @@
 """BLEU-1 to 4 and chrF by sacreBLEU, each with the signature that says how it was computed.
 
-The rule (tokenizer, smoothing, effective order) is an argument, so that another lineage is another call.
+The rule (tokenizer, smoothing, effective order) is an argument, so that another lineage
+is another call.
 """
 
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ class Bleu:
     orders: tuple[float, float, float, float]
     """orders[n - 1] is corpus BLEU with max_ngram_order n."""
     length_ratio: float
-    """Tokens of all hypotheses over tokens of all references (0 where the references are all empty)."""
+    """Return tokens of all hypotheses over tokens of all references, 0 where these are empty."""
     signature: str
 
 
@@ -33,9 +34,11 @@ def corpus_bleu(
     smooth_value: float | None = None,
     effective_order: bool = False,
 ) -> Bleu:
-    """BLEU-1..4 of hypotheses against one reference each; the sequences are of equal length, at least 1."""
+    """BLEU-1..4 of hypotheses against one reference each; the sequences are of equal
+    length, at least 1."""
     assert len(hypotheses) == len(references) > 0
-    # force: PHOENIX14T is tokenized text with a final " .", about which sacreBLEU would warn every time.
+    # force: PHOENIX14T is tokenized text with a final " .", about which sacreBLEU would
+    # warn every time.
     metric = BLEU(
         tokenize=tokenize,
         smooth_method=smooth,
@@ -45,7 +48,8 @@ def corpus_bleu(
         force=True,
     )
     whole = metric.corpus_score(list(hypotheses), [list(references)])
-    # The n-gram counts of lower orders are the first of those of order 4: no need to count four times.
+    # The n-gram counts of lower orders are the first of those of order 4: no need to
+    # count four times.
     one, two, three, four = (
         BLEU.compute_bleu(
             correct=whole.counts[:order],
@@ -63,7 +67,10 @@ def corpus_bleu(
 
 
 def corpus_chrf(hypotheses: Sequence[str], references: Sequence[str]) -> tuple[float, str]:
-    """(chrF2 in percent, its signature): characters up to 6-grams, spaces left out, no word n-grams."""
+    """(chrF2 in percent, its signature): characters up to 6-grams, spaces left out, no
+    word n-grams."""
     assert len(hypotheses) == len(references) > 0
     metric = CHRF()
-    return metric.corpus_score(list(hypotheses), [list(references)]).score, str(metric.get_signature())
+    return metric.corpus_score(list(hypotheses), [list(references)]).score, str(
+        metric.get_signature()
+    )

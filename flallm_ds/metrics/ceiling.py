@@ -1,4 +1,5 @@
-"""The highest score that a tokenizer allows: that of the references, encoded and decoded by it."""
+"""The highest score that a tokenizer allows: that of the references, encoded and decoded
+by it."""
 
 import unicodedata
 from collections import Counter
@@ -15,10 +16,11 @@ HIGH_CEILING = 99.5  # BLEU-4; a ceiling below it is printed next to each score
 
 @dataclass(frozen=True)
 class Ceiling:
-    """BLEU-4 of a perfect model, whose tokenizer may not be able to write all that the references hold.
+    """BLEU-4 of a perfect model, whose tokenizer may not be able to write all that the
+    references hold.
 
-    changes: (text of a reference, what the tokenizer makes of it, how often), the most frequent first; only
-    where BLEU-4 is below HIGH_CEILING.
+    changes: (text of a reference, what the tokenizer makes of it, how often), the most
+    frequent first; only where BLEU-4 is below HIGH_CEILING.
     """
 
     bleu4: float
@@ -28,16 +30,20 @@ class Ceiling:
         """One sentence; empty for a high ceiling."""
         if self.bleu4 >= HIGH_CEILING:
             return ""
-        listed = [f"{old!r} -> {new!r} ({times:,})" for old, new, times in self.changes[:10]]
+        listed = [
+            f"{old!r} -> {new!r} ({times:,})" for old, new, times in self.changes[:10]
+        ]
         more = len(self.changes) - len(listed)
         why = ", ".join(listed) + (f" and {more} more" if more else "")
         return (
-            f"A perfect model would score BLEU-4 {self.bleu4:.2f}, because its tokenizer changes the "
-            f"references: {why}."
+            f"A perfect model would score BLEU-4 {self.bleu4:.2f}, because its tokenizer "
+            f"changes the references: {why}."
         )
 
 
-def ceiling(written: Sequence[str], references: Sequence[str], languages: Sequence[str]) -> Ceiling:
+def ceiling(
+    written: Sequence[str], references: Sequence[str], languages: Sequence[str]
+) -> Ceiling:
     """The ceiling by the rule that scores hypotheses.
 
     written: each reference as the tokenizer writes it. Raises UserError as `score` does.
@@ -66,7 +72,9 @@ def is_low(scores: Mapping[str, Any]) -> bool:
 def _changes(reference: str, written: str) -> list[tuple[str, str]]:
     """(old, new) of each difference, character by character where both sides match up."""
     found = []
-    for kind, a, b, c, d in SequenceMatcher(None, reference, written, autojunk=False).get_opcodes():
+    for kind, a, b, c, d in SequenceMatcher(
+        None, reference, written, autojunk=False
+    ).get_opcodes():
         old, new = reference[a:b], written[c:d]
         normal = [unicodedata.normalize("NFKC", character) for character in old]
         if kind == "equal":

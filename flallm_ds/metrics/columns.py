@@ -1,7 +1,8 @@
 """The table of metrics: one row for each, which everything that stores or shows scores reads.
 
-`score` computes the values. The results of an evaluation, the table on the screen, the model card,
-metrics.jsonl and TensorBoard take their keys, order, titles and format from here.
+`score` computes the values. The results of an evaluation, the table on the screen, the
+model card, metrics.jsonl and TensorBoard take their keys, order, titles and format from
+here.
 """
 
 from collections.abc import Mapping
@@ -35,11 +36,16 @@ COLUMNS = (
     Column("chrf", "chrF", logged=True),
 )
 
-# BLEU-4 of a perfect model. It depends on the tokenizer, so `ceiling` computes it and not `score`.
+# BLEU-4 of a perfect model. It depends on the tokenizer, so `ceiling` computes it and not
+# `score`.
 CEILING = Column("ceiling_bleu4", "ceiling")
 
 # {key of a signature: title of its line in the model card}, in the order of these lines.
-SIGNATURES = {"bleu_signature": "BLEU", "rouge_signature": "ROUGE-L", "chrf_signature": "chrF"}
+SIGNATURES = {
+    "bleu_signature": "BLEU",
+    "rouge_signature": "ROUGE-L",
+    "chrf_signature": "chrF",
+}
 
 
 def has_scores(record: Any) -> bool:

@@ -37,9 +37,9 @@ def scores_by(hypotheses: Sequence[Hypothesis], part: Part) -> dict[str, Scores]
 def blind_scores(hypotheses: Sequence[Hypothesis], seed: int = 0) -> Scores:
     """Score the same model with the videos shuffled: what it guesses without looking.
 
-    A hypothesis depends on its video (and language) alone, so each reference is compared with the
-    hypothesis of another clip of its language. No clip keeps its own, unless it is the only one of
-    its language.
+    A hypothesis depends on its video (and language) alone, so each reference is compared
+    with the hypothesis of another clip of its language. No clip keeps its own, unless it
+    is the only one of its language.
     """
     order = np.random.default_rng(seed).permutation(len(hypotheses))
     rows: dict[str, list[int]] = {}
@@ -49,14 +49,18 @@ def blind_scores(hypotheses: Sequence[Hypothesis], seed: int = 0) -> Scores:
     for part in rows.values():
         other[part] = np.roll(part, 1)
     said = [hypotheses[i].hypothesis for i in other]
-    shuffled = [replace(h, hypothesis=text) for h, text in zip(hypotheses, said, strict=True)]
+    shuffled = [
+        replace(h, hypothesis=text) for h, text in zip(hypotheses, said, strict=True)
+    ]
     return scores_of(shuffled)
 
 
 def perfect(hypotheses: Sequence[Hypothesis], codec: TextCodec) -> list[Hypothesis]:
     """Return what a perfect model would say: each reference as its tokenizer writes it."""
     written = [codec.decode(codec.encode(h.reference)) for h in hypotheses]
-    return [replace(h, hypothesis=w, nbest=()) for h, w in zip(hypotheses, written, strict=True)]
+    return [
+        replace(h, hypothesis=w, nbest=()) for h, w in zip(hypotheses, written, strict=True)
+    ]
 
 
 def ceiling_of(written: Sequence[Hypothesis]) -> Ceiling:

@@ -1,6 +1,8 @@
-"""How sure a BLEU score, or a difference of two, is: paired bootstrap over the sentences of a test set.
+"""How sure a BLEU score, or a difference of two, is: paired bootstrap over the sentences
+of a test set.
 
-Source: Koehn 2004, "Statistical Significance Tests for Machine Translation Evaluation"; counts by sacreBLEU.
+Source: Koehn 2004, "Statistical Significance Tests for Machine Translation Evaluation";
+counts by sacreBLEU.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,7 +30,8 @@ class Interval:
 class Bootstrap:
     """BLEU-4 of several systems over the same resampled test sets.
 
-    means: {system: (resamples + 1,)}; the mean over its runs, of the whole test set first.
+    means: {system: (resamples + 1,)}; the mean over its runs, of the whole test set
+    first.
     """
 
     means: Mapping[str, np.ndarray]
@@ -49,31 +52,46 @@ def paired_bootstrap(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Bootstrap:
-    """systems: {name: hypotheses of each run, in the order of the references}; runs differ by their seeds.
+    """systems: {name: hypotheses of each run, in the order of the references}; runs
+    differ by their seeds.
 
-    tokenize: `word_rule` of the language (zh for Chinese, char for others without spaces).
-    A resampled test set is the same for all systems and runs. Raises UserError for lists of other lengths.
+    tokenize: `word_rule` of the language (zh for Chinese, char for others without
+    spaces). A resampled test set is the same for all systems and runs. Raises UserError
+    for lists of other lengths.
     """
     n = len(references)
-    picks_RN = np.random.default_rng(seed).integers(0, n, (resamples, n)) if n else np.zeros((0, 0), int)
-    times_RN = np.stack([np.ones(n, int), *(np.bincount(picks, minlength=n) for picks in picks_RN)])
+    picks_RN = (
+        np.random.default_rng(seed).integers(0, n, (resamples, n))
+        if n
+        else np.zeros((0, 0), int)
+    )
+    times_RN = np.stack(
+        [np.ones(n, int), *(np.bincount(picks, minlength=n) for picks in picks_RN)]
+    )
     means = {}
     for name, runs in systems.items():
         for hypotheses in runs:
             if len(hypotheses) != n or not n:
                 raise UserError(
-                    f"{name} must have a hypothesis for each of {n} references (one at least), but has "
-                    f"{len(hypotheses)}."
+                    f"{name} must have a hypothesis for each of {n} references (one at "
+                    f"least), but has {len(hypotheses)}."
                 )
         counts = [_counts(hypotheses, references, tokenize) for hypotheses in runs]
-        means[name] = np.mean([[_bleu(sums) for sums in times_RN @ of_run] for of_run in counts], axis=0)
+        means[name] = np.mean(
+            [[_bleu(sums) for sums in times_RN @ of_run] for of_run in counts], axis=0
+        )
     return Bootstrap(means)
 
 
-def _counts(hypotheses: Sequence[str], references: Sequence[str], tokenize: str) -> np.ndarray:
-    """(N, 10): matching and all n-grams of orders 1 to 4, length of hypothesis and of reference."""
+def _counts(
+    hypotheses: Sequence[str], references: Sequence[str], tokenize: str
+) -> np.ndarray:
+    """(N, 10): matching and all n-grams of orders 1 to 4, length of hypothesis and of
+    reference."""
     metric = BLEU(tokenize=tokenize, effective_order=True, force=True)
-    scores = [metric.sentence_score(h, [r]) for h, r in zip(hypotheses, references, strict=True)]
+    scores = [
+        metric.sentence_score(h, [r]) for h, r in zip(hypotheses, references, strict=True)
+    ]
     return np.array([[*s.counts, *s.totals, s.sys_len, s.ref_len] for s in scores])
 
 
@@ -81,7 +99,11 @@ def _bleu(sums: np.ndarray) -> float:
     values = [int(value) for value in sums]
     return float(
         BLEU.compute_bleu(
-            correct=values[:4], total=values[4:8], sys_len=values[8], ref_len=values[9], smooth_method="exp"
+            correct=values[:4],
+            total=values[4:8],
+            sys_len=values[8],
+            ref_len=values[9],
+            smooth_method="exp",
         ).score
     )
 

@@ -1,4 +1,5 @@
-"""Activation checkpointing: what a layer computes is dropped, and computed again for gradients."""
+"""Activation checkpointing: what a layer computes is dropped, and computed again for
+gradients."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,8 +17,8 @@ def checkpoint_llm(llm: Any) -> None:
     """Keep only each layer's input. Raises UserError where transformers cannot do so."""
     if not llm.supports_gradient_checkpointing:
         raise UserError(
-            f"llm.checkpointing must be false for a {llm.config.model_type} model, which cannot do "
-            "it, but is true."
+            f"llm.checkpointing must be false for a {llm.config.model_type} model, which "
+            "cannot do it, but is true."
         )
     # The name changes with transformers 6; until 5.22 there is only the old one.
     enable = getattr(llm, "activation_checkpointing_enable", None)
@@ -37,8 +38,9 @@ def checkpoint_stages(backbone: nn.Module) -> None:
 def stages_of(backbone: nn.Module) -> list[nn.Module]:
     """What a network for images applies one after another, the stem and the pooling apart.
 
-    Of its lists and sequences of several modules that are in no other, and of modules beside one
-    another that are numbered (layer1 ... layer4), those with the most parameters.
+    Of its lists and sequences of several modules that are in no other, and of modules
+    beside one another that are numbered (layer1 ... layer4), those with the most
+    parameters.
     """
     groups = [list(module) for module in _outermost_lists(backbone)]
     numbered: dict[str, list[nn.Module]] = {}
@@ -48,7 +50,9 @@ def stages_of(backbone: nn.Module) -> list[nn.Module]:
     groups += numbered.values()
     groups = [group for group in groups if len(group) > 1 and _size(group)]
     if not groups:
-        raise ValueError(f"{type(backbone).__name__} must have a list of stages, but has none")
+        raise ValueError(
+            f"{type(backbone).__name__} must have a list of stages, but has none"
+        )
     return max(groups, key=_size)
 
 
@@ -76,7 +80,12 @@ def _checkpoint_forward(module: nn.Module) -> None:
             return forward(*args, **kwargs)
         # To its end, or hooks that ZeRO-3 has set behind the last modules would not run.
         return checkpoint(
-            forward, *args, use_reentrant=False, context_fn=contexts, early_stop=False, **kwargs
+            forward,
+            *args,
+            use_reentrant=False,
+            context_fn=contexts,
+            early_stop=False,
+            **kwargs,
         )
 
     module.forward = checkpointed
@@ -87,8 +96,8 @@ def _statistics_kept(norms: Iterable[_BatchNorm]) -> Iterator[None]:
     """Within, batches are normalised as ever, but do not enter the running statistics again."""
     before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm, _, _ in before:
-        # A momentum of 0 leaves the statistics to the bit. With the counter away nothing counts
-        # either.
+        # A momentum of 0 leaves the statistics to the bit. With the counter away nothing
+        # counts either.
         norm.momentum, norm.num_batches_tracked = 0.0, None
     try:
         yield

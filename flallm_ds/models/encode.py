@@ -19,14 +19,19 @@ def encode(
 ) -> torch.Tensor:
     """Return features_ND, float32: the cached ones of the batch, or those of its frames.
 
-    extractor: in eval mode, on `device`. train: crop and augment the frames by the random numbers of
-    the batch. autocast: whether a GPU computes in bf16, as for each encoder that is frozen in training.
-    False for an encoder that was trained: the dev search of its training used full precision.
+    extractor: in eval mode, on `device`. train: crop and augment the frames by the random
+    numbers of the batch. autocast: whether a GPU computes in bf16, as for each encoder
+    that is frozen in training. False for an encoder that was trained: the dev search of
+    its training used full precision.
     """
     if batch.features_ND is not None:
         return batch.features_ND.to(device, non_blocking=True).float()
-    assert not extractor.training, "an encoder in train mode would change its BatchNorm statistics"
+    assert not extractor.training, (
+        "an encoder in train mode would change its BatchNorm statistics"
+    )
     pixels_NCHW = preprocess(batch, train, device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=autocast and device.type == "cuda"):
+    with torch.autocast(
+        device.type, torch.bfloat16, enabled=autocast and device.type == "cuda"
+    ):
         features_ND: torch.Tensor = extractor(pixels_NCHW, batch.num_frames_B)
     return features_ND.float()

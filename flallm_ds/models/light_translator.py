@@ -17,7 +17,8 @@ class Size:
     ffn: int
 
 
-# FLa-LLM, Table 7; parameters at a vocabulary of about 2,430: 3.61 M, 18.25 M, 25.61 M, 124.66 M
+# FLa-LLM, Table 7; parameters at a vocabulary of about 2,430: 3.61 M, 18.25 M, 25.61 M,
+# 124.66 M
 SIZES = {
     "tiny": Size(1, 4, 256, 1024),
     "small": Size(2, 4, 512, 2048),
@@ -26,7 +27,9 @@ SIZES = {
 }
 
 
-def build_light_translator(size: str, codec: TextCodec, dropout: float) -> MBartForConditionalGeneration:
+def build_light_translator(
+    size: str, codec: TextCodec, dropout: float
+) -> MBartForConditionalGeneration:
     """Build an encoder-decoder: random weights, learned positions, untied embedding and head."""
     s = SIZES[size]
     config = MBartConfig(
@@ -57,8 +60,8 @@ def build_light_translator(size: str, codec: TextCodec, dropout: float) -> MBart
 def light_translator_from_config(config: MBartConfig) -> MBartForConditionalGeneration:
     """Light-T as an export's config.json describes it, with random weights."""
     model = MBartForConditionalGeneration(config)
-    # Learned, but sinusoids to begin with: visual tokens are of unit size, next to which mBART's
-    # initial positions (0.02) are invisible for thousands of steps.
+    # Learned, but sinusoids to begin with: visual tokens are of unit size, next to which
+    # mBART's initial positions (0.02) are invisible for thousands of steps.
     positions = model.model.encoder.embed_positions.weight
     with torch.no_grad():
         positions.copy_(0.5 * sines_then_cosines(*positions.shape))
@@ -71,8 +74,8 @@ def light_translator_from_config(config: MBartConfig) -> MBartForConditionalGene
 def sines_then_cosines(length: int, width: int) -> torch.Tensor:
     """(length, width): all sines of falling frequency, then all cosines.
 
-    Source: Vaswani et al. 2017, section 3.5. In models/llm/standin.py the two alternate, and
-    frequencies are rounded in another way.
+    Source: Vaswani et al. 2017, section 3.5. In models/llm/standin.py the two alternate,
+    and frequencies are rounded in another way.
     """
     # One frequency for each pair of a sine and a cosine.
     frequency = torch.exp(-math.log(10_000.0) * torch.arange(0, width, 2) / width)

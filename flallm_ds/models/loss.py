@@ -41,7 +41,8 @@ CHUNK_BYTES = 64 * 2**20  # of fp32 logits of one chunk, at most
 class Head:
     """How hidden states of `llm.get_decoder()` become logits.
 
-    Parts are looked up in the model at each use: engines and adapters replace buffers and modules.
+    Parts are looked up in the model at each use: engines and adapters replace buffers and
+    modules.
     """
 
     llm: Any
@@ -114,13 +115,16 @@ def token_loss(
 ) -> torch.Tensor:
     """Cross entropy with label smoothing, summed over tokens, as a scalar in fp32.
 
-    how: "logits" of all tokens in one piece; "chunks" of them, whose gradients are taken at once;
-    "liger", liger-kernel's fused loss on CUDA; "auto": liger where it can, else logits while they
-    are small. Each calls the output embedding once, so that ranks under ZeRO-3 gather it equally
-    often, whatever their numbers of tokens.
-    Raises UserError where "liger" or "chunks" is asked for and cannot be.
+    how: "logits" of all tokens in one piece; "chunks" of them, whose gradients are taken
+    at once; "liger", liger-kernel's fused loss on CUDA; "auto": liger where it can, else
+    logits while they are small. Each calls the output embedding once, so that ranks under
+    ZeRO-3 gather it equally often, whatever their numbers of tokens. Raises UserError
+    where "liger" or "chunks" is asked for and cannot be.
     """
-    reasons = {"chunks": why_not_plain(head), "liger": why_not_liger(head, hidden_NE.device)}
+    reasons = {
+        "chunks": why_not_plain(head),
+        "liger": why_not_liger(head, hidden_NE.device),
+    }
     if how == "auto":
         are_small = 4 * len(targets_N) * head.vocab_size <= SMALL_BYTES
         if reasons["chunks"] is not None:
@@ -134,7 +138,9 @@ def token_loss(
         raise UserError(f"llm.loss={how} cannot be: {reason}. Use --llm.loss=auto.")
     if how == "logits" or len(targets_N) == 0:
         logits_NV = head.logits(hidden_NE).float()
-        return F.cross_entropy(logits_NV, targets_N, reduction="sum", label_smoothing=label_smoothing)
+        return F.cross_entropy(
+            logits_NV, targets_N, reduction="sum", label_smoothing=label_smoothing
+        )
     loss = _liger if how == "liger" else _chunked
     embedding = head.embedding
     assert isinstance(embedding, nn.Linear)
@@ -142,7 +148,8 @@ def token_loss(
     def forward(hidden_NE: torch.Tensor) -> torch.Tensor:
         return loss(head, embedding.weight, hidden_NE, targets_N, label_smoothing)
 
-    # Instead of the embedding's own forward, around which ZeRO-3 gathers the weight and frees it.
+    # Instead of the embedding's own forward, around which ZeRO-3 gathers the weight and
+    # frees it.
     embedding.forward = forward  # type: ignore[method-assign, assignment]
     try:
         summed: torch.Tensor = embedding(head.scaled(hidden_NE))
@@ -216,8 +223,8 @@ def _chunked(
 class _ChunkedLoss(torch.autograd.Function):
     """The loss and, chunk by chunk in the same pass, its gradients.
 
-    No logits are kept or computed twice. The idea of liger-kernel's fused loss (Hsu et al. 2024,
-    arXiv 2410.10989, section 3.2).
+    No logits are kept or computed twice. The idea of liger-kernel's fused loss (Hsu et
+    al. 2024, arXiv 2410.10989, section 3.2).
     """
 
     @staticmethod
@@ -236,10 +243,14 @@ class _ChunkedLoss(torch.autograd.Function):
         hidden_NE, weight_VE = hidden_NE.to(dtype), weight_VE.to(dtype)
 
         # Gradients that nobody needs are not computed.
-        wants_hidden, wants_weight = ctx.needs_input_grad[:2] if with_gradients else (False, False)
+        wants_hidden, wants_weight = (
+            ctx.needs_input_grad[:2] if with_gradients else (False, False)
+        )
         gradient_NE = torch.empty_like(hidden_NE) if wants_hidden else None
         # Summed in fp32: a sum of many chunks in bf16 loses what the last ones add.
-        gradient_VE = torch.zeros_like(weight_VE, dtype=torch.float32) if wants_weight else None
+        gradient_VE = (
+            torch.zeros_like(weight_VE, dtype=torch.float32) if wants_weight else None
+        )
 
         loss = hidden_NE.new_zeros((), dtype=torch.float32)
         length = max(1, CHUNK_BYTES // (4 * len(weight_VE)))
@@ -253,7 +264,10 @@ class _ChunkedLoss(torch.autograd.Function):
                 with torch.set_grad_enabled(with_gradients):
                     logits_KV = head.finished(products_KV).float()
                     chunk_loss = F.cross_entropy(
-                        logits_KV, targets_K, reduction="sum", label_smoothing=label_smoothing
+                        logits_KV,
+                        targets_K,
+                        reduction="sum",
+                        label_smoothing=label_smoothing,
                     )
                 loss += chunk_loss.detach()
                 if not with_gradients:
@@ -270,7 +284,8 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, factor: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """The gradients of `forward`'s inputs, in their types; factor: the gradient of the loss."""
+        """The gradients of `forward`'s inputs, in their types; factor: the gradient of
+        the loss."""
         gradients = []
         for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):
             scaled = None if gradient is None else gradient.mul_(factor).to(dtype)

@@ -1,6 +1,7 @@
 """What a user names as pretrained: a folder or a hub id, looked at before it is loaded.
 
-transformers says of many wrong ones only that some file is missing. Here each gets the sentence of its cause.
+transformers says of many wrong ones only that some file is missing. Here each gets the
+sentence of its cause.
 """
 
 import json
@@ -23,8 +24,8 @@ CHECKPOINT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-# What goes wrong between here and the hub: no network, no such name, no right to it. The second is the base
-# of whichever HTTP client this version of it uses.
+# What goes wrong between here and the hub: no network, no such name, no right to it. The
+# second is the base of whichever HTTP client this version of it uses.
 HUB_ERRORS: Any = (OSError, HfHubHTTPError.__mro__[1], HFValidationError)
 STANDIN = "Name a folder that holds one, or make a small one with flallm standin_llm."
 
@@ -55,15 +56,18 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _ADDRESS = re.compile(r"https?://(?:[^/]+/([\w.-]+/[\w.-]+))?")
 _LFS = b"version https://git-lfs"
 _LFS_BYTES = 1024  # a pointer is smaller than that
-_TEXT_FILES = (".json", ".model", ".txt")  # of config and tokenizer; other files may be of no use here
+# of config and tokenizer; other files may be of no use here
+_TEXT_FILES = (".json", ".model", ".txt")
 _ADAPTER = "adapter_config.json"
 
 
 def check_llm_source(name: str) -> None:
-    """Raise UserError with the cause where `name` is no folder or hub id of an LLM that could be loaded.
+    """Raise UserError with the cause where `name` is no folder or hub id of an LLM that
+    could be loaded.
 
-    Of a folder the names and sizes of the files are looked at, and the headers of safetensors files; of a hub
-    id, whether the hub has it. Weights may be missing: see `check_weights`.
+    Of a folder the names and sizes of the files are looked at, and the headers of
+    safetensors files; of a hub id, whether the hub has it. Weights may be missing: see
+    `check_weights`.
     """
     path = Path(name)
     if path.is_dir():
@@ -75,12 +79,14 @@ def check_llm_source(name: str) -> None:
     else:
         raise UserError(
             "llm.name must be a hub id or a folder with an LLM, but there is nothing at "
-            f"{name}.{_named_as(name)} flallm standin_llm makes a small one for machines without a hub."
+            f"{name}.{_named_as(name)} flallm standin_llm makes a small one for machines "
+            "without a hub."
         )
 
 
 def check_backbone_source(name: str, pretrained: bool = True) -> None:
-    """Raise UserError with the cause where a folder, file or address is no backbone that could be loaded.
+    """Raise UserError with the cause where a folder, file or address is no backbone that
+    could be loaded.
 
     pretrained: whether its weights are wanted; else only a config is.
     """
@@ -96,13 +102,13 @@ def check_backbone_source(name: str, pretrained: bool = True) -> None:
         must_be_no_pointer(path)
         if path.suffix != ".pth" and (path.parent / "config.json").is_file():
             raise UserError(
-                f"visual.weights must be a hub id, a folder or a .pth file, got the file {path}. Name its "
-                f"folder: {path.parent}."
+                "visual.weights must be a hub id, a folder or a .pth file, got the file "
+                f"{path}. Name its folder: {path.parent}."
             )
     elif _ADDRESS.match(name):
         raise UserError(
-            f"visual.weights must be a hub id, a folder or a .pth file, got the address {name}."
-            f"{_named_as(name)} Or fetch it, and name the file."
+            "visual.weights must be a hub id, a folder or a .pth file, got the address "
+            f"{name}.{_named_as(name)} Or fetch it, and name the file."
         )
 
 
@@ -116,14 +122,15 @@ def _refuse_file(path: Path) -> None:
         raise _gguf(path)
     holds = "" if not (path.parent / "config.json").is_file() else f": {path.parent}"
     raise UserError(
-        f"llm.name must be a hub id or a folder with an LLM, got the file {path}. Name its folder{holds}."
+        f"llm.name must be a hub id or a folder with an LLM, got the file {path}. Name its "
+        f"folder{holds}."
     )
 
 
 def _gguf(path: Path) -> UserError:
     return UserError(
-        f"Cannot train {path}: GGUF files hold quantised weights for inference. Name the model that it was "
-        "made from, in the safetensors format."
+        f"Cannot train {path}: GGUF files hold quantised weights for inference. Name the "
+        "model that it was made from, in the safetensors format."
     )
 
 
@@ -131,8 +138,8 @@ def _check_folder(folder: Path, kind: _Kind) -> None:
     files = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     if not files:
         raise UserError(
-            f"The {kind.what} {folder} must load, but did not: the folder is empty. Check --{kind.option}. "
-            f"{kind.without}"
+            f"The {kind.what} {folder} must load, but did not: the folder is empty. Check "
+            f"--{kind.option}. {kind.without}"
         )
     for path in files:
         if path.suffix in _TEXT_FILES:
@@ -144,7 +151,11 @@ def _check_folder(folder: Path, kind: _Kind) -> None:
     ggufs = [path for path in files if path.suffix == ".gguf"]
     if ggufs:
         raise _gguf(ggufs[0])
-    deeper = [path.parent for depth in (1, 2, 3) for path in folder.glob("*/" * depth + "config.json")]
+    deeper = [
+        path.parent
+        for depth in (1, 2, 3)
+        for path in folder.glob("*/" * depth + "config.json")
+    ]
     cached = re.fullmatch(r"models--(.+?)--(.+)", folder.name)
     if cached:
         hint = f"This is the hub's cache: name {cached[1]}/{cached[2]}"
@@ -156,7 +167,8 @@ def _check_folder(folder: Path, kind: _Kind) -> None:
     held = ", ".join(path.name for path in files[:3])
     more = f" and {len(files) - 3} more" if len(files) > 3 else ""
     raise UserError(
-        f"The folder {folder} must hold the config.json of an {kind.what}, got {held}{more}. {hint}"
+        f"The folder {folder} must hold the config.json of an {kind.what}, got "
+        f"{held}{more}. {hint}"
     )
 
 
@@ -166,9 +178,9 @@ def _adapter(name: str, config: Path, kind: _Kind) -> UserError:
     except (OSError, ValueError, AttributeError):
         base = None
     return UserError(
-        f"{kind.option} must be a whole {kind.what}, but {name} holds an adapter (LoRA or the like) of "
-        f"{base or 'another model'}. Name {base or 'that model'}, or merge the two {kind.merged} and name "
-        "the folder of the result."
+        f"{kind.option} must be a whole {kind.what}, but {name} holds an adapter (LoRA or "
+        f"the like) of {base or 'another model'}. Name {base or 'that model'}, or merge "
+        f"the two {kind.merged} and name the folder of the result."
     )
 
 
@@ -180,8 +192,8 @@ def must_be_no_pointer(path: Path) -> None:
         if file.read(len(_LFS)) != _LFS:
             return
     raise UserError(
-        f"Cannot read {path}: it is a git-lfs pointer of {path.stat().st_size} bytes, not the file itself. "
-        f"Run git lfs pull in {path.parent}."
+        f"Cannot read {path}: it is a git-lfs pointer of {path.stat().st_size} bytes, not "
+        f"the file itself. Run git lfs pull in {path.parent}."
     )
 
 
@@ -200,28 +212,29 @@ def _check_hub(name: str) -> None:
                 raise _adapter(name, Path(cached_file(name, _ADAPTER)), _LLM)
         except GatedRepoError as error:
             raise UserError(
-                f"Cannot read {name} on the hub: its owner gives access on request. Ask for it at "
-                f"https://huggingface.co/{name}, then run hf auth login."
+                f"Cannot read {name} on the hub: its owner gives access on request. Ask "
+                f"for it at https://huggingface.co/{name}, then run hf auth login."
             ) from error
         except HUB_ERRORS as error:
             reason = f"the hub cannot be reached ({first_line(error)})."
         else:
             raise UserError(
-                f"llm.name must be a folder or the hub id of an LLM, but {name} is no folder here, and the "
-                "hub has no such model with a config.json, or not for you. Check the name, or run hf auth "
-                "login."
+                f"llm.name must be a folder or the hub id of an LLM, but {name} is no "
+                "folder here, and the hub has no such model with a config.json, or not for "
+                "you. Check the name, or run hf auth login."
             )
     raise UserError(
-        f"llm.name must be within reach, but {name} is no folder here and is not in the hub's cache, and "
-        f"{reason} {STANDIN}"
+        f"llm.name must be within reach, but {name} is no folder here and is not in the "
+        f"hub's cache, and {reason} {STANDIN}"
     )
 
 
 def read_cache_alone_if_unreachable(name: str) -> None:
-    """Keep the libraries from asking a hub that does not answer for files of `name` that are cached.
+    """Keep the libraries from asking a hub that does not answer for files of `name` that
+    are cached.
 
-    They would repeat the request for each file: minutes for one model. For the rest of the process they
-    behave as under HF_HUB_OFFLINE=1.
+    They would repeat the request for each file: minutes for one model. For the rest of
+    the process they behave as under HF_HUB_OFFLINE=1.
     """
     if is_offline_mode():
         return
@@ -234,10 +247,11 @@ def read_cache_alone_if_unreachable(name: str) -> None:
 
 
 def check_weights(name: str, section: str = "llm") -> None:
-    """Raise UserError where a folder has no weights, or files of them that are missing or cut off.
+    """Raise UserError where a folder has no weights, or files of them that are missing or
+    cut off.
 
-    section: of the options, whose `pretrained` does without them. Of a hub id nothing is asked: its
-    weights are downloaded when they are read.
+    section: of the options, whose `pretrained` does without them. Of a hub id nothing is
+    asked: its weights are downloaded when they are read.
     """
     folder = Path(name)
     if not folder.is_dir():
@@ -245,12 +259,15 @@ def check_weights(name: str, section: str = "llm") -> None:
     found = next((file for file in CHECKPOINT_FILES if (folder / file).is_file()), None)
     if found is None:
         others = [
-            p.name for p in sorted(folder.iterdir()) if p.suffix in (".h5", ".msgpack", ".pth", ".gguf")
+            p.name
+            for p in sorted(folder.iterdir())
+            if p.suffix in (".h5", ".msgpack", ".pth", ".gguf")
         ]
         got = f"only {others[0]}, which is of another format" if others else "none"
         raise UserError(
-            f"The folder {folder} must hold weights (model.safetensors or pytorch_model.bin), got {got}. "
-            f"Fetch the model again, or give --{section}.pretrained=false for random weights."
+            f"The folder {folder} must hold weights (model.safetensors or "
+            f"pytorch_model.bin), got {got}. Fetch the model again, or give "
+            f"--{section}.pretrained=false for random weights."
         )
     parts = [found]
     if found.endswith(".json"):
@@ -259,7 +276,8 @@ def check_weights(name: str, section: str = "llm") -> None:
             parts = sorted(set(index["weight_map"].values()))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f"Cannot read {folder / found}: it is no index of weights ({error}). Fetch it again."
+                f"Cannot read {folder / found}: it is no index of weights ({error}). Fetch "
+                "it again."
             ) from error
     for part in parts:
         _check_part(folder / part)
@@ -267,7 +285,9 @@ def check_weights(name: str, section: str = "llm") -> None:
 
 def _check_part(path: Path) -> None:
     if not path.is_file():
-        raise UserError(f"Cannot read {path}: there is no such file. Fetch the model again.")
+        raise UserError(
+            f"Cannot read {path}: there is no such file. Fetch the model again."
+        )
     must_be_no_pointer(path)
     if path.suffix != ".safetensors":
         return

@@ -1,7 +1,7 @@
 """From frames or visual features to a sentence: [visual encoder ->] adapter -> Light-T or an LLM.
 
-B clips, N packed frames, S visual tokens with the words around them, L text tokens, P start tokens,
-M words of a batch around visual tokens, D visual width, E language width.
+B clips, N packed frames, S visual tokens with the words around them, L text tokens, P
+start tokens, M words of a batch around visual tokens, D visual width, E language width.
 """
 
 from collections.abc import Sequence
@@ -41,8 +41,8 @@ class Candidate:
 class SignTranslator(nn.Module):
     """What is trained in a stage.
 
-    visual: trained with the rest, as in stage 1; None where the frozen encoder stays outside and
-    the inputs are its features. loss: see models/loss.py.
+    visual: trained with the rest, as in stage 1; None where the frozen encoder stays
+    outside and the inputs are its features. loss: see models/loss.py.
     """
 
     def __init__(
@@ -63,17 +63,24 @@ class SignTranslator(nn.Module):
         self.pad_id, self.eos_id = codec.pad_id, codec.eos_id
         self.loss = loss
         self._head = Head.of(language_model)
-        # Of words that are read as embeddings: what the LLM does to words beside its embedding.
+        # Of words that are read as embeddings: what the LLM does to words beside its
+        # embedding.
         own = own_scale(language_model.get_input_embeddings())
         self._words_scale = word_scale(probe_of(language_model)) / own
 
-    def visual_tokens(self, inputs: torch.Tensor, num_frames_B: torch.Tensor) -> torch.Tensor:
+    def visual_tokens(
+        self, inputs: torch.Tensor, num_frames_B: torch.Tensor
+    ) -> torch.Tensor:
         """tokens_NE that stand in place of words.
 
-        inputs: pixels_NCHW where the visual encoder is inside, features_ND where it is not.
+        inputs: pixels_NCHW where the visual encoder is inside, features_ND where it is
+        not.
         """
-        features_ND = self.visual(inputs, num_frames_B) if self.visual is not None else inputs
-        # Types may differ: an fp32 encoder before a bf16 engine, an fp32 adapter before a bf16 LLM.
+        features_ND = (
+            self.visual(inputs, num_frames_B) if self.visual is not None else inputs
+        )
+        # Types may differ: an fp32 encoder before a bf16 engine, an fp32 adapter before a
+        # bf16 LLM.
         autocast = torch.is_autocast_enabled(features_ND.device.type)
         if not autocast:
             features_ND = features_ND.to(next(self.adapter.parameters()).dtype)
@@ -94,12 +101,14 @@ class SignTranslator(nn.Module):
         tokens_NE = self.visual_tokens(inputs, num_frames_B)
         videos = torch.split(tokens_NE, num_frames_B.tolist())
 
-        # The words of each clip in order: those before its visual tokens, then those after.
+        # The words of each clip in order: those before its visual tokens, then those
+        # after.
         parts: list[Sequence[int]] = []
         for wording, target in zip(wordings, targets, strict=True):
             parts += [wording.before, (*wording.after, *target)]
         ids = [i for part in parts for i in part]
-        # A rank without clips must embed as the others do, where an LLM reads words at all.
+        # A rank without clips must embed as the others do, where an LLM reads words at
+        # all.
         if not ids and not self.decoder_only:
             return pad_parts(videos, side)
 
@@ -123,12 +132,16 @@ class SignTranslator(nn.Module):
         label_smoothing: float = 0.0,
     ) -> torch.Tensor:
         """Cross entropy summed over the target tokens (those that are not -100)."""
-        states = self._decoder_only_states if self.decoder_only else self._encoder_decoder_states
+        states = (
+            self._decoder_only_states if self.decoder_only else self._encoder_decoder_states
+        )
         states_NE = states(inputs, num_frames_B, wordings, target_ids_BL)
         targets_N = target_ids_BL[target_ids_BL != -100]
         if self._head is None:
             logits_NV = states_NE.float()
-            return F.cross_entropy(logits_NV, targets_N, label_smoothing=label_smoothing, reduction="sum")
+            return F.cross_entropy(
+                logits_NV, targets_N, label_smoothing=label_smoothing, reduction="sum"
+            )
         return token_loss(self._head, states_NE, targets_N, label_smoothing, self.loss)
 
     def _decoder_only_states(
@@ -147,7 +160,9 @@ class SignTranslator(nn.Module):
         for row in target_ids_BL.tolist():
             targets.append([i for i in row if i != -100])
         read = [target[:-1] for target in targets]
-        embeddings_BSE, mask_BS = self._source(inputs, num_frames_B, wordings, read, "right")
+        embeddings_BSE, mask_BS = self._source(
+            inputs, num_frames_B, wordings, read, "right"
+        )
         llm = self.language_model
         module = llm if self._head is None else llm.get_decoder()
         out = module(inputs_embeds=embeddings_BSE, attention_mask=mask_BS, use_cache=False)
@@ -155,7 +170,9 @@ class SignTranslator(nn.Module):
 
         # A text of n tokens is predicted by the last n states of its clip.
         parts = []
-        for row_SE, end, target in zip(states_BSE, mask_BS.sum(1).tolist(), targets, strict=True):
+        for row_SE, end, target in zip(
+            states_BSE, mask_BS.sum(1).tolist(), targets, strict=True
+        ):
             parts.append(row_SE[end - len(target) : end])
         return torch.cat(parts)
 
@@ -168,7 +185,9 @@ class SignTranslator(nn.Module):
     ) -> torch.Tensor:
         """As `_decoder_only_states`."""
         no_targets: list[list[int]] = [[] for _ in wordings]
-        embeddings_BSE, mask_BS = self._source(inputs, num_frames_B, wordings, no_targets, "right")
+        embeddings_BSE, mask_BS = self._source(
+            inputs, num_frames_B, wordings, no_targets, "right"
+        )
 
         # The decoder reads the start and the text but for its last token.
         start_BP = _start_ids(wordings, target_ids_BL.device)
@@ -185,7 +204,9 @@ class SignTranslator(nn.Module):
                 use_cache=False,
             ).logits
         else:
-            encoded = llm.get_encoder()(inputs_embeds=embeddings_BSE, attention_mask=mask_BS)
+            encoded = llm.get_encoder()(
+                inputs_embeds=embeddings_BSE, attention_mask=mask_BS
+            )
             memory_BSE = encoded.last_hidden_state
             states_BLE = llm.get_decoder()(
                 input_ids=decoder_ids_BL,
@@ -211,13 +232,15 @@ class SignTranslator(nn.Module):
     ) -> list[list[Candidate]]:
         """`beam.num_return` hypotheses of each clip, best first.
 
-        synced: all ranks keep generating until the last is done, as ZeRO-3's gathers need.
-        streamer: one of transformers, given the start and then each piece of a single clip, where
-        num_beams is 1.
+        synced: all ranks keep generating until the last is done, as ZeRO-3's gathers
+        need. streamer: one of transformers, given the start and then each piece of a
+        single clip, where num_beams is 1.
         """
         no_targets: list[list[int]] = [[] for _ in wordings]
         side: Literal["left", "right"] = "left" if self.decoder_only else "right"
-        embeddings_BSE, mask_BS = self._source(inputs, num_frames_B, wordings, no_targets, side)
+        embeddings_BSE, mask_BS = self._source(
+            inputs, num_frames_B, wordings, no_targets, side
+        )
         start: dict[str, Any] = {}
         num_start = 0
         if not self.decoder_only:
@@ -243,7 +266,9 @@ class SignTranslator(nn.Module):
             **start,
         )
         # The hypotheses of all clips come one after another, num_return of each.
-        scores = found.sequences_scores.tolist() if scored else [None] * len(found.sequences)
+        scores = (
+            found.sequences_scores.tolist() if scored else [None] * len(found.sequences)
+        )
         candidates = []
         for ids, score in zip(found.sequences.tolist(), scores, strict=True):
             candidates.append(Candidate(self._until_end(ids[num_start:]), score))

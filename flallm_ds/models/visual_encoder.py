@@ -1,10 +1,10 @@
 """From the pixels of a clip's frames to the visual tokens that a translator reads.
 
-An image encoder per frame, then the local temporal module (FLa-LLM, section 3.2), then the adapter.
-This is also the only file that knows how packed clips are laid out.
+An image encoder per frame, then the local temporal module (FLa-LLM, section 3.2), then
+the adapter. This is also the only file that knows how packed clips are laid out.
 
-N packed frames, B clips, S visual tokens of the longest clip, D width of the visual features,
-E width of the language model, C H W of a frame.
+N packed frames, B clips, S visual tokens of the longest clip, D width of the visual
+features, E width of the language model, C H W of a frame.
 """
 
 import hashlib
@@ -40,14 +40,17 @@ def pad_parts(
     return padded_BSE, mask_BS.to(padded_BSE.device)
 
 
-def pad_packed(packed_ND: torch.Tensor, num_frames_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def pad_packed(
+    packed_ND: torch.Tensor, num_frames_B: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(padded_BSD with zeros after each clip's end, mask_BS of 1 where there is a token)."""
     return pad_parts(torch.split(packed_ND, num_frames_B.tolist()))
 
 
 def gap_positions(num_frames_B: torch.Tensor, gap: int) -> torch.Tensor:
     """Where each packed frame stands when `gap` empty places follow every clip; int64 (N,)."""
-    # The number of the clip that each frame belongs to: so many gaps come before the frame.
+    # The number of the clip that each frame belongs to: so many gaps come before the
+    # frame.
     clip_N = torch.repeat_interleave(torch.arange(len(num_frames_B)), num_frames_B.cpu())
     return torch.arange(len(clip_N)) + clip_N * gap
 
@@ -66,8 +69,9 @@ def resnet_width(settings: dict[str, Any]) -> int | None:
 class LocalTemporalModule(nn.Module):
     """Conv1d + BatchNorm + ReLU over a clip's frames; length is kept.
 
-    Clips stay packed: `kernel // 2` zeros between them stand for the padding at a clip's ends, so
-    nothing leaks from one clip to the next and BatchNorm never sees a padding frame.
+    Clips stay packed: `kernel // 2` zeros between them stand for the padding at a clip's
+    ends, so nothing leaks from one clip to the next and BatchNorm never sees a padding
+    frame.
     """
 
     def __init__(self, width: int, kernel: int) -> None:
@@ -104,9 +108,9 @@ def two_at_least(batch: torch.Tensor) -> torch.Tensor:
 class VisualEncoder(nn.Module):
     """pixels_NCHW of packed clips -> sign-wise features_ND.
 
-    width: channels of the first stage of a ResNet-18 with random weights, where no backbone is
-    given. chunk_frames: what needs no gradient and no batch statistics is seen this many frames at
-    a time, in less memory; 0: all at once.
+    width: channels of the first stage of a ResNet-18 with random weights, where no
+    backbone is given. chunk_frames: what needs no gradient and no batch statistics is
+    seen this many frames at a time, in less memory; 0: all at once.
     """
 
     def __init__(
@@ -137,7 +141,9 @@ class VisualEncoder(nn.Module):
             chunks = torch.split(pixels_NCHW, self.chunk_frames or max(1, len(pixels_NCHW)))
             return torch.cat([self.backbone(chunk) for chunk in chunks])
 
-    def forward(self, pixels_NCHW: torch.Tensor, num_frames_B: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, pixels_NCHW: torch.Tensor, num_frames_B: torch.Tensor
+    ) -> torch.Tensor:
         """pixels_NCHW -> features_ND."""
         frames_ND = self.frame_features(pixels_NCHW)
         features_ND: torch.Tensor = self.temporal(frames_ND, num_frames_B)
@@ -152,7 +158,8 @@ class VisualEncoder(nn.Module):
     def from_settings(cls, settings: dict[str, Any]) -> "VisualEncoder":
         """The same architecture with random weights; no file and no hub is read.
 
-        {"width", "temporal_kernel"} alone is a ResNet-18. Raises UserError for other keys.
+        {"width", "temporal_kernel"} alone is a ResNet-18. Raises UserError for other
+        keys.
         """
         try:
             if "backbone" not in settings:
@@ -161,7 +168,8 @@ class VisualEncoder(nn.Module):
             return cls(temporal_kernel=settings["temporal_kernel"], backbone=backbone)
         except (TypeError, KeyError) as error:
             raise UserError(
-                f"the settings of a visual encoder must be those of this version, but {error!r}."
+                "the settings of a visual encoder must be those of this version, but "
+                f"{error!r}."
             ) from error
 
 
@@ -171,13 +179,15 @@ class VisualEncoder(nn.Module):
 class Adapter(nn.Sequential):
     """The MLP between visual encoder and translator: VL-Adapter (stage 1), LLM-Adapter (stage 2).
 
-    Linear-ReLU-Linear, one hidden layer as wide as the output (FLa-LLM; the paper does not give the
-    hidden width). scale: what the output is multiplied by, sqrt(E) where the language model scales
-    its word embeddings.
+    Linear-ReLU-Linear, one hidden layer as wide as the output (FLa-LLM; the paper does
+    not give the hidden width). scale: what the output is multiplied by, sqrt(E) where the
+    language model scales its word embeddings.
     """
 
     def __init__(self, in_width: int, out_width: int, scale: float = 1.0) -> None:
-        super().__init__(nn.Linear(in_width, out_width), nn.ReLU(), nn.Linear(out_width, out_width))
+        super().__init__(
+            nn.Linear(in_width, out_width), nn.ReLU(), nn.Linear(out_width, out_width)
+        )
         self.scale = scale
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
@@ -189,9 +199,10 @@ class Adapter(nn.Sequential):
 class FeatureExtractor(nn.Module):
     """pixels_NCHW of packed clips -> features_ND that a language model's adapter reads.
 
-    kind (FLa-LLM, Table 8): "signs", the visual encoder's output; "frames", what its local temporal
-    module would read; "light_t", the states of stage 1's Light-T encoder, which reads the visual
-    encoder through `vl_adapter`. light_t_encoder: as `encoder_of` returns it.
+    kind (FLa-LLM, Table 8): "signs", the visual encoder's output; "frames", what its
+    local temporal module would read; "light_t", the states of stage 1's Light-T encoder,
+    which reads the visual encoder through `vl_adapter`. light_t_encoder: as `encoder_of`
+    returns it.
     """
 
     def __init__(
@@ -203,7 +214,9 @@ class FeatureExtractor(nn.Module):
     ) -> None:
         super().__init__()
         assert kind in get_args(Kind)
-        assert (kind == "light_t") == (vl_adapter is not None) == (light_t_encoder is not None)
+        assert (
+            (kind == "light_t") == (vl_adapter is not None) == (light_t_encoder is not None)
+        )
         self.kind = kind
         self.visual = visual
         self.vl_adapter = vl_adapter
@@ -219,7 +232,9 @@ class FeatureExtractor(nn.Module):
             return self.visual.temporal.conv.in_channels
         return self.visual.feature_width
 
-    def forward(self, pixels_NCHW: torch.Tensor, num_frames_B: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, pixels_NCHW: torch.Tensor, num_frames_B: torch.Tensor
+    ) -> torch.Tensor:
         """pixels_NCHW -> features_ND."""
         if self.kind == "frames":
             return self.visual.frame_features(pixels_NCHW)
@@ -233,9 +248,11 @@ class FeatureExtractor(nn.Module):
         return packed_ND
 
     def freeze(self, how: Frozen) -> "FeatureExtractor":
-        """Keep parts as they are: their weights, and, in eval mode for good, BatchNorm statistics.
+        """Keep parts as they are: their weights, and, in eval mode for good, BatchNorm
+        statistics.
 
-        The Light-T encoder is never trained in stage 2, nor is what "frames" does not use.
+        The Light-T encoder is never trained in stage 2, nor is what "frames" does not
+        use.
         """
         parts: list[nn.Module | None] = [self.vl_adapter, self.light_t_encoder]
         if how == "backbone":
@@ -265,21 +282,27 @@ class FeatureExtractor(nn.Module):
         return {"kind": self.kind, "light_t": without_origin(config)}
 
     @classmethod
-    def from_settings(cls, visual: VisualEncoder, settings: dict[str, Any]) -> "FeatureExtractor":
+    def from_settings(
+        cls, visual: VisualEncoder, settings: dict[str, Any]
+    ) -> "FeatureExtractor":
         """Build one with these settings; all but the given visual encoder has random weights."""
         if settings["kind"] != "light_t":
             return cls(visual, settings["kind"])
         try:
             encoder = encoder_of(MBartEncoder(MBartConfig(**settings["light_t"])))
         except (TypeError, ValueError) as error:
-            raise UserError(f"the settings of a Light-T encoder must be mBART's, but {error}.") from error
+            raise UserError(
+                f"the settings of a Light-T encoder must be mBART's, but {error}."
+            ) from error
         vl_adapter = Adapter(visual.feature_width, encoder.config.d_model)
         return cls(visual, "light_t", vl_adapter, encoder)
 
     def fingerprint(self) -> str:
         """sha256 of settings and weights: equal for extractors that make the same features."""
         settings = {"features": self.settings(), "visual": self.visual.settings()}
-        digest = hashlib.sha256(json.dumps(without_origin(settings), sort_keys=True).encode())
+        digest = hashlib.sha256(
+            json.dumps(without_origin(settings), sort_keys=True).encode()
+        )
         for name, tensor in sorted(self.state_dict().items()):
             if name.endswith("num_batches_tracked"):
                 continue  # no feature depends on it

@@ -23,11 +23,13 @@ FILE_BYTES = 2 * 10**9  # of one file at most, unless a single tensor is larger
 class WeightsWriter:
     """Writes tensors as they come.
 
-    `with WeightsWriter(folder) as writer: writer.add(name, tensor)`. At most file_bytes wait in
-    memory. The files get their names at the end: nothing loads before.
+    `with WeightsWriter(folder) as writer: writer.add(name, tensor)`. At most file_bytes
+    wait in memory. The files get their names at the end: nothing loads before.
     """
 
-    def __init__(self, folder: Path, name: str = "model.safetensors", file_bytes: int = FILE_BYTES) -> None:
+    def __init__(
+        self, folder: Path, name: str = "model.safetensors", file_bytes: int = FILE_BYTES
+    ) -> None:
         self.folder, self.name, self.file_bytes = folder, name, file_bytes
         self._waiting: dict[str, torch.Tensor] = {}
         self._waiting_bytes = 0
@@ -53,7 +55,10 @@ class WeightsWriter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if error is not None:
             return
@@ -118,7 +123,9 @@ class Weights:
         try:
             tensor: torch.Tensor = file.get_tensor(name)
         except SafetensorError as error:
-            raise UserError(f"{path} must be a whole safetensors file, but is not ({error}).") from error
+            raise UserError(
+                f"{path} must be a whole safetensors file, but is not ({error})."
+            ) from error
         return tensor
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -129,14 +136,19 @@ def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} must be a whole safetensors file, but is not ({error}).") from error
+        raise UserError(
+            f"{path} must be a whole safetensors file, but is not ({error})."
+        ) from error
 
 
 def named_state(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters, tied ones once by their first name, then the buffers that belong to the state."""
+    """Parameters, tied ones once by their first name, then the buffers that belong to the
+    state."""
     yield from module.named_parameters()
     persistent = module.state_dict().keys()
-    yield from ((name, buffer) for name, buffer in module.named_buffers() if name in persistent)
+    yield from (
+        (name, buffer) for name, buffer in module.named_buffers() if name in persistent
+    )
 
 
 def must_hold(weights: Weights, module: nn.Module) -> None:
@@ -146,19 +158,21 @@ def must_hold(weights: Weights, module: nn.Module) -> None:
     if missing:
         name = missing[0]
         raise UserError(
-            f"{weights.path} must hold {name}, but does not: it is of another model or not whole."
+            f"{weights.path} must hold {name}, but does not: it is of another model or not "
+            "whole."
         )
 
 
 @torch.no_grad()
 def load_weights(module: nn.Module, weights: Weights) -> None:
-    """Copy the tensors into a module. Raises UserError where one is missing or of another shape."""
+    """Copy the tensors into a module. Raises UserError where one is missing or of another
+    shape."""
     must_hold(weights, module)
     for name, own in named_state(module):
         stored = weights[name]
         if stored.shape != own.shape:
             raise UserError(
-                f"{weights.path} must fit its settings, but {name} is {tuple(stored.shape)} where "
-                f"the model has {tuple(own.shape)}."
+                f"{weights.path} must fit its settings, but {name} is "
+                f"{tuple(stored.shape)} where the model has {tuple(own.shape)}."
             )
         own.copy_(stored)

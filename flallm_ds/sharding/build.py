@@ -1,8 +1,10 @@
-"""A sign corpus into shards: python shards/build.py CORPUS --source=DIR --out=DIR (see its --help).
+"""A sign corpus into shards: python shards/build.py CORPUS --source=DIR --out=DIR (see
+its --help).
 
-One process a core, each writing whole shards, so that frames never travel between processes. The
-same corpus and options give the same bytes on any number of workers, also when the build was killed
-and started again. `--out` appears whole at the end; until then the work lies in `<out>.partial`.
+One process a core, each writing whole shards, so that frames never travel between
+processes. The same corpus and options give the same bytes on any number of workers, also
+when the build was killed and started again. `--out` appears whole at the end; until then
+the work lies in `<out>.partial`.
 """
 
 import inspect
@@ -29,8 +31,9 @@ _NUM_EXAMPLES = 3
 def build(corpus_name: str, source: Path, out: Path, options: Options, **own: Any) -> None:
     """Read a corpus (own: its importer's options) and write its shards to `out`.
 
-    Continues where an earlier call with the same options and source was ended. Raises UserError if
-    there is something else at `out`, or if rows are faulty beyond --max_skipped.
+    Continues where an earlier call with the same options and source was ended. Raises
+    UserError if there is something else at `out`, or if rows are faulty beyond
+    --max_skipped.
     """
     out = out.resolve()
     earlier_build(out)  # before a long look at the source
@@ -46,15 +49,20 @@ def build(corpus_name: str, source: Path, out: Path, options: Options, **own: An
     if is_built(out, plan) and not partial_folder(out).exists():
         return
     with hold(out) as partial:
-        # Built while this call waited for its turn, or by one killed before it had tidied up.
+        # Built while this call waited for its turn, or by one killed before it had tidied
+        # up.
         if is_built(out, plan):
             partial.discard()
             return
         compared = {name: value for name, value in plan.items() if name != "source"}
         partial.begin(compared, options.restart)
         notes = corpus.notes + repeat_notes(rows)
-        notes += [f"{split}: has no rows, left out" for split, table in rows.items() if not table]
-        todo = plan_jobs(clips, options, partial, options.max_skipped - len(faults), num_rows)
+        notes += [
+            f"{split}: has no rows, left out" for split, table in rows.items() if not table
+        ]
+        todo = plan_jobs(
+            clips, options, partial, options.max_skipped - len(faults), num_rows
+        )
         work(todo, options, faults, num_rows)
         done = jobs.collect(todo, partial.shards)
         faults = sorted(faults + done.faults, key=lambda fault: fault.sentence)
@@ -88,18 +96,24 @@ def plan_jobs(
     num_skippable: int,
     num_rows: int,
 ) -> list[jobs.ShardJob]:
-    """Plan a job for each shard, or for as many clips as a shard of --mb_per_shard should take."""
+    """Plan a job for each shard, or for as many clips as a shard of --mb_per_shard should
+    take."""
     if options.clips_per_shard:
         clips_per_job = dict.fromkeys(clips, options.clips_per_shard)
     else:
-        clips_per_job = partial.kept("clips_per_job", lambda: jobs.clips_for_size(clips, options))
+        clips_per_job = partial.kept(
+            "clips_per_job", lambda: jobs.clips_for_size(clips, options)
+        )
     return jobs.plan(clips, clips_per_job, partial.work, options, num_skippable, num_rows)
 
 
-def work(todo: list[jobs.ShardJob], options: Options, faults: list[Fault], num_rows: int) -> None:
+def work(
+    todo: list[jobs.ShardJob], options: Options, faults: list[Fault], num_rows: int
+) -> None:
     """Do what is left of all jobs.
 
-    faults: of rows that were left out before. Raises UserError for more faults than may be skipped.
+    faults: of rows that were left out before. Raises UserError for more faults than may
+    be skipped.
     """
     faults = list(faults)
     left = []
@@ -115,7 +129,8 @@ def work(todo: list[jobs.ShardJob], options: Options, faults: list[Fault], num_r
             left.append(job)
     if num_done:
         print(
-            f"going on with an unfinished build: {num_done:,} of {num_clips:,} clips are done",
+            f"going on with an unfinished build: {num_done:,} of {num_clips:,} clips are "
+            "done",
             flush=True,
         )
     check_budget(faults, options.max_skipped, num_rows)
@@ -127,7 +142,8 @@ def work(todo: list[jobs.ShardJob], options: Options, faults: list[Fault], num_r
         num_clips=num_left,
         title="build",
     )
-    with closing(results):  # else the workers do all that is left, whatever is raised here
+    # else the workers do all that is left, whatever is raised here
+    with closing(results):
         for _, met in results:
             faults += met
             check_budget(faults, options.max_skipped, num_rows)
@@ -140,13 +156,16 @@ def repeat_notes(rows: dict[str, list[Row]]) -> list[str]:
     if not repeated:
         return []
     num_more = counts.total() - len(counts)
-    return [f"{num_more:,} rows have the id of an earlier row and are kept ({_some(repeated)})"]
+    return [
+        f"{num_more:,} rows have the id of an earlier row and are kept ({_some(repeated)})"
+    ]
 
 
 def clamp_notes(clamped: dict[str, list[str]]) -> list[str]:
     """Say for each split how many clips end later than their video does."""
     return [
-        f"{split}: {len(ids):,} clips end past their video's end and were cut there ({_some(ids)})"
+        f"{split}: {len(ids):,} clips end past their video's end and were cut there "
+        f"({_some(ids)})"
         for split, ids in clamped.items()
         if ids
     ]
@@ -179,7 +198,9 @@ def verb(corpus_name: str) -> Callable[..., None]:
         options = Options(**{name: given.pop(name) for name in common if name in given})
         build(corpus_name, source, out, options, **defaults | given)
 
-    paths = [inspect.Parameter(name, keyword, annotation=Path) for name in ("source", "out")]
+    paths = [
+        inspect.Parameter(name, keyword, annotation=Path) for name in ("source", "out")
+    ]
     parameters = [*paths, *inspect.signature(Options).parameters.values(), *own]
     signature = inspect.Signature([p.replace(kind=keyword) for p in parameters])
     run.__signature__ = signature  # type: ignore[attr-defined]

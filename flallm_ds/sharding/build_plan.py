@@ -23,7 +23,8 @@ def plan_of(
 ) -> dict[str, Any]:
     """Return the plan as plain values.
 
-    It holds neither where the source lies nor its times: they do not decide what is in the shards.
+    It holds neither where the source lies nor its times: they do not decide what is in
+    the shards.
     """
     rows, source = {}, {}
     for split, some in clips.items():
@@ -75,10 +76,14 @@ def is_built(out: Path, plan: dict[str, Any]) -> bool:
         path = out / shard["file"]
         if not path.is_file() or path.stat().st_size != shard["bytes"]:
             raise UserError(
-                f"an earlier build must be whole, but {shard['file']} is missing or cut short in "
-                f"{out}. Run shards/verify.py, or remove the folder and build it again."
+                f"an earlier build must be whole, but {shard['file']} is missing or cut "
+                f"short in {out}. Run shards/verify.py, or remove the folder and build it "
+                "again."
             )
-    print(f"already built: {len(shards):,} shards of this source and these options are in {out}")
+    print(
+        f"already built: {len(shards):,} shards of this source and these options are in "
+        f"{out}"
+    )
     return True
 
 
@@ -90,7 +95,9 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     changes = []
     for name in ("importer", "corpus"):
         if old.get(name) != new.get(name):
-            changes.append(f"the {name} was {_word(old.get(name))}, is {_word(new.get(name))}")
+            changes.append(
+                f"the {name} was {_word(old.get(name))}, is {_word(new.get(name))}"
+            )
     for section, prefix in (("options", "--"), ("made_by", "the version of ")):
         for name, before, now in _changed(old, new, section):
             if name != "max_skipped":

@@ -62,7 +62,9 @@ class Report:
 
     @property
     def sentences(self) -> list[str]:
-        return sorted(sentence for sentences in self.faults.values() for sentence in sentences)
+        return sorted(
+            sentence for sentences in self.faults.values() for sentence in sentences
+        )
 
     @property
     def splits(self) -> dict[str, list[dict[str, Any]]]:
@@ -87,7 +89,9 @@ def check(folder: Path, workers: int = 0, only: Collection[str] | None = None) -
         report.add("", f"{name} is no part of the index, and no repair touches it.")
     tars = [tar for tar in report.tars if only is None or tar.shard.file in only]
     num_clips = sum(len(tar.rows) for tar in tars)
-    results = pool.run(check_shard, tars, num_workers=workers, num_clips=num_clips, title="verify")
+    results = pool.run(
+        check_shard, tars, num_workers=workers, num_clips=num_clips, title="verify"
+    )
     for position, found in results:
         report.add(tars[position].shard.file, *found)
     return report
@@ -105,7 +109,8 @@ def _check_table(report: Report, folder: Path, split: str) -> None:
     rows: list[list[dict[str, Any]]] = [[] for _ in range(index.num_shards)]
     for row in iter_rows(index):
         rows[row["shard"]].append(row)
-    # A folder of features has one tar for each shard and view, those of a shard next to each other.
+    # A folder of features has one tar for each shard and view, those of a shard next to
+    # each other.
     facts = index.features[0] if index.features else None
     num_views = facts.views if facts else 1
     rows_of_tars = [part for part in rows for _ in range(num_views)]
@@ -129,7 +134,9 @@ def check_shard(tar: TarCheck) -> list[str]:
         return [f"{name} must be readable, but {error.strerror}."]
     faults = []
     if hashlib.sha256(content).hexdigest() != tar.shard.sha256:
-        faults.append(f"{name} must have the checksum that its index says, but was changed.")
+        faults.append(
+            f"{name} must have the checksum that its index says, but was changed."
+        )
     if len(tar.rows) != tar.shard.clips:
         wanted = f"{name} must hold {tar.shard.clips:,} clips"
         faults.append(f"{wanted}, but its table has {len(tar.rows):,}.")
@@ -203,9 +210,9 @@ def clip_span(
 ) -> tuple[int, int, int, int]:
     """Find a clip's member and its JSON in a tar.
 
-    Returns where the header of the member begins, where its bytes begin, where those of the JSON
-    begin, and where they end. Raises ValueError, the rest of a sentence about the clip, if the two
-    are not where the index says.
+    Returns where the header of the member begins, where its bytes begin, where those of
+    the JSON begin, and where they end. Raises ValueError, the rest of a sentence about
+    the clip, if the two are not where the index says.
     """
     key, begin, end = row["key"], row["offset"], row["offset"] + row["size"]
     json_begin = end + -row["size"] % _BLOCK + _BLOCK
@@ -214,7 +221,10 @@ def clip_span(
         json_name, json_size = _header(content, json_begin - _BLOCK)
     except ValueError as error:
         raise ValueError("must lie where the index says, but does not") from error
-    if name not in [f"{key}.{extension}" for extension in extensions] or size != row["size"]:
+    if (
+        name not in [f"{key}.{extension}" for extension in extensions]
+        or size != row["size"]
+    ):
         raise ValueError("must lie where the index says, but does not")
     if json_name != f"{key}.json":
         raise ValueError("must have a JSON member behind it, but has none")
@@ -235,9 +245,13 @@ def check_clip(content: memoryview, row: dict[str, Any]) -> list[str]:
     return _check_frames(clip, row) + _check_facts(bytes(content[json_begin:json_end]), row)
 
 
-def check_features(content: memoryview, row: dict[str, Any], facts: FeatureFacts) -> list[str]:
+def check_features(
+    content: memoryview, row: dict[str, Any], facts: FeatureFacts
+) -> list[str]:
     """Return what is wrong with one clip's features, each the rest of a sentence."""
-    num_kept = facts.sampling.num_kept(np.array([row["num_frames"]]), np.array([row["fps"]]))
+    num_kept = facts.sampling.num_kept(
+        np.array([row["num_frames"]]), np.array([row["fps"]])
+    )
     shape = (int(num_kept[0]), facts.width)
     try:
         _, begin, _, _ = clip_span(content, row, ["npy"])
@@ -258,7 +272,9 @@ def _check_frames(clip: memoryview, row: dict[str, Any]) -> list[str]:
         try:
             decode_frames(clip, picks, num_frames, frames[: len(picks)], (height, width))
         except ValueError as error:
-            return [f"is broken in frames {picks[0]} to {picks[-1]}: {str(error).rstrip('.')}"]
+            return [
+                f"is broken in frames {picks[0]} to {picks[-1]}: {str(error).rstrip('.')}"
+            ]
     return []
 
 

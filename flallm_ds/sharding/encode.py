@@ -53,8 +53,8 @@ def _encode_h264(row: Row, options: Options) -> Encoded:
     while True:
         frames = _Frames(row, options)
         first = next(frames)
-        # The rate that the container names. The rate that the frames' times give is known at the
-        # end: where the two differ, the clip is encoded again.
+        # The rate that the container names. The rate that the frames' times give is known
+        # at the end: where the two differ, the clip is encoded again.
         rate = fps or frames.video.fps
         all_frames = chain([first], frames)
         member = h264.encode_h264(all_frames, rate, options.gop, options.crf)

@@ -1,4 +1,5 @@
-"""Rows that cannot become clips: what is wrong with them, and how many of them may be left out."""
+"""Rows that cannot become clips: what is wrong with them, and how many of them may be
+left out."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -30,8 +31,9 @@ def over_budget(faults: Sequence[Fault], max_skipped: int, num_rows: int) -> Use
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in counts.items())
     first = faults[0].sentence.rstrip(".")
     return UserError(
-        f"every row must give a clip, but of {num_rows:,} rows {kinds}: {first}. Mend them, let "
-        f"more than {max_skipped} be skipped with --max_skipped, or build other --splits."
+        f"every row must give a clip, but of {num_rows:,} rows {kinds}: {first}. Mend "
+        f"them, let more than {max_skipped} be skipped with --max_skipped, or build other "
+        "--splits."
     )
 
 

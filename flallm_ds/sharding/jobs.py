@@ -1,8 +1,8 @@
 """The work of a build: jobs of clips, each written by one worker.
 
-A job gives one tar or, at a size limit, several. A finished tar lies under its job's name, next to
-a record that says what is in it and which clips are done. A job continues behind its last record.
-Numbers within the split are given at the end (`collect`).
+A job gives one tar or, at a size limit, several. A finished tar lies under its job's
+name, next to a record that says what is in it and which clips are done. A job continues
+behind its last record. Numbers within the split are given at the end (`collect`).
 """
 
 import json
@@ -28,8 +28,10 @@ from flallm_ds.sharding.options import Options
 from flallm_ds.sharding.rows import Clip
 from flallm_ds.sharding.writer import SHARD_NAME, ShardWriter
 
-_NUM_MEASURED = 32  # clips of a split whose size says how many go into a shard of so many megabytes
-# Of a shard's limit, so that a job of larger clips than those measured is seldom cut in two.
+# clips of a split whose size says how many go into a shard of so many megabytes
+_NUM_MEASURED = 32
+# Of a shard's limit, so that a job of larger clips than those measured is seldom cut in
+# two.
 _FILLED = 0.85
 
 
@@ -52,9 +54,11 @@ class Record:
 
     file: str
     rows: list[dict[str, Any]] = field(default_factory=list)  # of the index
-    shard: dict[str, Any] | None = None  # its entry in the index; None where no clip was left
+    # its entry in the index; None where no clip was left
+    shard: dict[str, Any] | None = None
     faults: list[Fault] = field(default_factory=list)
-    clamped: list[str] = field(default_factory=list)  # ids of clips that end later than their video
+    # ids of clips that end later than their video
+    clamped: list[str] = field(default_factory=list)
     stamps: list[str] = field(default_factory=list)  # of the clips that are done
     last: bool = False  # of its job
 
@@ -74,7 +78,9 @@ def plan(
         for n in range(num_jobs):
             part = some[n * len(some) // num_jobs : (n + 1) * len(some) // num_jobs]
             name = f"{split}-{n:06d}"
-            jobs.append(ShardJob(name, folder, split, part, options, num_skippable, num_rows))
+            jobs.append(
+                ShardJob(name, folder, split, part, options, num_skippable, num_rows)
+            )
     return jobs
 
 
@@ -133,9 +139,9 @@ def check_stamps(job: ShardJob, done: Sequence[Record]) -> None:
     for clip, stamp in zip(job.clips, stamps, strict=False):
         if clip.stamp != stamp:
             raise UserError(
-                f"a source must stay as it is while it is built, but {clip.row.path} has changed "
-                f"since clip {clip.row.id} of {job.split} was made. Put it back, or build anew "
-                "with --restart=true."
+                f"a source must stay as it is while it is built, but {clip.row.path} has "
+                f"changed since clip {clip.row.id} of {job.split} was made. Put it back, "
+                "or build anew with --restart=true."
             )
 
 
@@ -169,7 +175,8 @@ def write_job(job: ShardJob) -> list[Fault]:
 class _Tar:
     """A tar on its way.
 
-    Its temporary name has the process id: a worker of a killed build may still write the same tar.
+    Its temporary name has the process id: a worker of a killed build may still write the
+    same tar.
     """
 
     def __init__(self, job: ShardJob, number: int) -> None:
@@ -240,9 +247,12 @@ def _encode(job: ShardJob, clip: Clip) -> Encoded | Fault:
 
 @dataclass
 class Collected:
-    """What all jobs made: each split's index rows and tars, and what was left out or cut short."""
+    """What all jobs made: each split's index rows and tars, and what was left out or cut
+    short."""
 
-    splits: dict[str, tuple[list[dict[str, Any]], list[Shard]]] = field(default_factory=dict)
+    splits: dict[str, tuple[list[dict[str, Any]], list[Shard]]] = field(
+        default_factory=dict
+    )
     faults: list[Fault] = field(default_factory=list)
     clamped: dict[str, list[str]] = field(default_factory=dict)
 
@@ -282,6 +292,6 @@ def _take(path: Path, target: Path, size: int) -> None:
     if found != size:
         what = "is missing" if found is None else f"holds {found:,} bytes"
         raise UserError(
-            f"a finished shard must hold {size:,} bytes, but {what}: {target}. It was changed "
-            "since; build anew with --restart=true."
+            f"a finished shard must hold {size:,} bytes, but {what}: {target}. It was "
+            "changed since; build anew with --restart=true."
         )

@@ -6,7 +6,8 @@ from typing import Any, Literal
 from flallm_ds.errors import UserError
 from flallm_ds.sharding.corpora import SPLITS
 
-# 128 clips are 100 to 350 MB: few files, yet many shards to shuffle, fetch and give to workers.
+# 128 clips are 100 to 350 MB: few files, yet many shards to shuffle, fetch and give to
+# workers.
 CLIPS_PER_SHARD = 128
 GOP, CRF = 12, 23
 _NOT_IN_THE_BYTES = ("workers", "restart")
@@ -64,11 +65,14 @@ class Options:
         for name, (low, high) in _BOUNDS.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
-                raise UserError(f"--{name} must be from {low:,} to {high:,}, but is {value}.")
+                raise UserError(
+                    f"--{name} must be from {low:,} to {high:,}, but is {value}."
+                )
         splits = set(self.splits)
         if not splits or splits - set(SPLITS) or len(splits) < len(self.splits):
             raise UserError(
-                f"--splits must name some of {', '.join(SPLITS)}, but is {','.join(self.splits)!r}."
+                f"--splits must name some of {', '.join(SPLITS)}, but is "
+                f"{','.join(self.splits)!r}."
             )
         self._check_picture()
         self._fill_in()
@@ -80,8 +84,8 @@ class Options:
             if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
                 given = ",".join(f"{part:g}" for part in self.crop)
                 raise UserError(
-                    "--crop must be x0,y0,x1,y1 from 0 to 1, left before right and top before "
-                    f"bottom, but is {given}."
+                    "--crop must be x0,y0,x1,y1 from 0 to 1, left before right and top "
+                    f"before bottom, but is {given}."
                 )
         if self.margin is not None and (len(self.margin) != 4 or min(self.margin) < 0):
             raise UserError(
@@ -95,7 +99,9 @@ class Options:
         Raises UserError for options that do not go together.
         """
         if self.clip_format not in ("mjpeg", "h264"):
-            raise UserError(f"--clip_format must be mjpeg or h264, but is {self.clip_format!r}.")
+            raise UserError(
+                f"--clip_format must be mjpeg or h264, but is {self.clip_format!r}."
+            )
         if self.clip_format == "h264":
             object.__setattr__(self, "gop", GOP if self.gop is None else self.gop)
             object.__setattr__(self, "crf", CRF if self.crf is None else self.crf)
@@ -103,7 +109,9 @@ class Options:
             wanted = "--gop and --crf must go with --clip_format=h264"
             raise UserError(f"{wanted}, but that is mjpeg. Leave them out.")
         if self.mb_per_shard is None:
-            count = CLIPS_PER_SHARD if self.clips_per_shard is None else self.clips_per_shard
+            count = (
+                CLIPS_PER_SHARD if self.clips_per_shard is None else self.clips_per_shard
+            )
             object.__setattr__(self, "clips_per_shard", count)
         elif self.clips_per_shard is not None:
             wanted = "one of --clips_per_shard and --mb_per_shard must be given"

@@ -1,4 +1,5 @@
-"""A build that is not finished: what is kept of it, who may continue it, how it becomes the shards.
+"""A build that is not finished: what is kept of it, who may continue it, how it becomes
+the shards.
 
     <out>.partial/
       lock        held while a build is at work there
@@ -6,7 +7,8 @@
       work/       finished tars under their jobs' names with a record each; other results to keep
       shards/     what becomes <out>
 
-Whatever has its final name here is whole and on the disk, so a build may be killed at any moment.
+Whatever has its final name here is whole and on the disk, so a build may be killed at any
+moment.
 """
 
 import errno
@@ -41,7 +43,8 @@ class Partial:
     def begin(self, plan: Mapping[str, Any], restart: bool) -> None:
         """Continue what is there if it has the same plan, else begin from nothing.
 
-        restart: throw away what is there. Raises UserError if another plan's results are there.
+        restart: throw away what is there. Raises UserError if another plan's results are
+        there.
         """
         plan = plain(plan)
         found = None
@@ -51,9 +54,9 @@ class Partial:
             changes = differences(found or {}, plan)
             if found is not None and self.num_kept() and changes:
                 raise UserError(
-                    f"an unfinished build must be gone on with as it was begun, but "
-                    f"{'; '.join(changes)}: {self.folder}. Give what was given then, or throw its "
-                    f"{self.num_kept():,} results away with --restart=true."
+                    "an unfinished build must be gone on with as it was begun, but "
+                    f"{'; '.join(changes)}: {self.folder}. Give what was given then, or "
+                    f"throw its {self.num_kept():,} results away with --restart=true."
                 )
             if found is None or changes:
                 self.discard()
@@ -103,8 +106,8 @@ class Partial:
         strange = {name for name in names - _NAMES if not name.endswith(".tmp")}
         if strange or (names and "lock" not in names):
             raise UserError(
-                f"a build needs {self.folder} for itself, but it holds what no build of ours made "
-                f"({min(strange or names)}). Move that, or name another --out."
+                f"a build needs {self.folder} for itself, but it holds what no build of "
+                f"ours made ({min(strange or names)}). Move that, or name another --out."
             )
 
 
@@ -116,9 +119,9 @@ def partial_folder(out: Path) -> Path:
 def hold(out: Path) -> Iterator[Partial]:
     """The unfinished build of `out`, for this process alone.
 
-    What was finished stays for the next time when the build ends early, for whatever reason, which
-    a line on stderr says; a folder that holds nothing is removed. Raises UserError if another build
-    is at work there or the disk refuses.
+    What was finished stays for the next time when the build ends early, for whatever
+    reason, which a line on stderr says; a folder that holds nothing is removed. Raises
+    UserError if another build is at work there or the disk refuses.
     """
     partial = Partial(out)
     try:
@@ -155,7 +158,7 @@ def _lock(partial: Partial) -> Iterator[None]:
     lock = _take_lock(partial)
     if lock is None:
         raise UserError(
-            f"one build at a time must write to an output folder, but another is at work on "
+            "one build at a time must write to an output folder, but another is at work on "
             f"{partial.out}. Wait for it, or end it."
         )
     try:
@@ -170,7 +173,8 @@ def _take_lock(partial: Partial) -> FileLock | None:
         try:
             partial.check_ours()
             return take_lock(partial.folder / "lock")
-        except FileNotFoundError:  # another build has just finished and removed the folder
+        # another build has just finished and removed the folder
+        except FileNotFoundError:
             continue
 
 

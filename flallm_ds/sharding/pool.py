@@ -31,7 +31,8 @@ class _Shared:
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
-        with signals_held():  # Python starts a process that keeps the books of such objects
+        # Python starts a process that keeps the books of such objects
+        with signals_held():
             self.num_done = context.Value("q", 0)
             self.stop = context.Event()
 
@@ -84,7 +85,9 @@ def _run_here(
     global _shared
     _shared = _Shared()
     watcher_done = threading.Event()
-    watcher = threading.Thread(target=_watch, args=(_shared, bar, watcher_done), daemon=True)
+    watcher = threading.Thread(
+        target=_watch, args=(_shared, bar, watcher_done), daemon=True
+    )
     watcher.start()
     try:
         for position, job in enumerate(jobs):
@@ -123,8 +126,8 @@ def _run_in_processes(
                 yield positions[future], future.result()
     except BrokenProcessPool as error:
         raise UserError(
-            "every worker must live to the end, but one was killed, most often for want of memory. "
-            "Use fewer with --workers."
+            "every worker must live to the end, but one was killed, most often for want of "
+            "memory. Use fewer with --workers."
         ) from error
     finally:
         shared.stop.set()
@@ -152,7 +155,8 @@ def _begin_worker(shared: _Shared) -> None:
 
 
 def begin_worker() -> None:
-    """Initialize a pool's worker: the parent answers the signals; without it the worker leaves."""
+    """Initialize a pool's worker: the parent answers the signals; without it the worker
+    leaves."""
     for number in _STOPS:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_leave_with_parent, daemon=True).start()

@@ -1,7 +1,7 @@
 """Clips of a shard folder to look at: python shards/preview.py FOLDER --out=PREFIX.
 
-PREFIX.png is a contact sheet, PREFIX.html a page that plays the clips next to their texts, without
-network or scripts.
+PREFIX.png is a contact sheet, PREFIX.html a page that plays the clips next to their
+texts, without network or scripts.
 """
 
 import base64
@@ -23,7 +23,14 @@ from matplotlib.figure import Figure
 
 from flallm_ds.data.codecs.decode import decode_frames, is_mp4
 from flallm_ds.data.codecs.h264 import encode_h264
-from flallm_ds.data.index import COLUMNS, STRING_COLUMNS, Index, check_video, load_index, read_manifest
+from flallm_ds.data.index import (
+    COLUMNS,
+    STRING_COLUMNS,
+    Index,
+    check_video,
+    load_index,
+    read_manifest,
+)
 from flallm_ds.data.text.languages import tag_of
 from flallm_ds.errors import UserError
 from flallm_ds.files import open_regular, write_file
@@ -35,7 +42,8 @@ _FONT_PX, _LINE_PX, _MARGIN_PX = 13, 18, 10
 _MAX_LINES = 3  # of a text on the sheet
 _MIN_WIDTH_PX = 900
 _MAX_CLIPS = 500
-# DejaVu comes with matplotlib; the others have the scripts that it lacks, where a machine has them.
+# DejaVu comes with matplotlib; the others have the scripts that it lacks, where a machine
+# has them.
 _FONTS = (
     "DejaVu Sans",
     "Noto Sans CJK SC",
@@ -116,7 +124,8 @@ def preview(
     split: str | None = None,
     seed: int = 0,
 ) -> None:
-    """Write OUT.png, a contact sheet, and OUT.html, a page that plays the clips; both are replaced.
+    """Write OUT.png, a contact sheet, and OUT.html, a page that plays the clips; both are
+    replaced.
 
     --out: folder and name of the two files, without a suffix.
     --clips: how many, drawn at random and shared out evenly over the splits.
@@ -130,7 +139,8 @@ def preview(
     out = out.with_suffix("") if out.suffix in (".png", ".html") else out
     if not out.name or out.is_dir() or not out.parent.is_dir():
         raise UserError(
-            f"--out must be a name in a folder that exists, but is {out}. Write it as FOLDER/NAME."
+            f"--out must be a name in a folder that exists, but is {out}. Write it as "
+            "FOLDER/NAME."
         )
     manifest = read_manifest(folder)
     check_video(manifest, folder, "shards/preview.py")
@@ -192,7 +202,8 @@ def contact_sheet(title: str, clips: Sequence[Clip]) -> tuple[bytes, bool]:
 
     Returns (a PNG, whether the fonts lack a character).
     """
-    # The sheet is as wide as the widest strip of frames, and the texts are wrapped to that width.
+    # The sheet is as wide as the widest strip of frames, and the texts are wrapped to
+    # that width.
     strips = [_strip(clip) for clip in clips]
     widest = max(strip.shape[1] for strip in strips)
     width = max(_MIN_WIDTH_PX, widest) + 2 * _MARGIN_PX
@@ -216,13 +227,17 @@ def contact_sheet(title: str, clips: Sequence[Clip]) -> tuple[bytes, bool]:
 
     def write(y: int, text: str, **style: Any) -> None:
         place = {"x": _MARGIN_PX / width, "y": 1 - y / height, "va": "top"}
-        figure.text(s=text, **place, family=fonts, fontsize=_FONT_PX, parse_math=False, **style)
+        figure.text(
+            s=text, **place, family=fonts, fontsize=_FONT_PX, parse_math=False, **style
+        )
 
     write(_MARGIN_PX // 2, title, weight="bold")
     top = 2 * _LINE_PX
     for label, strip, tall in zip(labels, strips, heights, strict=True):
         for number, line in enumerate(label):
-            write(top + number * _LINE_PX, line, color="#777777" if number == 0 else "black")
+            write(
+                top + number * _LINE_PX, line, color="#777777" if number == 0 else "black"
+            )
         # matplotlib counts pixels from the bottom.
         bottom = height - top - len(label) * _LINE_PX - strip.shape[0]
         figure.figimage(strip, _MARGIN_PX, bottom, origin="upper")
@@ -292,7 +307,8 @@ def _figure(clip: Clip) -> str:
             mp4 = encode_h264(clip.frames_THWC, row["fps"], _GOP, _CRF)
         data = base64.b64encode(mp4).decode("ascii")
         size = f'width="{row["width"]}" height="{row["height"]}"'
-        # Browsers start a muted video by themselves, and show the controls where the pointer is.
+        # Browsers start a muted video by themselves, and show the controls where the
+        # pointer is.
         manner = f"{size} autoplay loop muted playsinline controls"
         shown = f'<video {manner} src="data:video/mp4;base64,{data}"></video>'
     language = html.escape(tag_of(clip.row["language"]))

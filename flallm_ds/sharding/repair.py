@@ -1,8 +1,8 @@
 """Mend a shard folder, for `shards/verify.py --repair`.
 
-New files are written in a folder of their own and then moved to names that nothing refers to yet;
-index.json changes last and at once. So a repair that is killed leaves the folder as it was, or
-mended.
+New files are written in a folder of their own and then moved to names that nothing refers
+to yet; index.json changes last and at once. So a repair that is killed leaves the folder
+as it was, or mended.
 """
 
 import json
@@ -33,8 +33,9 @@ SCRATCH = "repair.partial"
 def mend(folder: Path, report: Report, source: Path | None, workers: int) -> Report:
     """Mend what can be mended, print what was done, and return what is still wrong.
 
-    source: the corpus, to rebuild broken tars from; without it their broken clips are dropped.
-    Raises UserError if the disk or the source refuses, or if a split would be left without clips.
+    source: the corpus, to rebuild broken tars from; without it their broken clips are
+    dropped. Raises UserError if the disk or the source refuses, or if a split would be
+    left without clips.
     """
     try:
         with _alone(folder), _scratch(folder) as scratch:
@@ -53,8 +54,8 @@ def mend(folder: Path, report: Report, source: Path | None, workers: int) -> Rep
     except (OSError, SafetensorError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise UserError(
-            f"a repair must write to {folder}, but {reason}. Nothing is lost; make that possible, "
-            "and start it again."
+            f"a repair must write to {folder}, but {reason}. Nothing is lost; make that "
+            "possible, and start it again."
         ) from error
 
 
@@ -64,7 +65,8 @@ def _alone(folder: Path) -> Iterator[None]:
     handle = take_folder_lock(folder)
     if handle is None:
         raise UserError(
-            f"one repair at a time must be at work, but another is at work on {folder}. Wait for it."
+            f"one repair at a time must be at work, but another is at work on {folder}. "
+            "Wait for it."
         )
     try:
         yield
@@ -145,7 +147,9 @@ def drop(
     """
     todo = [Salvage(tar, scratch) for tar in broken]
     num_clips = sum(len(tar.rows) for tar in broken)
-    found = pool.run(salvage, todo, num_workers=workers, num_clips=num_clips, title="repair")
+    found = pool.run(
+        salvage, todo, num_workers=workers, num_clips=num_clips, title="repair"
+    )
     results = dict(found)
     saved: dict[str, Salvaged] = {}
     for position, tar in enumerate(broken):
@@ -164,7 +168,9 @@ def drop(
     if saved:
         lost = [sentence for made in saved.values() for sentence in made.lost]
         _commit(folder, report, saved, lost, scratch)
-        print(f"dropped {len(lost):,} clips" + "".join(f"\n  {sentence}" for sentence in lost))
+        print(
+            f"dropped {len(lost):,} clips" + "".join(f"\n  {sentence}" for sentence in lost)
+        )
     written = {made.shard.file for made in saved.values() if made.shard is not None}
     return written | {tar.shard.file for tar in broken}
 
@@ -216,7 +222,9 @@ def _new_split(
             shards.append(made.shard)
     if not rows:
         remedy = "Build the shards again."
-        raise UserError(f"a split must keep a clip, but no clip of {split} is whole. {remedy}")
+        raise UserError(
+            f"a split must keep a clip, but no clip of {split} is whole. {remedy}"
+        )
     table = scratch / f"{split}.safetensors"
     entry = write_table(table, rows)
     entry["table"] = f"{split}-{entry['table_sha256'][:8]}.safetensors"
@@ -238,8 +246,8 @@ def rebuild(
     if not broken:
         return set()
     options, clips = read_source(report.manifest, source)
-    # Every tar is one job, however large it becomes. What cannot be decoded now is left out of the
-    # tar, which then has another checksum.
+    # Every tar is one job, however large it becomes. What cannot be decoded now is left
+    # out of the tar, which then has another checksum.
     options = replace(options, mb_per_shard=None, clips_per_shard=1)
     todo = []
     for tar in broken:

@@ -1,6 +1,7 @@
 """From a corpus's tables to the rows that become clips.
 
-Whether videos are there, and texts can be stored, is checked here, the same for every corpus.
+Whether videos are there, and texts can be stored, is checked here, the same for every
+corpus.
 """
 
 import hashlib
@@ -87,14 +88,21 @@ def check_rows(
 
 
 def _fault_of(split: str, row: Row, video_stamp: str, options: Options) -> Fault | None:
-    """Return why a row cannot become a clip, as far as that is seen without decoding its video."""
+    """Return why a row cannot become a clip, as far as that is seen without decoding its
+    video."""
     if not video_stamp:
         return Fault("without video", f"{split} {row.id} has no frames at {row.path}")
     if is_blank(row.text):
-        shown = f"a text without visible characters: {row.text!a}" if row.text else "an empty text"
+        shown = (
+            f"a text without visible characters: {row.text!a}"
+            if row.text
+            else "an empty text"
+        )
         return Fault("without text", f"{split} {row.id} has {shown}")
     if not is_unicode(row):
-        return Fault("no Unicode", f"{split} {row.id!a} holds half a character: {row.text!a}")
+        return Fault(
+            "no Unicode", f"{split} {row.id!a} holds half a character: {row.text!a}"
+        )
     x0, y0, x1, y1 = common_box(row.bbox, options.crop) or (0, 0, 1, 1)
     if x0 >= x1 or y0 >= y1:
         return Fault("outside the crop", f"{split} {row.id} has a box outside --crop")
@@ -111,7 +119,8 @@ def is_unicode(row: Row) -> bool:
 
 
 def stored_order(split: str, clips: Sequence[Clip]) -> list[Clip]:
-    """Put training clips in a fixed shuffled order, dev and test clips in that of their tables."""
+    """Put training clips in a fixed shuffled order, dev and test clips in that of their
+    tables."""
     if split != "train":
         return list(clips)
 
@@ -155,22 +164,22 @@ def read_source(
 ) -> tuple[Options, dict[tuple[str, str], Clip]]:
     """Read a corpus as the build of existing shards did.
 
-    shards: their index.json. Returns the options of the build, and the clips by split and key;
-    clips that the corpus no longer has are left out. Raises UserError if it is not a corpus of that
-    kind.
+    shards: their index.json. Returns the options of the build, and the clips by split and
+    key; clips that the corpus no longer has are left out. Raises UserError if it is not a
+    corpus of that kind.
     """
     if shards.get("importer") not in CORPORA:
         raise UserError(
-            "shards must say by which importer they were made, but these do not. Build them again, "
-            "or use --repair=drop."
+            "shards must say by which importer they were made, but these do not. Build "
+            "them again, or use --repair=drop."
         )
     given: dict[str, Any] = {}
     for name, value in shards["options"].items():
         given[name] = tuple(value) if isinstance(value, list) else value
     if given.pop("align", None) is not None:
         raise UserError(
-            "shards that were built with --align cannot be rebuilt, because there is no --align "
-            "any more. Use --repair=drop."
+            "shards that were built with --align cannot be rebuilt, because there is no "
+            "--align any more. Use --repair=drop."
         )
     common = {f.name: given.pop(f.name) for f in fields(Options) if f.name in given}
     options = Options(**common)

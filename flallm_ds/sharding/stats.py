@@ -1,7 +1,7 @@
 """What a shard folder holds, in numbers: python shards/stats.py FOLDER.
 
-Sizes, words, lengths, and what splits share: pure functions over rows of the index, as `iter_rows`
-yields them.
+Sizes, words, lengths, and what splits share: pure functions over rows of the index, as
+`iter_rows` yields them.
 """
 
 from collections import Counter
@@ -28,7 +28,8 @@ _BIN_WIDTHS_S = [step * 10.0**power for power in range(-2, 5) for step in (1, 2,
 
 
 def stats(folder: Path) -> None:
-    """Print clips, hours, signers, words, lengths and overlaps of every split of a shard folder."""
+    """Print clips, hours, signers, words, lengths and overlaps of every split of a shard
+    folder."""
     names = read_manifest(folder)["splits"]
     splits = {split: list(iter_rows(load_index(folder, split))) for split in names}
     print(summarise(splits))
@@ -59,13 +60,16 @@ def overlap_notes(splits: Splits) -> list[str]:
 
 def leakage_notes(splits: Splits) -> list[str]:
     """Return one sentence for each pair of splits that were cut from the same source videos."""
-    return [f"{note}, which is leakage" for note in _shared(splits, {"video": "source videos"})]
+    return [
+        f"{note}, which is leakage" for note in _shared(splits, {"video": "source videos"})
+    ]
 
 
 def _shared(splits: Splits, columns: Mapping[str, str]) -> list[str]:
     """Return one sentence for each pair of splits with values in common.
 
-    columns: the columns to compare, and what their values are called. Empty values do not count.
+    columns: the columns to compare, and what their values are called. Empty values do not
+    count.
     """
     notes = []
     for one, other in combinations(splits, 2):
@@ -98,7 +102,8 @@ _TOKENIZERS = {"13a": Tokenizer13a(), "zh": TokenizerZh(), "char": TokenizerChar
 
 
 def _words(row: Mapping[str, Any]) -> list[str]:
-    """Return the words of a text as scores count them; characters in a language without spaces."""
+    """Return the words of a text as scores count them; characters in a language without
+    spaces."""
     return str(_TOKENIZERS[word_rule(row["language"])](row["text"])).split()
 
 
@@ -110,15 +115,17 @@ def _size_table(splits: Splits) -> list[str]:
         hours = f"{_seconds(rows).sum() / 3600:.2f}"
         signers, videos = len(_values(rows, "signer")), len(_values(rows, "video"))
         megabytes = f"{sum(row['size'] for row in rows) / 1e6:,.1f}"
-        lines.append(_line(widths, split, len(rows), num_frames, hours, signers, videos, megabytes))
+        lines.append(
+            _line(widths, split, len(rows), num_frames, hours, signers, videos, megabytes)
+        )
     return lines
 
 
 def _word_table(words: Mapping[str, list[list[str]]]) -> list[str]:
     """Return the table of words.
 
-    Singletons occur once in their split. Unknown words do not occur in train; they are counted as
-    types and as running words.
+    Singletons occur once in their split. Unknown words do not occur in train; they are
+    counted as types and as running words.
     """
     widths = (11, 11, 11, 17, 17)
     titles = ("words", "vocabulary", "singletons", "unknown types", "unknown words")
@@ -148,7 +155,9 @@ def _length_table(splits: Splits, words: Mapping[str, list[list[str]]]) -> list[
     for split, rows in splits.items():
         frames = _range([row["num_frames"] for row in rows], 0)
         seconds = _range(_seconds(rows), 1)
-        lines.append(_line(widths, split, frames, seconds, _range(map(len, words[split]), 0)))
+        lines.append(
+            _line(widths, split, frames, seconds, _range(map(len, words[split]), 0))
+        )
     return lines
 
 
@@ -186,14 +195,17 @@ def _histogram(splits: Splits) -> list[str]:
     # Each split's share of clips in each bin.
     shares: dict[str, np.ndarray] = {}
     for split, lengths in seconds.items():
-        # A hair above the clip's length: 1 s of 25 frames belongs to the bin that begins at 1 s.
+        # A hair above the clip's length: 1 s of 25 frames belongs to the bin that begins
+        # at 1 s.
         bins = np.minimum((lengths / width + 1e-6).astype(int), num_bins)
         shares[split] = np.bincount(bins, minlength=num_bins + 1) / len(bins)
     most = max(float(share.max()) for share in shares.values())
     rates = {round(row["fps"], 3) for rows in splits.values() for row in rows}
     fps = rates.pop() if len(rates) == 1 else None
     columns = "".join(f"  {split:{_BAR_CHARS + 9}}" for split in splits)
-    lines = [f"{'seconds':14} {'frames':14}{columns}" if fps else f"{'seconds':14}{columns}"]
+    lines = [
+        f"{'seconds':14} {'frames':14}{columns}" if fps else f"{'seconds':14}{columns}"
+    ]
     has_longer = any(share[num_bins] for share in shares.values())
     for number in range(num_bins + has_longer):
         line = _bin_name(number, width, fps, last=number == num_bins)

@@ -1,6 +1,8 @@
-"""Every byte of a shard folder against its index: python shards/verify.py FOLDER (see its --help).
+"""Every byte of a shard folder against its index: python shards/verify.py FOLDER (see its
+--help).
 
-Prints one line for each fault and exits with 1, or prints one line that says that all is well.
+Prints one line for each fault and exits with 1, or prints one line that says that all is
+well.
 """
 
 from pathlib import Path
@@ -28,8 +30,8 @@ def verify(
 ) -> None:
     """Check tars, their checksums, tables, each clip and its JSON, and that every frame decodes.
 
-    Of a folder of features, that every clip's are whole. What splits share is said too: signers and
-    texts in notes, source videos in warnings.
+    Of a folder of features, that every clip's are whole. What splits share is said too:
+    signers and texts in notes, source videos in warnings.
 
     --workers: processes, 0 for one a core.
     --repair: `rebuild` makes broken tars again from the corpus, byte by byte as they were; `drop`
@@ -38,7 +40,9 @@ def verify(
     --source: with --repair=rebuild, the corpus, as it was given to build.py.
     """
     if (repair == "rebuild") != (source is not None):
-        raise UserError("--repair=rebuild and --source must be given together, but one is missing.")
+        raise UserError(
+            "--repair=rebuild and --source must be given together, but one is missing."
+        )
     if repair is not None:
         remedy = "Remove broken tars and run launch/features.py as before"
         remedy += "; mend a broken source first"
@@ -53,16 +57,17 @@ def verify(
     _print_overlaps(report)
     if report.faults:
         raise ShardFault(
-            f"shards must be as their index says, but {folder} has {len(report.sentences):,} "
-            f"fault(s), the first: {report.sentences[0]} See --repair in docs/data.md."
+            f"shards must be as their index says, but {folder} has "
+            f"{len(report.sentences):,} fault(s), the first: {report.sentences[0]} See "
+            "--repair in docs/data.md."
         )
     entries = report.manifest["splits"].values()
     num_clips = sum(entry["clips"] for entry in entries)
     num_frames = sum(entry["frames"] for entry in entries)
     size = sum(tar.shard.bytes for tar in report.tars)
     print(
-        f"all is well: {num_clips:,} clips, {num_frames:,} frames, {len(report.tars):,} shards, "
-        f"{size / 1e6:,.1f} MB"
+        f"all is well: {num_clips:,} clips, {num_frames:,} frames, {len(report.tars):,} "
+        f"shards, {size / 1e6:,.1f} MB"
     )
 
 

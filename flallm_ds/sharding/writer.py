@@ -5,7 +5,8 @@
     write_index(folder, ..., splits={"train": (rows, [tar.shard_entry])})
     publish_folder(folder, out)                            # appears whole at `out`, or not at all
 
-The bytes depend on nothing but the clips: no time, owner, or number of workers is in them.
+The bytes depend on nothing but the clips: no time, owner, or number of workers is in
+them.
 """
 
 import errno
@@ -34,10 +35,11 @@ _JSON_BYTES = 8192  # allowed for a clip's JSON when a tar's size is foreseen
 
 
 class ShardWriter:
-    """One tar, written front to back: `<key>.avi` (or `.mp4`) and then `<key>.json` for each clip.
+    """One tar, written front to back: `<key>.avi` (or `.mp4`) and then `<key>.json` for
+    each clip.
 
-    shard: the tar's row in its split's list, for the index. `shard_entry` is what that list says of
-    the tar, once it is closed.
+    shard: the tar's row in its split's list, for the index. `shard_entry` is what that
+    list says of the tar, once it is closed.
     """
 
     def __init__(self, path: Path, shard: int) -> None:
@@ -75,16 +77,26 @@ class ShardWriter:
 
     def bytes_with(self, clip_bytes: int) -> int:
         """Return how large the tar would be, at most, with one more clip of that size."""
-        # Two headers, the padding of the clip, and two empty blocks at the end of the tar.
+        # Two headers, the padding of the clip, and two empty blocks at the end of the
+        # tar.
         end = self._position + 5 * _BLOCK + clip_bytes + _JSON_BYTES
         return end + -end % _RECORD
 
     @property
     def shard_entry(self) -> index.Shard:
-        return index.Shard(self._path.name, self._position, self._hash.hexdigest(), self._num_clips)
+        return index.Shard(
+            self._path.name, self._position, self._hash.hexdigest(), self._num_clips
+        )
 
     def add(
-        self, key: str, jpegs: Sequence[bytes], *, fps: float, height: int, width: int, **facts: Any
+        self,
+        key: str,
+        jpegs: Sequence[bytes],
+        *,
+        fps: float,
+        height: int,
+        width: int,
+        **facts: Any,
     ) -> dict[str, Any]:
         """Append a clip of JPEGs and return its row for the index.
 
@@ -112,8 +124,8 @@ class ShardWriter:
     ) -> dict[str, Any]:
         """Append a stored clip and return its row for the index.
 
-        more: goes into its JSON only (gloss, for one). Raises ValueError for a key that WebDataset
-        would cut.
+        more: goes into its JSON only (gloss, for one). Raises ValueError for a key that
+        WebDataset would cut.
         """
         facts = {
             "id": id,
@@ -127,9 +139,16 @@ class ShardWriter:
             "height": height,
         }
         offset = self.add_sample(key, extension_of(clip), clip, facts | more)
-        return facts | {"key": key, "shard": self._shard, "offset": offset, "size": len(clip)}
+        return facts | {
+            "key": key,
+            "shard": self._shard,
+            "offset": offset,
+            "size": len(clip),
+        }
 
-    def add_sample(self, key: str, extension: str, content: bytes, facts: Mapping[str, Any]) -> int:
+    def add_sample(
+        self, key: str, extension: str, content: bytes, facts: Mapping[str, Any]
+    ) -> int:
         """Append a member and a JSON of facts behind it; return where the member's bytes begin.
 
         Raises ValueError for a key that WebDataset would cut.
@@ -144,7 +163,8 @@ class ShardWriter:
 
     def _add_member(self, name: str, content: bytes) -> int:
         """Write one member and return where its bytes begin."""
-        member = tarfile.TarInfo(name)  # mode 0644, owner 0, time 0: tarfile's own defaults
+        # mode 0644, owner 0, time 0: tarfile's own defaults
+        member = tarfile.TarInfo(name)
         member.size = len(content)
         self._write(member.tobuf(tarfile.USTAR_FORMAT))
         offset = self._position
@@ -166,10 +186,13 @@ def earlier_build(out: Path) -> dict[str, Any] | None:
     if not os.path.lexists(out):
         return None
     if not out.is_dir():
-        raise UserError(f"--out must be a new folder, but is a file: {out}. Name another folder.")
+        raise UserError(
+            f"--out must be a new folder, but is a file: {out}. Name another folder."
+        )
     if os.path.ismount(out):
         raise UserError(
-            f"--out must be a new folder, but a disk is mounted there: {out}. Name a folder in it."
+            f"--out must be a new folder, but a disk is mounted there: {out}. Name a "
+            "folder in it."
         )
     first = min((path.name for path in out.iterdir()), default=None)
     if first is None:
@@ -178,8 +201,8 @@ def earlier_build(out: Path) -> dict[str, Any] | None:
         return index.read_manifest(out)
     except UserError:
         raise UserError(
-            f"--out must be a new or empty folder, but {out} holds what no build of ours made "
-            f"({first}). Name another folder."
+            f"--out must be a new or empty folder, but {out} holds what no build of ours "
+            f"made ({first}). Name another folder."
         ) from None
 
 
@@ -194,7 +217,8 @@ def write_index(
     notes: Sequence[str] = (),
     **more: Any,
 ) -> None:
-    """Write each split's table and index.json. splits: (rows in stored order, tars) of each split.
+    """Write each split's table and index.json. splits: (rows in stored order, tars) of
+    each split.
 
     more: what else index.json says. Raises OSError if the disk refuses.
     """
@@ -207,7 +231,8 @@ def write_index(
             found = re.search(r"os error ([0-9]+)", str(error))
             number = int(found[1]) if found else errno.EIO
             raise OSError(number, str(error), str(path)) from error
-        path.chmod(0o644)  # safetensors makes it private, but shards are read by whole groups
+        # safetensors makes it private, but shards are read by whole groups
+        path.chmod(0o644)
         entries[split] = table | {"shards": [vars(tar) for tar in tars]}
     manifest = {
         "format": index.FORMAT,

@@ -1,8 +1,10 @@
-"""A stand-in for ImageNet weights, where no hub can be reached: flallm signsim backbone --out=DIR.
+"""A stand-in for ImageNet weights, where no hub can be reached: flallm signsim backbone
+--out=DIR.
 
-A small ResNet-18 learns to see signers as such: where each hand is and where it points, in random
-signs of the training signers, most of which mean nothing. It sees no sentence and no gloss. The
-folder loads by the same path as microsoft/resnet-18 (`--visual.weights=DIR`).
+A small ResNet-18 learns to see signers as such: where each hand is and where it points,
+in random signs of the training signers, most of which mean nothing. It sees no sentence
+and no gloss. The folder loads by the same path as microsoft/resnet-18
+(`--visual.weights=DIR`).
 """
 
 import time
@@ -38,7 +40,8 @@ def backbone(
 ) -> None:
     """Pretrain a backbone on random signs of synthetic signers and write a Hugging Face folder.
 
-    width: channels of its first stage, as visual.width. frames: rendered once, seen `epochs` times.
+    width: channels of its first stage, as visual.width. frames: rendered once, seen
+    `epochs` times.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         got = f"but {out} holds something. Name another."
@@ -57,7 +60,9 @@ def _render_all(num_tasks: int, seed: int) -> tuple[NDArray[np.uint8], NDArray[n
     """Render all frames on all cores: (N, SIDE, SIDE, 3) and their targets (N, NUM_TARGETS)."""
     begin = time.perf_counter()
     with signals_held():  # workers start now
-        pool = ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=begin_worker)
+        pool = ProcessPoolExecutor(
+            mp_context=get_context("spawn"), initializer=begin_worker
+        )
         results = pool.map(render, range(num_tasks), repeat(seed))
     try:
         parts = list(results)

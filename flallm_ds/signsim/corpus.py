@@ -82,7 +82,8 @@ def _locate(index: int, num_clips: int) -> tuple[str, int]:
 
 
 def plan_clip(index: int, num_clips: int, seed: int) -> tuple[Clip, np.random.Generator]:
-    """Draw clip `index` of a corpus; return it and the generator that its frames are drawn from."""
+    """Draw clip `index` of a corpus; return it and the generator that its frames are
+    drawn from."""
     rng = np.random.default_rng([seed, index])
     split, within = _locate(index, num_clips)
     name = f"signsim_{split}-{within:06d}"
@@ -96,7 +97,9 @@ def write_clip(index: int, num_clips: int, seed: int, root: Path) -> tuple[str, 
     clip, rng = plan_clip(index, num_clips, seed)
     folder = root / FRAMES / clip.split / clip.name
     folder.mkdir(parents=True)
-    poses_FP = clip_poses([SIGNS[gloss] for gloss in clip.sentence.glosses], clip.signer, rng)
+    poses_FP = clip_poses(
+        [SIGNS[gloss] for gloss in clip.sentence.glosses], clip.signer, rng
+    )
     for number, frame in enumerate(render_clip(poses_FP, clip.signer, rng), start=1):
         encoded, png = cv2.imencode(".png", frame, _PNG)
         assert encoded
@@ -122,11 +125,12 @@ def write_corpus(
 ) -> Path:
     """Write a corpus into `out`, which appears whole or not at all.
 
-    The bytes depend on num_clips, seed and num_monolingual alone. workers: processes, by default
-    one per usable core. Besides the release, `out` receives monolingual.txt (text for a language
-    model, free of dev and test sentences) and signsim.json (the options, and what was made).
-    Returns the release's root, `out`/PHOENIX-2014-T-release-v3/PHOENIX-2014-T.
-    Raises UserError when an option is out of range, `out` is not empty, or the disk is too small.
+    The bytes depend on num_clips, seed and num_monolingual alone. workers: processes, by
+    default one per usable core. Besides the release, `out` receives monolingual.txt (text
+    for a language model, free of dev and test sentences) and signsim.json (the options,
+    and what was made). Returns the release's root,
+    `out`/PHOENIX-2014-T-release-v3/PHOENIX-2014-T. Raises UserError when an option is out
+    of range, `out` is not empty, or the disk is too small.
     """
     out = Path(out).absolute()
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
@@ -145,7 +149,11 @@ def write_corpus(
         _write_lines(root / "monolingual.txt", draw_monolingual(num_monolingual, seed))
         summary = {
             "version": VERSION,
-            "options": {"num_clips": num_clips, "seed": seed, "num_monolingual": num_monolingual},
+            "options": {
+                "num_clips": num_clips,
+                "seed": seed,
+                "num_monolingual": num_monolingual,
+            },
             "clips": {split: len(rows[split]) for split in SPLITS},
             "frames": num_frames,
             "signers": {signer.name: _splits_of(signer) for signer in SIGNERS},
@@ -177,7 +185,9 @@ def _check_place(out: Path, num_clips: int) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         what = "holds files" if out.is_dir() else "is a file"
         remedy = "Choose another --out, or delete it."
-        raise UserError(f"the output folder must be new or empty, but {out} {what}. {remedy}")
+        raise UserError(
+            f"the output folder must be new or empty, but {out} {what}. {remedy}"
+        )
     parent = next(folder for folder in out.parents if folder.exists())
     free, needed = shutil.disk_usage(parent).free, num_clips * _CLIP_BYTES
     if free < needed:
@@ -239,4 +249,6 @@ def _write_lines(path: Path, lines: list[str]) -> None:
 def _write_tables(root: Path, rows: dict[str, list[str]]) -> None:
     (root / ANNOTATIONS).mkdir(parents=True)
     for split, lines in rows.items():
-        _write_lines(root / ANNOTATIONS / f"PHOENIX-2014-T.{split}.corpus.csv", [HEADER, *lines])
+        _write_lines(
+            root / ANNOTATIONS / f"PHOENIX-2014-T.{split}.corpus.csv", [HEADER, *lines]
+        )

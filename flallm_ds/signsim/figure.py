@@ -1,7 +1,7 @@
 """Where a signer's body lies in the frame: projection, hands, and arms by inverse kinematics.
 
-Everything is measured on the standard 210x300 canvas and squeezed to 260 rows, as PHOENIX14T
-squeezes its frames. The geometry of all frames of a clip is computed at once.
+Everything is measured on the standard 210x300 canvas and squeezed to 260 rows, as
+PHOENIX14T squeezes its frames. The geometry of all frames of a clip is computed at once.
 
 Array suffixes: F frames, P numbers of a pose, K points of an outline.
 """
@@ -13,7 +13,17 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from flallm_ds.signsim.signer import ANGLES, CURLS, FACE, HAND, LENGTHS, POINT, RING, ROLL, Signer
+from flallm_ds.signsim.signer import (
+    ANGLES,
+    CURLS,
+    FACE,
+    HAND,
+    LENGTHS,
+    POINT,
+    RING,
+    ROLL,
+    Signer,
+)
 from flallm_ds.signsim.signs import Floats
 
 WIDTH, HEIGHT = 210, 260
@@ -80,7 +90,9 @@ class HandGeometry:
     """Whether the palm faces the camera, so that the thumb is drawn last."""
 
 
-def hand_geometry(hand_FP: Floats, size: float, side: float, camera: Camera) -> HandGeometry:
+def hand_geometry(
+    hand_FP: Floats, size: float, side: float, camera: Camera
+) -> HandGeometry:
     """Place a hand's outlines.
 
     side: 1 for the dominant hand, -1 for the other, whose x counts to its own side.
@@ -92,7 +104,9 @@ def hand_geometry(hand_FP: Floats, size: float, side: float, camera: Camera) -> 
     scale_F = size * (1 + (hand_FP[:, 2] - 50) / 220)
     angle_F = np.deg2rad(hand_FP[:, POINT])
     along_F = np.stack([np.sin(angle_F), -np.cos(angle_F)], axis=1) * scale_F[:, None]
-    across_F = np.stack([np.cos(angle_F), np.sin(angle_F)], axis=1) * (scale_F * roll_F)[:, None]
+    across_F = (
+        np.stack([np.cos(angle_F), np.sin(angle_F)], axis=1) * (scale_F * roll_F)[:, None]
+    )
 
     def place(local: Floats) -> Floats:
         """Map points (F, ..., 2) on the hand's own axes to body coordinates."""
@@ -107,7 +121,9 @@ def hand_geometry(hand_FP: Floats, size: float, side: float, camera: Camera) -> 
     # The ring of thumb and index, as far as it is closed.
     turn = np.linspace(0, 2 * np.pi, 13)
     circle = np.stack([np.sin(turn), np.cos(turn)], axis=1) * _RING_RADIUS
-    ring = place(circle[None] * np.maximum(hand_FP[:, RING], 0)[:, None, None] + _RING_CENTER)
+    ring = place(
+        circle[None] * np.maximum(hand_FP[:, RING], 0)[:, None, None] + _RING_CENTER
+    )
     return HandGeometry(
         palm_FK=fixed_point(camera.project(palm)),
         fingers_F=fixed_point(camera.project(place(_fingers(hand_FP)))),
@@ -142,7 +158,8 @@ def elbows(shoulder: Floats, wrist_F: Floats, arms: float, side: float) -> Float
     upper, fore = _UPPER_ARM * arms, _FOREARM * arms
     reach_F = wrist_F - shoulder
     distance_F = np.linalg.norm(reach_F, axis=1)
-    # The triangle of shoulder, elbow and wrist: the elbow's place along the reach, and above it.
+    # The triangle of shoulder, elbow and wrist: the elbow's place along the reach, and
+    # above it.
     clipped_F = np.clip(distance_F, abs(upper - fore) + 1, upper + fore - 1)
     along_F = (upper**2 - fore**2 + clipped_F**2) / (2 * clipped_F)
     height_F = np.sqrt(np.maximum(upper**2 - along_F**2, 0))
@@ -193,7 +210,9 @@ def limb(start_F: Floats, end_F: Floats, radii: tuple[float, float], light: floa
         start_F + lit_F * radii[0] * 0.15,
     ]
     glow_FK = fixed_point(np.stack(stripe, axis=1))
-    return Limb(quad(0.9), quad(0), glow_FK, fixed_point(start_F), fixed_point(end_F), radii)
+    return Limb(
+        quad(0.9), quad(0), glow_FK, fixed_point(start_F), fixed_point(end_F), radii
+    )
 
 
 @dataclass
@@ -236,5 +255,11 @@ def figure(
         for start in rng.integers(0, num_frames, max(1, num_frames // 45)):
             blink_F[start : start + 3] = True
     return Figure(
-        signer, camera, light, (hands[0], hands[1]), (arms[0], arms[1]), poses_FP[:, FACE:], blink_F
+        signer,
+        camera,
+        light,
+        (hands[0], hands[1]),
+        (arms[0], arms[1]),
+        poses_FP[:, FACE:],
+        blink_F,
     )

@@ -13,7 +13,8 @@ from flallm_ds.signsim.words import NO_PHRASE, Draw, Glosses
 
 SPLITS = ("train", "dev", "test")
 
-# Shares of phrases and of sentences whose wording is not the usual one: what no system can predict.
+# Shares of phrases and of sentences whose wording is not the usual one: what no system
+# can predict.
 FREE_PHRASE = 0.08
 FREE_ORDER = 0.08
 
@@ -37,7 +38,8 @@ def draw_any(rng: np.random.Generator) -> Sentence:
     number = int(np.searchsorted(_SHARES, rng.random(), side="right"))
     plan, _ = PLANS[min(number, len(PLANS) - 1)]
     glosses, wordings = plan(Draw(rng))
-    # A wording that begins with what is not said would move the verb from its second place.
+    # A wording that begins with what is not said would move the verb from its second
+    # place.
     wordings = [wording for wording in wordings if wording[0] != NO_PHRASE]
     usual, *others = wordings
     wording = usual
@@ -57,8 +59,8 @@ def _joined(words: Iterable[str]) -> str:
 def draw_sentence(rng: np.random.Generator, split: str) -> Sentence:
     """Draw a sentence that only `split` may hold.
 
-    Sentences and sign sequences belong to splits by their hash, so neither is shared between
-    splits, in no corpus of any size or seed.
+    Sentences and sign sequences belong to splits by their hash, so neither is shared
+    between splits, in no corpus of any size or seed.
     """
     assert split in SPLITS, split
     while True:

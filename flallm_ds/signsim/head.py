@@ -61,7 +61,9 @@ def _hair_behind(
         ellipse(frame, moved(center, 0, -ry * 1.18), (rx * 0.5, ry * 0.34), hair)
     if style in ("long", "bob"):
         drop = 1.55 if style == "long" else 0.72
-        ellipse(frame, moved(center, 0, -ry * 0.12), (rx * 1.24, ry * 1.1), shade(hair, 0.8))
+        ellipse(
+            frame, moved(center, 0, -ry * 0.12), (rx * 1.24, ry * 1.1), shade(hair, 0.8)
+        )
         corners = [
             (-1.22, -0.1),
             (1.22, -0.1),
@@ -134,7 +136,8 @@ def _eye(frame: Frame, person: Figure, index: int, eye: Floats, side: int) -> No
         disc(frame, fixed_point(eye), 2.3 * scale, dark)
     brow = float(person.face_FP[index, 2])
     bow = moved(_BROW, 0, (-8.2 - 2.4 * brow) * scale)
-    bow[0 if side > 0 else 2, 1] -= 1.6 * min(brow, 0)  # knit brows slant towards the nose
+    # knit brows slant towards the nose
+    bow[0 if side > 0 else 2, 1] -= 1.6 * min(brow, 0)
     line(frame, fixed_point(eye + bow), shade(lit(person, person.signer.hair), 0.8), 2)
     if person.signer.glasses:
         ellipse(frame, eye, (7.2 * scale, 5.6 * scale), dark, 1)

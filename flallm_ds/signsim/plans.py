@@ -1,8 +1,8 @@
 """The kinds of sentences: how meanings become signs in order, and German wordings.
 
-Text follows PHOENIX14T: lower case, umlauts, no punctuation. Signs put the time first, qualities
-after what they qualify, and verbs last, so their order differs from the words'. A plan returns the
-signs and two wordings, the usual one first.
+Text follows PHOENIX14T: lower case, umlauts, no punctuation. Signs put the time first,
+qualities after what they qualify, and verbs last, so their order differs from the words'.
+A plan returns the signs and two wordings, the usual one first.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ def outlook(draw: Draw) -> tuple[Glosses, list[Wording]]:
     state = draw.state()
     glosses = time + noun + place + (state[0],)
     then = _fixed(f"und es ist {state[1]}")
-    return glosses, [[when, _THERE_IS, where, what, then], [where, _THERE_IS, when, what, then]]
+    return glosses, [
+        [when, _THERE_IS, where, what, then],
+        [where, _THERE_IS, when, what, then],
+    ]
 
 
 def contrast(draw: Draw) -> tuple[Glosses, list[Wording]]:
@@ -39,7 +42,10 @@ def contrast(draw: Draw) -> tuple[Glosses, list[Wording]]:
     noun2, what2, _ = draw.noun(but=first.gloss, quality=0.4)
     but = ("aber", "dagegen", "hingegen")
     glosses = place1 + noun1 + place2 + noun2 + ("ABER",)
-    return glosses, [[what1, where1, where2, but, what2], [where1, what1, where2, but, what2]]
+    return glosses, [
+        [what1, where1, where2, but, what2],
+        [where1, what1, where2, but, what2],
+    ]
 
 
 def temperatures(draw: Draw) -> tuple[Glosses, list[Wording]]:
@@ -59,7 +65,10 @@ def span(draw: Draw) -> tuple[Glosses, list[Wording]]:
     (time, when), (place, where) = draw.setting()
     (low, low_word), (high, high_word) = draw.two_numbers()
     glosses = time + place + (low, high, "BIS", "GRAD")
-    verb, degrees = _fixed("liegen die werte"), _fixed(f"zwischen {low_word} und {high_word} grad")
+    verb, degrees = (
+        _fixed("liegen die werte"),
+        _fixed(f"zwischen {low_word} und {high_word} grad"),
+    )
     return glosses, [[when, verb, where, degrees], [where, verb, when, degrees]]
 
 
@@ -72,7 +81,10 @@ def trend(draw: Draw) -> tuple[Glosses, list[Wording]]:
     value = _fixed(f"auf {degrees} grad")
     glosses = time + place + ("GRAD",) + number + (verb,)
     rises = _fixed(word)
-    return glosses, [[where, rises, subject, when, value], [when, rises, subject, where, value]]
+    return glosses, [
+        [where, rises, subject, when, value],
+        [when, rises, subject, where, value],
+    ]
 
 
 def system(draw: Draw) -> tuple[Glosses, list[Wording]]:
@@ -132,7 +144,10 @@ def becoming(draw: Draw) -> tuple[Glosses, list[Wording]]:
     glosses = (*place, state[0], "MEHR", *noun, *time)
     change = _fixed(f"wird es {state[2]}")
     company = _fixed("mit")
-    return glosses, [[where, change, when, company, what], [when, change, where, company, what]]
+    return glosses, [
+        [where, change, when, company, what],
+        [when, change, where, company, what],
+    ]
 
 
 def possible(draw: Draw) -> tuple[Glosses, list[Wording]]:
@@ -178,7 +193,10 @@ def blowing(draw: Draw) -> tuple[Glosses, list[Wording]]:
     glosses = time + place + ("WIND", force, "KOMMEN", origin)
     verb = ("weht der wind", "kommt der wind")
     strength = _fixed(word)
-    return glosses, [[where, verb, when, strength, source], [when, verb, where, strength, source]]
+    return glosses, [
+        [where, verb, when, strength, source],
+        [when, verb, where, strength, source],
+    ]
 
 
 def headline(draw: Draw) -> tuple[Glosses, list[Wording]]:
@@ -186,7 +204,10 @@ def headline(draw: Draw) -> tuple[Glosses, list[Wording]]:
     time, when = draw.time()
     place, where = draw.place()
     noun, what, _ = draw.noun(quality=0.25, case="acc")
-    return noun + place + time, [[when, _THERE_IS, where, what], [where, _THERE_IS, when, what]]
+    return noun + place + time, [
+        [when, _THERE_IS, where, what],
+        [where, _THERE_IS, when, what],
+    ]
 
 
 def brief(draw: Draw) -> tuple[Glosses, list[Wording]]:
@@ -218,8 +239,8 @@ def reading(draw: Draw) -> tuple[Glosses, list[Wording]]:
     ]
 
 
-# plan -> share of sentences. Most are short: with two or three signs a clip, a small corpus shows
-# sooner which word goes with which sign.
+# plan -> share of sentences. Most are short: with two or three signs a clip, a small
+# corpus shows sooner which word goes with which sign.
 PLANS: tuple[tuple[Plan, float], ...] = (
     (headline, 0.07),
     (brief, 0.19),

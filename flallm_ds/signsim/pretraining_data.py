@@ -48,7 +48,9 @@ def targets(poses_FP: NDArray[np.float64], left_handed: bool) -> NDArray[np.floa
         point_F = np.deg2rad(hand_FP[:, POINT])
         x_F = hand_FP[:, 0] * own_side * (-1.0 if left_handed else 1.0) / 40
         y_F = (hand_FP[:, 1] - 150) / 80
-        hands.append(np.stack([x_F, y_F, 1.4 * np.sin(point_F), 1.7 * np.cos(point_F)], axis=1))
+        hands.append(
+            np.stack([x_F, y_F, 1.4 * np.sin(point_F), 1.7 * np.cos(point_F)], axis=1)
+        )
     if left_handed:
         hands.reverse()
     return np.concatenate(hands, axis=1).astype(np.float32)

@@ -33,7 +33,9 @@ _NOISE_MARGIN = 64
 _SHIRT = (226, 226, 228)
 
 
-def render_clip(poses_FP: Floats, signer: Signer, rng: np.random.Generator) -> Iterator[Frame]:
+def render_clip(
+    poses_FP: Floats, signer: Signer, rng: np.random.Generator
+) -> Iterator[Frame]:
     """Yield the frames (HEIGHT, WIDTH, 3; blue green red) of a clip, one by one."""
     gain = rng.uniform(0.93, 1.06)
     camera = Camera(
@@ -66,7 +68,10 @@ def draw_frame(person: Figure, index: int, stage: Frame) -> Frame:
 def draw_limb(frame: Frame, shape: Limb, index: int, color: Color) -> None:
     """Draw one limb of frame `index` with a dark rim and a lit stripe."""
     rim = shade(color, 0.62)
-    for extra, quad_FK, paint in ((0.9, shape.outline_FK, rim), (0.0, shape.body_FK, color)):
+    for extra, quad_FK, paint in (
+        (0.9, shape.outline_FK, rim),
+        (0.0, shape.body_FK, color),
+    ):
         disc(frame, shape.start_F[index], shape.radii[0] + extra, paint)
         disc(frame, shape.end_F[index], shape.radii[1] + extra, paint)
         convex(frame, quad_FK[index], paint)
@@ -166,8 +171,10 @@ def make_background(signer: Signer, gain: float, rng: np.random.Generator) -> Fr
     distance = (x - glow_x) ** 2 + 2.5 * (y - glow_y) ** 2
     glow = 14 * np.exp(-distance / 0.5) - 16 * x**2 * (y - 0.5) ** 2
     level = top.mean() + (bottom - top).mean() * y + glow
-    level = np.where(y > 0.945, level * 0.72, level)  # a desk's edge, as the studio has one
-    # Colour is a constant whole offset: channels that move together make PNG files a third smaller.
+    # a desk's edge, as the studio has one
+    level = np.where(y > 0.945, level * 0.72, level)
+    # Colour is a constant whole offset: channels that move together make PNG files a
+    # third smaller.
     tint_C = np.rint((top + bottom) / 2 - (top + bottom).mean() / 2 + rng.normal(0, 2.5, 3))
     image: Frame = np.clip(np.rint(level)[..., None] + tint_C, 0, 255).astype(np.uint8)
     return image
@@ -177,8 +184,8 @@ def make_background(signer: Signer, gain: float, rng: np.random.Generator) -> Fr
 def _noise_tiles() -> list[tuple[Frame, Frame]]:
     """Make camera noise in tiles larger than a frame, each as what it adds and what it takes.
 
-    All channels are alike. The grain is 2x2 px, as compressed video has it; single pixels would
-    make PNG files a half larger.
+    All channels are alike. The grain is 2x2 px, as compressed video has it; single pixels
+    would make PNG files a half larger.
     """
     rng = np.random.default_rng(20140)
     shape = ((HEIGHT + _NOISE_MARGIN) // 2, (WIDTH + _NOISE_MARGIN) // 2)

@@ -18,7 +18,8 @@ _COLUMNS = 6
 _CELL = (84, 104)  # width and height of one keyframe
 _LABEL_PX = 18
 _PHASES = 9
-_KEYFRAMES = (1, 4, 7)  # of a stroke of _PHASES poses; a swing is at its extremes in the outer two
+# of a stroke of _PHASES poses; a swing is at its extremes in the outer two
+_KEYFRAMES = (1, 4, 7)
 
 
 def keyframes(sign: Sign, signer: Signer) -> list[Frame]:
@@ -61,6 +62,7 @@ def write_sheet(path: Path) -> Path:
         path.write_bytes(png.tobytes())
     except OSError as error:
         raise UserError(
-            f"the sheet must go to a file in an existing folder, but {path}: {error.strerror}."
+            f"the sheet must go to a file in an existing folder, but {path}: "
+            f"{error.strerror}."
         ) from error
     return path

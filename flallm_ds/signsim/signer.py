@@ -9,7 +9,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flallm_ds.signsim.signs import BASE_PALM, HANDSHAPES, LOCATIONS, MOVEMENTS, Floats, Sign
+from flallm_ds.signsim.signs import (
+    BASE_PALM,
+    HANDSHAPES,
+    LOCATIONS,
+    MOVEMENTS,
+    Floats,
+    Sign,
+)
 
 Color = tuple[int, int, int]
 """Blue, green, red, as OpenCV draws."""
@@ -112,7 +119,8 @@ SIGNERS = (
 )  # fmt: skip
 UNSEEN = SIGNERS[-1]
 
-# One hand of a pose: x, y, z, pointing (degrees), roll, 5 finger lengths, angles and curls, ring.
+# One hand of a pose: x, y, z, pointing (degrees), roll, 5 finger lengths, angles and
+# curls, ring.
 HAND = 21
 XYZ = slice(0, 3)
 POINT, ROLL = 3, 4
@@ -125,10 +133,30 @@ _FRAME_EDGE = 78.0  # px from the midline beyond which a hand would leave the fr
 _DEPTH = 52.0  # px between the body and a hand in signing space
 
 # Mouthing follows the word's first vowel: (opening, width), both 0 to 1.
-_MOUTHS = {"A": (1.0, 0.6), "E": (0.45, 0.9), "I": (0.25, 1.0), "O": (0.8, 0.2), "U": (0.45, 0.1)}
+_MOUTHS = {
+    "A": (1.0, 0.6),
+    "E": (0.45, 0.9),
+    "I": (0.25, 1.0),
+    "O": (0.8, 0.2),
+    "U": (0.45, 0.1),
+}
 # Brows: 1 raised, -1 knit.
-_BROWS = {"STARK": -1.0, "STURM": -1.0, "GEWITTER": -0.7, "KALT": -0.7, "FROST": -0.6, "TIEF": -0.5}
-_BROWS |= {"MOEGLICH": 1.0, "ABER": 0.9, "HOCH": 0.8, "FREUNDLICH": 0.8, "SONNE": 0.7, "WENIG": 0.6}
+_BROWS = {
+    "STARK": -1.0,
+    "STURM": -1.0,
+    "GEWITTER": -0.7,
+    "KALT": -0.7,
+    "FROST": -0.6,
+    "TIEF": -0.5,
+}
+_BROWS |= {
+    "MOEGLICH": 1.0,
+    "ABER": 0.9,
+    "HOCH": 0.8,
+    "FREUNDLICH": 0.8,
+    "SONNE": 0.7,
+    "WENIG": 0.6,
+}
 
 
 def _roll_for(point_deg: float) -> float:
@@ -158,7 +186,8 @@ def rest_pose() -> Floats:
 def sign_poses(sign: Sign, num_frames: int, space: float = 1.0) -> Floats:
     """Return the poses of a sign's stroke, (num_frames, POSE).
 
-    The other hand's x counts positive to its own side, so a mirrored sign has equal hands.
+    The other hand's x counts positive to its own side, so a mirrored sign has equal
+    hands.
     """
     phase_N = np.linspace(0, 1, num_frames) if num_frames > 1 else np.array([1.0])
     offset_N3 = MOVEMENTS[sign.movement](phase_N)
@@ -182,7 +211,8 @@ def sign_poses(sign: Sign, num_frames: int, space: float = 1.0) -> Floats:
         other_NP[:] = main_NP
         if sign.hands == "alternate":
             other_NP[:, XYZ] -= 2 * offset_N3 * _ALTERNATE
-            if sign.movement in ("zigzag", "beat"):  # both hands fall, one after the other
+            # both hands fall, one after the other
+            if sign.movement in ("zigzag", "beat"):
                 other_NP[:, 1] += 2 * phase_N * (118 if sign.movement == "zigzag" else 36)
         elif sign.hands == "parallel":
             other_NP[:, 0] -= 2 * offset_N3[:, 0]
@@ -222,7 +252,8 @@ def _transition(before_P: Floats, after_P: Floats, num_frames: int) -> Floats:
 def _coarticulate(strokes: list[Floats], undershoot: float) -> None:
     """Draw each stroke's ends towards its neighbours, in place.
 
-    Hands do not quite reach their targets. undershoot: the share of the way that is cut short.
+    Hands do not quite reach their targets. undershoot: the share of the way that is cut
+    short.
     """
     ends = [(stroke[0].copy(), stroke[-1].copy()) for stroke in strokes]
     for index, stroke in enumerate(strokes):
@@ -270,4 +301,6 @@ def clip_poses(signs: list[Sign], signer: Signer, rng: np.random.Generator) -> F
 def _wander(rng: np.random.Generator, num_frames: int, size: float) -> Floats:
     """Return slow aimless movement in two coordinates, (num_frames, 2), within about +-size."""
     time_F1 = np.arange(num_frames)[:, None]
-    return size * np.sin(time_F1 * rng.uniform(0.05, 0.16, 2) + rng.uniform(0, 2 * np.pi, 2))
+    return size * np.sin(
+        time_F1 * rng.uniform(0.05, 0.16, 2) + rng.uniform(0, 2 * np.pi, 2)
+    )

@@ -1,8 +1,10 @@
-"""The lexicon of the synthetic language: handshapes, locations, movements, and signs made of them.
+"""The lexicon of the synthetic language: handshapes, locations, movements, and signs made
+of them.
 
-Signing space is measured on a standard signer facing the camera, in pixels of a 210x300 frame that
-PHOENIX14T later squeezes to 210x260: x from the body's midline, positive towards the dominant hand;
-y down from the frame's top. The face spans y 45 to 107, the shoulders lie at y 135.
+Signing space is measured on a standard signer facing the camera, in pixels of a 210x300
+frame that PHOENIX14T later squeezes to 210x260: x from the body's midline, positive
+towards the dominant hand; y down from the frame's top. The face spans y 45 to 107, the
+shoulders lie at y 135.
 """
 
 from __future__ import annotations
@@ -15,12 +17,14 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
-# Per handshape: five lengths (1 = stretched), five angles (degrees towards the thumb), five curls
-# (degrees by which the outer half bends away from the thumb), and how far thumb and index close a
-# ring (0 to 1).
+# Per handshape: five lengths (1 = stretched), five angles (degrees towards the thumb),
+# five curls (degrees by which the outer half bends away from the thumb), and how far
+# thumb and index close a ring (0 to 1).
 _FLAT_ANGLES = (24, 3, 1, -1, -4)
 _FIST = (0.45, 0.30, 0.32, 0.30, 0.26)
-HANDSHAPES: dict[str, tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...], float]] = {
+HANDSHAPES: dict[
+    str, tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...], float]
+] = {
     "flat": ((0.8, 1, 1, 1, 1), _FLAT_ANGLES, (0,) * 5, 0.0),
     "spread": ((1.1, 1.05, 1.05, 1.05, 1.05), (66, 26, 5, -17, -40), (0,) * 5, 0.0),
     "fist": (_FIST, (-35, 0, 0, 0, 0), (0,) * 5, 0.0),
@@ -31,11 +35,17 @@ HANDSHAPES: dict[str, tuple[tuple[float, ...], tuple[float, ...], tuple[float, .
     "horns": ((0.45, 1.15, 0.26, 0.26, 1.25), (-35, 14, 0, 0, -18), (0,) * 5, 0.0),
     "three": ((1.3, 1.15, 1.15, 0.28, 0.24), (76, 22, -12, 0, 0), (0,) * 5, 0.0),
     "thumb": ((1.5, 0.26, 0.28, 0.26, 0.22), (86, 0, 0, 0, 0), (0,) * 5, 0.0),
-    "claw": ((1.0, 0.95, 0.95, 0.95, 0.95), (70, 40, 14, -18, -46), (-70, -62, -25, 30, 66), 0.0),
+    "claw": (
+        (1.0, 0.95, 0.95, 0.95, 0.95),
+        (70, 40, 14, -18, -46),
+        (-70, -62, -25, 30, 66),
+        0.0,
+    ),
     "ring": ((0.2, 0.2, 0.30, 0.28, 0.24), (30, 10, 0, 0, 0), (0,) * 5, 1.0),
 }
 
-# name -> (x, y) of the dominant palm; in a two-handed sign the other hand lies at (-x, y).
+# name -> (x, y) of the dominant palm; in a two-handed sign the other hand lies at (-x,
+# y).
 LOCATIONS: dict[str, tuple[float, float]] = {
     "crown": (10, 38),
     "forehead": (-4, 54),
@@ -85,7 +95,9 @@ def _circle(radius: float, turns: float = 1.0) -> Path:
 
     def path(phase_N: Floats) -> Floats:
         angle_N = 2 * np.pi * turns * phase_N
-        return np.stack([radius * np.sin(angle_N), -radius * np.cos(angle_N), 0 * angle_N], axis=1)
+        return np.stack(
+            [radius * np.sin(angle_N), -radius * np.cos(angle_N), 0 * angle_N], axis=1
+        )
 
     return path
 
@@ -100,7 +112,8 @@ def _arc(dx: float, rise: float) -> Path:
     return path
 
 
-# name -> offset (x, y, z) in px from the location at phases 0 to 1. z points at the camera.
+# name -> offset (x, y, z) in px from the location at phases 0 to 1. z points at the
+# camera.
 MOVEMENTS: dict[str, Path] = {
     "hold": _path(0, 0),
     "up": _path(0, -62),
@@ -149,7 +162,11 @@ class Sign:
     """Handshape of the other hand when it differs."""
 
     def __post_init__(self) -> None:
-        shapes = {self.handshape, self.end_handshape or "flat", self.other_handshape or "flat"}
+        shapes = {
+            self.handshape,
+            self.end_handshape or "flat",
+            self.other_handshape or "flat",
+        }
         assert shapes <= HANDSHAPES.keys(), self
         assert self.location in LOCATIONS and self.movement in MOVEMENTS, self
         assert self.hands in HANDS, self

@@ -101,7 +101,12 @@ NOUNS = (
         "WOLKE",
         "wolken",
         "p",
-        (("VIEL", "viel-"), ("WENIG", "ein paar"), ("STARK", "dicht-"), ("SCHWACH", "locker-")),
+        (
+            ("VIEL", "viel-"),
+            ("WENIG", "ein paar"),
+            ("STARK", "dicht-"),
+            ("SCHWACH", "locker-"),
+        ),
         ("lösen sich", "auf"),
     ),
     Noun(

@@ -1,6 +1,7 @@
 """Checkpoints that are whole or absent: every rank writes, all agree, then one rename commits.
 
-checkpoints/step-00001200/  engine/ (DeepSpeed's shards)  manifest.json (state, and sha256 of each file)
+checkpoints/step-00001200/  engine/ (DeepSpeed's shards)  manifest.json (state, and sha256
+of each file)
 """
 
 import hashlib
@@ -13,17 +14,31 @@ from typing import Any
 
 from flallm_ds.dist import World, gather_objects
 from flallm_ds.errors import UserError, file_problem
-from flallm_ds.files import file_sha256, partial_of, put_folder, recover_folders, replace_file, sync
+from flallm_ds.files import (
+    file_sha256,
+    partial_of,
+    put_folder,
+    recover_folders,
+    replace_file,
+    sync,
+)
 
 MANIFEST = "manifest.json"
 
 
 def save(
-    folder: Path, step: int, state: dict[str, Any], write: Callable[[Path], None], world: World, keep: int
+    folder: Path,
+    step: int,
+    state: dict[str, Any],
+    write: Callable[[Path], None],
+    world: World,
+    keep: int,
 ) -> Path:
-    """Commit `checkpoints/step-…`: `write(folder)` runs on every rank, then rank 0 adds `state` and renames.
+    """Commit `checkpoints/step-…`: `write(folder)` runs on every rank, then rank 0 adds
+    `state` and renames.
 
-    keep: how many committed checkpoints stay. Raises UserError on every rank if any rank could not write.
+    keep: how many committed checkpoints stay. Raises UserError on every rank if any rank
+    could not write.
     """
     final = folder / f"step-{step:08d}"
     partial = partial_of(final)
@@ -33,7 +48,9 @@ def save(
         partial.mkdir(parents=True)
 
     def commit() -> None:
-        names = sorted(p.relative_to(partial).as_posix() for p in partial.rglob("*") if p.is_file())
+        names = sorted(
+            p.relative_to(partial).as_posix() for p in partial.rglob("*") if p.is_file()
+        )
         files = {name: file_sha256(partial / name) for name in names}
         _write_manifest(partial, files, state)
         put_folder(partial, final)
@@ -61,24 +78,27 @@ def replace_state(folder: Path, step: int, state: dict[str, Any], world: World) 
 
 
 def _together(action: Callable[[], None] | None, final: Path, world: World) -> None:
-    """Run a part of a save and wait for all ranks; raises UserError on every rank if any could not write."""
+    """Run a part of a save and wait for all ranks; raises UserError on every rank if any
+    could not write."""
     problem = None
     try:
         if action is not None:
             action()
-    except (OSError, RuntimeError) as error:  # on a full disk torch.save raises a RuntimeError
+    # on a full disk torch.save raises a RuntimeError
+    except (OSError, RuntimeError) as error:
         problem = f"rank {world.rank}: {error}"
     problems = [p for p in gather_objects(problem, world) if p]
     if problems:
         raise UserError(
-            f"the checkpoint {final} could not be written ({problems[0]}). Earlier checkpoints are whole; "
-            "free some space and run the same command again."
+            f"the checkpoint {final} could not be written ({problems[0]}). Earlier "
+            "checkpoints are whole; free some space and run the same command again."
         )
 
 
 @dataclass(frozen=True)
 class Saved:
-    """The newest checkpoint that is whole. damaged: those that are newer, each with what is wrong with it."""
+    """The newest checkpoint that is whole. damaged: those that are newer, each with what
+    is wrong with it."""
 
     path: Path
     state: dict[str, Any]
@@ -88,7 +108,8 @@ class Saved:
 def newest(folder: Path) -> Saved | None:
     """The newest checkpoint of which every file has its checksum; None where there never was one.
 
-    Raises UserError where none of several is whole: a run must not start from scratch unasked.
+    Raises UserError where none of several is whole: a run must not start from scratch
+    unasked.
     """
     damaged: dict[Path, str] = {}
     for path in sorted(folder.glob("step-*"), reverse=True):
@@ -100,16 +121,19 @@ def newest(folder: Path) -> Saved | None:
             damaged[path] = file_problem(error)
     if damaged:
         raise UserError(
-            f"Cannot resume from {folder}: no checkpoint is whole. {next(iter(damaged.values()))} "
-            "Put a copy of a whole checkpoint there, or start another run with --run=FOLDER."
+            f"Cannot resume from {folder}: no checkpoint is whole. "
+            f"{next(iter(damaged.values()))} Put a copy of a whole checkpoint there, or "
+            "start another run with --run=FOLDER."
         )
     return None
 
 
 def resumable(run: Path) -> Saved | None:
-    """Find what a run resumes from, once its folders are whole again; None for a run without checkpoints.
+    """Find what a run resumes from, once its folders are whole again; None for a run
+    without checkpoints.
 
-    Every file of the checkpoint is read, so call it once at a start. Raises UserError as `newest`.
+    Every file of the checkpoint is read, so call it once at a start. Raises UserError as
+    `newest`.
     """
     checkpoints = run / "checkpoints"
     for parent in (run, checkpoints):
@@ -118,7 +142,8 @@ def resumable(run: Path) -> Saved | None:
 
 
 def set_aside(damaged: Iterable[Path]) -> None:
-    """Give damaged checkpoints names under which they neither count as checkpoints nor hide newer ones."""
+    """Give damaged checkpoints names under which they neither count as checkpoints nor
+    hide newer ones."""
     for path in damaged:
         aside = path.with_name(f"damaged-{path.name}")
         if aside.exists():
@@ -132,7 +157,8 @@ def committed(folder: Path) -> list[Path]:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The state saved next to the engine's shards, after every file was checked against its checksum.
+    """The state saved next to the engine's shards, after every file was checked against
+    its checksum.
 
     Raises UserError that names a missing or changed file.
     """
@@ -140,7 +166,9 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     for name, sha256 in manifest["files"].items():
         path = checkpoint / name
         if not path.is_file() or file_sha256(path) != sha256:
-            raise _broken(checkpoint, name, "was changed" if path.is_file() else "is missing")
+            raise _broken(
+                checkpoint, name, "was changed" if path.is_file() else "is missing"
+            )
     return dict(manifest["state"])
 
 

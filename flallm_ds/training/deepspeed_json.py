@@ -1,4 +1,5 @@
-"""The DeepSpeed JSON: which keys it may have, and what becomes of it on a machine without a GPU."""
+"""The DeepSpeed JSON: which keys it may have, and what becomes of it on a machine without
+a GPU."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -8,7 +9,8 @@ from typing import Any
 from flallm_ds.command import nearest
 from flallm_ds.errors import UserError
 
-# Numbers that RunConfig owns, and the options that set them: nobody could say which of two counts.
+# Numbers that RunConfig owns, and the options that set them: nobody could say which of
+# two counts.
 OWNED_BY_RUN = {
     "train_batch_size": "data.batch_clips",
     "train_micro_batch_size_per_gpu": "data.batch_clips and data.micro_batches",
@@ -41,11 +43,13 @@ _PRECISIONS = ("bf16", "fp16", "torch_autocast", "data_types")
 def read_json(path: Path, zero_keys: Sequence[str]) -> dict[str, Any]:
     """Read a DeepSpeed JSON whose every key is known and none is RunConfig's.
 
-    DeepSpeed accepts an unknown top-level key in silence, so the check is ours. zero_keys: those
-    that DeepSpeed knows in `zero_optimization`. Raises UserError.
+    DeepSpeed accepts an unknown top-level key in silence, so the check is ours.
+    zero_keys: those that DeepSpeed knows in `zero_optimization`. Raises UserError.
     """
     if not path.is_file():
-        raise UserError(f"train.deepspeed must be a DeepSpeed JSON, but there is no file {path}.")
+        raise UserError(
+            f"train.deepspeed must be a DeepSpeed JSON, but there is no file {path}."
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -60,12 +64,15 @@ def read_json(path: Path, zero_keys: Sequence[str]) -> dict[str, Any]:
             option = OWNED_BY_RUN[name].split()[0]
             raise UserError(f"{name} must not be in {path}: set --{option} instead.")
         if name not in OWNED_BY_JSON:
-            raise UserError(f"{path} has an unknown key {name!r}: {nearest(name, OWNED_BY_JSON)}")
+            raise UserError(
+                f"{path} has an unknown key {name!r}: {nearest(name, OWNED_BY_JSON)}"
+            )
     checks_overflow = config.get("bf16", {}).get("check_grad_overflow", True)
     if checks_overflow is not True:
         raise UserError(
-            f"bf16.check_grad_overflow must be true in {path}, got {json.dumps(checks_overflow)}: "
-            "a gradient that is not finite would enter the weights. Remove it."
+            f"bf16.check_grad_overflow must be true in {path}, got "
+            f"{json.dumps(checks_overflow)}: a gradient that is not finite would enter the "
+            "weights. Remove it."
         )
     for name in zero:
         if name not in zero_keys:
@@ -94,7 +101,8 @@ def for_cpu(config: dict[str, Any]) -> dict[str, Any]:
     if zero.get("stage") == 3:
         zero["stage3_param_persistence_threshold"] = 0
     twin["zero_optimization"] = zero
-    # A CPU op is compiled at first use, for minutes, with a lock that outlives a killed build.
+    # A CPU op is compiled at first use, for minutes, with a lock that outlives a killed
+    # build.
     twin["zero_force_ds_cpu_optimizer"] = False
     return twin
 

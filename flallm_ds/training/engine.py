@@ -31,7 +31,8 @@ from flallm_ds.training.frozen import FROZEN, check_digest, frozen_digest, write
 
 STALE_S = 1800.0
 MAX_SKIPPED = 100  # steps in a row; from the largest loss scale, 2**32, to 1 it takes 33
-HELD = -1  # among the modules that are busy with a parameter; DeepSpeed numbers its own from 0
+# among the modules that are busy with a parameter; DeepSpeed numbers its own from 0
+HELD = -1
 
 # What DeepSpeed's own checkpoint files hold besides tensors and plain containers.
 CHECKPOINT_CLASSES = [
@@ -41,9 +42,9 @@ CHECKPOINT_CLASSES = [
     loss_scaler.DynamicLossScaler,
 ]
 
-# Lowest learning rate for master weights of 8 and of 11 significant bits, by the flag that asks for
-# them. Adam moves a weight by about the learning rate, and a bf16 weight of 0.05 does not move by
-# less than 1.2e-4: at 1e-5, 85 % of an LLM's weights never move.
+# Lowest learning rate for master weights of 8 and of 11 significant bits, by the flag
+# that asks for them. Adam moves a weight by about the learning rate, and a bf16 weight of
+# 0.05 does not move by less than 1.2e-4: at 1e-5, 85 % of an LLM's weights never move.
 _LOWEST_RATES = {
     "bf16_master_weights_and_grads": 1e-4,
     "fp16_master_weights_and_grads": 1e-4 / 8,
@@ -125,7 +126,9 @@ def _optimizer(
             betas=betas,
             weight_decay=decay,
             adamw_mode=True,
-            fp32_optimizer_states=not config.get("bf16", {}).get("bf16_optimizer_states", False),
+            fp32_optimizer_states=not config.get("bf16", {}).get(
+                "bf16_optimizer_states", False
+            ),
         )
         return offloading
     return torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=decay, fused=True)
@@ -134,7 +137,8 @@ def _optimizer(
 def prepare() -> None:
     """Quieten DeepSpeed and, on a CPU, keep it from compiling its shared-memory collective.
 
-    gloo's will do. Call before any other function here: the first that partitions a model decides.
+    gloo's will do. Call before any other function here: the first that partitions a model
+    decides.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # A private name, which another version may lack.
@@ -144,7 +148,8 @@ def prepare() -> None:
 
 
 def check_compilation_locks() -> None:
-    """Raise UserError for the lock of a killed build, on which the next build would wait for ever.
+    """Raise UserError for the lock of a killed build, on which the next build would wait
+    for ever.
 
     A lock younger than STALE_S may be of a build that is under way in another run.
     """
@@ -154,15 +159,16 @@ def check_compilation_locks() -> None:
     stale = [lock for lock in locks if time.time() - lock.stat().st_mtime > STALE_S]
     if stale:
         raise UserError(
-            "no killed build of a DeepSpeed operator may have left its lock, but there is an old "
-            f"one: {stale[0]}. Delete that file: the run would wait on it for ever."
+            "no killed build of a DeepSpeed operator may have left its lock, but there is "
+            f"an old one: {stale[0]}. Delete that file: the run would wait on it for ever."
         )
 
 
 class Engine:
     """A module under DeepSpeed.
 
-    groups: one dict a parameter group with "params" and "lr". config: what `complete` returned.
+    groups: one dict a parameter group with "params" and "lr". config: what `complete`
+    returned.
     """
 
     def __init__(
@@ -174,7 +180,8 @@ class Engine:
         world: World,
     ) -> None:
         if zero_stage(config) == 3:
-            # One gather a layer, not one a weight matrix: a third of the step on two CPU ranks.
+            # One gather a layer, not one a weight matrix: a third of the step on two CPU
+            # ranks.
             layers = getattr(module.language_model, "_no_split_modules", None)
             kinds = {type(m).__name__ for m in module.modules()}
             names = sorted(kinds & set(layers or ()))
@@ -216,8 +223,8 @@ class Engine:
     def micro_step_done(self, rates: Sequence[float]) -> None:
         """Close a micro-batch; at the last one of a step the optimizer moves.
 
-        rates: the learning rate of each group. With a gradient that is not finite the optimizer
-        does not move, and `is_stuck` may say so.
+        rates: the learning rate of each group. With a gradient that is not finite the
+        optimizer does not move, and `is_stuck` may say so.
         """
         for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
             # The weight decay, too: a universal checkpoint confuses the groups.
@@ -249,14 +256,15 @@ class Engine:
         norm = self._engine.get_global_grad_norm()
         if norm is None:
             return self._own_norm
-        return float(norm) if norm >= 0 else float("nan")  # -1 stands for what is not finite
+        # -1 stands for what is not finite
+        return float(norm) if norm >= 0 else float("nan")
 
     @property
     def is_stuck(self) -> bool:
         """Whether gradients that are not finite keep the optimizer from stepping.
 
-        The same on each rank. A scaled loss may overflow until its scale has come down; without a
-        scale a single step counts.
+        The same on each rank. A scaled loss may overflow until its scale has come down;
+        without a scale a single step counts.
         """
         return self._skipped_in_a_row >= (MAX_SKIPPED if self._scales_loss else 1)
 
@@ -277,9 +285,9 @@ class Engine:
     def grad_norms(self, groups: Mapping[str, Sequence[nn.Parameter]]) -> dict[str, float]:
         """Norm of the step's gradient over each group of parameters, before clipping.
 
-        Frozen parameters count as 0. Every rank must call it with the same groups, after the last
-        backward of a step and before that micro-batch's `micro_step_done`. Gradients are gathered
-        one parameter at a time.
+        Frozen parameters count as 0. Every rank must call it with the same groups, after
+        the last backward of a step and before that micro-batch's `micro_step_done`.
+        Gradients are gathered one parameter at a time.
         """
         scale = float(getattr(self._optimizer, "loss_scale", 1.0))
         norms = {}
@@ -291,7 +299,8 @@ class Engine:
         return norms
 
     def close(self) -> None:
-        """Free the memory, which DeepSpeed's hooks would keep for as long as the process lives."""
+        """Free the memory, which DeepSpeed's hooks would keep for as long as the process
+        lives."""
         self._engine.destroy()
 
     @property
@@ -301,8 +310,8 @@ class Engine:
     def save(self, folder: Path) -> None:
         """Write every rank's shards into `folder`; training/checkpoint.py commits them.
 
-        Frozen parameters are left out, a digest of them is put in: a run loads them from where it
-        had them.
+        Frozen parameters are left out, a digest of them is put in: a run loads them from
+        where it had them.
         """
         digest = self._frozen_digest
         try:
@@ -323,8 +332,8 @@ class Engine:
     def load(self, folder: Path) -> None:
         """Restore parameters, optimizer and counters that `save` wrote.
 
-        Nothing but plain data is unpickled. Raises UserError where the parameters that are frozen
-        now are others than in the run that saved.
+        Nothing but plain data is unpickled. Raises UserError where the parameters that
+        are frozen now are others than in the run that saved.
         """
         complete = not (folder / FROZEN).is_file()
         if not complete:
@@ -345,7 +354,9 @@ class Engine:
             else:
                 os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before
         if path is None:
-            raise UserError(f"the checkpoint must hold DeepSpeed's files, but does not: {folder}.")
+            raise UserError(
+                f"the checkpoint must hold DeepSpeed's files, but does not: {folder}."
+            )
 
     @cached_property
     def _frozen_digest(self) -> str:
@@ -357,13 +368,15 @@ class Engine:
         enabled = self.partitions_parameters
         return deepspeed.zero.GatheredParameters(parameters, enabled=enabled)
 
-    def state(self, trained_of: str | None = None) -> Iterator[tuple[str, torch.Tensor | None]]:
+    def state(
+        self, trained_of: str | None = None
+    ) -> Iterator[tuple[str, torch.Tensor | None]]:
         """(name, tensor on the host) of each parameter and persistent buffer.
 
         Tensors have the engine's precision; they come on rank 0, None on the others; tied
-        parameters come once. trained_of: a module of which only the parameters that are trained
-        come. Every rank must drive it to its end, since each parameter is gathered by all; one is
-        held at a time.
+        parameters come once. trained_of: a module of which only the parameters that are
+        trained come. Every rank must drive it to its end, since each parameter is
+        gathered by all; one is held at a time.
         """
         left_out = f"{trained_of}." if trained_of else None
         for name, parameter in self.module.named_parameters():
@@ -383,8 +396,8 @@ class Engine:
     def gathered(self, how: Literal["auto", "never"]) -> Iterator[None]:
         """Within it every rank holds all parameters.
 
-        So a search does not gather them again for every token. how: "auto", where they take at most
-        half of the memory that is free on every rank.
+        So a search does not gather them again for every token. how: "auto", where they
+        take at most half of the memory that is free on every rank.
         """
         parameters = [p for p in self.module.parameters() if hasattr(p, "ds_id")]
         if not parameters or how == "never" or not self._fit(parameters):
@@ -393,8 +406,8 @@ class Engine:
         with ExitStack() as stack:
             for parameter in parameters:
                 stack.enter_context(deepspeed.zero.GatheredParameters([parameter]))
-                # As if a module were always busy with it: else the first that is done would let
-                # it go.
+                # As if a module were always busy with it: else the first that is done
+                # would let it go.
                 parameter.ds_active_sub_modules.add(HELD)
             self._holds_all = True
             try:
@@ -420,8 +433,8 @@ class Engine:
 def _one_precision(module: nn.Module) -> None:
     """Give all parameters the precision of those that were made under zero.Init.
 
-    Others, as of adapters and low-rank layers, were made after it. DeepSpeed casts no parameter of
-    a model that is partitioned already, and fails on mixed ones.
+    Others, as of adapters and low-rank layers, were made after it. DeepSpeed casts no
+    parameter of a model that is partitioned already, and fails on mixed ones.
     """
     numbers = [p for p in module.parameters() if p.is_floating_point()]
     precisions = {p.dtype for p in numbers if hasattr(p, "ds_id")}
@@ -435,7 +448,9 @@ def _one_precision(module: nn.Module) -> None:
 
 def _norm(parameters: Iterable[nn.Parameter]) -> float:
     """Norm of all gradients together; not finite where one is not."""
-    norms = [torch.linalg.vector_norm(p.grad.double()) for p in parameters if p.grad is not None]
+    norms = [
+        torch.linalg.vector_norm(p.grad.double()) for p in parameters if p.grad is not None
+    ]
     return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
 
 
@@ -443,5 +458,6 @@ def _norm(parameters: Iterable[nn.Parameter]) -> float:
 def _is_finite(tensor: torch.Tensor) -> bool:
     if not tensor.is_floating_point() or not tensor.numel():
         return True
-    ends = torch.aminmax(tensor.detach())  # needs no copy of the tensor; NaN comes through
+    # needs no copy of the tensor; NaN comes through
+    ends = torch.aminmax(tensor.detach())
     return math.isfinite(ends.min) and math.isfinite(ends.max)

@@ -20,7 +20,8 @@ Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager[object]]
 def frozen_digest(module: nn.Module, gathered: Gather, world: World) -> str:
     """sha256 over names, shapes and values of the frozen parameters; empty where there are none.
 
-    It does not depend on the number of ranks, each of which reads a part. Every rank must call it.
+    It does not depend on the number of ranks, each of which reads a part. Every rank must
+    call it.
     """
     own: dict[str, str] = {}
     frozen = [(n, p) for n, p in module.named_parameters() if not p.requires_grad]
@@ -44,9 +45,9 @@ def check_digest(checkpoint: Path, digest: str) -> None:
     saved = json.loads((checkpoint / FROZEN).read_text(encoding="utf-8"))["sha256"]
     if digest != saved:
         raise UserError(
-            f"the frozen parameters must be those with which {checkpoint} was saved, but are "
-            "others. Give the LLM, the visual encoder and the DeepSpeed JSON of then, or start "
-            "another run."
+            f"the frozen parameters must be those with which {checkpoint} was saved, but "
+            "are others. Give the LLM, the visual encoder and the DeepSpeed JSON of then, "
+            "or start another run."
         )
 
 

@@ -27,12 +27,15 @@ class Evaluation:
     world: World
 
     def hypotheses(
-        self, report: Callable[[int, int], None] | None = None, stop: StopRequest | None = None
+        self,
+        report: Callable[[int, int], None] | None = None,
+        stop: StopRequest | None = None,
     ) -> list[Hypothesis]:
         """Every clip's hypothesis, sorted by key, the same list on every rank.
 
-        Every rank makes the same number of `generate` calls. report(clips done, all clips): called after each
-        step. Raises Preempted on every rank soon after any of them was asked to stop.
+        Every rank makes the same number of `generate` calls. report(clips done, all
+        clips): called after each step. Raises Preempted on every rank soon after any of
+        them was asked to stop.
         """
         found: list[Hypothesis] = []
         for step, batches in enumerate(on_device(self.loader.steps(), self.world.device)):
@@ -43,24 +46,35 @@ class Evaluation:
             if report is not None:
                 report(int(self.loader.plan.ends[step]), len(self.loader.reader.index))
             if stop is not None and all_reduce_sum([bool(stop)], self.world)[0]:
-                raise Preempted("stopped while clips were scored; the same command scores them anew.")
+                raise Preempted(
+                    "stopped while clips were scored; the same command scores them anew."
+                )
         gathered = [h for part in gather_objects(found, self.world) for h in part]
         by_key = {h.key: h for h in gathered}
         if not len(by_key) == len(gathered) == len(self.loader.reader.index):
             raise UserError(
-                f"each of {len(self.loader.reader.index)} clips must be scored once, but {len(gathered)} "
-                f"hypotheses came for {len(by_key)} clips. Run shards/verify.py on the shards."
+                f"each of {len(self.loader.reader.index)} clips must be scored once, but "
+                f"{len(gathered)} hypotheses came for {len(by_key)} clips. Run "
+                "shards/verify.py on the shards."
             )
         return [by_key[key] for key in sorted(by_key)]
 
-    def _hypothesis(self, batch: Batch, row: int, candidates: Sequence[Candidate]) -> Hypothesis:
+    def _hypothesis(
+        self, batch: Batch, row: int, candidates: Sequence[Candidate]
+    ) -> Hypothesis:
         sentences = [self.codec.decode(candidate.ids) for candidate in candidates]
-        scored = [(s, c.score) for s, c in zip(sentences, candidates, strict=True) if c.score is not None]
+        scored = [
+            (s, c.score)
+            for s, c in zip(sentences, candidates, strict=True)
+            if c.score is not None
+        ]
         return Hypothesis(
             key=batch.keys[row],
             hypothesis=sentences[0],
             reference=batch.texts[row],
             corpus=batch.corpora[row],
-            language=tag_of(self.codec.instruction.language) or batch.languages[row] or self.codec.language,
+            language=tag_of(self.codec.instruction.language)
+            or batch.languages[row]
+            or self.codec.language,
             nbest=tuple(scored),
         )

@@ -63,9 +63,9 @@ class Progress:
             speed = self._frames / self._seconds
             waiting = 100 * self._waited / self._seconds
             self.say(
-                f"stage {self.stage}  epoch {epoch + 1}/{self._epochs}  step {step}/{num_steps}  "
-                f"loss {self._loss / self._steps:.3f}  {speed:,.0f} frames/s  "
-                f"waiting {waiting:.1f} %  left {clock(left)}"
+                f"stage {self.stage}  epoch {epoch + 1}/{self._epochs}  step "
+                f"{step}/{num_steps}  loss {self._loss / self._steps:.3f}  {speed:,.0f} "
+                f"frames/s  waiting {waiting:.1f} %  left {clock(left)}"
             )
             self._last_print = now
             self._reset()
@@ -88,6 +88,7 @@ class ScoringProgress:
         self._last_print, seconds = now, now - self._begin
         left = seconds * (clips / done - 1)
         print(
-            f"{self.split}: {done}/{clips} clips  {done / seconds:.1f} clips/s  left {clock(left)}",
+            f"{self.split}: {done}/{clips} clips  {done / seconds:.1f} clips/s  left "
+            f"{clock(left)}",
             flush=True,
         )

@@ -1,6 +1,7 @@
 """versions.json: on what and with what a run was started, each time.
 
-The first start's facts are at the top; `starts` holds those of every start, also on other machines.
+The first start's facts are at the top; `starts` holds those of every start, also on other
+machines.
 """
 
 import json
@@ -34,7 +35,8 @@ PACKAGES = (
     "numpy",
 )
 REPOSITORY = Path(__file__).resolve().parents[2]
-CODE = ("flallm_ds", "launch", "shards", "ds_configs")  # what of the repository a run depends on
+# what of the repository a run depends on
+CODE = ("flallm_ds", "launch", "shards", "ds_configs")
 DRIVER = Path("/proc/driver/nvidia/version")
 
 
@@ -43,7 +45,9 @@ def record_start(folder: Path, world: World) -> None:
 
     Every rank must call it. Raises UserError on every rank where it fails.
     """
-    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
+    device = (
+        torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
+    )
     devices = gather_objects(device, world)
     main_first(lambda: _append(folder / VERSIONS, facts(devices)), world)
 
@@ -56,7 +60,9 @@ def _append(path: Path, start: dict[str, Any]) -> None:
             # An older version wrote the first start alone.
             starts = list(content.get("starts", [content]))
         except (ValueError, TypeError) as error:
-            raise UserError(f"Cannot read {path}: {error}. Delete it; the run resumes without it.") from error
+            raise UserError(
+                f"Cannot read {path}: {error}. Delete it; the run resumes without it."
+            ) from error
     content = {**content, "starts": [*starts, start]}
     replace_file(path, json.dumps(content, indent=2) + "\n")
 
@@ -85,7 +91,8 @@ def facts(devices: list[str]) -> dict[str, Any]:
 
 def _commit(repository: Path) -> tuple[str | None, bool | None]:
     """(commit, whether the code was changed since); (None, None) without a checkout."""
-    if not (repository / ".git").exists():  # a repository around site-packages is not ours
+    # a repository around site-packages is not ours
+    if not (repository / ".git").exists():
         return None, None
     # A container's root may not be the owner of a mounted checkout.
     git = ["git", "-C", str(repository), "-c", f"safe.directory={repository}"]
@@ -115,5 +122,7 @@ def _driver() -> str | None:
     """Version of NVIDIA's kernel module."""
     if not DRIVER.is_file():
         return None
-    found = re.search(r"\b\d+\.\d+(\.\d+)?\b", DRIVER.read_text(encoding="utf-8", errors="replace"))
+    found = re.search(
+        r"\b\d+\.\d+(\.\d+)?\b", DRIVER.read_text(encoding="utf-8", errors="replace")
+    )
     return found.group() if found else None

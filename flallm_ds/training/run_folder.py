@@ -35,11 +35,14 @@ SHOWN = 5  # hypotheses at each scoring
 def locked_run(config: RunConfig, world: World) -> Iterator[None]:
     """No other job may read or write the run's folder as its own meanwhile.
 
-    Raises UserError on every rank where one does, or where the folder holds something else.
+    Raises UserError on every rank where one does, or where the folder holds something
+    else.
     """
     folder = Path(config.run)
     main_first(lambda: _check_free(folder), world)
-    with locked_by_main(folder / LOCK, f"Run folder {folder}", "use another --run=FOLDER", world):
+    with locked_by_main(
+        folder / LOCK, f"Run folder {folder}", "use another --run=FOLDER", world
+    ):
         yield
 
 
@@ -76,8 +79,8 @@ def _remove_built(folder: Path) -> None:
 def open_run_folder(config: RunConfig) -> Path:
     """Make the folder of a new run, or check that an existing one is of this very run.
 
-    Raises UserError where the folder is not empty and not a run's, or an option that changes
-    numbers differs.
+    Raises UserError where the folder is not empty and not a run's, or an option that
+    changes numbers differs.
     """
     folder = Path(config.run)
     path = folder / "config.json"
@@ -101,8 +104,8 @@ def _check_free(folder: Path) -> None:
     left = {LOCK, LOG, partial_of(config).name}
     if not folder.is_dir() or any(path.name not in left for path in folder.iterdir()):
         raise UserError(
-            f"run must name a new, an empty or a run's folder, but {folder} holds something else. "
-            "Give another --run=FOLDER."
+            f"run must name a new, an empty or a run's folder, but {folder} holds "
+            "something else. Give another --run=FOLDER."
         )
 
 
@@ -119,8 +122,8 @@ def _check_same_run(now: RunConfig, before: RunConfig, folder: Path) -> None:
 class Metrics:
     """What rank 0 records: metrics.jsonl, hypotheses.jsonl and TensorBoard events.
 
-    A resume forgets what came after its checkpoint. A write that fails is kept in mind and raised
-    by `check`, where all ranks hear of it.
+    A resume forgets what came after its checkpoint. A write that fails is kept in mind
+    and raised by `check`, where all ranks hear of it.
     """
 
     def __init__(self, folder: Path, global_step: int, epoch: int) -> None:
@@ -152,11 +155,17 @@ class Metrics:
     ) -> None:
         """Keep a few hypotheses of a scoring. epoch: the one that is scored, from 1."""
         for one in hypotheses:
-            texts = {"key": one.key, "hypothesis": one.hypothesis, "reference": one.reference}
+            texts = {
+                "key": one.key,
+                "hypothesis": one.hypothesis,
+                "reference": one.reference,
+            }
             record = {"kind": split, "global_step": global_step, "epoch": epoch, **texts}
             self._append(self._hypotheses, record)
         table = _table(hypotheses)
-        self._try(EVENTS, lambda: self._events.add_text(f"{split}/hypotheses", table, global_step))
+        self._try(
+            EVENTS, lambda: self._events.add_text(f"{split}/hypotheses", table, global_step)
+        )
 
     def flush(self) -> None:
         """Wait until all is in the files."""
@@ -172,8 +181,8 @@ class Metrics:
         if self.problem is not None:
             problem = file_problem(self.problem)
             raise UserError(
-                f"The records in {self.folder} are not complete. {problem} The run resumes from "
-                "its last checkpoint."
+                f"The records in {self.folder} are not complete. {problem} The run resumes "
+                "from its last checkpoint."
             )
 
     def _append(self, file: IO[str], record: dict[str, Any]) -> None:
@@ -183,7 +192,9 @@ class Metrics:
 
         self._try(file.name, append)
 
-    def _try(self, name: str, action: Callable[[], None], in_any_case: bool = False) -> None:
+    def _try(
+        self, name: str, action: Callable[[], None], in_any_case: bool = False
+    ) -> None:
         if self.problem is not None and not in_any_case:
             return  # a file with a gap would be worse than one that ends
         try:

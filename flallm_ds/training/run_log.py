@@ -32,7 +32,9 @@ class RunLog:
     def check(self) -> None:
         """Raise UserError where a line could not be written."""
         if self.problem is not None:
-            raise UserError(f"The log {self.path} is not complete. {file_problem(self.problem)}")
+            raise UserError(
+                f"The log {self.path} is not complete. {file_problem(self.problem)}"
+            )
 
     def close(self) -> None:
         self._try("")
@@ -71,7 +73,8 @@ class _Tee:
 def run_log(folder: Path, world: World) -> Iterator[RunLog | None]:
     """Log what rank 0 prints meanwhile, and the error that it ends with. None on the other ranks.
 
-    Raises UserError on every rank where the log cannot be opened, or where a line was lost.
+    Raises UserError on every rank where the log cannot be opened, or where a line was
+    lost.
     """
     opened: list[RunLog] = []
     main_first(lambda: opened.append(RunLog(folder / LOG)), world)

@@ -31,10 +31,11 @@ SPLIT = "test"  # that --stage both ends with
 def run_stage(config: RunConfig, world: World, stop: StopRequest) -> bool:
     """Train a stage from where it is; False if it stopped at train.max_steps before its end.
 
-    The caller holds the run folder (`locked_run`). Raises UserError for options that do not fit, Preempted
-    when asked to stop.
+    The caller holds the run folder (`locked_run`). Raises UserError for options that do
+    not fit, Preempted when asked to stop.
     """
-    # Checkpoints are read once, and before the models: damaged ones end the start at once.
+    # Checkpoints are read once, and before the models: damaged ones end the start at
+    # once.
     saved = main_first(lambda: begun(config), world)
     if main_first(lambda: is_finished(config, saved), world):
         if world.is_main:
@@ -48,8 +49,8 @@ def run_stage(config: RunConfig, world: World, stop: StopRequest) -> bool:
         finished = trainer.at.epoch >= config.train.epochs
         if world.is_main:
             limit = (
-                f"stopped after step {trainer.at.global_step}, at train.max_steps; without it the run "
-                "resumes."
+                f"stopped after step {trainer.at.global_step}, at train.max_steps; without "
+                "it the run resumes."
             )
             print(summary(config) if finished else limit, flush=True)
     task.engine.close()
@@ -63,7 +64,8 @@ def run_stage(config: RunConfig, world: World, stop: StopRequest) -> bool:
 def begun(config: RunConfig) -> checkpoint.Saved | None:
     """Find the checkpoint that the run resumes from; None where it has none yet.
 
-    Raises UserError where the folder is of another run, or none of its checkpoints is whole.
+    Raises UserError where the folder is of another run, or none of its checkpoints is
+    whole.
     """
     folder = Path(config.run)
     if not (folder / "config.json").is_file():
@@ -73,9 +75,14 @@ def begun(config: RunConfig) -> checkpoint.Saved | None:
 
 
 def is_finished(config: RunConfig, saved: checkpoint.Saved | None) -> bool:
-    """Return whether the run has an export, and its checkpoint is of the end of its last epoch."""
+    """Return whether the run has an export, and its checkpoint is of the end of its last
+    epoch."""
     has_export = (Path(config.run) / "best" / export.SETTINGS_FILE).is_file()
-    return has_export and saved is not None and saved.state["position"]["epoch"] >= config.train.epochs
+    return (
+        has_export
+        and saved is not None
+        and saved.state["position"]["epoch"] >= config.train.epochs
+    )
 
 
 def summary(config: RunConfig) -> str:
@@ -84,18 +91,20 @@ def summary(config: RunConfig) -> str:
     scores = export.read_settings(best)["scores"]
     bleu4 = scores[config.eval.split]["bleu4"]
     return (
-        f"stage {config.stage} is finished: {config.run}\n"
-        f"best {config.eval.split} BLEU-4 {bleu4:.2f}, after epoch {scores['epoch']}: {best}"
+        f"stage {config.stage} is finished: {config.run}\nbest {config.eval.split} BLEU-4 "
+        f"{bleu4:.2f}, after epoch {scores['epoch']}: {best}"
     )
 
 
 def is_evaluated(config: RunConfig, split: str) -> bool:
-    """Whether the run's best export has been scored on this split of its own shards, where they are now."""
+    """Whether the run's best export has been scored on this split of its own shards,
+    where they are now."""
     return split in export.evaluated(Path(config.run) / "best", config.data.shards)
 
 
 def train_stages(configs: tuple[RunConfig, ...], world: World, stop: StopRequest) -> bool:
-    """Train one stage, or both, each of them then scored; False if a stage stopped before its end.
+    """Train one stage, or both, each of them then scored; False if a stage stopped before
+    its end.
 
     Raises UserError for options that do not fit, Preempted when asked to stop.
     """
@@ -110,20 +119,25 @@ def train_stages(configs: tuple[RunConfig, ...], world: World, stop: StopRequest
             if both and not main_first(partial(is_evaluated, config, SPLIT), world):
                 search = Search(hub_code=config.llm.hub_code)
                 with run_log(Path(config.run), world):
-                    evaluate_run(config.run, SPLIT, world, search, data=config.data, stop=stop)
+                    evaluate_run(
+                        config.run, SPLIT, world, search, data=config.data, stop=stop
+                    )
     return True
 
 
 def next_commands(
     configs: tuple[RunConfig, ...], recipe: str | None, overrides: Mapping[str, str]
 ) -> list[str]:
-    """What to run after these stages: stage llm with the same options, or a model's scores and its use."""
+    """What to run after these stages: stage llm with the same options, or a model's
+    scores and its use."""
     run = configs[-1].run
     if configs[-1].stage != "visual":
         scored = [f"deepspeed launch/evaluate.py --run {shlex.quote(run)} --split {SPLIT}"]
         translate = f"flallm translate VIDEO --model {shlex.quote(run)}"
         return [*(scored if len(configs) == 1 else []), translate]
-    options = {"visual_run": run} | {name: value for name, value in overrides.items() if name != "run"}
+    options = {"visual_run": run} | {
+        name: value for name, value in overrides.items() if name != "run"
+    }
     if recipe is not None:
         options = {"recipe": recipe.removesuffix("_visual")} | options
     if "run" in overrides:
@@ -145,6 +159,9 @@ def _check_and_prepare(configs: tuple[RunConfig, ...], world: World) -> None:
         return
     widths = [config.visual.width for config in configs]
     if widths[0] != widths[1]:
-        raise UserError(f"visual.width must be the same in both stages, but is {widths[0]} and {widths[1]}.")
+        raise UserError(
+            f"visual.width must be the same in both stages, but is {widths[0]} and "
+            f"{widths[1]}."
+        )
     for config in configs:
         open_index(config.data, SPLIT, world)

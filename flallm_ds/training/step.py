@@ -16,7 +16,8 @@ from flallm_ds.dist import World
 def rate_factor(progress: float, warmup: float) -> float:
     """What base learning rates are multiplied by: a linear rise, then a cosine to 0.
 
-    progress: fraction of the run that is done, in [0, 1]. warmup: fraction that the rise takes.
+    progress: fraction of the run that is done, in [0, 1]. warmup: fraction that the rise
+    takes.
     """
     if progress < warmup:
         return progress / warmup
@@ -29,7 +30,8 @@ def rate_factor(progress: float, warmup: float) -> float:
 class KeptStatistics:
     """BatchNorm modules that stay in eval mode while the module trains, and their statistics.
 
-    "Frozen" BatchNorm that goes on counting is the known fault of this method's re-implementations.
+    "Frozen" BatchNorm that goes on counting is the known fault of this method's
+    re-implementations.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -39,7 +41,9 @@ class KeptStatistics:
 
     def check(self) -> None:
         """Assert that nothing put them into train mode or changed a statistic."""
-        assert not any(norm.training for norm in self.norms), "a frozen BatchNorm is in train mode"
+        assert not any(norm.training for norm in self.norms), (
+            "a frozen BatchNorm is in train mode"
+        )
         for before, now in zip(self._before, _statistics(self.norms), strict=True):
             assert torch.equal(before, now), "a frozen BatchNorm changed"
 
@@ -47,7 +51,9 @@ class KeptStatistics:
 def batch_norms(module: nn.Module) -> list[nn.BatchNorm1d | nn.BatchNorm2d]:
     """List those with running statistics."""
     kinds = (nn.BatchNorm1d, nn.BatchNorm2d)
-    return [m for m in module.modules() if isinstance(m, kinds) and m.running_mean is not None]
+    return [
+        m for m in module.modules() if isinstance(m, kinds) and m.running_mean is not None
+    ]
 
 
 def _statistics(norms: list[nn.BatchNorm1d | nn.BatchNorm2d]) -> list[torch.Tensor]:
@@ -62,10 +68,10 @@ def _statistics(norms: list[nn.BatchNorm1d | nn.BatchNorm2d]) -> list[torch.Tens
 class BatchStatistics:
     """`with statistics:` around the forwards of one step.
 
-    DeepSpeed never synchronises buffers, so running statistics would drift apart between ranks.
-    Here the statistics of a step's micro-batches are averaged over micro-batches and ranks and
-    enter the running statistics once, with BatchNorm's momentum: 1 rank x 4 micro-batches and 2 x 2
-    leave the same buffers.
+    DeepSpeed never synchronises buffers, so running statistics would drift apart between
+    ranks. Here the statistics of a step's micro-batches are averaged over micro-batches
+    and ranks and enter the running statistics once, with BatchNorm's momentum: 1 rank x 4
+    micro-batches and 2 x 2 leave the same buffers.
     """
 
     def __init__(self, module: nn.Module, world: World) -> None:
@@ -74,7 +80,8 @@ class BatchStatistics:
         self.world = world
 
     def __enter__(self) -> None:
-        self.norms = [m for m in self._all if m.training]  # a frozen one keeps its statistics
+        # a frozen one keeps its statistics
+        self.norms = [m for m in self._all if m.training]
         self.momentum = [m.momentum if m.momentum is not None else 0.1 for m in self.norms]
         self._before = [b.clone() for b in _statistics(self.norms)]
         for norm in self.norms:
@@ -93,7 +100,8 @@ class BatchStatistics:
         for norm, momentum in zip(self.norms, self.momentum, strict=True):
             norm.momentum = momentum
 
-        # The mean of the step enters the statistics from before; after an error those stand again.
+        # The mean of the step enters the statistics from before; after an error those
+        # stand again.
         for place, (buffer, before) in enumerate(zip(buffers, self._before, strict=True)):
             momentum = self.momentum[place // 2]  # a module has two buffers
             buffer.copy_(torch.lerp(before, buffer, momentum) if kind is None else before)
@@ -114,17 +122,19 @@ class BatchStatistics:
 def last_layers(module: Any) -> dict[str, list[nn.Parameter]]:
     """The trained parameters of the last layers of a SignTranslator: "visual" and "language".
 
-    Trained jointly, an LLM's last layer keeps the larger gradient and the visual encoder hardly
-    learns (FLa-LLM, Figure 2).
+    Trained jointly, an LLM's last layer keeps the larger gradient and the visual encoder
+    hardly learns (FLa-LLM, Figure 2).
 
-    visual: the local temporal module, or the backbone's last stage where that is not trained; left
-    out where the visual encoder is frozen. language: the decoder's last layer; left out where it is
-    frozen.
+    visual: the local temporal module, or the backbone's last stage where that is not
+    trained; left out where the visual encoder is frozen. language: the decoder's last
+    layer; left out where it is frozen.
     """
     found: dict[str, list[nn.Parameter]] = {"visual": [], "language": []}
     if module.visual is not None:
         encoder = module.visual.visual
-        found["visual"] = _trained(encoder.temporal) or _trained(_last_layer(encoder.backbone))
+        found["visual"] = _trained(encoder.temporal) or _trained(
+            _last_layer(encoder.backbone)
+        )
     decoder = module.language_model
     if hasattr(decoder, "get_decoder"):
         decoder = decoder.get_decoder()

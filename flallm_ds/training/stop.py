@@ -10,15 +10,16 @@ from types import FrameType
 from flallm_ds.command import process_rank
 
 STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
-TWICE_S = 0.3  # torchrun passes Ctrl-C on to ranks that the terminal has sent it to already
+# torchrun passes Ctrl-C on to ranks that the terminal has sent it to already
+TWICE_S = 0.3
 
 
 class StopRequest:
     """Set by a signal or the launcher's death; ranks agree on it at the next step.
 
-    SIGTERM and SIGUSR1 count at any time. Ctrl-C and a lost terminal (SIGHUP) end a command at once
-    while there is nothing to save, that is before `begin`; a second Ctrl-C always does. What is
-    ignored, as SIGHUP under nohup, stays ignored.
+    SIGTERM and SIGUSR1 count at any time. Ctrl-C and a lost terminal (SIGHUP) end a
+    command at once while there is nothing to save, that is before `begin`; a second
+    Ctrl-C always does. What is ignored, as SIGHUP under nohup, stays ignored.
     """
 
     def __init__(self) -> None:
@@ -26,8 +27,8 @@ class StopRequest:
         self._ended_by: int | None = None  # the signal that came before `begin`
         self._interrupted_at = -1.0  # by the monotonic clock; not yet
         self._parent = os.getppid()
-        # A thread hears the second Ctrl-C: handlers wait while the main thread waits for other
-        # ranks.
+        # A thread hears the second Ctrl-C: handlers wait while the main thread waits for
+        # other ranks.
         reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         for number in STOPS:
@@ -36,13 +37,14 @@ class StopRequest:
         signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         self._watcher = threading.Thread(target=self._watch, args=(reader,), daemon=True)
         self._watcher.start()
-        # A thread that prints while Python is taken down would hold the lock of stdout, which is
-        # fatal.
+        # A thread that prints while Python is taken down would hold the lock of stdout,
+        # which is fatal.
         atexit.register(self._end_watcher)
 
     def begin(self) -> None:
         """From now on there is something to save."""
-        if self._ended_by is not None:  # raised within a library's __del__, which Python ignores
+        # raised within a library's __del__, which Python ignores
+        if self._ended_by is not None:
             raise KeyboardInterrupt(self._ended_by)
         self._begun = True
 
@@ -71,7 +73,10 @@ class StopRequest:
         if self._interrupted_at < 0:
             self._interrupted_at = time.monotonic()
             if self._begun and is_main:
-                print("stopping: this step is finished and saved; Ctrl-C again ends at once.", flush=True)
+                print(
+                    "stopping: this step is finished and saved; Ctrl-C again ends at once.",
+                    flush=True,
+                )
         elif time.monotonic() - self._interrupted_at > TWICE_S:
             if is_main:
                 print("stopped at once; what was saved before counts.", flush=True)

@@ -1,8 +1,9 @@
 """What one training step and one search do, for one stage; the loop around them is in trainer.py.
 
-A step, from top to bottom: `Task.step` goes through this rank's micro-batches. For each of them,
-`Task.loss` gives the engine `Task.inputs`, `Task.wordings` and the target ids, and the gradients are
-added up. Then the optimizer moves once. A search is `Task.generate`.
+A step, from top to bottom: `Task.step` goes through this rank's micro-batches. For each
+of them, `Task.loss` gives the engine `Task.inputs`, `Task.wordings` and the target ids,
+and the gradients are added up. Then the optimizer moves once. A search is
+`Task.generate`.
 
 B clips, N frames packed over the batch, L text tokens, D width of the visual features.
 """
@@ -38,8 +39,9 @@ NUM_CHECKED = 8  # frames of the made-up clip that generation is tried with
 class Split:
     """One split, its plan, and how this rank loads it.
 
-    threads: that decode. broken: counts the clips that were replaced; its budget is 0 in evaluation,
-    where none may be. encoded: whether frames stay JPEGs, for the device to decode.
+    threads: that decode. broken: counts the clips that were replaced; its budget is 0 in
+    evaluation, where none may be. encoded: whether frames stay JPEGs, for the device to
+    decode.
     """
 
     reader: ClipReader
@@ -72,10 +74,10 @@ class Split:
 class Task:
     """One stage, ready to run on this rank.
 
-    masks: of frozen features. beam: the dev search. frozen: the visual encoder of stage llm, outside
-    the engine; None where the encoder is trained inside. rates: the base learning rate of each
-    parameter group. statistics: of BatchNorm in train mode. kept: BatchNorm statistics inside the
-    engine that must stay as they are.
+    masks: of frozen features. beam: the dev search. frozen: the visual encoder of stage
+    llm, outside the engine; None where the encoder is trained inside. rates: the base
+    learning rate of each parameter group. statistics: of BatchNorm in train mode. kept:
+    BatchNorm statistics inside the engine that must stay as they are.
     """
 
     config: RunConfig
@@ -109,11 +111,13 @@ class Task:
         rates: Sequence[float],
         before_update: Callable[[float], None],
     ) -> float:
-        """Make one optimizer step on this rank's micro-batches; return the loss of the global batch.
+        """Make one optimizer step on this rank's micro-batches; return the loss of the
+        global batch.
 
-        epoch, step: the step's place in the run. num_tokens: target tokens of the global batch, over
-        all ranks; the loss is the mean over them. rates: the learning rate of each parameter group.
-        before_update: called with the loss when all gradients are there.
+        epoch, step: the step's place in the run. num_tokens: target tokens of the global
+        batch, over all ranks; the loss is the mean over them. rates: the learning rate of
+        each parameter group. before_update: called with the loss when all gradients are
+        there.
         """
         loss_sum = 0.0
         with self.statistics:
@@ -122,7 +126,8 @@ class Task:
                 seed_micro_batch(self.config.train.seed, epoch, step, slice_number)
                 loss = self.loss(batch)
                 loss_sum += loss.item()
-                # DeepSpeed averages over ranks; times their number it is the mean over all tokens.
+                # DeepSpeed averages over ranks; times their number it is the mean over
+                # all tokens.
                 self.engine.backward(loss * (self.world.size / num_tokens))
                 if number == len(batches) - 1:
                     loss_mean = all_reduce_sum([loss_sum], self.world)[0] / num_tokens
@@ -136,19 +141,32 @@ class Task:
         inputs = self.inputs(batch, train=True)
         target_ids_BL = batch.target_ids_BL.to(self.world.device, non_blocking=True)
         smoothing = self.config.train.label_smoothing
-        return self.engine(inputs, batch.num_frames_B, self.wordings(batch), target_ids_BL, smoothing)
+        return self.engine(
+            inputs, batch.num_frames_B, self.wordings(batch), target_ids_BL, smoothing
+        )
 
     def inputs(self, batch: Batch, train: bool) -> torch.Tensor:
-        """Make what the engine's module reads: pixels_NCHW, or features_ND of a frozen encoder."""
+        """Make what the engine's module reads: pixels_NCHW, or features_ND of a frozen
+        encoder."""
         device = self.world.device
         if self.frozen is None:
             return self.preprocess(batch, train, device)
-        features_ND = encode(batch, self.frozen, self.preprocess, train=train, device=device)
-        return self.masks(features_ND, batch.num_frames_B, batch.draws_B9) if train else features_ND
+        features_ND = encode(
+            batch, self.frozen, self.preprocess, train=train, device=device
+        )
+        return (
+            self.masks(features_ND, batch.num_frames_B, batch.draws_B9)
+            if train
+            else features_ND
+        )
 
     def wordings(self, batch: Batch) -> list[Wording]:
         """Return the ids around each clip's visual tokens."""
-        wording = self.codec.light_wording if self.config.stage == "visual" else self.codec.wording
+        wording = (
+            self.codec.light_wording
+            if self.config.stage == "visual"
+            else self.codec.wording
+        )
         return [wording(*of) for of in zip(batch.languages, batch.corpora, strict=True)]
 
     # --- a search
@@ -162,7 +180,11 @@ class Task:
         return self._search(inputs, batch.num_frames_B, self.wordings(batch), self.beam)
 
     def _search(
-        self, inputs: torch.Tensor, num_frames_B: torch.Tensor, wordings: list[Wording], beam: Beam
+        self,
+        inputs: torch.Tensor,
+        num_frames_B: torch.Tensor,
+        wordings: list[Wording],
+        beam: Beam,
     ) -> list[list[Candidate]]:
         synced = self.engine.searches_in_step
         found: list[list[Candidate]] = self.engine.module.generate(
@@ -174,8 +196,8 @@ class Task:
     def check_generation(self) -> None:
         """Search for two tokens of a made-up clip: an LLM that cannot must not fail after hours.
 
-        Every rank must call it. Random numbers, statistics and modes stay as they were. Raises
-        UserError.
+        Every rank must call it. Random numbers, statistics and modes stay as they were.
+        Raises UserError.
         """
         if self.config.stage == "visual":
             return
@@ -195,8 +217,9 @@ class Task:
             raise
         except Exception as error:
             raise UserError(
-                f"the LLM {self.config.llm.name} (a {type(module.language_model).__name__}) must generate "
-                f"from embeddings, but did not: {type(error).__name__}: {first_line(error)} Give another "
+                f"the LLM {self.config.llm.name} (a "
+                f"{type(module.language_model).__name__}) must generate from embeddings, "
+                f"but did not: {type(error).__name__}: {first_line(error)} Give another "
                 "--llm.name."
             ) from error
         finally:
@@ -209,6 +232,9 @@ class Task:
 
 
 def seed_micro_batch(seed: int, epoch: int, step: int, slice_number: int) -> None:
-    """Seed dropout by the micro-batch's place in the run, so that a resume needs no RNG states."""
-    state = np.random.SeedSequence([seed, epoch, step, slice_number]).generate_state(1, np.uint64)[0]
+    """Seed dropout by the micro-batch's place in the run, so that a resume needs no RNG
+    states."""
+    state = np.random.SeedSequence([seed, epoch, step, slice_number]).generate_state(
+        1, np.uint64
+    )[0]
     torch.manual_seed(int(state) & (2**63 - 1))

@@ -47,7 +47,9 @@ class Position:
 class Trainer:
     """Runs a task to its end, or to a stop that the next start goes on from."""
 
-    def __init__(self, task: Task, folder: Path, stop: StopRequest, log: RunLog | None = None) -> None:
+    def __init__(
+        self, task: Task, folder: Path, stop: StopRequest, log: RunLog | None = None
+    ) -> None:
         """log: what rank 0 prints goes there; a line that is lost ends the run."""
         self.task, self.folder, self.log = task, folder, log
         self.config, self.world = task.config, task.world
@@ -55,14 +57,17 @@ class Trainer:
         self._saved: int | None = None  # the global step of the newest checkpoint
         self.stop = stop
         self.progress = Progress(
-            self.config.train.log_every_s, enabled=self.world.is_main, stage=self.config.stage
+            self.config.train.log_every_s,
+            enabled=self.world.is_main,
+            stage=self.config.stage,
         )
         self.metrics: Metrics | None = None
 
     def run(self, saved: checkpoint.Saved | None) -> None:
         """Train what is left. Raises Preempted when asked to stop, after saving.
 
-        saved: what to resume from, the same on every rank, as `checkpoint.resumable` finds it.
+        saved: what to resume from, the same on every rank, as `checkpoint.resumable`
+        finds it.
         """
         if saved is not None:
             self._resume(saved)
@@ -91,7 +96,10 @@ class Trainer:
     @property
     def _lost_records(self) -> bool:
         """Whether something could not be written here; on rank 0 alone."""
-        return any(files is not None and files.problem is not None for files in (self.metrics, self.log))
+        return any(
+            files is not None and files.problem is not None
+            for files in (self.metrics, self.log)
+        )
 
     def _check_records(self) -> None:
         """Raise UserError where something was not written. On rank 0, by `main_first`."""
@@ -112,20 +120,25 @@ class Trainer:
             waited = time.perf_counter() - waiting_since
             stop = self._step(batches, num_steps, waited)
             every = self.config.train.save_every_steps
-            due = every is not None and self.at.global_step % every == 0 and self.at.step < num_steps
+            due = (
+                every is not None
+                and self.at.global_step % every == 0
+                and self.at.step < num_steps
+            )
             if stop or due or self._out_of_steps():
                 self._save()
             if stop:
                 raise Preempted(
-                    f"stopped after step {self.at.global_step}; the same command goes on from there "
-                    f"({self.folder})."
+                    f"stopped after step {self.at.global_step}; the same command goes on "
+                    f"from there ({self.folder})."
                 )
             if self._out_of_steps():
                 return
             waiting_since = time.perf_counter()
 
     def _step(self, batches: list[Batch], num_steps: int, waited: float) -> bool:
-        """Make one step on this rank's micro-batches and log it; True if any rank was asked to stop."""
+        """Make one step on this rank's micro-batches and log it; True if any rank was
+        asked to stop."""
         begin = time.perf_counter()
         task, at = self.task, self.at
         counts = [
@@ -150,11 +163,14 @@ class Trainer:
         return stops > 0
 
     def _before_update(self, loss: float) -> None:
-        """Look at a step's loss and gradients. What is not finite must not enter the optimizer's moments."""
+        """Look at a step's loss and gradients. What is not finite must not enter the
+        optimizer's moments."""
         self._must_be_finite("loss", loss)
         self._probe()
 
-    def _write_step(self, loss: float, rate: float, frames: int, seconds: float, waited: float) -> None:
+    def _write_step(
+        self, loss: float, rate: float, frames: int, seconds: float, waited: float
+    ) -> None:
         """Write a line of metrics.jsonl about the step that was made."""
         if self.metrics is None:
             return
@@ -177,19 +193,27 @@ class Trainer:
         """Raise UserError on every rank for a step that must not be made."""
         if np.isfinite(value):
             return
-        saved = f"The last checkpoint is of step {self._saved}." if self._saved else "There is no checkpoint."
+        saved = (
+            f"The last checkpoint is of step {self._saved}."
+            if self._saved
+            else "There is no checkpoint."
+        )
         raise UserError(
-            f"The {what} must be finite, got {value} at step {self.at.global_step + 1}, which was not made. "
-            f"{saved} Try a lower --optim.lr or --optim.clip in another run."
+            f"The {what} must be finite, got {value} at step {self.at.global_step + 1}, "
+            f"which was not made. {saved} Try a lower --optim.lr or --optim.clip in "
+            "another run."
         )
 
     def _probe(self) -> None:
-        """Log the gradients of the last layers, before the optimizer takes the step that they are of."""
+        """Log the gradients of the last layers, before the optimizer takes the step that
+        they are of."""
         every = self.config.train.probe_every
         if every and self.at.global_step % every == 0:
             norms = self.task.engine.grad_norms(last_layers(self.task.engine.module))
             if self.metrics is not None:
-                self.metrics.write("probe", self.at.global_step + 1, {"epoch": self.at.epoch, **norms})
+                self.metrics.write(
+                    "probe", self.at.global_step + 1, {"epoch": self.at.epoch, **norms}
+                )
 
     def _end_of_epoch(self) -> None:
         done, epochs = self.at.epoch + 1, self.config.train.epochs
@@ -201,7 +225,9 @@ class Trainer:
         if self._saved == self.at.global_step:
             main_first(self._check_records, self.world)
             state = self._state()
-            checkpoint.replace_state(self.folder / "checkpoints", self._saved, state, self.world)
+            checkpoint.replace_state(
+                self.folder / "checkpoints", self._saved, state, self.world
+            )
         else:
             self._save()
 
@@ -222,7 +248,9 @@ class Trainer:
             values = {"epoch": epoch, **scores.logged(), "seconds": seconds}
             values[CEILING.key] = ceiling.bleu4
             self.metrics.write(split, self.at.global_step, values)
-        self.progress.say(f"epoch {epoch} {split}: BLEU-4 {scores.bleu4:.2f} {ceiling}".rstrip())
+        self.progress.say(
+            f"epoch {epoch} {split}: BLEU-4 {scores.bleu4:.2f} {ceiling}".rstrip()
+        )
         self._show(epoch, shown(hypotheses))
         if scores.bleu4 > self.at.best_bleu4:
             self.at.best_bleu4 = scores.bleu4
@@ -239,12 +267,14 @@ class Trainer:
             self.metrics.write_hypotheses(split, epoch, self.at.global_step, hypotheses)
 
     def _export(self, scores: dict[str, Any]) -> None:
-        """Write best/, tensor by tensor. Raises UserError on every rank where it cannot be written."""
+        """Write best/, tensor by tensor. Raises UserError on every rank where it cannot
+        be written."""
         task = self.task
         base = export.base_of(self.config)
         # Every rank must drive it to its end, whatever becomes of the files.
         whole = task.engine.state(trained_of="language_model" if base else None)
-        state = merged(whole, nn.ModuleDict({"visual": task.extractor}))  # the LLM's additions stay apart
+        # the LLM's additions stay apart
+        state = merged(whole, nn.ModuleDict({"visual": task.extractor}))
         problem = None
         if self.world.is_main:
             frozen = named_state(task.frozen) if task.frozen is not None else ()
@@ -258,7 +288,8 @@ class Trainer:
             llm = task.engine.module.language_model
             try:
                 replace_folder(
-                    self.folder / "best", lambda out: export.write(out, settings, tensors, llm, task.codec)
+                    self.folder / "best",
+                    lambda out: export.write(out, settings, tensors, llm, task.codec),
                 )
             except (OSError, SafetensorError) as error:
                 problem = str(error)
@@ -267,18 +298,20 @@ class Trainer:
         problems = [p for p in gather_objects(problem, self.world) if p]
         if problems:
             raise UserError(
-                f"the export must be written to {self.folder / 'best'}, but was not ({problems[0]}). "
-                "The run is whole; free some space and run the same command again."
+                f"the export must be written to {self.folder / 'best'}, but was not "
+                f"({problems[0]}). The run is whole; free some space and run the same "
+                "command again."
             )
 
     def _save(self) -> None:
         begin = time.perf_counter()
-        main_first(self._check_records, self.world)  # a resume would not write again what is lost from before
+        # a resume would not write again what is lost from before
+        main_first(self._check_records, self.world)
         if all_reduce_sum([not self.task.engine.is_finite()], self.world)[0]:
             raise UserError(
-                f"Weights and optimizer state must be finite to be saved, but are not at step "
-                f"{self.at.global_step}. Earlier checkpoints are whole. Try a lower --optim.lr or "
-                "--optim.clip in another run."
+                "Weights and optimizer state must be finite to be saved, but are not at "
+                f"step {self.at.global_step}. Earlier checkpoints are whole. Try a lower "
+                "--optim.lr or --optim.clip in another run."
             )
         checkpoint.save(
             self.folder / "checkpoints",
@@ -301,31 +334,37 @@ class Trainer:
         }
 
     def _resume(self, found: checkpoint.Saved) -> None:
-        """Load a checkpoint. Raises UserError where it is of another plan, world size or encoder."""
+        """Load a checkpoint. Raises UserError where it is of another plan, world size or
+        encoder."""
         newest, state = found.path, found.state
         position = Position(**state["position"])
         saved = PlanState.load(state["plan"])
         self.task.train.plan.state(saved.epoch, saved.step).check_same_plan(saved)
         if state["world_size"] != self.world.size:
             raise UserError(
-                f"a run must be resumed with the ranks it was saved by ({state['world_size']}), but there "
-                f"are {self.world.size}: {newest}. Start that many ranks, or another run folder."
+                "a run must be resumed with the ranks it was saved by "
+                f"({state['world_size']}), but there are {self.world.size}: {newest}. "
+                "Start that many ranks, or another run folder."
             )
         if state["frozen_encoder"] != self._frozen_encoder:
             raise UserError(
-                f"the frozen visual encoder must be the one with which {newest} was saved, but is another. "
-                "Give the --visual_run of then (has its stage 1 gone on since?), or another run folder."
+                f"the frozen visual encoder must be the one with which {newest} was saved, "
+                "but is another. Give the --visual_run of then (has its stage 1 gone on "
+                "since?), or another run folder."
             )
         self.task.engine.load(newest)
         for problem in found.damaged.values():
             self.progress.say(f"warning: {problem} The run resumes from {newest.name}.")
         main_first(lambda: checkpoint.set_aside(found.damaged), self.world)
         self.at, self._saved = position, position.global_step
-        self.progress.say(f"resumed at epoch {position.epoch}, step {position.step} from {newest}")
+        self.progress.say(
+            f"resumed at epoch {position.epoch}, step {position.step} from {newest}"
+        )
 
     @cached_property
     def _frozen_encoder(self) -> str:
-        """Fingerprint of the encoder outside the engine, which no checkpoint holds; or nothing."""
+        """Fingerprint of the encoder outside the engine, which no checkpoint holds; or
+        nothing."""
         return self.task.frozen.fingerprint() if self.task.frozen is not None else ""
 
     def _out_of_steps(self) -> bool:

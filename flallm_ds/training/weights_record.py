@@ -1,7 +1,7 @@
 """What a new run really began with, in `weights.json`: files, digests, the hub's revision.
 
-config.json says what was asked for. A folder's files may change later, and a hub id names another
-revision tomorrow; the digests do not.
+config.json says what was asked for. A folder's files may change later, and a hub id names
+another revision tomorrow; the digests do not.
 """
 
 import json
@@ -29,9 +29,9 @@ _WEIGHTS = (".safetensors", ".bin", ".pth", ".npz")
 def record_weights(config: RunConfig, folder: Path, world: World) -> None:
     """Write weights.json on rank 0, once.
 
-    Raises UserError on every rank where a file cannot be read.
-    Every file is read once to digest it: about 1 s a GB on one core, or as long as the disk takes.
-    A run that was begun before there was such a file goes on without.
+    Raises UserError on every rank where a file cannot be read. Every file is read once to
+    digest it: about 1 s a GB on one core, or as long as the disk takes. A run that was
+    begun before there was such a file goes on without.
     """
 
     def write() -> None:
@@ -42,8 +42,8 @@ def record_weights(config: RunConfig, folder: Path, world: World) -> None:
             replace_file(folder / FILE, content + "\n")
         except OSError as error:
             raise UserError(
-                f"{folder / FILE} must be written, but was not ({error}). Check the model's files "
-                "and the disk, then give the same command again."
+                f"{folder / FILE} must be written, but was not ({error}). Check the "
+                "model's files and the disk, then give the same command again."
             ) from error
 
     main_first(write, world)
@@ -69,8 +69,8 @@ def _without_folders(entry: dict[str, Any]) -> dict[str, Any]:
 def loaded(config: RunConfig) -> dict[str, Any]:
     """By option (visual.weights, visual_run, llm.name): name, place, revision and files.
 
-    revision: the commit of a hub's model, else none. files: with size and sha256; without the
-    weights where they are random.
+    revision: the commit of a hub's model, else none. files: with size and sha256; without
+    the weights where they are random.
     """
     visual = config.visual
     found = {}
@@ -80,7 +80,8 @@ def loaded(config: RunConfig) -> dict[str, Any]:
     else:
         files, revision = _backbone_files(visual.weights, visual.pretrained)
         found["visual.weights"] = _entry(visual.weights, files, revision)
-    whole = config.llm.pretrained and config.stage != "visual"  # stage 1 takes the tokenizer alone
+    # stage 1 takes the tokenizer alone
+    whole = config.llm.pretrained and config.stage != "visual"
     files, revision = _model_files(config.llm.name, whole)
     return found | {"llm.name": _entry(config.llm.name, files, revision)}
 
@@ -104,7 +105,9 @@ def _export_files(folder: Path) -> list[Path]:
 def _backbone_files(weights: str, pretrained: bool) -> tuple[list[Path], str | None]:
     if weights == "none":
         return [], None
-    name, _, file = weights.partition("@") if weights.startswith(TIMM) else (weights, "", "")
+    name, _, file = (
+        weights.partition("@") if weights.startswith(TIMM) else (weights, "", "")
+    )
     if file or Path(weights).is_file():
         return [Path(file or weights)] if pretrained else [], None
     return _model_files(hub_id(name), pretrained)

@@ -1,4 +1,5 @@
-"""Slots and events, with late threads in a GPU's place; JPEGs by torchvision; and all of it on a GPU."""
+"""Slots and events, with late threads in a GPU's place; JPEGs by torchvision; and all of
+it on a GPU."""
 
 import ctypes
 import sys
@@ -43,19 +44,27 @@ class Source:
     """Steps of batches of one colour each, in memory that is used again once nobody holds it."""
 
     def __init__(
-        self, num_steps: int = NUM_STEPS, fail_at: int | None = None, features: str | None = None
+        self,
+        num_steps: int = NUM_STEPS,
+        fail_at: int | None = None,
+        features: str | None = None,
     ) -> None:
         self.buffers, self.features = FrameBuffers(), features  # features: their dtype
         self.num_steps, self.fail_at = num_steps, fail_at
         self.closed = False
-        self.sizes = np.random.default_rng(0).integers(1, 9, num_steps * MICRO_BATCHES).tolist()
+        self.sizes = (
+            np.random.default_rng(0).integers(1, 9, num_steps * MICRO_BATCHES).tolist()
+        )
 
     def steps(self) -> Iterator[list[Batch]]:
         try:
             for step in range(self.num_steps):
                 if step == self.fail_at:
                     raise RankError("a disk is gone.")
-                yield [self._batch(step * MICRO_BATCHES + place) for place in range(MICRO_BATCHES)]
+                yield [
+                    self._batch(step * MICRO_BATCHES + place)
+                    for place in range(MICRO_BATCHES)
+                ]
         finally:
             self.closed = True
 
@@ -91,7 +100,8 @@ class Passed:
 
 
 class ThreadQueues:
-    """Two threads that do what they are given in order, late, and beside each other and the consumer.
+    """Two threads that do what they are given in order, late, and beside each other and
+    the consumer.
 
     Copies hold no reference to what they read, as those of a GPU do not.
     """
@@ -114,7 +124,11 @@ class ThreadQueues:
 
     def fill(self, content: torch.Tensor, source: Batch, after: Passed) -> Passed:
         host = source.frames_NHWC if source.features_ND is None else source.features_ND
-        addresses = content.data_ptr(), host.data_ptr(), content.numel() * content.element_size()
+        addresses = (
+            content.data_ptr(),
+            host.data_ptr(),
+            content.numel() * content.element_size(),
+        )
         self.num_asked += 1
         return Passed(self.copies.submit(self._copy, *addresses, after))
 
@@ -135,16 +149,26 @@ class ThreadQueues:
 
 
 def to_device_threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("to-device")]
+    return [
+        thread.name
+        for thread in threading.enumerate()
+        if thread.name.startswith("to-device")
+    ]
 
 
 # --- slots and events
 
 
-@pytest.mark.parametrize(("copy_s", "compute_s"), [(0.002, 0.0), (0.0, 0.002), (0.001, 0.001)])
+@pytest.mark.parametrize(
+    ("copy_s", "compute_s"), [(0.002, 0.0), (0.0, 0.002), (0.001, 0.001)]
+)
 def test_every_batch_arrives_whole_whichever_queue_is_behind(copy_s, compute_s):
     source, queues = Source(), ThreadQueues(copy_s, compute_s)
-    seen = [queues.summary(b.frames_NHWC) for step in device.ahead(source.steps(), queues) for b in step]
+    seen = [
+        queues.summary(b.frames_NHWC)
+        for step in device.ahead(source.steps(), queues)
+        for b in step
+    ]
     assert [s.result() for s in seen] == source.expected()
     assert not to_device_threads()
 
@@ -155,7 +179,9 @@ def test_cached_features_arrive_in_place_of_frames(dtype):
     seen = []
     for step in device.ahead(source.steps(), queues):
         for batch in step:
-            assert batch.features_ND.dtype == getattr(torch, dtype) and not len(batch.frames_NHWC)
+            assert batch.features_ND.dtype == getattr(torch, dtype) and not len(
+                batch.frames_NHWC
+            )
             seen.append(queues.summary(batch.features_ND))
     assert [s.result() for s in seen] == source.expected()
 
@@ -167,7 +193,13 @@ def test_cached_features_arrive_on_a_gpu():
     for step in on_device(source.steps(), CUDA):
         for batch in step:
             assert batch.features_ND.is_cuda
-            seen.append((len(batch.features_ND), int(batch.features_ND.min()), int(batch.features_ND.max())))
+            seen.append(
+                (
+                    len(batch.features_ND),
+                    int(batch.features_ND.min()),
+                    int(batch.features_ND.max()),
+                )
+            )
     assert seen == source.expected()
 
 
@@ -180,7 +212,9 @@ def test_slots_and_host_memory_are_used_again():
             queues.summary(batch.frames_NHWC).result()
     slots = MICRO_BATCHES * (device.STEPS_AHEAD + 1)
     largest = max(source.sizes) * 40 * 30 * 3
-    assert len([m for m in queues.memories if len(m) == largest]) <= slots, "a slot never shrinks"
+    assert len([m for m in queues.memories if len(m) == largest]) <= slots, (
+        "a slot never shrinks"
+    )
     assert len(addresses) <= len(queues.memories) < NUM_STEPS
     assert len(source.buffers) <= slots + MICRO_BATCHES
 
@@ -192,25 +226,35 @@ def test_all_else_of_a_batch_is_passed_on_as_it_is():
     kept = batch_of(torch.zeros(1, 2, 2, 3, dtype=torch.uint8))
     (step,) = device.ahead([[kept]], ThreadQueues(0, 0))
     assert all(
-        getattr(step[0], name) is getattr(kept, name) for name in ("num_frames_B", "target_ids_BL", "texts")
+        getattr(step[0], name) is getattr(kept, name)
+        for name in ("num_frames_B", "target_ids_BL", "texts")
     )
 
 
 @pytest.mark.parametrize("num_steps", [0, 1, 2, 3])
 def test_an_epoch_shorter_than_the_lookahead_is_whole(num_steps):
     source, queues = Source(num_steps=num_steps), ThreadQueues(0.001, 0.0)
-    seen = [queues.summary(b.frames_NHWC) for step in device.ahead(source.steps(), queues) for b in step]
+    seen = [
+        queues.summary(b.frames_NHWC)
+        for step in device.ahead(source.steps(), queues)
+        for b in step
+    ]
     assert [s.result() for s in seen] == source.expected()
 
 
 def test_a_consumer_may_stop_early():
-    """The copies under way are waited for: afterwards their memory on both sides may be used for anything."""
+    """The copies under way are waited for: afterwards their memory on both sides may be
+    used for anything."""
     source, queues = Source(), ThreadQueues(0.02, 0.0)
     steps = device.ahead(source.steps(), queues)
     for _ in range(2):
         next(steps)
     steps.close()
-    assert 2 <= queues.num_copied == queues.num_asked and source.closed and not to_device_threads()
+    assert (
+        2 <= queues.num_copied == queues.num_asked
+        and source.closed
+        and not to_device_threads()
+    )
     known = len(source.buffers)
     again = [source.buffers.take((1,)) for _ in range(known)]
     assert len(again) == len(source.buffers) == known, "the host's frames are let go"
@@ -249,14 +293,21 @@ def test_on_a_cpu_the_steps_are_the_same_objects():
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
     """Smooth, so that a decoder's own way to blow up the colours costs little."""
     small = np.random.default_rng(seed).integers(0, 256, (1, 3, 4, 4)).astype(np.float32)
-    large = torch.nn.functional.interpolate(torch.from_numpy(small), (height, width), mode="bilinear")
+    large = torch.nn.functional.interpolate(
+        torch.from_numpy(small), (height, width), mode="bilinear"
+    )
     return np.ascontiguousarray(large[0].permute(1, 2, 0).numpy(), dtype=np.uint8)
 
 
 def jpegs_of(sizes: list[tuple[int, int]]) -> list[bytes | memoryview]:
     """Alternately as bytes and within a larger block of memory, as a clip's frames are."""
-    made = [simplejpeg.encode_jpeg(picture(*hw, seed=n), 90, "RGB") for n, hw in enumerate(sizes)]
-    return [memoryview(b"head" + jpeg)[4:] if n % 2 else jpeg for n, jpeg in enumerate(made)]
+    made = [
+        simplejpeg.encode_jpeg(picture(*hw, seed=n), 90, "RGB")
+        for n, hw in enumerate(sizes)
+    ]
+    return [
+        memoryview(b"head" + jpeg)[4:] if n % 2 else jpeg for n, jpeg in enumerate(made)
+    ]
 
 
 SIZES = [(40, 30), (40, 30), (40, 30), (25, 30), (16, 24), (16, 24)]
@@ -266,7 +317,9 @@ def check_decoding(where: torch.device, levels: int) -> None:
     jpegs = jpegs_of(SIZES)
     canvas = torch.full((len(SIZES), 40, 30, 3), 99, dtype=torch.uint8, device=where)
     decode_on_device(jpegs, SIZES, canvas)
-    for got, jpeg, (height, width) in zip(canvas.cpu().numpy().astype(int), jpegs, SIZES, strict=True):
+    for got, jpeg, (height, width) in zip(
+        canvas.cpu().numpy().astype(int), jpegs, SIZES, strict=True
+    ):
         expected = simplejpeg.decode_jpeg(jpeg, "RGB")
         assert np.abs(got[:height, :width] - expected).max() <= levels
         assert not got[height:].any() and not got[:, width:].any(), "the rest is black"
@@ -281,7 +334,9 @@ def test_jpegs_fill_their_canvases():
     check_decoding(CPU, levels=0)
 
 
-def encoded_batch(jpegs: list[bytes | memoryview], height: int = 40, width: int = 30) -> EncodedBatch:
+def encoded_batch(
+    jpegs: list[bytes | memoryview], height: int = 40, width: int = 30
+) -> EncodedBatch:
     """Two clips: all frames but the last, and the last."""
     shape = torch.empty((len(jpegs), height, width, 3), dtype=torch.uint8, device="meta")
     batch = replace(
@@ -317,20 +372,26 @@ def test_a_broken_jpeg_is_named(damage):
 
 def test_a_jpeg_of_another_size_is_named():
     needs_torchvision()
-    with pytest.raises(RankError, match="but second does not: frames must be 30x25, but one is 30x40"):
+    with pytest.raises(
+        RankError, match="but second does not: frames must be 30x25, but one is 30x40"
+    ):
         device.decode_batch(
-            encoded_batch(jpegs_of([(40, 30)] * 3)), torch.empty((3, 40, 30, 3), dtype=torch.uint8)
+            encoded_batch(jpegs_of([(40, 30)] * 3)),
+            torch.empty((3, 40, 30, 3), dtype=torch.uint8),
         )
 
 
 def test_nvjpeg_is_refused_without_a_gpu():
     needs_torchvision()
-    with pytest.raises(UserError, match=r"needs a CUDA device, but there is none.*--data\.decoder=cpu"):
+    with pytest.raises(
+        UserError, match=r"needs a CUDA device, but there is none.*--data\.decoder=cpu"
+    ):
         device.check_nvjpeg(CPU)
 
 
 def test_nvjpeg_is_refused_without_torchvision(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchvision.io", None)  # as Python does for a module that is not there
+    # as Python does for a module that is not there
+    monkeypatch.setitem(sys.modules, "torchvision.io", None)
     monkeypatch.setitem(sys.modules, "torchvision", None)
     with pytest.raises(UserError, match=r"needs torchvision, but there is none.*\[gpu\]"):
         device.check_nvjpeg(CUDA)
@@ -340,7 +401,8 @@ def test_nvjpeg_is_refused_without_torchvision(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("busy", [0, 2_000_000])  # cycles of the GPU before each batch is read
+# cycles of the GPU before each batch is read
+@pytest.mark.parametrize("busy", [0, 2_000_000])
 def test_every_batch_arrives_whole_on_a_gpu(busy):
     source, seen = Source(), []
     for step in on_device(source.steps(), CUDA):
@@ -348,7 +410,8 @@ def test_every_batch_arrives_whole_on_a_gpu(busy):
             torch.cuda._sleep(busy)
             frames = batch.frames_NHWC
             assert frames.device.type == "cuda" and batch.num_frames_B.device == CPU
-            seen.append((len(frames), frames.min(), frames.max()))  # read when all steps are under way
+            # read when all steps are under way
+            seen.append((len(frames), frames.min(), frames.max()))
     assert [(n, int(low), int(high)) for n, low, high in seen] == source.expected()
 
 

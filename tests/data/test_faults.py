@@ -25,7 +25,9 @@ from flallm_ds.sharding.writer import SHARD_NAME, ShardWriter, write_index
 from tests.helpers.http_server import Server
 
 NUM_CLIPS = 2000
-PATIENCE = Patience(attempts=4, first_wait_s=0.01, longest_wait_s=0.02, total_s=10, connect_s=2, stall_s=0.5)
+PATIENCE = Patience(
+    attempts=4, first_wait_s=0.01, longest_wait_s=0.02, total_s=10, connect_s=2, stall_s=0.5
+)
 
 
 def write_shards(folder: Path, num_clips: int, clips_per_shard: int = 100) -> Path:
@@ -45,9 +47,13 @@ def write_shards(folder: Path, num_clips: int, clips_per_shard: int = 100) -> Pa
                     "video": "",
                     "language": "de",
                 }
-                rows.append(tar.add(f"{number:08d}", jpegs, fps=25.0, height=32, width=32, **facts))
+                rows.append(
+                    tar.add(f"{number:08d}", jpegs, fps=25.0, height=32, width=32, **facts)
+                )
         tars.append(tar.shard_entry)
-    write_index(folder, corpus="toy", language="de", options={}, splits={"train": (rows, tars)})
+    write_index(
+        folder, corpus="toy", language="de", options={}, splits={"train": (rows, tars)}
+    )
     return folder
 
 
@@ -66,7 +72,10 @@ def loader_of(index: Index, max_broken: int) -> Loader:
     plan = Plan(index.fingerprint, index.num_frames, index.arrays["shard"], 0, 50, 2)
     loader = open_loader(index.root, batch_clips=50)
     return Loader(
-        replace(loader.reader, index=index), plan.epoch(0), threads=2, broken=BrokenClips(max_broken)
+        replace(loader.reader, index=index),
+        plan.epoch(0),
+        threads=2,
+        broken=BrokenClips(max_broken),
     )
 
 
@@ -101,7 +110,9 @@ def test_a_missing_or_truncated_shard_is_found_at_the_start(shards, damage):
     else:
         path.write_bytes(path.read_bytes()[:-700])
     index = load_index(shards, "train")
-    with pytest.raises(UserError, match=r"shard must hold .* bytes as its index says.*train-000003.tar"):
+    with pytest.raises(
+        UserError, match=r"shard must hold .* bytes as its index says.*train-000003.tar"
+    ):
         index.store.check(index.shards)
 
 
@@ -118,7 +129,9 @@ def test_a_flipped_byte_is_found_by_verify_and_by_check_shards(shards):
         verify(shards, workers=1)
 
 
-def test_a_flipped_byte_that_breaks_a_clip_is_replaced_and_any_other_leaves_its_order(shards):
+def test_a_flipped_byte_that_breaks_a_clip_is_replaced_and_any_other_leaves_its_order(
+    shards,
+):
     """Each byte of a clip in turn: either it is noticed, or the batches hold the same clips."""
     index = load_index(shards, "train")
     path = index.shard_path(0)
@@ -145,14 +158,18 @@ def test_a_shard_that_goes_while_it_is_read(shards):
     steps = iter(loader)
     next(steps)
     (shards / "train-000007.tar").unlink()
-    with pytest.raises(RankError, match=r"at most 20 clips may be broken, but 21 are.*train-000007.tar"):
+    with pytest.raises(
+        RankError, match=r"at most 20 clips may be broken, but 21 are.*train-000007.tar"
+    ):
         list(steps)
 
 
 def test_an_index_of_another_build_is_refused(shards, tmp_path):
     other = write_shards(tmp_path / "other", 120)
     shutil.copy(other / "train.safetensors", shards)
-    with pytest.raises(UserError, match=r"table of split train must be the one that index.json names"):
+    with pytest.raises(
+        UserError, match=r"table of split train must be the one that index.json names"
+    ):
         load_index(shards, "train")
     shutil.copy(other / "index.json", shards)
     index = load_index(shards, "train")
@@ -161,8 +178,12 @@ def test_an_index_of_another_build_is_refused(shards, tmp_path):
 
 
 def test_a_run_is_not_resumed_on_another_build(whole, tmp_path):
-    mine, other = (load_index(root, "train") for root in (whole, write_shards(tmp_path / "other", 120)))
-    plans = [Plan(i.fingerprint, i.num_frames, i.arrays["shard"], 0, 8, 2) for i in (mine, other)]
+    mine, other = (
+        load_index(root, "train") for root in (whole, write_shards(tmp_path / "other", 120))
+    )
+    plans = [
+        Plan(i.fingerprint, i.num_frames, i.arrays["shard"], 0, 8, 2) for i in (mine, other)
+    ]
     with pytest.raises(UserError, match="fingerprint must be"):
         plans[1].state(0, 0).check_same_plan(plans[0].state(0, 7))
 
@@ -188,7 +209,9 @@ def test_one_clip_in_a_thousand_is_replaced_and_named(shards, capfd):
 def test_one_clip_in_twenty_stops_the_run(shards):
     break_clips(shards, list(range(0, NUM_CLIPS, 20)))
     loader = loader_of(load_index(shards, "train"), max_broken=NUM_CLIPS // 100)
-    with pytest.raises(RankError, match=r"at most 20 clips may be broken, but 21 are.*verify.py"):
+    with pytest.raises(
+        RankError, match=r"at most 20 clips may be broken, but 21 are.*verify.py"
+    ):
         list(loader)
     assert len(loader.broken.reasons) == 21
 
@@ -251,6 +274,8 @@ def test_a_shard_that_the_server_has_not_is_told_at_the_start(server, shards, tm
 
 def test_index_json_of_another_format_is_refused(shards):
     manifest = json.loads((shards / "index.json").read_text())
-    (shards / "index.json").write_text(json.dumps(manifest | {"format": "flallm_ds shards 9"}))
+    (shards / "index.json").write_text(
+        json.dumps(manifest | {"format": "flallm_ds shards 9"})
+    )
     with pytest.raises(UserError, match=r"index\.json must have format"):
         load_index(shards, "train")

@@ -21,14 +21,21 @@ from flallm_ds.errors import UserError
 
 
 def row(number: int) -> dict:
-    numbers = {"shard": 0, "offset": 1024 * number + 512, "size": 500, "num_frames": 20 + number}
+    numbers = {
+        "shard": 0,
+        "offset": 1024 * number + 512,
+        "size": 500,
+        "num_frames": 20 + number,
+    }
     strings = {name: f"{name} {number} ä天🤟" for name in STRING_COLUMNS}
     return {**numbers, "height": 64, "width": 48 + number, "fps": 25.0, **strings}
 
 
 def write_folder(root: Path, rows: list[dict]) -> None:
     entry = write_table(root / "train.safetensors", rows)
-    entry["shards"] = [{"file": "train-000000.tar", "bytes": 10_240, "sha256": "aa", "clips": len(rows)}]
+    entry["shards"] = [
+        {"file": "train-000000.tar", "bytes": 10_240, "sha256": "aa", "clips": len(rows)}
+    ]
     (root / "train-000000.tar").write_bytes(bytes(10_240))
     manifest = {"format": "flallm_ds shards 1", "corpus": "toy", "splits": {"train": entry}}
     (root / "index.json").write_text(json.dumps(manifest))
@@ -68,7 +75,9 @@ def test_a_million_clips_are_an_index():
     num = 1_000_000
     arrays = {name: np.ones(num, dtype) for name, dtype in COLUMNS.items()}
     arrays |= StringColumn.columns("key", [f"clip{number}" for number in range(num)])
-    index = Index(LocalStore("."), "toy", "train", "ab", (Shard("a.tar", 1, "aa", num),), arrays)
+    index = Index(
+        LocalStore("."), "toy", "train", "ab", (Shard("a.tar", 1, "aa", num),), arrays
+    )
     assert len(index) == num and index.strings("key")[num - 1] == "clip999999"
 
 
@@ -83,7 +92,9 @@ def test_a_missing_shard_is_found_at_the_start(tiny_shards):
 def test_a_shard_of_another_size_is_found_at_the_start(tiny_shards):
     with (tiny_shards / "dev-000000.tar").open("ab") as file:
         file.write(b"x")
-    with pytest.raises(UserError, match=r"as its index says, but holds [\d,]+ bytes: .*dev-000000\.tar"):
+    with pytest.raises(
+        UserError, match=r"as its index says, but holds [\d,]+ bytes: .*dev-000000\.tar"
+    ):
         load_index(tiny_shards, "dev").check_files()
 
 

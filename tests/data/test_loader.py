@@ -1,4 +1,5 @@
-"""The loader against the shards that the real builder wrote, damaged by hand where a test needs it."""
+"""The loader against the shards that the real builder wrote, damaged by hand where a test
+needs it."""
 
 import asyncio
 import io
@@ -43,7 +44,15 @@ def train(tiny_corpus):
 
 
 def loader_of(
-    index: Index, codec: TextCodec | None, *, batch_clips=8, slices=2, train=True, epoch=0, weights=(), **more
+    index: Index,
+    codec: TextCodec | None,
+    *,
+    batch_clips=8,
+    slices=2,
+    train=True,
+    epoch=0,
+    weights=(),
+    **more,
 ):
     sampling = FrameSampling(4)
     plan = Plan(
@@ -62,12 +71,15 @@ def loader_of(
 
 def same(a: Batch, b: Batch) -> bool:
     pairs = [(getattr(a, f.name), getattr(b, f.name)) for f in fields(Batch)]
-    return all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in pairs)
+    return all(
+        torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in pairs
+    )
 
 
 def all_same(first: list[list[Batch]], second: list[list[Batch]]) -> bool:
     return len(first) == len(second) and all(
-        len(a) == len(b) and all(map(same, a, b)) for a, b in zip(first, second, strict=True)
+        len(a) == len(b) and all(map(same, a, b))
+        for a, b in zip(first, second, strict=True)
     )
 
 
@@ -77,7 +89,9 @@ def row_of(index: Index, key: str) -> int:
 
 def clip_bytes(index: Index, row: int) -> bytes:
     begin, size = int(index.arrays["offset"][row]), int(index.arrays["size"][row])
-    return index.shard_path(int(index.arrays["shard"][row])).read_bytes()[begin : begin + size]
+    return index.shard_path(int(index.arrays["shard"][row])).read_bytes()[
+        begin : begin + size
+    ]
 
 
 def break_clip(index: Index, row: int, at: int = 0) -> None:
@@ -94,7 +108,10 @@ def write_clips(root: Path, clips: list[list[np.ndarray]]) -> Index:
     members, offsets = [], []
     with tarfile.open(root / "train-000000.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
         for number, clip in enumerate(clips):
-            jpegs = [simplejpeg.encode_jpeg(np.ascontiguousarray(frame), quality=95) for frame in clip]
+            jpegs = [
+                simplejpeg.encode_jpeg(np.ascontiguousarray(frame), quality=95)
+                for frame in clip
+            ]
             members.append(pack_frames(jpegs, 25.0, clip[0].shape[1], clip[0].shape[0]))
             info = tarfile.TarInfo(f"clip{number}.avi")
             info.size = len(members[-1])
@@ -113,7 +130,9 @@ def write_clips(root: Path, clips: list[list[np.ndarray]]) -> Index:
     columns |= {"text": ["regen morgen"] * len(clips), "language": ["de"] * len(clips)}
     for name, strings in columns.items():
         arrays |= StringColumn.columns(name, strings)
-    shard = Shard("train-000000.tar", (root / "train-000000.tar").stat().st_size, "00", len(clips))
+    shard = Shard(
+        "train-000000.tar", (root / "train-000000.tar").stat().st_size, "00", len(clips)
+    )
     return Index(LocalStore(str(root)), "toy", "train", "ab", (shard,), arrays)
 
 
@@ -126,13 +145,20 @@ def test_packed_frames_are_the_stored_ones_at_the_picked_places(train, codec, mo
     num_checked = 0
     for batch in (b for step in loader.steps() for b in step):
         begins = np.cumsum([0, *batch.num_frames_B.tolist()])
-        assert batch.frames_NHWC.shape == (begins[-1], 79, 64, 3) and batch.frames_NHWC.dtype == torch.uint8
+        assert (
+            batch.frames_NHWC.shape == (begins[-1], 79, 64, 3)
+            and batch.frames_NHWC.dtype == torch.uint8
+        )
         for place, key in enumerate(batch.keys):
             row = row_of(train, key)
             draws, picks = loader.reader.draws(row, epoch=0)
             member = clip_bytes(train, row)
-            jpegs = [member[begin : begin + size] for begin, size in frame_spans(member)[picks]]
-            expected = np.stack([simplejpeg.decode_jpeg(jpeg, "RGB", **FAST) for jpeg in jpegs])
+            jpegs = [
+                member[begin : begin + size] for begin, size in frame_spans(member)[picks]
+            ]
+            expected = np.stack(
+                [simplejpeg.decode_jpeg(jpeg, "RGB", **FAST) for jpeg in jpegs]
+            )
             got = batch.frames_NHWC[begins[place] : begins[place + 1]].numpy()
             assert (got == expected).all()
             assert batch.draws_B9[place].tolist() == draws.tolist()
@@ -142,10 +168,14 @@ def test_packed_frames_are_the_stored_ones_at_the_picked_places(train, codec, mo
 
 def test_texts_and_targets_are_those_of_the_clips(train, codec):
     for batch in (b for step in loader_of(train, codec).steps() for b in step):
-        for key, text, ids in zip(batch.keys, batch.texts, batch.target_ids_BL.tolist(), strict=True):
+        for key, text, ids in zip(
+            batch.keys, batch.texts, batch.target_ids_BL.tolist(), strict=True
+        ):
             assert text == train.strings("text")[row_of(train, key)]
             assert [i for i in ids if i != -100] == codec.encode(text)
-        assert batch.num_target_tokens == sum(len(codec.encode(text)) for text in batch.texts)
+        assert batch.num_target_tokens == sum(
+            len(codec.encode(text)) for text in batch.texts
+        )
         assert all(batch.real_B)
 
 
@@ -158,7 +188,9 @@ def test_evaluation_keeps_the_first_frame_of_each_group_and_draws_nothing(train,
 def test_training_draws_anew_in_each_epoch(train, codec):
     reader = loader_of(train, codec).reader
     (first, first_picks), (second, second_picks) = reader.draws(5, 0), reader.draws(5, 1)
-    assert first.tolist() != second.tolist() and first_picks.tolist() != second_picks.tolist()
+    assert (
+        first.tolist() != second.tolist() and first_picks.tolist() != second_picks.tolist()
+    )
     assert ((first >= 0) & (first < 1)).all()
 
 
@@ -170,7 +202,10 @@ def test_a_long_clip_is_cut_to_max_frames(train):
 
 def test_clips_of_mixed_sizes_share_a_canvas_and_the_rest_of_it_is_black(codec, tmp_path):
     sizes = [(40, 30), (24, 48), (40, 48)]
-    clips = [[np.full((h, w, 3), 90 + 40 * i, np.uint8)] * (6 + i) for i, (h, w) in enumerate(sizes)]
+    clips = [
+        [np.full((h, w, 3), 90 + 40 * i, np.uint8)] * (6 + i)
+        for i, (h, w) in enumerate(sizes)
+    ]
     index = write_clips(tmp_path, clips)
     (step,) = loader_of(index, codec, batch_clips=3, slices=1, train=False).steps()
     (batch,) = step
@@ -201,7 +236,10 @@ def test_ranks_share_the_micro_batches_of_one_rank(train, codec, world_size):
         for rank in range(world_size)
     ]
     assert {len(share) for share in shares} == {len(whole)}
-    joined = [[b for rank in range(world_size) for b in shares[rank][step]] for step in range(len(whole))]
+    joined = [
+        [b for rank in range(world_size) for b in shares[rank][step]]
+        for step in range(len(whole))
+    ]
     assert all_same(joined, whole)
 
 
@@ -222,7 +260,12 @@ def test_any_number_of_ranks_has_equal_steps_and_nothing_is_lost_or_doubled(
     shares = [
         list(
             loader_of(
-                train, codec, slices=world_size, train=train_mode, rank=r, world_size=world_size
+                train,
+                codec,
+                slices=world_size,
+                train=train_mode,
+                rank=r,
+                world_size=world_size,
             ).steps()
         )
         for r in range(world_size)
@@ -239,10 +282,16 @@ def test_resume_at_every_step_by_another_number_of_ranks(train, codec, before, a
 
     def global_steps(world_size: int, start: int) -> list[list[Batch]]:
         shares = [
-            list(loader_of(train, codec, slices=4, epoch=2, rank=r, world_size=world_size).steps(start))
+            list(
+                loader_of(
+                    train, codec, slices=4, epoch=2, rank=r, world_size=world_size
+                ).steps(start)
+            )
             for r in range(world_size)
         ]
-        return [[b for share in shares for b in share[step]] for step in range(len(shares[0]))]
+        return [
+            [b for share in shares for b in share[step]] for step in range(len(shares[0]))
+        ]
 
     whole = global_steps(before, 0)
     for step in range(len(whole) + 1):
@@ -252,14 +301,22 @@ def test_resume_at_every_step_by_another_number_of_ranks(train, codec, before, a
 def test_augmentation_draws_belong_to_the_sample_whatever_its_batch(train, codec):
     def draws(**options):
         batches = [b for step in loader_of(train, codec, **options).steps() for b in step]
-        return {k: d.tolist() for b in batches for k, d in zip(b.keys, b.draws_B9, strict=True)}
+        return {
+            k: d.tolist() for b in batches for k, d in zip(b.keys, b.draws_B9, strict=True)
+        }
 
     assert draws() == draws(batch_clips=3, slices=1, threads=3)
 
 
 def test_epochs_hold_the_same_clips_with_other_frames(train, codec):
     first, second = (
-        {k for step in loader_of(train, codec, epoch=e).steps() for b in step for k in b.keys} for e in (0, 1)
+        {
+            k
+            for step in loader_of(train, codec, epoch=e).steps()
+            for b in step
+            for k in b.keys
+        }
+        for e in (0, 1)
     )
     assert first == second and len(first) == 40
 
@@ -272,8 +329,12 @@ def test_a_plain_loop_yields_the_micro_batches(train, codec):
 
 def test_a_loader_without_a_codec_has_no_targets(train):
     batch = next(iter(loader_of(train, None)))
-    assert batch.target_ids_BL.shape == (len(batch.keys), 0) and batch.num_target_tokens == 0
-    assert len(batch.texts) == len(batch.keys) == len(batch.languages) and set(batch.languages) == {"de"}
+    assert (
+        batch.target_ids_BL.shape == (len(batch.keys), 0) and batch.num_target_tokens == 0
+    )
+    assert len(batch.texts) == len(batch.keys) == len(batch.languages) and set(
+        batch.languages
+    ) == {"de"}
 
 
 def _digest(loader: Loader) -> list[tuple[tuple[str, ...], int]]:
@@ -303,24 +364,31 @@ def test_a_loader_works_in_a_notebook(tiny_corpus):
     async def cell() -> list[tuple[tuple[str, ...], int]]:
         return _digest(open_loader(tiny_corpus / "shards", batch_clips=5))
 
-    assert asyncio.run(cell()) == _digest(open_loader(tiny_corpus / "shards", batch_clips=5))
+    assert asyncio.run(cell()) == _digest(
+        open_loader(tiny_corpus / "shards", batch_clips=5)
+    )
 
 
 def test_a_batch_may_be_kept_while_the_loader_goes_on(train, codec):
     """Memory is used again, but never what somebody still holds."""
     batches = list(loader_of(train, codec, threads=3))
     assert all_same(
-        [batches], [[replace(b, frames_NHWC=b.frames_NHWC.clone()) for b in loader_of(train, codec)]]
+        [batches],
+        [[replace(b, frames_NHWC=b.frames_NHWC.clone()) for b in loader_of(train, codec)]],
     )
 
 
 def test_memory_is_used_again(train, codec):
-    batches = [batch.frames_NHWC.data_ptr() for batch in loader_of(train, codec, batch_clips=2)]
+    batches = [
+        batch.frames_NHWC.data_ptr() for batch in loader_of(train, codec, batch_clips=2)
+    ]
     assert len(batches) == 40 and len(set(batches)) < 20
 
 
 @pytest.mark.parametrize("num_broken", [0, 1])
-def test_an_encoded_batch_decodes_to_the_frames_of_the_other_kind(tiny_shards, codec, num_broken):
+def test_an_encoded_batch_decodes_to_the_frames_of_the_other_kind(
+    tiny_shards, codec, num_broken
+):
     index = load_index(tiny_shards, "train")
     for row in range(11, 11 + num_broken):
         break_clip(index, row)
@@ -328,7 +396,9 @@ def test_an_encoded_batch_decodes_to_the_frames_of_the_other_kind(tiny_shards, c
     encoded = list(loader_of(index, codec, broken=BrokenClips(1), encoded=True))
     for batch, jpegs in zip(decoded, encoded, strict=True):
         assert jpegs.batch.frames_NHWC.device.type == "meta"
-        frames = np.stack([simplejpeg.decode_jpeg(jpeg, "RGB", **FAST) for jpeg in jpegs.jpegs])
+        frames = np.stack(
+            [simplejpeg.decode_jpeg(jpeg, "RGB", **FAST) for jpeg in jpegs.jpegs]
+        )
         whole = replace(jpegs.batch, frames_NHWC=torch.from_numpy(frames))
         assert same(whole, batch)
 
@@ -336,7 +406,9 @@ def test_an_encoded_batch_decodes_to_the_frames_of_the_other_kind(tiny_shards, c
 # --- several corpora
 
 
-def test_two_corpora_in_one_run_each_clip_knowing_its_own(tiny_corpus, second_corpus, codec):
+def test_two_corpora_in_one_run_each_clip_knowing_its_own(
+    tiny_corpus, second_corpus, codec
+):
     index = open_indexes([tiny_corpus / "shards", second_corpus], "train")
     parts = [load_index(root, "train") for root in (tiny_corpus / "shards", second_corpus)]
     assert len(index) == 50 and len(index.shards) == 5 + 3 and index.frame_hw == (79, 64)
@@ -349,7 +421,10 @@ def test_two_corpora_in_one_run_each_clip_knowing_its_own(tiny_corpus, second_co
             row = row_of(part, own_key)
             height, width = int(part.arrays["height"][row]), int(part.arrays["width"][row])
             assert batch.size_B2[place].tolist() == [height, width]
-            assert batch.texts[place] == part.strings("text")[row] and batch.corpora[place] == "phoenix14t"
+            assert (
+                batch.texts[place] == part.strings("text")[row]
+                and batch.corpora[place] == "phoenix14t"
+            )
             expected = np.empty((int(part.num_frames[row]), height, width, 3), np.uint8)
             loader_of(part, codec).reader.read_into(expected, row, np.arange(len(expected)))
             frames = sides[place][:, :height, :width].numpy()
@@ -358,7 +433,9 @@ def test_two_corpora_in_one_run_each_clip_knowing_its_own(tiny_corpus, second_co
     assert len(seen) == 50 and set(seen.values()) == {1}
 
 
-def test_a_weighted_mixture_resumes_at_every_step_to_the_bit(tiny_corpus, second_corpus, codec):
+def test_a_weighted_mixture_resumes_at_every_step_to_the_bit(
+    tiny_corpus, second_corpus, codec
+):
     index = open_indexes([tiny_corpus / "shards", second_corpus], "train")
     options = {"slices": 4, "weights": (0.5, 0.5), "epoch": 3}
     whole = list(loader_of(index, codec, **options).steps())
@@ -366,20 +443,27 @@ def test_a_weighted_mixture_resumes_at_every_step_to_the_bit(tiny_corpus, second
     assert sum(k.startswith("1_") for k in keys) == 25 and len(keys) == 50
     for step in range(0, len(whole) + 1, 2):
         shares = [
-            list(loader_of(index, codec, rank=r, world_size=2, **options).steps(step)) for r in range(2)
+            list(loader_of(index, codec, rank=r, world_size=2, **options).steps(step))
+            for r in range(2)
         ]
-        joined = [[b for share in shares for b in share[s]] for s in range(len(whole) - step)]
+        joined = [
+            [b for share in shares for b in share[s]] for s in range(len(whole) - step)
+        ]
         assert all_same(joined, whole[step:])
 
 
-def test_clips_that_come_twice_in_an_epoch_are_drawn_anew(tiny_corpus, second_corpus, codec):
+def test_clips_that_come_twice_in_an_epoch_are_drawn_anew(
+    tiny_corpus, second_corpus, codec
+):
     index = open_indexes([tiny_corpus / "shards", second_corpus], "train")
     draws: dict[str, list[list[float]]] = {}
     for batch in loader_of(index, codec, weights=(0.2, 0.8)):
         for key, values in zip(batch.keys, batch.draws_B9.tolist(), strict=True):
             draws.setdefault(key, []).append(values)
     twice = [values for key, values in draws.items() if key.startswith("1_")]
-    assert len(twice) == 10 and all(len(v) == 4 and len({tuple(d) for d in v}) == 4 for v in twice)
+    assert len(twice) == 10 and all(
+        len(v) == 4 and len({tuple(d) for d in v}) == 4 for v in twice
+    )
 
 
 def test_the_same_folder_twice_is_refused(tiny_corpus):
@@ -402,8 +486,13 @@ def test_an_abandoned_loader_leaves_no_threads(train, codec):
 def test_a_rank_without_clips_gets_a_dummy_that_weighs_nothing(tiny_corpus, codec):
     """9 clips in batches of 8: one step has 1 clip for 6 slices."""
     dev = load_index(tiny_corpus / "shards", "dev")
-    steps = [list(loader_of(dev, codec, slices=6, rank=r, world_size=3).steps()) for r in range(3)]
-    assert {len(share) for share in steps} == {2} and {len(s) for share in steps for s in share} == {2}
+    steps = [
+        list(loader_of(dev, codec, slices=6, rank=r, world_size=3).steps())
+        for r in range(3)
+    ]
+    assert {len(share) for share in steps} == {2} and {
+        len(s) for share in steps for s in share
+    } == {2}
     batches = [b for share in steps for step in share for b in step]
     dummies = [b for b in batches if not any(b.real_B)]
     assert len(dummies) == 5
@@ -418,7 +507,9 @@ def test_a_rank_without_clips_gets_a_dummy_that_weighs_nothing(tiny_corpus, code
 # --- broken clips
 
 
-def test_a_broken_clip_is_replaced_by_the_next_one_and_counted_by_shard_and_key(tiny_shards, codec):
+def test_a_broken_clip_is_replaced_by_the_next_one_and_counted_by_shard_and_key(
+    tiny_shards, codec
+):
     index = load_index(tiny_shards, "train")
     healthy = list(loader_of(index, codec).steps())
     break_clip(index, 11)
@@ -428,7 +519,9 @@ def test_a_broken_clip_is_replaced_by_the_next_one_and_counted_by_shard_and_key(
         steps = list(loader_of(index, codec, threads=threads, broken=broken).steps())
         assert list(broken.reasons) == [f"train-000001.tar:{key}"]
         assert "AVI" in broken.reasons[f"train-000001.tar:{key}"]
-        for before, after in zip((b for s in healthy for b in s), (b for s in steps for b in s), strict=True):
+        for before, after in zip(
+            (b for s in healthy for b in s), (b for s in steps for b in s), strict=True
+        ):
             assert after.keys == tuple(follower if k == key else k for k in before.keys)
             if key not in before.keys:
                 assert same(before, after)
@@ -450,8 +543,14 @@ def test_neighbours_that_are_broken_too_are_passed_over(tiny_shards, codec):
     for row in (38, 39, 0):  # past the end of the index it goes on at the start
         break_clip(index, row)
     broken = BrokenClips(budget=3)
-    keys = [k for s in loader_of(index, codec, broken=broken).steps() for b in s for k in b.keys]
-    assert len(broken.reasons) == 3 and keys.count(index.strings("key")[1]) == 4 and len(keys) == 40
+    keys = [
+        k for s in loader_of(index, codec, broken=broken).steps() for b in s for k in b.keys
+    ]
+    assert (
+        len(broken.reasons) == 3
+        and keys.count(index.strings("key")[1]) == 4
+        and len(keys) == 40
+    )
 
 
 @pytest.mark.parametrize("damage", ["frame", "truncated shard", "missing shard"])
@@ -469,17 +568,22 @@ def test_other_kinds_of_damage_are_replaced_too(tiny_shards, codec, damage):
     else:
         shard.unlink()
     broken = BrokenClips(budget=8)
-    keys = [k for s in loader_of(index, codec, broken=broken).steps() for b in s for k in b.keys]
+    keys = [
+        k for s in loader_of(index, codec, broken=broken).steps() for b in s for k in b.keys
+    ]
     assert len(keys) == 40 and len(broken.reasons) == num_broken
     assert all(name.startswith("train-000004.tar:") for name in broken.reasons)
 
 
-def test_more_broken_clips_than_the_budget_stop_the_run_and_name_the_last(tiny_shards, codec):
+def test_more_broken_clips_than_the_budget_stop_the_run_and_name_the_last(
+    tiny_shards, codec
+):
     index = load_index(tiny_shards, "train")
     for row in (3, 20):
         break_clip(index, row)
     with pytest.raises(
-        RankError, match=r"at most 1 clips may be broken, but 2 are; the last is .* in train-00000"
+        RankError,
+        match=r"at most 1 clips may be broken, but 2 are; the last is .* in train-00000",
     ) as e:
         list(loader_of(index, codec, broken=BrokenClips(budget=1)).steps())
     assert any(index.strings("key")[row] in str(e.value) for row in (3, 20))

@@ -5,13 +5,21 @@ from math import gcd
 import numpy as np
 import pytest
 
-from flallm_ds.data.plan import EpochPlan, Plan, PlanState, slices_of_rank, temperature_weights
+from flallm_ds.data.plan import (
+    EpochPlan,
+    Plan,
+    PlanState,
+    slices_of_rank,
+    temperature_weights,
+)
 from flallm_ds.errors import UserError
 
 SIZES = [1, 2, 3, 7, 8, 9, 64, 257, 1000]
 
 
-def plan_of(num_clips: int, batch_clips: int = 8, slices: int = 2, seed: int = 0, **options) -> Plan:
+def plan_of(
+    num_clips: int, batch_clips: int = 8, slices: int = 2, seed: int = 0, **options
+) -> Plan:
     rng = np.random.default_rng(num_clips)
     return Plan(
         fingerprint="00112233445566aa",
@@ -57,10 +65,14 @@ def test_evaluation_holds_every_clip_exactly_once_longest_first(num_clips):
     assert sorted(np.concatenate(batches)) == list(range(num_clips))
     assert (np.diff(plan.num_kept[np.concatenate(batches)]) <= 0).all()
     assert all(len(b) <= 8 for b in batches)
-    assert sorted(c for step in micro_batches(order) for part in step for c in part) == list(range(num_clips))
+    assert sorted(
+        c for step in micro_batches(order) for part in step for c in part
+    ) == list(range(num_clips))
 
 
-@pytest.mark.parametrize(("num_clips", "batch_clips"), [(100, 8), (1000, 64), (999, 128), (40, 12)])
+@pytest.mark.parametrize(
+    ("num_clips", "batch_clips"), [(100, 8), (1000, 64), (999, 128), (40, 12)]
+)
 def test_the_remainder_is_spread_over_the_batches(num_clips, batch_clips):
     """Batches differ by what 64 slices share equally, and all but one of them can be dealt so."""
     plan = plan_of(num_clips, batch_clips).epoch(0)
@@ -94,7 +106,9 @@ def test_clips_of_different_shards_are_mixed():
     """A pool of batches draws from a window of shards, so a batch is not the clips of one tar."""
     plan = plan_of(1000)
     epoch = plan.epoch(0)
-    num_shards = [len(set(plan.shard[epoch.batch(s)].tolist())) for s in range(epoch.num_steps)]
+    num_shards = [
+        len(set(plan.shard[epoch.batch(s)].tolist())) for s in range(epoch.num_steps)
+    ]
     assert np.mean(num_shards) > 5
 
 
@@ -113,15 +127,20 @@ def test_every_rank_has_the_same_number_of_steps_and_micro_batches(world_size, n
 @pytest.mark.parametrize(("world_size", "num_shards"), [(3, 8), (7, 2), (5, 1)])
 def test_ranks_and_shards_need_not_divide_each_other(world_size, num_shards):
     """Every rank has every step, and between them they have each clip once."""
-    plan = replace(plan_of(83, slices=world_size), shard=(np.arange(83) * num_shards // 83).astype(np.int32))
+    plan = replace(
+        plan_of(83, slices=world_size),
+        shard=(np.arange(83) * num_shards // 83).astype(np.int32),
+    )
     for order in (plan.epoch(1), plan.in_length_order()):
         steps = micro_batches(order)
-        shares = [slices_of_rank(world_size, rank, world_size) for rank in range(world_size)]
+        shares = [
+            slices_of_rank(world_size, rank, world_size) for rank in range(world_size)
+        ]
         dealt = [[[step[s] for s in share] for step in steps] for share in shares]
         assert {len(of_rank) for of_rank in dealt} == {order.num_steps}
-        assert sorted(c for of_rank in dealt for step in of_rank for part in step for c in part) == list(
-            range(83)
-        )
+        assert sorted(
+            c for of_rank in dealt for step in of_rank for part in step for c in part
+        ) == list(range(83))
 
 
 def test_one_two_and_four_ranks_see_the_same_micro_batches():
@@ -129,7 +148,11 @@ def test_one_two_and_four_ranks_see_the_same_micro_batches():
     whole = micro_batches(epoch)
     for world_size in (1, 2, 4):
         dealt = [
-            [step[s] for rank in range(world_size) for s in slices_of_rank(epoch.slices, rank, world_size)]
+            [
+                step[s]
+                for rank in range(world_size)
+                for s in slices_of_rank(epoch.slices, rank, world_size)
+            ]
             for step in whole
         ]
         assert dealt == whole
@@ -143,7 +166,9 @@ def test_the_global_batches_do_not_depend_on_the_number_of_micro_batches():
 
 
 def test_slices_that_ranks_cannot_share_equally_are_refused_with_one_that_they_can():
-    with pytest.raises(UserError, match=r"multiple of the number of ranks \(3\), but is 4.*micro_batches=6"):
+    with pytest.raises(
+        UserError, match=r"multiple of the number of ranks \(3\), but is 4.*micro_batches=6"
+    ):
         slices_of_rank(4, 0, 3)
 
 
@@ -165,7 +190,12 @@ def test_micro_batches_of_a_step_hold_nearly_equal_frames(batch_clips, slices):
 
 
 def test_fewer_clips_than_slices_leave_the_last_slices_empty():
-    assert [len(part) for part in plan_of(3, slices=4).epoch(0).slices_of(0)] == [1, 1, 1, 0]
+    assert [len(part) for part in plan_of(3, slices=4).epoch(0).slices_of(0)] == [
+        1,
+        1,
+        1,
+        0,
+    ]
 
 
 # --- a budget of frames
@@ -174,7 +204,9 @@ def test_fewer_clips_than_slices_leave_the_last_slices_empty():
 def test_a_frame_budget_is_never_passed_and_nothing_is_dropped():
     plan = plan_of(3000, slices=4, batch_frames=3000)
     epoch = plan.epoch(2)
-    frames = [int(plan.num_kept[epoch.batch(step)].sum()) for step in range(epoch.num_steps)]
+    frames = [
+        int(plan.num_kept[epoch.batch(step)].sum()) for step in range(epoch.num_steps)
+    ]
     assert max(frames) <= 3000 and np.mean(frames) > 2700
     assert sorted(epoch.order.tolist()) == list(range(3000))
     assert sum(len(epoch.batch(step)) % 4 > 0 for step in range(epoch.num_steps)) <= 1
@@ -195,7 +227,9 @@ def test_a_clip_above_the_budget_is_a_batch_of_its_own():
 
 def test_without_weights_every_clip_of_every_corpus_comes_once_with_the_epoch_as_its_pass():
     epoch = mixed([100, 30], ()).epoch(4)
-    assert sorted(epoch.order.tolist()) == list(range(130)) and set(epoch.passes.tolist()) == {4}
+    assert sorted(epoch.order.tolist()) == list(range(130)) and set(
+        epoch.passes.tolist()
+    ) == {4}
 
 
 def test_weights_are_each_corpus_share_of_an_epoch():
@@ -215,13 +249,18 @@ def test_over_the_epochs_all_clips_of_a_corpus_come_equally_often_and_never_twic
         epoch = plan.epoch(number)
         np.add.at(seen, epoch.order, 1)
         draws |= set(zip(epoch.order.tolist(), epoch.passes.tolist(), strict=True))
-    assert set(seen[:900]) == {5} and set(seen[900:990]) == {30} and set(seen[990:]) == {180}
+    assert (
+        set(seen[:900]) == {5} and set(seen[900:990]) == {30} and set(seen[990:]) == {180}
+    )
     assert len(draws) == seen.sum() == 9000
 
 
 def test_a_mixed_epoch_is_a_pure_function_of_its_number():
     first, again = (mixed([900, 90, 10], (2, 1, 1)).epoch(5) for _ in range(2))
-    assert micro_batches(first) == micro_batches(again) and first.passes.tolist() == again.passes.tolist()
+    assert (
+        micro_batches(first) == micro_batches(again)
+        and first.passes.tolist() == again.passes.tolist()
+    )
 
 
 def test_a_temperature_evens_corpora_out():

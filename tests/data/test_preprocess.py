@@ -21,7 +21,9 @@ NEVER = [0.9, 0.9, 0.9]  # no rotation, no scale, no shift
 NEUTRAL = [0.5, 0.5, 0.5, 0.5]  # the middle of angle, scale, shift x, shift y
 
 
-def batch_of(frames_NHWC: torch.Tensor, num_frames: list[int], draws=None, sizes=None) -> Batch:
+def batch_of(
+    frames_NHWC: torch.Tensor, num_frames: list[int], draws=None, sizes=None
+) -> Batch:
     num_clips = len(num_frames)
     draws = [[*CENTRE, *NEVER, *NEUTRAL]] * num_clips if draws is None else draws
     sizes = [list(frames_NHWC.shape[1:3])] * num_clips if sizes is None else sizes
@@ -41,7 +43,9 @@ def batch_of(frames_NHWC: torch.Tensor, num_frames: list[int], draws=None, sizes
 
 def noise(num: int, height: int, width: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, (num, height, width, 3), dtype=torch.uint8, generator=generator)
+    return torch.randint(
+        0, 256, (num, height, width, 3), dtype=torch.uint8, generator=generator
+    )
 
 
 def pixels_of(preprocess: Preprocess, batch: Batch, train: bool = False) -> torch.Tensor:
@@ -92,7 +96,9 @@ def test_each_clip_of_a_mixed_canvas_is_squashed_from_its_own_size():
     canvas = torch.zeros(3, 80, 64, 3, dtype=torch.uint8)
     canvas[:2] = big
     canvas[2:, :40, :60] = small
-    got = pixels_of(Preprocess(32, 24), batch_of(canvas, [2, 1], sizes=[[80, 64], [40, 60]]))
+    got = pixels_of(
+        Preprocess(32, 24), batch_of(canvas, [2, 1], sizes=[[80, 64], [40, 60]])
+    )
     for clip, frames in ((got[:2], big), (got[2:], small)):
         alone = pixels_of(Preprocess(32, 24), batch_of(frames, [len(frames)]))
         assert torch.allclose(clip, alone, atol=1e-2)
@@ -107,7 +113,9 @@ def test_without_augmentation_training_is_a_crop_somewhere():
     for x, y in ((0.0, 0.0), (0.25, 0.75), (0.5, 0.0)):
         got = pixels_of(preprocess, batch_of(frames, [1], [[x, y, *[0.0] * 7]]), train=True)
         left, top = int(8 * x), int(8 * y)
-        assert torch.allclose(got, chw(frames)[:, :, top : top + 56, left : left + 56], atol=1e-2)
+        assert torch.allclose(
+            got, chw(frames)[:, :, top : top + 56, left : left + 56], atol=1e-2
+        )
 
 
 def test_a_clip_has_one_draw_for_all_its_frames():
@@ -115,7 +123,11 @@ def test_a_clip_has_one_draw_for_all_its_frames():
     frames = noise(1, 64, 64).repeat(5, 1, 1, 1)
     draws = torch.rand(2, 9, generator=torch.Generator().manual_seed(3)).tolist()
     got = pixels_of(Preprocess(64, 56), batch_of(frames, [3, 2], draws), train=True)
-    assert torch.equal(got[0], got[1]) and torch.equal(got[0], got[2]) and torch.equal(got[3], got[4])
+    assert (
+        torch.equal(got[0], got[1])
+        and torch.equal(got[0], got[2])
+        and torch.equal(got[3], got[4])
+    )
     assert not torch.allclose(got[0], got[3], atol=1)
 
 
@@ -128,7 +140,8 @@ def test_a_clip_is_the_same_in_any_batch():
 
 
 def marked() -> torch.Tensor:
-    """A frame whose left half is brighter than its right, its top a little brighter than its bottom."""
+    """A frame whose left half is brighter than its right, its top a little brighter than
+    its bottom."""
     frame = torch.zeros(1, 64, 64, 3)
     frame[:, :, :32] += 150
     frame[:, :32] += 60
@@ -139,11 +152,15 @@ def test_no_draw_mirrors_a_frame():
     """Handedness is meaning: left stays left and up stays up."""
     draws = torch.rand(500, 9, generator=torch.Generator().manual_seed(5))
     for row in draws.tolist():
-        got = pixels_of(Preprocess(64, 56), batch_of(marked(), [1], [row]), train=True)[0].mean(0)
+        got = pixels_of(Preprocess(64, 56), batch_of(marked(), [1], [row]), train=True)[
+            0
+        ].mean(0)
         assert got[:, :20].mean() > got[:, -20:].mean() + 50
     assert (
         torch.linalg.det(
-            Preprocess(64, 56).affine(draws, torch.full((500, 2), 64.0), (64, 64), True)[:, :, :2]
+            Preprocess(64, 56).affine(draws, torch.full((500, 2), 64.0), (64, 64), True)[
+                :, :, :2
+            ]
         )
         > 0
     ).all()
@@ -167,22 +184,34 @@ def centroid(pixels_CHW: torch.Tensor) -> tuple[float, float]:
 @pytest.mark.parametrize("side", [0.0, 1.0])
 def test_a_rotation_turns_the_whole_frame_by_the_drawn_angle(side):
     draws = [*CENTRE, 0.0, 0.9, 0.9, side, 0.5, 0.5, 0.5]
-    got = pixels_of(Preprocess(64, 64), batch_of(dot_at(48, 32), [1], [draws]), train=True)[0]
+    got = pixels_of(Preprocess(64, 64), batch_of(dot_at(48, 32), [1], [draws]), train=True)[
+        0
+    ]
     x, y = centroid(got)
     assert math.hypot(x, y) == pytest.approx(16, abs=0.3)
     assert abs(math.degrees(math.atan2(y, x))) == pytest.approx(MAX_DEGREES, abs=1)
-    again = pixels_of(Preprocess(64, 64), batch_of(dot_at(32, 48), [1], [draws]), train=True)[0]
+    again = pixels_of(
+        Preprocess(64, 64), batch_of(dot_at(32, 48), [1], [draws]), train=True
+    )[0]
     x2, y2 = centroid(again)  # a right angle further round, as a turn and not a shear
     assert (x2, y2) == pytest.approx((-y, x), abs=0.3)
     opposite = [*draws[:5], 1 - side, *draws[6:]]
-    x3, y3 = centroid(pixels_of(Preprocess(64, 64), batch_of(dot_at(48, 32), [1], [opposite]), train=True)[0])
+    x3, y3 = centroid(
+        pixels_of(
+            Preprocess(64, 64), batch_of(dot_at(48, 32), [1], [opposite]), train=True
+        )[0]
+    )
     assert (x3, y3) == pytest.approx((x, -y), abs=0.3)
 
 
-@pytest.mark.parametrize(("draw", "factor"), [(0.0, 1 - MAX_SCALE), (0.5, 1.0), (1.0, 1 + MAX_SCALE)])
+@pytest.mark.parametrize(
+    ("draw", "factor"), [(0.0, 1 - MAX_SCALE), (0.5, 1.0), (1.0, 1 + MAX_SCALE)]
+)
 def test_a_scale_above_one_enlarges(draw, factor):
     draws = [*CENTRE, 0.9, 0.0, 0.9, 0.5, draw, 0.5, 0.5]
-    got = pixels_of(Preprocess(64, 64), batch_of(dot_at(42, 25), [1], [draws]), train=True)[0]
+    got = pixels_of(Preprocess(64, 64), batch_of(dot_at(42, 25), [1], [draws]), train=True)[
+        0
+    ]
     assert centroid(got) == pytest.approx((10 * factor, -7 * factor), abs=0.2)
 
 
@@ -191,24 +220,39 @@ def test_a_shift_moves_by_at_most_its_limit():
     for draw in (0.0, 1.0):
         draws = [*CENTRE, 0.9, 0.9, 0.0, 0.5, 0.5, draw, 0.5]
         places.append(
-            centroid(pixels_of(Preprocess(64, 64), batch_of(dot_at(32, 32), [1], [draws]), True)[0])
+            centroid(
+                pixels_of(Preprocess(64, 64), batch_of(dot_at(32, 32), [1], [draws]), True)[
+                    0
+                ]
+            )
         )
-    assert sorted(x for x, _ in places) == pytest.approx([-64 * MAX_SHIFT, 64 * MAX_SHIFT], abs=0.1)
+    assert sorted(x for x, _ in places) == pytest.approx(
+        [-64 * MAX_SHIFT, 64 * MAX_SHIFT], abs=0.1
+    )
     assert [y for _, y in places] == pytest.approx([0, 0], abs=0.1)
 
 
 def test_the_shape_of_a_frame_is_kept_when_it_is_not_square():
-    """A turn happens in the squashed square: the same draw gives the same picture from any stored shape."""
+    """A turn happens in the squashed square: the same draw gives the same picture from
+    any stored shape."""
     draws = [[0.3, 0.6, 0.0, 0.0, 0.0, 0.9, 0.3, 0.6, 0.2]]
     smooth = F.interpolate(
-        torch.rand(1, 3, 6, 6, generator=torch.Generator().manual_seed(1)) * 255, (64, 64), mode="bicubic"
+        torch.rand(1, 3, 6, 6, generator=torch.Generator().manual_seed(1)) * 255,
+        (64, 64),
+        mode="bicubic",
     )
     square = smooth.clamp(0, 255).to(torch.uint8)
     wide = (
-        F.interpolate(square.float(), (64, 192), mode="bilinear", align_corners=False).round().to(torch.uint8)
+        F.interpolate(square.float(), (64, 192), mode="bilinear", align_corners=False)
+        .round()
+        .to(torch.uint8)
     )
     one, other = (
-        pixels_of(Preprocess(64, 40), batch_of(f.permute(0, 2, 3, 1).contiguous(), [1], draws), train=True)
+        pixels_of(
+            Preprocess(64, 40),
+            batch_of(f.permute(0, 2, 3, 1).contiguous(), [1], draws),
+            train=True,
+        )
         for f in (square, wide)
     )
     assert (one - other).abs().mean() < 2
@@ -216,7 +260,8 @@ def test_the_shape_of_a_frame_is_kept_when_it_is_not_square():
 
 def test_outside_of_the_frame_is_black():
     white = torch.full((1, 64, 64, 3), 255, dtype=torch.uint8)
-    draws = [*CENTRE, 0.0, 0.0, 0.9, 1.0, 0.0, 0.5, 0.5]  # turned by 30 degrees, shrunk to 80 %
+    # turned by 30 degrees, shrunk to 80 %
+    draws = [*CENTRE, 0.0, 0.0, 0.9, 1.0, 0.0, 0.5, 0.5]
     got = pixels_of(Preprocess(64, 64), batch_of(white, [1], [draws]), train=True)[0]
     assert got[:, 0, 0].abs().max() < 1e-3 and got[:, 32, 32].min() > 254.9
 
@@ -228,5 +273,9 @@ def test_half_of_the_clips_are_left_as_they_are_by_each_augmentation():
     turned = (theta[:, 0, 1].abs() > 1e-6).float().mean()
     scaled = (torch.linalg.det(theta[:, :, :2]) - 1).abs().gt(1e-4).float().mean()
     assert turned == pytest.approx(0.5, abs=0.03) and scaled == pytest.approx(0.5, abs=0.03)
-    off = replace(preprocess, augment=False).affine(draws, torch.full((4000, 2), 64.0), (64, 64), train=True)
-    assert torch.allclose(off, torch.tensor([[1.0, 0, 0], [0, 1, 0]]).expand_as(off), atol=1e-6)
+    off = replace(preprocess, augment=False).affine(
+        draws, torch.full((4000, 2), 64.0), (64, 64), train=True
+    )
+    assert torch.allclose(
+        off, torch.tensor([[1.0, 0, 0], [0, 1, 0]]).expand_as(off), atol=1e-6
+    )

@@ -1,4 +1,5 @@
-"""The fused kernel against PyTorch's way: in Triton's interpreter, compiled for GPUs, and on one."""
+"""The fused kernel against PyTorch's way: in Triton's interpreter, compiled for GPUs, and
+on one."""
 
 import os
 import subprocess
@@ -27,21 +28,26 @@ class Case:
     crop_size: int
 
     def tensors(self, train: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(frames_NHWC, theta_B23, clips_N); in training each clip is turned, scaled and shifted."""
+        """(frames_NHWC, theta_B23, clips_N); in training each clip is turned, scaled and
+        shifted."""
         generator = torch.Generator().manual_seed(7)
         shape = (sum(self.num_frames), *self.canvas_hw, 3)
         frames = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
         draws = torch.rand(len(self.sizes), 9, generator=generator)
         draws[:, 2:5] = 0  # below the probability: every augmentation is used
         sizes = torch.tensor(self.sizes, dtype=torch.float32)
-        theta = Preprocess(self.frame_size, self.crop_size).affine(draws, sizes, self.canvas_hw, train)
+        theta = Preprocess(self.frame_size, self.crop_size).affine(
+            draws, sizes, self.canvas_hw, train
+        )
         clips = torch.arange(len(self.sizes), dtype=torch.int32)
         return frames, theta, clips.repeat_interleave(torch.tensor(self.num_frames))
 
 
 CASES = (  # small: Triton's interpreter takes about 0.1 s for a block of 256 pixels
-    Case((79, 64), ((79, 64), (79, 64)), (1, 1), 20, 17),  # the second block ends within the frame
-    Case((81, 65), ((81, 65), (41, 60), (33, 17)), (1, 1, 2), 20, 15),  # sizes mixed in one canvas
+    # the second block ends within the frame
+    Case((79, 64), ((79, 64), (79, 64)), (1, 1), 20, 17),
+    # sizes mixed in one canvas
+    Case((81, 65), ((81, 65), (41, 60), (33, 17)), (1, 1, 2), 20, 15),
     Case((9, 100), ((9, 100),), (1,), 16, 16),  # enlarged one way, squashed the other
     Case((1, 3), ((1, 3),), (1,), 8, 5),
 )
@@ -58,20 +64,31 @@ def check(device: torch.device, cases: tuple[Case, ...]) -> None:
             assert expected.std() > 0.3, "the frames must be seen"
             got = resample(*tensors, case.crop_size, mean, std)
             assert got.dtype == torch.float32 and got.shape == expected.shape
-            assert (got - expected).abs().max() < TOLERANCE, (case, train, (got - expected).abs().max())
+            assert (got - expected).abs().max() < TOLERANCE, (
+                case,
+                train,
+                (got - expected).abs().max(),
+            )
             if not train:
                 continue
             half = resample(*tensors, case.crop_size, mean, std, torch.bfloat16)
             assert half.dtype == torch.bfloat16
-            # One rounding to 8 bits of the same number, but for a last bit where it lies between two.
-            assert ((half.float() - expected).abs() < 2**-7 * expected.abs() + TOLERANCE).all()
+            # One rounding to 8 bits of the same number, but for a last bit where it lies
+            # between two.
+            assert (
+                (half.float() - expected).abs() < 2**-7 * expected.abs() + TOLERANCE
+            ).all()
 
 
 def test_the_interpreted_kernel_equals_pytorchs_way():
     """In a process of its own: Triton reads the variable when the kernel is defined."""
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(
-        [sys.executable, __file__], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, __file__],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["checked", str(len(CASES))]
@@ -91,7 +108,9 @@ def test_the_kernel_compiles_for_gpus(capability, pixels, tmp_path, monkeypatch)
     signature = {"frames": "*u8", "theta": "*fp32", "clips": "*i32", "pixels": pixels}
     signature |= {"height": "i32", "width": "i32"}
     constants = {"CROP": 224, "MEAN": IMAGENET_MEAN, "STD": IMAGENET_STD, "BLOCK": BLOCK}
-    source = ASTSource(resample_kernel, signature | dict.fromkeys(constants, "constexpr"), constants)
+    source = ASTSource(
+        resample_kernel, signature | dict.fromkeys(constants, "constexpr"), constants
+    )
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
     assert compiled.asm["cubin"] and f".target sm_{capability}" in compiled.asm["ptx"]
 
@@ -101,7 +120,9 @@ def test_without_a_gpu_pytorchs_way_is_taken(monkeypatch):
     case = CASES[0]
     frames, _, _ = case.tensors(train=False)
     batch = batch_of(frames, list(case.num_frames))
-    pixels = Preprocess(case.frame_size, case.crop_size)(batch, False, torch.device("cpu"), torch.bfloat16)
+    pixels = Preprocess(case.frame_size, case.crop_size)(
+        batch, False, torch.device("cpu"), torch.bfloat16
+    )
     assert pixels.dtype == torch.bfloat16
 
 
@@ -115,13 +136,19 @@ def test_the_kernel_on_a_gpu_equals_pytorchs_way():
 def test_a_gpu_takes_the_kernel_and_equals_the_cpu():
     case = CASES[1]
     frames, _, _ = case.tensors(train=True)
-    draws = torch.rand(len(case.sizes), 9, generator=torch.Generator().manual_seed(8)).tolist()
-    batch = batch_of(frames, list(case.num_frames), draws, [list(size) for size in case.sizes])
+    draws = torch.rand(
+        len(case.sizes), 9, generator=torch.Generator().manual_seed(8)
+    ).tolist()
+    batch = batch_of(
+        frames, list(case.num_frames), draws, [list(size) for size in case.sizes]
+    )
     cuda, make = torch.device("cuda"), Preprocess(case.frame_size, case.crop_size)
     assert preprocess._can_fuse(cuda)
     for train in (False, True):
         got, expected = make(batch, train, cuda), make(batch, train, torch.device("cpu"))
-        assert got.device.type == "cuda" and torch.allclose(got.cpu(), expected, atol=TOLERANCE)
+        assert got.device.type == "cuda" and torch.allclose(
+            got.cpu(), expected, atol=TOLERANCE
+        )
 
 
 if __name__ == "__main__":

@@ -23,7 +23,9 @@ from flallm_ds.features.facts import FeatureFacts
 
 
 @pytest.mark.parametrize("keep_jpegs", [False, True])
-def test_what_batches_hold_goes_by_the_shards_and_then_by_the_decoder(tiny_corpus, keep_jpegs):
+def test_what_batches_hold_goes_by_the_shards_and_then_by_the_decoder(
+    tiny_corpus, keep_jpegs
+):
     index = load_index(tiny_corpus / "shards", "train")
     facts = FeatureFacts("", "", "", "", 6, "float16", {}, 0, 1, True, "")
     video = ClipReader(index, FrameSampling(4), seed=0, train=True)
@@ -36,9 +38,13 @@ def test_what_batches_hold_goes_by_the_shards_and_then_by_the_decoder(tiny_corpu
 def test_half_features_that_are_resampled_are_in_single_precision(tiny_corpus):
     index = load_index(tiny_corpus / "shards", "train")
     facts = FeatureFacts("", "", "", "", 6, "float16", {}, 0, 1, True, "")
-    reader = ClipReader(replace(index, features=(facts,)), FrameSampling(4), seed=0, train=True)
+    reader = ClipReader(
+        replace(index, features=(facts,)), FrameSampling(4), seed=0, train=True
+    )
     for feature_fps, dtype in ((None, torch.float16), (5.0, torch.float32)):
-        memory = content_of(replace(reader, feature_fps=feature_fps)).memory(3, FrameBuffers())
+        memory = content_of(replace(reader, feature_fps=feature_fps)).memory(
+            3, FrameBuffers()
+        )
         assert memory.shape == (3, 6) and memory.dtype == dtype
 
 
@@ -46,7 +52,9 @@ def test_half_features_that_are_resampled_are_in_single_precision(tiny_corpus):
 
 
 def test_a_batch_that_no_memory_could_hold_is_one_sentence():
-    with pytest.raises(RankError, match=r"must fit into memory.*\(9999999, 9999, 9999, 3\)"):
+    with pytest.raises(
+        RankError, match=r"must fit into memory.*\(9999999, 9999, 9999, 3\)"
+    ):
         FrameBuffers().take((9_999_999, 9_999, 9_999, 3))
 
 
@@ -82,7 +90,9 @@ def test_every_kind_of_view_holds_its_memory():
         view[...] = n
     for _ in range(10):
         buffers.take((6, 8, 8, 3)).fill_(99)
-    assert [np.unique(np.asarray(view)).tolist() for view in views] == [[n] for n in range(5)]
+    assert [np.unique(np.asarray(view)).tolist() for view in views] == [
+        [n] for n in range(5)
+    ]
     del views, view
     gc.collect()
     assert len({address(buffers.take((6, 8, 8, 3))) for _ in range(20)}) == 1

@@ -30,11 +30,14 @@ def test_every_frame_of_a_group_is_picked_as_often_as_any_other():
     rng = rng_of(0)
     picks = np.concatenate([FrameSampling(4).picks(10, rng=rng) for _ in range(4000)])
     counts = np.bincount(picks, minlength=10)
-    assert np.allclose(counts[:8], 1000, rtol=0.15) and np.allclose(counts[8:], 2000, rtol=0.15)
+    assert np.allclose(counts[:8], 1000, rtol=0.15) and np.allclose(
+        counts[8:], 2000, rtol=0.15
+    )
 
 
 @pytest.mark.parametrize(
-    ("wrong"), [{"keep_every": 0}, {"max_frames": 0}, {"target_fps": 0.0}, {"target_fps": -1.0}]
+    ("wrong"),
+    [{"keep_every": 0}, {"max_frames": 0}, {"target_fps": 0.0}, {"target_fps": -1.0}],
 )
 def test_no_groups_are_an_error(wrong):
     with pytest.raises(ValueError, match="at least 1"):
@@ -65,7 +68,9 @@ def test_corpora_of_any_rate_are_seen_at_the_same_pace():
 def test_a_whole_fraction_of_the_rate_is_every_nth_frame(fps, divisor):
     """Whatever the rounding of fps / target does."""
     for num_frames in (1, 7, 100, 475):
-        by_time = FrameSampling(target_fps=float(fps) / divisor).picks(num_frames, float(fps))
+        by_time = FrameSampling(target_fps=float(fps) / divisor).picks(
+            num_frames, float(fps)
+        )
         assert by_time.tolist() == FrameSampling(divisor).picks(num_frames).tolist()
 
 
@@ -81,7 +86,11 @@ def test_random_picks_stay_in_their_span_of_time():
 
 
 def test_a_video_whose_length_is_unknown_keeps_the_same_frames():
-    for sampling in (FrameSampling(4), FrameSampling(target_fps=7.0), FrameSampling(target_fps=99.0)):
+    for sampling in (
+        FrameSampling(4),
+        FrameSampling(target_fps=7.0),
+        FrameSampling(target_fps=99.0),
+    ):
         for fps in (24.0, 25.0, 30.0):
             first = [i for i in range(111) if sampling.keeps_first(i, fps)]
             assert first == sampling.picks(111, fps).tolist()
@@ -89,17 +98,24 @@ def test_a_video_whose_length_is_unknown_keeps_the_same_frames():
 
 @pytest.mark.parametrize("fps", [24000 / 1001, 30000 / 1001, 60000 / 1001])
 def test_every_pick_lies_within_the_clip(fps):
-    """A target that is nearly a fraction of the rate: groups begin a hair before or after whole frames."""
+    """A target that is nearly a fraction of the rate: groups begin a hair before or after
+    whole frames."""
     lengths = np.arange(1, 900)
     fps = float(np.float32(fps))
     for divisor in (2, 3, 4, 10):
         for digits in (2, 6):
-            sampling = FrameSampling(target_fps=round(fps / divisor, digits), max_frames=10**6)
+            sampling = FrameSampling(
+                target_fps=round(fps / divisor, digits), max_frames=10**6
+            )
             for num_frames, num_kept in zip(
                 lengths, sampling.num_kept(lengths, np.float32(fps)), strict=True
             ):
                 picks = sampling.picks(int(num_frames), fps)
-                assert len(picks) == num_kept and picks[-1] < num_frames and (np.diff(picks) > 0).all()
+                assert (
+                    len(picks) == num_kept
+                    and picks[-1] < num_frames
+                    and (np.diff(picks) > 0).all()
+                )
                 assert sampling.keeps_first(int(picks[-1]), fps)
 
 
@@ -114,7 +130,9 @@ def test_a_long_clip_is_capped_evenly_from_its_first_frame():
 
 @pytest.mark.parametrize("cap", ["uniform", "random", "segment"])
 def test_a_short_clip_is_not_capped(cap):
-    assert FrameSampling(1, max_frames=512, cap=cap).picks(512, rng=rng_of(0)).tolist() == list(range(512))
+    assert FrameSampling(1, max_frames=512, cap=cap).picks(
+        512, rng=rng_of(0)
+    ).tolist() == list(range(512))
 
 
 def test_a_random_cap_draws_any_frames_in_order_and_is_even_in_evaluation():
@@ -143,14 +161,19 @@ def test_num_kept_says_how_many_are_kept(cap):
         sampling = FrameSampling(cap=cap, **options)
         for fps in (24.0, 25.0, 29.97):
             expected = [len(sampling.picks(int(n), fps, rng_of(int(n)))) for n in lengths]
-            assert sampling.num_kept(lengths, np.full(len(lengths), fps, np.float32)).tolist() == expected
+            assert (
+                sampling.num_kept(lengths, np.full(len(lengths), fps, np.float32)).tolist()
+                == expected
+            )
             assert expected == [len(sampling.picks(int(n), fps)) for n in lengths]
 
 
 def test_random_numbers_belong_to_seed_epoch_and_sample():
     base = sample_rng(0, 0, 0).random(4).tolist()
     assert sample_rng(0, 0, 0).random(4).tolist() == base
-    others = [sample_rng(*place).random(4).tolist() for place in ((1, 0, 0), (0, 1, 0), (0, 0, 1))]
+    others = [
+        sample_rng(*place).random(4).tolist() for place in ((1, 0, 0), (0, 1, 0), (0, 0, 1))
+    ]
     assert base not in others and len({tuple(o) for o in others}) == 3
 
 
@@ -162,9 +185,18 @@ def test_options_and_stored_settings_hold_the_same_sampling():
     options = DataConfig(keep_every=2, max_frames=30, target_fps=12.5, cap="segment")
     assert FrameSampling.of(options) == sampling
     assert FrameSampling.of_settings({"frame_size": 64} | sampling.settings()) == sampling
-    assert FrameSampling.of_settings({"keep_every": 2, "max_frames": 30}) == FrameSampling(2, 30)
+    assert FrameSampling.of_settings({"keep_every": 2, "max_frames": 30}) == FrameSampling(
+        2, 30
+    )
 
 
 def test_settings_have_every_field_in_the_order_of_files_made_before():
-    assert list(FrameSampling().settings()) == ["keep_every", "target_fps", "max_frames", "cap"]
-    assert set(FrameSampling().settings()) == {field.name for field in fields(FrameSampling)}
+    assert list(FrameSampling().settings()) == [
+        "keep_every",
+        "target_fps",
+        "max_frames",
+        "cap",
+    ]
+    assert set(FrameSampling().settings()) == {
+        field.name for field in fields(FrameSampling)
+    }

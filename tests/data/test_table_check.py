@@ -1,4 +1,5 @@
-"""Shard folders whose index or table says what cannot be: one sentence where they are loaded, no hang."""
+"""Shard folders whose index or table says what cannot be: one sentence where they are
+loaded, no hang."""
 
 import json
 import os
@@ -12,7 +13,13 @@ import simplejpeg
 from safetensors.numpy import load_file, save_file
 
 from flallm_ds import command
-from flallm_ds.data.index import STRING_COLUMNS, fingerprint, iter_rows, load_index, read_manifest
+from flallm_ds.data.index import (
+    STRING_COLUMNS,
+    fingerprint,
+    iter_rows,
+    load_index,
+    read_manifest,
+)
 from flallm_ds.data.mixture import open_indexes
 from flallm_ds.data.readers import ClipReader
 from flallm_ds.data.sampling import FrameSampling
@@ -37,11 +44,21 @@ def written(tmp_path_factory) -> Path:
     for shard in range(2):
         with ShardWriter(folder / f"train-{shard:06d}.tar", shard) as tar:
             for number in range(3 * shard, 3 * shard + 3):
-                facts = {"id": f"i{number}", "text": "schön 天🤟" * number, "signer": "ä" * (number % 2)}
+                facts = {
+                    "id": f"i{number}",
+                    "text": "schön 天🤟" * number,
+                    "signer": "ä" * (number % 2),
+                }
                 facts |= {"video": "", "language": "de"}
-                rows.append(tar.add(f"{number:08d}", [jpeg] * 5, fps=25.0, height=8, width=8, **facts))
+                rows.append(
+                    tar.add(
+                        f"{number:08d}", [jpeg] * 5, fps=25.0, height=8, width=8, **facts
+                    )
+                )
         tars.append(tar.shard_entry)
-    write_index(folder, corpus="c", language="de", options={}, splits={"train": (rows, tars)})
+    write_index(
+        folder, corpus="c", language="de", options={}, splits={"train": (rows, tars)}
+    )
     publish_folder(folder, place / "shards")
     return place / "shards"
 
@@ -55,7 +72,8 @@ def rewrite(folder: Path, changes: dict) -> None:
     """Put other columns into the table (None removes one), and make index.json agree."""
     table = load_file(folder / "train.safetensors") | changes
     save_file(
-        {n: np.ascontiguousarray(v) for n, v in table.items() if v is not None}, folder / "train.safetensors"
+        {n: np.ascontiguousarray(v) for n, v in table.items() if v is not None},
+        folder / "train.safetensors",
     )
     seal(folder)
 
@@ -87,7 +105,9 @@ def is_one_sentence(target, arguments: list, monkeypatch, capsys) -> str:
 def test_a_real_table_is_loaded_as_it_was_written(written):
     index = load_index(written, "train")
     rows = list(iter_rows(index))
-    assert [row["text"] for row in rows] == ["schön 天🤟" * number for number in range(NUM_CLIPS)]
+    assert [row["text"] for row in rows] == [
+        "schön 天🤟" * number for number in range(NUM_CLIPS)
+    ]
     assert index.fingerprint == fingerprint(read_manifest(written)["splits"]["train"])
 
 
@@ -96,11 +116,19 @@ def test_a_check_keeps_no_column_that_nobody_needs(written):
 
 
 BAD_NUMBERS = [
-    ("num_frames", 10**9, "num_frames must be from 1 to 1,048,576, got 1,000,000,000 in row 4"),
+    (
+        "num_frames",
+        10**9,
+        "num_frames must be from 1 to 1,048,576, got 1,000,000,000 in row 4",
+    ),
     ("num_frames", 0, "num_frames must be from 1 to 1,048,576, got 0 in row 4"),
     ("num_frames", -5, "num_frames must be from 1 to 1,048,576, got -5 in row 4"),
     ("num_frames", 2**31 - 1, "num_frames must be from 1"),
-    ("num_frames", 2**20, "num_frames must be at most size, a byte a frame, got 1,048,576 in row 4"),
+    (
+        "num_frames",
+        2**20,
+        "num_frames must be at most size, a byte a frame, got 1,048,576 in row 4",
+    ),
     ("fps", np.nan, "fps must be from 0.001 to 10,000, got nan in row 4"),
     ("fps", 0, "fps must be from 0.001 to 10,000, got 0 in row 4"),
     ("fps", np.inf, "got inf in row 4"),
@@ -120,7 +148,11 @@ BAD_NUMBERS = [
     ("offset", 512, "offset must lie behind the clip before it in the tar, got 512 in row"),
     ("size", 0, "size must be from 1 to 2,147,483,648, got 0 in row 4"),
     ("size", -1, "size must be from 1"),
-    ("size", 2**62, "size must be from 1 to 2,147,483,648, got 4,611,686,018,427,387,904 in row 4"),
+    (
+        "size",
+        2**62,
+        "size must be from 1 to 2,147,483,648, got 4,611,686,018,427,387,904 in row 4",
+    ),
     ("size", 2**31, "size must end within the clip's tar, got 2,147,483,648 in row 4"),
     ("size", 10_000, "overlaps with row 4"),
 ]
@@ -136,12 +168,19 @@ def test_a_number_that_cannot_be_is_named_with_its_row(folder, column, value, sa
 
 
 def test_a_clip_of_more_than_a_day_is_refused(folder):
-    rewrite(folder, with_value(folder, "num_frames", 1, 200) | {"fps": np.full(6, 1e-3, np.float32)})
-    with pytest.raises(UserError, match=r"num_frames / fps must be at most 86,400 s, got 200000 in row 1"):
+    rewrite(
+        folder,
+        with_value(folder, "num_frames", 1, 200) | {"fps": np.full(6, 1e-3, np.float32)},
+    )
+    with pytest.raises(
+        UserError, match=r"num_frames / fps must be at most 86,400 s, got 200000 in row 1"
+    ):
         load_index(folder, "train")
 
 
-@pytest.mark.parametrize("name", ["shard", "fps", "text", "text_ends", "key", "language_ends"])
+@pytest.mark.parametrize(
+    "name", ["shard", "fps", "text", "text_ends", "key", "language_ends"]
+)
 def test_a_missing_column_is_named(folder, name):
     rewrite(folder, {name: None})
     with pytest.raises(UserError, match=f"must have a column {name}, but has none"):
@@ -151,20 +190,38 @@ def test_a_missing_column_is_named(folder, name):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"width": np.full(5, 8, np.int32)}, r"column width must have one entry a clip \(6.*got 5"),
-        ({"num_frames": np.full(9, 5, np.int32)}, r"column shard must have one entry a clip \(9.*got 6"),
-        ({"id_ends": np.zeros(7, np.int64)}, r"column id_ends must have one entry a clip .* got 7"),
+        (
+            {"width": np.full(5, 8, np.int32)},
+            r"column width must have one entry a clip \(6.*got 5",
+        ),
+        (
+            {"num_frames": np.full(9, 5, np.int32)},
+            r"column shard must have one entry a clip \(9.*got 6",
+        ),
+        (
+            {"id_ends": np.zeros(7, np.int64)},
+            r"column id_ends must have one entry a clip .* got 7",
+        ),
         (
             {"fps": np.full(6, 25, np.float64)},
             "column fps must have one dimension of float32, got 1 of float64",
         ),
-        ({"fps": np.full(6, 25, np.int32)}, "column fps must have one dimension of float32"),
+        (
+            {"fps": np.full(6, 25, np.int32)},
+            "column fps must have one dimension of float32",
+        ),
         (
             {"size": np.full((6, 1), 9, np.int64)},
             "column size must have one dimension of int64, got 2 of int64",
         ),
-        ({"text": np.zeros(4, np.int8)}, "column text must have one dimension of uint8, got 1 of int8"),
-        ({"key_ends": np.arange(6, dtype=np.uint64)}, "column key_ends must have one dimension of int64"),
+        (
+            {"text": np.zeros(4, np.int8)},
+            "column text must have one dimension of uint8, got 1 of int8",
+        ),
+        (
+            {"key_ends": np.arange(6, dtype=np.uint64)},
+            "column key_ends must have one dimension of int64",
+        ),
     ],
 )
 def test_a_column_of_another_length_or_type_is_named(folder, changes, said):
@@ -179,12 +236,17 @@ def test_a_column_of_another_length_or_type_is_named(folder, changes, said):
     [
         ([5, 4, 6, 7, 8, 9], "_ends must ascend, and end within .*, got 4 in row 1"),
         ([-1, 4, 6, 7, 8, 9], "_ends must ascend, and end within .*, got -1 in row 0"),
-        ([1, 2, 3, 4, 5, 10**9], "_ends must ascend, and end within .*, got 1,000,000,000 in row 5"),
+        (
+            [1, 2, 3, 4, 5, 10**9],
+            "_ends must ascend, and end within .*, got 1,000,000,000 in row 5",
+        ),
         ([1, 2, 3, 4, 5, 6], "_ends must reach the end of .*, which has 12 bytes"),
     ],
 )
 def test_string_ends_that_run_backwards_or_out_of_range_are_named(folder, name, ends, said):
-    rewrite(folder, {name: np.full(12, 97, np.uint8), f"{name}_ends": np.array(ends, np.int64)})
+    rewrite(
+        folder, {name: np.full(12, 97, np.uint8), f"{name}_ends": np.array(ends, np.int64)}
+    )
     with pytest.raises(UserError, match=name + said):
         load_index(folder, "train")
 
@@ -215,14 +277,22 @@ def test_text_that_is_not_utf8_is_named_with_its_row(folder, strings, row):
 )
 def test_keys_are_there_and_once(folder, keys, said):
     ends = np.cumsum([len(key) for key in keys])
-    rewrite(folder, {"key": np.frombuffer("".join(keys).encode(), np.uint8), "key_ends": ends})
-    with pytest.raises(UserError, match=f"key must be there and be once in a split, .*{said}"):
+    rewrite(
+        folder, {"key": np.frombuffer("".join(keys).encode(), np.uint8), "key_ends": ends}
+    )
+    with pytest.raises(
+        UserError, match=f"key must be there and be once in a split, .*{said}"
+    ):
         load_index(folder, "train")
 
 
 @pytest.mark.parametrize("target", [verify, stats, preview])
-@pytest.mark.parametrize(("column", "value"), [("num_frames", 10**9), ("fps", np.nan), ("size", 2**62)])
-def test_every_command_says_it_in_a_sentence(folder, tmp_path, monkeypatch, capsys, target, column, value):
+@pytest.mark.parametrize(
+    ("column", "value"), [("num_frames", 10**9), ("fps", np.nan), ("size", 2**62)]
+)
+def test_every_command_says_it_in_a_sentence(
+    folder, tmp_path, monkeypatch, capsys, target, column, value
+):
     rewrite(folder, with_value(folder, column, 3, value))
     arguments = [folder, *([f"--out={tmp_path / 'look'}"] if target is preview else [])]
     said = is_one_sentence(target, arguments, monkeypatch, capsys)
@@ -240,7 +310,9 @@ def test_a_repair_of_a_wrong_table_says_that_it_cannot(folder, capsys):
 
 
 def headers() -> dict[str, bytes]:
-    whole = json.dumps({"fps": {"dtype": "F32", "shape": [10**12], "data_offsets": [0, 8]}}).encode()
+    whole = json.dumps(
+        {"fps": {"dtype": "F32", "shape": [10**12], "data_offsets": [0, 8]}}
+    ).encode()
     return {
         "a header length that lies": (2**62).to_bytes(8, "little") + b"{}",
         "a header longer than the file": (10**6).to_bytes(8, "little") + b"{}",
@@ -256,15 +328,21 @@ def headers() -> dict[str, bytes]:
 def test_a_table_that_is_no_safetensors_file_is_one_sentence(folder, content):
     (folder / "train.safetensors").write_bytes(content)
     seal(folder)
-    with pytest.raises(UserError, match=r"table of split train must describe clips: .*train\.safetensors"):
+    with pytest.raises(
+        UserError, match=r"table of split train must describe clips: .*train\.safetensors"
+    ):
         load_index(folder, "train")
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F8_E4M3", "F8_E5M2"])
 def test_a_type_that_numpy_does_not_have_is_one_sentence(folder, dtype):
     size = 2 if dtype == "BF16" else 1
-    header = json.dumps({"fps": {"dtype": dtype, "shape": [6], "data_offsets": [0, 6 * size]}}).encode()
-    (folder / "train.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(6 * size))
+    header = json.dumps(
+        {"fps": {"dtype": dtype, "shape": [6], "data_offsets": [0, 6 * size]}}
+    ).encode()
+    (folder / "train.safetensors").write_bytes(
+        len(header).to_bytes(8, "little") + header + bytes(6 * size)
+    )
     seal(folder)
     with pytest.raises(UserError, match="table of split train must describe clips"):
         load_index(folder, "train")
@@ -317,7 +395,9 @@ def test_a_tar_cut_short_takes_no_memory_for_what_is_gone(folder, tmp_path, caps
     rewrite(folder, with_value(folder, "size", 5, 2**31))
     index = load_index(folder, "train")
     with pytest.raises(ValueError, match="must hold 2147483648 bytes at"):
-        ClipReader(index, FrameSampling(), 0, False).read(5, lambda size: pytest.fail("memory was taken"))
+        ClipReader(index, FrameSampling(), 0, False).read(
+            5, lambda size: pytest.fail("memory was taken")
+        )
     preview(folder, out=tmp_path / "look")
     assert "00000005 is broken: its shard ends before it" in capsys.readouterr().out
 
@@ -334,7 +414,9 @@ def test_a_split_without_clips_is_refused_where_clips_are_read(folder):
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("content", ["[" * 10**6, '{"a":' * 10**5, "1" * 10_000, "\udcff", "NaN", ""])
+@pytest.mark.parametrize(
+    "content", ["[" * 10**6, '{"a":' * 10**5, "1" * 10_000, "\udcff", "NaN", ""]
+)
 def test_an_index_that_is_hardly_json_is_one_sentence(folder, content):
     (folder / "index.json").write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(UserError, match=r"index\.json must"):
@@ -344,7 +426,10 @@ def test_an_index_that_is_hardly_json_is_one_sentence(folder, content):
 def test_an_index_that_is_too_large_is_not_read(folder):
     with (folder / "index.json").open("r+b") as file:
         file.truncate(2**33)  # sparse
-    with pytest.raises(UserError, match=r"index\.json must be JSON, but it is larger than 268,435,456 bytes"):
+    with pytest.raises(
+        UserError,
+        match=r"index\.json must be JSON, but it is larger than 268,435,456 bytes",
+    ):
         read_manifest(folder)
 
 
@@ -397,7 +482,9 @@ def shard_entry(**changes) -> dict:
 def test_an_index_with_a_field_of_another_type_is_one_sentence(folder, changes):
     manifest = json.loads((folder / "index.json").read_text())
     for name, value in changes.items():
-        (manifest["splits"]["train"] if name in manifest["splits"]["train"] else manifest)[name] = value
+        (manifest["splits"]["train"] if name in manifest["splits"]["train"] else manifest)[
+            name
+        ] = value
     (folder / "index.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"index\.json"):
         load_index(folder, "train")

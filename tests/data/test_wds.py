@@ -32,7 +32,12 @@ def frames_of(number: int) -> np.ndarray:
 
 
 def facts_of(number: int) -> dict:
-    words = {"id": f"id.{number}", "text": f"satz {number} ä", "signer": "anna", "video": f"v{number}"}
+    words = {
+        "id": f"id.{number}",
+        "text": f"satz {number} ä",
+        "signer": "anna",
+        "video": f"v{number}",
+    }
     numbers = {"num_frames": 5 + number, "fps": 25.0, "width": HW[1], "height": HW[0]}
     return words | numbers | {"language": "de", "gloss": "SATZ"}
 
@@ -49,7 +54,9 @@ def write_tar(path: Path, members: dict[str, bytes]) -> str:
 def clip_of(number: int, kind: str) -> bytes:
     if kind == "mp4":
         return encode_h264(frames_of(number), 25.0, 4, 10)
-    return pack_frames([simplejpeg.encode_jpeg(f, 95) for f in frames_of(number)], 25.0, HW[1], HW[0])
+    return pack_frames(
+        [simplejpeg.encode_jpeg(f, 95) for f in frames_of(number)], 25.0, HW[1], HW[0]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +84,11 @@ def test_every_clip_comes_with_its_frames_and_facts(tars):
     for number, clip in enumerate(clips):
         assert {name: clip[name] for name in facts_of(number)} == facts_of(number)
         assert clip["__key__"] == clip["key"] and clip["__url__"] == tars[number // 2]
-        assert clip["frames"].dtype == np.uint8 and clip["frames"].shape == (5 + number, *HW, 3)
+        assert clip["frames"].dtype == np.uint8 and clip["frames"].shape == (
+            5 + number,
+            *HW,
+            3,
+        )
         assert np.abs(clip["frames"].astype(int) - frames_of(number)).max() <= 3
 
 
@@ -93,7 +104,9 @@ def test_every_clip_comes_with_its_frames_and_facts(tars):
 def test_frames_are_picked_before_decoding(tars, options, picks):
     clip = list(pipeline(tars, **options))[7]
     assert clip["num_frames"] == 12
-    assert clip["frames"].mean(axis=(1, 2, 3)).round(-1).tolist() == [10 * n for n in clip["picks"]]
+    assert clip["frames"].mean(axis=(1, 2, 3)).round(-1).tolist() == [
+        10 * n for n in clip["picks"]
+    ]
     assert clip["picks"].tolist() == picks
 
 
@@ -104,7 +117,9 @@ def test_training_draws_a_frame_of_each_group_from_pythons_random(tars):
 
     assert draw(0) == draw(0) != draw(1)
     for picks, num_frames in zip(draw(0), range(5, 13), strict=True):
-        assert [n // 4 for n in picks] == list(range((num_frames + 3) // 4)) and picks[-1] < num_frames
+        assert [n // 4 for n in picks] == list(range((num_frames + 3) // 4)) and picks[
+            -1
+        ] < num_frames
 
 
 @pytest.mark.parametrize(("method", "num_workers"), [("fork", 2), ("spawn", 1)])
@@ -122,7 +137,10 @@ def test_workers_of_a_data_loader_decode(tars, method, num_workers):
         for clip in epoch.values():
             grey = np.asarray(clip["frames"]).mean(axis=(1, 2, 3)).round(-1)
             assert (grey == 10 * np.asarray(clip["picks"])).all()
-    drawn = [np.concatenate([np.asarray(epoch[key]["picks"]) for key in sorted(epoch)]) for epoch in epochs]
+    drawn = [
+        np.concatenate([np.asarray(epoch[key]["picks"]) for key in sorted(epoch)])
+        for epoch in epochs
+    ]
     assert (drawn[0] != drawn[1]).any()
 
 
@@ -135,9 +153,17 @@ def test_the_real_shards_give_what_the_index_says(tiny_corpus):
     assert [clip["text"] for clip in clips] == list(index.strings("text"))
     for row, clip in enumerate(clips):
         path = shards / index.shards[int(index.arrays["shard"][row])].file
-        member = path.read_bytes()[int(index.arrays["offset"][row]) :][: int(index.arrays["size"][row])]
+        member = path.read_bytes()[int(index.arrays["offset"][row]) :][
+            : int(index.arrays["size"][row])
+        ]
         expected = np.empty_like(clip["frames"])
-        decode_frames(member, np.arange(0, clip["num_frames"], 4), clip["num_frames"], expected, (79, 64))
+        decode_frames(
+            member,
+            np.arange(0, clip["num_frames"], 4),
+            clip["num_frames"],
+            expected,
+            (79, 64),
+        )
         assert (clip["frames"] == expected).all()
 
 
@@ -151,11 +177,23 @@ class _Bomb:
 
 def test_nothing_is_unpickled(tmp_path):
     bomb = pickle.dumps(_Bomb(tmp_path / "exploded"))
-    strange = {"a.avi": clip_of(0, "avi"), "a.json": json.dumps(facts_of(0)).encode(), "a.pkl": bomb}
+    strange = {
+        "a.avi": clip_of(0, "avi"),
+        "a.json": json.dumps(facts_of(0)).encode(),
+        "a.pkl": bomb,
+    }
     strange |= {"a.pth": bomb, "b.avi": bomb, "b.json": json.dumps(facts_of(1)).encode()}
     clips = iter(pipeline([write_tar(tmp_path / "strange.tar", strange)]))
     first = next(clips)
-    assert set(first) == {*facts_of(0), "key", "frames", "picks", "__key__", "__url__", "__local_path__"}
+    assert set(first) == {
+        *facts_of(0),
+        "key",
+        "frames",
+        "picks",
+        "__key__",
+        "__url__",
+        "__local_path__",
+    }
     with pytest.raises(ValueError, match=r"b of .*strange\.tar does not: .* AVI"):
         next(clips)
     assert not (tmp_path / "exploded").exists()
@@ -181,7 +219,9 @@ def test_a_broken_clip_is_named_and_can_be_passed_over(tmp_path, bad):
     members = {"a.avi": clip_of(0, "avi"), "a.json": bad}
     members |= {"b.avi": clip_of(1, "avi"), "b.json": json.dumps(facts_of(1)).encode()}
     tar = write_tar(tmp_path / "train.tar", members)
-    with pytest.raises(ValueError, match=r"a clip must decode, but a of .*train\.tar does not: "):
+    with pytest.raises(
+        ValueError, match=r"a clip must decode, but a of .*train\.tar does not: "
+    ):
         list(pipeline([tar]))
     tolerant = webdataset.WebDataset([tar], shardshuffle=False).map(
         decode_clip(), handler=webdataset.ignore_and_continue
@@ -193,7 +233,9 @@ def test_a_sample_without_a_clip_says_what_it_has(tmp_path):
     members = {"a.png": b"?", "a.json": json.dumps(facts_of(0)).encode()}
     with pytest.raises(ValueError, match=r"must have a member avi or mp4, but has .*png"):
         list(pipeline([write_tar(tmp_path / "train.tar", members)]))
-    decoded = webdataset.WebDataset([str(tmp_path / "train.tar")], shardshuffle=False).decode(only="json")
+    decoded = webdataset.WebDataset(
+        [str(tmp_path / "train.tar")], shardshuffle=False
+    ).decode(only="json")
     with pytest.raises(ValueError, match=r"without \.decode\(\)"):
         list(decoded.map(decode_clip()))
 
@@ -206,23 +248,31 @@ def test_impossible_values_are_refused_at_once():
 def test_the_loop_of_the_documentation_runs(tiny_corpus, tmp_path):
     """The code block of docs/data.md, word by word, on shards that lie where it says."""
     text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
-    code = text.split("### With a plain webdataset pipeline")[1].split("```python\n")[1].split("```")[0]
+    code = (
+        text.split("### With a plain webdataset pipeline")[1]
+        .split("```python\n")[1]
+        .split("```")[0]
+    )
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "mine").symlink_to(tiny_corpus / "shards")
     (tmp_path / "loop.py").write_text(
         code + "\nprint(clip['frames'].shape, webdataset.utils.enforce_security)\n"
     )
-    done = subprocess.run([sys.executable, "loop.py"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "loop.py"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split("\n")[-2].endswith("79, 64, 3]) True")
 
 
 def test_the_decoder_is_light_to_import():
     script = (
-        "import sys, flallm_ds.data.wds\n"
-        "print(*[name for name in ('torch', 'av', 'cv2', 'webdataset') if name in sys.modules])"
+        "import sys, flallm_ds.data.wds\nprint(*[name for name in ('torch', 'av', 'cv2', "
+        "'webdataset') if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
     assert done.stdout.split() == []
 
 
@@ -254,6 +304,8 @@ def test_a_json_that_says_what_cannot_be_is_a_broken_clip(tmp_path, lie):
 
 
 def test_a_json_that_is_nested_deeply_is_a_broken_clip(tmp_path):
-    tar = write_tar(tmp_path / "a.tar", {"a.avi": clip_of(0, "avi"), "a.json": b"[" * 10**6})
+    tar = write_tar(
+        tmp_path / "a.tar", {"a.avi": clip_of(0, "avi"), "a.json": b"[" * 10**6}
+    )
     with pytest.raises(ValueError, match="a clip must decode"):
         list(pipeline([tar]))

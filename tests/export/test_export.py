@@ -38,16 +38,29 @@ def clips() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def targets(codec: TextCodec) -> torch.Tensor:
-    return torch.tensor([codec.encode("regen wind sonne"), codec.encode("nebel wolken schnee")])
+    return torch.tensor(
+        [codec.encode("regen wind sonne"), codec.encode("nebel wolken schnee")]
+    )
 
 
 def settings_of(stage: str) -> dict:
     config = RunConfig(stage=stage, run="r", visual_run="v").with_overrides(
-        {"visual.width": "4", "visual.temporal_kernel": "5", "data.frame_size": "40", "data.crop_size": "32"}
+        {
+            "visual.width": "4",
+            "visual.temporal_kernel": "5",
+            "data.frame_size": "40",
+            "data.crop_size": "32",
+        }
         | {"visual.chunk_frames": "7"}
     )
-    arrays = {"height": np.array([79]), "width": np.array([64]), "num_frames": np.array([20])}
-    index = Index(LocalStore("shards"), "toy", "train", "ab", (), arrays, options={"fps": 12.5})
+    arrays = {
+        "height": np.array([79]),
+        "width": np.array([64]),
+        "num_frames": np.array([20]),
+    }
+    index = Index(
+        LocalStore("shards"), "toy", "train", "ab", (), arrays, options={"fps": 12.5}
+    )
     return export.settings_of(config, index, scores={"dev": {"bleu4": 1.5}})
 
 
@@ -81,7 +94,9 @@ def stage_1(codec, tmp_path_factory):
 def translate(loaded: export.Export) -> list[list[Candidate]]:
     pixels_NCHW, num_frames_B = clips()
     codec = loaded.codec
-    wording = codec.light_wording() if loaded.settings["stage"] == "visual" else codec.wording()
+    wording = (
+        codec.light_wording() if loaded.settings["stage"] == "visual" else codec.wording()
+    )
     wordings = [wording] * len(num_frames_B)
     with torch.no_grad():
         features_ND = loaded.visual(pixels_NCHW, num_frames_B)
@@ -96,7 +111,12 @@ def test_an_export_of_stage_visual_says_what_the_model_said(stage_1):
     with torch.no_grad():
         features_ND = loaded.visual(pixels_NCHW, num_frames_B)
         wordings = [loaded.codec.light_wording()] * len(num_frames_B)
-        assert loaded.translator(features_ND, num_frames_B, wordings, targets(loaded.codec)).item() == loss
+        assert (
+            loaded.translator(
+                features_ND, num_frames_B, wordings, targets(loaded.codec)
+            ).item()
+            == loss
+        )
 
 
 def test_a_loaded_export_is_in_eval_mode_without_gradients(stage_1):
@@ -108,7 +128,10 @@ def test_a_loaded_export_is_in_eval_mode_without_gradients(stage_1):
 
 def test_the_settings_say_what_a_video_needs(stage_1):
     settings = export.read(stage_1[0]).settings
-    assert settings["stage"] == "visual" and settings["visual"] == {"width": 4, "temporal_kernel": 5}
+    assert settings["stage"] == "visual" and settings["visual"] == {
+        "width": 4,
+        "temporal_kernel": 5,
+    }
     assert settings["frames"] == {
         "short_side": 64, "fps": 12.5, "keep_every": 4, "target_fps": None, "max_frames": 512,
         "cap": "uniform", "frame_size": 40, "crop_size": 32, "feature_fps": None, "chunk_frames": 7,
@@ -136,13 +159,16 @@ def test_an_export_of_stage_llm_says_what_the_model_said(tiny_corpus, codec, tmp
     pixels_NCHW, num_frames_B = clips()
     with torch.no_grad():
         wordings = [codec.wording()] * len(num_frames_B)
-        before = model.generate(visual(pixels_NCHW, num_frames_B), num_frames_B, wordings, BEAM)
+        before = model.generate(
+            visual(pixels_NCHW, num_frames_B), num_frames_B, wordings, BEAM
+        )
     state = [*named_state(model), *((f"visual.{n}", t) for n, t in named_state(visual))]
     (tmp_path / "best").mkdir()
     export.write(tmp_path / "best", settings_of("llm"), state, llm, codec)
     loaded = export.read(tmp_path / "best")
     assert translate(loaded) == before
-    assert loaded.translator.adapter.scale == 8.0  # this LLM scales its word embeddings by sqrt(64)
+    # this LLM scales its word embeddings by sqrt(64)
+    assert loaded.translator.adapter.scale == 8.0
 
 
 # --- finding
@@ -166,7 +192,11 @@ def copied(stage_1, tmp_path) -> Path:
     return Path(shutil.copytree(stage_1[0], tmp_path / "export"))
 
 
-FILES = ["visual_encoder.safetensors", "adapter.safetensors", "language_model/model.safetensors"]
+FILES = [
+    "visual_encoder.safetensors",
+    "adapter.safetensors",
+    "language_model/model.safetensors",
+]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -187,7 +217,11 @@ def test_a_broken_weights_file_is_named(copied, name, damage):
 def test_a_weights_file_that_lacks_a_tensor_is_named(copied, name):
     """Else a part of the model would keep its random weights without a word."""
     state = load_file(copied / name)
-    state.pop({FILES[0]: "temporal.conv.weight", FILES[1]: "2.bias", FILES[2]: "lm_head.weight"}[name])
+    state.pop(
+        {FILES[0]: "temporal.conv.weight", FILES[1]: "2.bias", FILES[2]: "lm_head.weight"}[
+            name
+        ]
+    )
     save_file(state, copied / name, metadata={"format": "pt"})
     with pytest.raises(UserError, match=Path(name).name):
         export.read(copied)
@@ -201,7 +235,9 @@ def test_weights_of_another_width_are_named(copied):
         export.read(copied)
 
 
-@pytest.mark.parametrize("name", ["config.json", "vocabulary.json", "tokenizer_config.json"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "vocabulary.json", "tokenizer_config.json"]
+)
 def test_a_missing_file_of_the_language_model_is_an_error(copied, name):
     (copied / "language_model" / name).unlink()
     if name == "tokenizer_config.json":
@@ -212,7 +248,11 @@ def test_a_missing_file_of_the_language_model_is_an_error(copied, name):
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [("{", "must be JSON"), ("[1]", "but is None"), ('{"format": "flallm_ds export 1"}', "or train again")],
+    [
+        ("{", "must be JSON"),
+        ("[1]", "but is None"),
+        ('{"format": "flallm_ds export 1"}', "or train again"),
+    ],
 )
 def test_settings_of_another_format_are_refused(copied, content, reason):
     (copied / "flallm.json").write_text(content)
@@ -225,11 +265,26 @@ def test_settings_of_another_format_are_refused(copied, content, reason):
     [
         (None, "frames", [], r"frames in .*flallm\.json must be an object, got \[\]\."),
         (None, "stage", 1, r"stage in .*flallm\.json must be text, got 1\."),
-        ("frames", "crop_size", "32", r"frames\.crop_size in .* must be a whole number, got '32'\."),
-        ("frames", "crop_size", True, r"frames\.crop_size in .* must be a whole number, got True\."),
+        (
+            "frames",
+            "crop_size",
+            "32",
+            r"frames\.crop_size in .* must be a whole number, got '32'\.",
+        ),
+        (
+            "frames",
+            "crop_size",
+            True,
+            r"frames\.crop_size in .* must be a whole number, got True\.",
+        ),
         ("frames", "keep_every", 0, r"frames\.keep_every in .* must be above 0, got 0\."),
         ("frames", "max_frames", 2**40, r"frames\.max_frames in .* must be above 0"),
-        ("generation", "num_beams", None, r"generation\.num_beams in .* must be a whole number, got None\."),
+        (
+            "generation",
+            "num_beams",
+            None,
+            r"generation\.num_beams in .* must be a whole number, got None\.",
+        ),
         ("visual", "temporal_kernel", None, "the settings of a visual encoder must be"),
     ],
 )
@@ -241,7 +296,9 @@ def test_settings_of_other_types_are_one_sentence(copied, section, name, value, 
         export.read(copied)
 
 
-@pytest.mark.parametrize("content", ["[]", "[" * 10**5, '{"kept_ids": "a"}', '{"kept_ids": [-1]}', "{}"])
+@pytest.mark.parametrize(
+    "content", ["[]", "[" * 10**5, '{"kept_ids": "a"}', '{"kept_ids": [-1]}', "{}"]
+)
 def test_a_vocabulary_that_is_none_is_one_sentence(copied, content):
     (copied / "language_model" / "vocabulary.json").write_text(content)
     with pytest.raises(UserError, match=r"vocabulary\.json must be a codec's file"):

@@ -30,7 +30,9 @@ BEAM = Beam(num_beams=3, max_new_tokens=8, num_return=2)
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+def runs(
+    tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, str], Path]:
     """A function of the kind of LLM and how it was tuned: the run folder."""
     folder = tmp_path_factory.mktemp("runs")
 
@@ -61,7 +63,9 @@ def assert_same(folder: Path, run: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [ENCODER_DECODER, DECODER_ONLY])
-def test_a_fully_tuned_run(runs: Callable[[str, str], Path], tmp_path: Path, kind: str) -> None:
+def test_a_fully_tuned_run(
+    runs: Callable[[str, str], Path], tmp_path: Path, kind: str
+) -> None:
     run = runs(kind, "full")
     assert publish(run, tmp_path / "out") == tmp_path / "out"
     assert_same(tmp_path / "out", run)
@@ -75,7 +79,10 @@ def test_low_rank_additions_merged_or_apart(
 ) -> None:
     run = runs(kind, tuning)
     lm = run / "best" / "language_model"
-    assert not (lm / "model.safetensors").exists() and (lm / "adapter_model.safetensors").exists()
+    assert (
+        not (lm / "model.safetensors").exists()
+        and (lm / "adapter_model.safetensors").exists()
+    )
     publish(run, tmp_path / "merged")
     publish(run, tmp_path / "apart", lora="apart")
     moved = shutil.move(tmp_path / "apart", tmp_path / "elsewhere")
@@ -84,7 +91,9 @@ def test_low_rank_additions_merged_or_apart(
     assert not list((tmp_path / "merged").glob("**/adapter_*"))
 
 
-def test_peft_reads_additions_that_are_apart(runs: Callable[[str, str], Path], tmp_path: Path) -> None:
+def test_peft_reads_additions_that_are_apart(
+    runs: Callable[[str, str], Path], tmp_path: Path
+) -> None:
     run = runs(DECODER_ONLY, "lora")
     folder = publish(run, tmp_path / "apart", lora="apart")
     base = AutoModelForCausalLM.from_pretrained(folder / "base_model")
@@ -101,20 +110,30 @@ def test_peft_reads_additions_that_are_apart(runs: Callable[[str, str], Path], t
 def test_no_folder_holds_the_search_settings_of_a_hub(
     runs: Callable[[str, str], Path], tmp_path: Path, lora: Literal["merged", "apart"]
 ) -> None:
-    """As older exports and the LLMs they began with do: who loads the folder would search in another way."""
+    """As older exports and the LLMs they began with do: who loads the folder would search
+    in another way."""
     run = Path(shutil.copytree(runs(DECODER_ONLY, "lora"), tmp_path / "run"))
     for folder in (run / "best" / "language_model", run / "llm_trimmed"):
         path = folder / "generation_config.json"
-        stored = json.loads(path.read_text()) | {"no_repeat_ngram_size": 1, "repetition_penalty": 9.0}
-        path.write_text(json.dumps(stored | {"suppress_tokens": [3, 4, 5], "temperature": 0.6}))
+        stored = json.loads(path.read_text()) | {
+            "no_repeat_ngram_size": 1,
+            "repetition_penalty": 9.0,
+        }
+        path.write_text(
+            json.dumps(stored | {"suppress_tokens": [3, 4, 5], "temperature": 0.6})
+        )
     out = publish(run, tmp_path / "out", lora=lora)
     for path in out.glob("**/generation_config.json"):
         kept = json.loads(path.read_text())
-        assert {name for name in kept if not name.endswith("_token_id")} <= {"transformers_version"}
+        assert {name for name in kept if not name.endswith("_token_id")} <= {
+            "transformers_version"
+        }
     assert_same(out, runs(DECODER_ONLY, "lora"))
 
 
-def test_a_frozen_llm_is_copied_from_its_base(runs: Callable[[str, str], Path], tmp_path: Path) -> None:
+def test_a_frozen_llm_is_copied_from_its_base(
+    runs: Callable[[str, str], Path], tmp_path: Path
+) -> None:
     run = runs(DECODER_ONLY, "frozen")
     assert not list((run / "best" / "language_model").glob("*.safetensors"))
     assert_same(publish(run, tmp_path / "out"), run)
@@ -126,7 +145,9 @@ def names_of(kind: str) -> list[str]:
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])
 @pytest.mark.parametrize("kind", [ENCODER_DECODER, DECODER_ONLY])
-def test_untrimmed(runs: Callable[[str, str], Path], tmp_path: Path, kind: str, tuning: str) -> None:
+def test_untrimmed(
+    runs: Callable[[str, str], Path], tmp_path: Path, kind: str, tuning: str
+) -> None:
     """With all pieces again, those that were kept are as likely beside each other as before."""
     run = runs(kind, tuning)
     folder = publish(run, tmp_path / "out", untrimmed=True)
@@ -147,71 +168,114 @@ def test_untrimmed(runs: Callable[[str, str], Path], tmp_path: Path, kind: str, 
 # --- the card
 
 
-def test_the_card_says_what_is_recorded(runs: Callable[[str, str], Path], tmp_path: Path) -> None:
+def test_the_card_says_what_is_recorded(
+    runs: Callable[[str, str], Path], tmp_path: Path
+) -> None:
     run = runs(ENCODER_DECODER, "full")
     evaluation = run / "evaluation"
     evaluation.mkdir(exist_ok=True)
-    scores = {"bleu1": 40.0, "bleu2": 30.0, "bleu3": 25.0, "bleu4": 21.25, "rouge_l": 44.0, "chrf": 50.0}
+    scores = {
+        "bleu1": 40.0,
+        "bleu2": 30.0,
+        "bleu3": 25.0,
+        "bleu4": 21.25,
+        "rouge_l": 44.0,
+        "chrf": 50.0,
+    }
     scores |= {"bleu_signature": "nrefs:1|case:mixed"}
     own = list(RunConfig.load(run / "config.json").data.shards)
     for split, shards in (("test", own), ("elsewhere", ["another corpus"])):
         of_export = export.digest(run / "best")
         content = {"split": split, "export": of_export, "shards": shards, "scores": scores}
         (evaluation / f"{split}.json").write_text(json.dumps(content), encoding="utf-8")
-    shutil.copytree(evaluation, run / "best" / "evaluation")  # as where the export itself was scored
+    # as where the export itself was scored
+    shutil.copytree(evaluation, run / "best" / "evaluation")
     out = publish(run, tmp_path / "out")
     assert not (out / "evaluation").exists(), "it holds the corpus's texts"
     card = (out / "README.md").read_text(encoding="utf-8")
     shutil.rmtree(evaluation)
     shutil.rmtree(run / "best" / "evaluation")
     front = card.split("---")[1]
-    assert 'language: ["de"]' in front and 'datasets: ["toy"]' in front and "# license: yours" in front
+    assert (
+        'language: ["de"]' in front
+        and 'datasets: ["toy"]' in front
+        and "# license: yours" in front
+    )
     assert "base_model" not in front, "a folder is no model of the hub"
-    assert "| test | 40.00 | 30.00 | 25.00 | 21.25 | 44.00 | 50.00 |" in card and "| dev |" in card
+    assert (
+        "| test | 40.00 | 30.00 | 25.00 | 21.25 | 44.00 | 50.00 |" in card
+        and "| dev |" in card
+    )
     assert "test, BLEU: `nrefs:1|case:mixed`" in card and "elsewhere" not in card
     assert "1 clips of toy" in card and "--recipe=" in card and "--visual.width=4" in card
-    assert "Translator.from_pretrained(" in card and str(tmp_path) not in card and str(run) not in card
+    assert (
+        "Translator.from_pretrained(" in card
+        and str(tmp_path) not in card
+        and str(run) not in card
+    )
     assert "is trimmed to the" in card
 
 
 def test_the_cards_command_names_the_shards() -> None:
     config = config_of("quickstart_llm")
     assert "data.shards" not in command(config), "the recipe has them"
-    mine = config.with_overrides({"data.shards": "data/mine,/home/me/other", "data.weights": "1,2"})
+    mine = config.with_overrides(
+        {"data.shards": "data/mine,/home/me/other", "data.weights": "1,2"}
+    )
     assert "--data.shards=data/mine,/path/to/other --data.weights=1.0,2.0" in command(mine)
 
 
-@pytest.mark.parametrize("prompt", ["it's {video}", "two\nlines' \\n {video}", "\x1b[31m ü\u2028{video}"])
+@pytest.mark.parametrize(
+    "prompt", ["it's {video}", "two\nlines' \\n {video}", "\x1b[31m ü\u2028{video}"]
+)
 def test_bash_reads_the_cards_command_as_it_was_meant(prompt: str) -> None:
     line = command(config_of("quickstart_llm").with_overrides({"llm.prompt": prompt}))
     assert line.isprintable()
-    said = subprocess.run(["bash", "-c", f"printf '%s\\0' {line}"], capture_output=True, check=True).stdout
+    said = subprocess.run(
+        ["bash", "-c", f"printf '%s\\0' {line}"], capture_output=True, check=True
+    ).stdout
     assert f"--llm.prompt={prompt}" in said.decode().split("\0")
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_cards_command_is_of_the_same_run(name: str) -> None:
     words = command(config_of(name))
-    recipe = next(w.removeprefix("--recipe=") for w in words.split() if w.startswith("--recipe="))
-    given = dict(w.removeprefix("--").split("=", 1) for w in words.split()[2:] if "recipe" not in w)
-    mine, cards = config_of(name).options(), config_of(recipe).with_overrides(given).options()
-    assert {o: v for o, v in cards.items() if o not in FREE_TO_CHANGE or o == "visual_run"} == {
-        o: v for o, v in mine.items() if o not in FREE_TO_CHANGE or o == "visual_run"
-    }
+    recipe = next(
+        w.removeprefix("--recipe=") for w in words.split() if w.startswith("--recipe=")
+    )
+    given = dict(
+        w.removeprefix("--").split("=", 1) for w in words.split()[2:] if "recipe" not in w
+    )
+    mine, cards = (
+        config_of(name).options(),
+        config_of(recipe).with_overrides(given).options(),
+    )
+    assert {
+        o: v for o, v in cards.items() if o not in FREE_TO_CHANGE or o == "visual_run"
+    } == {o: v for o, v in mine.items() if o not in FREE_TO_CHANGE or o == "visual_run"}
 
 
-def test_a_place_where_nothing_can_be_written(runs: Callable[[str, str], Path], tmp_path: Path) -> None:
+def test_a_place_where_nothing_can_be_written(
+    runs: Callable[[str, str], Path], tmp_path: Path
+) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="--out must be where files can be written"):
         publish(runs(ENCODER_DECODER, "full"), tmp_path / "file" / "model")
 
 
-def test_scores_of_an_older_export_are_left_out(runs: Callable[[str, str], Path], tmp_path: Path) -> None:
+def test_scores_of_an_older_export_are_left_out(
+    runs: Callable[[str, str], Path], tmp_path: Path
+) -> None:
     run = runs(ENCODER_DECODER, "full")
     (run / "evaluation").mkdir(exist_ok=True)
     path = run / "evaluation" / "test.json"
     own = list(RunConfig.load(run / "config.json").data.shards)
-    content = {"split": "test", "export": "of an older one", "shards": own, "scores": {"bleu4": 9.0}}
+    content = {
+        "split": "test",
+        "export": "of an older one",
+        "shards": own,
+        "scores": {"bleu4": 9.0},
+    }
     path.write_text(json.dumps(content), encoding="utf-8")
     card = (publish(run, tmp_path / "out") / "README.md").read_text(encoding="utf-8")
     shutil.rmtree(run / "evaluation")
@@ -224,17 +288,31 @@ def test_a_run_that_was_copied_without_its_times_keeps_its_scores(
     run = Path(shutil.copytree(runs(ENCODER_DECODER, "full"), tmp_path / "run"))
     (run / "evaluation").mkdir()
     own = list(RunConfig.load(run / "config.json").data.shards)
-    content = {"split": "test", "export": export.digest(run / "best"), "shards": own, "scores": {}}
+    content = {
+        "split": "test",
+        "export": export.digest(run / "best"),
+        "shards": own,
+        "scores": {},
+    }
     (run / "evaluation" / "test.json").write_text(json.dumps(content), encoding="utf-8")
     os.utime(run / "evaluation" / "test.json", (0, 0))
     copy = Path(shutil.copytree(run, tmp_path / "copy", copy_function=shutil.copyfile))
-    assert list(export.evaluated(run / "best")) == list(export.evaluated(copy / "best")) == ["test"]
+    assert (
+        list(export.evaluated(run / "best"))
+        == list(export.evaluated(copy / "best"))
+        == ["test"]
+    )
     state = load_file(copy / "best" / "adapter.safetensors")
-    save_file({name: tensor + 1 for name, tensor in state.items()}, copy / "best" / "adapter.safetensors")
+    save_file(
+        {name: tensor + 1 for name, tensor in state.items()},
+        copy / "best" / "adapter.safetensors",
+    )
     assert not export.evaluated(copy / "best"), "another export was scored"
 
 
-def test_exported_files_are_readable_by_the_group(runs: Callable[[str, str], Path], tmp_path: Path) -> None:
+def test_exported_files_are_readable_by_the_group(
+    runs: Callable[[str, str], Path], tmp_path: Path
+) -> None:
     before = os.umask(0o027)
     try:
         folders = [
@@ -252,10 +330,19 @@ def test_the_card_names_the_weights_that_training_began_with(
 ) -> None:
     run = runs(ENCODER_DECODER, "full")
     settings, codec = export.read_settings(run / "best"), export.read(run / "best").codec
-    assert "It began with" not in model_card(settings, codec), "an export of before has no record"
-    files = [{"file": name, "bytes": 9, "sha256": "ab" * 32} for name in ("config.json", "model.safetensors")]
+    assert "It began with" not in model_card(settings, codec), (
+        "an export of before has no record"
+    )
+    files = [
+        {"file": name, "bytes": 9, "sha256": "ab" * 32}
+        for name in ("config.json", "model.safetensors")
+    ]
     weights = {
-        "visual.weights": {"name": "microsoft/resnet-18", "revision": "0123abcd", "files": files},
+        "visual.weights": {
+            "name": "microsoft/resnet-18",
+            "revision": "0123abcd",
+            "files": files,
+        },
         "llm.name": {"name": "llm", "revision": None, "files": files[:1]},
     }
     card = model_card(settings | {"weights": weights}, codec)
@@ -269,10 +356,17 @@ HOSTILE = "x](http://a.b) <script>alert(1)</script> `c` | pipe\n# heading\x1b[31
 def test_names_in_a_card_are_text(runs: Callable[[str, str], Path]) -> None:
     run = runs(ENCODER_DECODER, "full")
     settings, codec = export.read_settings(run / "best"), export.read(run / "best").codec
-    config = RunConfig.load(run / "config.json").with_overrides({"llm.prompt": f"```\n{HOSTILE} {{video}}"})
-    training = settings["training"] | {"corpora": [HOSTILE], "llm": HOSTILE, "command": command(config)}
+    config = RunConfig.load(run / "config.json").with_overrides(
+        {"llm.prompt": f"```\n{HOSTILE} {{video}}"}
+    )
+    training = settings["training"] | {
+        "corpora": [HOSTILE],
+        "llm": HOSTILE,
+        "command": command(config),
+    }
     card = model_card(settings | {"training": training}, codec)
-    outside = re.sub(r"(?ms)^(`{3,})\n.*?^\1$", "", card)  # the card's text without its blocks of code
+    # the card's text without its blocks of code
+    outside = re.sub(r"(?ms)^(`{3,})\n.*?^\1$", "", card)
     text = outside.split("---", 2)[2]
     assert "\x1b" not in card
     unescaped = re.sub(r"\\.", "", text)
@@ -287,8 +381,18 @@ def test_names_in_a_card_are_text(runs: Callable[[str, str], Path]) -> None:
 @pytest.mark.parametrize(
     ("kind", "tuning", "arguments", "sentence"),
     [
-        (ENCODER_DECODER, "full", {"lora": "apart"}, "--lora=apart must be asked of an LLM with low-rank"),
-        (DECODER_ONLY, "frozen", {"lora": "apart"}, "--lora=apart must be asked of an LLM with low-rank"),
+        (
+            ENCODER_DECODER,
+            "full",
+            {"lora": "apart"},
+            "--lora=apart must be asked of an LLM with low-rank",
+        ),
+        (
+            DECODER_ONLY,
+            "frozen",
+            {"lora": "apart"},
+            "--lora=apart must be asked of an LLM with low-rank",
+        ),
         (
             DECODER_ONLY,
             "lora",
@@ -310,7 +414,9 @@ def test_what_a_run_has_not_got(
     assert not list(tmp_path.iterdir())
 
 
-def test_an_untrimmed_one_has_nothing_to_put_back(runs: Callable[[str, str], Path], tmp_path: Path) -> None:
+def test_an_untrimmed_one_has_nothing_to_put_back(
+    runs: Callable[[str, str], Path], tmp_path: Path
+) -> None:
     whole = publish(runs(ENCODER_DECODER, "full"), tmp_path / "whole", untrimmed=True)
     with pytest.raises(UserError, match="must be asked of a trimmed LLM"):
         publish(whole, tmp_path / "out", untrimmed=True)
@@ -338,7 +444,10 @@ def test_a_folder_that_holds_something_is_left_alone(
     [
         ("base", "the LLM that .* adds to must be at .*llm_trimmed, but is not"),
         ("adapter_config.json", "must hold adapter_config.json, but does not"),
-        ("adapter_model.safetensors", "adapter_model.safetensors must be a whole safetensors file"),
+        (
+            "adapter_model.safetensors",
+            "adapter_model.safetensors must be a whole safetensors file",
+        ),
         ("another LLM", "the low-rank additions in .* must fit their LLM, but"),
     ],
 )
@@ -351,7 +460,9 @@ def test_additions_that_are_not_whole(
         shutil.rmtree(run / "llm_trimmed")
     elif damage == "another LLM":
         state = load_file(lm / "adapter_model.safetensors")
-        renamed = {name.replace("layers.0", "layers.7"): tensor for name, tensor in state.items()}
+        renamed = {
+            name.replace("layers.0", "layers.7"): tensor for name, tensor in state.items()
+        }
         save_file(renamed, lm / "adapter_model.safetensors")
     else:
         (lm / damage).unlink()

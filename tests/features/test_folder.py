@@ -1,4 +1,5 @@
-"""Folders of features: read as video is, in the same batches; by the real writer, without an encoder."""
+"""Folders of features: read as video is, in the same batches; by the real writer, without
+an encoder."""
 
 import dataclasses
 import gc
@@ -37,19 +38,33 @@ def features_of(index: Index, row: int, view: int, dtype: str = "float32") -> np
     """(S, WIDTH): numbers that tell split, row, view and place."""
     kept = SAMPLING.num_kept(index.num_frames[[row]], index.arrays["fps"][[row]])[0]
     places = np.arange(kept * WIDTH).reshape(kept, WIDTH) / 1000
-    return (places + row + 100 * view + (0.5 if index.split != "train" else 0)).astype(dtype)
+    return (places + row + 100 * view + (0.5 if index.split != "train" else 0)).astype(
+        dtype
+    )
 
 
 def write(source: Path, out: Path, dtype: str = "float32", splits=("train", "dev")) -> Path:
     assert set(VALUES) == set(OPTIONS)
     sources = {split: load_index(source, split) for split in splits}
-    folder = FeatureFolder(out, sources, {split: VIEWS if split == "train" else 1 for split in splits})
+    folder = FeatureFolder(
+        out, sources, {split: VIEWS if split == "train" else 1 for split in splits}
+    )
     folder.begin({"data.keep_every": 2})
     for job in folder.left():
-        clips = [features_of(sources[job.split], row, job.view, dtype) for row in job.rows.tolist()]
+        clips = [
+            features_of(sources[job.split], row, job.view, dtype)
+            for row in job.rows.tolist()
+        ]
         folder.write(job, clips)
-    facts = {"source": str(source), "encoder": "ab" * 32, "made_by": "runs/visual", "width": WIDTH}
-    folder.finish(facts | {"dtype": dtype, "options": VALUES, "seed": 0}, read_manifest(source))
+    facts = {
+        "source": str(source),
+        "encoder": "ab" * 32,
+        "made_by": "runs/visual",
+        "width": WIDTH,
+    }
+    folder.finish(
+        facts | {"dtype": dtype, "options": VALUES, "seed": 0}, read_manifest(source)
+    )
     folder.end()
     return out
 
@@ -66,7 +81,9 @@ def copy(features: Path, tmp_path: Path) -> Path:
 
 
 def batches(shards, epoch=0, split="train", **more):
-    loader = open_loader(shards, split, sampling=SAMPLING, epoch=epoch, train=split == "train", **more)
+    loader = open_loader(
+        shards, split, sampling=SAMPLING, epoch=epoch, train=split == "train", **more
+    )
     return list(loader)
 
 
@@ -74,12 +91,29 @@ def batches(shards, epoch=0, split="train", **more):
 
 
 def test_the_rows_are_those_of_the_video_and_so_is_the_order(features, tiny_corpus):
-    video, cached = (load_index(root, "train") for root in (tiny_corpus / "shards", features))
+    video, cached = (
+        load_index(root, "train") for root in (tiny_corpus / "shards", features)
+    )
     assert cached.fingerprint == video.fingerprint
-    for name in ("shard", "num_frames", "fps", "height", "width", "key", "text", "text_ends"):
+    for name in (
+        "shard",
+        "num_frames",
+        "fps",
+        "height",
+        "width",
+        "key",
+        "text",
+        "text_ends",
+    ):
         assert np.array_equal(cached.arrays[name], video.arrays[name]), name
-    assert (cached.corpus, cached.options, cached.frame_hw) == (video.corpus, video.options, video.frame_hw)
-    assert len(cached.shards) == VIEWS * len(video.shards) and cached.num_shards == len(video.shards)
+    assert (cached.corpus, cached.options, cached.frame_hw) == (
+        video.corpus,
+        video.options,
+        video.frame_hw,
+    )
+    assert len(cached.shards) == VIEWS * len(video.shards) and cached.num_shards == len(
+        video.shards
+    )
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 2, 3, 7])
@@ -100,7 +134,9 @@ def test_an_epoch_reads_its_view_in_the_batches_of_video(features, tiny_corpus, 
 def test_evaluation_reads_its_own_view_longest_first(features, tiny_corpus):
     index = load_index(features, "dev")
     row_of = {key: row for row, key in enumerate(index.strings("key"))}
-    video, cached = (batches(root, split="dev") for root in (tiny_corpus / "shards", features))
+    video, cached = (
+        batches(root, split="dev") for root in (tiny_corpus / "shards", features)
+    )
     assert [b.keys for b in cached] == [b.keys for b in video]
     for batch in cached:
         expected = [features_of(index, row_of[key], 0) for key in batch.keys]
@@ -133,7 +169,8 @@ def test_several_folders_are_mixed_by_weights_as_their_videos_are(
     index = open_indexes([features, second], "train")
     loader = open_loader([features, second], sampling=SAMPLING, weights=weights, epoch=1)
     rows, passes = loader.plan.order, loader.plan.passes
-    assert passes[index.arrays["corpus"][rows] == 1].max() >= 2  # the small one comes several times an epoch
+    # the small one comes several times an epoch
+    assert passes[index.arrays["corpus"][rows] == 1].max() >= 2
     own = {}
     for number, root in enumerate((features, second)):
         one = load_index(root, "train")
@@ -141,10 +178,15 @@ def test_several_folders_are_mixed_by_weights_as_their_videos_are(
     for step, (batch,) in enumerate(loader.steps()):
         for places in loader.plan.places_of(step):
             for place, key, part in zip(
-                places, batch.keys, torch.split(batch.features_ND, batch.num_frames_B.tolist()), strict=True
+                places,
+                batch.keys,
+                torch.split(batch.features_ND, batch.num_frames_B.tolist()),
+                strict=True,
             ):
                 row, one = own[key]
-                assert np.array_equal(part.numpy(), features_of(one, row, int(passes[place]) % VIEWS))
+                assert np.array_equal(
+                    part.numpy(), features_of(one, row, int(passes[place]) % VIEWS)
+                )
 
 
 def test_a_clip_of_a_mixture_has_the_draws_that_it_has_alone(tiny_corpus, second_corpus):
@@ -154,13 +196,16 @@ def test_a_clip_of_a_mixture_has_the_draws_that_it_has_alone(tiny_corpus, second
     )
     begin = len(mixed.index) - len(alone.index)
     for row in range(len(alone.index)):
-        for ours, theirs in zip(mixed.draws(begin + row, 3), alone.draws(row, 3), strict=True):
+        for ours, theirs in zip(
+            mixed.draws(begin + row, 3), alone.draws(row, 3), strict=True
+        ):
             assert np.array_equal(ours, theirs)
 
 
 def test_video_and_features_are_not_mixed(features, second_corpus):
     with pytest.raises(
-        UserError, match=r"all be video or all be features, but .*second.* is video and .*features"
+        UserError,
+        match=r"all be video or all be features, but .*second.* is video and .*features",
     ):
         open_indexes([second_corpus, features], "train")
 
@@ -204,7 +249,8 @@ def test_a_member_is_numpys_plain_format_and_anything_else_is_broken(tmp_path):
 
 
 def test_many_threads_read_members_at_once():
-    """numpy parses headers with `ast`, where another thread's turn, here in a collection, is an error."""
+    """numpy parses headers with `ast`, where another thread's turn, here in a collection,
+    is an error."""
     member = memoryview(to_npy(np.arange(6, dtype=np.float32).reshape(3, 2)))
     thresholds = gc.get_threshold()
 
@@ -246,7 +292,9 @@ def test_broken_features_are_replaced_and_counted_as_broken_clips_are(copy, tiny
     keys = [k for batch in loader for k in batch.keys]
     assert key not in keys and keys.count(following) == 2
     assert list(loader.broken.reasons) == [f"{tar.name}:{key}"]
-    with pytest.raises(RankError, match=f"every clip must decode here, but {key}.*must be finite"):
+    with pytest.raises(
+        RankError, match=f"every clip must decode here, but {key}.*must be finite"
+    ):
         none = Loader(loader.reader, loader.plan, broken=BrokenClips(0))
         list(none)
 
@@ -272,20 +320,35 @@ def test_a_missing_view_is_found_at_the_start(copy):
         index.check_files()
 
 
-def test_features_at_an_address_give_the_batches_of_the_folder(features, tmp_path, monkeypatch):
+def test_features_at_an_address_give_the_batches_of_the_folder(
+    features, tmp_path, monkeypatch
+):
     monkeypatch.setenv("FLALLM_CACHE", str(tmp_path / "cache"))
     with Server(features) as server:
         for ours, theirs in zip(batches(server.url, 1), batches(features, 1), strict=True):
-            assert ours.keys == theirs.keys and torch.equal(ours.features_ND, theirs.features_ND)
+            assert ours.keys == theirs.keys and torch.equal(
+                ours.features_ND, theirs.features_ND
+            )
     names = {p.name.split("-", 1)[1] for p in (tmp_path / "cache").rglob("*.tar")}
-    assert names == {f"train-{n:06d}.view1.tar" for n in range(5)}  # no view but that of the epoch
+    # no view but that of the epoch
+    assert names == {f"train-{n:06d}.view1.tar" for n in range(5)}
 
 
 def test_an_index_that_does_not_say_what_its_features_are(copy):
     manifest = json.loads((copy / "index.json").read_text())
-    for change in ({"dtype": "object"}, {"views": 2}, {"odd": 1}, {"width": 0.5}, {"options": {}}):
-        (copy / "index.json").write_text(json.dumps(manifest | {"features": manifest["features"] | change}))
-        with pytest.raises(UserError, match=r"must say what its features are.*launch/features\.py"):
+    for change in (
+        {"dtype": "object"},
+        {"views": 2},
+        {"odd": 1},
+        {"width": 0.5},
+        {"options": {}},
+    ):
+        (copy / "index.json").write_text(
+            json.dumps(manifest | {"features": manifest["features"] | change})
+        )
+        with pytest.raises(
+            UserError, match=r"must say what its features are.*launch/features\.py"
+        ):
             load_index(copy, "train")
 
 
@@ -315,9 +378,13 @@ def test_an_index_that_does_not_say_what_its_features_are(copy):
 def test_facts_of_features_that_cannot_be_are_one_sentence(copy, change):
     manifest = json.loads((copy / "index.json").read_text())
     own = manifest["features"]
-    change = change | ({"options": own["options"] | change["options"]} if "options" in change else {})
+    change = change | (
+        {"options": own["options"] | change["options"]} if "options" in change else {}
+    )
     (copy / "index.json").write_text(json.dumps(manifest | {"features": own | change}))
-    with pytest.raises(UserError, match=r"must say what its features are.*launch/features\.py"):
+    with pytest.raises(
+        UserError, match=r"must say what its features are.*launch/features\.py"
+    ):
         load_index(copy, "train")
 
 
@@ -326,7 +393,8 @@ def test_features_of_another_width_than_their_bytes_are_found_at_the_start(copy)
     manifest["features"]["width"] *= 4
     (copy / "index.json").write_text(json.dumps(manifest))
     with pytest.raises(
-        UserError, match=r"size must be at least [\d,]+ for [\d,]+ features of width .* row 0"
+        UserError,
+        match=r"size must be at least [\d,]+ for [\d,]+ features of width .* row 0",
     ):
         load_index(copy, "train")
 
@@ -341,16 +409,22 @@ def test_verify_knows_features_and_finds_what_is_broken(copy, capsys):
     with pytest.raises(UserError, match=r"2 fault"):
         verify(copy, workers=1)
     assert "is broken: features must be finite" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"--repair needs shards of video.*launch/features\.py"):
+    with pytest.raises(
+        UserError, match=r"--repair needs shards of video.*launch/features\.py"
+    ):
         verify(copy, workers=1, repair="drop")
 
 
 def test_what_shows_video_says_that_these_are_features(features, tmp_path):
-    with pytest.raises(UserError, match=r"preview\.py needs shards of video, but .* holds features of "):
+    with pytest.raises(
+        UserError, match=r"preview\.py needs shards of video, but .* holds features of "
+    ):
         preview(features, out=tmp_path / "sheet")
 
 
-def test_the_bytes_are_the_same_whenever_and_wherever_they_are_written(features, tiny_corpus, tmp_path):
+def test_the_bytes_are_the_same_whenever_and_wherever_they_are_written(
+    features, tiny_corpus, tmp_path
+):
     again = write(tiny_corpus / "shards", tmp_path / "again")
     names = {p.name for p in features.iterdir()}
     assert names == {p.name for p in again.iterdir()}
@@ -358,16 +432,23 @@ def test_the_bytes_are_the_same_whenever_and_wherever_they_are_written(features,
         assert (again / name).read_bytes() == (features / name).read_bytes(), name
 
 
-def test_a_finished_folder_has_nothing_left_and_a_removed_tar_is_made_again(copy, tiny_corpus):
+def test_a_finished_folder_has_nothing_left_and_a_removed_tar_is_made_again(
+    copy, tiny_corpus
+):
     path = copy / "train-000003.view0.tar"
-    before, others = path.read_bytes(), {p: p.stat().st_mtime_ns for p in copy.glob("*.tar") if p != path}
+    before, others = (
+        path.read_bytes(),
+        {p: p.stat().st_mtime_ns for p in copy.glob("*.tar") if p != path},
+    )
     path.unlink()
     write(tiny_corpus / "shards", copy)
     assert path.read_bytes() == before
     assert {p: p.stat().st_mtime_ns for p in others} == others
 
 
-def test_another_plan_something_else_and_a_second_writer_are_refused(features, tmp_path, tiny_corpus):
+def test_another_plan_something_else_and_a_second_writer_are_refused(
+    features, tmp_path, tiny_corpus
+):
     sources = {"train": load_index(tiny_corpus / "shards", "train")}
     with pytest.raises(UserError, match=r"data\.keep_every must be 2 .*, but is 4.*--out"):
         FeatureFolder(features, sources, {"train": 1}).begin({"data.keep_every": 4})
@@ -375,7 +456,9 @@ def test_another_plan_something_else_and_a_second_writer_are_refused(features, t
     with pytest.raises(UserError, match="holds something else"):
         FeatureFolder(tmp_path, sources, {"train": 1}).begin({"data.keep_every": 4})
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
-    first, second = (FeatureFolder(tmp_path / "out", sources, {"train": 1}) for _ in range(2))
+    first, second = (
+        FeatureFolder(tmp_path / "out", sources, {"train": 1}) for _ in range(2)
+    )
     first.begin({})
     with pytest.raises(UserError, match="one command at a time"):
         second.begin({})
@@ -385,15 +468,21 @@ def test_another_plan_something_else_and_a_second_writer_are_refused(features, t
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 40])
-def test_ranks_share_all_tars_and_neighbours_stay_together(tiny_corpus, tmp_path, world_size):
-    sources = {split: load_index(tiny_corpus / "shards", split) for split in ("train", "dev")}
+def test_ranks_share_all_tars_and_neighbours_stay_together(
+    tiny_corpus, tmp_path, world_size
+):
+    sources = {
+        split: load_index(tiny_corpus / "shards", split) for split in ("train", "dev")
+    }
     jobs = FeatureFolder(tmp_path, sources, {"train": VIEWS, "dev": 1}).jobs()
     sizes = {split: index.num_frames for split, index in sources.items()}
     parts = [share(jobs, sizes, rank, world_size) for rank in range(world_size)]
     assert [job.name for part in parts for job in part] == [job.name for job in jobs]
     if world_size < 4:
         loads = [sum(int(sizes[j.split][j.rows].sum()) for j in part) for part in parts]
-        assert max(loads) - min(loads) <= max(int(sizes[j.split][j.rows].sum()) for j in jobs)
+        assert max(loads) - min(loads) <= max(
+            int(sizes[j.split][j.rows].sum()) for j in jobs
+        )
 
 
 # --- another rate
@@ -413,24 +502,35 @@ def test_features_come_at_another_rate_with_the_lengths_of_the_plan(features):
             strict=True,
         ):
             stored = torch.from_numpy(features_of(index, row_of[key], 0))[None]
-            expected, (expected_length,) = resample(stored, torch.tensor([stored.shape[1]]), 12.5, 5.0)
+            expected, (expected_length,) = resample(
+                stored, torch.tensor([stored.shape[1]]), 12.5, 5.0
+            )
             assert length == expected_length == lengths[row_of[key]]
             assert torch.allclose(part, expected[0], atol=1e-4)
 
 
 def test_lengths_are_foreseen_for_all_rates_and_lengths():
     rng = np.random.default_rng(0)
-    lengths, rates = rng.integers(1, 300, 200), rng.choice([6.25, 7.5, 12.5, 14.985, 25, 30, 50], 200)
+    lengths, rates = (
+        rng.integers(1, 300, 200),
+        rng.choice([6.25, 7.5, 12.5, 14.985, 25, 30, 50], 200),
+    )
     for to_fps in (5.0, 12.5, 25.0):
         foreseen = resampled_lengths(lengths, rates, to_fps)
-        for length, rate, expected in zip(lengths.tolist(), rates.tolist(), foreseen.tolist(), strict=True):
-            _, (got,) = resample(torch.zeros(1, length, 1), torch.tensor([length]), rate, to_fps)
+        for length, rate, expected in zip(
+            lengths.tolist(), rates.tolist(), foreseen.tolist(), strict=True
+        ):
+            _, (got,) = resample(
+                torch.zeros(1, length, 1), torch.tensor([length]), rate, to_fps
+            )
             assert got == expected
 
 
 def test_a_rate_out_of_reach_is_refused(features):
     with pytest.raises(UserError, match=r"data\.feature_fps cannot be 0\.1.*24 times"):
-        ClipReader(load_index(features, "train"), SAMPLING, 0, True, feature_fps=0.1).num_places()
+        ClipReader(
+            load_index(features, "train"), SAMPLING, 0, True, feature_fps=0.1
+        ).num_places()
 
 
 def test_rates_of_kept_frames_follow_the_stride_and_the_cap():
@@ -444,7 +544,9 @@ def test_rates_of_kept_frames_follow_the_stride_and_the_cap():
 
 
 def masked(lengths: list[int], draws: torch.Tensor, **more: int) -> list[torch.Tensor]:
-    masks = FeatureMasks(**{"times": 2, "time_width": 4, "channels": 1, "channel_width": 5} | more)
+    masks = FeatureMasks(
+        **{"times": 2, "time_width": 4, "channels": 1, "channel_width": 5} | more
+    )
     out = masks(torch.ones(sum(lengths), 16), torch.tensor(lengths), draws)
     return list(torch.split(out, lengths))
 
@@ -481,22 +583,36 @@ def test_a_mask_never_takes_a_whole_clip_and_without_masks_nothing_changes():
     torch.manual_seed(2)
     for _ in range(100):
         assert all(
-            out.any() for out in masked([1, 2, 3], torch.rand(3, 9), times=1, time_width=50, channels=0)
+            out.any()
+            for out in masked(
+                [1, 2, 3], torch.rand(3, 9), times=1, time_width=50, channels=0
+            )
         )
     features_ND = torch.ones(4, 2)
     assert FeatureMasks()(features_ND, torch.tensor([4]), torch.rand(1, 9)) is features_ND
 
 
 def test_the_state_of_a_plan_knows_the_features(features, tiny_corpus):
-    video, cached = (load_index(root, "train") for root in (tiny_corpus / "shards", features))
+    video, cached = (
+        load_index(root, "train") for root in (tiny_corpus / "shards", features)
+    )
     plans = [
-        Plan(i.fingerprint, i.num_frames, i.arrays["shard"], 0, 8, 2, features=i.features_digest)
+        Plan(
+            i.fingerprint,
+            i.num_frames,
+            i.arrays["shard"],
+            0,
+            8,
+            2,
+            features=i.features_digest,
+        )
         for i in (video, cached)
     ]
     saved = plans[1].state(0, 3)
     plans[1].state(1, 0).check_same_plan(saved)
     with pytest.raises(
-        UserError, match=r"data's features must be '[0-9a-f]{16}' as in the checkpoint, but is ''"
+        UserError,
+        match=r"data's features must be '[0-9a-f]{16}' as in the checkpoint, but is ''",
     ):
         plans[0].state(0, 0).check_same_plan(saved)
     assert np.array_equal(plans[0].epoch(1).order, plans[1].epoch(1).order)

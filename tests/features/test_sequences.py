@@ -13,7 +13,8 @@ def wave(num: int, fps: float, hertz: float) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("from_fps", "to_fps"), [(50, 25), (30, 25), (24, 25), (25, 12.5), (29.97, 25), (25, 30)]
+    ("from_fps", "to_fps"),
+    [(50, 25), (30, 25), (24, 25), (25, 12.5), (29.97, 25), (25, 30)],
 )
 def test_a_slow_movement_is_the_same_at_another_rate(from_fps, to_fps):
     num = int(4 * from_fps)
@@ -43,7 +44,9 @@ def test_padding_and_neighbours_change_nothing():
     padded = torch.randn(3, 60, 5) * 100  # rubbish beyond the lengths, too
     together, new_lengths = resample(padded, lengths, 30, 25)
     for row, length in enumerate(lengths.tolist()):
-        alone, (new_length,) = resample(padded[row : row + 1, :length], lengths[row : row + 1], 30, 25)
+        alone, (new_length,) = resample(
+            padded[row : row + 1, :length], lengths[row : row + 1], 30, 25
+        )
         assert new_length == new_lengths[row] == math.ceil(length * 5 / 6)
         assert torch.allclose(together[row, :new_length], alone[0, :new_length], atol=1e-4)
         assert not together[row, new_length:].any()

@@ -1,4 +1,5 @@
-"""Stage llm on cached features: the losses of video. Two gloo ranks, fp32, under ZeRO-3 with offload."""
+"""Stage llm on cached features: the losses of video. Two gloo ranks, fp32, under ZeRO-3
+with offload."""
 
 import json
 import shutil
@@ -31,7 +32,14 @@ from flallm_ds.inference.translator import Translator
 from flallm_ds.models.encode import encode
 from flallm_ds.recipes import resolve
 from flallm_ds.training.build.visual import feature_extractor
-from tests.helpers.launching import command, environment, flags, launch, losses, tiny_options
+from tests.helpers.launching import (
+    command,
+    environment,
+    flags,
+    launch,
+    losses,
+    tiny_options,
+)
 from tests.helpers.paths import RANKS
 
 
@@ -47,18 +55,23 @@ def runs(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write(corpus: Path, runs: Path, out: Path, **more: object) -> None:
     """Write features as in `runs`, but for `more`, in this process."""
-    options = tiny_options(corpus, "llm", runs / "unused", **{"views": 2, "out": out} | more)
+    options = tiny_options(
+        corpus, "llm", runs / "unused", **{"views": 2, "out": out} | more
+    )
     features(**bind(features, [], options))
 
 
 def writing(corpus: Path, runs: Path, out: Path, **more: object) -> list[str]:
     """The command line that writes features as in `runs`, but for `more`."""
-    options = tiny_options(corpus, "llm", runs / "unused", **{"views": 2, "out": out} | more)
+    options = tiny_options(
+        corpus, "llm", runs / "unused", **{"views": 2, "out": out} | more
+    )
     return [f"--{name}={value}" for name, value in options.items()]
 
 
 def test_two_epochs_on_features_have_the_losses_of_video(runs: Path) -> None:
-    """Equal to the bit where this was written; but other batches may be summed in another order."""
+    """Equal to the bit where this was written; but other batches may be summed in another
+    order."""
     video, cached = losses(runs / "video"), losses(runs / "cached")
     assert len(video) == 10 and len(set(video)) == 10
     np.testing.assert_allclose(cached, video, rtol=0, atol=2e-6)
@@ -69,15 +82,21 @@ def test_a_resumed_run_on_features_has_the_same_losses(runs: Path) -> None:
 
 
 def test_a_run_on_video_is_not_resumed_with_another_encoder(runs: Path) -> None:
-    """No checkpoint holds the frozen encoder: a stage 1 that went on since would change the losses unseen."""
+    """No checkpoint holds the frozen encoder: a stage 1 that went on since would change
+    the losses unseen."""
     for rank in (0, 1):
         sentence = (runs / f"another_encoder_{rank}.txt").read_text()
-        assert "the frozen visual encoder must be the one with which" in sentence and "\n" not in sentence
+        assert (
+            "the frozen visual encoder must be the one with which" in sentence
+            and "\n" not in sentence
+        )
 
 
 def test_features_of_one_split_alone(runs: Path, tiny_corpus: Path, tmp_path: Path) -> None:
     write(tiny_corpus, runs, tmp_path / "features", splits="test")
-    evaluate(run=str(runs / "video"), split="test", beams=2, shards=(str(tmp_path / "features"),))
+    evaluate(
+        run=str(runs / "video"), split="test", beams=2, shards=(str(tmp_path / "features"),)
+    )
     cached = (runs / "video" / "evaluation" / "test.hypotheses.jsonl").read_text()
     evaluate(run=str(runs / "video"), split="test", beams=2)
     assert cached == (runs / "video" / "evaluation" / "test.hypotheses.jsonl").read_text()
@@ -125,9 +144,15 @@ def test_features_are_those_that_stage_llm_computes_from_video(
     """Batch by batch over two epochs and the dev split; every kind of input."""
     out, world = tmp_path / "features", World(0, 1, 0, 1)
     write(tiny_corpus, runs, out, dtype=dtype, **{"llm.input": kind})
-    config = resolve("llm", None, tiny_options(tiny_corpus, "llm", runs / "unused", **{"llm.input": kind}))
+    config = resolve(
+        "llm",
+        None,
+        tiny_options(tiny_corpus, "llm", runs / "unused", **{"llm.input": kind}),
+    )
     extractor = feature_extractor(config, world)
-    preprocess = Preprocess(config.data.frame_size, config.data.crop_size, config.data.augment)
+    preprocess = Preprocess(
+        config.data.frame_size, config.data.crop_size, config.data.augment
+    )
     seen = []
     for split, epoch in (("train", 0), ("train", 1), ("dev", 0)):
         training = split == "train"
@@ -136,8 +161,12 @@ def test_features_are_those_that_stage_llm_computes_from_video(
             for root in (tiny_corpus / "shards", out)
         )
         for theirs, ours in zip(video, cached, strict=True):
-            expected_ND = encode(theirs, extractor, preprocess, train=training, device=world.device)
-            torch.testing.assert_close(ours.features_ND.float(), expected_ND, rtol=tolerance, atol=tolerance)
+            expected_ND = encode(
+                theirs, extractor, preprocess, train=training, device=world.device
+            )
+            torch.testing.assert_close(
+                ours.features_ND.float(), expected_ND, rtol=tolerance, atol=tolerance
+            )
             seen.append(float(expected_ND.std()))
     assert len(seen) == 12 and min(seen) > 0.05
 
@@ -145,7 +174,11 @@ def test_features_are_those_that_stage_llm_computes_from_video(
 def test_at_another_rate_there_are_as_many_features_as_it_says(runs: Path) -> None:
     def num_features(run: str) -> int:
         lines = map(json.loads, (runs / run / "metrics.jsonl").read_text().splitlines())
-        return sum(line["frames"] for line in lines if line["kind"] == "train" and line["epoch"] == 0)
+        return sum(
+            line["frames"]
+            for line in lines
+            if line["kind"] == "train" and line["epoch"] == 0
+        )
 
     ratio = num_features("slower") / num_features("cached")
     assert 8 / 12.5 <= ratio < 8 / 12.5 * 1.1  # a clip's last part rounds up
@@ -179,7 +212,9 @@ def test_it_is_scored_on_features_as_on_video_and_translates_videos(
         evaluate(run=str(run), split="test", beams=2, shards=shards)
         found.append((run / "evaluation" / "test.hypotheses.jsonl").read_text())
     assert found[0] == found[1] and len(found[0].splitlines()) == 9
-    with pytest.raises(UserError, match=r"must be evaluation's view, but split train of .*features"):
+    with pytest.raises(
+        UserError, match=r"must be evaluation's view, but split train of .*features"
+    ):
         evaluate(run=str(runs / "cached"), split="train")
     video = tmp_path / "video"
     video.mkdir()
@@ -193,12 +228,16 @@ def test_it_is_scored_on_features_as_on_video_and_translates_videos(
 # --- writing
 
 
-def test_the_bytes_do_not_depend_on_the_ranks(runs: Path, tiny_corpus: Path, tmp_path: Path) -> None:
+def test_the_bytes_do_not_depend_on_the_ranks(
+    runs: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
     """Two ranks wrote `runs`; here it is one."""
     out = tmp_path / "features"
     write(tiny_corpus, runs, out)
     names = sorted(p.name for p in (runs / "features").iterdir() if p.is_file())
-    assert names == sorted(p.name for p in out.iterdir() if p.is_file()) and len(names) == 18
+    assert (
+        names == sorted(p.name for p in out.iterdir() if p.is_file()) and len(names) == 18
+    )
     for name in names:
         assert (out / name).read_bytes() == (runs / "features" / name).read_bytes(), name
     before = {p: p.stat().st_mtime_ns for p in out.glob("*.tar")}
@@ -206,12 +245,20 @@ def test_the_bytes_do_not_depend_on_the_ranks(runs: Path, tiny_corpus: Path, tmp
     assert {p: p.stat().st_mtime_ns for p in out.glob("*.tar")} == before
 
 
-def test_killed_in_the_middle_it_goes_on(runs: Path, tiny_corpus: Path, tmp_path: Path) -> None:
+def test_killed_in_the_middle_it_goes_on(
+    runs: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "features"
-    words = command("launch/features.py", *writing(tiny_corpus, runs, out, views=12), ranks=1)
+    words = command(
+        "launch/features.py", *writing(tiny_corpus, runs, out, views=12), ranks=1
+    )
     process = subprocess.Popen(words, env=environment(), stdout=subprocess.DEVNULL)
     until = time.monotonic() + 300
-    while len(list(out.glob("*.tar"))) < 5 and process.poll() is None and time.monotonic() < until:
+    while (
+        len(list(out.glob("*.tar"))) < 5
+        and process.poll() is None
+        and time.monotonic() < until
+    ):
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
@@ -230,7 +277,11 @@ def test_killed_in_the_middle_it_goes_on(runs: Path, tiny_corpus: Path, tmp_path
 
 
 def test_a_clip_that_does_not_decode_is_replaced_as_on_video(
-    runs: Path, tiny_shards: Path, tiny_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    runs: Path,
+    tiny_shards: Path,
+    tiny_corpus: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     index = load_index(tiny_shards, "train")
     row = 11
@@ -243,7 +294,8 @@ def test_a_clip_that_does_not_decode_is_replaced_as_on_video(
     assert f"clip {key} in {index.tar(row).file} is broken" in capsys.readouterr().out
     for epoch in (0, 1, 2):
         video, cached = (
-            list(open_loader(root, sampling=FrameSampling(2), epoch=epoch)) for root in (tiny_shards, out)
+            list(open_loader(root, sampling=FrameSampling(2), epoch=epoch))
+            for root in (tiny_shards, out)
         )
         assert [b.keys for b in cached] == [b.keys for b in video]
         assert all(torch.isfinite(b.features_ND).all() for b in cached)
@@ -257,7 +309,8 @@ def test_a_clip_that_does_not_decode_is_replaced_as_on_video(
 def refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> Callable[..., str]:
-    """Run a command line that must be refused; its one sentence. Nothing is left in the test's folder."""
+    """Run a command line that must be refused; its one sentence. Nothing is left in the
+    test's folder."""
 
     def run(target: Any, *arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", ["command", *arguments])
@@ -269,7 +322,11 @@ def refused(
         assert sorted(tmp_path.rglob("*")) == before
         lines = capsys.readouterr().err.splitlines()
         sentences = [line for line in lines if line.startswith("error: ")]
-        assert stop.value.code == 2 and len(sentences) == 1 and "Traceback" not in "".join(lines)
+        assert (
+            stop.value.code == 2
+            and len(sentences) == 1
+            and "Traceback" not in "".join(lines)
+        )
         return sentences[0]
 
     return run
@@ -284,7 +341,10 @@ def refused(
         ({"train.seed": 1}, "train.seed must be 0, with which the views of"),
         ({"eval.split": "train"}, "but split train of"),
         ({"llm.input": "frames"}, "features must be of the encoder of --visual_run="),
-        ({"visual.frozen": "backbone"}, "must be video where the visual encoder is trained"),
+        (
+            {"visual.frozen": "backbone"},
+            "must be video where the visual encoder is trained",
+        ),
         ({"stage": "visual"}, "must be video where the visual encoder is trained"),
         ({"stage": "joint"}, "must be video where the visual encoder is trained"),
         ({"shards": "both"}, "must all be video or all be features"),
@@ -292,7 +352,10 @@ def refused(
             {"shards": "video", "data.feature_fps": 8},
             "data.feature_fps must be none where data.shards are video",
         ),
-        ({"shards": "video", "stage": "visual", "data.time_masks": 1}, "data.time_masks must be 0 where"),
+        (
+            {"shards": "video", "stage": "visual", "data.time_masks": 1},
+            "data.time_masks must be 0 where",
+        ),
     ],
 )
 def test_features_that_do_not_fit_the_run_are_refused(
@@ -309,7 +372,9 @@ def test_features_that_do_not_fit_the_run_are_refused(
     shards = {"both": f"{video},{cached}", "video": video, "cached": cached}[
         str(more.pop("shards", "cached"))
     ]
-    options = tiny_options(tiny_corpus, stage, tmp_path / "run", **{"data.shards": shards} | more)
+    options = tiny_options(
+        tiny_corpus, stage, tmp_path / "run", **{"data.shards": shards} | more
+    )
     if stage == "llm":
         options["visual_run"] = str(runs / "visual")
     assert said in refused(train, *flags(stage, options))
@@ -326,7 +391,9 @@ def test_features_of_another_encoder_are_refused_by_both_names(
     options = tiny_options(tiny_corpus, "llm", tmp_path / "run", **more)
     options["visual_run"] = str(other)
     sentence = refused(train, *flags("llm", options))
-    assert f"--visual_run={other} (" in sentence and f"are of {runs / 'visual'} (" in sentence
+    assert (
+        f"--visual_run={other} (" in sentence and f"are of {runs / 'visual'} (" in sentence
+    )
     given = writing(tiny_corpus, runs, runs / "features")
     given = [word for word in given if not word.startswith("--visual_run=")]
     assert "the encoder must be" in refused(features, *given, f"--visual_run={other}")
@@ -370,7 +437,13 @@ def test_features_are_not_written_from_features_nor_over_others(
         return refused(features, *writing(tiny_corpus, runs, out, **more))
 
     cached = {"data.shards": runs / "features"}
-    assert "launch/features.py needs shards of video" in sentence(tmp_path / "out", **cached)
-    assert "--views must be 2 as when the features in" in sentence(runs / "features", views=3)
-    assert "data.keep_every must be 2" in sentence(runs / "features", **{"data.keep_every": 4})
+    assert "launch/features.py needs shards of video" in sentence(
+        tmp_path / "out", **cached
+    )
+    assert "--views must be 2 as when the features in" in sentence(
+        runs / "features", views=3
+    )
+    assert "data.keep_every must be 2" in sentence(
+        runs / "features", **{"data.keep_every": 4}
+    )
     assert "holds something else" in sentence(runs / "visual")

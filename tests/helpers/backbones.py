@@ -15,7 +15,12 @@ from flallm_ds.models.backbones.build import build_backbone
 from flallm_ds.models.backbones.interface import Backbone
 
 CROP = 32
-TOKENS = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48}
+TOKENS = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+}
 STAGES = {"hidden_sizes": [16, 16, 24, 32], "depths": [1, 1, 1, 1]}
 
 # Of each kind: its config, the width of its features, the stages that it can freeze.
@@ -92,7 +97,9 @@ def refused(match: str, weights: str, **options: Any) -> None:
         build_backbone(weights, **{"crop_size": CROP, **options})
 
 
-def changed(folder: Path, more: dict[str, torch.Tensor], fewer: str = "no such tensor") -> None:
+def changed(
+    folder: Path, more: dict[str, torch.Tensor], fewer: str = "no such tensor"
+) -> None:
     path = folder / "model.safetensors"
     tensors = {name: t for name, t in load_file(path).items() if not name.endswith(fewer)}
     save_file(tensors | more, path, metadata={"format": "pt"})

@@ -1,4 +1,5 @@
-"""A real SLURM of two nodes on this one machine: own daemons, ports, keys and state, gone when closed."""
+"""A real SLURM of two nodes on this one machine: own daemons, ports, keys and state, gone
+when closed."""
 
 import contextlib
 import os
@@ -15,13 +16,33 @@ from typing import Self
 
 from flallm_ds.dist import free_port
 
-# Names that are addresses: MASTER_ADDR is a node's name, and no other resolves without touching /etc/hosts.
+# Names that are addresses: MASTER_ADDR is a node's name, and no other resolves without
+# touching /etc/hosts.
 NODES = ("127.0.0.1", "127.0.0.2")
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "sinfo", "setpriv")
-FINAL_STATES = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL"}
+PROGRAMS = (
+    "munged",
+    "slurmctld",
+    "slurmd",
+    "sbatch",
+    "srun",
+    "scontrol",
+    "scancel",
+    "sinfo",
+    "setpriv",
+)
+FINAL_STATES = {
+    "COMPLETED",
+    "FAILED",
+    "CANCELLED",
+    "TIMEOUT",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "BOOT_FAIL",
+}
 
-# cred_expire is also how long a requeued job waits before it may start again: at least 5 s, by default 120.
-# config_overrides lets a node claim CPUs and memory that the machine does not have.
+# cred_expire is also how long a requeued job waits before it may start again: at least 5
+# s, by default 120. config_overrides lets a node claim CPUs and memory that the machine
+# does not have.
 SLURM_CONF = """\
 ClusterName=flallm
 SlurmctldHost={host}(127.0.0.1)
@@ -76,14 +97,18 @@ class Job:
 
 
 class Cluster:
-    """Two nodes of 16 CPUs and 2 pretended GPUs each; `with Cluster() as cluster` starts and removes them."""
+    """Two nodes of 16 CPUs and 2 pretended GPUs each; `with Cluster() as cluster` starts
+    and removes them."""
 
     def __init__(self) -> None:
-        # Not pytest's tmp_path: munged wants a folder that others may enter, and a socket a short path.
+        # Not pytest's tmp_path: munged wants a folder that others may enter, and a socket
+        # a short path.
         self.root = Path(tempfile.mkdtemp(prefix="flallm-slurm-"))
         self._daemons: list[subprocess.Popen[bytes]] = []
         ours = ("SLURM_", "SBATCH_")  # set inside a job; they would steer sbatch
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+        inherited = {
+            name: value for name, value in os.environ.items() if not name.startswith(ours)
+        }
         sbin = f"{inherited.get('PATH', os.defpath)}:/usr/sbin:/sbin"
         self._env = inherited | {"PATH": sbin, "SLURM_CONF": str(self.root / "slurm.conf")}
 
@@ -99,10 +124,17 @@ class Cluster:
         self.close()
 
     def submit(
-        self, script: str, *arguments: str, options: tuple[str, ...] = (), cwd: Path, **env: str
+        self,
+        script: str,
+        *arguments: str,
+        options: tuple[str, ...] = (),
+        cwd: Path,
+        **env: str,
     ) -> int:
         """`sbatch [options] script [arguments]` in the folder cwd; returns the job's number."""
-        job_id = self._run("sbatch", "--parsable", *options, script, *arguments, cwd=cwd, extra_env=env)
+        job_id = self._run(
+            "sbatch", "--parsable", *options, script, *arguments, cwd=cwd, extra_env=env
+        )
         return int(job_id.split(";")[0])
 
     def job(self, job_id: int) -> Job:
@@ -118,22 +150,32 @@ class Cluster:
         )
 
     def wait(self, job_id: int, timeout_s: float = 60) -> Job:
-        """The job once it has ended for good; AssertionError with all that is known if it has not in time."""
-        self.wait_until(lambda: self.job(job_id).state in FINAL_STATES, job_id, "the job's end", timeout_s)
+        """The job once it has ended for good; AssertionError with all that is known if it
+        has not in time."""
+        self.wait_until(
+            lambda: self.job(job_id).state in FINAL_STATES,
+            job_id,
+            "the job's end",
+            timeout_s,
+        )
         return self.job(job_id)
 
     def wait_until(
         self, condition: Callable[[], bool], job_id: int, what: str, timeout_s: float = 30
     ) -> None:
-        """Poll until the condition holds; AssertionError with all that is known if it does not in time."""
+        """Poll until the condition holds; AssertionError with all that is known if it
+        does not in time."""
         deadline = time.monotonic() + timeout_s
         while not condition():
             if time.monotonic() > deadline:
-                raise AssertionError(f"no sign of {what} after {timeout_s} s\n{self.describe(job_id)}")
+                raise AssertionError(
+                    f"no sign of {what} after {timeout_s} s\n{self.describe(job_id)}"
+                )
             time.sleep(0.2)
 
     def requeue(self, job_id: int) -> None:
-        """What an operator, or PreemptMode=REQUEUE, does to a job: TERM, KillWait, KILL, wait again."""
+        """What an operator, or PreemptMode=REQUEUE, does to a job: TERM, KillWait, KILL,
+        wait again."""
         self._run("scontrol", "requeue", str(job_id))
 
     def cancel(self, job_id: int) -> None:
@@ -141,19 +183,26 @@ class Cluster:
         self._run("scancel", str(job_id))
 
     def signal(self, job_id: int, name: str) -> None:
-        """What `#SBATCH --signal` without "B:" does near the time limit: signal the tasks, not the script."""
+        """What `#SBATCH --signal` without "B:" does near the time limit: signal the
+        tasks, not the script."""
         self._run("scancel", f"--signal={name}", str(job_id))
 
     def describe(self, job_id: int) -> str:
         """Everything that helps to see why a job is not where a test expects it."""
         job = self.job(job_id)
-        parts = [self._run("scontrol", "show", "job", str(job_id)), self._run("sinfo", "--long", "--Node")]
+        parts = [
+            self._run("scontrol", "show", "job", str(job_id)),
+            self._run("sinfo", "--long", "--Node"),
+        ]
         parts += [f"--- output of job {job_id}\n{job.output[-6000:]}"]
-        parts += [f"--- {log.name}\n{_tail(log)}" for log in sorted(self.root.glob("*.log"))]
+        parts += [
+            f"--- {log.name}\n{_tail(log)}" for log in sorted(self.root.glob("*.log"))
+        ]
         return "\n".join(parts)
 
     def close(self) -> None:
-        """Cancel all jobs, end the daemons and every process they have left, remove the folder."""
+        """Cancel all jobs, end the daemons and every process they have left, remove the
+        folder."""
         for daemon in reversed(self._daemons):  # slurmd, slurmctld, munged
             daemon.terminate()
         for daemon in self._daemons:
@@ -191,10 +240,13 @@ class Cluster:
         host = socket.gethostname().split(".")[0]
         controller_port, *node_ports = _free_ports(1 + len(NODES))
         nodes = "\n".join(
-            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=16 Gres=gpu:2"
+            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=16 "
+            "Gres=gpu:2"
             for node, port in zip(NODES, node_ports, strict=True)
         )
-        config = SLURM_CONF.format(host=host, root=self.root, controller_port=controller_port, nodes=nodes)
+        config = SLURM_CONF.format(
+            host=host, root=self.root, controller_port=controller_port, nodes=nodes
+        )
         (self.root / "slurm.conf").write_text(config)
         for number in range(2):
             (self.root / f"gpu{number}").touch()
@@ -202,38 +254,63 @@ class Cluster:
 
     def _spawn(self, *command: str) -> None:
         log = self.root / f"{len(self._daemons)}-{command[0]}.log"
-        # setpriv becomes the daemon, which then gets TERM when pytest dies, even by kill -9.
+        # setpriv becomes the daemon, which then gets TERM when pytest dies, even by kill
+        # -9.
         tied = ["setpriv", "--pdeathsig", "TERM", *command]
         with log.open("wb") as out:
             daemon = subprocess.Popen(
-                tied, env=self._env, cwd=self.root, stdin=subprocess.DEVNULL, stdout=out, stderr=out
+                tied,
+                env=self._env,
+                cwd=self.root,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
             )
         self._daemons.append(daemon)
 
     def _are_nodes_idle(self) -> bool:
         command = ["sinfo", "--noheader", "--Node", "--format=%t"]
-        sinfo = subprocess.run(command, env=self._env, capture_output=True, text=True, timeout=30)
+        sinfo = subprocess.run(
+            command, env=self._env, capture_output=True, text=True, timeout=30
+        )
         return sinfo.stdout.split() == ["idle"] * len(NODES)
 
-    def _wait_for_daemons(self, condition: Callable[[], bool], what: str, timeout_s: float = 30) -> None:
+    def _wait_for_daemons(
+        self, condition: Callable[[], bool], what: str, timeout_s: float = 30
+    ) -> None:
         deadline = time.monotonic() + timeout_s
         while not condition():
             dead = [daemon.args for daemon in self._daemons if daemon.poll() is not None]
             if dead or time.monotonic() > deadline:
-                logs = "\n".join(f"--- {log.name}\n{_tail(log)}" for log in sorted(self.root.glob("*.log")))
-                raise RuntimeError(f"no sign of {what}; ended by themselves: {dead}\n{logs}")
+                logs = "\n".join(
+                    f"--- {log.name}\n{_tail(log)}"
+                    for log in sorted(self.root.glob("*.log"))
+                )
+                raise RuntimeError(
+                    f"no sign of {what}; ended by themselves: {dead}\n{logs}"
+                )
             time.sleep(0.1)
 
-    def _run(self, *command: str, cwd: Path | None = None, extra_env: dict[str, str] | None = None) -> str:
+    def _run(
+        self,
+        *command: str,
+        cwd: Path | None = None,
+        extra_env: dict[str, str] | None = None,
+    ) -> str:
         env = self._env | (extra_env or {})
-        done = subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            command, env=env, cwd=cwd, capture_output=True, text=True, timeout=60
+        )
         if done.returncode != 0:
             printed = done.stdout + done.stderr
-            raise AssertionError(f"{' '.join(command)} ended with {done.returncode}: {printed}")
+            raise AssertionError(
+                f"{' '.join(command)} ended with {done.returncode}: {printed}"
+            )
         return done.stdout.strip()
 
     def _kill_descendants(self) -> None:
-        """slurmstepd and the jobs are no children of ours, but all of them carry our SLURM_CONF."""
+        """slurmstepd and the jobs are no children of ours, but all of them carry our
+        SLURM_CONF."""
         mark = f"SLURM_CONF={self.root}/slurm.conf\0".encode()
         for _ in range(3):  # a process may fork while we look
             for process in Path("/proc").glob("[0-9]*"):
@@ -243,7 +320,9 @@ class Cluster:
 
 
 def _find(program: str) -> str | None:
-    return shutil.which(program, path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin")
+    return shutil.which(
+        program, path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
+    )
 
 
 def _free_ports(count: int) -> list[int]:

@@ -23,12 +23,17 @@ ENCODER_DECODER, DECODER_ONLY = "encoder_decoder", "decoder_only"
 
 
 def write_export(
-    kind: str, corpus: Path, run: Path, tuning: str = "full", dtype: torch.dtype = torch.float32
+    kind: str,
+    corpus: Path,
+    run: Path,
+    tuning: str = "full",
+    dtype: torch.dtype = torch.float32,
 ) -> Path:
-    """RUN/best of the stand-in LLM (German) or of a tiny Qwen3 (German and English), both trimmed.
+    """RUN/best of the stand-in LLM (German) or of a tiny Qwen3 (German and English), both
+    trimmed.
 
-    corpus: the tiny one. tuning: of RunConfig. dtype: of the engine. What training would have
-    changed is drawn at random.
+    corpus: the tiny one. tuning: of RunConfig. dtype: of the engine. What training would
+    have changed is drawn at random.
     """
     texts = list(load_index(corpus / "shards", "train").strings("text"))
     run.mkdir(parents=True)
@@ -36,7 +41,9 @@ def write_export(
         name, instruction = corpus / "llm", Instruction(language="de_DE", languages=("de",))
     else:
         prompts = [
-            DECODER_ONLY_PROMPT.format(sign_language=f"{language} Sign Language", language=language, video="")
+            DECODER_ONLY_PROMPT.format(
+                sign_language=f"{language} Sign Language", language=language, video=""
+            )
             for language in ("German", "English", "American")
         ]
         name = make_tiny_llm("qwen3", run / "llm", [*texts, *prompts])
@@ -49,7 +56,9 @@ def write_export(
         "visual.chunk_frames": 3, "eval.max_new_tokens": 12,
     }  # fmt: skip
     config = RunConfig(stage="llm", run=str(run), visual_run="v")
-    config = config.with_overrides({option: str(value) for option, value in options.items()})
+    config = config.with_overrides(
+        {option: str(value) for option, value in options.items()}
+    )
     (run / "config.json").write_text(config.to_json(), encoding="utf-8")
     torch.manual_seed(0)
     llm = load_llm(str(run / "llm_trimmed"), LlmOptions())
@@ -66,33 +75,50 @@ def write_export(
     state = named_state(model)
     if settings["base"]:
         trained = {n for n, p in model.named_parameters() if p.requires_grad}
-        state = ((n, t) for n, t in state if n in trained or not n.startswith("language_model."))
+        state = (
+            (n, t) for n, t in state if n in trained or not n.startswith("language_model.")
+        )
     export.write(folder, settings, state, llm, codec)
     return folder
 
 
 def settings_of(config: RunConfig, extractor: FeatureExtractor) -> dict[str, Any]:
-    arrays = {"height": np.array([79]), "width": np.array([64]), "num_frames": np.array([20])}
-    index = Index(LocalStore("shards"), "toy", "train", "ab", (), arrays, options={"fps": 12.5})
+    arrays = {
+        "height": np.array([79]),
+        "width": np.array([64]),
+        "num_frames": np.array([20]),
+    }
+    index = Index(
+        LocalStore("shards"), "toy", "train", "ab", (), arrays, options={"fps": 12.5}
+    )
     dev = {
         "bleu1": 4.5, "bleu2": 3.5, "bleu3": 2.5, "bleu4": 1.5, "rouge_l": 5.0, "chrf": 6.0,
         "bleu_signature": "nrefs:1|tok:13a",
     }  # fmt: skip
     return export.settings_of(
-        config, index, {"dev": dev, "epoch": 3}, extractor.settings(), extractor.visual.settings()
+        config,
+        index,
+        {"dev": dev, "epoch": 3},
+        extractor.settings(),
+        extractor.visual.settings(),
     )
 
 
 @torch.no_grad()
 def _change(model: SignTranslator, words: list[int]) -> None:
-    """As if trained: numbers that no new model has, louder visual tokens, louder pieces of real words."""
+    """As if trained: numbers that no new model has, louder visual tokens, louder pieces
+    of real words."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             parameter.add_(0.05 * torch.randn_like(parameter))
         if name.startswith("adapter."):
             parameter.mul_(3)
     heads = {
-        llm.weight for llm in (model.language_model.get_input_embeddings(), model.language_model.lm_head)
+        llm.weight
+        for llm in (
+            model.language_model.get_input_embeddings(),
+            model.language_model.lm_head,
+        )
     }
     for head in heads:
         if head.requires_grad:

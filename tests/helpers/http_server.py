@@ -8,7 +8,8 @@ from pathlib import Path
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves a folder with ranges. `faults[name]` is a list of what goes wrong with the next requests."""
+    """Serves a folder with ranges. `faults[name]` is a list of what goes wrong with the
+    next requests."""
 
     daemon_threads = True
 
@@ -90,7 +91,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.sent += len(sent)  # before the client can have it
         self.wfile.write(sent)
         if half:
-            self.server.wait_until_kept(name, len(path.read_bytes()) - len(data) + len(sent))
+            self.server.wait_until_kept(
+                name, len(path.read_bytes()) - len(data) + len(sent)
+            )
         if fault == "stall":
             self.server.go_on.wait(20)
         self.close_connection = half

@@ -17,13 +17,21 @@ def command(script: str | Path, *arguments: str, ranks: int = 2) -> list[str]:
     """`deepspeed SCRIPT …` with that many ranks, or plain `python SCRIPT …` for one."""
     if ranks == 1:
         return [sys.executable, str(script), *arguments]
-    launcher = [str(BIN / "deepspeed"), f"--num_gpus={ranks}", f"--master_port={free_port()}"]
+    launcher = [
+        str(BIN / "deepspeed"),
+        f"--num_gpus={ranks}",
+        f"--master_port={free_port()}",
+    ]
     return [*launcher, str(script), *arguments]
 
 
 def environment() -> dict[str, str]:
     """One thread a rank, and the checkout's own packages and commands first."""
-    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PATH": f"{BIN}:{os.environ['PATH']}"}
+    own = {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+    }
     return os.environ | own
 
 
@@ -51,7 +59,8 @@ def tiny_options(corpus: Path, stage: str, run: Path, **more: object) -> dict[st
         "data.keep_every": 2,
         "data.frame_size": 32,
         "data.crop_size": 28,
-        "data.augment": True,  # numbers that the quickstart's recipe may come to choose otherwise
+        # numbers that the quickstart's recipe may come to choose otherwise
+        "data.augment": True,
         "optim.lr": 1e-3,
         "data.batch_clips": 8,
         "data.micro_batches": 4,
@@ -79,14 +88,18 @@ def flags(stage: str, options: dict[str, str]) -> list[str]:
 
 def losses(run: Path) -> list[float]:
     """The training loss of each step, in order; fails if a step is there twice or missing."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     steps = [line for line in lines if line["kind"] == "train"]
     assert [s["global_step"] for s in steps] == list(range(1, len(steps) + 1))
     return [s["loss"] for s in steps]
 
 
 def run_scenarios(scenarios: Sequence[dict[str, object]], file: Path, ranks: int) -> None:
-    """Run several trainings one after another in the same processes: start-up is nearly all of a tiny run."""
+    """Run several trainings one after another in the same processes: start-up is nearly
+    all of a tiny run."""
     file.write_text(json.dumps(list(scenarios)), encoding="utf-8")
     done = launch(RANKS / "scenarios.py", f"--file={file}", ranks=ranks)
     assert done.returncode == 0, done.stdout[-6000:]

@@ -1,8 +1,9 @@
 """Tiny LLMs with random weights, in the layout of each family's repository on the hub.
 
-What a family does in its own way is as there: special tokens and their ids, whether it is told the language
-by a token, rows of the embedding beyond the tokenizer (or too few of them), tied heads, ids in config and
-generation config. The tokenizers are trained on the spot. All are read back by the Auto classes.
+What a family does in its own way is as there: special tokens and their ids, whether it is
+told the language by a token, rows of the embedding beyond the tokenizer (or too few of
+them), tied heads, ids in config and generation config. The tokenizers are trained on the
+spot. All are read back by the Auto classes.
 """
 
 import base64
@@ -16,7 +17,16 @@ from typing import Any
 import sentencepiece
 import torch
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,7 +36,9 @@ from transformers import (
     LlamaTokenizer,
     XGLMTokenizer,
 )
-from transformers.models.m2m_100.tokenization_m2m_100 import FAIRSEQ_LANGUAGE_CODES as M2M100_CODES
+from transformers.models.m2m_100.tokenization_m2m_100 import (
+    FAIRSEQ_LANGUAGE_CODES as M2M100_CODES,
+)
 from transformers.models.nllb.tokenization_nllb import FAIRSEQ_LANGUAGE_CODES as NLLB_CODES
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
@@ -40,9 +52,9 @@ Ids = Mapping[str, int]
 class Family:
     """How one family's folder is written.
 
-    tokenizer: writes its files into a folder, from texts. config: fields of config.json that are its own,
-    from the ids of its pieces. generation: of generation_config.json. spare_rows: of the embedding beyond the
-    tokenizer's length.
+    tokenizer: writes its files into a folder, from texts. config: fields of config.json
+    that are its own, from the ids of its pieces. generation: of generation_config.json.
+    spare_rows: of the embedding beyond the tokenizer's length.
     """
 
     example: str  # a hub id
@@ -52,14 +64,17 @@ class Family:
     generation: Callable[[Ids], dict[str, Any]] = lambda ids: {}
     decoder_only: bool = False
     spare_rows: int = 0
-    own_head: bool = False  # weights of its own in a model class whose config says that heads are tied
+    # weights of its own in a model class whose config says that heads are tied
+    own_head: bool = False
 
 
 def make_tiny_llm(family: str, folder: Path, texts: Sequence[str]) -> Path:
-    """Write the LLM into a folder; the same bytes each time. The pieces of `texts` are in its tokenizer."""
+    """Write the LLM into a folder; the same bytes each time. The pieces of `texts` are in
+    its tokenizer."""
     entry = FAMILIES[family]
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "config.json", {"model_type": entry.model_type})  # AutoTokenizer asks it for the class
+    # AutoTokenizer asks it for the class
+    _write(folder / "config.json", {"model_type": entry.model_type})
     entry.tokenizer(folder, list(texts))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer.get_vocab()
@@ -74,7 +89,8 @@ def make_tiny_llm(family: str, folder: Path, texts: Sequence[str]) -> Path:
     model.generation_config = GenerationConfig.from_model_config(config)
     model.save_pretrained(folder)
     model.generation_config.update(**entry.generation(ids))
-    # As published: save_pretrained would refuse what hubs hold, such as a temperature without do_sample.
+    # As published: save_pretrained would refuse what hubs hold, such as a temperature
+    # without do_sample.
     model.generation_config.to_json_file(folder / "generation_config.json")
     if entry.own_head:
         saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -96,11 +112,15 @@ class OwnForCausalLM(LlamaForCausalLM):
 
 
 def make_llm_with_own_code(folder: Path, texts: Sequence[str], methods: str) -> Path:
-    """Write a tiny Llama whose class comes with it and has these methods; for --llm.hub_code=true."""
+    """Write a tiny Llama whose class comes with it and has these methods; for
+    --llm.hub_code=true."""
     make_tiny_llm("llama3", folder, texts)
     (folder / "modeling_own.py").write_text(_OWN_CODE + methods, encoding="utf-8")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    own = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    own = {
+        "AutoConfig": "modeling_own.OwnConfig",
+        "AutoModelForCausalLM": "modeling_own.OwnForCausalLM",
+    }
     _write(folder / "config.json", config | {"model_type": "own", "auto_map": own})
     return folder
 
@@ -129,7 +149,8 @@ def _sentencepiece(
 ) -> Callable[[Path, Sequence[str]], None]:
     """Files of a tokenizer that was trained by SentencePiece.
 
-    fast: writes the tokenizer.json beside the SentencePiece model; None where the hub's folder has none.
+    fast: writes the tokenizer.json beside the SentencePiece model; None where the hub's
+    folder has none.
     """
 
     def write(folder: Path, texts: Sequence[str]) -> None:
@@ -143,7 +164,8 @@ def _sentencepiece(
 
 
 def _publish_normalizer(folder: Path, model: Path) -> None:
-    """Put the character map into tokenizer.json as on the hub, whatever class wrote it without."""
+    """Put the character map into tokenizer.json as on the hub, whatever class wrote it
+    without."""
     spec = ModelProto.FromString(model.read_bytes()).normalizer_spec
     content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     if spec.precompiled_charsmap and "Precompiled" not in str(content["normalizer"]):
@@ -160,9 +182,14 @@ def _m2m100(folder: Path, texts: Sequence[str]) -> None:
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     pieces = [processor.id_to_piece(i) for i in range(3, len(processor))]
     specials = ("<s>", "<pad>", "</s>", "<unk>")
-    _write(folder / "vocab.json", {piece: i for i, piece in enumerate((*specials, *pieces))})
+    _write(
+        folder / "vocab.json", {piece: i for i, piece in enumerate((*specials, *pieces))}
+    )
     languages = [f"__{code}__" for code in M2M100_CODES["m2m100"]]
-    settings = {"tokenizer_class": "M2M100Tokenizer", "additional_special_tokens": languages}
+    settings = {
+        "tokenizer_class": "M2M100Tokenizer",
+        "additional_special_tokens": languages,
+    }
     _write(folder / "tokenizer_config.json", settings)
 
 
@@ -170,19 +197,26 @@ def _xglm(folder: Path, texts: Sequence[str]) -> None:
     model = folder / "sentencepiece.bpe.model"
     model.write_bytes(_pieces(texts))
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
-    pieces = [(processor.id_to_piece(i), processor.get_score(i)) for i in range(3, len(processor))]
+    pieces = [
+        (processor.id_to_piece(i), processor.get_score(i)) for i in range(3, len(processor))
+    ]
     specials = [(token, 0.0) for token in ("<s>", "<pad>", "</s>", "<unk>")]
     XGLMTokenizer(vocab=[*specials, *pieces]).save_pretrained(folder)
     _publish_normalizer(folder, model)
 
 
 def _byte_level(
-    first: Sequence[str], last: Sequence[str], split: str | None, bos: str | None, **settings: Any
+    first: Sequence[str],
+    last: Sequence[str],
+    split: str | None,
+    bos: str | None,
+    **settings: Any,
 ) -> Callable[[Path, Sequence[str]], None]:
     """Files of a byte-level BPE tokenizer.
 
-    first, last: special tokens ahead of and behind the pieces. split: its regular expression for words; none:
-    GPT-2's. bos: put ahead of each text. settings: of tokenizer_config.json.
+    first, last: special tokens ahead of and behind the pieces. split: its regular
+    expression for words; none: GPT-2's. bos: put ahead of each text. settings: of
+    tokenizer_config.json.
     """
 
     def write(folder: Path, texts: Sequence[str]) -> None:
@@ -202,7 +236,9 @@ def _byte_level(
         if bos:
             ids = [(bos, tokenizer.token_to_id(bos))]
             post.append(
-                processors.TemplateProcessing(single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=ids)
+                processors.TemplateProcessing(
+                    single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=ids
+                )
             )
         tokenizer.post_processor = processors.Sequence(post)
         tokenizer.save(str(folder / "tokenizer.json"))
@@ -246,7 +282,9 @@ _LLAMA = _sentencepiece(
     fast=LlamaTokenizer,
 )  # fmt: skip
 _T5_IDS = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
-_T5 = _sentencepiece("spiece.model", _T5_IDS, {"tokenizer_class": "T5Tokenizer", "extra_ids": 100})
+_T5 = _sentencepiece(
+    "spiece.model", _T5_IDS, {"tokenizer_class": "T5Tokenizer", "extra_ids": 100}
+)
 _MADLAD_CODES = (
     "de", "en", "es", "fr", "fr_CA", "it", "ru", "zh", "zh_Hant", "ja", "no", "he", "bg", "is",
 )  # fmt: skip
@@ -255,7 +293,10 @@ _QWEN_SETTINGS: dict[str, Any] = {
     "pad_token": "<|endoftext|>", "additional_special_tokens": ["<|im_start|>", "<|im_end|>"],
 }  # fmt: skip
 _QWEN_LAST = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-_NLLB_SETTINGS = {"tokenizer_class": "NllbTokenizer", "additional_special_tokens": NLLB_CODES}
+_NLLB_SETTINGS = {
+    "tokenizer_class": "NllbTokenizer",
+    "additional_special_tokens": NLLB_CODES,
+}
 _COHERE = _byte_level(
     ("<PAD>", "<UNK>", "<CLS>", "<SEP>", "<MASK_TOKEN>", "<BOS_TOKEN>", "<EOS_TOKEN>", "<EOP_TOKEN>"),
     ("<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>"),
@@ -295,7 +336,12 @@ def _llama_like(ids: Ids) -> dict[str, Any]:
 def _gemma_like(ids: Ids) -> dict[str, Any]:
     own = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16}
     layers = {"layer_types": ["sliding_attention", "full_attention"]}
-    return _llama_like(ids) | own | layers | {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+    return (
+        _llama_like(ids)
+        | own
+        | layers
+        | {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+    )
 
 
 def _cohere_like(ids: Ids) -> dict[str, Any]:
@@ -309,14 +355,21 @@ FAMILIES: dict[str, Family] = {
     "mbart": Family(
         "facebook/mbart-large-cc25",
         "mbart",
-        _sentencepiece("sentencepiece.bpe.model", {}, {"tokenizer_class": "MBartTokenizer"}),
+        _sentencepiece(
+            "sentencepiece.bpe.model", {}, {"tokenizer_class": "MBartTokenizer"}
+        ),
         _bart_like,  # like the real one it does not store how the decoder starts
         lambda ids: {"forced_eos_token_id": 2, "num_beams": 5, "max_length": 1024},
     ),
     "mbart50": Family(
         "facebook/mbart-large-50-many-to-many-mmt",
         "mbart",
-        _sentencepiece("sentencepiece.bpe.model", {}, {"tokenizer_class": "MBart50Tokenizer"}, fast=None),
+        _sentencepiece(
+            "sentencepiece.bpe.model",
+            {},
+            {"tokenizer_class": "MBart50Tokenizer"},
+            fast=None,
+        ),
         lambda ids: _bart_like(ids) | {"decoder_start_token_id": 2},
         lambda ids: {"forced_eos_token_id": 2, "num_beams": 5, "max_length": 200},
     ),
@@ -341,7 +394,10 @@ FAMILIES: dict[str, Family] = {
         "google/flan-t5-base",
         "t5",
         _T5,
-        lambda ids: _t5_like(ids) | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+        lambda ids: (
+            _t5_like(ids)
+            | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+        ),
         spare_rows=28,
         own_head=True,
     ),
@@ -349,9 +405,15 @@ FAMILIES: dict[str, Family] = {
         "google/mt5-base",
         "mt5",
         _sentencepiece(
-            "spiece.model", _T5_IDS, {"tokenizer_class": "T5Tokenizer", "extra_ids": 0}, fast=None
+            "spiece.model",
+            _T5_IDS,
+            {"tokenizer_class": "T5Tokenizer", "extra_ids": 0},
+            fast=None,
         ),
-        lambda ids: _t5_like(ids) | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+        lambda ids: (
+            _t5_like(ids)
+            | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+        ),
         spare_rows=12,
         own_head=True,
     ),
@@ -384,7 +446,14 @@ FAMILIES: dict[str, Family] = {
     "qwen2": Family(
         "Qwen/Qwen2.5-0.5B",
         "qwen2",
-        _byte_level((), _QWEN_LAST, PRETOKENIZE_REGEX, None, eos_token="<|endoftext|>", **_QWEN_SETTINGS),
+        _byte_level(
+            (),
+            _QWEN_LAST,
+            PRETOKENIZE_REGEX,
+            None,
+            eos_token="<|endoftext|>",
+            **_QWEN_SETTINGS,
+        ),
         lambda ids: (
             _llama_like(ids)
             | {
@@ -400,7 +469,14 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family(
         "Qwen/Qwen3-0.6B",
         "qwen3",
-        _byte_level((), _QWEN_LAST, PRETOKENIZE_REGEX, None, eos_token="<|im_end|>", **_QWEN_SETTINGS),
+        _byte_level(
+            (),
+            _QWEN_LAST,
+            PRETOKENIZE_REGEX,
+            None,
+            eos_token="<|im_end|>",
+            **_QWEN_SETTINGS,
+        ),
         lambda ids: (
             _llama_like(ids)
             | {
@@ -472,7 +548,9 @@ FAMILIES: dict[str, Family] = {
         "mistralai/Mistral-7B-v0.1",
         "mistral",
         _LLAMA,
-        lambda ids: _llama_like(ids) | {"bos_token_id": 1, "eos_token_id": 2, "sliding_window": 16},
+        lambda ids: (
+            _llama_like(ids) | {"bos_token_id": 1, "eos_token_id": 2, "sliding_window": 16}
+        ),
         decoder_only=True,
     ),
     "bloom": Family(
@@ -520,13 +598,16 @@ FAMILIES: dict[str, Family] = {
         },
         decoder_only=True,
     ),
-    "cohere": Family("CohereLabs/aya-expanse-8b", "cohere", _COHERE, _cohere_like, decoder_only=True),
+    "cohere": Family(
+        "CohereLabs/aya-expanse-8b", "cohere", _COHERE, _cohere_like, decoder_only=True
+    ),
     "cohere2": Family(
         "CohereLabs/c4ai-command-r7b-12-2024",
         "cohere2",
         _COHERE,
         lambda ids: (
-            _cohere_like(ids) | {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
+            _cohere_like(ids)
+            | {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
         ),
         decoder_only=True,
     ),

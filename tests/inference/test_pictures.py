@@ -9,7 +9,13 @@ import pytest
 
 from flallm_ds.batch import Hypothesis
 from flallm_ds.errors import UserError
-from flallm_ds.inference.pictures import by_epoch, draw_curves, draw_probe, draw_strip, read_probe
+from flallm_ds.inference.pictures import (
+    by_epoch,
+    draw_curves,
+    draw_probe,
+    draw_strip,
+    read_probe,
+)
 
 RED = (200, 30, 30)
 
@@ -28,9 +34,13 @@ def test_a_strip_shows_the_frames_of_each_clip(tmp_path: Path) -> None:
 def test_curves_hold_each_epochs_mean_loss_and_its_score(tmp_path: Path) -> None:
     entries: list[dict[str, object]] = []
     for epoch in range(3):
-        entries += [{"kind": "train", "epoch": epoch, "loss": 3.0 - epoch + step} for step in (0, 1)]
+        entries += [
+            {"kind": "train", "epoch": epoch, "loss": 3.0 - epoch + step} for step in (0, 1)
+        ]
         entries.append({"kind": "train", "epoch": epoch + 1, "bleu4": 10.0 * epoch})
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps(entry) + "\n" for entry in entries)
+    )
     assert by_epoch(tmp_path) == ({1: 3.5, 2: 2.5, 3: 1.5}, {1: 0.0, 2: 10.0, 3: 20.0})
     draw_curves(tmp_path / "curves.png", [tmp_path])
     picture = cv2.imread(str(tmp_path / "curves.png"))
@@ -52,7 +62,9 @@ def test_a_run_without_a_step_has_no_curves(tmp_path: Path) -> None:
 def test_the_probe_is_read_for_each_part_that_was_trained(tmp_path: Path) -> None:
     records: list[dict[str, object]] = [{"kind": "train", "epoch": 0, "loss": 3.0}]
     records += [{"kind": "probe", "global_step": n, "language": 0.5 * n} for n in (1, 3)]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps(one) + "\n" for one in records)
+    )
     assert read_probe(tmp_path) == {"language": ([1, 3], [0.5, 1.5])}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(records[0]) + "\n")
     with pytest.raises(UserError, match="probe_every"):
@@ -64,8 +76,12 @@ def test_a_dollar_sign_is_no_formula(tmp_path: Path) -> None:
     run = tmp_path / "$x_$"
     run.mkdir()
     entries = [{"kind": "train", "epoch": 0, "loss": 3.0}]
-    entries.append({"kind": "probe", "global_step": 1, "epoch": 0, "visual": 1.0, "language": 1.0})
-    (run / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    entries.append(
+        {"kind": "probe", "global_step": 1, "epoch": 0, "visual": 1.0, "language": 1.0}
+    )
+    (run / "metrics.jsonl").write_text(
+        "".join(json.dumps(entry) + "\n" for entry in entries)
+    )
     said = Hypothesis("0_0", "it costs $5_", "it costs $\\frac$", "mine", "en")
     draw_strip(tmp_path / "strip.png", [([np.zeros((8, 8, 3), np.uint8)] * 3, said)])
     draw_curves(tmp_path / "curves.png", [run])

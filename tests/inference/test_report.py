@@ -32,6 +32,8 @@ def test_the_table_has_a_column_for_each_metric() -> None:
 def test_the_table_shows_the_ceiling_where_that_of_a_row_is_low() -> None:
     rows = {"model": ROW | {"ceiling_bleu4": 99.4}, "older": ROW}
     header, _, model, older = table(rows).splitlines()
-    assert header.endswith("|    chrF | ceiling |") and model.endswith("|  100.00 |   99.40 |")
+    assert header.endswith("|    chrF | ceiling |") and model.endswith(
+        "|  100.00 |   99.40 |"
+    )
     assert older.endswith("|  100.00 |         |")
     assert "ceiling" not in table({"model": ROW | {"ceiling_bleu4": 99.5}})

@@ -32,7 +32,9 @@ def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("video")
     rng = np.random.default_rng(0)
     for number in range(24):
-        cv2.imwrite(str(folder / f"{number:03d}.png"), rng.integers(0, 256, (80, 64, 3), np.uint8))
+        cv2.imwrite(
+            str(folder / f"{number:03d}.png"), rng.integers(0, 256, (80, 64, 3), np.uint8)
+        )
     return folder
 
 
@@ -63,7 +65,9 @@ def test_one_line_translates_where_deepspeed_cannot_be_imported(
         f".translate({str(video)!r}, {language_of(kind)!r}))\n"
         "try:\n    import deepspeed\nexcept ImportError:\n    print('no deepspeed')"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     said = translators[kind].translate(video, language_of(kind))
     assert said and done.stdout.splitlines()[-2:] == [said, "no deepspeed"]
@@ -76,21 +80,32 @@ def test_nbest_gives_as_many_sentences_best_first(
     found = translators[kind].searching(beams=4, nbest=3).nbest(video, language_of(kind))
     scores = [score for _, score in found]
     assert len(found) == 3 and scores == sorted(scores, reverse=True) and scores[0] < 0
-    assert found[0][0] == translators[kind].searching(beams=4).translate(video, language_of(kind))
+    assert found[0][0] == translators[kind].searching(beams=4).translate(
+        video, language_of(kind)
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_scores_are_of_the_length_penalty(translators: dict[str, Translator], video: Path, kind: str) -> None:
-    """With penalty 0 a score is the log probability itself; each piece divides it with penalty 1."""
+def test_scores_are_of_the_length_penalty(
+    translators: dict[str, Translator], video: Path, kind: str
+) -> None:
+    """With penalty 0 a score is the log probability itself; each piece divides it with
+    penalty 1."""
     translator = translators[kind].searching(beams=2, nbest=2, length_penalty=0.0)
-    plain = translator.generate(*translator._read(video, translator.language(language_of(kind))))[0]
+    plain = translator.generate(
+        *translator._read(video, translator.language(language_of(kind)))
+    )[0]
     translator = translator.searching(length_penalty=1.0)
-    again = translator.generate(*translator._read(video, translator.language(language_of(kind))))[0]
+    again = translator.generate(
+        *translator._read(video, translator.language(language_of(kind)))
+    )[0]
     both = {c.ids: c.score for c in plain}
     shared = [c for c in again if c.ids in both]
     assert shared
     for candidate in shared:
-        assert candidate.score == pytest.approx(both[candidate.ids] / len(candidate.ids), rel=1e-4)
+        assert candidate.score == pytest.approx(
+            both[candidate.ids] / len(candidate.ids), rel=1e-4
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -110,14 +125,25 @@ def test_what_goes_wrong_in_a_stream_reaches_the_one_who_reads_it(
         list(broken.stream(video))
 
 
-@pytest.mark.parametrize("language", ["de", "German", "DE", "de-AT", "deu_Latn", "<2de>", "en"])
-def test_a_language_is_asked_for_by_code_or_name(translators: dict[str, Translator], language: str) -> None:
-    assert translators[DECODER_ONLY].language(language) == ("en" if language == "en" else "de")
+@pytest.mark.parametrize(
+    "language", ["de", "German", "DE", "de-AT", "deu_Latn", "<2de>", "en"]
+)
+def test_a_language_is_asked_for_by_code_or_name(
+    translators: dict[str, Translator], language: str
+) -> None:
+    assert translators[DECODER_ONLY].language(language) == (
+        "en" if language == "en" else "de"
+    )
 
 
-def test_the_language_asked_for_changes_the_prompt(translators: dict[str, Translator], video: Path) -> None:
+def test_the_language_asked_for_changes_the_prompt(
+    translators: dict[str, Translator], video: Path
+) -> None:
     translator = translators[DECODER_ONLY]
-    wordings = {language: translator.export.codec.wording(language).before for language in ("de", "en")}
+    wordings = {
+        language: translator.export.codec.wording(language).before
+        for language in ("de", "en")
+    }
     assert wordings["de"] != wordings["en"]
     batch, _ = translator._read(video, "en")
     assert translator._wordings(batch)[0].before == wordings["en"]
@@ -126,9 +152,21 @@ def test_the_language_asked_for_changes_the_prompt(translators: dict[str, Transl
 @pytest.mark.parametrize(
     ("kind", "language", "sentence"),
     [
-        (DECODER_ONLY, "", r"--language must be given where the model speaks several \(de, en\), but is ''"),
-        (DECODER_ONLY, "zh", r"--language must be one of those the model speaks \(de, en\), but is 'zh'"),
-        (ENCODER_DECODER, "en", r"--language must be one of those the model speaks \(de_DE\), but is 'en'"),
+        (
+            DECODER_ONLY,
+            "",
+            r"--language must be given where the model speaks several \(de, en\), but is ''",
+        ),
+        (
+            DECODER_ONLY,
+            "zh",
+            r"--language must be one of those the model speaks \(de, en\), but is 'zh'",
+        ),
+        (
+            ENCODER_DECODER,
+            "en",
+            r"--language must be one of those the model speaks \(de_DE\), but is 'en'",
+        ),
     ],
 )
 def test_a_language_that_cannot_be_said(
@@ -139,7 +177,11 @@ def test_a_language_that_cannot_be_said(
 
 
 def test_an_only_language_may_be_named(translators: dict[str, Translator]) -> None:
-    assert translators[ENCODER_DECODER].language("de") == translators[ENCODER_DECODER].language() == "de_DE"
+    assert (
+        translators[ENCODER_DECODER].language("de")
+        == translators[ENCODER_DECODER].language()
+        == "de_DE"
+    )
 
 
 @pytest.mark.parametrize(("beams", "nbest"), [(2, 3), (2, 0), (0, 1)])
@@ -162,9 +204,13 @@ def test_the_verb_prints_sentences_scores_and_streams(
 
     translator = translators[DECODER_ONLY]
     assert printed() == [translator.translate(video, "de")]
-    assert printed(stream=True)[0].strip() == translator.searching(beams=1).translate(video, "de")
+    assert printed(stream=True)[0].strip() == translator.searching(beams=1).translate(
+        video, "de"
+    )
     lines = [line.split("\t") for line in printed(nbest=2, beams=3)]
-    assert [said for _, said in lines] == [s for s, _ in translator.searching(3, 2).nbest(video, "de")]
+    assert [said for _, said in lines] == [
+        s for s, _ in translator.searching(3, 2).nbest(video, "de")
+    ]
     assert all(float(score) < 0 for score, _ in lines)
     with pytest.raises(UserError, match="--stream must go with one beam"):
         printed(stream=True, nbest=2)
@@ -176,15 +222,32 @@ def test_a_split_is_scored_with_nbest_and_its_language(
     run = tmp_path / "run"
     shutil.copytree(exports[DECODER_ONLY].parent, run)
     shards = (str(tiny_corpus / "shards"),)
-    evaluate(run=str(run), split="dev", beams=3, nbest=2, length_penalty=0.5, shards=shards, bits=16)
-    lines = (run / "evaluation" / "dev.hypotheses.jsonl").read_text(encoding="utf-8").splitlines()
+    evaluate(
+        run=str(run),
+        split="dev",
+        beams=3,
+        nbest=2,
+        length_penalty=0.5,
+        shards=shards,
+        bits=16,
+    )
+    lines = (
+        (run / "evaluation" / "dev.hypotheses.jsonl")
+        .read_text(encoding="utf-8")
+        .splitlines()
+    )
     assert len(lines) == 9
     for said in map(json.loads, lines):
         assert said["language"] == "de" and len(said["nbest"]) == 2
-        assert said["nbest"][0][0] == said["hypothesis"] and said["nbest"][0][1] > said["nbest"][1][1]
+        assert (
+            said["nbest"][0][0] == said["hypothesis"]
+            and said["nbest"][0][1] > said["nbest"][1][1]
+        )
     content = json.loads((run / "evaluation" / "dev.json").read_text(encoding="utf-8"))
     assert (
-        content["beams"] == 3 and content["length_penalty"] == 0.5 and content["scores"]["num_sentences"] == 9
+        content["beams"] == 3
+        and content["length_penalty"] == 0.5
+        and content["scores"]["num_sentences"] == 9
     )
     with pytest.raises(UserError, match="as there are beams"):
         evaluate(run=str(run), split="dev", beams=1, nbest=2, shards=shards)
@@ -201,19 +264,29 @@ class CastsOf(TorchDispatchMode):
         self.places = {parameter.data_ptr() for parameter in llm.parameters()}
         self.count = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if func._overloadpacket is torch.ops.aten._to_copy:
             self.count += args[0].data_ptr() in self.places
         return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture(scope="module")
-def bf16_exports(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
+def bf16_exports(
+    tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, str], Path]:
     """As a bf16 engine writes them: whole LLMs, and low-rank additions apart from theirs."""
     folder = tmp_path_factory.mktemp("bf16")
     return {
-        (kind, tuning): write_export(kind, tiny_corpus, folder / f"{kind}_{tuning}", tuning, torch.bfloat16)
-        for kind, tuning in ((ENCODER_DECODER, "full"), (DECODER_ONLY, "full"), (DECODER_ONLY, "lora"))
+        (kind, tuning): write_export(
+            kind, tiny_corpus, folder / f"{kind}_{tuning}", tuning, torch.bfloat16
+        )
+        for kind, tuning in (
+            (ENCODER_DECODER, "full"),
+            (DECODER_ONLY, "full"),
+            (DECODER_ONLY, "lora"),
+        )
     }
 
 
@@ -224,7 +297,11 @@ TUNED = [(ENCODER_DECODER, "full"), (DECODER_ONLY, "full"), (DECODER_ONLY, "lora
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("kind", "tuning"), TUNED)
 def test_an_export_of_a_bf16_run_is_held_in_bf16_and_never_cast_again(
-    bf16_exports: dict[tuple[str, str], Path], video: Path, kind: str, tuning: str, device: str
+    bf16_exports: dict[tuple[str, str], Path],
+    video: Path,
+    kind: str,
+    tuning: str,
+    device: str,
 ) -> None:
     translator = Translator.from_pretrained(bf16_exports[kind, tuning], device)
     model = translator.export.translator
@@ -238,9 +315,14 @@ def test_an_export_of_a_bf16_run_is_held_in_bf16_and_never_cast_again(
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("kind", "tuning"), TUNED)
 def test_a_bf16_export_says_what_the_dev_search_of_its_training_said(
-    bf16_exports: dict[tuple[str, str], Path], video: Path, kind: str, tuning: str, device: str
+    bf16_exports: dict[tuple[str, str], Path],
+    video: Path,
+    kind: str,
+    tuning: str,
+    device: str,
 ) -> None:
-    """The search in training: a frozen encoder outside the engine, then the engine's module as it is."""
+    """The search in training: a frozen encoder outside the engine, then the engine's
+    module as it is."""
     folder = bf16_exports[kind, tuning]
     translator = Translator.from_pretrained(folder, device)
     batch, _ = translator._read(video, language_of(kind) or translator.language())
@@ -271,17 +353,26 @@ def test_other_bits_may_be_asked_for(
 
 def test_an_fp32_export_is_held_in_fp32(translators: dict[str, Translator]) -> None:
     for translator in translators.values():
-        assert {p.dtype for p in translator.export.translator.parameters()} == {torch.float32}
+        assert {p.dtype for p in translator.export.translator.parameters()} == {
+            torch.float32
+        }
 
 
 # --- the hub
 
 
-def test_a_name_that_is_neither_a_folder_nor_on_a_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # read at import
-    with pytest.raises(UserError, match="nobody/nothing must be a folder with an export, or an export on"):
+def test_a_name_that_is_neither_a_folder_nor_on_a_hub(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # read at import
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        UserError, match="nobody/nothing must be a folder with an export, or an export on"
+    ):
         folder_of("nobody/nothing")
-    with pytest.raises(UserError, match=r"there must be an export \(flallm\.json\) in nothing or"):
+    with pytest.raises(
+        UserError, match=r"there must be an export \(flallm\.json\) in nothing or"
+    ):
         folder_of("./nothing")
 
 
@@ -295,8 +386,11 @@ def test_push_without_a_token_or_a_network(
         push_verb(model=model, repo="me/model")
     monkeypatch.setattr("flallm_ds.export.hub.get_token", lambda: "hf_none")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # read at import
-    with pytest.raises(UserError, match="must go to me/model, but the hub cannot be reached or refuses it"):
+    # read at import
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(
+        UserError, match="must go to me/model, but the hub cannot be reached or refuses it"
+    ):
         push(model, "me/model", private=True)
     with pytest.raises(UserError, match="--repo must be USER/NAME, but is 'model'"):
         push(model, "model", private=False)
@@ -305,5 +399,7 @@ def test_push_without_a_token_or_a_network(
     apart = Path(shutil.copytree(model, tmp_path / "apart"))
     settings = json.loads((apart / "flallm.json").read_text()) | {"base": "../llm_trimmed"}
     (apart / "flallm.json").write_text(json.dumps(settings))
-    with pytest.raises(UserError, match=r"adds to the LLM \.\./llm_trimmed\. Make a whole folder"):
+    with pytest.raises(
+        UserError, match=r"adds to the LLM \.\./llm_trimmed\. Make a whole folder"
+    ):
         push(apart, "me/model", private=False)

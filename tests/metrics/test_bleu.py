@@ -24,11 +24,18 @@ REFERENCES = [
 @pytest.mark.parametrize("effective_order", [False, True])
 def test_bleu_n_is_sacrebleu_with_max_ngram_order_n(tokenize, smooth, effective_order):
     ours = corpus_bleu(
-        HYPOTHESES, REFERENCES, tokenize=tokenize, smooth=smooth, effective_order=effective_order
+        HYPOTHESES,
+        REFERENCES,
+        tokenize=tokenize,
+        smooth=smooth,
+        effective_order=effective_order,
     )
     for order in range(1, 5):
         theirs = BLEU(
-            tokenize=tokenize, smooth_method=smooth, effective_order=effective_order, max_ngram_order=order
+            tokenize=tokenize,
+            smooth_method=smooth,
+            effective_order=effective_order,
+            max_ngram_order=order,
         )
         assert ours.orders[order - 1] == pytest.approx(
             theirs.corpus_score(HYPOTHESES, [REFERENCES]).score, abs=1e-9
@@ -41,14 +48,21 @@ def test_bleu_by_hand():
     brevity = math.exp(1 - 6 / 5)
     assert bleu.orders[0] == pytest.approx(100 * brevity * 4 / 5)
     assert bleu.orders[1] == pytest.approx(100 * brevity * (4 / 5 * 3 / 4) ** (1 / 2))
-    assert bleu.orders[2] == pytest.approx(100 * brevity * (4 / 5 * 3 / 4 * 2 / 3) ** (1 / 3))
-    assert bleu.orders[3] == pytest.approx(100 * brevity * (4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** (1 / 4))
+    assert bleu.orders[2] == pytest.approx(
+        100 * brevity * (4 / 5 * 3 / 4 * 2 / 3) ** (1 / 3)
+    )
+    assert bleu.orders[3] == pytest.approx(
+        100 * brevity * (4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** (1 / 4)
+    )
     assert bleu.length_ratio == pytest.approx(5 / 6)
 
 
 def test_a_final_period_raises_bleu():
-    """Appending " ." to both sides adds about 1 BLEU-4 on PHOENIX14T: text is scored as is, and says so."""
-    with_period = corpus_bleu([f"{h} ." for h in HYPOTHESES], [f"{r} ." for r in REFERENCES])
+    """Appending " ." to both sides adds about 1 BLEU-4 on PHOENIX14T: text is scored as
+    is, and says so."""
+    with_period = corpus_bleu(
+        [f"{h} ." for h in HYPOTHESES], [f"{r} ." for r in REFERENCES]
+    )
     assert with_period.orders[0] > corpus_bleu(HYPOTHESES, REFERENCES).orders[0] + 1
 
 

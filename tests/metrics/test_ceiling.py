@@ -10,10 +10,16 @@ WRITTEN = ["今天,到处都是阳光!", "明天,南方有雨......对吗?", "�
 def test_the_ceiling_is_the_score_of_what_the_tokenizer_writes_and_names_what_it_changes():
     found = ceiling(WRITTEN, CHINESE, ["zh"] * 3)
     assert found.bleu4 == score(WRITTEN, CHINESE, "zh").bleu4 < 99.5
-    assert found.changes == (("，", ",", 4), ("…", "...", 2), ("！", "!", 1), ("？", "?", 1))
+    assert found.changes == (
+        ("，", ",", 4),
+        ("…", "...", 2),
+        ("！", "!", 1),
+        ("？", "?", 1),
+    )
     assert str(found) == (
-        f"A perfect model would score BLEU-4 {found.bleu4:.2f}, because its tokenizer changes the "
-        "references: '，' -> ',' (4), '…' -> '...' (2), '！' -> '!' (1), '？' -> '?' (1)."
+        f"A perfect model would score BLEU-4 {found.bleu4:.2f}, because its tokenizer "
+        "changes the references: '，' -> ',' (4), '…' -> '...' (2), '！' -> '!' (1), '？' -> "
+        "'?' (1)."
     )
 
 
@@ -26,7 +32,11 @@ def test_text_that_comes_back_whole_has_a_ceiling_without_a_word():
     ("reference", "written", "changes"),
     [
         ("morgen 😀 regnet es im norden", "morgen regnet es im norden", (("😀", "", 1),)),
-        ("Morgen Regnet Es Im Norden", "morgen regnet es im norden", (("M", "m", 1), ("R", "r", 1))),
+        (
+            "Morgen Regnet Es Im Norden",
+            "morgen regnet es im norden",
+            (("M", "m", 1), ("R", "r", 1)),
+        ),
         ("ein wort das fehlt ist hier", "ein wort das ist hier", (("fehlt", "", 1),)),
         ("don 't do that any more now", "don't do that any more now", ((" ", "", 1),)),
         ("morgen  regnet es im norden . ", "morgen regnet es im norden .", ()),
@@ -41,11 +51,19 @@ def test_only_the_most_frequent_changes_are_listed():
     letters = "ÀÈÌÒÙÁÉÍÓÚÂÊ"
     references = [" ".join(letters[: n + 1]) for n in range(len(letters))]
     plain = str.maketrans(letters, "aeiouaeiouae")
-    text = str(ceiling([r.translate(plain) for r in references], references, ["de"] * len(references)))
-    assert "'À' -> 'a' (12), 'È' -> 'e' (11)" in text and text.endswith("'Ú' -> 'u' (3) and 2 more.")
+    text = str(
+        ceiling(
+            [r.translate(plain) for r in references], references, ["de"] * len(references)
+        )
+    )
+    assert "'À' -> 'a' (12), 'È' -> 'e' (11)" in text and text.endswith(
+        "'Ú' -> 'u' (3) and 2 more."
+    )
 
 
 def test_several_languages_have_the_mean_of_their_ceilings():
     german = ["heute scheint im norden die sonne"]
     found = ceiling([*german, *WRITTEN], [*german, *CHINESE], ["de", "zh", "zh", "zh"])
-    assert found.bleu4 == pytest.approx((100 + ceiling(WRITTEN, CHINESE, ["zh"] * 3).bleu4) / 2)
+    assert found.bleu4 == pytest.approx(
+        (100 + ceiling(WRITTEN, CHINESE, ["zh"] * 3).bleu4) / 2
+    )

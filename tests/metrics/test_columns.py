@@ -31,4 +31,8 @@ def test_a_score_that_was_stored_without_a_metric_has_an_empty_cell() -> None:
 
 def test_records_with_scores_are_told_from_others() -> None:
     assert has_scores({"epoch": 1, "bleu4": 0.5})
-    assert not has_scores({"epoch": 1, "loss": 3.0}) and not has_scores({}) and not has_scores(3)
+    assert (
+        not has_scores({"epoch": 1, "loss": 3.0})
+        and not has_scores({})
+        and not has_scores(3)
+    )

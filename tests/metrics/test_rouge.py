@@ -24,7 +24,9 @@ def test_lcs_equals_the_textbook_table():
 
 def test_sentence_by_hand():
     # Common: am regnet es (3). P = 3/4, R = 3/5; F = 2.44 P R / (R + 1.44 P).
-    value = sentence_rouge_l(["am", "abend", "regnet", "es"], ["am", "tag", "regnet", "es", "viel"])
+    value = sentence_rouge_l(
+        ["am", "abend", "regnet", "es"], ["am", "tag", "regnet", "es", "viel"]
+    )
     assert value == pytest.approx(2.44 * 0.75 * 0.6 / (0.6 + 1.44 * 0.75))
 
 

@@ -21,7 +21,9 @@ def test_scores_are_frozen_plain_values():
     with pytest.raises(dataclasses.FrozenInstanceError):
         scores.bleu4 = 0.0
     assert all(isinstance(value, float | int | str) for value in scores.as_dict().values())
-    assert scores.signatures["rouge_signature"] == "F|beta:1.2|tok:whitespace|mean:sentences"
+    assert (
+        scores.signatures["rouge_signature"] == "F|beta:1.2|tok:whitespace|mean:sentences"
+    )
 
 
 def test_empty_hypotheses_score_zero():
@@ -45,16 +47,30 @@ def test_chinese_is_scored_by_characters():
     assert scores.values["rouge_l"] == pytest.approx(100 * f_score)
     assert "tok:zh" in scores.signatures["bleu_signature"]
     assert "tok:char" in scores.signatures["rouge_signature"]
-    assert scores.bleu4 > score(hypotheses, references, "de").bleu4  # unsplit Chinese is one wrong word
+    # unsplit Chinese is one wrong word
+    assert scores.bleu4 > score(hypotheses, references, "de").bleu4
 
 
 def test_spaces_do_not_matter_in_chinese():
     assert rouge_tokens("明天 有雨 。", characters=True) == ["明", "天", "有", "雨", "。"]
-    spaced, unspaced = (score([text], ["明天有雨。"], "zh") for text in ("明天 有 雨 。", "明天有雨。"))
+    spaced, unspaced = (
+        score([text], ["明天有雨。"], "zh") for text in ("明天 有 雨 。", "明天有雨。")
+    )
     assert spaced == unspaced
 
 
-CHINESE = ["zh", "zh_CN", "zh-Hant", "Chinese", "__zh__", "<2zh>", "zho_Hant", "cmn", "yue", "Cantonese"]
+CHINESE = [
+    "zh",
+    "zh_CN",
+    "zh-Hant",
+    "Chinese",
+    "__zh__",
+    "<2zh>",
+    "zho_Hant",
+    "cmn",
+    "yue",
+    "Cantonese",
+]
 
 
 @pytest.mark.parametrize("language", CHINESE)
@@ -86,7 +102,9 @@ def test_languages_without_spaces_are_scored_by_characters(language, said, meant
         assert spaced.values[key] == scores.values[key]
 
 
-@pytest.mark.parametrize("language", ["ko_KR", "Vietnamese", "de", "ja-Latn", "zh-Latn", "", "no such one"])
+@pytest.mark.parametrize(
+    "language", ["ko_KR", "Vietnamese", "de", "ja-Latn", "zh-Latn", "", "no such one"]
+)
 def test_languages_with_spaces_are_scored_by_words(language):
     scores = score(["im norden regen"], ["im norden regen"], language)
     assert "tok:13a" in scores.signatures["bleu_signature"]
@@ -110,13 +128,16 @@ def test_nothing_to_score_is_an_error():
 
 
 def test_several_languages_are_scored_each_by_its_own_rule_and_weigh_the_same():
-    """Chinese by characters, for it has no spaces. Two German sentences weigh as much as one Chinese."""
+    """Chinese by characters, for it has no spaces. Two German sentences weigh as much as
+    one Chinese."""
     german = ["im norden regen am morgen", "im süden sonne am abend"]
     said, meant = [*german, "明天北方有雨雪"], [*german, "明天北方有大雨"]
     mixed = score_by_language(said, meant, ["de", "de", "zh"])
     alone = score([said[2]], [meant[2]], "zh")
     assert 10 < alone.bleu4 < 100
-    assert mixed.bleu4 == pytest.approx((100 + alone.bleu4) / 2) and mixed.num_sentences == 3
+    assert (
+        mixed.bleu4 == pytest.approx((100 + alone.bleu4) / 2) and mixed.num_sentences == 3
+    )
     signature = mixed.signatures["bleu_signature"]
     assert "de: nrefs" in signature and "zh: nrefs" in signature
     assert "tok:zh" in signature and "tok:13a" in signature

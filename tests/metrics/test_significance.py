@@ -1,4 +1,5 @@
-"""The paired bootstrap against sacreBLEU's own scores, and what it must say of clear and unclear cases."""
+"""The paired bootstrap against sacreBLEU's own scores, and what it must say of clear and
+unclear cases."""
 
 import numpy as np
 import pytest
@@ -19,7 +20,9 @@ def spoilt(references: list[str], share: float, seed: int) -> list[str]:
     """Some of the sentences replaced by others."""
     rng = np.random.default_rng(seed)
     others = sentences(len(references), seed + 100)
-    return [o if rng.random() < share else r for r, o in zip(references, others, strict=True)]
+    return [
+        o if rng.random() < share else r for r, o in zip(references, others, strict=True)
+    ]
 
 
 REFERENCES = sentences(80, 0)
@@ -28,7 +31,9 @@ REFERENCES = sentences(80, 0)
 def test_the_score_of_the_whole_set_is_sacrebleus():
     runs = [spoilt(REFERENCES, 0.5, 1), spoilt(REFERENCES, 0.5, 2)]
     found = paired_bootstrap({"half": runs}, REFERENCES, resamples=20).score("half")
-    assert found.value == pytest.approx(np.mean([score(r, REFERENCES, language="de").bleu4 for r in runs]))
+    assert found.value == pytest.approx(
+        np.mean([score(r, REFERENCES, language="de").bleu4 for r in runs])
+    )
     assert found.low < found.value < found.high
 
 
@@ -47,7 +52,9 @@ def test_a_clear_difference_is_told_from_none():
 
 def test_equal_systems_do_not_differ_on_any_resampled_set():
     same = [spoilt(REFERENCES, 0.5, 6)]
-    gap, chance = paired_bootstrap({"a": same, "b": same}, REFERENCES, resamples=20).difference("a", "b")
+    gap, chance = paired_bootstrap(
+        {"a": same, "b": same}, REFERENCES, resamples=20
+    ).difference("a", "b")
     assert (gap.low, gap.value, gap.high, chance) == (0, 0, 0, 1)
 
 

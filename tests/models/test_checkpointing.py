@@ -1,4 +1,5 @@
-"""Activations computed again: the same losses, gradients and statistics, with less kept meanwhile."""
+"""Activations computed again: the same losses, gradients and statistics, with less kept
+meanwhile."""
 
 from collections.abc import Callable
 
@@ -25,9 +26,14 @@ from flallm_ds.models.checkpointing import checkpoint_llm, checkpoint_stages, st
 from flallm_ds.models.visual_encoder import VisualEncoder
 
 
-def kept_bytes(forward: Callable[[], torch.Tensor], module: nn.Module) -> tuple[torch.Tensor, int]:
-    """(the result, bytes that autograd keeps of it for the backward pass, the module's own tensors apart)."""
-    own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
+def kept_bytes(
+    forward: Callable[[], torch.Tensor], module: nn.Module
+) -> tuple[torch.Tensor, int]:
+    """(the result, bytes that autograd keeps of it for the backward pass, the module's
+    own tensors apart)."""
+    own = {
+        t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())
+    }
     storages: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -50,20 +56,31 @@ def twins(build: Callable[[], nn.Module]) -> tuple[nn.Module, nn.Module]:
 def assert_same_state(first: nn.Module, second: nn.Module) -> None:
     for (name, tensor), other in zip(first.named_buffers(), second.buffers(), strict=True):
         assert torch.equal(tensor, other), name
-    for (name, parameter), other in zip(first.named_parameters(), second.parameters(), strict=True):
+    for (name, parameter), other in zip(
+        first.named_parameters(), second.parameters(), strict=True
+    ):
         assert (parameter.grad is None) == (other.grad is None), name
         if parameter.grad is not None:
-            torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-5, atol=1e-7, msg=name)
+            torch.testing.assert_close(
+                parameter.grad, other.grad, rtol=1e-5, atol=1e-7, msg=name
+            )
 
 
 def resnet() -> ResNetModel:
     return ResNetModel(
-        ResNetConfig(embedding_size=8, hidden_sizes=[8, 16, 32, 64], depths=[2] * 4, layer_type="basic")
+        ResNetConfig(
+            embedding_size=8,
+            hidden_sizes=[8, 16, 32, 64],
+            depths=[2] * 4,
+            layer_type="basic",
+        )
     )
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_batch_norm_of_a_checkpointed_stage_counts_each_batch_once(momentum: float | None) -> None:
+def test_batch_norm_of_a_checkpointed_stage_counts_each_batch_once(
+    momentum: float | None,
+) -> None:
     """momentum none: how a step's statistics are averaged over its micro-batches."""
     plain, checkpointed = twins(resnet)
     checkpoint_stages(checkpointed)
@@ -73,13 +90,17 @@ def test_batch_norm_of_a_checkpointed_stage_counts_each_batch_once(momentum: flo
                 norm.momentum = momentum
     for _ in range(2):
         pixels = torch.randn(6, 3, 32, 32)
-        losses = [model(pixels).pooler_output.pow(2).sum() for model in (plain, checkpointed)]
+        losses = [
+            model(pixels).pooler_output.pow(2).sum() for model in (plain, checkpointed)
+        ]
         assert torch.equal(*losses)
         for loss in losses:
             loss.backward()
     assert_same_state(plain, checkpointed)
     assert {
-        m.num_batches_tracked.item() for m in checkpointed.modules() if isinstance(m, nn.BatchNorm2d)
+        m.num_batches_tracked.item()
+        for m in checkpointed.modules()
+        if isinstance(m, nn.BatchNorm2d)
     } == {2}
     assert checkpointed.state_dict().keys() == plain.state_dict().keys()
 
@@ -101,22 +122,40 @@ def test_a_checkpointed_backbone_keeps_less_and_computes_as_ever_in_evaluation()
     ("build", "stages"),
     [
         (resnet, 4),
-        (lambda: ConvNextModel(ConvNextConfig(hidden_sizes=[8, 16, 16, 16], depths=[1, 1, 2, 1])), 4),
+        (
+            lambda: ConvNextModel(
+                ConvNextConfig(hidden_sizes=[8, 16, 16, 16], depths=[1, 1, 2, 1])
+            ),
+            4,
+        ),
         (
             lambda: Dinov2Model(
-                Dinov2Config(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, image_size=28)
+                Dinov2Config(
+                    hidden_size=16,
+                    num_hidden_layers=3,
+                    num_attention_heads=2,
+                    image_size=28,
+                )
             ),
             3,
         ),
         (
             lambda: SwinModel(
-                SwinConfig(embed_dim=8, depths=[1, 1], num_heads=[1, 2], window_size=2, image_size=32)
+                SwinConfig(
+                    embed_dim=8,
+                    depths=[1, 1],
+                    num_heads=[1, 2],
+                    window_size=2,
+                    image_size=32,
+                )
             ),
             2,
         ),
     ],
 )
-def test_stages_of_other_backbones_are_found(build: Callable[[], nn.Module], stages: int) -> None:
+def test_stages_of_other_backbones_are_found(
+    build: Callable[[], nn.Module], stages: int
+) -> None:
     plain, checkpointed = twins(build)
     assert len(stages_of(plain)) == stages
     checkpoint_stages(checkpointed)
@@ -164,7 +203,9 @@ def test_a_checkpointed_llm_gives_the_same_loss_and_gradients_with_dropout(
     for model in (plain, checkpointed):
         model.requires_grad_(not frozen)
         torch.manual_seed(5)
-        decoder = {"decoder_input_ids": torch.arange(30).view(3, 10)} if build is mbart else {}
+        decoder = (
+            {"decoder_input_ids": torch.arange(30).view(3, 10)} if build is mbart else {}
+        )
         loss, size = kept_bytes(
             lambda model=model, decoder=decoder: (
                 model(inputs_embeds=embeddings, **decoder).logits.pow(2).sum()
@@ -189,15 +230,21 @@ def test_an_llm_that_cannot_be_checkpointed_is_named() -> None:
         checkpoint_llm(model)
 
 
-@pytest.mark.parametrize("pixels", [32, 64])  # 32: the last stage sees one place of one frame
-def test_a_micro_batch_of_one_clip_of_one_frame_trains_the_visual_encoder(pixels: int) -> None:
+# 32: the last stage sees one place of one frame
+@pytest.mark.parametrize("pixels", [32, 64])
+def test_a_micro_batch_of_one_clip_of_one_frame_trains_the_visual_encoder(
+    pixels: int,
+) -> None:
     encoder = VisualEncoder(width=8)
     encoder.train()
     frame = torch.randn(1, 3, pixels, pixels)
     features = encoder(frame, torch.tensor([1]))
     assert features.shape == (1, encoder.feature_width)
     features.sum().backward()
-    for name, tensor in (*encoder.named_buffers(), *((n, p.grad) for n, p in encoder.named_parameters())):
+    for name, tensor in (
+        *encoder.named_buffers(),
+        *((n, p.grad) for n, p in encoder.named_parameters()),
+    ):
         assert tensor is not None and torch.isfinite(tensor).all(), name
     several = encoder(torch.randn(3, 3, pixels, pixels), torch.tensor([1, 2]))
     assert several.shape[0] == 3 and several.std() > 0

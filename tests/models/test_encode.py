@@ -1,4 +1,5 @@
-"""The path from a batch to visual features that training, the translator and feature writing share."""
+"""The path from a batch to visual features that training, the translator and feature
+writing share."""
 
 from dataclasses import replace
 
@@ -25,7 +26,9 @@ def batch() -> Batch:
     """Two clips of two and three frames."""
     generator = torch.Generator().manual_seed(0)
     return Batch(
-        frames_NHWC=torch.randint(0, 256, (5, 40, 30, 3), dtype=torch.uint8, generator=generator),
+        frames_NHWC=torch.randint(
+            0, 256, (5, 40, 30, 3), dtype=torch.uint8, generator=generator
+        ),
         num_frames_B=torch.tensor([2, 3]),
         size_B2=torch.tensor([[40.0, 30.0]] * 2),
         draws_B9=torch.rand(2, 9, generator=generator),
@@ -39,7 +42,9 @@ def batch() -> Batch:
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_frames_become_features(extractor: FeatureExtractor, batch: Batch, train: bool) -> None:
+def test_frames_become_features(
+    extractor: FeatureExtractor, batch: Batch, train: bool
+) -> None:
     features_ND = encode(batch, extractor, PREPROCESS, train=train, device=CPU)
     with torch.no_grad():
         expected_ND = extractor(PREPROCESS(batch, train, CPU), batch.num_frames_B)
@@ -47,20 +52,26 @@ def test_frames_become_features(extractor: FeatureExtractor, batch: Batch, train
     assert not features_ND.requires_grad
 
 
-def test_cached_features_are_taken_as_they_are(extractor: FeatureExtractor, batch: Batch) -> None:
+def test_cached_features_are_taken_as_they_are(
+    extractor: FeatureExtractor, batch: Batch
+) -> None:
     cached_ND = torch.randn(5, 32).half()
     cached = replace(batch, frames_NHWC=batch.frames_NHWC[:0], features_ND=cached_ND)
     features_ND = encode(cached, extractor, PREPROCESS, train=True, device=CPU)
     assert torch.equal(features_ND, cached_ND.float())
 
 
-def test_an_encoder_in_train_mode_is_refused(extractor: FeatureExtractor, batch: Batch) -> None:
+def test_an_encoder_in_train_mode_is_refused(
+    extractor: FeatureExtractor, batch: Batch
+) -> None:
     with pytest.raises(AssertionError, match="in train mode"):
         encode(batch, extractor.train(), PREPROCESS, train=True, device=CPU)
 
 
 @pytest.mark.gpu
-def test_a_gpu_computes_in_bf16_where_it_is_asked_to(extractor: FeatureExtractor, batch: Batch) -> None:
+def test_a_gpu_computes_in_bf16_where_it_is_asked_to(
+    extractor: FeatureExtractor, batch: Batch
+) -> None:
     device = torch.device("cuda")
     extractor.to(device)
     half_ND, full_ND = (

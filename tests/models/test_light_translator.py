@@ -3,7 +3,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from flallm_ds.models.light_translator import SIZES, build_light_translator, light_translator_from_config
+from flallm_ds.models.light_translator import (
+    SIZES,
+    build_light_translator,
+    light_translator_from_config,
+)
 
 
 def vocabulary(size: int) -> SimpleNamespace:
@@ -11,18 +15,25 @@ def vocabulary(size: int) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize(
-    ("size", "millions"), [("tiny", 3.61), ("small", 18.25), ("base", 25.61), ("large", 124.66)]
+    ("size", "millions"),
+    [("tiny", 3.61), ("small", 18.25), ("base", 25.61), ("large", 124.66)],
 )
 def test_sizes_have_the_papers_parameters(size, millions):
     """FLa-LLM, Table 7, at a vocabulary of about 2,430."""
     with torch.device("meta"):
         model = build_light_translator(size, vocabulary(2430), dropout=0.1)
-    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.01)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(
+        millions, rel=0.01
+    )
 
 
 def test_there_is_one_word_embedding_and_an_untied_head():
     model = build_light_translator("tiny", vocabulary(100), dropout=0.1)
-    assert model.model.encoder.embed_tokens is model.model.decoder.embed_tokens is model.model.shared
+    assert (
+        model.model.encoder.embed_tokens
+        is model.model.decoder.embed_tokens
+        is model.model.shared
+    )
     assert model.lm_head.weight is not model.model.shared.weight
     assert model.lm_head.weight.shape == model.model.shared.weight.shape == (100, 256)
 

@@ -12,7 +12,8 @@ from flallm_ds.errors import UserError
 from flallm_ds.models import loss
 from flallm_ds.models.loss import Head, token_loss
 
-NAMES = {  # the same size in each family's words; qwen2 and its like have the most common ones
+# the same size in each family's words; qwen2 and its like have the most common ones
+NAMES = {
     "encoder-decoder": {
         "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
         "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64,
@@ -57,7 +58,9 @@ def tiny_model(model_type: str, rules: dict[str, Any], vocab_size: int = VOCABUL
 def states_and_logits(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """(what the decoder gave, the model's own logits) of the same forward pass."""
     states: list[torch.Tensor] = []
-    hook = model.get_decoder().register_forward_hook(lambda module, args, out: states.append(out[0]))
+    hook = model.get_decoder().register_forward_hook(
+        lambda module, args, out: states.append(out[0])
+    )
     ids = torch.randint(3, VOCABULARY, (2, 7))
     decoder = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
     logits = model(ids, **decoder).logits
@@ -66,7 +69,8 @@ def states_and_logits(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("model_type", "rules"), [(m, r) for m in sorted(loss.VERIFIED) for r in RULES.get(m, [{}])]
+    ("model_type", "rules"),
+    [(m, r) for m in sorted(loss.VERIFIED) for r in RULES.get(m, [{}])],
 )
 def test_the_head_of_each_verified_type_gives_the_models_own_logits(
     model_type: str, rules: dict[str, Any]
@@ -79,9 +83,10 @@ def test_the_head_of_each_verified_type_gives_the_models_own_logits(
         torch.testing.assert_close(head.logits(states), expected, rtol=1e-6, atol=1e-6)
         if rules or model_type == "mbart":  # a rule that did nothing would show nothing
             bare = model.get_output_embeddings()(states)
-            plain = rules in ({"final_logit_softcapping": None}, {"tie_word_embeddings": False}) or (
-                model_type == "mt5"
-            )
+            plain = rules in (
+                {"final_logit_softcapping": None},
+                {"tie_word_embeddings": False},
+            ) or (model_type == "mt5")
             assert torch.allclose(bare, expected, atol=1e-3) == plain
 
 
@@ -117,7 +122,9 @@ def test_chunks_give_the_loss_and_gradients_of_plain_cross_entropy(
     assert "forward" not in vars(model.get_output_embeddings())
     head = Head.of(model)
     assert head is not None
-    expected = F.cross_entropy(head.logits(states), targets, reduction="sum", label_smoothing=0.2)
+    expected = F.cross_entropy(
+        head.logits(states), targets, reduction="sum", label_smoothing=0.2
+    )
     torch.testing.assert_close(plain[0], expected.detach(), rtol=1e-6, atol=0)
     for a, b in zip(chunked, plain, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
@@ -184,9 +191,12 @@ def test_a_head_with_more_than_a_weight_uses_logits_and_is_refused_chunks() -> N
     head = Head.of(model)
     assert head is not None
     states, targets = torch.randn(4, 32), torch.randint(VOCABULARY, (4,))
-    assert token_loss(head, states, targets, 0.0) == token_loss(head, states, targets, 0.0, "logits")
+    assert token_loss(head, states, targets, 0.0) == token_loss(
+        head, states, targets, 0.0, "logits"
+    )
     with pytest.raises(
-        UserError, match=r"llm\.loss=chunks cannot be: .* without bias, but is Linear\(.*bias=True"
+        UserError,
+        match=r"llm\.loss=chunks cannot be: .* without bias, but is Linear\(.*bias=True",
     ):
         token_loss(head, states, targets, 0.0, "chunks")
 
@@ -194,7 +204,9 @@ def test_a_head_with_more_than_a_weight_uses_logits_and_is_refused_chunks() -> N
 def test_liger_is_refused_in_one_sentence_where_it_cannot_be() -> None:
     head = Head.of(tiny_model("qwen3", {}))
     assert head is not None
-    with pytest.raises(UserError, match=r"needs a CUDA device, but there is none\. Use --llm\.loss=auto\.$"):
+    with pytest.raises(
+        UserError, match=r"needs a CUDA device, but there is none\. Use --llm\.loss=auto\.$"
+    ):
         token_loss(head, torch.randn(2, 32), torch.tensor([3, 4]), 0.2, "liger")
     assert token_loss(head, torch.randn(2, 32), torch.tensor([3, 4]), 0.2, "auto") > 0
 
@@ -202,7 +214,9 @@ def test_liger_is_refused_in_one_sentence_where_it_cannot_be() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("model_type", ["mbart", "t5", "gemma2", "cohere", "granite", "qwen3"])
+@pytest.mark.parametrize(
+    "model_type", ["mbart", "t5", "gemma2", "cohere", "granite", "qwen3"]
+)
 def test_liger_gives_the_loss_and_gradients_of_plain_cross_entropy(
     model_type: str, frozen: bool, autocast: bool
 ) -> None:

@@ -49,7 +49,9 @@ def adapter(llm: Path) -> None:
 
 
 def adapter_next_to_a_config(llm: Path) -> None:
-    (llm / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "google/mt5-base"}))
+    (llm / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": "google/mt5-base"})
+    )
 
 
 def gguf(llm: Path) -> None:
@@ -101,8 +103,12 @@ def without_a_part(llm: Path) -> None:
     (llm / "model.safetensors").unlink()
     first = dict(list(tensors.items())[:3])
     save_file(first, llm / "model-00001-of-00002.safetensors", metadata={"format": "pt"})
-    places = {n: f"model-0000{1 if n in first else 2}-of-00002.safetensors" for n in tensors}
-    (llm / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    places = {
+        n: f"model-0000{1 if n in first else 2}-of-00002.safetensors" for n in tensors
+    }
+    (llm / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": places})
+    )
 
 
 def broken_index(llm: Path) -> None:
@@ -115,19 +121,55 @@ def nothing(llm: Path) -> None:
 
 
 FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
-    "adapter": (adapter, r"holds an adapter .* of google/mt5-base\. Name google/mt5-base, or merge"),
-    "adapter_and_config": (adapter_next_to_a_config, r"holds an adapter .* of google/mt5-base\."),
-    "gguf": (gguf, r"Cannot train .*mt5\.Q4_K_M\.gguf: GGUF files .* Name the model that it was made from"),
-    "pointer_weights": (pointer("model.safetensors"), r"model\.safetensors: it is a git-lfs pointer"),
-    "pointer_tokenizer": (pointer("tokenizer.json"), r"tokenizer\.json: it is a git-lfs pointer"),
-    "pointer_pieces": (pointer("spiece.model"), r"spiece\.model: it is a git-lfs pointer .*git lfs pull"),
+    "adapter": (
+        adapter,
+        r"holds an adapter .* of google/mt5-base\. Name google/mt5-base, or merge",
+    ),
+    "adapter_and_config": (
+        adapter_next_to_a_config,
+        r"holds an adapter .* of google/mt5-base\.",
+    ),
+    "gguf": (
+        gguf,
+        r"Cannot train .*mt5\.Q4_K_M\.gguf: GGUF files .* Name the model that it was made from",
+    ),
+    "pointer_weights": (
+        pointer("model.safetensors"),
+        r"model\.safetensors: it is a git-lfs pointer",
+    ),
+    "pointer_tokenizer": (
+        pointer("tokenizer.json"),
+        r"tokenizer\.json: it is a git-lfs pointer",
+    ),
+    "pointer_pieces": (
+        pointer("spiece.model"),
+        r"spiece\.model: it is a git-lfs pointer .*git lfs pull",
+    ),
     "pointer_config": (pointer("config.json"), r"config\.json: it is a git-lfs pointer"),
-    "below": (in_a_folder_below, r"must hold the config\.json .* Did you mean .*/llm/checkpoint-100\?"),
-    "no_weights": (without_weights, r"must hold weights \(model\.safetensors or .*\), got none\."),
-    "tensorflow": (of_tensorflow, r"must hold weights .*, got only tf_model\.h5, which is of another format"),
-    "cut_off": (cut_off, r"model\.safetensors must load, but did not: the file is cut off or damaged"),
-    "a_page": (not_safetensors, r"model\.safetensors must load, but did not: the file is cut off or damaged"),
-    "a_part": (without_a_part, r"Cannot read .*model-00002-of-00002\.safetensors: there is no such file"),
+    "below": (
+        in_a_folder_below,
+        r"must hold the config\.json .* Did you mean .*/llm/checkpoint-100\?",
+    ),
+    "no_weights": (
+        without_weights,
+        r"must hold weights \(model\.safetensors or .*\), got none\.",
+    ),
+    "tensorflow": (
+        of_tensorflow,
+        r"must hold weights .*, got only tf_model\.h5, which is of another format",
+    ),
+    "cut_off": (
+        cut_off,
+        r"model\.safetensors must load, but did not: the file is cut off or damaged",
+    ),
+    "a_page": (
+        not_safetensors,
+        r"model\.safetensors must load, but did not: the file is cut off or damaged",
+    ),
+    "a_part": (
+        without_a_part,
+        r"Cannot read .*model-00002-of-00002\.safetensors: there is no such file",
+    ),
     "index": (broken_index, r"model\.safetensors\.index\.json: it is no index of weights"),
     "empty": (nothing, r"must load, but did not: the folder is empty\. Check --llm\.name"),
 }
@@ -143,9 +185,13 @@ def test_a_folder_of_another_kind_is_refused_by_its_cause(llm: Path, fault: str)
         assert "\n" not in str(raised.value)
 
 
-def test_a_folder_of_the_hubs_cache_is_refused_with_the_name_of_its_model(llm: Path) -> None:
+def test_a_folder_of_the_hubs_cache_is_refused_with_the_name_of_its_model(
+    llm: Path,
+) -> None:
     hub_cache(llm)
-    with pytest.raises(UserError, match=r"hub's cache: name google/mt5-base, or its folder .*/0123abcd\."):
+    with pytest.raises(
+        UserError, match=r"hub's cache: name google/mt5-base, or its folder .*/0123abcd\."
+    ):
         check_llm(str(llm / "models--google--mt5-base"))
     with pytest.raises(UserError, match=r"Did you mean .*/0123abcd\?"):
         check_llm(str(llm))
@@ -154,7 +200,9 @@ def test_a_folder_of_the_hubs_cache_is_refused_with_the_name_of_its_model(llm: P
 
 def test_a_tokenizer_alone_is_refused(llm: Path) -> None:
     only(llm, "tokenizer.json", "tokenizer_config.json")
-    with pytest.raises(UserError, match=r"must hold the config\.json of an LLM, got tokenizer\.json, tok"):
+    with pytest.raises(
+        UserError, match=r"must hold the config\.json of an LLM, got tokenizer\.json, tok"
+    ):
         check_llm(str(llm))
 
 
@@ -166,7 +214,10 @@ def test_weights_that_are_not_asked_for_may_be_missing(llm: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("model.safetensors", r"got the file .*model\.safetensors\. Name its folder: .*llm\."),
+        (
+            "model.safetensors",
+            r"got the file .*model\.safetensors\. Name its folder: .*llm\.",
+        ),
         ("mt5.gguf", r"Cannot train .*mt5\.gguf: GGUF files"),
     ],
 )
@@ -191,8 +242,12 @@ def test_an_address_is_refused_with_the_hub_id_in_it() -> None:
 def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A hub where nobody listens, and an empty cache."""
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr("huggingface_hub.file_download.ENDPOINT", "http://127.0.0.1:9", raising=False)
-    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", "http://127.0.0.1:9", raising=False)
+    monkeypatch.setattr(
+        "huggingface_hub.file_download.ENDPOINT", "http://127.0.0.1:9", raising=False
+    )
+    monkeypatch.setattr(
+        "huggingface_hub.hf_api.api.endpoint", "http://127.0.0.1:9", raising=False
+    )
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     return tmp_path
 
@@ -201,7 +256,8 @@ def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def test_without_a_network_a_hub_id_is_refused_at_once(
     no_network: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """transformers repeats its requests for 23 seconds, once for the config and once for the tokenizer."""
+    """transformers repeats its requests for 23 seconds, once for the config and once for
+    the tokenizer."""
 
     def repeat(seconds: float) -> None:
         raise AssertionError("a request is repeated")
@@ -212,13 +268,17 @@ def test_without_a_network_a_hub_id_is_refused_at_once(
         load_tokenizer,
         lambda name: TextCodec.for_training_text(name, Instruction(), TEXTS, True),
     ):
-        with pytest.raises(UserError, match=rf"{name} is no folder here .* the hub cannot be .*standin_llm"):
+        with pytest.raises(
+            UserError, match=rf"{name} is no folder here .* the hub cannot be .*standin_llm"
+        ):
             read(name)
 
 
 def test_offline_mode_is_named(no_network: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"t5-small is no folder here .* HF_HUB_OFFLINE is set\. Name a fol"):
+    with pytest.raises(
+        UserError, match=r"t5-small is no folder here .* HF_HUB_OFFLINE is set\. Name a fol"
+    ):
         check_llm("t5-small")
 
 
@@ -235,10 +295,14 @@ build_backbone("org/encoder", 64, True, 32)
 """
 
 
-def test_what_is_cached_is_read_without_a_hub_and_without_repetitions(llm: Path, tmp_path: Path) -> None:
+def test_what_is_cached_is_read_without_a_hub_and_without_repetitions(
+    llm: Path, tmp_path: Path
+) -> None:
     """A compute node without a network: each file would be asked for again and again."""
     encoder = tmp_path / "encoder"
-    ResNetModel(ResNetConfig(embedding_size=64, hidden_sizes=[8, 16], depths=[1, 1])).save_pretrained(encoder)
+    ResNetModel(
+        ResNetConfig(embedding_size=64, hidden_sizes=[8, 16], depths=[1, 1])
+    ).save_pretrained(encoder)
     for name, folder in (("llm", llm), ("encoder", encoder)):
         cached = tmp_path / "home" / "hub" / f"models--org--{name}"
         shutil.copytree(folder, cached / "snapshots" / "0123abcd")
@@ -252,9 +316,15 @@ def test_what_is_cached_is_read_without_a_hub_and_without_repetitions(llm: Path,
 
     with socketserver.TCPServer(("127.0.0.1", 0), HangsUp) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        environment = {name: v for name, v in os.environ.items() if name != "HF_HUB_OFFLINE"}
+        environment = {
+            name: v for name, v in os.environ.items() if name != "HF_HUB_OFFLINE"
+        }
         environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}"}
         environment |= {"HF_HOME": str(tmp_path / "home")}
-        subprocess.run([sys.executable, "-c", CACHED], env=environment, check=True, timeout=300)
+        subprocess.run(
+            [sys.executable, "-c", CACHED], env=environment, check=True, timeout=300
+        )
         server.shutdown()
-    assert [one for one in asked if "/org/" in one] == ["HEAD /org/llm/resolve/main/config.json"]
+    assert [one for one in asked if "/org/" in one] == [
+        "HEAD /org/llm/resolve/main/config.json"
+    ]

@@ -22,13 +22,19 @@ def translator(codec):
 
 @pytest.fixture
 def batch(codec):
-    """features_ND of three clips of 7, 3 and 5 frames, the ids around them, and their target ids."""
+    """features_ND of three clips of 7, 3 and 5 frames, the ids around them, and their
+    target ids."""
     torch.manual_seed(1)
     ids = [codec.encode(t) for t in ("regen sonne wind morgen", "nebel", "wolken schnee")]
     target_ids_BL = torch.full((3, max(map(len, ids))), -100)
     for row, sentence in zip(target_ids_BL, ids, strict=True):
         row[: len(sentence)] = torch.tensor(sentence)
-    return torch.randn(15, WIDTH), torch.tensor([7, 3, 5]), [codec.light_wording("de")] * 3, target_ids_BL
+    return (
+        torch.randn(15, WIDTH),
+        torch.tensor([7, 3, 5]),
+        [codec.light_wording("de")] * 3,
+        target_ids_BL,
+    )
 
 
 def parts_of(batch):
@@ -41,7 +47,8 @@ def parts_of(batch):
 
 
 def test_the_loss_is_the_smoothed_cross_entropy_of_each_next_token(translator, batch):
-    """By hand: one clip after the other, token by token, the decoder fed with what came before."""
+    """By hand: one clip after the other, token by token, the decoder fed with what came
+    before."""
     smoothing, expected = 0.2, 0.0
     with torch.no_grad():
         for features, _, wordings, ids in parts_of(batch):
@@ -98,7 +105,9 @@ def test_generation_does_not_depend_on_the_batch(translator, batch, codec):
     assert len({clip[0].ids for clip in together}) == 3
 
 
-def test_light_t_is_searched_with_as_it_is_asked_whatever_its_config_holds(translator, batch, codec):
+def test_light_t_is_searched_with_as_it_is_asked_whatever_its_config_holds(
+    translator, batch, codec
+):
     light_t = translator.language_model
     beam = Beam(num_beams=2, max_new_tokens=8)
     expected = translator.generate(*batch[:3], beam)
@@ -118,7 +127,9 @@ def test_generation_stops_after_max_new_tokens(translator, batch):
 
 def test_greedy_generation_picks_the_likeliest_next_token(translator, batch, codec):
     features, num_frames, wordings, _ = parts_of(batch)[0]
-    ((said,),) = translator.generate(features, num_frames, wordings, Beam(num_beams=1, max_new_tokens=6))
+    ((said,),) = translator.generate(
+        features, num_frames, wordings, Beam(num_beams=1, max_new_tokens=6)
+    )
     with torch.no_grad():
         fed = torch.tensor([[*wordings[0].start, *said.ids[:-1]]])
         logits = translator.language_model(
@@ -131,7 +142,9 @@ def test_in_stage_1_gradients_reach_every_part_of_the_visual_encoder(codec):
     torch.manual_seed(0)
     visual = VisualEncoder(width=4)
     light_t = build_light_translator("tiny", codec, dropout=0.1)
-    model = SignTranslator(visual, Adapter(visual.feature_width, 256), light_t, codec).train()
+    model = SignTranslator(
+        visual, Adapter(visual.feature_width, 256), light_t, codec
+    ).train()
     ids = torch.tensor([codec.encode("regen wind")] * 2)
     wordings = [codec.light_wording("de")] * 2
     model(torch.randn(5, 3, 32, 32), torch.tensor([2, 3]), wordings, ids, 0.2).backward()
@@ -170,7 +183,9 @@ def decoder_only(codec, seed=0):
     with torch.no_grad():
         for parameter in llm.parameters():
             parameter.mul_(4)
-    instruction = Instruction(decoder_only=True, languages=("de",), prompt="regen {video} sonne wind")
+    instruction = Instruction(
+        decoder_only=True, languages=("de",), prompt="regen {video} sonne wind"
+    )
     prompting = TextCodec(codec.tokenizer, instruction, codec.kept_ids)
     return SignTranslator(None, Adapter(WIDTH, 32), llm, prompting).eval(), prompting
 
@@ -188,17 +203,26 @@ def test_a_decoder_only_llm_is_asked_for_the_target_alone(codec, batch):
             video = translator.adapter(features)
             for place, target in enumerate(ids[0].tolist()):
                 after = torch.tensor([*wording.after, *ids[0, :place].tolist()])
-                fed = torch.cat([words(torch.tensor(wording.before)), video, words(after)])[None]
-                expected -= translator.language_model(inputs_embeds=fed).logits[0, -1].log_softmax(-1)[target]
+                fed = torch.cat([words(torch.tensor(wording.before)), video, words(after)])[
+                    None
+                ]
+                expected -= (
+                    translator.language_model(inputs_embeds=fed)
+                    .logits[0, -1]
+                    .log_softmax(-1)[target]
+                )
         loss = translator(features_ND, num_frames_B, [wording] * 3, target_ids_BL)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_a_rank_without_clips_embeds_as_the_others_do(codec, batch):
-    """Even where nothing stands around the video: under ZeRO-3 the embedding is a gather of all ranks."""
+    """Even where nothing stands around the video: under ZeRO-3 the embedding is a gather
+    of all ranks."""
     translator, codec = decoder_only(codec)
     calls = []
-    translator.language_model.get_input_embeddings().register_forward_hook(lambda *_: calls.append(1))
+    translator.language_model.get_input_embeddings().register_forward_hook(
+        lambda *_: calls.append(1)
+    )
     dummy = torch.full((1, 1), -100)
     loss = translator(batch[0][:1], torch.tensor([1]), [Wording()], dummy)
     assert len(calls) == 1 and loss.item() == 0
@@ -208,7 +232,9 @@ def test_an_llm_in_bf16_reads_an_fp32_adapter(codec, batch):
     translator, codec = decoder_only(codec)
     features_ND, num_frames_B, _, _ = batch
     translator.language_model.bfloat16()
-    found = translator.generate(features_ND, num_frames_B, [codec.wording("de")] * 3, Beam(max_new_tokens=4))
+    found = translator.generate(
+        features_ND, num_frames_B, [codec.wording("de")] * 3, Beam(max_new_tokens=4)
+    )
     assert all(clip[0].ids for clip in found)
 
 
@@ -218,8 +244,12 @@ def test_a_decoder_only_llm_generates_the_same_alone_and_in_a_batch(codec, batch
     beam = Beam(num_beams=3, max_new_tokens=8, num_return=2)
     wordings = [codec.wording("de")] * 3
     together = translator.generate(features_ND, num_frames_B, wordings, beam)
-    alone = [translator.generate(*part[:2], wordings[:1], beam)[0] for part in parts_of(batch)]
-    assert [[c.ids for c in clip] for clip in together] == [[c.ids for c in clip] for clip in alone]
+    alone = [
+        translator.generate(*part[:2], wordings[:1], beam)[0] for part in parts_of(batch)
+    ]
+    assert [[c.ids for c in clip] for clip in together] == [
+        [c.ids for c in clip] for clip in alone
+    ]
     for clip, same in zip(together, alone, strict=True):
         assert clip[0].score >= clip[1].score
         assert [c.score for c in clip] == pytest.approx([c.score for c in same], abs=1e-4)

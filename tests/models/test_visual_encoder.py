@@ -33,8 +33,11 @@ def encoder():
     return encoder
 
 
-def torchvision_resnet18(width: int = 64, batches_tracked: bool = True) -> dict[str, torch.Tensor]:
-    """Names and shapes of torchvision's resnet18 state dict, written out by hand; each value is its own."""
+def torchvision_resnet18(
+    width: int = 64, batches_tracked: bool = True
+) -> dict[str, torch.Tensor]:
+    """Names and shapes of torchvision's resnet18 state dict, written out by hand; each
+    value is its own."""
     shapes: dict[str, tuple[int, ...]] = {"conv1.weight": (width, 3, 7, 7)}
 
     def norm(name: str, channels: int) -> None:
@@ -57,7 +60,10 @@ def torchvision_resnet18(width: int = 64, batches_tracked: bool = True) -> dict[
             channels = out
     shapes |= {"fc.weight": (1000, 8 * width), "fc.bias": (1000,)}
     generator = torch.Generator().manual_seed(0)
-    return {n: torch.rand(s, generator=generator) if s else torch.tensor(7) for n, s in shapes.items()}
+    return {
+        n: torch.rand(s, generator=generator) if s else torch.tensor(7)
+        for n, s in shapes.items()
+    }
 
 
 # --- packing
@@ -68,7 +74,10 @@ def test_clips_encoded_together_are_as_if_each_were_alone(encoder):
     pixels_NCHW = torch.randn(17, 3, 32, 32)
     with torch.no_grad():
         together = encoder(pixels_NCHW, num_frames_B)
-        alone = [encoder(p, torch.tensor([len(p)])) for p in pixels_NCHW.split(num_frames_B.tolist())]
+        alone = [
+            encoder(p, torch.tensor([len(p)]))
+            for p in pixels_NCHW.split(num_frames_B.tolist())
+        ]
     assert together.shape == (17, 64)
     assert torch.allclose(together, torch.cat(alone), atol=1e-5)
     assert together.std() > 0.05
@@ -102,7 +111,10 @@ def test_the_temporal_module_is_a_convolution_with_zeros_at_the_ends(encoder):
     with torch.no_grad():
         padded = torch.cat([torch.zeros(1, 64), frames_ND, torch.zeros(1, 64)])
         by_hand = torch.stack(
-            [torch.einsum("oik,ki->o", temporal.conv.weight, padded[t : t + 3]) for t in range(7)]
+            [
+                torch.einsum("oik,ki->o", temporal.conv.weight, padded[t : t + 3])
+                for t in range(7)
+            ]
         )
         expected = torch.relu(temporal.norm(by_hand + temporal.conv.bias))
         assert torch.allclose(temporal(frames_ND, torch.tensor([7])), expected, atol=1e-5)
@@ -114,9 +126,13 @@ def test_batch_norm_of_the_temporal_module_never_sees_the_gaps(encoder):
         frames_ND = torch.randn(9, 64)
         with torch.no_grad():
             out = module(frames_ND, torch.tensor([4, 5]))
-            signs = torch.cat([module.conv(p.T[None])[0].T for p in frames_ND.split([4, 5])])
+            signs = torch.cat(
+                [module.conv(p.T[None])[0].T for p in frames_ND.split([4, 5])]
+            )
             expected = torch.relu(
-                nn.functional.batch_norm(signs, None, None, module.norm.weight, module.norm.bias, True)
+                nn.functional.batch_norm(
+                    signs, None, None, module.norm.weight, module.norm.bias, True
+                )
             )
         assert torch.allclose(out, expected, atol=1e-5)
     finally:
@@ -132,7 +148,10 @@ def test_features_are_eight_times_as_wide_as_the_first_stage(width, features):
 def test_at_width_64_the_backbone_is_resnet18():
     """11.69 M parameters with the classifier's 513,000."""
     with torch.device("meta"):
-        assert sum(p.numel() for p in VisualEncoder().backbone.parameters()) == 11_689_512 - 513_000
+        assert (
+            sum(p.numel() for p in VisualEncoder().backbone.parameters())
+            == 11_689_512 - 513_000
+        )
 
 
 # --- frames at a time
@@ -143,10 +162,14 @@ def test_chunks_of_frames_give_the_same_features(encoder):
     chunked = copy.deepcopy(encoder)
     chunked.chunk_frames = 4
     seen = []
-    chunked.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    chunked.backbone.register_forward_pre_hook(
+        lambda _, inputs: seen.append(len(inputs[0]))
+    )
     with torch.no_grad():
         assert torch.allclose(
-            chunked(pixels_NCHW, num_frames_B), encoder(pixels_NCHW, num_frames_B), atol=1e-6
+            chunked(pixels_NCHW, num_frames_B),
+            encoder(pixels_NCHW, num_frames_B),
+            atol=1e-6,
         )
         assert seen == [4, 4, 3]
         assert chunked.frame_features(pixels_NCHW[:0]).shape == (0, 64)
@@ -155,7 +178,9 @@ def test_chunks_of_frames_give_the_same_features(encoder):
 def test_what_learns_or_counts_is_never_cut_into_chunks():
     encoder = VisualEncoder(width=4, chunk_frames=2)
     seen = []
-    encoder.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    encoder.backbone.register_forward_pre_hook(
+        lambda _, inputs: seen.append(len(inputs[0]))
+    )
     pixels_NCHW = torch.randn(5, 3, 32, 32)
     encoder.train().frame_features(pixels_NCHW)
     encoder.eval().frame_features(pixels_NCHW)  # with gradients
@@ -174,19 +199,25 @@ def test_settings_build_the_same_architecture(encoder):
     settings = json.loads(json.dumps(VisualEncoder(width=8, temporal_kernel=5).settings()))
     again = VisualEncoder.from_settings(settings)
     assert (
-        again.temporal.conv.kernel_size == (5,) and again.feature_width == again.backbone.feature_width == 64
+        again.temporal.conv.kernel_size == (5,)
+        and again.feature_width == again.backbone.feature_width == 64
     )
     assert resnet_width(settings) == 8
     same = VisualEncoder.from_settings(encoder.settings()).eval()
     same.load_state_dict(encoder.state_dict())
     pixels_NCHW = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        assert torch.equal(same.frame_features(pixels_NCHW), encoder.frame_features(pixels_NCHW))
+        assert torch.equal(
+            same.frame_features(pixels_NCHW), encoder.frame_features(pixels_NCHW)
+        )
 
 
 def test_settings_of_a_width_alone_are_a_resnet_18():
     settings = {"width": 4, "temporal_kernel": 5}
-    assert VisualEncoder.from_settings(settings).feature_width == 32 and resnet_width(settings) == 4
+    assert (
+        VisualEncoder.from_settings(settings).feature_width == 32
+        and resnet_width(settings) == 4
+    )
     with pytest.raises(UserError, match="settings of a visual encoder"):
         VisualEncoder.from_settings({"depth": 4})
 
@@ -194,19 +225,28 @@ def test_settings_of_a_width_alone_are_a_resnet_18():
 # --- ImageNet weights
 
 
-@pytest.mark.parametrize("batches_tracked", [True, False], ids=["new file", "file of before 2018"])
+@pytest.mark.parametrize(
+    "batches_tracked", [True, False], ids=["new file", "file of before 2018"]
+)
 def test_torchvision_weights_land_where_they_belong(tmp_path, batches_tracked):
     state = torchvision_resnet18(width=4, batches_tracked=batches_tracked)
     torch.save(state, tmp_path / "resnet18.pth")
     loaded = build_backbone(str(tmp_path / "resnet18.pth"), width=4).model.state_dict()
-    assert torch.equal(loaded["embedder.embedder.convolution.weight"], state["conv1.weight"])
+    assert torch.equal(
+        loaded["embedder.embedder.convolution.weight"], state["conv1.weight"]
+    )
     assert torch.equal(
         loaded["encoder.stages.2.layers.1.layer.0.normalization.running_var"],
         state["layer3.1.bn1.running_var"],
     )
-    # Every value but the classifier's is used, and used once: each tensor is random, so sums tell them apart.
+    # Every value but the classifier's is used, and used once: each tensor is random, so
+    # sums tell them apart.
     used = sorted(t.double().sum().item() for n, t in loaded.items() if "tracked" not in n)
-    given = sorted(t.double().sum().item() for n, t in state.items() if "tracked" not in n and "fc." not in n)
+    given = sorted(
+        t.double().sum().item()
+        for n, t in state.items()
+        if "tracked" not in n and "fc." not in n
+    )
     assert used == given and len(set(used)) == len(used)
 
 
@@ -240,7 +280,9 @@ def test_weights_of_another_width_are_refused(tmp_path):
 
 
 def test_a_missing_weights_file_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"visual\.weights must be a file, but there is none"):
+    with pytest.raises(
+        UserError, match=r"visual\.weights must be a file, but there is none"
+    ):
         build_backbone(str(tmp_path / "none.pth"))
 
 
@@ -259,7 +301,9 @@ def test_a_frozen_batch_norm_stays_in_eval_mode_and_keeps_its_statistics():
     encoder.train()
     before = {name: value.clone() for name, value in encoder.backbone.named_buffers()}
     encoder(torch.randn(6, 3, 32, 32), torch.tensor([2, 4])).sum().backward()
-    assert all(torch.equal(value, before[name]) for name, value in encoder.backbone.named_buffers())
+    assert all(
+        torch.equal(value, before[name]) for name, value in encoder.backbone.named_buffers()
+    )
     assert encoder.temporal.norm.training
     convolution = encoder.backbone.model.embedder.embedder.convolution.weight
     assert convolution.grad is not None and convolution.grad.abs().sum() > 0
@@ -271,7 +315,10 @@ def test_frozen_stages_keep_their_weights_and_the_rest_learns():
     encoder(torch.randn(6, 3, 32, 32), torch.tensor([2, 4])).sum().backward()
     learns = {name for name, p in encoder.backbone.named_parameters() if p.grad is not None}
     assert learns and all(name.startswith("model.encoder.stages.3.") for name in learns)
-    assert all(p.requires_grad == (name in learns) for name, p in encoder.backbone.named_parameters())
+    assert all(
+        p.requires_grad == (name in learns)
+        for name, p in encoder.backbone.named_parameters()
+    )
     assert all(p.grad is not None for p in encoder.temporal.parameters())
 
 
@@ -317,17 +364,22 @@ def extractor(kind: str) -> FeatureExtractor:
         max_position_embeddings=64,
         dropout=0.1,
     )
-    return FeatureExtractor(visual, kind, Adapter(visual.feature_width, 16), encoder_of(MBartEncoder(config)))
+    return FeatureExtractor(
+        visual, kind, Adapter(visual.feature_width, 16), encoder_of(MBartEncoder(config))
+    )
 
 
-@pytest.mark.parametrize(("kind", "width"), [("signs", 32), ("frames", 32), ("light_t", 16)])
+@pytest.mark.parametrize(
+    ("kind", "width"), [("signs", 32), ("frames", 32), ("light_t", 16)]
+)
 def test_features_of_a_clip_do_not_depend_on_its_batch(kind, width):
     model = extractor(kind).eval()
     pixels_NCHW, num_frames_B = torch.randn(9, 3, 32, 32), torch.tensor([4, 2, 3])
     with torch.no_grad():
         features_ND = model(pixels_NCHW, num_frames_B)
         alone = [
-            model(clip, torch.tensor([len(clip)])) for clip in torch.split(pixels_NCHW, num_frames_B.tolist())
+            model(clip, torch.tensor([len(clip)]))
+            for clip in torch.split(pixels_NCHW, num_frames_B.tolist())
         ]
     assert features_ND.shape == (9, width) and model.feature_width == width
     torch.testing.assert_close(features_ND, torch.cat(alone), rtol=1e-4, atol=1e-5)
@@ -375,10 +427,16 @@ def test_frozen_parts_stay_frozen_whoever_calls_train(kind, how, trained):
     for name, part in parts.items():
         if part is not None:
             assert part.training == (name in trained), name
-            assert all(p.requires_grad == (name in trained) for p in part.parameters()), name
+            assert all(p.requires_grad == (name in trained) for p in part.parameters()), (
+                name
+            )
     before = {n: b.clone() for n, b in model.named_buffers() if "running" in n}
     model(torch.randn(6, 3, 32, 32), torch.tensor([6]))
-    changed = {n.split(".")[1] for n, b in model.named_buffers() if n in before and not b.equal(before[n])}
+    changed = {
+        n.split(".")[1]
+        for n, b in model.named_buffers()
+        if n in before and not b.equal(before[n])
+    }
     assert changed == trained
 
 

@@ -1,4 +1,5 @@
-"""Weights written tensor by tensor load as those of transformers do; what is not whole says so."""
+"""Weights written tensor by tensor load as those of transformers do; what is not whole
+says so."""
 
 import json
 from pathlib import Path
@@ -11,16 +12,22 @@ from transformers import T5Config, T5ForConditionalGeneration
 from flallm_ds.errors import UserError
 from flallm_ds.models.weights import Weights, load_weights, named_state, write_weights
 
-TENSORS = {f"layer{n}.weight": torch.full((10, 10), float(n)) for n in range(5)}  # 400 bytes each
+# 400 bytes each
+TENSORS = {f"layer{n}.weight": torch.full((10, 10), float(n)) for n in range(5)}
 FILES = [f"model-{n:05d}-of-00003.safetensors" for n in (1, 2, 3)]
 
 
 def test_tensors_come_back_from_several_files(tmp_path: Path) -> None:
     write_weights(tmp_path, TENSORS.items(), file_bytes=900)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [*FILES, "model.safetensors.index.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        *FILES,
+        "model.safetensors.index.json",
+    ]
     assert all(path.stat().st_size < 1300 for path in tmp_path.glob("model-*"))
     found = dict(Weights(tmp_path))
-    assert found.keys() == TENSORS.keys() and all(torch.equal(found[n], TENSORS[n]) for n in TENSORS)
+    assert found.keys() == TENSORS.keys() and all(
+        torch.equal(found[n], TENSORS[n]) for n in TENSORS
+    )
 
 
 def test_what_fits_into_one_file_goes_into_one(tmp_path: Path) -> None:
@@ -36,7 +43,9 @@ def test_a_tensor_larger_than_a_file_gets_one_of_its_own(tmp_path: Path) -> None
 
 def test_transformers_reads_the_files(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = T5ForConditionalGeneration(T5Config(vocab_size=50, d_model=16, d_kv=4, d_ff=8, num_layers=1))
+    model = T5ForConditionalGeneration(
+        T5Config(vocab_size=50, d_model=16, d_kv=4, d_ff=8, num_layers=1)
+    )
     write_weights(tmp_path, named_state(model), file_bytes=2000)
     model.config.save_pretrained(tmp_path)
     assert len(list(tmp_path.glob("model-*"))) > 1
@@ -52,7 +61,9 @@ def test_a_write_that_fails_leaves_nothing_that_loads(tmp_path: Path) -> None:
 
     with pytest.raises(RuntimeError):
         write_weights(tmp_path, tensors(), file_bytes=1)
-    with pytest.raises(UserError, match=r"model\.safetensors must be a whole safetensors file"):
+    with pytest.raises(
+        UserError, match=r"model\.safetensors must be a whole safetensors file"
+    ):
         Weights(tmp_path)
 
 
@@ -72,7 +83,9 @@ def test_a_broken_file_of_several_is_named(tmp_path: Path, damage: str) -> None:
         Weights(tmp_path)
 
 
-def test_a_module_that_lacks_a_tensor_or_differs_in_shape_is_refused(tmp_path: Path) -> None:
+def test_a_module_that_lacks_a_tensor_or_differs_in_shape_is_refused(
+    tmp_path: Path,
+) -> None:
     write_weights(tmp_path, [("weight", torch.ones(2, 3))])
     with pytest.raises(UserError, match="must hold bias"):
         load_weights(nn.Linear(3, 2), Weights(tmp_path))

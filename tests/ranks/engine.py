@@ -1,4 +1,5 @@
-"""Started under a launcher by test_engine.py: every case of the engine on two ranks, one JSON a rank."""
+"""Started under a launcher by test_engine.py: every case of the engine on two ranks, one
+JSON a rank."""
 
 import json
 import math
@@ -8,7 +9,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig, MBartConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    LlamaConfig,
+    MBartConfig,
+)
 
 from flallm_ds import dist
 from flallm_ds.command import main
@@ -57,7 +63,9 @@ def groups_of(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 
 def make_engine(model: nn.Module, zero: dict[str, Any], world: dist.World) -> ds.Engine:
-    config = ds.complete({"zero_optimization": zero}, world.device, MICRO_BATCHES, clip=1e-3)
+    config = ds.complete(
+        {"zero_optimization": zero}, world.device, MICRO_BATCHES, clip=1e-3
+    )
     trained = [p for p in model.parameters() if p.requires_grad]
     return ds.Engine(model, [{"params": trained, "lr": 1e-2}], OptimConfig(), config, world)
 
@@ -89,10 +97,14 @@ def grad_norms(zero: dict[str, Any], world: dist.World) -> list[dict[str, Any]]:
                 norms = engine.grad_norms(groups_of(model))
             engine.micro_step_done([1e-2])
         expected = {
-            name: torch.cat([p.grad.flatten() for p in group if p.grad is not None]).norm().item()
+            name: torch.cat([p.grad.flatten() for p in group if p.grad is not None])
+            .norm()
+            .item()
             for name, group in groups_of(plain).items()
         }
-        found.append({"norms": norms, "expected": expected, "grad_norm": engine.grad_norm()})
+        found.append(
+            {"norms": norms, "expected": expected, "grad_norm": engine.grad_norm()}
+        )
     return found
 
 
@@ -107,7 +119,9 @@ def without_a_finite_gradient(zero: dict[str, Any], world: dist.World) -> dict[s
             is_bad = step == 1 and world.rank == 1 and number == 0
             loss = engine(batch) * (world.size / 10)
             if is_bad:
-                hook = model.adapter.bias.register_hook(lambda gradient: gradient * math.nan)
+                hook = model.adapter.bias.register_hook(
+                    lambda gradient: gradient * math.nan
+                )
             engine.backward(loss)
             if is_bad:
                 hook.remove()
@@ -183,9 +197,13 @@ class Translator(nn.Module):
         else:
             words_BLE = self.language_model.get_input_embeddings()(ids_BL[:, :-1])
             inputs_BLE = torch.cat([memory_BSE, words_BLE], 1)
-            logits_BLV = self.language_model(inputs_embeds=inputs_BLE, use_cache=False).logits
+            logits_BLV = self.language_model(
+                inputs_embeds=inputs_BLE, use_cache=False
+            ).logits
             logits_BLV = logits_BLV[:, -LENGTH + 1 :]
-        return nn.functional.cross_entropy(logits_BLV.flatten(0, 1).float(), ids_BL[:, 1:].flatten())
+        return nn.functional.cross_entropy(
+            logits_BLV.flatten(0, 1).float(), ids_BL[:, 1:].flatten()
+        )
 
 
 def save_llm(llm: str, seed: int, folder: Path) -> None:
@@ -194,7 +212,9 @@ def save_llm(llm: str, seed: int, folder: Path) -> None:
     auto.from_config(LLMS[llm]).save_pretrained(folder)
 
 
-def make_translator(folder: Path, tuning: Tuning, config: dict[str, Any], seed: int = 0) -> Translator:
+def make_translator(
+    folder: Path, tuning: Tuning, config: dict[str, Any], seed: int = 0
+) -> Translator:
     partitioning = ds.model_loading(config)
     bits = 16 if config.get("bf16", {}).get("enabled") else 32
     llm = load_llm(str(folder), LlmOptions(dropout=0.1, bits=bits))
@@ -205,7 +225,8 @@ def make_translator(folder: Path, tuning: Tuning, config: dict[str, Any], seed: 
 
 
 def train(engine: ds.Engine, world: dist.World, steps: range) -> list[float]:
-    """The loss of each step over all ranks. The batches are the same in each, so that it falls."""
+    """The loss of each step over all ranks. The batches are the same in each, so that it
+    falls."""
     engine.module.train()
     losses = []
     for step in steps:
@@ -216,7 +237,9 @@ def train(engine: ds.Engine, world: dist.World, steps: range) -> list[float]:
             features_BSF = torch.randn(2, 3, FEATURES, generator=generator)
             ids_BL = torch.randint(4, VOCABULARY, (2, LENGTH), generator=generator)
             torch.manual_seed(1000 * step + place)
-            loss = engine(features_BSF.to(next(engine.module.adapter.parameters()).dtype), ids_BL)
+            loss = engine(
+                features_BSF.to(next(engine.module.adapter.parameters()).dtype), ids_BL
+            )
             total += loss.item()
             engine.backward(loss / MICRO_BATCHES)
             engine.micro_step_done([1e-2])
@@ -224,14 +247,18 @@ def train(engine: ds.Engine, world: dist.World, steps: range) -> list[float]:
     return losses
 
 
-def tuned_engine(folder: Path, tuning: Tuning, zero: dict[str, Any], world: dist.World) -> ds.Engine:
+def tuned_engine(
+    folder: Path, tuning: Tuning, zero: dict[str, Any], world: dist.World
+) -> ds.Engine:
     config = ds.complete({"zero_optimization": zero}, world.device, MICRO_BATCHES, clip=1.0)
     model = make_translator(folder, tuning, config)
     trained = [p for p in model.parameters() if p.requires_grad]
     return ds.Engine(model, [{"params": trained, "lr": 1e-2}], OptimConfig(), config, world)
 
 
-def tuned(folder: Path, tuning: Tuning, zero: dict[str, Any], world: dist.World) -> dict[str, Any]:
+def tuned(
+    folder: Path, tuning: Tuning, zero: dict[str, Any], world: dist.World
+) -> dict[str, Any]:
     engine = tuned_engine(folder, tuning, zero, world)
     before = dict(engine.state())
     losses = train(engine, world, range(STEPS))
@@ -241,8 +268,11 @@ def tuned(folder: Path, tuning: Tuning, zero: dict[str, Any], world: dist.World)
         {
             "losses": losses,
             "num_trained": len(trained),
-            "num_frozen": len([n for n, _ in engine.module.named_parameters()]) - len(trained),
-            "changed": sorted(n for n in before if world.is_main and not torch.equal(before[n], after[n])),
+            "num_frozen": len([n for n, _ in engine.module.named_parameters()])
+            - len(trained),
+            "changed": sorted(
+                n for n in before if world.is_main and not torch.equal(before[n], after[n])
+            ),
             "trained": sorted(trained),
         },
         world,
@@ -271,11 +301,15 @@ def resumed(
 
 def in_bf16(folder: Path, tuning: Tuning, world: dist.World) -> dict[str, Any]:
     """ZeRO-3 in bf16, which the engine does not choose on a CPU by itself."""
-    config = ds.complete({"zero_optimization": ZEROS["zero3"]}, world.device, MICRO_BATCHES, clip=1.0)
+    config = ds.complete(
+        {"zero_optimization": ZEROS["zero3"]}, world.device, MICRO_BATCHES, clip=1.0
+    )
     config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
     model = make_translator(folder, tuning, config)
     trained = [p for p in model.parameters() if p.requires_grad]
-    engine = ds.Engine(model, [{"params": trained, "lr": 1e-2}], OptimConfig(), config, world)
+    engine = ds.Engine(
+        model, [{"params": trained, "lr": 1e-2}], OptimConfig(), config, world
+    )
     dtypes = {str(p.dtype) for p in engine.module.parameters()}
     return {"losses": train(engine, world, range(STEPS)), "dtypes": sorted(dtypes)}
 
@@ -286,13 +320,19 @@ def engine_ranks(*, out: Path) -> None:
     cases: dict[str, Callable[[], Any]] = {}
     for name, zero in ZEROS.items():
         cases[f"grad_norms/{name}"] = lambda zero=zero: grad_norms(zero, world)
-        cases[f"not_finite/{name}"] = lambda zero=zero: without_a_finite_gradient(zero, world)
+        cases[f"not_finite/{name}"] = lambda zero=zero: without_a_finite_gradient(
+            zero, world
+        )
     for llm in LLMS:
         for seed, name in enumerate((llm, f"{llm}_other")):
-            dist.main_first(lambda llm=llm, seed=seed, name=name: save_llm(llm, seed, out / name), world)
+            dist.main_first(
+                lambda llm=llm, seed=seed, name=name: save_llm(llm, seed, out / name), world
+            )
     for case in TUNED:
         llm, how, zero = case.split("/")
-        cases[f"tuned/{case}"] = lambda a=(out / llm, TUNINGS[how], ZEROS[zero]): tuned(*a, world)
+        cases[f"tuned/{case}"] = lambda a=(out / llm, TUNINGS[how], ZEROS[zero]): tuned(
+            *a, world
+        )
     for case in RESUMED:
         llm, how, zero = case.split("/")
         arguments = (out / llm, TUNINGS[how], ZEROS[zero], out / "saved" / case)

@@ -1,6 +1,8 @@
-"""Started by test_llm_families.py: trains each LLM of a JSON file in turn, or loads what was exported of it.
+"""Started by test_llm_families.py: trains each LLM of a JSON file in turn, or loads what
+was exported of it.
 
-Both write RUN/{trained.RANK,loaded}.json: of each dev clip the token ids of the best hypothesis.
+Both write RUN/{trained.RANK,loaded}.json: of each dev clip the token ids of the best
+hypothesis.
 """
 
 import json
@@ -36,14 +38,18 @@ def runs(*, scenarios: Path | None = None, exports: Path | None = None) -> None:
         Trainer(task, folder, StopRequest()).run(saved=None)
         task.engine.module.eval()
         found = _search(task.dev_loader(), task.generate)
-        (folder / f"trained.{world.rank}.json").write_text(json.dumps(found), encoding="utf-8")
+        (folder / f"trained.{world.rank}.json").write_text(
+            json.dumps(found), encoding="utf-8"
+        )
     for run in json.loads(exports.read_text(encoding="utf-8")) if exports else ():
         config = RunConfig.load(Path(run) / "config.json")
         translator = Translator.from_pretrained(run, "cpu")
         index = open_index(config.data, "dev", world)
         sampling = export.frame_sampling(translator.export.settings)
         kept = sampling.num_kept(index.num_frames, index.arrays["fps"])
-        one_at_a_time = Plan(index.fingerprint, kept, index.arrays["shard"], 0, 1, 1).in_length_order()
+        one_at_a_time = Plan(
+            index.fingerprint, kept, index.arrays["shard"], 0, 1, 1
+        ).in_length_order()
         reader = ClipReader(index, sampling, seed=0, train=False)
         loader = Loader(reader, one_at_a_time, translator.export.codec)
         found = _search(loader, translator.generate)

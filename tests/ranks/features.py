@@ -1,4 +1,5 @@
-"""Started under a launcher by test_cached_features.py: writes features and trains on them, all in one go."""
+"""Started under a launcher by test_cached_features.py: writes features and trains on
+them, all in one go."""
 
 import shutil
 from pathlib import Path
@@ -32,13 +33,15 @@ def another_encoder(exported: Path, out: Path) -> None:
 
 
 def first_features(task: Task) -> torch.Tensor:
-    """Return what the LLM-Adapter reads at the first training step of this rank, masks included."""
+    """Return what the LLM-Adapter reads at the first training step of this rank, masks
+    included."""
     batches = next(iter(task.train_loader(0).steps(0)))
     return torch.cat([task.inputs(batch, train=True) for batch in batches])
 
 
 def runs(*, folder: Path, corpus: Path) -> None:
-    """In `folder`: visual/, its features/, and runs of stage llm on the video and on the features."""
+    """In `folder`: visual/, its features/, and runs of stage llm on the video and on the
+    features."""
     world = dist.start()
     stop = StopRequest()
 
@@ -47,13 +50,18 @@ def runs(*, folder: Path, corpus: Path) -> None:
         place = dist.main_first(lambda: open_run_folder(config), world)
         task = build_task(config, place, world)
         if stage == "llm":
-            save_file({"features_ND": first_features(task)}, place / f"first_features_{world.rank}")
+            save_file(
+                {"features_ND": first_features(task)},
+                place / f"first_features_{world.rank}",
+            )
         saved = dist.main_first(lambda: checkpoint.resumable(place), world)
         Trainer(task, place, stop).run(saved)
 
     train("visual", "visual", **ONE_EPOCH)
     config = resolve("llm", None, tiny_options(corpus, "llm", folder / "features"))
-    Writing.begin(config, world, folder / "features", 2, "float32", ("train", "dev", "test")).run(stop)
+    Writing.begin(
+        config, world, folder / "features", 2, "float32", ("train", "dev", "test")
+    ).run(stop)
     cached = {"data.shards": folder / "features"}
     train("llm", "video")
     train("llm", "cached", **cached)

@@ -1,7 +1,8 @@
-"""Started by test_generation.py: trains runs in turn and searches dev, weights gathered once or by the token.
+"""Started by test_generation.py: trains runs in turn and searches dev, weights gathered
+once or by the token.
 
-Each writes RUN/found.RANK.json: {"auto" | "never": {key: [[sentence, score], ...]}}; of a run that is
-refused, its sentence into RUN.RANK.txt.
+Each writes RUN/found.RANK.json: {"auto" | "never": {key: [[sentence, score], ...]}}; of a
+run that is refused, its sentence into RUN.RANK.txt.
 """
 
 import json
@@ -35,7 +36,9 @@ def runs(*, scenarios: Path) -> None:
         Trainer(task, folder, StopRequest()).run(saved=None)
         if scenario["stage"] != "visual":
             found = {how: search(task, how) for how in ("auto", "never", "auto")}
-            (folder / f"found.{world.rank}.json").write_text(json.dumps(found), encoding="utf-8")
+            (folder / f"found.{world.rank}.json").write_text(
+                json.dumps(found), encoding="utf-8"
+            )
     dist.stop()
 
 
@@ -49,13 +52,19 @@ def search(task: Task, how: str) -> dict[str, list[list[object]]]:
         assert len(batch.keys) == 1
         inputs = task.inputs(batch, train=False)
         wordings = task.wordings(batch)
-        return engine.module.generate(inputs, batch.num_frames_B, wordings, beam, engine.searches_in_step)
+        return engine.module.generate(
+            inputs, batch.num_frames_B, wordings, beam, engine.searches_in_step
+        )
 
     with engine.gathered(how):
         assert engine.searches_in_step == (how == "never")
-        hypotheses = Evaluation(task.dev_loader(), generate, task.codec, task.world).hypotheses()
+        hypotheses = Evaluation(
+            task.dev_loader(), generate, task.codec, task.world
+        ).hypotheses()
     assert engine.searches_in_step
-    assert all(p.numel() == 0 for p in engine.module.parameters()), "all is partitioned again"
+    assert all(p.numel() == 0 for p in engine.module.parameters()), (
+        "all is partitioned again"
+    )
     return {h.key: [list(pair) for pair in h.nbest] for h in hypotheses}
 
 

@@ -1,4 +1,5 @@
-"""Started under a launcher by test_llm_loading.py: LLMs loaded in parts and whole; one JSON a rank."""
+"""Started under a launcher by test_llm_loading.py: LLMs loaded in parts and whole; one
+JSON a rank."""
 
 import ctypes
 import gc
@@ -39,7 +40,10 @@ def state_of(llm: Any) -> dict[str, str]:
 
 
 def digest(tensor: torch.Tensor) -> str:
-    return f"{tensor.dtype} " + hashlib.sha256(tensor.detach().float().numpy().tobytes()).hexdigest()
+    return (
+        f"{tensor.dtype} "
+        + hashlib.sha256(tensor.detach().float().numpy().tobytes()).hexdigest()
+    )
 
 
 def resident_mb() -> float:
@@ -50,7 +54,8 @@ def resident_mb() -> float:
 def highest_mb(folder: Path, precision: dict[str, Any], options: LlmOptions) -> float:
     """How much more memory is resident at most while an LLM is loaded."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # memory that is free already would not be seen to grow
+    # memory that is free already would not be seen to grow
+    ctypes.CDLL(None).malloc_trim(0)
     before, samples, done = resident_mb(), [0.0], threading.Event()
 
     def sample() -> None:
@@ -77,7 +82,8 @@ def run(*, folder: Path, local_rank: int = 0) -> None:
         report[path.name] = {
             "numel": max(p.numel() for p in partitioned.parameters()),
             "equal": state_of(partitioned) == state_of(whole),
-            "generation": partitioned.generation_config.to_dict() == whole.generation_config.to_dict(),
+            "generation": partitioned.generation_config.to_dict()
+            == whole.generation_config.to_dict(),
             "config": partitioned.config.to_dict() == whole.config.to_dict(),
         }
     torch.manual_seed(1)
@@ -85,7 +91,9 @@ def run(*, folder: Path, local_rank: int = 0) -> None:
     report["drawn"] = state_of(drawn)
     report["next_draw"] = torch.rand(3).tolist()
     bf16 = ({"bf16": {"enabled": True}}, LlmOptions(bits=16))
-    report["bf16"] = sorted({str(p.ds_tensor.dtype) for p in load(path, *bf16).parameters()})
+    report["bf16"] = sorted(
+        {str(p.ds_tensor.dtype) for p in load(path, *bf16).parameters()}
+    )
     report["highest_mb"] = {
         "fp32": highest_mb(folder / "large", {}, LlmOptions()),
         "bf16": highest_mb(folder / "large", *bf16),

@@ -1,6 +1,8 @@
-"""Started under a launcher by test_memory.py: ways to save memory, each trained for some steps on two ranks.
+"""Started under a launcher by test_memory.py: ways to save memory, each trained for some
+steps on two ranks.
 
-Writes losses-RANK.json, {case: [loss of each step]}, and one state, {case}.safetensors, a case.
+Writes losses-RANK.json, {case: [loss of each step]}, and one state, {case}.safetensors, a
+case.
 """
 
 import json
@@ -31,7 +33,8 @@ VOCABULARY, STEPS, PIXELS = 61, 4, 32
 RATE = 1.0  # of gradients clipped to a norm of 1
 CODEC: Any = SimpleNamespace(pad_id=1, eos_id=2)
 WORDINGS = {"mbart": Wording(start=(5,)), "qwen3": Wording(before=(7, 8), after=(9,))}
-# (clips, longest target) of each rank at each step; a rank without a target is one that has no clip left.
+# (clips, longest target) of each rank at each step; a rank without a target is one that
+# has no clip left.
 WORK = [[(4, 9), (1, 1)], [(1, 2), (3, 30)], [(2, 6), (1, 0)], [(1, 0), (1, 1)]]
 
 
@@ -95,7 +98,9 @@ def translator(case: Case, folder: Path, config: dict[str, Any]) -> SignTranslat
     return SignTranslator(visual, adapter, llm, CODEC, case.how)
 
 
-def batch(case: Case, step: int, rank: int) -> tuple[torch.Tensor, torch.Tensor, list[Wording], torch.Tensor]:
+def batch(
+    case: Case, step: int, rank: int
+) -> tuple[torch.Tensor, torch.Tensor, list[Wording], torch.Tensor]:
     clips, longest = WORK[step][rank]
     generator = torch.Generator().manual_seed(10 * step + rank)
     num_frames_B = torch.arange(1, clips + 1)
@@ -106,7 +111,12 @@ def batch(case: Case, step: int, rank: int) -> tuple[torch.Tensor, torch.Tensor,
         targets_BL.fill_(-100)
     elif clips > 1:
         targets_BL[0, longest // 2 :] = -100
-    return torch.randn(shape, generator=generator), num_frames_B, [WORDINGS[case.family]] * clips, targets_BL
+    return (
+        torch.randn(shape, generator=generator),
+        num_frames_B,
+        [WORDINGS[case.family]] * clips,
+        targets_BL,
+    )
 
 
 def state_of(engine: ds.Engine) -> dict[str, torch.Tensor]:
@@ -122,7 +132,8 @@ def train(
     config = ds.complete({"zero_optimization": {"stage": 3}}, world.device, 1, clip=1.0)
     model = translator(case, folder / case.family, config)
     trained = [p for p in model.parameters() if p.requires_grad]
-    # Not Adam: its first steps are as long as the learning rate even where a gradient is rounding noise.
+    # Not Adam: its first steps are as long as the learning rate even where a gradient is
+    # rounding noise.
     optim = OptimConfig(name="sgd", momentum=0.0)
     engine = ds.Engine(model, [{"params": trained, "lr": RATE}], optim, config, world)
     engine.module.train()

@@ -1,4 +1,5 @@
-"""Started under a launcher by `launching.run_scenarios`: trains each scenario of a JSON file in turn."""
+"""Started under a launcher by `launching.run_scenarios`: trains each scenario of a JSON
+file in turn."""
 
 import json
 import math
@@ -21,9 +22,10 @@ from flallm_ds.training.trainer import Trainer
 def scenarios(*, file: Path) -> None:
     """file: a list of {"stage": …, "options": {…}}.
 
-    "nan_at" or "full_at": the step before which one rank's gradient is NaN, or rank 0's files cannot grow;
-    "damaged": whether a byte of the newest checkpoint is flipped before the start. With them each rank's
-    error is written beside the run, to NAME.FAULT.rank-0 and so on.
+    "nan_at" or "full_at": the step before which one rank's gradient is NaN, or rank 0's
+    files cannot grow; "damaged": whether a byte of the newest checkpoint is flipped
+    before the start. With them each rank's error is written beside the run, to
+    NAME.FAULT.rank-0 and so on.
     """
     world = dist.start()
     stop = StopRequest()
@@ -38,15 +40,21 @@ def scenarios(*, file: Path) -> None:
         if fault is None:
             trainer.run(saved)
             continue
-        parameter = next(p for p in trainer.task.engine.module.parameters() if p.requires_grad)
+        parameter = next(
+            p for p in trainer.task.engine.module.parameters() if p.requires_grad
+        )
         faults = Faults(trainer, scenario[fault], fault)
         parameter.register_hook(faults)
         try:
             trainer.run(saved)
         except UserError as error:
-            folder.with_name(f"{folder.name}.{fault}.rank-{world.rank}").write_text(str(error))
+            folder.with_name(f"{folder.name}.{fault}.rank-{world.rank}").write_text(
+                str(error)
+            )
         finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            resource.setrlimit(
+                resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+            )
     dist.stop()
 
 

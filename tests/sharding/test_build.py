@@ -31,7 +31,10 @@ def options(**given) -> Options:
 
 
 def tree(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.iterdir()
+    }
 
 
 def siblings(out: Path) -> list[str]:
@@ -64,9 +67,20 @@ def test_every_clip_is_where_the_index_says(built, release):
             number = int(row["id"].rpartition("-")[2]) - 1
             assert len(spans) == row["num_frames"] == number + 1
             assert (row["height"], row["width"], row["fps"]) == (26, 21, 25.0)
-            assert row["text"] == f'am tag {number} "schönes" wetter' and "." not in row["key"]
-            source = release / "PHOENIX-2014-T" / "features" / "fullFrame-210x260px" / split / row["id"]
-            for (offset, size), image in zip(spans.tolist(), read_frames(source), strict=True):
+            assert (
+                row["text"] == f'am tag {number} "schönes" wetter' and "." not in row["key"]
+            )
+            source = (
+                release
+                / "PHOENIX-2014-T"
+                / "features"
+                / "fullFrame-210x260px"
+                / split
+                / row["id"]
+            )
+            for (offset, size), image in zip(
+                spans.tolist(), read_frames(source), strict=True
+            ):
                 stored = simplejpeg.decode_jpeg(member[offset : offset + size])
                 assert abs(stored.astype(int) - image).max() <= 2
 
@@ -93,7 +107,9 @@ def test_tars_hold_no_time_and_no_owner(built):
     with tarfile.open(built / "train-000000.tar") as tar:
         members = tar.getmembers()
     assert [member.name[8:] for member in members] == [".avi", ".json"] * 2
-    assert {(m.mtime, m.uid, m.gid, m.uname, m.mode) for m in members} == {(0, 0, 0, "", 0o644)}
+    assert {(m.mtime, m.uid, m.gid, m.uname, m.mode) for m in members} == {
+        (0, 0, 0, "", 0o644)
+    }
 
 
 def test_shards_are_readable_by_others_and_nothing_else_is_left(built):
@@ -108,26 +124,41 @@ def test_one_worker_and_two_make_the_same_bytes(built, release, tmp_path):
 
 def test_limit_takes_the_first_rows_of_each_split(release, tmp_path):
     build("phoenix14t", release, tmp_path / "out", options(limit=1))
-    assert [entry["clips"] for entry in read_manifest(tmp_path / "out")["splits"].values()] == [1, 1, 1]
+    assert [
+        entry["clips"] for entry in read_manifest(tmp_path / "out")["splits"].values()
+    ] == [1, 1, 1]
 
 
 def test_the_command_line_builds_verifies_and_says_what_it_made(tmp_path):
     release = make_phoenix(tmp_path / "source", counts=(3, 1, 1))
     done = run(
-        "phoenix14t", f"--source={release}", f"--out={tmp_path / 'out'}", "--clips_per_shard=1", "--workers=2"
+        "phoenix14t",
+        f"--source={release}",
+        f"--out={tmp_path / 'out'}",
+        "--clips_per_shard=1",
+        "--workers=2",
     )
     assert done.returncode == 0, done.stderr
     assert "train         3           6" in done.stdout and "share" in done.stdout
-    again = run("phoenix14t", "--source", release, "--out", tmp_path / "out", "--clips_per_shard=1")
+    again = run(
+        "phoenix14t", "--source", release, "--out", tmp_path / "out", "--clips_per_shard=1"
+    )
     assert again.returncode == 0 and "already built: 5 shards" in again.stdout, again.stderr
-    other = run("phoenix14t", "--source", release, "--out", tmp_path / "out", "--quality=80")
+    other = run(
+        "phoenix14t", "--source", release, "--out", tmp_path / "out", "--quality=80"
+    )
     assert other.returncode == 2 and other.stderr.count("\n") == 1, other.stderr
-    assert "earlier build: --quality was 90, is 80; --clips_per_shard was 1, is 128" in other.stderr
+    assert (
+        "earlier build: --quality was 90, is 80; --clips_per_shard was 1, is 128"
+        in other.stderr
+    )
     verify = subprocess.run(
         [sys.executable, str(ROOT / "shards" / "verify.py"), str(tmp_path / "out"), "--workers=2"],
         capture_output=True, text=True, cwd="/", timeout=120,
     )  # fmt: skip
-    assert verify.returncode == 0 and "all is well: 5 clips, 8 frames" in verify.stdout, verify.stderr
+    assert verify.returncode == 0 and "all is well: 5 clips, 8 frames" in verify.stdout, (
+        verify.stderr
+    )
 
 
 def test_help_lists_every_option_of_a_corpus():
@@ -141,18 +172,29 @@ def test_help_lists_every_option_of_a_corpus():
 
 def test_how2sign_is_cut_by_its_realigned_times(tmp_path):
     source = make_how2sign(tmp_path / "source", raw=True)
-    build("how2sign", source, tmp_path / "out", options(splits=("train",)), repair_mojibake=True)
+    build(
+        "how2sign",
+        source,
+        tmp_path / "out",
+        options(splits=("train",)),
+        repair_mojibake=True,
+    )
     rows = {row["id"]: row for row in iter_rows(load_index(tmp_path / "out", "train"))}
     assert [rows[name]["num_frames"] for name in sorted(rows)] == [5, 10, 7, 10]
     assert rows["-aB_1-5-rgb_front"]["text"] == "My horse’s nose."
     notes = read_manifest(tmp_path / "out")["notes"]
-    assert any("1 clips end past their video's end" in note and "-ab_1" in note for note in notes)
+    assert any(
+        "1 clips end past their video's end" in note and "-ab_1" in note for note in notes
+    )
 
 
 def test_ready_made_how2sign_clips_are_taken_whole(tmp_path):
     source = make_how2sign(tmp_path / "source", raw=False)
     build("how2sign", source, tmp_path / "out", options(splits=("train",)))
-    rows = {row["id"]: row["num_frames"] for row in iter_rows(load_index(tmp_path / "out", "train"))}
+    rows = {
+        row["id"]: row["num_frames"]
+        for row in iter_rows(load_index(tmp_path / "out", "train"))
+    }
     assert [rows[name] for name in sorted(rows)] == [4, 5, 6, 7]
 
 
@@ -163,19 +205,37 @@ def test_a_manifest_of_videos_and_folders_is_built_with_its_boxes(tmp_path):
         "video,text,start,end,split,bbox\n"
         'a b.mp4,one,0.2,0.6,train,"0,0,0.5,1"\na b.mp4,two,,,train,\nframes,three,,,test,\n'
     )
-    build("manifest", tmp_path / "m.csv", tmp_path / "out", options(short_side=24), language="en")
+    build(
+        "manifest",
+        tmp_path / "m.csv",
+        tmp_path / "out",
+        options(short_side=24),
+        language="en",
+    )
     train = {row["text"]: row for row in iter_rows(load_index(tmp_path / "out", "train"))}
-    assert (train["one"]["num_frames"], train["one"]["height"], train["one"]["width"]) == (4, 36, 24)
-    assert (train["two"]["num_frames"], train["two"]["height"], train["two"]["width"]) == (12, 24, 32)
+    assert (train["one"]["num_frames"], train["one"]["height"], train["one"]["width"]) == (
+        4,
+        36,
+        24,
+    )
+    assert (train["two"]["num_frames"], train["two"]["height"], train["two"]["width"]) == (
+        12,
+        24,
+        32,
+    )
     manifest = read_manifest(tmp_path / "out")
-    assert list(manifest["splits"]) == ["train", "test"] and "dev: has no rows, left out" in manifest["notes"]
+    assert (
+        list(manifest["splits"]) == ["train", "test"]
+        and "dev: has no rows, left out" in manifest["notes"]
+    )
 
 
 def test_a_row_without_frames_ends_the_build_and_leaves_nothing(tmp_path):
     release = make_phoenix(tmp_path / "source")
     shutil.rmtree(next(release.rglob("train/*tagesschau-3")))
     with pytest.raises(
-        UserError, match=r"of 11 rows 1 without video: train 01April.*tagesschau-3 .*--max_skipped"
+        UserError,
+        match=r"of 11 rows 1 without video: train 01April.*tagesschau-3 .*--max_skipped",
     ):
         build("phoenix14t", release, tmp_path / "out", options())
     assert siblings(tmp_path / "out") == []
@@ -187,7 +247,8 @@ def test_rows_that_may_be_skipped_are_left_out_counted_and_listed(tmp_path, caps
     next(release.rglob("dev/*tagesschau-1/images0001.png")).write_bytes(b"\x89PNG broken")
     table = next(release.rglob("*test.corpus.csv"))
     table.write_text(
-        table.read_text(encoding="utf-8").replace('am tag 1 "schönes" wetter', " "), encoding="utf-8"
+        table.read_text(encoding="utf-8").replace('am tag 1 "schönes" wetter', " "),
+        encoding="utf-8",
     )
     build("phoenix14t", release, tmp_path / "out", options(max_skipped=3))
     manifest = read_manifest(tmp_path / "out")
@@ -209,7 +270,13 @@ def test_text_that_cannot_be_written_is_a_skipped_row(tmp_path, capsys):
         {"video": "a\0.mp4", "text": "gut"},
     ]
     (tmp_path / "m.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    build("manifest", tmp_path / "m.jsonl", tmp_path / "out", options(max_skipped=2), language="de")
+    build(
+        "manifest",
+        tmp_path / "m.jsonl",
+        tmp_path / "out",
+        options(max_skipped=2),
+        language="de",
+    )
     assert list(load_index(tmp_path / "out", "train").strings("text")) == ["gut"]
     said = capsys.readouterr()
     assert "holds half a character: 'halb \\ud83d'" in said.out + said.err
@@ -218,7 +285,9 @@ def test_text_that_cannot_be_written_is_a_skipped_row(tmp_path, capsys):
 def test_tars_that_lose_all_their_clips_leave_no_gap(tmp_path):
     release = make_phoenix(tmp_path / "source", counts=(1, 3, 1))
     next(release.rglob("dev/*tagesschau-1/images0001.png")).write_bytes(b"broken")
-    build("phoenix14t", release, tmp_path / "out", options(max_skipped=1, clips_per_shard=1))
+    build(
+        "phoenix14t", release, tmp_path / "out", options(max_skipped=1, clips_per_shard=1)
+    )
     index = load_index(tmp_path / "out", "dev")
     assert [shard.file for shard in index.shards] == ["dev-000000.tar", "dev-000001.tar"]
     assert index.arrays["shard"].tolist() == [0, 1]
@@ -230,7 +299,9 @@ def test_a_corrupted_video_ends_the_build_by_name(tmp_path, workers, shared):
     for number in range(3):
         write_video(tmp_path / f"{number}.mp4", 3)
     lines = ["video,text,split", f"{shared}/edge_videos/corrupted.mp4,x,dev"]
-    (tmp_path / "m.csv").write_text("\n".join(lines + [f"{number}.mp4,x,train" for number in range(3)]))
+    (tmp_path / "m.csv").write_text(
+        "\n".join(lines + [f"{number}.mp4,x,train" for number in range(3)])
+    )
     with pytest.raises(UserError, match=r"1 cannot be decoded: .*corrupted\.mp4") as caught:
         build(
             "manifest",
@@ -261,14 +332,19 @@ def test_an_empty_output_folder_is_used(tmp_path, release):
 
 
 def test_a_missing_source_is_one_sentence(tmp_path):
-    for corpus, own in (("phoenix14t", {}), ("how2sign", {}), ("manifest", {"language": "de"})):
+    for corpus, own in (
+        ("phoenix14t", {}),
+        ("how2sign", {}),
+        ("manifest", {"language": "de"}),
+    ):
         with pytest.raises(UserError, match="--source must exist"):
             build(corpus, tmp_path / "nowhere", tmp_path / "out", options(), **own)
     assert siblings(tmp_path / "out") == []
 
 
 @pytest.mark.parametrize(
-    "given", [{"quality": 0}, {"short_side": 1}, {"splits": ("val",)}, {"limit": 0}, {"splits": ()}]
+    "given",
+    [{"quality": 0}, {"short_side": 1}, {"splits": ("val",)}, {"limit": 0}, {"splits": ()}],
 )
 def test_impossible_options_are_refused(given):
     with pytest.raises(UserError, match="--"):
@@ -277,11 +353,16 @@ def test_impossible_options_are_refused(given):
 
 def test_the_real_how2sign_sample_builds_with_no_skip(shared, tmp_path):
     build(
-        "how2sign", shared / "how2sign", tmp_path / "out", options(splits=("train",), limit=4, short_side=64)
+        "how2sign",
+        shared / "how2sign",
+        tmp_path / "out",
+        options(splits=("train",), limit=4, short_side=64),
     )
     index = load_index(tmp_path / "out", "train")
     assert len(index) == 4 and read_manifest(tmp_path / "out")["skipped"] == {}
-    assert set(index.arrays["height"].tolist()) == {64} and set(index.arrays["fps"].tolist()) == {24.0}
+    assert set(index.arrays["height"].tolist()) == {64} and set(
+        index.arrays["fps"].tolist()
+    ) == {24.0}
 
 
 def test_the_real_phoenix_sample_builds(shared, tmp_path):

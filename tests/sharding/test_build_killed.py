@@ -30,32 +30,52 @@ def make_corpus(folder: Path, counts=(40, 6, 4), num_frames: int = 10) -> Path:
             clip = folder / f"{split}{number}"
             clip.mkdir(parents=True)
             for frame in range(num_frames):
-                cv2.imwrite(str(clip / f"{frame}.png"), rng.integers(0, 255, (200, 160, 3), np.uint8))
+                cv2.imwrite(
+                    str(clip / f"{frame}.png"),
+                    rng.integers(0, 255, (200, 160, 3), np.uint8),
+                )
             lines.append(f"{clip.name},text {number},{split}")
     (folder / "m.csv").write_text("\n".join(lines))
     return folder / "m.csv"
 
 
 def words(source: Path, out: Path, *more: object) -> list[str]:
-    given = ["manifest", f"--source={source}", f"--out={out}", "--language=en", "--clips_per_shard=3"]
+    given = [
+        "manifest",
+        f"--source={source}",
+        f"--out={out}",
+        "--language=en",
+        "--clips_per_shard=3",
+    ]
     workers = () if "--workers" in " ".join(map(str, more)) else ("--workers=1",)
     return [*BUILD, *given, *workers, *map(str, more)]
 
 
 def run(*command: str, **more) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, cwd="/", timeout=120, **more)
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd="/", timeout=120, **more
+    )
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def records(out: Path) -> dict[str, int]:
-    """Each tar that is finished, and when it was written; 0 where it was moved to its place already."""
+    """Each tar that is finished, and when it was written; 0 where it was moved to its
+    place already."""
     tars = {
-        path: path.with_suffix(".tar") for path in out.with_name(f"{out.name}.partial").glob("work/*-*.json")
+        path: path.with_suffix(".tar")
+        for path in out.with_name(f"{out.name}.partial").glob("work/*-*.json")
     }
-    return {path.stem: tar.stat().st_mtime_ns if tar.exists() else 0 for path, tar in tars.items()}
+    return {
+        path.stem: tar.stat().st_mtime_ns if tar.exists() else 0
+        for path, tar in tars.items()
+    }
 
 
 def hears_signals() -> None:
@@ -66,7 +86,8 @@ def hears_signals() -> None:
 def start(*command: str, num_records: int = 1, out: Path) -> subprocess.Popen[str]:
     """A build in a process group of its own that has finished so many tars.
 
-    It hears Ctrl-C, which whatever a shell starts in the background would inherit as ignored.
+    It hears Ctrl-C, which whatever a shell starts in the background would inherit as
+    ignored.
     """
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
@@ -98,7 +119,8 @@ def test_twenty_kills_at_random_moments_change_no_byte(source, undisturbed, tmp_
     draws = random.Random(0)
     num_kills = num_whole = num_mid_way = 0
     length_s = 2.0
-    # At least three kills in the midst of the work, however long the imports take on this machine.
+    # At least three kills in the midst of the work, however long the imports take on this
+    # machine.
     while num_kills < 20 or num_mid_way < 3 or not num_whole:
         out = tmp_path / f"out{num_whole}"
         begin = time.monotonic()
@@ -108,10 +130,15 @@ def test_twenty_kills_at_random_moments_change_no_byte(source, undisturbed, tmp_
         )  # fmt: skip
         try:
             enough = num_kills >= 20 and num_mid_way >= 3
-            error = process.communicate(timeout=60 if enough else draws.uniform(0.3, length_s))[1]
+            error = process.communicate(
+                timeout=60 if enough else draws.uniform(0.3, length_s)
+            )[1]
             assert process.returncode == 0, error
             length_s = max(1.0, time.monotonic() - begin)
-            assert content(out) == expected and not out.with_name(f"{out.name}.partial").exists()
+            assert (
+                content(out) == expected
+                and not out.with_name(f"{out.name}.partial").exists()
+            )
             num_whole += 1
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
@@ -121,7 +148,8 @@ def test_twenty_kills_at_random_moments_change_no_byte(source, undisturbed, tmp_
             length_s *= 1.0 if records(out) else 1.3
 
 
-# Each step at which the state on the disk changes, one after the other: the process kills itself before it.
+# Each step at which the state on the disk changes, one after the other: the process kills
+# itself before it.
 EVERY_STEP = """
 import os, shutil, signal, sys
 from pathlib import Path
@@ -182,7 +210,9 @@ def test_finished_shards_are_not_made_again(source, undisturbed, tmp_path):
     process.communicate()
     kept = records(out)
     done = run(*words(source, out))
-    assert done.returncode == 0 and "going on with an unfinished build: " in done.stdout, done.stderr
+    assert done.returncode == 0 and "going on with an unfinished build: " in done.stdout, (
+        done.stderr
+    )
     assert content(out) == content(undisturbed)
     times = {path.stat().st_mtime_ns for path in out.glob("*.tar")}
     assert len(kept) >= 4 and set(kept.values()) <= times
@@ -205,7 +235,11 @@ def test_a_build_that_is_told_to_end_says_what_it_keeps(
     (os.killpg if whole_group else os.kill)(process.pid, number)
     error = process.communicate(timeout=60)[1]
     assert process.returncode == code, error
-    assert "stopped: " in error and f"results are kept in {out}.partial" in error and "Traceback" not in error
+    assert (
+        "stopped: " in error
+        and f"results are kept in {out}.partial" in error
+        and "Traceback" not in error
+    )
     assert "\r" not in error and "build: " in error, "progress in a log file is lines"
     assert not list((tmp_path / "out.partial" / "work").glob("*.tmp")) and not out.exists()
     assert run(*words(source, out)).returncode == 0 and content(out) == content(undisturbed)
@@ -241,12 +275,17 @@ def test_another_option_is_refused_by_name_or_begins_anew(source, unfinished, tm
     kept = content(tmp_path / "out.partial")
     done = run(*words(source, unfinished, "--quality=50", "--limit=9"))
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert "--quality was 90, is 50; --limit was none, is 9" in done.stderr and "--restart" in done.stderr
+    assert (
+        "--quality was 90, is 50; --limit was none, is 9" in done.stderr
+        and "--restart" in done.stderr
+    )
     assert content(tmp_path / "out.partial") == kept
     done = run(*words(source, unfinished, "--quality=50", "--limit=9", "--restart=true"))
     assert done.returncode == 0 and "going on" not in done.stdout, done.stderr
     straight = run(*words(source, tmp_path / "straight", "--quality=50", "--limit=9"))
-    assert straight.returncode == 0 and content(tmp_path / "straight") == content(unfinished)
+    assert straight.returncode == 0 and content(tmp_path / "straight") == content(
+        unfinished
+    )
 
 
 def test_other_rows_are_refused(source, unfinished, tmp_path):
@@ -260,7 +299,9 @@ def test_other_rows_are_refused(source, unfinished, tmp_path):
         done = run(*words(source, unfinished))
     finally:
         source.write_text(before)
-    assert done.returncode == 2 and "train has other rows than then" in done.stderr, done.stderr
+    assert done.returncode == 2 and "train has other rows than then" in done.stderr, (
+        done.stderr
+    )
 
 
 def test_a_video_that_changed_after_its_clip_was_made_is_refused(tmp_path):
@@ -272,7 +313,10 @@ def test_a_video_that_changed_after_its_clip_was_made_is_refused(tmp_path):
     changed = cv2.imread(str(made))[::-1].copy()
     cv2.imwrite(str(made), changed)
     done = run(*words(source, out))
-    assert done.returncode == 2 and f"{made.parent} has changed since clip dev0 of dev" in done.stderr
+    assert (
+        done.returncode == 2
+        and f"{made.parent} has changed since clip dev0 of dev" in done.stderr
+    )
     # One whose clip was not made yet may change.
     shutil.rmtree(tmp_path / "out.partial")
     process = start(*words(source, out), out=out)
@@ -287,7 +331,11 @@ def test_a_video_that_changed_after_its_clip_was_made_is_refused(tmp_path):
 def test_a_lost_shard_of_an_unfinished_build_is_refused(source, unfinished, tmp_path):
     min((tmp_path / "out.partial" / "work").glob("*.tar")).unlink()
     done = run(*words(source, unfinished))
-    assert done.returncode == 2 and "but is missing" in done.stderr and "--restart=true" in done.stderr
+    assert (
+        done.returncode == 2
+        and "but is missing" in done.stderr
+        and "--restart=true" in done.stderr
+    )
     assert run(*words(source, unfinished, "--restart=true")).returncode == 0
 
 
@@ -296,16 +344,24 @@ def test_two_builds_of_one_folder_do_not_meet(source, tmp_path):
     with (tmp_path / "out.partial" / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         done = run(*words(source, tmp_path / "out"))
-    assert done.returncode == 2 and "another is at work" in done.stderr and done.stderr.count("\n") == 1
+    assert (
+        done.returncode == 2
+        and "another is at work" in done.stderr
+        and done.stderr.count("\n") == 1
+    )
 
 
-def test_a_folder_that_only_has_the_name_of_an_unfinished_build_is_left_alone(source, tmp_path):
+def test_a_folder_that_only_has_the_name_of_an_unfinished_build_is_left_alone(
+    source, tmp_path
+):
     for name in ("thesis.txt", "work/thesis.txt"):
         path = tmp_path / "out.partial" / name
         path.parent.mkdir(parents=True)
         path.write_text("mine")
         done = run(*words(source, tmp_path / "out", "--restart=true"))
-        assert done.returncode == 2 and "what no build of ours made" in done.stderr, done.stderr
+        assert done.returncode == 2 and "what no build of ours made" in done.stderr, (
+            done.stderr
+        )
         assert path.read_text() == "mine"
         shutil.rmtree(tmp_path / "out.partial")
 
@@ -315,7 +371,9 @@ def test_more_may_be_skipped_when_going_on(tmp_path):
     (source.parent / "dev2" / "1.png").write_bytes(b"broken")
     done = run(*words(source, tmp_path / "out"))
     assert (
-        done.returncode == 2 and "1 cannot be decoded" in done.stderr and "3 results are kept" in done.stderr
+        done.returncode == 2
+        and "1 cannot be decoded" in done.stderr
+        and "3 results are kept" in done.stderr
     )
     done = run(*words(source, tmp_path / "out", "--max_skipped=1"))
     assert done.returncode == 0 and "9 of 12 clips are done" in done.stdout, done.stderr
@@ -325,7 +383,8 @@ def test_more_may_be_skipped_when_going_on(tmp_path):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_nothing_more_is_built_once_too_many_are_skipped(tmp_path, workers):
-    """Each shard by itself has few enough: the build, and not a worker, finds that they are too many."""
+    """Each shard by itself has few enough: the build, and not a worker, finds that they
+    are too many."""
     source = make_corpus(tmp_path / "corpus", counts=(150, 3, 0), num_frames=6)
     for number in (0, 4):
         (source.parent / f"train{number}" / "1.png").write_bytes(b"broken")
@@ -339,16 +398,26 @@ def small_files() -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_disk_that_takes_no_more_is_one_sentence_and_the_build_goes_on_after(tmp_path, workers):
-    """A limit on the size of files stands for a full disk: the small shards fit, the large do not."""
+def test_a_disk_that_takes_no_more_is_one_sentence_and_the_build_goes_on_after(
+    tmp_path, workers
+):
+    """A limit on the size of files stands for a full disk: the small shards fit, the
+    large do not."""
     source = make_corpus(tmp_path / "corpus", counts=(0, 3, 8), num_frames=1)
     for number in range(8):
-        for frame in range(1, 60):  # long beside the small shard, which another worker must have ended
-            shutil.copy(source.parent / "test0" / "0.png", source.parent / f"test{number}" / f"{frame}.png")
+        # long beside the small shard, which another worker must have ended
+        for frame in range(1, 60):
+            shutil.copy(
+                source.parent / "test0" / "0.png",
+                source.parent / f"test{number}" / f"{frame}.png",
+            )
     out = tmp_path / "out"
     done = run(*words(source, out, f"--workers={workers}"), preexec_fn=small_files)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert done.stderr.splitlines()[-1].count("File too large") == 1 and "Make room" in done.stderr
+    assert (
+        done.stderr.splitlines()[-1].count("File too large") == 1
+        and "Make room" in done.stderr
+    )
     assert len(records(out)) == 1 and not list((tmp_path / "out.partial").rglob("*.tmp"))
     done = run(*words(source, out))
     assert done.returncode == 0 and "3 of 11 clips are done" in done.stdout, done.stderr

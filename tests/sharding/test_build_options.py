@@ -52,7 +52,11 @@ def test_a_frame_rate_is_reached_by_time(tmp_path):
     )
     make(source, tmp_path / "out", fps=5)
     found = rows(tmp_path / "out")
-    assert {text: row["num_frames"] for text, row in found.items()} == {"a": 10, "b": 5, "c": 2}
+    assert {text: row["num_frames"] for text, row in found.items()} == {
+        "a": 10,
+        "b": 5,
+        "c": 2,
+    }
     assert {row["fps"] for row in found.values()} == {5.0}
     make(source, tmp_path / "kept")
     assert {text: (row["num_frames"], row["fps"]) for text, row in rows(tmp_path / "kept").items()} == {
@@ -67,19 +71,31 @@ def test_a_crop_and_a_margin_meet_a_rows_own_box(tmp_path):
     cv2.imwrite(str(tmp_path / "clip" / "1.png"), picture)
     columns = "video,text,split,bbox"
     boxed = write_manifest(
-        tmp_path / "m.csv", "clip,whole,train,", 'clip,boxed,train,"0.25,0,1,1"', columns=columns
+        tmp_path / "m.csv",
+        "clip,whole,train,",
+        'clip,boxed,train,"0.25,0,1,1"',
+        columns=columns,
     )
     make(boxed, tmp_path / "crop", crop=(0.0, 0.2, 0.5, 0.6))
-    sizes = {text: (row["height"], row["width"]) for text, row in rows(tmp_path / "crop").items()}
+    sizes = {
+        text: (row["height"], row["width"]) for text, row in rows(tmp_path / "crop").items()
+    }
     assert sizes == {"whole": (40, 100), "boxed": (40, 50)}
     (frame,) = built_clips(tmp_path / "crop", "train")["clip"][1][:1]
     assert frame[:, -45:].min() > 180
     make(boxed, tmp_path / "margin", margin=(20, 100, 40, 10))
-    sizes = {text: (row["height"], row["width"]) for text, row in rows(tmp_path / "margin").items()}
+    sizes = {
+        text: (row["height"], row["width"])
+        for text, row in rows(tmp_path / "margin").items()
+    }
     assert sizes == {"whole": (40, 90), "boxed": (40, 50)}
-    with pytest.raises(UserError, match="1 outside the crop: train clip has a box outside --crop"):
+    with pytest.raises(
+        UserError, match="1 outside the crop: train clip has a box outside --crop"
+    ):
         make(boxed, tmp_path / "none", crop=(0.0, 0.0, 0.2, 1.0))
-    with pytest.raises(UserError, match=r"1 cannot be decoded: .* leave nothing of 200x100 pixels"):
+    with pytest.raises(
+        UserError, match=r"1 cannot be decoded: .* leave nothing of 200x100 pixels"
+    ):
         make(boxed, tmp_path / "none", margin=(0, 150, 0, 0))
 
 
@@ -88,7 +104,9 @@ def test_phoenix_is_stretched_to_what_is_meant_to_be_seen(tmp_path):
     given = {"splits": ("train",), "workers": 1, "short_side": 105}
     build("phoenix14t", release, tmp_path / "out", Options(**given), stretch=True)
     index = load_index(tmp_path / "out", "train")
-    assert set(index.arrays["height"].tolist()) == {150} and set(index.arrays["width"].tolist()) == {105}
+    assert set(index.arrays["height"].tolist()) == {150} and set(
+        index.arrays["width"].tolist()
+    ) == {105}
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +141,9 @@ def test_clips_of_h264_are_what_their_source_shows(noisy, tmp_path):
         frames = np.zeros((len(picks), *frame_hw, 3), np.uint8)
         decode_frames(member, picks, row["num_frames"], frames, frame_hw)
         for number, frame in enumerate(frames):
-            source = cv2.imread(str(noisy.parent / row["text"] / f"{number:02d}.png"), cv2.IMREAD_GRAYSCALE)
+            source = cv2.imread(
+                str(noisy.parent / row["text"] / f"{number:02d}.png"), cv2.IMREAD_GRAYSCALE
+            )
             grey = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
             assert np.abs(grey.astype(int) - source).mean() < 4
     found = read_manifest(tmp_path / "out")["options"]
@@ -134,12 +154,15 @@ def test_clips_of_h264_are_what_their_source_shows(noisy, tmp_path):
 
 
 def test_h264_keeps_the_rate_of_the_frames_times(tmp_path):
-    with av.open(str(tmp_path / "x.mkv"), "w") as container:  # it says 30, they come 0.2 s apart
+    # it says 30, they come 0.2 s apart
+    with av.open(str(tmp_path / "x.mkv"), "w") as container:
         stream = container.add_stream("libx264", rate=30)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
         stream.codec_context.time_base = Fraction(1, 1000)
         for number in range(6):
-            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 30 * number, np.uint8), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(
+                np.full((48, 64, 3), 30 * number, np.uint8), format="rgb24"
+            )
             frame.pts, frame.time_base = 200 * number, stream.codec_context.time_base
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
@@ -147,7 +170,9 @@ def test_h264_keeps_the_rate_of_the_frames_times(tmp_path):
     make(source, tmp_path / "out", clip_format="h264")
     row = rows(tmp_path / "out")["a"]
     assert row["num_frames"] == 6 and row["fps"] == pytest.approx(5, rel=0.01)
-    member = (tmp_path / "out" / "train-000000.tar").read_bytes()[row["offset"] : row["offset"] + row["size"]]
+    member = (tmp_path / "out" / "train-000000.tar").read_bytes()[
+        row["offset"] : row["offset"] + row["size"]
+    ]
     with av.open(io.BytesIO(member)) as container:
         assert float(container.streams.video[0].average_rate) == pytest.approx(5, rel=0.01)
 
@@ -157,14 +182,19 @@ def test_shards_of_so_many_megabytes(noisy, tmp_path):
     make(noisy, tmp_path / "out", mb_per_shard=limit)
     for split, count in (("train", 14), ("dev", 10)):
         index = load_index(tmp_path / "out", split)
-        assert len(index) == count and len(set(index.strings("key"))) == count and len(index.shards) > 1
+        assert (
+            len(index) == count
+            and len(set(index.strings("key"))) == count
+            and len(index.shards) > 1
+        )
         assert [shard.file for shard in index.shards] == [
             f"{split}-{n:06d}.tar" for n in range(len(index.shards))
         ]
         for shard in index.shards:
             assert shard.bytes == (tmp_path / "out" / shard.file).stat().st_size
             assert shard.bytes <= limit * 1e6 or shard.clips == 1
-    # Its large clips lie at the end, so some job of equal numbers of clips must have been cut.
+    # Its large clips lie at the end, so some job of equal numbers of clips must have been
+    # cut.
     assert len({shard.clips for shard in load_index(tmp_path / "out", "dev").shards}) > 1
     verify(tmp_path / "out", workers=1)
     make(noisy, tmp_path / "two", mb_per_shard=limit, workers=2)
@@ -173,7 +203,8 @@ def test_shards_of_so_many_megabytes(noisy, tmp_path):
 
 
 def test_a_job_that_was_cut_in_two_goes_on_behind_its_first_tar(noisy, tmp_path):
-    """Killed at the record of each tar in turn; what is one job for one worker must come out the same."""
+    """Killed at the record of each tar in turn; what is one job for one worker must come
+    out the same."""
     make(noisy, tmp_path / "whole", mb_per_shard=0.12, splits=("dev",))
     out = tmp_path / "out"
     words = [
@@ -196,7 +227,10 @@ def test_a_job_that_was_cut_in_two_goes_on_behind_its_first_tar(noisy, tmp_path)
     num_killed = 0
     while not out.exists():
         done = subprocess.run(
-            [sys.executable, "-c", kill, *words], capture_output=True, text=True, timeout=100
+            [sys.executable, "-c", kill, *words],
+            capture_output=True,
+            text=True,
+            timeout=100,
         )
         num_killed += done.returncode == -signal.SIGKILL
         assert done.returncode in (0, -signal.SIGKILL), done.stderr
@@ -206,15 +240,22 @@ def test_a_job_that_was_cut_in_two_goes_on_behind_its_first_tar(noisy, tmp_path)
 
 @pytest.mark.parametrize("given", [{"clip_format": "h264"}, {"fps": 12.5}])
 def test_every_strange_video_is_stored_or_named(shared_data, tmp_path, given):
-    """AV1, HEVC, 10 bits, full range, turned, portrait, a variable rate, unordered times, false counts."""
+    """AV1, HEVC, 10 bits, full range, turned, portrait, a variable rate, unordered times,
+    false counts."""
     videos = sorted(path for path in (shared_data / "edge_videos").iterdir())
-    source = write_manifest(tmp_path / "m.csv", *(f"{path},{path.stem},train" for path in videos))
+    source = write_manifest(
+        tmp_path / "m.csv", *(f"{path},{path.stem},train" for path in videos)
+    )
     make(source, tmp_path / "out", short_side=48, max_skipped=1, **given)
     found = rows(tmp_path / "out")
-    assert found.keys() == {path.stem for path in videos} - {"corrupted"} and len(found) >= 10
+    assert (
+        found.keys() == {path.stem for path in videos} - {"corrupted"} and len(found) >= 10
+    )
     skipped = read_manifest(tmp_path / "out")["skipped"]
     assert list(skipped) == ["cannot be decoded"] and "corrupted.mp4" in str(skipped)
-    assert found["signbank_metadata_109_decodes_99"]["num_frames"] == (83 if "fps" in given else 99)
+    assert found["signbank_metadata_109_decodes_99"]["num_frames"] == (
+        83 if "fps" in given else 99
+    )
     assert found["video_90"]["height"] > found["video_90"]["width"] == 48
     verify(tmp_path / "out", workers=1)
 
@@ -222,11 +263,20 @@ def test_every_strange_video_is_stored_or_named(shared_data, tmp_path, given):
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        ({"crop": (0.5, 0, 0.4, 1)}, "--crop must be x0,y0,x1,y1 from 0 to 1, .* but is 0.5,0,0.4,1"),
+        (
+            {"crop": (0.5, 0, 0.4, 1)},
+            "--crop must be x0,y0,x1,y1 from 0 to 1, .* but is 0.5,0,0.4,1",
+        ),
         ({"crop": (0, 0, 1)}, "--crop must"),
-        ({"margin": (1, 2, 3)}, "--margin must be top,right,bottom,left in pixels .* but is 1,2,3"),
+        (
+            {"margin": (1, 2, 3)},
+            "--margin must be top,right,bottom,left in pixels .* but is 1,2,3",
+        ),
         ({"margin": (1, 2, 3, -4)}, "--margin must"),
-        ({"clips_per_shard": 3, "mb_per_shard": 3.0}, "one of --clips_per_shard and --mb_per_shard"),
+        (
+            {"clips_per_shard": 3, "mb_per_shard": 3.0},
+            "one of --clips_per_shard and --mb_per_shard",
+        ),
         ({"fps": 0.0}, "--fps must be from 0.1 to 480"),
         ({"gop": 3}, "--gop and --crf must go with --clip_format=h264"),
         ({"clip_format": "webp"}, "--clip_format must be mjpeg or h264"),
@@ -239,12 +289,28 @@ def test_options_that_make_no_sense_are_refused(given, sentence):
 
 
 def test_options_come_through_the_command_line(noisy, tmp_path):
-    words = ["manifest", f"--source={noisy}", f"--out={tmp_path / 'out'}", "--language=en", "--workers=1"]
-    words += ["--crop=0,0,0.5,1", "--margin=1,2,3,4", "--fps=12.5", "--splits=dev", "--mb_per_shard=1"]
+    words = [
+        "manifest",
+        f"--source={noisy}",
+        f"--out={tmp_path / 'out'}",
+        "--language=en",
+        "--workers=1",
+    ]
+    words += [
+        "--crop=0,0,0.5,1",
+        "--margin=1,2,3,4",
+        "--fps=12.5",
+        "--splits=dev",
+        "--mb_per_shard=1",
+    ]
     command = [sys.executable, str(ROOT / "shards" / "build.py"), *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     found = read_manifest(tmp_path / "out")["options"]
     assert found["crop"] == [0.0, 0.0, 0.5, 1.0] and found["margin"] == [1, 2, 3, 4]
-    assert (found["fps"], found["mb_per_shard"], found["clips_per_shard"]) == (12.5, 1.0, None)
+    assert (found["fps"], found["mb_per_shard"], found["clips_per_shard"]) == (
+        12.5,
+        1.0,
+        None,
+    )
     assert not {"workers", "restart"} & found.keys()

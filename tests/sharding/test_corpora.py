@@ -5,12 +5,20 @@ import pytest
 from flallm_ds.errors import UserError
 from flallm_ds.sharding.build import Options, build
 from flallm_ds.sharding.corpora import SPLITS, how2sign, manifest, phoenix14t
-from tests.helpers.trees import PHOENIX_HEADER, built_clips, make_how2sign, make_phoenix, write_frames
+from tests.helpers.trees import (
+    PHOENIX_HEADER,
+    built_clips,
+    make_how2sign,
+    make_phoenix,
+    write_frames,
+)
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
 @pytest.mark.parametrize("with_1", [False, True])
-def test_phoenix_is_read_with_either_line_end_and_either_folder_layout(tmp_path, newline, with_1):
+def test_phoenix_is_read_with_either_line_end_and_either_folder_layout(
+    tmp_path, newline, with_1
+):
     release = make_phoenix(tmp_path, newline=newline, with_1=with_1)
     rows = phoenix14t.read(release, ("train", "dev")).rows
     assert [len(table) for table in rows.values()] == [7, 2]
@@ -20,7 +28,11 @@ def test_phoenix_is_read_with_either_line_end_and_either_folder_layout(tmp_path,
         "Signer01",
         "01April_2010_train_tagesschau",
     )
-    assert (row.text, row.gloss, row.language) == ('am tag 3 "schönes" wetter', "TAG 3 WETTER", "de")
+    assert (row.text, row.gloss, row.language) == (
+        'am tag 3 "schönes" wetter',
+        "TAG 3 WETTER",
+        "de",
+    )
     assert len(list(row.path.glob("*.png"))) == 4
 
 
@@ -29,7 +41,9 @@ def test_phoenix_is_read_with_either_line_end_and_either_folder_layout(tmp_path,
 def test_phoenix_frames_are_found_whatever_the_table_says(tmp_path, frames, pattern):
     write_frames(tmp_path / f"clip{frames}", 2)
     table = tmp_path / "x.csv"
-    table.write_text(f"{PHOENIX_HEADER}\nclip|{pattern and 'clip' + pattern}|-1|-1|Signer01|A|b\n")
+    table.write_text(
+        f"{PHOENIX_HEADER}\nclip|{pattern and 'clip' + pattern}|-1|-1|Signer01|A|b\n"
+    )
     (row,) = phoenix14t.read_rows(table, tmp_path)
     assert len(list(row.path.glob("*.png"))) == 2
 
@@ -40,8 +54,18 @@ def test_phoenix_frames_are_stretched_only_if_so_asked(tmp_path):
         rows = phoenix14t.read(release, ("dev",), stretch=stretch).rows["dev"]
         assert {row.stretch_hw for row in rows} == {seen_hw}
     out = tmp_path / "out"
-    build("phoenix14t", release, out, Options(short_side=16, workers=1, splits=("dev",)), stretch=True)
-    sizes = {frame.shape[:2] for _, frames in built_clips(out, "dev").values() for frame in frames}
+    build(
+        "phoenix14t",
+        release,
+        out,
+        Options(short_side=16, workers=1, splits=("dev",)),
+        stretch=True,
+    )
+    sizes = {
+        frame.shape[:2]
+        for _, frames in built_clips(out, "dev").values()
+        for frame in frames
+    }
     assert sizes == {(23, 16)}  # as 300x210; as they are, 26x21, it would be 20x16
 
 
@@ -51,12 +75,18 @@ def test_phoenix_texts_that_end_in_a_period_are_kept_and_counted(tmp_path):
     (table,) = release.rglob("*.dev.corpus.csv")
     table.write_text(table.read_text().replace("wetter\n", "wetter .\n", 1))
     corpus = phoenix14t.read(release, ("dev",))
-    assert corpus.rows["dev"][0].text.endswith("wetter .") and "1 texts end in" in corpus.notes[0]
+    assert (
+        corpus.rows["dev"][0].text.endswith("wetter .")
+        and "1 texts end in" in corpus.notes[0]
+    )
 
 
 def test_phoenix_is_found_from_its_folder_its_release_or_the_folder_above(tmp_path):
     release = make_phoenix(tmp_path)
-    roots = {phoenix14t.find_root(place) for place in (tmp_path, release, release / "PHOENIX-2014-T")}
+    roots = {
+        phoenix14t.find_root(place)
+        for place in (tmp_path, release, release / "PHOENIX-2014-T")
+    }
     assert roots == {release / "PHOENIX-2014-T"}
     with pytest.raises(UserError, match="annotations/manual"):
         phoenix14t.find_root(tmp_path / "elsewhere")
@@ -66,7 +96,10 @@ def test_the_real_phoenix_test_table_has_642_rows(shared):
     table = shared / "phoenix14t" / "full-test-split.PHOENIX-2014-T.test.corpus.csv"
     rows = phoenix14t.read_rows(table, shared)
     assert len(rows) == 642 and len({row.id for row in rows}) == 642
-    assert all(row.text and row.text == row.text.strip() and row.gloss and row.signer for row in rows)
+    assert all(
+        row.text and row.text == row.text.strip() and row.gloss and row.signer
+        for row in rows
+    )
     assert not any("\r" in row.text for row in rows)
 
 
@@ -108,7 +141,10 @@ def test_how2sign_tables_are_read_with_tab_or_comma(tmp_path, delimiter, newline
 def test_how2sign_cuts_raw_videos_where_they_are_there_else_takes_ready_clips(tmp_path):
     raw = how2sign.read(make_how2sign(tmp_path / "raw", raw=True), ("train",))
     ready = how2sign.read(make_how2sign(tmp_path / "ready", raw=False), ("train",))
-    assert "re-aligned times (4 of 4" in raw.notes[0] and "original times (4 of 4" in ready.notes[0]
+    assert (
+        "re-aligned times (4 of 4" in raw.notes[0]
+        and "original times (4 of 4" in ready.notes[0]
+    )
     assert (raw.rows["train"][0].start_s, raw.rows["train"][0].end_s) == (0.5, 1.0)
     assert raw.rows["train"][0].path.name == "-aB-5-rgb_front.mp4"
     assert ready.rows["train"][0].start_s is None and ready.rows["train"][0].path.is_file()
@@ -160,8 +196,12 @@ def write_manifest(path, rows):
         delimiter = "," if path.suffix == ".csv" else "\t"
         names = list(dict.fromkeys(name for row in rows for name in row))
         quote = '"' if path.suffix == ".csv" else ""  # a TSV has no quoting
-        cells = [names] + [[f"{quote}{row.get(name, '')}{quote}" for name in names] for row in rows]
-        path.write_text("".join(delimiter.join(line) + "\n" for line in cells), encoding="utf-8")
+        cells = [names] + [
+            [f"{quote}{row.get(name, '')}{quote}" for name in names] for row in rows
+        ]
+        path.write_text(
+            "".join(delimiter.join(line) + "\n" for line in cells), encoding="utf-8"
+        )
     return path
 
 
@@ -178,19 +218,38 @@ def test_a_manifest_is_read_from_csv_tsv_and_json_lines(tmp_path, suffix):
             "fps": 29.97,
             "mood": 1,
         },
-        {"video": "b.mp4", "text": "drei", "split": "train", "signer": "S1", "language": "gsw", "id": "x.1"},
+        {
+            "video": "b.mp4",
+            "text": "drei",
+            "split": "train",
+            "signer": "S1",
+            "language": "gsw",
+            "id": "x.1",
+        },
     ]
-    corpus = manifest.read(write_manifest(tmp_path / f"m{suffix}", rows), ("train", "dev"), language="de")
+    corpus = manifest.read(
+        write_manifest(tmp_path / f"m{suffix}", rows), ("train", "dev"), language="de"
+    )
     (dev,), (train,) = corpus.rows["dev"], corpus.rows["train"]
-    assert (dev.start_s, dev.end_s, dev.bbox, dev.text) == (1.5, 2.0, (0.0, 0.0, 0.5, 1.0), "eins, zwei")
+    assert (dev.start_s, dev.end_s, dev.bbox, dev.text) == (
+        1.5,
+        2.0,
+        (0.0, 0.0, 0.5, 1.0),
+        "eins, zwei",
+    )
     assert (dev.path, dev.id, dev.language) == (tmp_path / "a.mp4", "a.mp4:1.5-2.0", "de")
     assert (train.id, train.signer, train.language) == ("x.1", "S1", "gsw")
     assert (dev.image_fps, train.image_fps) == (29.97, 25.0)
-    assert corpus.language == "mixed" and corpus.notes == ["columns that are not used: mood"]
+    assert corpus.language == "mixed" and corpus.notes == [
+        "columns that are not used: mood"
+    ]
 
 
 def test_without_a_split_column_a_source_video_goes_to_one_split(tmp_path):
-    rows = [{"video": f"{n // 2}.mp4", "text": "x", "start": n % 2, "end": n % 2 + 1} for n in range(400)]
+    rows = [
+        {"video": f"{n // 2}.mp4", "text": "x", "start": n % 2, "end": n % 2 + 1}
+        for n in range(400)
+    ]
     source = write_manifest(tmp_path / "m.jsonl", rows)
     split = manifest.read(source, ("train", "dev", "test"), language="en").rows
     videos = [{row.video for row in table} for table in split.values()]
@@ -208,10 +267,22 @@ def test_without_a_split_column_a_source_video_goes_to_one_split(tmp_path):
         ({"video": "a", "text": "x", "end": "1:2:3:4"}, "end must be seconds"),
         ({"video": "a", "text": "x", "end": "1:-2"}, "end must be seconds"),
         ({"video": "a", "text": "x", "split": "tran"}, "split must be one of"),
-        ({"video": "a", "text": "x", "language": "Germann"}, "line 1: language .*'Germann': did you mean Ge"),
-        ({"video": "a", "text": "x", "language": "de_DF"}, "line 1: language .*'de_DF': did you mean de?"),
-        ({"video": "a", "text": "x", "language": "gsg"}, "line 1: language .* text.*'gsg': did you mean de?"),
-        ({"video": "a", "text": "x", "language": "mul"}, "line 1: language must be that of the text"),
+        (
+            {"video": "a", "text": "x", "language": "Germann"},
+            "line 1: language .*'Germann': did you mean Ge",
+        ),
+        (
+            {"video": "a", "text": "x", "language": "de_DF"},
+            "line 1: language .*'de_DF': did you mean de?",
+        ),
+        (
+            {"video": "a", "text": "x", "language": "gsg"},
+            "line 1: language .* text.*'gsg': did you mean de?",
+        ),
+        (
+            {"video": "a", "text": "x", "language": "mul"},
+            "line 1: language must be that of the text",
+        ),
         ({"video": "a", "text": "x", "fps": "0"}, "fps must be from 1 to 480"),
         ({"video": "a", "text": "x", "fps": "fast"}, "fps must be from 1 to 480"),
         ({"video": "a", "text": "x", "bbox": [0, 0, 2, 1]}, "bbox"),
@@ -220,7 +291,9 @@ def test_without_a_split_column_a_source_video_goes_to_one_split(tmp_path):
 )
 def test_a_wrong_manifest_row_is_one_sentence_with_its_line(tmp_path, row, message):
     with pytest.raises(UserError, match=message):
-        manifest.read(write_manifest(tmp_path / "m.jsonl", [row]), ("train",), language="de")
+        manifest.read(
+            write_manifest(tmp_path / "m.jsonl", [row]), ("train",), language="de"
+        )
 
 
 def test_a_line_that_is_nested_without_end_is_one_sentence(tmp_path):
@@ -238,26 +311,58 @@ def test_manifest_times_may_be_read_from_a_clock(tmp_path):
 
 def test_a_manifest_of_frame_folders_is_built_at_its_own_rate_and_cut_by_time(tmp_path):
     write_frames(tmp_path / "frames" / "a", 20)
-    row = {"video": "frames/a", "text": "x", "start": 1, "end": 2, "fps": 5, "split": "train", "id": "a.b"}
+    row = {
+        "video": "frames/a",
+        "text": "x",
+        "start": 1,
+        "end": 2,
+        "fps": 5,
+        "split": "train",
+        "id": "a.b",
+    }
     source = write_manifest(tmp_path / "m.csv", [row | {"bbox": "0,0.5,1,1"}])
-    build("manifest", source, tmp_path / "out", Options(short_side=16, workers=1), language="en")
+    build(
+        "manifest",
+        source,
+        tmp_path / "out",
+        Options(short_side=16, workers=1),
+        language="en",
+    )
     ((facts, frames),) = built_clips(tmp_path / "out", "train").values()
-    assert (facts["id"], facts["fps"], len(frames), frames[0].shape) == ("a.b", 5.0, 5, (13, 21, 3))
-    assert [round(frame.mean()) for frame in frames] == pytest.approx([25, 30, 35, 40, 45], abs=2)
+    assert (facts["id"], facts["fps"], len(frames), frames[0].shape) == (
+        "a.b",
+        5.0,
+        5,
+        (13, 21, 3),
+    )
+    assert [round(frame.mean()) for frame in frames] == pytest.approx(
+        [25, 30, 35, 40, 45], abs=2
+    )
 
 
-@pytest.mark.parametrize("named", ["de", "DE", "de-AT", "de_DE", "German", " german ", "deu_Latn", "<2de>"])
+@pytest.mark.parametrize(
+    "named", ["de", "DE", "de-AT", "de_DE", "German", " german ", "deu_Latn", "<2de>"]
+)
 def test_a_language_by_any_name_is_one_language(tmp_path, named):
-    rows = [{"video": video, "text": "x", "language": one} for video, one in (("a", named), ("b", "de"))]
+    rows = [
+        {"video": video, "text": "x", "language": one}
+        for video, one in (("a", named), ("b", "de"))
+    ]
     corpus = manifest.read(write_manifest(tmp_path / "m.csv", rows), SPLITS)
-    assert {row.language for table in corpus.rows.values() for row in table} == {corpus.language} == {"de"}
+    assert (
+        {row.language for table in corpus.rows.values() for row in table}
+        == {corpus.language}
+        == {"de"}
+    )
     unnamed = write_manifest(tmp_path / "m.jsonl", [{"video": "a", "text": "x"}])
     assert manifest.read(unnamed, SPLITS, language=named).language == "de"
 
 
 def test_an_unknown_language_option_is_refused_with_near_ones(tmp_path):
     source = write_manifest(tmp_path / "m.jsonl", [{"video": "a", "text": "x"}])
-    with pytest.raises(UserError, match=r"^--language must be .*'Chinesse': did you mean .*Chinese"):
+    with pytest.raises(
+        UserError, match=r"^--language must be .*'Chinesse': did you mean .*Chinese"
+    ):
         manifest.read(source, SPLITS, language="Chinesse")
 
 

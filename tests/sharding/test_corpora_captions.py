@@ -12,13 +12,17 @@ from flallm_ds.sharding.corpora import split_of, youtube_asl
 from flallm_ds.sharding.corpora.captions import read_captions
 from tests.helpers.trees import write_video
 
-VIDEOS = [name for name in (f"abcdefg{n:04d}" for n in range(60)) if split_of(name) == "train"][:6]
+VIDEOS = [
+    name for name in (f"abcdefg{n:04d}" for n in range(60)) if split_of(name) == "train"
+][:6]
 
 
 def track_of(tmp_path, name, content):
     path = tmp_path / name
     path.write_text(
-        content if isinstance(content, str) else json.dumps(content), encoding="utf-8", newline=""
+        content if isinstance(content, str) else json.dumps(content),
+        encoding="utf-8",
+        newline="",
     )
     return read_captions(path)
 
@@ -47,18 +51,30 @@ def spans(track):
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
 def test_times_are_read_as_tools_write_them(tmp_path, times, span, kind, newline):
     head = "WEBVTT\n\n" if kind == ".vtt" else "\ufeff1\n"
-    track = track_of(tmp_path, f"a{kind}", f"{head}{times}\nHello\nyou\n\n".replace("\n", newline))
+    track = track_of(
+        tmp_path, f"a{kind}", f"{head}{times}\nHello\nyou\n\n".replace("\n", newline)
+    )
     assert spans(track) == [(*span, "Hello you")] and track.num_unreadable == 0
 
 
 @pytest.mark.parametrize(
     "times",
-    ["a --> b", "00:00:01:00 --> 00:00:02:00:00", "-1:00.0 --> 00:02.0", "00:01.000 -->", "1.0 --> 2.0"],
+    [
+        "a --> b",
+        "00:00:01:00 --> 00:00:02:00:00",
+        "-1:00.0 --> 00:02.0",
+        "00:01.000 -->",
+        "1.0 --> 2.0",
+    ],
 )
 @pytest.mark.parametrize("kind", [".vtt", ".srt"])
 def test_times_that_cannot_be_read_are_counted(tmp_path, times, kind):
     head = "WEBVTT\n\n" if kind == ".vtt" else "1\n"
-    track = track_of(tmp_path, f"a{kind}", f"{head}{times}\nlost\n\n00:00:03.000 --> 00:00:04.000\nHello\n")
+    track = track_of(
+        tmp_path,
+        f"a{kind}",
+        f"{head}{times}\nlost\n\n00:00:03.000 --> 00:00:04.000\nHello\n",
+    )
     assert spans(track) == [(3, 4, "Hello")] and track.num_unreadable == 1
 
 
@@ -87,7 +103,10 @@ def test_comments_styles_and_regions_are_not_shown(tmp_path):
         "NOTED\n00:01.000 --> 00:02.000\nNOTE this",
         "00:03.000 --> 00:04.000\nSTYLE",
     ]
-    assert spans(track_of(tmp_path, "a.vtt", "\n\n".join(blocks))) == [(1, 2, "NOTE this"), (3, 4, "STYLE")]
+    assert spans(track_of(tmp_path, "a.vtt", "\n\n".join(blocks))) == [
+        (1, 2, "NOTE this"),
+        (3, 4, "STYLE"),
+    ]
 
 
 AUTOMATIC = {
@@ -104,7 +123,13 @@ AUTOMATIC = {
                 {"utf8": " things", "tOffsetMs": 600},
             ],
         },
-        {"tStartMs": 2500, "dDurationMs": 2500, "wWinId": 1, "aAppend": 1, "segs": [{"utf8": "\n"}]},
+        {
+            "tStartMs": 2500,
+            "dDurationMs": 2500,
+            "wWinId": 1,
+            "aAppend": 1,
+            "segs": [{"utf8": "\n"}],
+        },
         {
             "tStartMs": 2510,
             "dDurationMs": 4000,
@@ -120,9 +145,18 @@ AUTOMATIC = {
 def test_json3_is_read_under_either_name(tmp_path, name):
     track = track_of(tmp_path, name, AUTOMATIC)
     assert (
-        spans(track) == [(1, 5, "among other things"), (2.51, 6.51, "we sign"), (6, 7, "")] and track.scrolls
+        spans(track) == [(1, 5, "among other things"), (2.51, 6.51, "we sign"), (6, 7, "")]
+        and track.scrolls
     )
-    plain = {"events": [{"tStartMs": 500, "dDurationMs": 1500, "segs": [{"utf8": "Hello\nyou &amp; me"}]}]}
+    plain = {
+        "events": [
+            {
+                "tStartMs": 500,
+                "dDurationMs": 1500,
+                "segs": [{"utf8": "Hello\nyou &amp; me"}],
+            }
+        ]
+    }
     track = track_of(tmp_path, name, plain)
     assert spans(track) == [(0.5, 2, "Hello you & me")] and not track.scrolls
 
@@ -214,10 +248,15 @@ def test_a_text_is_what_is_said(tmp_path, shown, said, kind):
         ".vtt": f"WEBVTT\n\n00:01.000 --> 00:02.000\n{shown}\n",
         ".srt": f"1\n00:00:01,000 --> 00:00:02,000\n{shown}\n",
         ".json": [{"text": shown, "start": 1, "duration": 1}],
-        ".json3": {"events": [{"tStartMs": 1000, "dDurationMs": 1000, "segs": [{"utf8": shown}]}]},
+        ".json3": {
+            "events": [{"tStartMs": 1000, "dDurationMs": 1000, "segs": [{"utf8": shown}]}]
+        },
     }[kind]
     track = track_of(tmp_path, f"a{kind}", content)
-    assert spans(track) in ([(1, 2, said)], [] if kind == ".json3" and not shown.strip() else [(1, 2, said)])
+    assert spans(track) in (
+        [(1, 2, said)],
+        [] if kind == ".json3" and not shown.strip() else [(1, 2, said)],
+    )
 
 
 ROLLING = [
@@ -230,12 +269,19 @@ ROLLING = [
 
 def as_file(kind, cues):
     def clock(seconds, comma):
-        text = f"{int(seconds // 3600):02d}:{int(seconds // 60) % 60:02d}:{seconds % 60:06.3f}"
+        text = (
+            f"{int(seconds // 3600):02d}:{int(seconds // 60) % 60:02d}:{seconds % 60:06.3f}"
+        )
         return text.replace(".", ",") if comma else text
 
     if kind == ".json":
-        return json.dumps([{"text": text, "start": a, "duration": b - a} for a, b, text in cues])
-    blocks = [f"{clock(a, kind == '.srt')} --> {clock(b, kind == '.srt')}\n{text}" for a, b, text in cues]
+        return json.dumps(
+            [{"text": text, "start": a, "duration": b - a} for a, b, text in cues]
+        )
+    blocks = [
+        f"{clock(a, kind == '.srt')} --> {clock(b, kind == '.srt')}\n{text}"
+        for a, b, text in cues
+    ]
     numbered = [f"{number}\n{block}" for number, block in enumerate(blocks, 1)]
     return "\n\n".join(["WEBVTT", *blocks] if kind == ".vtt" else numbered)
 
@@ -251,9 +297,13 @@ def test_lines_that_are_shown_again_are_taken_once(tmp_path, kind, count):
 
 def youtube(tmp_path, kind, cues, suffix=""):
     video = VIDEOS[0]
-    (tmp_path / f"{video}{suffix}{kind}").write_text(cues if isinstance(cues, str) else as_file(kind, cues))
+    (tmp_path / f"{video}{suffix}{kind}").write_text(
+        cues if isinstance(cues, str) else as_file(kind, cues)
+    )
     corpus = youtube_asl.read(tmp_path, ("train",))
-    return [(row.start_s, row.end_s, row.text) for row in corpus.rows["train"]], corpus.notes
+    return [
+        (row.start_s, row.end_s, row.text) for row in corpus.rows["train"]
+    ], corpus.notes
 
 
 @pytest.mark.parametrize("kind", [".vtt", ".srt", ".json"])
@@ -280,10 +330,16 @@ def youtube(tmp_path, kind, cues, suffix=""):
         ([(0, 3, "a"), (0, 3, "a")], [(0, 3, "a")], "1 captions begin together"),
         ([(0, 3, "a"), (0.15, 9, "b")], [(0.15, 9, "b")], "1 captions overlap"),
         ([(0, 3, "a"), (3, 5, "a")], [(0, 3, "a"), (3, 5, "a")], ""),
-        ([(0, 3, "a"), (1, 2, "[Music]"), (3, 4, "♪")], [(0, 3, "a")], "2 captions have no words"),
+        (
+            [(0, 3, "a"), (1, 2, "[Music]"), (3, 4, "♪")],
+            [(0, 3, "a")],
+            "2 captions have no words",
+        ),
     ],
 )
-def test_clips_of_a_video_do_not_overlap_and_what_was_done_is_counted(tmp_path, kind, cues, clips, note):
+def test_clips_of_a_video_do_not_overlap_and_what_was_done_is_counted(
+    tmp_path, kind, cues, clips, note
+):
     found, notes = youtube(tmp_path, kind, cues)
     assert found == clips and note in " ".join(notes)
     assert f"{len(clips)} of " in notes[0]
@@ -315,38 +371,56 @@ def test_counts_are_true_where_captions_cannot_be_read(tmp_path):
     notes = rows.notes
     assert [row.text for row in rows.rows["train"]] == ["Hello", "You"]
     assert "2 of 3 captions kept" in notes[0]
-    assert "1 captions have no words without sounds, note signs and names, and are left out" in notes
+    assert (
+        "1 captions have no words without sounds, note signs and names, and are left out"
+        in notes
+    )
     lost = f"2 captions have times that cannot be read, and are left out ({VIDEOS[0]}, {VIDEOS[2]})"
     assert lost in notes
     assert (
-        f"2 videos have caption files without a readable caption, and are left out ({VIDEOS[2]}, {VIDEOS[3]})"
+        "2 videos have caption files without a readable caption, and are left out "
+        f"({VIDEOS[2]}, {VIDEOS[3]})" in notes
+    )
+    assert (
+        f"1 videos have captions that cannot be read, and are left out ({VIDEOS[5]})"
         in notes
     )
-    assert f"1 videos have captions that cannot be read, and are left out ({VIDEOS[5]})" in notes
     assert any(
-        re.match(rf"1 videos have captions in none of the formats.*\({VIDEOS[4]}\.en\.srv3\)", note)
+        re.match(
+            rf"1 videos have captions in none of the formats.*\({VIDEOS[4]}\.en\.srv3\)",
+            note,
+        )
         for note in notes
     )
-    assert any(note.startswith("1 videos have no captions") and "-unknown-00" in note for note in notes)
+    assert any(
+        note.startswith("1 videos have no captions") and "-unknown-00" in note
+        for note in notes
+    )
 
 
 def test_a_build_without_one_readable_caption_says_why(tmp_path):
     (tmp_path / f"{VIDEOS[0]}.en.vtt").write_text("WEBVTT\n\nx --> y\nlost\n")
     with pytest.raises(
-        UserError, match=r"have none .*1 videos have caption files without a readable caption"
+        UserError,
+        match=r"have none .*1 videos have caption files without a readable caption",
     ):
         build("youtube_asl", tmp_path, tmp_path / "out", Options(workers=1))
 
 
 @pytest.mark.parametrize("kind", [".vtt", ".srt", ".json3"])
 def test_shards_are_built_from_every_kind_of_captions(tmp_path, kind):
-    content = json.dumps({"events": [{"tStartMs": 500, "dDurationMs": 1000, "segs": [{"utf8": "Hello"}]}]})
+    content = json.dumps(
+        {"events": [{"tStartMs": 500, "dDurationMs": 1000, "segs": [{"utf8": "Hello"}]}]}
+    )
     if kind != ".json3":
         content = as_file(kind, [(0.5, 1.5, "Hello")])
     (tmp_path / "yt").mkdir()
     (tmp_path / "yt" / f"{VIDEOS[0]}.en{kind}").write_text(content)
     write_video(tmp_path / "yt" / f"{VIDEOS[0]}.mp4", 30)
     build(
-        "youtube_asl", tmp_path / "yt", tmp_path / "out", Options(short_side=16, workers=1, splits=("train",))
+        "youtube_asl",
+        tmp_path / "yt",
+        tmp_path / "out",
+        Options(short_side=16, workers=1, splits=("train",)),
     )
     assert (tmp_path / "out" / "train-000000.tar").is_file()

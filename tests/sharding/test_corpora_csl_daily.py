@@ -16,7 +16,9 @@ ALL = ("train", "dev", "test")
 @pytest.mark.parametrize("annotation", ["pickle", "map", "both"])
 @pytest.mark.parametrize("gloss", [list, str])
 def test_labels_come_from_either_file_and_either_kind_of_gloss(tmp_path, annotation, gloss):
-    corpus = csl_daily.read(make_csl_daily(tmp_path, annotation=annotation, gloss=gloss), ALL)
+    corpus = csl_daily.read(
+        make_csl_daily(tmp_path, annotation=annotation, gloss=gloss), ALL
+    )
     assert [len(table) for table in corpus.rows.values()] == [2, 1, 1]
     first, second = corpus.rows["train"]
     assert (first.id, first.text, first.gloss) == ("S000007_P0003_T00", "他是谁？", "他 谁")
@@ -46,7 +48,9 @@ def test_a_clip_that_this_release_lacks_is_left_out_and_counted(tmp_path):
     notes = csl_daily.read(make_csl_daily(tmp_path / "a"), ALL).notes
     assert f"1 clips of split_1.txt are not in this release ({CSL_MISSING})" in notes
     whole = csl_daily.read(make_csl_daily(tmp_path / "b", missing=""), ALL)
-    assert len(whole.rows["train"]) == 3 and not any("not in this release" in note for note in whole.notes)
+    assert len(whole.rows["train"]) == 3 and not any(
+        "not in this release" in note for note in whole.notes
+    )
     shutil.rmtree(tmp_path / "b" / "sentence" / "frames_512x512" / CSL_MISSING)
     assert len(csl_daily.read(tmp_path / "b", ALL).rows["train"]) == 2
 
@@ -71,7 +75,9 @@ class Trap:
         return os.system, ("echo trapped > trapped",)
 
 
-def test_a_pickle_that_would_run_something_is_refused_and_does_not_run(tmp_path, monkeypatch):
+def test_a_pickle_that_would_run_something_is_refused_and_does_not_run(
+    tmp_path, monkeypatch
+):
     root = make_csl_daily(tmp_path)
     monkeypatch.chdir(tmp_path)
     trap = pickle.dumps({"info": [Trap()]})
@@ -92,7 +98,10 @@ def test_a_pickle_that_would_run_something_is_refused_and_does_not_run(tmp_path,
         (b"\x80\x04\x95nonsense", "plain values"),
         (pickle.dumps([1, 2]), "list 'info'"),
         (pickle.dumps({"info": [{"label_char": ["x"]}]}), "list 'info'"),
-        (pickle.dumps({"info": [{"name": "a", "label_char": 3, "label_gloss": []}]}), "label_char of a"),
+        (
+            pickle.dumps({"info": [{"name": "a", "label_char": 3, "label_gloss": []}]}),
+            "label_char of a",
+        ),
         (pickle.dumps({"info": [{"name": "a", "label_char": ["x"]}]}), "label_gloss of a"),
     ],
 )
@@ -122,9 +131,16 @@ def test_csl_daily_is_built_with_or_without_its_black_margin(tmp_path, trim):
     )
     facts, frames = built_clips(out, "train")["S000010_P0000_T01"]
     assert facts["text"] == "30元，不贵。" and facts["gloss"] == "30 钱 贵 不"
-    assert (facts["signer"], facts["fps"], facts["num_frames"], len(frames)) == ("P0000", 30.0, 4, 4)
+    assert (facts["signer"], facts["fps"], facts["num_frames"], len(frames)) == (
+        "P0000",
+        30.0,
+        4,
+        4,
+    )
     top = frames[0][0].mean()
     assert (frames[0].shape, top > 150) == ((32, 38, 3) if trim else (32, 32, 3), trim)
     assert [len(load_index(out, split)) for split in ALL] == [2, 1, 1]
     margin = "cut off" if trim else "kept"
-    assert f"the black margin (rows 0 to 80 of 512) is {margin}" in read_manifest(out)["notes"]
+    assert (
+        f"the black margin (rows 0 to 80 of 512) is {margin}" in read_manifest(out)["notes"]
+    )

@@ -14,17 +14,27 @@ ALL = ("train", "dev", "test")
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
 def test_rows_are_cut_from_raw_videos_by_clock_times_and_cropped(tmp_path, newline):
     corpus = openasl.read(make_openasl(tmp_path, raw=True, newline=newline), ALL)
-    assert {split: len(table) for split, table in corpus.rows.items()} == {"train": 2, "dev": 1, "test": 1}
+    assert {split: len(table) for split, table in corpus.rows.items()} == {
+        "train": 2,
+        "dev": 1,
+        "test": 1,
+    }
     first, second = corpus.rows["train"]
-    assert first.id == "-aB_cD.fGh1-00:00:00.500-00:00:01.000" and first.video == "-aB_cD.fGh1"
+    assert (
+        first.id == "-aB_cD.fGh1-00:00:00.500-00:00:01.000" and first.video == "-aB_cD.fGh1"
+    )
     assert (first.start_s, first.end_s, first.bbox) == (0.5, 1.0, (0.5, 0.0, 1.0, 1.0))
     assert (first.text, first.gloss) == ('He said: "Hello."', "SIGN0")
     assert second.bbox is None and second.text == "It's 5.30 pm."
     (dev,), (test,) = corpus.rows["dev"], corpus.rows["test"]
-    assert dev.text == '"Quoted, but not closed.' and dev.bbox == (0.0, 0.0, 0.5, 1.0)  # cut to the frame
-    assert test.end_s == 69.0 and all(row.path.is_file() for table in corpus.rows.values() for row in table)
+    # cut to the frame
+    assert dev.text == '"Quoted, but not closed.' and dev.bbox == (0.0, 0.0, 0.5, 1.0)
+    assert test.end_s == 69.0 and all(
+        row.path.is_file() for table in corpus.rows.values() for row in table
+    )
     assert (
-        "train: clips cut from the raw videos by the table's times (2 of 2 rows have a video)" in corpus.notes
+        "train: clips cut from the raw videos by the table's times (2 of 2 rows have a "
+        "video)" in corpus.notes
     )
     assert "train: 1 of 2 rows have no box: the whole frame is kept" in corpus.notes
 
@@ -35,7 +45,10 @@ def test_ready_made_clips_are_found_by_any_spelling_and_not_cropped_again(tmp_pa
     rows = [row for table in corpus.rows.values() for row in table]
     assert len(rows) == len(OPENASL_ROWS) and all(row.path.is_file() for row in rows)
     assert {(row.start_s, row.end_s, row.bbox) for row in rows} == {(None, None, None)}
-    assert "dev: clips ready-made, cut and cropped already (1 of 1 rows have a video)" in corpus.notes
+    assert (
+        "dev: clips ready-made, cut and cropped already (1 of 1 rows have a video)"
+        in corpus.notes
+    )
 
 
 def test_without_boxes_whole_frames_are_kept_and_said(tmp_path):
@@ -45,14 +58,25 @@ def test_without_boxes_whole_frames_are_kept_and_said(tmp_path):
 
 def test_ids_with_dots_are_built_whole_and_cropped_by_their_boxes(tmp_path):
     out = tmp_path / "out"
-    build("openasl", make_openasl(tmp_path / "openasl", raw=True), out, Options(short_side=24, workers=1))
+    build(
+        "openasl",
+        make_openasl(tmp_path / "openasl", raw=True),
+        out,
+        Options(short_side=24, workers=1),
+    )
     clips = built_clips(out, "train")
-    assert sorted(clips) == ["-aB_cD.fGh1-00:00:00.500-00:00:01.000", "-aB_cD.fGh1-00:00:01.000-00:00:02.000"]
+    assert sorted(clips) == [
+        "-aB_cD.fGh1-00:00:00.500-00:00:01.000",
+        "-aB_cD.fGh1-00:00:01.000-00:00:02.000",
+    ]
     cropped, whole = (clips[name] for name in sorted(clips))
     assert (len(cropped[1]), len(whole[1])) == (5, 10)
     assert cropped[1][0].mean() > 180 > 110 > whole[1][0].mean()  # the left half is black
     assert all("." not in key for key in load_index(out, "train").strings("key"))
-    assert any("test: 1 clips end past their video's end" in note for note in read_manifest(out)["notes"])
+    assert any(
+        "test: 1 clips end past their video's end" in note
+        for note in read_manifest(out)["notes"]
+    )
 
 
 def test_videos_that_are_gone_are_skipped_if_so_asked(tmp_path):
@@ -60,13 +84,19 @@ def test_videos_that_are_gone_are_skipped_if_so_asked(tmp_path):
     (root / "raw-video" / "cccccccccc3.mp4").unlink()
     with pytest.raises(UserError, match="1 without video: test cccccccccc3-00"):
         build("openasl", root, tmp_path / "out", Options(short_side=16, workers=1))
-    build("openasl", root, tmp_path / "out", Options(short_side=16, workers=1, max_skipped=1))
+    build(
+        "openasl", root, tmp_path / "out", Options(short_side=16, workers=1, max_skipped=1)
+    )
     assert read_manifest(tmp_path / "out")["skipped"]["without video"]["count"] == 1
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("[1]", "JSON object"), ("{", "readable JSON"), (json.dumps({"a": [0, 1]}), "that of a is")],
+    [
+        ("[1]", "JSON object"),
+        ("{", "readable JSON"),
+        (json.dumps({"a": [0, 1]}), "that of a is"),
+    ],
 )
 def test_broken_boxes_are_one_sentence(tmp_path, content, message):
     root = make_openasl(tmp_path, raw=True)

@@ -7,7 +7,14 @@ import pytest
 from flallm_ds.data.index import read_manifest
 from flallm_ds.errors import UserError
 from flallm_ds.sharding.build import Options, build
-from flallm_ds.sharding.corpora import csl_daily, how2sign, manifest, openasl, phoenix14t, read_seconds
+from flallm_ds.sharding.corpora import (
+    csl_daily,
+    how2sign,
+    manifest,
+    openasl,
+    phoenix14t,
+    read_seconds,
+)
 from tests.helpers.trees import (
     PHOENIX_HEADER,
     make_csl_daily,
@@ -45,16 +52,23 @@ def refused(path, content, message):
     ],
 )
 def test_a_tsv_has_no_quoting(tmp_path, texts, newline, bom):
-    lines = ["video\ttext\tsplit", *(f"{n}.mp4\t{text}\ttrain" for n, text in enumerate(texts)), ""]
+    lines = [
+        "video\ttext\tsplit",
+        *(f"{n}.mp4\t{text}\ttrain" for n, text in enumerate(texts)),
+        "",
+    ]
     rows, _ = rows_of(tmp_path / "m.tsv", bom + newline.join(lines))
     assert [row.text for row in rows] == texts
 
 
 def test_texts_in_quotes_of_a_tsv_are_noted(tmp_path):
-    rows, notes = rows_of(tmp_path / "m.tsv", 'video\ttext\na\t"x ""y"""\nb\t"z" is\nc\t"w"\n')
+    rows, notes = rows_of(
+        tmp_path / "m.tsv", 'video\ttext\na\t"x ""y"""\nb\t"z" is\nc\t"w"\n'
+    )
     assert len(rows) == 3
     assert (
-        "2 texts begin and end with a double quote, which is kept: a TSV has no quoting (lines 2, 4)" in notes
+        "2 texts begin and end with a double quote, which is kept: a TSV has no quoting "
+        "(lines 2, 4)" in notes
     )
 
 
@@ -76,14 +90,28 @@ def test_a_csv_unquotes_what_is_quoted(tmp_path):
 )
 def test_a_quote_of_a_csv_that_does_not_close_is_refused_by_its_line(tmp_path, cell, line):
     content = f'video,text\na.mp4,x\nb.mp4,{cell}\nc.mp4,"y"\nd.mp4,z\n'
-    refused(tmp_path / "m.csv", content, rf"m\.csv, line {line}: a field in double quotes must close")
+    refused(
+        tmp_path / "m.csv",
+        content,
+        rf"m\.csv, line {line}: a field in double quotes must close",
+    )
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv"])
-@pytest.mark.parametrize(("fields", "count"), [("c.mp4", 1), ("c.mp4/x/y", 3), ("c.mp4/x/", 3)])
-def test_a_row_with_more_or_fewer_fields_is_refused_by_its_line(tmp_path, suffix, fields, count):
-    content = f"video/text\na.mp4/x\n\n{fields}\n".replace("/", "," if suffix == ".csv" else "\t")
-    refused(tmp_path / f"m{suffix}", content, rf"line 4: a row must have 2 fields, got {count}\.")
+@pytest.mark.parametrize(
+    ("fields", "count"), [("c.mp4", 1), ("c.mp4/x/y", 3), ("c.mp4/x/", 3)]
+)
+def test_a_row_with_more_or_fewer_fields_is_refused_by_its_line(
+    tmp_path, suffix, fields, count
+):
+    content = f"video/text\na.mp4/x\n\n{fields}\n".replace(
+        "/", "," if suffix == ".csv" else "\t"
+    )
+    refused(
+        tmp_path / f"m{suffix}",
+        content,
+        rf"line 4: a row must have 2 fields, got {count}\.",
+    )
 
 
 @pytest.mark.parametrize(
@@ -119,7 +147,11 @@ def test_a_misspelt_column_is_refused_and_another_is_noted(tmp_path, name, meant
     content = f"video,text,{name}\na.mp4,x,1\n"
     if meant:
         refused(tmp_path / "m.csv", content, f"got {name!r} and no {meant!r}")
-        refused(tmp_path / "m.jsonl", json.dumps({"video": "a", "text": "x", name: "1"}), f"no {meant!r}")
+        refused(
+            tmp_path / "m.jsonl",
+            json.dumps({"video": "a", "text": "x", name: "1"}),
+            f"no {meant!r}",
+        )
     else:
         notes = rows_of(tmp_path / "m.csv", content)[1]
         assert notes == [f"columns that are not used: {name or '(without a name)'}"]
@@ -141,12 +173,20 @@ def test_a_column_like_one_that_is_there_is_noted(tmp_path):
 )
 def test_what_is_no_utf8_text_is_named_by_its_line(tmp_path, suffix, content, message):
     delimiter = b"\t" if suffix == ".tsv" else b","
-    head = b'{"video": "b", "text": "x"}\n\n' if suffix == ".jsonl" else b"video/text\nb.mp4/x\n"
+    head = (
+        b'{"video": "b", "text": "x"}\n\n'
+        if suffix == ".jsonl"
+        else b"video/text\nb.mp4/x\n"
+    )
     refused(tmp_path / f"m{suffix}", (head + content).replace(b"/", delimiter), message)
 
 
 def test_utf16_is_named(tmp_path):
-    refused(tmp_path / "m.tsv", "video\ttext\na\tx\n".encode("utf-16"), "got UTF-16: .* Save it as UTF-8")
+    refused(
+        tmp_path / "m.tsv",
+        "video\ttext\na\tx\n".encode("utf-16"),
+        "got UTF-16: .* Save it as UTF-8",
+    )
 
 
 BREAKS = ["\n", "\t", "\r", "\v", "\f", "\x00", "\x1c", "\x85", "\u2028", "\u2029", "\x1b"]
@@ -157,13 +197,17 @@ BREAKS = ["\n", "\t", "\r", "\v", "\f", "\x00", "\x1c", "\x85", "\u2028", "\u202
 def test_a_line_break_or_a_tab_in_json_is_refused_by_its_line(tmp_path, mark, column):
     row = {"video": "a", "text": "x", column: f"a{mark}b"}
     content = '{"video": "b", "text": "x"}\n' + json.dumps(row)
-    refused(tmp_path / "m.jsonl", content, f"line 2: {column} must be one line without TABs")
+    refused(
+        tmp_path / "m.jsonl", content, f"line 2: {column} must be one line without TABs"
+    )
 
 
 @pytest.mark.parametrize("mark", ["\v", "\f", "\x85", "\u2028", "\u2029"])
 @pytest.mark.parametrize("suffix", [".csv", ".tsv"])
 def test_other_line_breaks_split_no_row_and_are_refused(tmp_path, mark, suffix):
-    content = f"video/text\na/x\nb/x{mark}y\n".replace("/", "," if suffix == ".csv" else "\t")
+    content = f"video/text\na/x\nb/x{mark}y\n".replace(
+        "/", "," if suffix == ".csv" else "\t"
+    )
     refused(tmp_path / f"m{suffix}", content, "line 3: text must be one line without TABs")
 
 
@@ -197,7 +241,9 @@ def test_other_line_breaks_split_no_row_and_are_refused(tmp_path, mark, suffix):
     ],
 )  # fmt: skip
 def test_a_json_value_of_another_kind_is_refused_by_its_line(tmp_path, fields, message):
-    content = '{"video": "b", "text": "x"}\n' + json.dumps({"video": "a", "text": "x"} | fields)
+    content = '{"video": "b", "text": "x"}\n' + json.dumps(
+        {"video": "a", "text": "x"} | fields
+    )
     refused(tmp_path / "m.jsonl", content, f"line 2: .*{message}")
 
 
@@ -216,7 +262,11 @@ def test_a_json_value_of_another_kind_is_refused_by_its_line(tmp_path, fields, m
     ],
 )
 def test_a_json_line_that_is_no_row_is_refused_by_its_line(tmp_path, line, message):
-    refused(tmp_path / "m.jsonl", f'\ufeff{{"video": "b", "text": "x"}}\n\n{line}\n', f"line 3: .*{message}")
+    refused(
+        tmp_path / "m.jsonl",
+        f'\ufeff{{"video": "b", "text": "x"}}\n\n{line}\n',
+        f"line 3: .*{message}",
+    )
 
 
 def test_null_is_an_empty_cell_where_a_column_is_optional(tmp_path):
@@ -224,16 +274,28 @@ def test_null_is_an_empty_cell_where_a_column_is_optional(tmp_path):
         ("start", "end", "split", "signer", "language", "id", "bbox", "fps")
     )
     ((found,), _) = rows_of(tmp_path / "m.jsonl", json.dumps(row))
-    assert (found.id, found.start_s, found.end_s, found.signer, found.bbox) == ("a", None, None, "", None)
+    assert (found.id, found.start_s, found.end_s, found.signer, found.bbox) == (
+        "a",
+        None,
+        None,
+        "",
+        None,
+    )
 
 
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (("a.mp4,x,,,", "a.mp4,x,,,"), "line 3: a row must occur once, got .* of line 2 again"),
+        (
+            ("a.mp4,x,,,", "a.mp4,x,,,"),
+            "line 3: a row must occur once, got .* of line 2 again",
+        ),
         (("a.mp4,x,0,1.50,", "./a.mp4,x,0.0,0:1.5,"), "line 3: a row must occur once"),
         (("a.mp4,x,,,", "a.mp4,x,0,,"), "line 3: a row must occur once"),
-        (("a.mp4,x,,,1", "b.mp4,y,,,1"), "line 3: id must be that of one row, got '1' of line 2 again"),
+        (
+            ("a.mp4,x,,,1", "b.mp4,y,,,1"),
+            "line 3: id must be that of one row, got '1' of line 2 again",
+        ),
     ],
 )
 def test_rows_that_are_there_twice_are_named(tmp_path, rows, message):
@@ -242,13 +304,30 @@ def test_rows_that_are_there_twice_are_named(tmp_path, rows, message):
 
 
 def test_rows_that_differ_in_one_thing_are_all_kept(tmp_path):
-    lines = ["a.mp4,x,0,1", "a.mp4,x,1,2", "a.mp4,y,0,1", "b.mp4,x,0,1", "a.mp4,x,,", "A.mp4,x,0,1"]
+    lines = [
+        "a.mp4,x,0,1",
+        "a.mp4,x,1,2",
+        "a.mp4,y,0,1",
+        "b.mp4,x,0,1",
+        "a.mp4,x,,",
+        "A.mp4,x,0,1",
+    ]
     rows, _ = rows_of(tmp_path / "m.csv", "\n".join(["video,text,start,end", *lines]))
     assert len(rows) == 6
 
 
 @pytest.mark.parametrize(
-    "text", ["\u200b", "\ufeff\u200d", "\u00a0", "\u0301", "\u3164", "\u2060 \u00ad", "\u3000", "\u2800"]
+    "text",
+    [
+        "\u200b",
+        "\ufeff\u200d",
+        "\u00a0",
+        "\u0301",
+        "\u3164",
+        "\u2060 \u00ad",
+        "\u3000",
+        "\u2800",
+    ],
 )
 def test_a_text_that_cannot_be_seen_is_named_and_skipped_like_an_empty_one(tmp_path, text):
     for name in ("a", "b"):
@@ -256,14 +335,30 @@ def test_a_text_that_cannot_be_seen_is_named_and_skipped_like_an_empty_one(tmp_p
     lines = ["video\ttext\tsplit", "a\tx\ttrain", f"b\t{text}\ttrain", ""]
     (tmp_path / "m.tsv").write_text("\n".join(lines), encoding="utf-8")
     given = {"short_side": 16, "workers": 1, "splits": ("train",)}
-    with pytest.raises(UserError, match=r"1 without text: train b has a(n empty text| text without visible)"):
-        build("manifest", tmp_path / "m.tsv", tmp_path / "out", Options(**given), language="en")
-    build("manifest", tmp_path / "m.tsv", tmp_path / "out", Options(**given, max_skipped=1), language="en")
+    with pytest.raises(
+        UserError,
+        match=r"1 without text: train b has a(n empty text| text without visible)",
+    ):
+        build(
+            "manifest",
+            tmp_path / "m.tsv",
+            tmp_path / "out",
+            Options(**given),
+            language="en",
+        )
+    build(
+        "manifest",
+        tmp_path / "m.tsv",
+        tmp_path / "out",
+        Options(**given, max_skipped=1),
+        language="en",
+    )
     assert read_manifest(tmp_path / "out")["skipped"]["without text"]["count"] == 1
 
 
 @pytest.mark.parametrize(
-    "value", ["1_0", "nan", "inf", "１", "-0.5", "1,5", "1.5s", "0x1", "1:2:3:4", "1e9", "::", "-"]
+    "value",
+    ["1_0", "nan", "inf", "１", "-0.5", "1,5", "1.5s", "0x1", "1:2:3:4", "1e9", "::", "-"],
 )
 def test_what_is_no_time_is_refused(value):
     with pytest.raises(UserError, match=r"^line 2: start must be seconds"):
@@ -302,11 +397,17 @@ def test_the_tables_of_corpora_are_read_line_by_line_as_well(tmp_path):
     table.write_text(whole.replace("Hello, you.", '"Hello, you.'))
     with pytest.raises(UserError, match="line 2: a field in double quotes must close"):
         how2sign.read(root, ("train",))
-    table.write_text(whole.replace("Hello, you.", "Ã\x85h, Hello."))  # garbled Å, no line break
-    assert how2sign.read(root, ("train",), repair_mojibake=True).rows["train"][0].text == "Åh, Hello."
+    # garbled Å, no line break
+    table.write_text(whole.replace("Hello, you.", "Ã\x85h, Hello."))
+    assert (
+        how2sign.read(root, ("train",), repair_mojibake=True).rows["train"][0].text
+        == "Åh, Hello."
+    )
     assert len(how2sign.read(root, ("train",)).rows["train"]) == 4
     table.write_text(whole.replace("\t", ";"))
-    with pytest.raises(UserError, match=r"must be separated by commas, got .* with semicolons"):
+    with pytest.raises(
+        UserError, match=r"must be separated by commas, got .* with semicolons"
+    ):
         how2sign.read(root, ("train",))
     table.write_bytes(whole.encode().replace(b"Hello", b"H\xe4llo"))
     with pytest.raises(UserError, match=r"line 2: .*0xe4"):
@@ -326,7 +427,9 @@ def test_csl_labels_that_differ_for_one_clip_are_refused(tmp_path):
     table.write_text(table.read_text() + again + "\n")
     assert len(csl_daily.read(root, ALL).rows["train"]) == 2
     table.write_text(table.read_text() + again.replace("谁", "她") + "\n")
-    with pytest.raises(UserError, match="one label, got two that differ for S000007_P0003_T00"):
+    with pytest.raises(
+        UserError, match="one label, got two that differ for S000007_P0003_T00"
+    ):
         csl_daily.read(root, ALL)
 
 

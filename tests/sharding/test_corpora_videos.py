@@ -7,7 +7,14 @@ import pytest
 
 from flallm_ds.errors import UserError
 from flallm_ds.sharding.build import Options, build
-from flallm_ds.sharding.corpora import csl_daily, how2sign, openasl, phoenix14t, split_of, youtube_asl
+from flallm_ds.sharding.corpora import (
+    csl_daily,
+    how2sign,
+    openasl,
+    phoenix14t,
+    split_of,
+    youtube_asl,
+)
 from tests.helpers.trees import (
     OPENASL_ROWS,
     built_clips,
@@ -51,7 +58,10 @@ def test_renderings_are_never_taken_for_the_clips(tmp_path, rendering, folder):
         write_video(root / rendering / path.name, 9)
     corpus = how2sign.read(root, ("train",))
     assert {row.path.parent for row in corpus.rows["train"]} == {clips}
-    assert f"train: 4 other files of the same names are not taken ({rendering}/" in " ".join(corpus.notes)
+    assert (
+        f"train: 4 other files of the same names are not taken ({rendering}/"
+        in " ".join(corpus.notes)
+    )
 
 
 @pytest.mark.parametrize("rendering", RENDERINGS)
@@ -59,7 +69,9 @@ def test_renderings_alone_are_refused(tmp_path, rendering):
     root = make_how2sign(tmp_path, raw=False)
     (root / rendering).parent.mkdir(parents=True, exist_ok=True)
     shutil.move(root / READY, root / rendering)
-    with pytest.raises(UserError, match="clips must have RGB videos, got renderings or other views alone"):
+    with pytest.raises(
+        UserError, match="clips must have RGB videos, got renderings or other views alone"
+    ):
         how2sign.read(root, ("train",))
 
 
@@ -76,7 +88,9 @@ def test_a_clip_with_a_rendering_alone_is_noted_and_skipped(tmp_path):
     )
     assert len(built_clips(tmp_path / "out", "train")) == 3
     notes = (tmp_path / "out" / "index.json").read_text()
-    assert "train: 1 clips have renderings or other views alone, which are not taken" in notes
+    assert (
+        "train: 1 clips have renderings or other views alone, which are not taken" in notes
+    )
 
 
 def test_renderings_of_sentences_do_not_outnumber_the_raw_videos(tmp_path):
@@ -84,18 +98,24 @@ def test_renderings_of_sentences_do_not_outnumber_the_raw_videos(tmp_path):
     next(root.rglob("-ab-8-rgb_front.mp4")).unlink()
     for name in ("-aB_0-5", "-aB_1-5", "-ab_0-8", "-ab_1-8"):
         write_video(
-            root / "sentence_level/train/rgb_front/features/openpose_output/video" / f"{name}-rgb_front.mp4",
+            root
+            / "sentence_level/train/rgb_front/features/openpose_output/video"
+            / f"{name}-rgb_front.mp4",
             9,
         )
     corpus = how2sign.read(root, ("train",))
     assert "re-aligned times (2 of 4" in corpus.notes[0]
 
 
-@pytest.mark.parametrize("words", ["purpose", "composed", "inside", "workflows", "unmasked"])
+@pytest.mark.parametrize(
+    "words", ["purpose", "composed", "inside", "workflows", "unmasked"]
+)
 def test_words_that_hold_a_forbidden_one_are_no_renderings(tmp_path, words):
     root = make_how2sign(tmp_path, raw=False)
     folder = rename_to_first(root, words)
-    assert {row.path.parent for row in how2sign.read(root, ("train",)).rows["train"]} == {folder}
+    assert {row.path.parent for row in how2sign.read(root, ("train",)).rows["train"]} == {
+        folder
+    }
 
 
 def test_the_corpus_s_own_folder_goes_before_others_and_they_are_noted(tmp_path):
@@ -103,7 +123,10 @@ def test_the_corpus_s_own_folder_goes_before_others_and_they_are_noted(tmp_path)
     write_video(root / "0" / "-aB_0-5-rgb_front.mp4", 9)
     corpus = how2sign.read(root, ("train",))
     assert {row.path.parent for row in corpus.rows["train"]} == {root / READY}
-    assert "train: 1 other files of the same names are not taken (0/-aB_0-5-rgb_front.mp4)" in corpus.notes
+    assert (
+        "train: 1 other files of the same names are not taken (0/-aB_0-5-rgb_front.mp4)"
+        in corpus.notes
+    )
 
 
 def test_another_split_s_folder_is_not_the_own_one(tmp_path):
@@ -114,7 +137,8 @@ def test_another_split_s_folder_is_not_the_own_one(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "other", ["b/-aB_0-5-rgb_front.mp4", "a/-aB_0-5-rgb_front.webm", "360p/-aB_0-5-rgb_front.MP4"]
+    "other",
+    ["b/-aB_0-5-rgb_front.mp4", "a/-aB_0-5-rgb_front.webm", "360p/-aB_0-5-rgb_front.MP4"],
 )
 def test_two_videos_that_differ_are_refused_by_name(tmp_path, other):
     root = make_how2sign(tmp_path, raw=False)
@@ -122,11 +146,13 @@ def test_two_videos_that_differ_are_refused_by_name(tmp_path, other):
     write_video(root / "x.mp4", 9)
     (root / other).parent.mkdir(exist_ok=True)
     (root / "x.mp4").rename(root / other)
-    with pytest.raises(UserError, match="a clip must have one video, got two that differ") as caught:
+    with pytest.raises(
+        UserError, match="a clip must have one video, got two that differ"
+    ) as caught:
         how2sign.read(root, ("train",))
-    assert str(root / "a" / "-aB_0-5-rgb_front.mp4") in str(caught.value) and str(root / other) in str(
-        caught.value
-    )
+    assert str(root / "a" / "-aB_0-5-rgb_front.mp4") in str(caught.value) and str(
+        root / other
+    ) in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", ["copy", "link", "symlink", "folder"])
@@ -150,7 +176,14 @@ def test_two_names_of_one_content_are_one_video(tmp_path, kind):
 
 @pytest.mark.parametrize(
     "left",
-    ["._{}.mp4", ".AppleDouble/{}.mp4", "__MACOSX/._{}.mp4", "{}.mp4.part", "{}.f137.mp4", ".trash/{}.mp4"],
+    [
+        "._{}.mp4",
+        ".AppleDouble/{}.mp4",
+        "__MACOSX/._{}.mp4",
+        "{}.mp4.part",
+        "{}.f137.mp4",
+        ".trash/{}.mp4",
+    ],
 )
 def test_what_systems_and_downloads_leave_is_no_video(tmp_path, left):
     root = make_how2sign(tmp_path, raw=False)
@@ -158,7 +191,9 @@ def test_what_systems_and_downloads_leave_is_no_video(tmp_path, left):
     path = root / left.format("-aB_0-5-rgb_front")
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(b"no video")
-    assert {row.path.parent for row in how2sign.read(root, ("train",)).rows["train"]} == {clips}
+    assert {row.path.parent for row in how2sign.read(root, ("train",)).rows["train"]} == {
+        clips
+    }
 
 
 def test_a_link_to_nothing_is_no_video(tmp_path):
@@ -190,7 +225,9 @@ def test_openasl_s_raw_videos_are_not_taken_from_a_rendering(tmp_path):
 
 
 def make_youtube(root: Path) -> str:
-    video = next(name for name in (f"abcdefg{n:04d}" for n in range(99)) if split_of(name) == "train")
+    video = next(
+        name for name in (f"abcdefg{n:04d}" for n in range(99)) if split_of(name) == "train"
+    )
     write_vtt(root / f"{video}.en.vtt", [("00:00.000", "00:01.000", "Hello.")])
     return video
 
@@ -211,11 +248,17 @@ def test_youtube_takes_no_rendering_and_refuses_two_resolutions(tmp_path):
 def test_youtube_refuses_two_captions_that_differ_and_prefers_webvtt(tmp_path):
     video = make_youtube(tmp_path)
     write_video(tmp_path / f"{video}.mp4", 10)
-    (tmp_path / f"{video}.en.srt").write_text("1\n00:00:00,000 --> 00:00:01,000\nFrom SubRip.\n")
+    (tmp_path / f"{video}.en.srt").write_text(
+        "1\n00:00:00,000 --> 00:00:01,000\nFrom SubRip.\n"
+    )
     (row,) = youtube_asl.read(tmp_path, ("train",)).rows["train"]
     assert row.text == "Hello."
-    write_vtt(tmp_path / "again" / f"{video}.en.vtt", [("00:00.000", "00:01.000", "Other.")])
-    with pytest.raises(UserError, match="one caption file in a language, got two that differ"):
+    write_vtt(
+        tmp_path / "again" / f"{video}.en.vtt", [("00:00.000", "00:01.000", "Other.")]
+    )
+    with pytest.raises(
+        UserError, match="one caption file in a language, got two that differ"
+    ):
         youtube_asl.read(tmp_path, ("train",))
     shutil.copy(tmp_path / f"{video}.en.vtt", tmp_path / "again" / f"{video}.en.vtt")
     assert len(youtube_asl.read(tmp_path, ("train",)).rows["train"]) == 1
@@ -238,7 +281,8 @@ def test_csl_daily_s_frames_in_two_folders_are_refused(tmp_path):
     assert len(csl_daily.read(root, ("train",)).rows["train"]) == 2
     (root / "sentence_frames-512x512" / "S000007_P0003_T00").mkdir()
     with pytest.raises(
-        UserError, match=r"the frames must be in one folder, got two: .*sentence_frames-512x512"
+        UserError,
+        match=r"the frames must be in one folder, got two: .*sentence_frames-512x512",
     ):
         csl_daily.read(root, ("train",))
 
@@ -252,5 +296,7 @@ def test_two_tables_of_one_name_that_differ_are_refused(tmp_path):
     shutil.copy(table, root / "a" / table.name)
     assert len(openasl.read(root, ("train",)).rows["train"]) == 2
     (root / "a" / table.name).write_text(table.read_text() + "\n")
-    with pytest.raises(UserError, match=r"--source must hold one openasl-v.*two that differ"):
+    with pytest.raises(
+        UserError, match=r"--source must hold one openasl-v.*two that differ"
+    ):
         openasl.read(root, ("train",))

@@ -82,11 +82,14 @@ def test_webvtt_without_tags_entities_settings_comments_and_styles(newline):
 
 
 def test_a_caption_may_follow_the_header_at_once():
-    text = (
-        "WEBVTT - a --> b\nKind: captions\n00:01.000 --> 00:02.000\nhello\n\n00:03.000 --> 00:04.000\nyou\n"
-    )
-    assert cues_of(text.replace(" - a --> b", "")) == [(1.0, 2.0, "hello"), (3.0, 4.0, "you")]
-    assert cues_of("WEBVTT - a --> b\n\n00:03.000 --> 00:04.000\nyou\n") == [(3.0, 4.0, "you")]
+    text = "WEBVTT - a --> b\nKind: captions\n00:01.000 --> 00:02.000\nhello\n\n00:03.000 --> 00:04.000\nyou\n"
+    assert cues_of(text.replace(" - a --> b", "")) == [
+        (1.0, 2.0, "hello"),
+        (3.0, 4.0, "you"),
+    ]
+    assert cues_of("WEBVTT - a --> b\n\n00:03.000 --> 00:04.000\nyou\n") == [
+        (3.0, 4.0, "you")
+    ]
 
 
 def test_automatic_captions_that_scroll_give_each_line_once():
@@ -101,8 +104,14 @@ def test_automatic_captions_that_scroll_give_each_line_once():
 
 
 def test_captions_by_hand_may_repeat_themselves():
-    spans = ("00:01.000 --> 00:02.000", "00:02.000 --> 00:03.000", "00:03.000 --> 00:04.000")
-    text = "\n\n".join(["WEBVTT", f"{spans[0]}\nNo.", f"{spans[1]}\nNo.", f"{spans[2]}\nYes."])
+    spans = (
+        "00:01.000 --> 00:02.000",
+        "00:02.000 --> 00:03.000",
+        "00:03.000 --> 00:04.000",
+    )
+    text = "\n\n".join(
+        ["WEBVTT", f"{spans[0]}\nNo.", f"{spans[1]}\nNo.", f"{spans[2]}\nYes."]
+    )
     assert [cue[2] for cue in cues_of(text)] == ["No.", "No.", "Yes."]
     assert read_vtt(text)[1] is False
 
@@ -141,7 +150,8 @@ TRAIN, DEV, TEST = ids_in("train", 4), ids_in("dev", 1), ids_in("test", 1)
 
 
 def make_youtube(root):
-    """Four training videos and one each of dev and test, 3 s at 10 fps, with captions of every kind."""
+    """Four training videos and one each of dev and test, 3 s at 10 fps, with captions of
+    every kind."""
     for video in (*TRAIN[:3], *DEV, *TEST):
         write_video(root / "videos" / video[-1] / f"{video}.mp4", 30)
     write_video(root / "videos" / f"A title. With dots [{TRAIN[3]}].mp4", 30)
@@ -156,9 +166,14 @@ def make_youtube(root):
                 ("00:01.000", "00:02.500", "<i>Two</i>."),
             ],
         )
-    (root / "captions" / f"{TRAIN[1]}.json").write_text('[{"text": "Three.", "start": 0.5, "duration": 1.0}]')
+    (root / "captions" / f"{TRAIN[1]}.json").write_text(
+        '[{"text": "Three.", "start": 0.5, "duration": 1.0}]'
+    )
     (root / "captions" / f"{TRAIN[1]}.info.json").write_text("{}")
-    write_vtt(root / "captions" / f"{TRAIN[2]}.de.vtt", [("00:00.000", "00:01.000", "Nicht englisch.")])
+    write_vtt(
+        root / "captions" / f"{TRAIN[2]}.de.vtt",
+        [("00:00.000", "00:01.000", "Nicht englisch.")],
+    )
     write_vtt(
         root / "captions" / f"A title. With dots [{TRAIN[3]}].en-US.vtt",
         [("00:00.500", "00:01.500", "Four.")],
@@ -169,12 +184,27 @@ def make_youtube(root):
 def test_captions_become_clips_and_a_video_stays_in_one_split(tmp_path):
     corpus = youtube_asl.read(make_youtube(tmp_path), ALL)
     train = corpus.rows["train"]
-    assert [row.id for row in train] == [f"{TRAIN[0]}_0", f"{TRAIN[0]}_4", f"{TRAIN[1]}_0", f"{TRAIN[3]}_0"]
+    assert [row.id for row in train] == [
+        f"{TRAIN[0]}_0",
+        f"{TRAIN[0]}_4",
+        f"{TRAIN[1]}_0",
+        f"{TRAIN[3]}_0",
+    ]
     assert [row.text for row in train] == [f"One of {TRAIN[0]}.", "Two.", "Three.", "Four."]
-    assert [(row.start_s, row.end_s) for row in train] == [(0, 1), (1, 2.5), (0.5, 1.5), (0.5, 1.5)]
+    assert [(row.start_s, row.end_s) for row in train] == [
+        (0, 1),
+        (1, 2.5),
+        (0.5, 1.5),
+        (0.5, 1.5),
+    ]
     assert all(row.path.is_file() and row.language == "en" for row in train)
-    assert {row.video for row in corpus.rows["dev"]} == set(DEV) and len(corpus.rows["test"]) == 2
-    assert any("8 of 17 captions kept (1 to 300 characters, 0.2 to 60 s)" in note for note in corpus.notes)
+    assert {row.video for row in corpus.rows["dev"]} == set(DEV) and len(
+        corpus.rows["test"]
+    ) == 2
+    assert any(
+        "8 of 17 captions kept (1 to 300 characters, 0.2 to 60 s)" in note
+        for note in corpus.notes
+    )
     missing = f"1 videos have no captions, or none in their language, and are left out ({TRAIN[2]})"
     assert missing in corpus.notes
     assert split_of is manifest.split_of
@@ -182,7 +212,10 @@ def test_captions_become_clips_and_a_video_stays_in_one_split(tmp_path):
 
 def test_the_filter_is_set_by_options(tmp_path):
     root = make_youtube(tmp_path)
-    texts = [row.text for row in youtube_asl.read(root, ("dev",), min_s=0.05, max_s=1.2).rows["dev"]]
+    texts = [
+        row.text
+        for row in youtube_asl.read(root, ("dev",), min_s=0.05, max_s=1.2).rows["dev"]
+    ]
     assert texts == [f"One of {DEV[0]}.", "Too short."]
     with pytest.raises(UserError, match="--min_s below --max_s"):
         youtube_asl.read(root, ALL, min_s=2, max_s=1)
@@ -191,10 +224,20 @@ def test_the_filter_is_set_by_options(tmp_path):
 def test_ids_choose_the_videos_and_their_order(tmp_path):
     root = make_youtube(tmp_path)
     ids = tmp_path / "ids.txt"
-    ids.write_text("\ufeffvideo_id\r\n" + "\r\n".join([TRAIN[3], TRAIN[0], TRAIN[3], "-_unknown-1", ""]))
+    ids.write_text(
+        "\ufeffvideo_id\r\n"
+        + "\r\n".join([TRAIN[3], TRAIN[0], TRAIN[3], "-_unknown-1", ""])
+    )
     corpus = youtube_asl.read(root, ALL, ids=str(ids))
-    assert [row.video for table in corpus.rows.values() for row in table] == [TRAIN[3], TRAIN[0], TRAIN[0]]
-    assert any("1 videos have no captions" in note and "-_unknown-1" in note for note in corpus.notes)
+    assert [row.video for table in corpus.rows.values() for row in table] == [
+        TRAIN[3],
+        TRAIN[0],
+        TRAIN[0],
+    ]
+    assert any(
+        "1 videos have no captions" in note and "-_unknown-1" in note
+        for note in corpus.notes
+    )
 
 
 @pytest.mark.parametrize(
@@ -214,9 +257,15 @@ def test_broken_and_automatic_captions_are_counted(tmp_path):
     (root / "captions" / f"{TRAIN[1]}.json").unlink()
     (root / "captions" / f"{TRAIN[1]}.en.vtt").write_text(SCROLLING)
     corpus = youtube_asl.read(root, ("train",))
-    assert f"1 videos have captions that cannot be read, and are left out ({TRAIN[0]})" in corpus.notes
+    assert (
+        f"1 videos have captions that cannot be read, and are left out ({TRAIN[0]})"
+        in corpus.notes
+    )
     assert any("1 videos have automatic captions" in note for note in corpus.notes)
-    assert [row.text for row in corpus.rows["train"]][:2] == ["Among other things", "we sign"]
+    assert [row.text for row in corpus.rows["train"]][:2] == [
+        "Among other things",
+        "we sign",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -267,10 +316,16 @@ def test_sl25_takes_captions_in_the_language_of_each_video(tmp_path, separator):
             write_vtt(tmp_path / f"{video}.{tag}.vtt", cues)
     codes = ["gsg", "ja", "ase", "???"]
     ids = tmp_path / "ids"
-    ids.write_text("".join(f"{video}{separator}{code}\n" for video, code in zip(TRAIN, codes, strict=True)))
+    ids.write_text(
+        "".join(
+            f"{video}{separator}{code}\n" for video, code in zip(TRAIN, codes, strict=True)
+        )
+    )
     corpus = youtube_asl.read_sl25(tmp_path, ALL, ids=str(ids))
     assert [row.language for row in corpus.rows["train"]] == ["de", "ja", "en"]
-    assert corpus.language == "mixed" and any(f"({TRAIN[3]})" in note for note in corpus.notes)
+    assert corpus.language == "mixed" and any(
+        f"({TRAIN[3]})" in note for note in corpus.notes
+    )
     corpus = youtube_asl.read_sl25(tmp_path, ALL, ids=str(ids), language="de-DE")
     assert corpus.language == "de" and len(corpus.rows["train"]) == 4
 
@@ -283,7 +338,9 @@ def test_sl25_captions_that_name_no_language_are_refused(tmp_path):
 
 def test_youtube_asl_is_built(tmp_path):
     out = tmp_path / "out"
-    build("youtube_asl", make_youtube(tmp_path / "yt"), out, Options(short_side=24, workers=1))
+    build(
+        "youtube_asl", make_youtube(tmp_path / "yt"), out, Options(short_side=24, workers=1)
+    )
     facts, frames = built_clips(out, "train")[f"{TRAIN[0]}_4"]
     assert (facts["text"], facts["video"], len(frames)) == ("Two.", TRAIN[0], 15)
     videos = [set(load_index(out, split).strings("video")) for split in ALL]
@@ -294,7 +351,13 @@ def test_youtube_sl25_is_built_with_a_language_for_each_clip(tmp_path):
     root = make_youtube(tmp_path / "yt")
     ids = root / "ids.tsv"
     ids.write_text(f"{TRAIN[0]}\tase\n{TRAIN[2]}\tgsg\n{DEV[0]}\ten\n{TEST[0]}\t???\n")
-    build("youtube_sl25", root, tmp_path / "out", Options(short_side=24, workers=1), ids=str(ids))
+    build(
+        "youtube_sl25",
+        root,
+        tmp_path / "out",
+        Options(short_side=24, workers=1),
+        ids=str(ids),
+    )
     clips = built_clips(tmp_path / "out", "train")
     assert {name: clip[0]["language"] for name, clip in clips.items()} == {
         f"{TRAIN[0]}_0": "en",

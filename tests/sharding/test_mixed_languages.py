@@ -1,4 +1,5 @@
-"""Languages from a corpus to its scores: shards, index, tokenizer, scores, with each corpus's own names."""
+"""Languages from a corpus to its scores: shards, index, tokenizer, scores, with each
+corpus's own names."""
 
 import json
 from pathlib import Path
@@ -33,7 +34,12 @@ def build_shards(root: Path, languages: list[str], texts: list[str]) -> Path:
     rows = []
     for n, language in enumerate(languages):
         write_frames(root / f"frames{n}", 4)
-        row = {"video": f"frames{n}", "text": texts[n % 2], "id": str(n), "language": language}
+        row = {
+            "video": f"frames{n}",
+            "text": texts[n % 2],
+            "id": str(n),
+            "language": language,
+        }
         rows.append(row | {"split": "train"})
     (root / "m.jsonl").write_text("\n".join(map(json.dumps, rows)))
     build("manifest", root / "m.jsonl", root / "shards", Options(short_side=16, workers=1))
@@ -43,7 +49,9 @@ def build_shards(root: Path, languages: list[str], texts: list[str]) -> Path:
 def write_as_before(shards: Path, languages: list[str]) -> None:
     """Write the languages into a table as versions did that knew no tags."""
     rows = list(iter_rows(load_index(shards, "train")))
-    rows = [row | {"language": language} for row, language in zip(rows, languages, strict=True)]
+    rows = [
+        row | {"language": language} for row, language in zip(rows, languages, strict=True)
+    ]
     manifest = json.loads((shards / "index.json").read_text())
     manifest["splits"]["train"] |= write_table(shards / "train.safetensors", rows)
     (shards / "index.json").write_text(json.dumps(manifest))
@@ -52,7 +60,9 @@ def write_as_before(shards: Path, languages: list[str]) -> None:
 @pytest.fixture(scope="module")
 def llms(tmp_path_factory):
     root = tmp_path_factory.mktemp("llms")
-    texts = [text for some in TEXTS.values() for text in some] * 4 + ["German Chinese Japanese: "]
+    texts = [text for some in TEXTS.values() for text in some] * 4 + [
+        "German Chinese Japanese: "
+    ]
     families = ("mbart", "mbart50", "m2m100", "nllb", "madlad", "mt5")
     return {family: make_tiny_llm(family, root / family, texts) for family in families}
 
@@ -60,13 +70,17 @@ def llms(tmp_path_factory):
 def codec_of(folder: Path, languages: set[str], texts: list[str]) -> TextCodec:
     config = AutoConfig.from_pretrained(folder)
     start = getattr(config, "decoder_start_token_id", None)
-    instruction = Instruction(start_token=start, rows=config.vocab_size, languages=tuple(sorted(languages)))
+    instruction = Instruction(
+        start_token=start, rows=config.vocab_size, languages=tuple(sorted(languages))
+    )
     return TextCodec.for_training_text(str(folder), instruction, texts, trim=True)
 
 
 @pytest.mark.parametrize("older", [False, True])
 @pytest.mark.parametrize(("tag", "rule"), [("de", "13a"), ("zh", "zh"), ("ja", "char")])
-def test_one_language_by_many_names_is_one_from_the_corpus_to_the_score(tmp_path, llms, tag, rule, older):
+def test_one_language_by_many_names_is_one_from_the_corpus_to_the_score(
+    tmp_path, llms, tag, rule, older
+):
     names = NAMES[tag]
     shards = build_shards(tmp_path, [tag] * len(names) if older else names, TEXTS[tag])
     if older:
@@ -93,13 +107,18 @@ def test_folders_that_name_a_language_differently_join_to_one_language(tmp_path)
     write_as_before(folders[1], ["German", ""])
     joined = open_indexes(folders, "train")
     assert list(joined.strings("language")) == ["de", "de", "de", ""]
-    assert [len(text) for text in joined.strings("text")] == [len(TEXTS["de"][n % 2]) for n in range(4)]
+    assert [len(text) for text in joined.strings("text")] == [
+        len(TEXTS["de"][n % 2]) for n in range(4)
+    ]
 
 
 def test_tags_leave_the_order_and_all_other_columns_as_they_are(tmp_path):
     shards = build_shards(tmp_path, ["de", "zh-Hant", "en"], TEXTS["de"])
     plain, opened = load_index(shards, "train"), open_indexes(shards, "train")
-    assert opened.arrays.keys() == plain.arrays.keys() and opened.fingerprint == plain.fingerprint
+    assert (
+        opened.arrays.keys() == plain.arrays.keys()
+        and opened.fingerprint == plain.fingerprint
+    )
     assert sorted(opened.strings("language")) == ["de", "en", "zh-Hant"]
     write_as_before(shards, ["deu", "English", "zh_TW"])
     plain, opened = load_index(shards, "train"), open_indexes(shards, "train")
@@ -109,7 +128,9 @@ def test_tags_leave_the_order_and_all_other_columns_as_they_are(tmp_path):
         "zh_TW",
     ]  # verify.py compares these with the tars
     assert list(opened.strings("language")) == ["de", "en", "zh-Hant"]
-    assert opened.fingerprint == plain.fingerprint and set(opened.arrays) == set(plain.arrays)
+    assert opened.fingerprint == plain.fingerprint and set(opened.arrays) == set(
+        plain.arrays
+    )
     for name in set(plain.arrays) - {"language", "language_ends"}:
         np.testing.assert_array_equal(opened.arrays[name], plain.arrays[name])
 
@@ -118,6 +139,7 @@ def test_older_shards_with_an_unknown_language_are_refused_with_near_ones(tmp_pa
     shards = build_shards(tmp_path, ["de"], TEXTS["de"])
     write_as_before(shards, ["Germann"])
     with pytest.raises(
-        UserError, match=rf"^the language of each train clip in {shards} must be .*'Germann': did you mean Ge"
+        UserError,
+        match=rf"^the language of each train clip in {shards} must be .*'Germann': did you mean Ge",
     ):
         open_indexes(shards, "train")

@@ -32,17 +32,25 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
-    """Six train clips with awkward texts, the first with an awkward id and signer; two dev clips."""
+    """Six train clips with awkward texts, the first with an awkward id and signer; two
+    dev clips."""
     place = tmp_path_factory.mktemp("preview")
     write_video(place / "a.mp4", 12)
     write_frames(place / "frames", 3)
     rows = [
-        {"video": "a.mp4" if n else "frames", "text": text, "split": "train"} for n, text in enumerate(TEXTS)
+        {"video": "a.mp4" if n else "frames", "text": text, "split": "train"}
+        for n, text in enumerate(TEXTS)
     ]
     rows[0] |= {"id": "<b>id</b>", "signer": "</small><i>"}
     rows += [{"video": "frames", "text": f"dev {n}", "split": "dev"} for n in range(2)]
     (place / "m.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    build("manifest", place / "m.jsonl", place / "shards", Options(workers=1, short_side=16), language="zh")
+    build(
+        "manifest",
+        place / "m.jsonl",
+        place / "shards",
+        Options(workers=1, short_side=16),
+        language="zh",
+    )
     return place / "shards"
 
 
@@ -84,7 +92,10 @@ def test_the_sheet_has_a_row_for_each_clip_and_the_page_plays_them(built, tmp_pa
 
 def test_texts_and_ids_are_escaped_in_the_page(built, tmp_path):
     preview(built, out=tmp_path / "look")
-    raw, page = (tmp_path / "look.html").read_text(encoding="utf-8"), Page(tmp_path / "look.html")
+    raw, page = (
+        (tmp_path / "look.html").read_text(encoding="utf-8"),
+        Page(tmp_path / "look.html"),
+    )
     assert "script" not in page.tags and "b" not in page.tags and "i" not in page.tags
     assert "<script" not in raw and "default-src 'none'" in raw
     for text in TEXTS:
@@ -95,12 +106,23 @@ def test_texts_and_ids_are_escaped_in_the_page(built, tmp_path):
 def test_the_sheet_shows_frames_of_its_clips_from_first_to_last(tmp_path):
     write_video(tmp_path / "a.mp4", 40)  # ever brighter
     (tmp_path / "m.csv").write_text("video,text,split\na.mp4,x,train\n")
-    build("manifest", tmp_path / "m.csv", tmp_path / "shards", Options(workers=1), language="en")
+    build(
+        "manifest",
+        tmp_path / "m.csv",
+        tmp_path / "shards",
+        Options(workers=1),
+        language="en",
+    )
     preview(tmp_path / "shards", out=tmp_path / "look")
     sheet = cv2.imread(str(tmp_path / "look.png"))
     line = sheet[-60, 10 : 10 + 8 * 151 - 2, 0].astype(int)
     shades = [int(np.median(line[151 * n + 20 : 151 * n + 120])) for n in range(8)]
-    assert shades == sorted(shades) and shades[0] < 20 and shades[-1] > 220 and len(set(shades)) == 8
+    assert (
+        shades == sorted(shades)
+        and shades[0] < 20
+        and shades[-1] > 220
+        and len(set(shades)) == 8
+    )
 
 
 def test_a_broken_clip_is_shown_as_broken(built, tmp_path, capsys):
@@ -118,7 +140,9 @@ def test_a_broken_clip_is_shown_as_broken(built, tmp_path, capsys):
 
 
 def test_the_same_seed_draws_the_same_clips_evenly_over_splits():
-    assert draw([100, 3, 50], 24, 7) == draw([100, 3, 50], 24, 7) != draw([100, 3, 50], 24, 8)
+    assert (
+        draw([100, 3, 50], 24, 7) == draw([100, 3, 50], 24, 7) != draw([100, 3, 50], 24, 8)
+    )
     drawn = draw([100, 3, 50], 24, 0)
     assert [len(rows) for rows in drawn] == [11, 3, 10]
     assert all(rows == sorted(set(rows)) for rows in drawn)
@@ -132,13 +156,22 @@ def test_long_texts_are_wrapped_and_cut():
 
 
 def test_the_command_draws_of_one_split(built, tmp_path):
-    words = [str(built), f"--out={tmp_path / 'look.v2'}", "--split=dev", "--clips=1", "--seed=3"]
+    words = [
+        str(built),
+        f"--out={tmp_path / 'look.v2'}",
+        "--split=dev",
+        "--clips=1",
+        "--seed=3",
+    ]
     done = subprocess.run(
         [sys.executable, str(ROOT / "shards" / "preview.py"), *words],
         capture_output=True, text=True, cwd="/", timeout=120,
     )  # fmt: skip
     assert done.returncode == 0 and done.stderr == ""
-    assert Page(tmp_path / "look.v2.html").tags.count("video") == 1 and (tmp_path / "look.v2.png").is_file()
+    assert (
+        Page(tmp_path / "look.v2.html").tags.count("video") == 1
+        and (tmp_path / "look.v2.png").is_file()
+    )
 
 
 @pytest.mark.parametrize(
@@ -147,7 +180,10 @@ def test_the_command_draws_of_one_split(built, tmp_path):
         ({"clips": 0}, "--clips must be from 1"),
         ({"seed": -1}, "--seed must be 0 or above"),
         ({"split": "val"}, "must be one of train, dev"),
-        ({"out": Path("/nowhere/at/all/x")}, "--out must be a name in a folder that exists"),
+        (
+            {"out": Path("/nowhere/at/all/x")},
+            "--out must be a name in a folder that exists",
+        ),
         ({"out": Path("/")}, "--out must be"),
     ],
 )

@@ -81,12 +81,16 @@ def content(folder: Path) -> dict[str, list[bytes]]:
         with (folder / shard).open("rb") as file:
             file.seek(row["offset"])
             member = file.read(row["size"])
-        found[row["id"]] = [bytes(jpeg) for jpeg in jpegs_of(member, slice(None), row["num_frames"])]
+        found[row["id"]] = [
+            bytes(jpeg) for jpeg in jpegs_of(member, slice(None), row["num_frames"])
+        ]
     return found
 
 
 @pytest.mark.parametrize("harm", [flip_a_frame, truncate])
-def test_drop_takes_out_the_broken_clip_and_leaves_ordinary_shards(built, copy, capsys, harm):
+def test_drop_takes_out_the_broken_clip_and_leaves_ordinary_shards(
+    built, copy, capsys, harm
+):
     lost = harm(copy)
     verify(copy, workers=1, repair="drop")
     out = capsys.readouterr().out
@@ -97,9 +101,15 @@ def test_drop_takes_out_the_broken_clip_and_leaves_ordinary_shards(built, copy, 
     assert load_index(copy, "train").fingerprint != load_index(built, "train").fingerprint
     assert load_index(copy, "dev").fingerprint == load_index(built, "dev").fingerprint
     assert read_manifest(copy)["skipped"]["dropped by a repair"]["count"] == 1
-    samples = list(webdataset.WebDataset(sorted(map(str, copy.glob("train-*.tar"))), shardshuffle=False))
+    samples = list(
+        webdataset.WebDataset(
+            sorted(map(str, copy.glob("train-*.tar"))), shardshuffle=False
+        )
+    )
     assert [sample["__key__"] for sample in samples] == [row["key"] for row in rows(copy)]
-    assert sorted(path.suffix for path in copy.iterdir()) == sorted(path.suffix for path in built.iterdir())
+    assert sorted(path.suffix for path in copy.iterdir()) == sorted(
+        path.suffix for path in built.iterdir()
+    )
     verify(copy, workers=1)
 
 
@@ -108,8 +118,12 @@ def test_drop_takes_a_deleted_shard_out_of_the_index(built, copy, capsys):
     verify(copy, workers=2, repair="drop")
     assert "dropped 3 clips" in capsys.readouterr().out
     assert [row["shard"] for row in rows(copy)] == [0] * 3 + [1] * 3
-    assert {row["id"] for row in rows(copy)} == {r["id"] for r in rows(built) if r["shard"] != 1}
-    assert read_manifest(copy)["skipped"]["dropped by a repair"]["examples"][0].startswith("train 01April")
+    assert {row["id"] for row in rows(copy)} == {
+        r["id"] for r in rows(built) if r["shard"] != 1
+    }
+    assert read_manifest(copy)["skipped"]["dropped by a repair"]["examples"][0].startswith(
+        "train 01April"
+    )
 
 
 def test_what_is_dropped_twice_is_counted_together(copy):
@@ -130,7 +144,8 @@ def test_damage_beside_the_clips_is_undone_without_loss(built, copy, capsys):
 
 def test_a_change_that_no_check_can_place_is_said(built, copy, capsys):
     row = of_shard(copy, 1)[0]
-    flip(copy / "train-000001.tar", row["offset"] + 0x30)  # a field of the AVI header that nobody reads
+    # a field of the AVI header that nobody reads
+    flip(copy / "train-000001.tar", row["offset"] + 0x30)
     verify(copy, workers=1, repair="drop")
     out = capsys.readouterr().out
     assert "was changed where no check can tell" in out and "dropped 0 clips" in out
@@ -153,22 +168,31 @@ def test_rebuild_makes_what_was_there(built, copy, release, capsys, harm):
     flip(copy / "dev-000000.tar", 3000)
     verify(copy, workers=1, repair="rebuild", source=release)
     out = capsys.readouterr().out
-    assert out.count("was rebuilt, byte by byte as it was") == 2 and "all is well: 13 clips" in out
+    assert (
+        out.count("was rebuilt, byte by byte as it was") == 2
+        and "all is well: 13 clips" in out
+    )
     assert tree(copy) == tree(built)
 
 
 def test_rebuild_knows_the_options_and_the_importers_own(tmp_path):
     write_video(tmp_path / "a.mp4", 20)
     write_video(tmp_path / "b.mp4", 12)
-    (tmp_path / "how2sign.csv").write_text("video,text,split\na.mp4,x,train\nb.mp4,y,train\na.mp4,z,dev\n")
+    (tmp_path / "how2sign.csv").write_text(
+        "video,text,split\na.mp4,x,train\nb.mp4,y,train\na.mp4,z,dev\n"
+    )
     options = Options(
         workers=1, short_side=32, clip_format="h264", gop=4, fps=5.0, crop=(0.0, 0.0, 0.5, 1.0),
         mb_per_shard=0.1, splits=("train",),
     )  # fmt: skip
-    build("manifest", tmp_path / "how2sign.csv", tmp_path / "shards", options, language="de")
+    build(
+        "manifest", tmp_path / "how2sign.csv", tmp_path / "shards", options, language="de"
+    )
     before = tree(tmp_path / "shards")
     (tmp_path / "shards" / "train-000000.tar").unlink()
-    verify(tmp_path / "shards", workers=1, repair="rebuild", source=tmp_path / "how2sign.csv")
+    verify(
+        tmp_path / "shards", workers=1, repair="rebuild", source=tmp_path / "how2sign.csv"
+    )
     assert tree(tmp_path / "shards") == before
 
 
@@ -189,7 +213,10 @@ def test_a_source_that_has_changed_replaces_nothing(copy, tmp_path, capsys):
     before = tree(copy)
     with pytest.raises(ShardFault):
         verify(copy, workers=1, repair="rebuild", source=other)
-    assert "train-000001.tar cannot be rebuilt as it was: the source" in capsys.readouterr().out
+    assert (
+        "train-000001.tar cannot be rebuilt as it was: the source"
+        in capsys.readouterr().out
+    )
     assert tree(copy) == before
 
 
@@ -220,7 +247,9 @@ def test_nothing_beside_the_folder_is_touched(copy, what):
     (entry if what == "table" else entry["shards"][0])[what] = "../mine"
     path.write_text(json.dumps(manifest))
     (copy.parent / "mine").write_text("mine")
-    with pytest.raises(UserError, match=r"file names in index\.json must consist of .*'\.\./mine'"):
+    with pytest.raises(
+        UserError, match=r"file names in index\.json must consist of .*'\.\./mine'"
+    ):
         verify(copy, workers=1, repair="drop")
     assert (copy.parent / "mine").read_text() == "mine"
 
@@ -231,7 +260,10 @@ def test_a_lost_table_of_broken_tars_is_one_sentence(copy, capsys):
     os.truncate(copy / "train-000001.tar", truncate_at)
     with pytest.raises(ShardFault, match="the table of split train"):
         verify(copy, workers=1, repair="drop")
-    assert "the table of train cannot be restored, because its tars are not whole" in capsys.readouterr().out
+    assert (
+        "the table of train cannot be restored, because its tars are not whole"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_strange_tar_is_left_alone(copy):
@@ -249,10 +281,13 @@ def test_whole_shards_are_not_touched(copy, built, release):
 
 
 @pytest.mark.parametrize(
-    "given", [{"repair": "rebuild"}, {"source": Path()}, {"repair": "drop", "source": Path()}]
+    "given",
+    [{"repair": "rebuild"}, {"source": Path()}, {"repair": "drop", "source": Path()}],
 )
 def test_rebuild_and_source_go_together(copy, given):
-    with pytest.raises(UserError, match="--repair=rebuild and --source must be given together"):
+    with pytest.raises(
+        UserError, match="--repair=rebuild and --source must be given together"
+    ):
         verify(copy, workers=1, **given)
 
 
@@ -286,7 +321,8 @@ def test_a_second_repair_is_refused_while_one_is_at_work(copy):
 
 
 def killed_at(step: int, work: Callable[[], None]) -> bool:
-    """Run `work` in a process that is killed at its n-th write, rename or removal; whether it came so far."""
+    """Run `work` in a process that is killed at its n-th write, rename or removal;
+    whether it came so far."""
     pid = os.fork()
     if pid == 0:
         seen = 0
@@ -294,7 +330,9 @@ def killed_at(step: int, work: Callable[[], None]) -> bool:
         def hook(event: str, details: tuple) -> None:
             nonlocal seen
             writes = (
-                event == "open" and isinstance(details[2], int) and details[2] & (os.O_WRONLY | os.O_RDWR)
+                event == "open"
+                and isinstance(details[2], int)
+                and details[2] & (os.O_WRONLY | os.O_RDWR)
             )
             if event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir") or writes:
                 seen += 1
@@ -326,7 +364,9 @@ def test_a_repair_that_is_killed_at_any_step_loses_nothing_and_is_started_again(
     step = 0
     while True:
         folder = Path(shutil.copytree(harmed, tmp_path / f"{step}"))
-        killed = killed_at(step, lambda folder=folder: verify(folder, workers=1, repair=how, source=source))
+        killed = killed_at(
+            step, lambda folder=folder: verify(folder, workers=1, repair=how, source=source)
+        )
         assert whole <= readable(folder), step
         verify(folder, workers=1, repair=how, source=source)
         assert tree(folder) == tree(undisturbed), step

@@ -14,17 +14,30 @@ from tests.helpers.trees import make_phoenix
 
 
 def row(text: str, *, signer="", video="", language="de", num_frames=25, fps=25.0) -> dict:
-    facts = {"text": text, "signer": signer, "video": video, "language": language, "size": 500_000}
+    facts = {
+        "text": text,
+        "signer": signer,
+        "video": video,
+        "language": language,
+        "size": 500_000,
+    }
     return facts | {"num_frames": num_frames, "fps": fps}
 
 
 def line(report: str, *begin: str) -> list[str]:
     """The cells of the first line that begins with these words."""
-    return next(cells for cells in map(str.split, report.splitlines()) if cells[: len(begin)] == list(begin))
+    return next(
+        cells
+        for cells in map(str.split, report.splitlines())
+        if cells[: len(begin)] == list(begin)
+    )
 
 
 def test_sizes_are_counted_by_split():
-    train = [row("a", signer="A", video="x", num_frames=50, fps=25.0), row("b", signer="B", video="x")]
+    train = [
+        row("a", signer="A", video="x", num_frames=50, fps=25.0),
+        row("b", signer="B", video="x"),
+    ]
     report = summarise({"train": train, "dev": [row("a", num_frames=90_000)]})
     assert line(report, "train") == ["train", "2", "75", "0.00", "2", "1", "1.0"]
     assert line(report, "dev") == ["dev", "1", "90,000", "1.00", "0", "0", "0.5"]
@@ -32,28 +45,63 @@ def test_sizes_are_counted_by_split():
 
 def test_words_that_train_lacks_are_counted_as_types_and_as_running_words():
     train = [row("sonne und regen, heute"), row("regen und wind")]
-    report = summarise({"train": train, "test": [row("schnee , schnee und schnee oder regen")]})
+    report = summarise(
+        {"train": train, "test": [row("schnee , schnee und schnee oder regen")]}
+    )
     words = report.split("\n\n")[1]
-    # train: sonne und regen , heute regen und wind; sonne, the comma, heute and wind are there once
+    # train: sonne und regen , heute regen und wind; sonne, the comma, heute and wind are
+    # there once
     assert line(words, "train") == ["train", "8", "6", "4", "-", "-"]
     # test: schnee (3 times) and oder of five types and seven words
-    assert line(words, "test") == ["test", "7", "5", "4", "2", "(40.0", "%)", "4", "(57.1", "%)"]
+    assert line(words, "test") == [
+        "test",
+        "7",
+        "5",
+        "4",
+        "2",
+        "(40.0",
+        "%)",
+        "4",
+        "(57.1",
+        "%)",
+    ]
 
 
 def test_without_train_nothing_is_unknown():
-    assert line(summarise({"dev": [row("a b")]}).split("\n\n")[1], "dev") == ["dev", "2", "2", "2", "-", "-"]
+    assert line(summarise({"dev": [row("a b")]}).split("\n\n")[1], "dev") == [
+        "dev",
+        "2",
+        "2",
+        "2",
+        "-",
+        "-",
+    ]
 
 
-@pytest.mark.parametrize("language", ["zh", "zh-CN", "zh_CN", "zh-Hant", "Chinese", "ja", "ja_XX", "th"])
+@pytest.mark.parametrize(
+    "language", ["zh", "zh-CN", "zh_CN", "zh-Hant", "Chinese", "ja", "ja_XX", "th"]
+)
 def test_languages_without_spaces_are_counted_by_character(language):
     words = summarise({"train": [row("你好，你 好", language=language)]}).split("\n\n")[1]
     assert line(words, "train")[1:3] == ["5", "3"]
 
 
 def test_lengths_are_given_in_frames_seconds_and_words():
-    train = [row("a", num_frames=n, fps=10.0) for n in (5, 20, 45)] + [row("a b c", num_frames=100, fps=10.0)]
+    train = [row("a", num_frames=n, fps=10.0) for n in (5, 20, 45)] + [
+        row("a b c", num_frames=100, fps=10.0)
+    ]
     lengths = summarise({"train": train}).split("\n\n")[2]
-    assert line(lengths, "train")[1:] == ["5,", "32,", "100", "0.5,", "3.2,", "10.0", "1,", "1,", "3"]
+    assert line(lengths, "train")[1:] == [
+        "5,",
+        "32,",
+        "100",
+        "0.5,",
+        "3.2,",
+        "10.0",
+        "1,",
+        "1,",
+        "3",
+    ]
 
 
 def test_the_histogram_holds_every_clip_once():
@@ -67,7 +115,11 @@ def test_the_histogram_holds_every_clip_once():
 def test_a_clip_of_exactly_one_second_is_in_the_bin_that_begins_there():
     rows = [row("a", num_frames=n, fps=24.0) for n in [24] * 3 + [48] * 3 + [230]]
     histogram = summarise({"train": rows}).split("\n\n")[3].splitlines()
-    assert next(line for line in histogram if line.startswith("1 to 2 ")).split()[3:6] == ["24", "to", "47"]
+    assert next(line for line in histogram if line.startswith("1 to 2 ")).split()[3:6] == [
+        "24",
+        "to",
+        "47",
+    ]
     assert [line.split()[6] for line in histogram[1:4]] == ["0.0", "42.9", "42.9"]
 
 
@@ -83,11 +135,16 @@ def test_empty_splits_are_left_out():
 
 def test_what_splits_share_is_noted_with_counts_and_examples():
     train = [row("guten tag", signer="A", video="v1"), row("x", signer="B", video="v2")]
-    test = [row("guten tag", signer="A", video="v2"), row("y", signer="A", video="v2"), row("z")]
+    test = [
+        row("guten tag", signer="A", video="v2"),
+        row("y", signer="A", video="v2"),
+        row("z"),
+    ]
     notes = overlap_notes({"train": train, "dev": [row("q")], "test": test})
     assert notes == [
         "train and test share 1 source videos (2 clips of test: v2), which is leakage",
-        "train and test share 1 signers (2 clips of test: A) and 1 texts (1 clips of test: guten tag)",
+        "train and test share 1 signers (2 clips of test: A) and 1 texts (1 clips of "
+        "test: guten tag)",
     ]
     assert leakage_notes({"train": train, "test": test}) == notes[:1]
 
@@ -127,15 +184,21 @@ def test_texts_are_printed_in_any_encoding_and_steer_no_terminal(tmp_path, encod
         cv2.imwrite(str(tmp_path / split / "0.png"), np.zeros((64, 64, 3), np.uint8))
         rows.append(f"{split},Gr\u00fc\u00dfe \u202egnp,{split}")
     (tmp_path / "m.csv").write_text("\n".join(rows), encoding="utf-8")
-    build("manifest", tmp_path / "m.csv", tmp_path / "out", Options(workers=1), language="de")
+    build(
+        "manifest", tmp_path / "m.csv", tmp_path / "out", Options(workers=1), language="de"
+    )
     command = [sys.executable, str(ROOT / "shards" / "stats.py"), str(tmp_path / "out")]
     env = {**os.environ, "PYTHONIOENCODING": encoding}
-    done = subprocess.run(command, env=env, capture_output=True, encoding="utf-8", timeout=120)
+    done = subprocess.run(
+        command, env=env, capture_output=True, encoding="utf-8", timeout=120
+    )
     assert done.returncode == 0, done.stderr
     text = r"Gr\xfc\xdfe" if encoding == "ascii" else "Gr\u00fc\u00dfe"
     assert rf"1 texts (1 clips of dev: {text} \u202egnp)" in done.stdout
     reads, writes = os.pipe()
     os.close(reads)
-    done = subprocess.run(command, env=env, stdout=writes, stderr=subprocess.PIPE, timeout=120)
+    done = subprocess.run(
+        command, env=env, stdout=writes, stderr=subprocess.PIPE, timeout=120
+    )
     os.close(writes)
     assert (done.returncode, done.stderr) == (0, b"")

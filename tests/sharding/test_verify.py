@@ -48,11 +48,16 @@ def copy(built, tmp_path) -> Path:
 def faults(folder: Path, capsys) -> list[str]:
     with pytest.raises(ShardFault):
         verify(folder, workers=1)
-    return [line for line in capsys.readouterr().out.splitlines() if not line.startswith("note: ")]
+    return [
+        line
+        for line in capsys.readouterr().out.splitlines()
+        if not line.startswith("note: ")
+    ]
 
 
 def reseal(folder: Path, name: str) -> None:
-    """Make index.json agree with a changed tar, so that only deeper checks can find the change."""
+    """Make index.json agree with a changed tar, so that only deeper checks can find the
+    change."""
     manifest = json.loads((folder / "index.json").read_text())
     for entry in manifest["splits"].values():
         for shard in entry["shards"]:
@@ -90,14 +95,18 @@ def test_a_truncated_shard_is_one_line_and_exit_code_1(copy):
 
 def test_one_changed_byte_is_found(copy, capsys):
     change(copy / "dev-000000.tar", 4000, b"\x07")
-    assert any("dev-000000.tar must have the checksum" in line for line in faults(copy, capsys))
+    assert any(
+        "dev-000000.tar must have the checksum" in line for line in faults(copy, capsys)
+    )
 
 
 def test_a_missing_and_a_strange_tar_are_found(copy, capsys):
     (copy / "test-000000.tar").rename(copy / "old-000000.tar")
     lines = faults(copy, capsys)
     assert (
-        len(lines) == 2 and "old-000000.tar is no part" in lines[0] and "test-000000.tar must be" in lines[1]
+        len(lines) == 2
+        and "old-000000.tar is no part" in lines[0]
+        and "test-000000.tar must be" in lines[1]
     )
 
 
@@ -134,22 +143,39 @@ def test_clips_of_h264_are_checked_too(h264, tmp_path, capsys):
     assert "all is well: 2 clips, 32 frames" in capsys.readouterr().out
     shutil.copytree(h264, tmp_path / "shards")
     row = next(index.iter_rows(index.load_index(h264, "train")))
-    change(tmp_path / "shards" / "train-000000.tar", row["offset"] + row["size"] // 3, bytes(300))
+    change(
+        tmp_path / "shards" / "train-000000.tar",
+        row["offset"] + row["size"] // 3,
+        bytes(300),
+    )
     reseal(tmp_path / "shards", "train-000000.tar")
     assert any("is broken" in line for line in faults(tmp_path / "shards", capsys))
 
 
 def test_what_splits_share_is_said_and_is_no_fault(tmp_path, capsys):
     write_video(tmp_path / "a.mp4", 12)
-    rows = ["a.mp4,guten tag,0,0.5,train,anna", "a.mp4,guten tag,0.5,1,test,anna", "a.mp4,x,0,1,dev,"]
+    rows = [
+        "a.mp4,guten tag,0,0.5,train,anna",
+        "a.mp4,guten tag,0.5,1,test,anna",
+        "a.mp4,x,0,1,dev,",
+    ]
     (tmp_path / "m.csv").write_text("\n".join(["video,text,start,end,split,signer", *rows]))
-    build("manifest", tmp_path / "m.csv", tmp_path / "shards", Options(workers=1), language="de")
+    build(
+        "manifest",
+        tmp_path / "m.csv",
+        tmp_path / "shards",
+        Options(workers=1),
+        language="de",
+    )
     capsys.readouterr()
     verify(tmp_path / "shards", workers=1)
     lines = capsys.readouterr().out.splitlines()
     leak = "1 source videos (1 clips of test: a.mp4), which is leakage"
     assert f"warning: train and test share {leak}" in lines
-    assert sum(line.startswith("warning: ") for line in lines) == 3 and "all is well" in lines[-1]
+    assert (
+        sum(line.startswith("warning: ") for line in lines) == 3
+        and "all is well" in lines[-1]
+    )
     shared = "1 signers (1 clips of test: anna) and 1 texts (1 clips of test: guten tag)"
     assert f"note: train and test share {shared}" in lines
 
@@ -161,7 +187,10 @@ def test_what_is_no_shard_folder_is_refused(tmp_path):
 
 @pytest.mark.parametrize("key", ["a.b", "", "a/b"])
 def test_a_key_that_webdataset_would_cut_is_refused(tmp_path, key):
-    with ShardWriter(tmp_path / "x.tar", 0) as tar, pytest.raises(ValueError, match="dot-free"):
+    with (
+        ShardWriter(tmp_path / "x.tar", 0) as tar,
+        pytest.raises(ValueError, match="dot-free"),
+    ):
         tar.add(
             key,
             [b"\xff\xd8\xff\xd9"],
@@ -186,7 +215,13 @@ def test_a_hand_written_folder_is_read(tmp_path):
     with ShardWriter(folder / "train-000000.tar", 0) as tar:
         facts = {"text": "x", "signer": "", "video": "", "language": "de"}
         rows = [tar.add("k", [jpeg], fps=25.0, height=8, width=8, id="a.b", **facts)]
-    write_index(folder, corpus="c", language="de", options={}, splits={"train": (rows, [tar.shard_entry])})
+    write_index(
+        folder,
+        corpus="c",
+        language="de",
+        options={},
+        splits={"train": (rows, [tar.shard_entry])},
+    )
     publish_folder(folder, tmp_path / "out")
     verify(tmp_path / "out", workers=1)
     assert index.load_index(tmp_path / "out", "train").strings("id")[0] == "a.b"

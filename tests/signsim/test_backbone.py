@@ -1,4 +1,5 @@
-"""The stand-in backbone: a Hugging Face folder that the visual encoder loads as it loads ImageNet weights."""
+"""The stand-in backbone: a Hugging Face folder that the visual encoder loads as it loads
+ImageNet weights."""
 
 from pathlib import Path
 
@@ -9,15 +10,25 @@ import torch
 from flallm_ds.errors import UserError
 from flallm_ds.models.backbones.build import build_backbone
 from flallm_ds.signsim.backbone import backbone
-from flallm_ds.signsim.pretraining_data import FRAMES_A_TASK, NUM_TARGETS, random_poses, render, targets
+from flallm_ds.signsim.pretraining_data import (
+    FRAMES_A_TASK,
+    NUM_TARGETS,
+    random_poses,
+    render,
+    targets,
+)
 
 
 def test_the_folder_loads_by_the_path_of_a_hub_model(tmp_path: Path) -> None:
     backbone(out=tmp_path / "backbone", width=8, frames=250, epochs=1)
     weights = str(tmp_path / "backbone")
-    loaded, other = (build_backbone(weights, width=8, pretrained=p, crop_size=60) for p in (True, False))
+    loaded, other = (
+        build_backbone(weights, width=8, pretrained=p, crop_size=60) for p in (True, False)
+    )
     random = other.state_dict()
-    assert any(not torch.equal(random[name], value) for name, value in loaded.state_dict().items())
+    assert any(
+        not torch.equal(random[name], value) for name, value in loaded.state_dict().items()
+    )
     with pytest.raises(UserError, match=r"visual\.width"):
         build_backbone(weights, width=16)
 

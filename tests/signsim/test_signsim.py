@@ -1,4 +1,5 @@
-"""The synthetic language: a release that the real importer can read, the same for the same seed."""
+"""The synthetic language: a release that the real importer can read, the same for the
+same seed."""
 
 import itertools
 import json
@@ -39,14 +40,19 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def sentences() -> dict[str, list[Sentence]]:
     rng = np.random.default_rng(0)
-    return {split: [draw_sentence(rng, split) for _ in range(num)] for split, num in _NUM.items()}
+    return {
+        split: [draw_sentence(rng, split) for _ in range(num)]
+        for split, num in _NUM.items()
+    }
 
 
 _NUM = {"train": 1000, "dev": 200, "test": 200}
 
 
 def read_table(release: Path, split: str) -> list[dict[str, str]]:
-    text = (release / f"annotations/manual/PHOENIX-2014-T.{split}.corpus.csv").read_text("utf-8")
+    text = (release / f"annotations/manual/PHOENIX-2014-T.{split}.corpus.csv").read_text(
+        "utf-8"
+    )
     header, *lines = text.splitlines()
     assert header == "name|video|start|end|speaker|orth|translation"
     return [dict(zip(header.split("|"), line.split("|"), strict=True)) for line in lines]
@@ -58,7 +64,9 @@ def contents(root: Path) -> dict[str, bytes]:
 
 
 def test_two_workers_write_the_same_bytes_as_one(release: Path, tmp_path: Path) -> None:
-    again = write_corpus(tmp_path / "again", num_clips=NUM_CLIPS, seed=3, workers=2, num_monolingual=300)
+    again = write_corpus(
+        tmp_path / "again", num_clips=NUM_CLIPS, seed=3, workers=2, num_monolingual=300
+    )
     assert contents(again.parents[1]) == contents(release.parents[1])
 
 
@@ -73,24 +81,37 @@ def test_tables_and_frames_follow_the_release_layout(release: Path) -> None:
     for split in SPLITS:
         rows = read_table(release, split)
         frames_root = release / "features/fullFrame-210x260px" / split
-        assert len(rows) == split_sizes(NUM_CLIPS)[split] == len(list(frames_root.iterdir()))
+        assert (
+            len(rows) == split_sizes(NUM_CLIPS)[split] == len(list(frames_root.iterdir()))
+        )
         num_frames = 0
         for row in rows:
-            assert row["video"] == f"{row['name']}/1/*.png" and (row["start"], row["end"]) == ("-1", "-1")
-            assert row["orth"] == row["orth"].upper() and row["translation"] == row["translation"].lower()
+            assert row["video"] == f"{row['name']}/1/*.png" and (
+                row["start"],
+                row["end"],
+            ) == ("-1", "-1")
+            assert (
+                row["orth"] == row["orth"].upper()
+                and row["translation"] == row["translation"].lower()
+            )
             assert set(row["orth"].split()) <= SIGNS.keys()
             files = sorted(path.name for path in (frames_root / row["name"]).iterdir())
-            assert files == [f"images{number:04d}.png" for number in range(1, len(files) + 1)]
+            assert files == [
+                f"images{number:04d}.png" for number in range(1, len(files) + 1)
+            ]
             num_frames += len(files)
         assert summary["frames"][split] == num_frames
 
 
 def test_frames_are_210_by_260_colour_images_with_noise(release: Path) -> None:
     folder = next((release / "features/fullFrame-210x260px/train").iterdir())
-    first, second = (cv2.imread(str(folder / f"images000{number}.png")) for number in (1, 2))
+    first, second = (
+        cv2.imread(str(folder / f"images000{number}.png")) for number in (1, 2)
+    )
     assert first is not None and second is not None
     assert first.shape == (HEIGHT, WIDTH, 3) == (260, 210, 3)
-    corner = (slice(0, 40), slice(0, 40))  # no hand is here in the first frames: only noise differs
+    # no hand is here in the first frames: only noise differs
+    corner = (slice(0, 40), slice(0, 40))
     assert 0 < np.abs(first[corner].astype(int) - second[corner]).mean() < 4
 
 
@@ -99,24 +120,37 @@ def test_clips_are_short_enough_for_cpu_training() -> None:
     lengths = []
     for index in range(150):
         sentence = draw_sentence(rng, "train")
-        lengths.append(len(clip_poses([SIGNS[gloss] for gloss in sentence.glosses], SIGNERS[index % 6], rng)))
+        lengths.append(
+            len(
+                clip_poses(
+                    [SIGNS[gloss] for gloss in sentence.glosses], SIGNERS[index % 6], rng
+                )
+            )
+        )
     assert 42 <= np.mean(lengths) <= 50 and min(lengths) >= 16 and max(lengths) <= 110
 
 
 def test_there_are_sixty_signs_and_no_two_look_alike() -> None:
     assert len(SIGNS) >= 60
-    # Both hands: x and y in px; depth, pointing and roll do not count; a finger's length counts 20 px.
+    # Both hands: x and y in px; depth, pointing and roll do not count; a finger's length
+    # counts 20 px.
     weights = np.array([1, 1, 0, 0, 0, *[20] * 5, *[0.3] * 5, *[0.1] * 5, 20] * 2)
-    looks = {gloss: sign_poses(sign, 5)[:, : 2 * HAND] * weights for gloss, sign in SIGNS.items()}
+    looks = {
+        gloss: sign_poses(sign, 5)[:, : 2 * HAND] * weights for gloss, sign in SIGNS.items()
+    }
     for (first, look1), (second, look2) in itertools.combinations(looks.items(), 2):
         distance = np.abs(look1 - look2).sum(axis=1).mean()
         assert distance > 30, (first, second, distance)
 
 
-def test_splits_share_no_sentence_and_no_sign_sequence(sentences: dict[str, list[Sentence]]) -> None:
+def test_splits_share_no_sentence_and_no_sign_sequence(
+    sentences: dict[str, list[Sentence]],
+) -> None:
     for one, other in itertools.permutations(SPLITS, 2):
         assert not {s.text for s in sentences[one]} & {s.text for s in sentences[other]}
-        assert not {s.glosses for s in sentences[one]} & {s.glosses for s in sentences[other]}
+        assert not {s.glosses for s in sentences[one]} & {
+            s.glosses for s in sentences[other]
+        }
 
 
 def test_monolingual_text_holds_no_dev_or_test_sentence(release: Path) -> None:
@@ -128,13 +162,17 @@ def test_monolingual_text_holds_no_dev_or_test_sentence(release: Path) -> None:
 
 def test_one_signer_occurs_in_test_alone(release: Path) -> None:
     assert len(SIGNERS) == 7 and len({signer.name for signer in SIGNERS}) == 7
-    speakers = {split: {row["speaker"] for row in read_table(release, split)} for split in SPLITS}
+    speakers = {
+        split: {row["speaker"] for row in read_table(release, split)} for split in SPLITS
+    }
     assert UNSEEN.name in speakers["test"] and len(speakers["test"]) > 1
     assert UNSEEN.name not in speakers["train"] | speakers["dev"]
     assert len(speakers["train"]) == 6
 
 
-def test_every_sign_occurs_often_in_a_thousand_clips(sentences: dict[str, list[Sentence]]) -> None:
+def test_every_sign_occurs_often_in_a_thousand_clips(
+    sentences: dict[str, list[Sentence]],
+) -> None:
     counts = dict.fromkeys(SIGNS, 0)
     for sentence in sentences["train"]:
         for gloss in sentence.glosses:
@@ -163,15 +201,24 @@ def test_one_sign_sequence_has_several_wordings() -> None:
     assert all(len(plan(Draw(np.random.default_rng(0)))[1]) >= 2 for plan, _ in PLANS)
 
 
-def test_an_ideal_translator_scores_high_and_a_blind_one_low(sentences: dict[str, list[Sentence]]) -> None:
+def test_an_ideal_translator_scores_high_and_a_blind_one_low(
+    sentences: dict[str, list[Sentence]],
+) -> None:
     references = [[sentence.text for sentence in sentences["test"]]]
-    ideal = corpus_bleu([sentence.usual for sentence in sentences["test"]], references).score
-    blind = corpus_bleu([sentence.text for sentence in sentences["train"][:200]], references).score
+    ideal = corpus_bleu(
+        [sentence.usual for sentence in sentences["test"]], references
+    ).score
+    blind = corpus_bleu(
+        [sentence.text for sentence in sentences["train"][:200]], references
+    ).score
     assert ideal >= 85 and blind <= 12
 
 
 def test_the_arm_keeps_its_length_and_reaches_the_hand() -> None:
-    shoulder, wrists = np.array([41.0, 141.0, 0.0]), np.array([[60.0, 60.0, 50.0], [-30.0, 200.0, 50.0]])
+    shoulder, wrists = (
+        np.array([41.0, 141.0, 0.0]),
+        np.array([[60.0, 60.0, 50.0], [-30.0, 200.0, 50.0]]),
+    )
     elbow = elbows(shoulder, wrists, 1.0, 1.0)
     np.testing.assert_allclose(np.linalg.norm(elbow - shoulder, axis=1), 66.0)
     np.testing.assert_allclose(np.linalg.norm(elbow - wrists, axis=1), 64.0)
@@ -179,7 +226,10 @@ def test_the_arm_keeps_its_length_and_reaches_the_hand() -> None:
 
 def test_left_handed_signers_mirror_their_hands() -> None:
     poses = sign_poses(SIGNS["NORD"], 3)
-    palms = [figure(poses, SIGNERS[0], Camera(side=side)).hands[0].palm_FK for side in (-1.0, 1.0)]
+    palms = [
+        figure(poses, SIGNERS[0], Camera(side=side)).hands[0].palm_FK
+        for side in (-1.0, 1.0)
+    ]
     np.testing.assert_allclose(palms[0][..., 0] + palms[1][..., 0], WIDTH * 16, atol=1)
 
 
@@ -196,7 +246,9 @@ def test_a_folder_with_files_is_refused_and_left_alone(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("disk on fire")
 
@@ -206,7 +258,9 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("options", [{"num_clips": 5}, {"seed": -1}, {"workers": 0}, {"num_monolingual": -1}])
+@pytest.mark.parametrize(
+    "options", [{"num_clips": 5}, {"seed": -1}, {"workers": 0}, {"num_monolingual": -1}]
+)
 def test_an_option_out_of_range_is_refused(tmp_path: Path, options: dict[str, int]) -> None:
     with pytest.raises(UserError, match="must be"):
         write_corpus(tmp_path / "out", **options)
@@ -225,12 +279,16 @@ def test_the_contact_sheet_shows_all_signs(tmp_path: Path) -> None:
     assert image is not None and image.shape[0] > 1000 and image.shape[1] > 1000
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the processes are found through /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/task").exists(), reason="the processes are found through /proc"
+)
 def test_workers_of_a_killed_program_leave(tmp_path: Path) -> None:
     command = [*MAKE, f"--out={tmp_path / 'corpus'}", "--clips=400", "--workers=2"]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as program:
         _wait_until(lambda: any(tmp_path.rglob("*.png")))
-        children = Path(f"/proc/{program.pid}/task/{program.pid}/children").read_text().split()
+        children = (
+            Path(f"/proc/{program.pid}/task/{program.pid}/children").read_text().split()
+        )
         program.kill()
     assert len(children) >= 2
     _wait_until(lambda: not any(_runs(child) for child in children))

@@ -1,4 +1,5 @@
-"""launch/slurm on a real SLURM of two nodes: first with a stand-in for the trainer, then with the trainer."""
+"""launch/slurm on a real SLURM of two nodes: first with a stand-in for the trainer, then
+with the trainer."""
 
 import json
 import shutil
@@ -16,8 +17,9 @@ pytestmark = pytest.mark.slurm
 TRAIN = "launch/slurm/train.sbatch"
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2")
 
-# Called as `train.py MODE FOLDER [RANK]`; writes what each rank sees to FOLDER/{restart}-{rank}.json.
-# In mode "train" it waits for a signal, saves, and asks to be run again; RANK ends first.
+# Called as `train.py MODE FOLDER [RANK]`; writes what each rank sees to
+# FOLDER/{restart}-{rank}.json. In mode "train" it waits for a signal, saves, and asks to
+# be run again; RANK ends first.
 STAND_IN = """
 import json, os, pathlib, signal, sys, time
 
@@ -71,12 +73,18 @@ def seen_by(project: Path, rank: int, restart: int = 0) -> dict:
     return json.loads((project / "seen" / f"{restart}-{rank}.json").read_text())
 
 
-def wait_for_both_ranks(cluster: Cluster, project: Path, job_id: int, restart: int = 0) -> None:
+def wait_for_both_ranks(
+    cluster: Cluster, project: Path, job_id: int, restart: int = 0
+) -> None:
     started = [project / "seen" / f"{restart}-{rank}.json" for rank in range(2)]
-    cluster.wait_until(lambda: all(path.exists() for path in started), job_id, "two started ranks")
+    cluster.wait_until(
+        lambda: all(path.exists() for path in started), job_id, "two started ranks"
+    )
 
 
-def test_every_node_runs_one_rank_that_sees_the_same_rendezvous(cluster: Cluster, project: Path) -> None:
+def test_every_node_runs_one_rank_that_sees_the_same_rendezvous(
+    cluster: Cluster, project: Path
+) -> None:
     stale = {"RANK": "7", "WORLD_SIZE": "8", "MASTER_ADDR": "elsewhere", "MASTER_PORT": "1"}
     stale["OMP_NUM_THREADS"] = "1"
     job_id = cluster.submit(TRAIN, "once", "seen", options=TWO_NODES, cwd=project, **stale)
@@ -96,20 +104,38 @@ def test_every_node_runs_one_rank_that_sees_the_same_rendezvous(cluster: Cluster
         assert seen_by(project, rank)["cwd"] == str(project)
 
 
-def test_two_tasks_per_node_get_ranks_in_the_order_of_the_nodes(cluster: Cluster, project: Path) -> None:
+def test_two_tasks_per_node_get_ranks_in_the_order_of_the_nodes(
+    cluster: Cluster, project: Path
+) -> None:
     options = ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1")
     job = cluster.wait(cluster.submit(TRAIN, "once", "seen", options=options, cwd=project))
     assert job.state == "COMPLETED", cluster.describe(job.job_id)
     environments = [seen_by(project, rank)["env"] for rank in range(4)]
     assert [env["SLURM_LOCALID"] for env in environments] == ["0", "1", "0", "1"]
-    assert [env["SLURMD_NODENAME"] for env in environments] == [NODES[0], NODES[0], NODES[1], NODES[1]]
+    assert [env["SLURMD_NODENAME"] for env in environments] == [
+        NODES[0],
+        NODES[0],
+        NODES[1],
+        NODES[1],
+    ]
 
 
 def test_arguments_arrive_verbatim(cluster: Cluster, project: Path) -> None:
-    arguments = ["once", "seen", "--run.name", "two words", "--text=$HOME `id` *", "", "--a.b=1e-3", "ä'\"\\"]
+    arguments = [
+        "once",
+        "seen",
+        "--run.name",
+        "two words",
+        "--text=$HOME `id` *",
+        "",
+        "--a.b=1e-3",
+        "ä'\"\\",
+    ]
     env = {"FLALLM_PYTHON": sys.executable}
     shutil.rmtree(project / ".venv")
-    job = cluster.wait(cluster.submit("launch/slurm/evaluate.sbatch", *arguments, cwd=project, **env))
+    job = cluster.wait(
+        cluster.submit("launch/slurm/evaluate.sbatch", *arguments, cwd=project, **env)
+    )
     assert job.state == "COMPLETED", cluster.describe(job.job_id)
     assert seen_by(project, 0)["argv"] == ["launch/evaluate.py", *arguments]
 
@@ -121,43 +147,62 @@ def test_a_run_that_saves_on_usr1_is_requeued(cluster: Cluster, project: Path) -
     job = cluster.wait(job_id)
 
     assert (job.state, job.num_restarts) == ("COMPLETED", 1), cluster.describe(job_id)
-    assert [(project / "seen" / f"saved-{rank}").read_text() for rank in range(2)] == ["SIGUSR1", "SIGUSR1"]
+    assert [(project / "seen" / f"saved-{rank}").read_text() for rank in range(2)] == [
+        "SIGUSR1",
+        "SIGUSR1",
+    ]
     again = [seen_by(project, rank, restart=1)["env"] for rank in range(2)]
     assert [env["SLURM_RESTART_COUNT"] for env in again] == ["1", "1"]
     assert seen_by(project, 0, restart=1)["argv"] == seen_by(project, 0)["argv"]
-    assert "rank 0 saved" in job.output and "rank 0 is done" in job.output, "both runs write to one file"
+    assert "rank 0 saved" in job.output and "rank 0 is done" in job.output, (
+        "both runs write to one file"
+    )
 
 
-def test_a_job_requeued_from_outside_saves_on_term_and_starts_again(cluster: Cluster, project: Path) -> None:
+def test_a_job_requeued_from_outside_saves_on_term_and_starts_again(
+    cluster: Cluster, project: Path
+) -> None:
     job_id = cluster.submit(TRAIN, "train", "seen", "0", options=TWO_NODES, cwd=project)
     wait_for_both_ranks(cluster, project, job_id)
     cluster.requeue(job_id)
     job = cluster.wait(job_id)
 
     assert (job.state, job.num_restarts) == ("COMPLETED", 1), cluster.describe(job_id)
-    assert [(project / "seen" / f"saved-{rank}").read_text() for rank in range(2)] == ["SIGTERM", "SIGTERM"]
+    assert [(project / "seen" / f"saved-{rank}").read_text() for rank in range(2)] == [
+        "SIGTERM",
+        "SIGTERM",
+    ]
     assert "rank 1 is done" in job.output
 
 
-def test_a_cancelled_job_saves_and_does_not_come_back(cluster: Cluster, project: Path) -> None:
+def test_a_cancelled_job_saves_and_does_not_come_back(
+    cluster: Cluster, project: Path
+) -> None:
     job_id = cluster.submit(TRAIN, "train", "seen", "0", options=TWO_NODES, cwd=project)
     wait_for_both_ranks(cluster, project, job_id)
     cluster.cancel(job_id)
     job = cluster.wait(job_id)
 
     assert (job.state, job.num_restarts) == ("CANCELLED", 0), cluster.describe(job_id)
-    assert [(project / "seen" / f"saved-{rank}").read_text() for rank in range(2)] == ["SIGTERM", "SIGTERM"]
+    assert [(project / "seen" / f"saved-{rank}").read_text() for rank in range(2)] == [
+        "SIGTERM",
+        "SIGTERM",
+    ]
 
 
 def test_a_rank_that_crashes_ends_the_job_at_once(cluster: Cluster, project: Path) -> None:
     begun_s = time.monotonic()
-    job = cluster.wait(cluster.submit(TRAIN, "crash", "seen", options=TWO_NODES, cwd=project), timeout_s=40)
+    job = cluster.wait(
+        cluster.submit(TRAIN, "crash", "seen", options=TWO_NODES, cwd=project), timeout_s=40
+    )
     assert (job.state, job.num_restarts) == ("FAILED", 0), cluster.describe(job.job_id)
     assert "out of luck" in job.output
     assert time.monotonic() - begun_s < 30, "rank 0 would have slept for 60 s"
 
 
-def test_tasks_that_do_not_match_the_gpus_are_refused(cluster: Cluster, project: Path) -> None:
+def test_tasks_that_do_not_match_the_gpus_are_refused(
+    cluster: Cluster, project: Path
+) -> None:
     options = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=2")
     job = cluster.wait(cluster.submit(TRAIN, "once", "seen", options=options, cwd=project))
     assert (job.state, job.exit_code) == ("FAILED", 2)

@@ -64,14 +64,22 @@ def losses(run: Path) -> dict[int, float]:
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     lines = text.split("\n")[:-1]  # the last line may be half written
     records = [json.loads(line) for line in lines]
-    return {record["global_step"]: record["loss"] for record in records if record["kind"] == "train"}
+    return {
+        record["global_step"]: record["loss"]
+        for record in records
+        if record["kind"] == "train"
+    }
 
 
-def test_the_ranks_of_two_nodes_join_one_process_group(cluster: Cluster, tmp_path: Path) -> None:
+def test_the_ranks_of_two_nodes_join_one_process_group(
+    cluster: Cluster, tmp_path: Path
+) -> None:
     (tmp_path / "launch").mkdir()
     (tmp_path / "launch" / "slurm").symlink_to(ROOT / "launch" / "slurm")
     (tmp_path / "launch" / "train.py").write_text(JOIN)
-    job = cluster.wait(cluster.submit(TRAIN, options=OPTIONS, cwd=tmp_path, **ENV), timeout_s=90)
+    job = cluster.wait(
+        cluster.submit(TRAIN, options=OPTIONS, cwd=tmp_path, **ENV), timeout_s=90
+    )
     assert job.state == "COMPLETED", cluster.describe(job.job_id)
     assert "rank 0 of 2 (0 of 1 here): 3" in job.output
     assert "rank 1 of 2 (0 of 1 here): 3" in job.output
@@ -82,8 +90,12 @@ def test_both_stages_train_on_two_nodes_to_the_end(
 ) -> None:
     for stage in ("visual", "llm"):
         job = cluster.wait(submit_train(cluster, tmp_path, stage, tiny_corpus), RUN_S)
-        assert (job.state, job.num_restarts) == ("COMPLETED", 0), cluster.describe(job.job_id)
-        assert losses(tmp_path / stage), f"no losses in {tmp_path / stage}/metrics.jsonl\n{job.output}"
+        assert (job.state, job.num_restarts) == ("COMPLETED", 0), cluster.describe(
+            job.job_id
+        )
+        assert losses(tmp_path / stage), (
+            f"no losses in {tmp_path / stage}/metrics.jsonl\n{job.output}"
+        )
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +110,11 @@ def undisturbed_losses(
 
 @pytest.mark.parametrize("how", ["requeue", "USR1"])
 def test_an_interrupted_job_ends_with_the_losses_of_an_undisturbed_one(
-    cluster: Cluster, tmp_path: Path, tiny_corpus: Path, undisturbed_losses: dict[int, float], how: str
+    cluster: Cluster,
+    tmp_path: Path,
+    tiny_corpus: Path,
+    undisturbed_losses: dict[int, float],
+    how: str,
 ) -> None:
     run = tmp_path / "visual"
     job_id = submit_train(cluster, tmp_path, "visual", tiny_corpus)
@@ -107,7 +123,9 @@ def test_an_interrupted_job_ends_with_the_losses_of_an_undisturbed_one(
         cluster.requeue(job_id)
     else:
         cluster.signal(job_id, how)
-    cluster.wait_until(lambda: cluster.job(job_id).state == "PENDING", job_id, "the requeue")
+    cluster.wait_until(
+        lambda: cluster.job(job_id).state == "PENDING", job_id, "the requeue"
+    )
     num_before = len(losses(run))
     job = cluster.wait(job_id, RUN_S)
 

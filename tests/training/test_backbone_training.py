@@ -1,4 +1,5 @@
-"""Backbones of transformers and timm in the real trainer: two ranks, ZeRO-2 and ZeRO-3, one launch."""
+"""Backbones of transformers and timm in the real trainer: two ranks, ZeRO-2 and ZeRO-3,
+one launch."""
 
 import hashlib
 import json
@@ -37,7 +38,9 @@ def runs(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         attention_probs_dropout_prob=0.1,
     )
     ViTModel(config).save_pretrained(folder / "vit")
-    timm.models.save_for_hf(timm.create_model("test_resnet", num_classes=0), folder / "resnet")
+    timm.models.save_for_hf(
+        timm.create_model("test_resnet", num_classes=0), folder / "resnet"
+    )
     base: dict[str, object] = {
         "visual.width": 64,
         "data.crop_size": 32,
@@ -65,7 +68,11 @@ def runs(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def backbone_of(run: Path) -> dict[str, torch.Tensor]:
     state = load_file(run / "best" / "visual_encoder.safetensors")
-    return {n.removeprefix("backbone.model."): t for n, t in state.items() if n.startswith("backbone.model.")}
+    return {
+        n.removeprefix("backbone.model."): t
+        for n, t in state.items()
+        if n.startswith("backbone.model.")
+    }
 
 
 def changed(runs: Path, name: str) -> set[str]:
@@ -94,17 +101,24 @@ def test_each_way_to_tune_changes_what_it_says(runs: Path) -> None:
 
 def test_checkpointing_gives_the_same_losses(runs: Path) -> None:
     """With dropout: the second forward draws what the first drew."""
-    np.testing.assert_allclose(losses(runs / "checkpointing"), losses(runs / "plain")[:2], atol=1e-5)
+    np.testing.assert_allclose(
+        losses(runs / "checkpointing"), losses(runs / "plain")[:2], atol=1e-5
+    )
 
 
 def test_chunks_of_frames_give_the_same_losses(runs: Path) -> None:
-    np.testing.assert_allclose(losses(runs / "llm_chunks"), losses(runs / "llm")[:2], atol=1e-5)
+    np.testing.assert_allclose(
+        losses(runs / "llm_chunks"), losses(runs / "llm")[:2], atol=1e-5
+    )
 
 
 def test_stage_llm_takes_the_backbone_of_stage_visual(runs: Path) -> None:
-    """Although its own options say nothing of it; the folder that it came from is no longer needed."""
+    """Although its own options say nothing of it; the folder that it came from is no
+    longer needed."""
     before, after = backbone_of(runs / "lora"), backbone_of(runs / "llm")
-    assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
+    assert before.keys() == after.keys() and all(
+        torch.equal(before[n], after[n]) for n in before
+    )
     (runs / "vit").rename(runs / "vit_elsewhere")
     try:
         visual = export.read_visual(runs / "llm" / "best")
@@ -122,8 +136,12 @@ def test_a_run_and_its_export_say_which_weights_they_began_with(runs):
         entry = json.loads((runs / name / "weights.json").read_text())[option]
         weights = [file for file in entry["files"] if not file["file"].endswith(".json")]
         assert entry["path"] == str(runs / folder) and weights
-        assert all(file["sha256"] == sha256(runs / folder / file["file"]) for file in weights)
+        assert all(
+            file["sha256"] == sha256(runs / folder / file["file"]) for file in weights
+        )
         if name == "timm":  # it ends before its first export
             continue
         exported = json.loads((runs / name / "best" / "flallm.json").read_text())["weights"]
-        assert exported[option]["files"] == entry["files"] and str(runs) not in json.dumps(exported)
+        assert exported[option]["files"] == entry["files"] and str(runs) not in json.dumps(
+            exported
+        )

@@ -1,4 +1,5 @@
-"""Checkpoints of a world of one; two ranks and kills at every point are in test_parity and its scenarios."""
+"""Checkpoints of a world of one; two ranks and kills at every point are in test_parity
+and its scenarios."""
 
 import errno
 import os
@@ -34,21 +35,28 @@ def test_a_committed_checkpoint_holds_what_was_written(tmp_path):
 def test_only_the_newest_are_kept_in_the_order_of_steps(tmp_path):
     for step in (5, 90, 100, 1000):
         save(tmp_path, step, keep=3)
-    assert [p.name for p in checkpoint.committed(tmp_path)] == [f"step-{s:08d}" for s in (90, 100, 1000)]
+    assert [p.name for p in checkpoint.committed(tmp_path)] == [
+        f"step-{s:08d}" for s in (90, 100, 1000)
+    ]
     assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_a_step_saved_again_is_replaced(tmp_path):
     save(tmp_path, 7)
     path = save(tmp_path, 7, write=lambda folder: write_weights(folder, 2.0))
-    assert torch.load(path / "engine" / "model.pt")[0] == 2.0 and checkpoint.read_state(path)["step"] == 7
+    assert (
+        torch.load(path / "engine" / "model.pt")[0] == 2.0
+        and checkpoint.read_state(path)["step"] == 7
+    )
 
 
 def test_a_folder_without_checkpoints_has_none_committed(tmp_path):
     assert checkpoint.committed(tmp_path / "none") == []
 
 
-def test_a_checkpoint_without_a_commit_is_never_taken_and_the_next_save_clears_it_away(tmp_path):
+def test_a_checkpoint_without_a_commit_is_never_taken_and_the_next_save_clears_it_away(
+    tmp_path,
+):
     save(tmp_path, 1)
 
     def killed(folder: Path) -> None:
@@ -58,10 +66,14 @@ def test_a_checkpoint_without_a_commit_is_never_taken_and_the_next_save_clears_i
     with pytest.raises(KeyboardInterrupt):
         save(tmp_path, 2, write=killed)
     assert (tmp_path / ".partial-step-00000002" / "engine" / "model.pt").is_file()
-    (tmp_path / "step-00000009" / "engine").mkdir(parents=True)  # someone's copy that was cut off
+    # someone's copy that was cut off
+    (tmp_path / "step-00000009" / "engine").mkdir(parents=True)
     assert [p.name for p in checkpoint.committed(tmp_path)] == ["step-00000001"]
     save(tmp_path, 2)
-    assert [p.name for p in checkpoint.committed(tmp_path)] == ["step-00000001", "step-00000002"]
+    assert [p.name for p in checkpoint.committed(tmp_path)] == [
+        "step-00000001",
+        "step-00000002",
+    ]
     assert not (tmp_path / ".partial-step-00000002").exists()
 
 
@@ -71,7 +83,9 @@ def test_a_flipped_bit_is_named(tmp_path):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    with pytest.raises(UserError, match=r"step-00000003 is damaged: engine/model\.pt was changed"):
+    with pytest.raises(
+        UserError, match=r"step-00000003 is damaged: engine/model\.pt was changed"
+    ):
         checkpoint.read_state(path)
 
 
@@ -119,15 +133,23 @@ def full_disk(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("write", [no_space, full_disk])
-def test_a_disk_that_is_full_is_an_error_and_leaves_earlier_checkpoints_whole(tmp_path, write):
+def test_a_disk_that_is_full_is_an_error_and_leaves_earlier_checkpoints_whole(
+    tmp_path, write
+):
     earlier = save(tmp_path, 1, keep=1)
-    with pytest.raises(UserError, match=r"step-00000002 could not be written \(rank 0: .*Earlier .* whole"):
+    with pytest.raises(
+        UserError, match=r"step-00000002 could not be written \(rank 0: .*Earlier .* whole"
+    ):
         save(tmp_path, 2, keep=1, write=write)
-    assert checkpoint.committed(tmp_path) == [earlier] and checkpoint.read_state(earlier)["step"] == 1
+    assert (
+        checkpoint.committed(tmp_path) == [earlier]
+        and checkpoint.read_state(earlier)["step"] == 1
+    )
 
 
 def test_a_commit_that_cannot_be_written_is_an_error_too(tmp_path):
-    """The disk fills between the shards and the manifest: every rank must hear of it, or the others wait."""
+    """The disk fills between the shards and the manifest: every rank must hear of it, or
+    the others wait."""
     earlier = save(tmp_path, 1)
 
     def blocked(folder: Path) -> None:
@@ -170,7 +192,9 @@ DAMAGES = {
     "flipped manifest": lambda folder: flip(folder / "manifest.json"),
     "truncated manifest": lambda folder: cut(folder / "manifest.json"),
     "missing manifest": lambda folder: (folder / "manifest.json").unlink(),
-    "bytes for a manifest": lambda folder: (folder / "manifest.json").write_bytes(b"\xff\x00"),
+    "bytes for a manifest": lambda folder: (folder / "manifest.json").write_bytes(
+        b"\xff\x00"
+    ),
     "a list for a manifest": lambda folder: (folder / "manifest.json").write_text("[1]"),
 }
 
@@ -187,7 +211,9 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, dama
     assert checkpoint.newest(tmp_path).damaged == {}
     save(tmp_path, 7, keep=1)
     assert [p.name for p in checkpoint.committed(tmp_path)] == ["step-00000007"]
-    assert (tmp_path / "damaged-step-00000010").is_dir(), "it may still be of use to somebody"
+    assert (tmp_path / "damaged-step-00000010").is_dir(), (
+        "it may still be of use to somebody"
+    )
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
@@ -196,7 +222,8 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_refused(tmp_path, damage):
     for step in (5, 10):
         damage(save(tmp_path, step))
     with pytest.raises(
-        UserError, match=r"Cannot resume .*no checkpoint is whole\. .*step-00000010 is damaged"
+        UserError,
+        match=r"Cannot resume .*no checkpoint is whole\. .*step-00000010 is damaged",
     ):
         checkpoint.newest(tmp_path)
     assert len(list(tmp_path.iterdir())) == 2

@@ -1,4 +1,5 @@
-"""The engine on two ranks under every ZeRO, on a CPU. The cases run in engine_ranks.py, in one launch."""
+"""The engine on two ranks under every ZeRO, on a CPU. The cases run in engine_ranks.py,
+in one launch."""
 
 import json
 from typing import Any
@@ -27,14 +28,18 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     done = launch(RANKS / "engine.py", f"--out={out}")
     assert done.returncode == 0, done.stdout[-6000:]
     first, second = (json.loads((out / f"rank-{rank}.json").read_text()) for rank in (0, 1))
-    differing = [name for name in first if str(first[name]) != str(second[name])]  # nan is nan
+    # nan is nan
+    differing = [name for name in first if str(first[name]) != str(second[name])]
     assert not differing
     return {"out": out, **first}
 
 
 @pytest.mark.parametrize("zero", ZEROS)
-def test_gradient_norms_of_groups_are_those_of_plain_pytorch(results: dict[str, Any], zero: str) -> None:
-    """Two micro-batches on two ranks against all four in one process; one weight is frozen; clipping on."""
+def test_gradient_norms_of_groups_are_those_of_plain_pytorch(
+    results: dict[str, Any], zero: str
+) -> None:
+    """Two micro-batches on two ranks against all four in one process; one weight is
+    frozen; clipping on."""
     steps = results[f"grad_norms/{zero}"]
     for step in steps:
         assert step["norms"] == pytest.approx(step["expected"], rel=1e-5)
@@ -43,10 +48,14 @@ def test_gradient_norms_of_groups_are_those_of_plain_pytorch(results: dict[str, 
 
 
 @pytest.mark.parametrize("zero", ZEROS)
-def test_a_gradient_that_is_not_finite_moves_nothing_on_any_rank(results: dict[str, Any], zero: str) -> None:
+def test_a_gradient_that_is_not_finite_moves_nothing_on_any_rank(
+    results: dict[str, Any], zero: str
+) -> None:
     found = results[f"not_finite/{zero}"]
     assert found["stuck"] == [False, True] and found["same"]
-    assert found["finite"] == [True, False], "an optimizer's moment that is not finite must be seen"
+    assert found["finite"] == [True, False], (
+        "an optimizer's moment that is not finite must be seen"
+    )
 
 
 def losses(results: dict[str, Any], case: str) -> list[float]:
@@ -54,10 +63,14 @@ def losses(results: dict[str, Any], case: str) -> list[float]:
 
 
 @pytest.mark.parametrize("how", TUNINGS)
-def test_an_llm_that_zero3_loaded_in_parts_is_tuned_as_a_whole_one(results: dict[str, Any], how: str) -> None:
+def test_an_llm_that_zero3_loaded_in_parts_is_tuned_as_a_whole_one(
+    results: dict[str, Any], how: str
+) -> None:
     """Dropout is on, also that of the low-rank layers."""
     np.testing.assert_allclose(
-        losses(results, f"mbart/{how}/zero3"), losses(results, f"mbart/{how}/zero2"), rtol=1e-6
+        losses(results, f"mbart/{how}/zero3"),
+        losses(results, f"mbart/{how}/zero2"),
+        rtol=1e-6,
     )
 
 
@@ -99,20 +112,31 @@ def test_a_checkpoint_leaves_frozen_parameters_out_and_refuses_others(
 ) -> None:
     """Names of tied parameters after the first stay in DeepSpeed's file, as one tensor."""
     sentence = results[f"resumed/{case}"]["another_base"]
-    assert sentence.startswith("the frozen parameters must be those with which") and "\n" not in sentence
+    assert (
+        sentence.startswith("the frozen parameters must be those with which")
+        and "\n" not in sentence
+    )
     stored = 0
     for file in (results["out"] / "saved" / case / "engine").glob("*model_states.pt"):
         with torch.serialization.safe_globals(ds.CHECKPOINT_CLASSES):
             content = torch.load(file, weights_only=True)
         assert not content["frozen_param_fragments"]
         stored += len([name for name in content["module"] if ".layers." in name])
-        assert not [n for n in content["module"] if "fc1.base_layer" in n or "up_proj.base_layer" in n]
+        assert not [
+            n
+            for n in content["module"]
+            if "fc1.base_layer" in n or "up_proj.base_layer" in n
+        ]
     assert stored
 
 
 @pytest.mark.parametrize("how", ["lora", "frozen"])
-def test_what_is_made_after_zero_init_takes_its_precision(results: dict[str, Any], how: str) -> None:
+def test_what_is_made_after_zero_init_takes_its_precision(
+    results: dict[str, Any], how: str
+) -> None:
     """In bf16; DeepSpeed would fail on fp32 adapters beside it."""
     found = results[f"bf16/{how}"]
     assert found["dtypes"] == ["torch.bfloat16"]
-    np.testing.assert_allclose(found["losses"], losses(results, f"mbart/{how}/zero3"), rtol=2e-3)
+    np.testing.assert_allclose(
+        found["losses"], losses(results, f"mbart/{how}/zero3"), rtol=2e-3
+    )

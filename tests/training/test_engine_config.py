@@ -1,4 +1,5 @@
-"""The DeepSpeed JSON before DeepSpeed sees it; the one unit test that imports DeepSpeed (10 s)."""
+"""The DeepSpeed JSON before DeepSpeed sees it; the one unit test that imports DeepSpeed
+(10 s)."""
 
 import json
 import os
@@ -34,11 +35,16 @@ def test_every_shipped_json_is_accepted_by_us_and_by_deepspeed(path):
     assert on_the_host == ("offload_optimizer" in config["zero_optimization"])
     for device in (CPU, torch.device("cuda")):
         parsed = DeepSpeedConfig(ds.complete(config, device, accumulation=1, clip=1.0))
-        assert parsed.zero_optimization_stage == int(path.stem[4]) and parsed.gradient_clipping == 1.0
+        assert (
+            parsed.zero_optimization_stage == int(path.stem[4])
+            and parsed.gradient_clipping == 1.0
+        )
 
 
 def test_there_are_jsons():
-    assert {"zero1", "zero2", "zero3", "zero3_offload", "zero3_nvme"} <= {path.stem for path in JSONS}
+    assert {"zero1", "zero2", "zero3", "zero3_offload", "zero3_nvme"} <= {
+        path.stem for path in JSONS
+    }
     readme = (JSONS[0].parent / "README.md").read_text(encoding="utf-8")
     assert [path.name for path in JSONS if f"| `{path.name}` |" not in readme] == []
 
@@ -46,7 +52,8 @@ def test_there_are_jsons():
 def test_on_a_cpu_the_disk_and_the_node_are_left_out():
     config = for_cpu(json.loads((JSONS[0].parent / "zero3_nvme.json").read_text()))
     assert {
-        config["zero_optimization"][part]["device"] for part in ("offload_optimizer", "offload_param")
+        config["zero_optimization"][part]["device"]
+        for part in ("offload_optimizer", "offload_param")
     } == {"cpu"}
     config = for_cpu(json.loads((JSONS[0].parent / "zero3_hpz.json").read_text()))
     assert "zero_hpz_partition_size" not in config["zero_optimization"]
@@ -55,20 +62,26 @@ def test_on_a_cpu_the_disk_and_the_node_are_left_out():
 def test_an_unknown_key_is_refused_with_the_nearest(tmp_path):
     """DeepSpeed would accept it in silence."""
     with pytest.raises(
-        UserError, match=r"mine\.json has an unknown key 'zero_optimisation': did you mean zero_opt"
+        UserError,
+        match=r"mine\.json has an unknown key 'zero_optimisation': did you mean zero_opt",
     ):
         read(tmp_path, {"zero_optimisation": {"stage": 2}})
 
 
 def test_an_unknown_zero_key_is_refused_with_the_nearest(tmp_path):
-    with pytest.raises(UserError, match=r"zero_optimization\.overlap_com: did you mean overlap_comm"):
+    with pytest.raises(
+        UserError, match=r"zero_optimization\.overlap_com: did you mean overlap_comm"
+    ):
         read(tmp_path, {"zero_optimization": {"stage": 2, "overlap_com": True}})
 
 
 def test_steps_by_a_gradient_that_is_not_finite_cannot_be_asked_for(tmp_path):
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config as BF16Config
 
-    with pytest.raises(UserError, match=r"bf16\.check_grad_overflow must be true in .*mine\.json, got false"):
+    with pytest.raises(
+        UserError,
+        match=r"bf16\.check_grad_overflow must be true in .*mine\.json, got false",
+    ):
         read(tmp_path, {"bf16": {"enabled": True, "check_grad_overflow": False}})
     assert BF16Config(enabled=True).check_grad_overflow, "DeepSpeed's default"
 
@@ -89,7 +102,9 @@ def test_both_names_of_a_zero_key_are_known(tmp_path):
     ],
 )
 def test_a_number_that_the_run_owns_is_refused_with_its_option(tmp_path, name, option):
-    with pytest.raises(UserError, match=rf"{name} must not be in .*mine\.json: set --{option} instead"):
+    with pytest.raises(
+        UserError, match=rf"{name} must not be in .*mine\.json: set --{option} instead"
+    ):
         read(tmp_path, {name: 1, "zero_optimization": {"stage": 2}})
 
 
@@ -124,7 +139,11 @@ def test_on_a_cpu_the_same_zero_runs_in_fp32_and_without_compiled_operators():
     zero = twin["zero_optimization"]
     assert zero["stage"] == 3 and zero["overlap_comm"] is False
     assert zero["stage3_param_persistence_threshold"] == 0
-    assert zero["offload_param"] == zero["offload_optimizer"] == {"device": "cpu", "pin_memory": False}
+    assert (
+        zero["offload_param"]
+        == zero["offload_optimizer"]
+        == {"device": "cpu", "pin_memory": False}
+    )
     assert twin["zero_force_ds_cpu_optimizer"] is False
 
 
@@ -174,7 +193,9 @@ def checked(json_config: dict, stage: str = "llm", **options: str) -> None:
     from flallm_ds.training.build.engine import check_rates
 
     config = RunConfig(stage=stage, run="r", visual_run="none" if stage == "llm" else "")
-    config = config.with_overrides({name.replace("__", "."): value for name, value in options.items()})
+    config = config.with_overrides(
+        {name.replace("__", "."): value for name, value in options.items()}
+    )
     check_rates(config, json_config, Path("mine.json"))
 
 
@@ -185,16 +206,26 @@ def checked(json_config: dict, stage: str = "llm", **options: str) -> None:
         (BF16, {"optim__llm_lr": "9.9e-5"}, "llm_lr", "0.0001"),
         (BF16, {"optim__llm_lr": "1e-4", "optim__lr": "5e-5"}, "lr", "0.0001"),
         (BF16, {"llm__tune": "frozen", "llm__layers": "norm"}, "llm_lr", "0.0001"),
-        (BF16, {"visual__frozen": "none", "optim__backbone_lr": "1e-6"}, "backbone_lr", "0.0001"),
+        (
+            BF16,
+            {"visual__frozen": "none", "optim__backbone_lr": "1e-6"},
+            "backbone_lr",
+            "0.0001",
+        ),
         (BF16, {"stage": "visual", "optim__lr": "1e-5"}, "lr", "0.0001"),
         (FP16, {}, "llm_lr", "1.25e-05"),
-        (json.loads((JSONS[0].parent / "zero3_bf16_states.json").read_text()), {}, "llm_lr", "0.0001"),
+        (
+            json.loads((JSONS[0].parent / "zero3_bf16_states.json").read_text()),
+            {},
+            "llm_lr",
+            "0.0001",
+        ),
     ],
 )
-def test_rates_that_bf16_master_weights_would_round_away_are_refused(json_config, options, name, least):
-    sentence = (
-        rf"optim\.{name} must be at least {least} where mine\.json sets .*_master_weights_and_grads.*, got"
-    )
+def test_rates_that_bf16_master_weights_would_round_away_are_refused(
+    json_config, options, name, least
+):
+    sentence = rf"optim\.{name} must be at least {least} where mine\.json sets .*_master_weights_and_grads.*, got"
     with pytest.raises(UserError, match=sentence):
         checked(json_config, **options)
 
@@ -204,12 +235,16 @@ def test_a_json_without_such_weights_takes_any_rate(path):
     if path.stem != "zero3_bf16_states":
         checked(json.loads(path.read_text()))
     checked(json.loads(path.read_text()), optim__llm_lr="1e-4")
-    checked(json.loads(path.read_text()), llm__tune="frozen")  # the LLM has no learning rate then
+    # the LLM has no learning rate then
+    checked(json.loads(path.read_text()), llm__tune="frozen")
 
 
 def test_the_least_rate_is_about_what_moves_a_weight_in_bf16():
-    """A weight of 0.05 moves by 2e-4, not by 5e-5; one update of 1e-5 is lost for most weights of an LLM."""
+    """A weight of 0.05 moves by 2e-4, not by 5e-5; one update of 1e-5 is lost for most
+    weights of an LLM."""
     weight = torch.tensor(0.05, dtype=torch.bfloat16)
     assert weight + 2e-4 != weight and weight + 5e-5 == weight
-    weights = (torch.randn(10_000, generator=torch.Generator().manual_seed(0)) * 0.05).bfloat16()
+    weights = (
+        torch.randn(10_000, generator=torch.Generator().manual_seed(0)) * 0.05
+    ).bfloat16()
     assert (weights + 1e-5 == weights).float().mean() > 0.8

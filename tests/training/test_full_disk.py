@@ -42,7 +42,9 @@ end_process(0)
 """
 
 
-def test_a_rank_that_cannot_write_tells_the_others_and_the_run_can_go_on(tmp_path: Path) -> None:
+def test_a_rank_that_cannot_write_tells_the_others_and_the_run_can_go_on(
+    tmp_path: Path,
+) -> None:
     port = str(free_port())
     places = [
         {
@@ -69,6 +71,9 @@ def test_a_rank_that_cannot_write_tells_the_others_and_the_run_can_go_on(tmp_pat
     for rank, output in zip(ranks, outputs, strict=True):
         assert rank.returncode == 0, output
         assert "heard: the checkpoint" in output and "(rank 1: " in output, output
-    assert [p.name for p in checkpoint.committed(tmp_path)] == ["step-00000001", "step-00000003"]
+    assert [p.name for p in checkpoint.committed(tmp_path)] == [
+        "step-00000001",
+        "step-00000003",
+    ]
     for path in checkpoint.committed(tmp_path):
         checkpoint.read_state(path)

@@ -1,4 +1,5 @@
-"""Before the first step every LLM generates once, so that none fails at the first scoring, after hours."""
+"""Before the first step every LLM generates once, so that none fails at the first
+scoring, after hours."""
 
 import copy
 import json
@@ -63,7 +64,9 @@ def make_llm(tiny_corpus: Path, tmp_path: Path) -> Callable[[str], Path]:
 
 def options_of(corpus: Path, stage: str, run: Path, llm: Path) -> dict[str, str]:
     more = {"llm.name": llm, "llm.hub_code": True, "train.epochs": 1, "train.max_steps": 1}
-    return tiny_options(corpus, stage, run, **more) | ({} if stage == "joint" else {"visual_run": "none"})
+    return tiny_options(corpus, stage, run, **more) | (
+        {} if stage == "joint" else {"visual_run": "none"}
+    )
 
 
 @pytest.mark.parametrize("stage", ["llm", "joint"])
@@ -85,22 +88,30 @@ def test_an_llm_that_cannot_generate_is_refused_before_the_first_step(
     said = capsys.readouterr().err
     assert ended.value.code == 2 and "Traceback" not in said
     assert [line for line in said.splitlines() if line.startswith("error: ")] == [
-        f"error: the LLM {tmp_path / 'llm'} (a OwnForCausalLM) must generate from embeddings, but did not: "
-        f"{reason} Give another --llm.name."
+        f"error: the LLM {tmp_path / 'llm'} (a OwnForCausalLM) must generate from "
+        f"embeddings, but did not: {reason} Give another --llm.name."
     ]
     assert not (tmp_path / "run").exists()
 
 
 def state_of(task: Task) -> dict[str, object]:
     modules = {"engine": task.engine.module, "frozen": task.extractor}
-    named = {f"{part}.{n}": m for part, module in modules.items() for n, m in module.named_modules()}
+    named = {
+        f"{part}.{n}": m
+        for part, module in modules.items()
+        for n, m in module.named_modules()
+    }
     return {
         "modes": {name: module.training for name, module in named.items()},
         "buffers": {
-            f"{name}.{n}": buffer.clone() for name, m in named.items() for n, buffer in m.named_buffers()
+            f"{name}.{n}": buffer.clone()
+            for name, m in named.items()
+            for n, buffer in m.named_buffers()
         },
         "random": torch.get_rng_state(),
-        "config": copy.deepcopy(task.engine.module.language_model.generation_config.to_dict()),
+        "config": copy.deepcopy(
+            task.engine.module.language_model.generation_config.to_dict()
+        ),
     }
 
 
@@ -108,8 +119,11 @@ def state_of(task: Task) -> dict[str, object]:
 def test_trying_it_changes_nothing(
     tiny_corpus: Path, tmp_path: Path, make_llm: Callable[[str], Path], stage: str
 ) -> None:
-    """Neither random numbers (this LLM draws one a token), nor BatchNorm's statistics, nor modes."""
-    config = resolve(stage, None, options_of(tiny_corpus, stage, tmp_path / "run", make_llm(DRAWS)))
+    """Neither random numbers (this LLM draws one a token), nor BatchNorm's statistics,
+    nor modes."""
+    config = resolve(
+        stage, None, options_of(tiny_corpus, stage, tmp_path / "run", make_llm(DRAWS))
+    )
     with dist.session() as world, run_folder(config, world) as folder:
         task = build_task(config, folder, world)
         before = state_of(task)
@@ -138,6 +152,9 @@ def test_a_resumed_run_tries_it_as_well(
             run_stage(resolve(stage, None, given), world, StopRequest())
     found = [
         [json.loads(line)["loss"] for line in lines if '"kind": "train"' in line]
-        for lines in ((tmp_path / run / "metrics.jsonl").read_text().splitlines() for run in ("run", "whole"))
+        for lines in (
+            (tmp_path / run / "metrics.jsonl").read_text().splitlines()
+            for run in ("run", "whole")
+        )
     ]
     assert found[0] == found[1] and len(found[0]) == 2

@@ -1,4 +1,5 @@
-"""Each family of LLMs on two ranks under ZeRO-3 with offload: trains, generates, exports, loads again.
+"""Each family of LLMs on two ranks under ZeRO-3 with offload: trains, generates, exports,
+loads again.
 
 The LLMs are tiny and random; the way to them is a user's: `--llm.name=FOLDER`.
 """
@@ -28,14 +29,20 @@ RUNS = [*FAMILIES, *(f"{family}_whole" for family in WHOLE)]
 
 @pytest.fixture(scope="module")
 def runs(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder of each family, trained on two ranks; its export loaded again by one plain process."""
+    """A run folder of each family, trained on two ranks; its export loaded again by one
+    plain process."""
     folder = tmp_path_factory.mktemp("families")
     texts = [f"{a} {b} {c} morgen" for a in WORDS for b in WORDS for c in WORDS]
     texts.append(
-        DECODER_ONLY_PROMPT.format(sign_language="German Sign Language", language="German", video="")
+        DECODER_ONLY_PROMPT.format(
+            sign_language="German Sign Language", language="German", video=""
+        )
     )
     visual = tiny_options(
-        tiny_corpus, "visual", folder / "visual", **{"train.epochs": 1, "eval.every_epochs": 1}
+        tiny_corpus,
+        "visual",
+        folder / "visual",
+        **{"train.epochs": 1, "eval.every_epochs": 1},
     )
     scenarios: list[dict[str, object]] = [{"stage": "visual", "options": visual}]
     for family in FAMILIES:
@@ -48,7 +55,12 @@ def runs(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "data.batch_clips": 4, "data.micro_batches": 2, "train.epochs": 3, "eval.every_epochs": 3,
             "eval.num_beams": 5, "eval.max_new_tokens": 12,
         }  # fmt: skip
-        scenarios.append({"stage": "llm", "options": tiny_options(tiny_corpus, "llm", folder / run, **more)})
+        scenarios.append(
+            {
+                "stage": "llm",
+                "options": tiny_options(tiny_corpus, "llm", folder / run, **more),
+            }
+        )
     file = folder / "scenarios.json"
     file.write_text(json.dumps(scenarios), encoding="utf-8")
     done = launch(SCRIPT, f"--scenarios={file}", timeout_s=1500)
@@ -56,7 +68,13 @@ def runs(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     file.write_text(json.dumps([str(folder / run) for run in RUNS]), encoding="utf-8")
     command = [sys.executable, str(SCRIPT), f"--exports={file}"]
     loaded = subprocess.run(
-        command, cwd=ROOT, env=environment(), text=True, capture_output=True, timeout=300, check=False
+        command,
+        cwd=ROOT,
+        env=environment(),
+        text=True,
+        capture_output=True,
+        timeout=300,
+        check=False,
     )
     assert loaded.returncode == 0, (loaded.stdout + loaded.stderr)[-8000:]
     return folder
@@ -68,7 +86,8 @@ def read(path: Path) -> dict[str, list[int]]:
 
 @pytest.mark.parametrize("family", RUNS)
 def test_family(runs: Path, family: str) -> None:
-    """The loss falls; both ranks generate; a fresh process gives the same hypotheses from the export."""
+    """The loss falls; both ranks generate; a fresh process gives the same hypotheses from
+    the export."""
     found = losses(runs / family)
     assert len(found) == 30
     assert sum(found[-5:]) < 0.75 * sum(found[:5]), found
@@ -81,25 +100,36 @@ def test_family(runs: Path, family: str) -> None:
 
 @pytest.mark.parametrize("family", RUNS)
 def test_training_began_with_the_weights_of_the_folder(runs: Path, family: str) -> None:
-    """Embedding and, where it is another, head: the rows of the kept pieces, not far from where they were."""
+    """Embedding and, where it is another, head: the rows of the kept pieces, not far from
+    where they were."""
     before = weights(runs / "llms" / family.removesuffix("_whole"))
     exported = runs / family / "best" / "language_model"
-    kept = json.loads((exported / "vocabulary.json").read_text(encoding="utf-8"))["kept_ids"]
+    kept = json.loads((exported / "vocabulary.json").read_text(encoding="utf-8"))[
+        "kept_ids"
+    ]
     after = weights(exported)
     tables = [name for name in before if name.endswith(("lm_head.weight", *EMBEDDINGS))]
     assert tables
     for name in tables:
-        pair = torch.stack([before[name][kept].flatten(), after[name][: len(kept)].flatten()])
+        pair = torch.stack(
+            [before[name][kept].flatten(), after[name][: len(kept)].flatten()]
+        )
         assert torch.corrcoef(pair)[0, 1] > 0.6, name
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
+    return {
+        name: t
+        for file in folder.glob("*.safetensors")
+        for name, t in load_file(file).items()
+    }
 
 
 def test_the_readme_has_a_row_for_each_family_and_no_other() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    rows = {line.split("`")[-2]: line for line in readme.splitlines() if "`test_family[" in line}
+    rows = {
+        line.split("`")[-2]: line for line in readme.splitlines() if "`test_family[" in line
+    }
     assert rows.keys() == {f"test_family[{family}]" for family in FAMILIES}
     for family, entry in FAMILIES.items():
         row = rows[f"test_family[{family}]"]

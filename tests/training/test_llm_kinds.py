@@ -1,4 +1,5 @@
-"""Runs that begin with quantised weights, or with a text model within a multimodal one, and their exports."""
+"""Runs that begin with quantised weights, or with a text model within a multimodal one,
+and their exports."""
 
 import json
 from collections.abc import Callable
@@ -41,5 +42,9 @@ def test_a_run_trains_and_exports_an_ordinary_llm(
     exported = tmp_path / "run" / "best" / "language_model"
     config = json.loads((exported / "config.json").read_text(encoding="utf-8"))
     assert "quantization_config" not in config and "vision_config" not in config
-    rows = json.loads((tmp_path / "llama" / "config.json").read_text(encoding="utf-8"))["vocab_size"]
-    assert (load_llm(str(exported)).get_input_embeddings().num_embeddings == rows) is not trim
+    rows = json.loads((tmp_path / "llama" / "config.json").read_text(encoding="utf-8"))[
+        "vocab_size"
+    ]
+    assert (
+        load_llm(str(exported)).get_input_embeddings().num_embeddings == rows
+    ) is not trim

@@ -1,4 +1,5 @@
-"""LLMs under ZeRO-3 on two ranks are loaded in parts. llm_loading_ranks.py does it, in one launch."""
+"""LLMs under ZeRO-3 on two ranks are loaded in parts. llm_loading_ranks.py does it, in
+one launch."""
 
 import json
 from typing import Any
@@ -12,8 +13,10 @@ from tests.helpers.paths import RANKS
 from tests.models.llm.test_multimodal import make as make_multimodal
 from tests.models.llm.test_quantized import fp8, mxfp4
 
-FAMILIES = ("mbart", "m2m100", "t5", "mt5", "qwen3", "gemma3", "bloom", "xglm")  # mt5's head is its own
-# Whole, as by --llm.trim_vocabulary=false: weights with scales, and a text model within a multimodal one.
+# mt5's head is its own
+FAMILIES = ("mbart", "m2m100", "t5", "mt5", "qwen3", "gemma3", "bloom", "xglm")
+# Whole, as by --llm.trim_vocabulary=false: weights with scales, and a text model within a
+# multimodal one.
 OTHERS = ("fp8", "mxfp4", "mistral3")
 LARGE = LlamaConfig(
     vocab_size=1000, hidden_size=512, intermediate_size=2048, num_hidden_layers=10, num_attention_heads=8,
@@ -26,8 +29,12 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Each rank's report, and the bytes of the large LLM in fp32."""
     folder = tmp_path_factory.mktemp("loading")
     for family in FAMILIES:
-        make_tiny_llm(family, folder / "llms" / family, ["regen am abend", "morgen sonne und wind"])
-    llama = make_tiny_llm("llama3", folder / "llama", ["regen am abend", "morgen sonne und wind"])
+        make_tiny_llm(
+            family, folder / "llms" / family, ["regen am abend", "morgen sonne und wind"]
+        )
+    llama = make_tiny_llm(
+        "llama3", folder / "llama", ["regen am abend", "morgen sonne und wind"]
+    )
     fp8(llama, folder / "llms" / "fp8", (16, 16))
     mxfp4(llama, folder / "llms" / "mxfp4")
     make_multimodal("mistral3", llama, folder / "llms" / "mistral3")
@@ -36,13 +43,23 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     done = launch(RANKS / "llm_loading.py", f"--folder={folder}")
     assert done.returncode == 0, done.stdout[-6000:]
     megabytes = sum(p.numel() for p in large.parameters()) * 4 / 1e6
-    return [{"megabytes": megabytes} | json.loads((folder / f"rank{r}.json").read_text()) for r in (0, 1)]
+    return [
+        {"megabytes": megabytes} | json.loads((folder / f"rank{r}.json").read_text())
+        for r in (0, 1)
+    ]
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
-def test_an_llm_loaded_in_parts_is_the_one_loaded_whole(results: list[dict[str, Any]], family: str) -> None:
+def test_an_llm_loaded_in_parts_is_the_one_loaded_whole(
+    results: list[dict[str, Any]], family: str
+) -> None:
     for report in results:
-        assert report[family] == {"numel": 0, "equal": True, "generation": True, "config": True}
+        assert report[family] == {
+            "numel": 0,
+            "equal": True,
+            "generation": True,
+            "config": True,
+        }
 
 
 def test_random_weights_are_the_same_on_both_ranks(results: list[dict[str, Any]]) -> None:

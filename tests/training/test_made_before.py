@@ -30,13 +30,21 @@ def test_shards_verify(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("stage", LAST_LOSS)
-def test_exports_give_the_same_hypotheses(made: Path, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exports_give_the_same_hypotheses(
+    made: Path, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(made)
     run = Path(f"run_{stage}")
     evaluate(run=str(run), split="dev", beams=1)
-    lines = (run / "evaluation" / "dev.hypotheses.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (
+        (run / "evaluation" / "dev.hypotheses.jsonl")
+        .read_text(encoding="utf-8")
+        .splitlines()
+    )
     found = {record["key"]: record["hypothesis"] for record in map(json.loads, lines)}
-    best = json.loads((run / "best" / "flallm.json").read_text(encoding="utf-8"))["scores"]["epoch"]
+    best = json.loads((run / "best" / "flallm.json").read_text(encoding="utf-8"))["scores"][
+        "epoch"
+    ]
     lines = (run / "hypotheses.jsonl").read_text(encoding="utf-8").splitlines()
     records = [record for record in map(json.loads, lines) if record["epoch"] == best]
     assert found == {record["key"]: record["hypothesis"] for record in records} != {}
@@ -47,7 +55,9 @@ def test_checkpoints_resume(made: Path, stage: str) -> None:
     """To the loss of the step after them, which depends on weights, dropout and data alike."""
     run = made / f"run_{stage}"
     config = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    command = json.loads((run / "versions.json").read_text(encoding="utf-8"))["starts"][0]["command"]
+    command = json.loads((run / "versions.json").read_text(encoding="utf-8"))["starts"][0][
+        "command"
+    ]
     assert config["stage"] == stage
     words = [word for word in command[1:] if not word.startswith("--train.max_steps")]
     done = subprocess.run(

@@ -1,4 +1,5 @@
-"""The same numbers on any number of ranks, under any ZeRO, stopped or not. fp32, CPU, two gloo ranks."""
+"""The same numbers on any number of ranks, under any ZeRO, stopped or not. fp32, CPU, two
+gloo ranks."""
 
 from pathlib import Path
 
@@ -16,7 +17,8 @@ STOPS = (1, 4, 5, 7)  # 5 is the end of an epoch
 
 @pytest.fixture(scope="module")
 def runs(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders two/ and one/ (ranks), each with runs visual and llm; two/ also stopped and resumed ones.
+    """Folders two/ and one/ (ranks), each with runs visual and llm; two/ also stopped and
+    resumed ones.
 
     two/frozen and two/frozen_stopped_4 train a part of the backbone of backbone/.
     """
@@ -30,21 +32,31 @@ def runs(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             scenarios.append({"stage": stage, "options": whole})
             for stop in STOPS if ranks == 2 else ():
                 stopped = {**whole, "run": str(folder / name / f"{stage}_stopped_{stop}")}
-                scenarios.append({"stage": stage, "options": {**stopped, "train.max_steps": str(stop)}})
+                scenarios.append(
+                    {"stage": stage, "options": {**stopped, "train.max_steps": str(stop)}}
+                )
                 scenarios.append({"stage": stage, "options": stopped})
         if ranks == 2:
             for stage in ("visual", "llm"):
                 saved = {"train.save_every_steps": 2}
-                options = tiny_options(tiny_corpus, stage, folder / name / f"{stage}_faulty", **saved)
+                options = tiny_options(
+                    tiny_corpus, stage, folder / name / f"{stage}_faulty", **saved
+                )
                 faults: list[dict[str, object]] = [
                     {"nan_at": 4},
                     *([{"full_at": 4}] if stage == "visual" else []),
                     {"options": {**options, "train.max_steps": "4"}},
                     {"damaged": True},
                 ]
-                scenarios += [{"stage": stage, "options": options, **fault} for fault in faults]
+                scenarios += [
+                    {"stage": stage, "options": options, **fault} for fault in faults
+                ]
             part = {"visual.weights": folder / "backbone", "visual.frozen_stages": 2}
-            for run, stop in (("frozen", None), ("frozen_stopped_4", 4), ("frozen_stopped_4", None)):
+            for run, stop in (
+                ("frozen", None),
+                ("frozen_stopped_4", 4),
+                ("frozen_stopped_4", None),
+            ):
                 options = tiny_options(tiny_corpus, "visual", folder / name / run, **part)
                 limit = {"train.max_steps": str(stop)} if stop else {}
                 scenarios.append({"stage": "visual", "options": options | limit})
@@ -54,7 +66,8 @@ def runs(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("stage", ["visual", "llm"])
 def test_two_ranks_give_the_losses_of_a_single_process(runs: Path, stage: str) -> None:
-    """1 rank x 4 micro-batches equals 2 x 2, under ZeRO-2 (visual) and ZeRO-3 with offload (llm)."""
+    """1 rank x 4 micro-batches equals 2 x 2, under ZeRO-2 (visual) and ZeRO-3 with
+    offload (llm)."""
     one, two = losses(runs / "one" / stage), losses(runs / "two" / stage)
     assert len(one) == len(two) == 10
     assert one[0] != one[9]
@@ -63,14 +76,20 @@ def test_two_ranks_give_the_losses_of_a_single_process(runs: Path, stage: str) -
 
 @pytest.mark.parametrize("stage", ["visual", "llm"])
 @pytest.mark.parametrize("stop", STOPS)
-def test_a_stopped_and_resumed_run_gives_the_same_losses(runs: Path, stage: str, stop: int) -> None:
+def test_a_stopped_and_resumed_run_gives_the_same_losses(
+    runs: Path, stage: str, stop: int
+) -> None:
     assert losses(runs / "two" / f"{stage}_stopped_{stop}") == losses(runs / "two" / stage)
 
 
 @pytest.mark.parametrize("stop", STOPS)
 @pytest.mark.parametrize("stage", ["visual", "llm"])
 def test_a_resumed_run_ends_with_the_same_export(runs: Path, stage: str, stop: int) -> None:
-    for file in ("visual_encoder.safetensors", "adapter.safetensors", "language_model/model.safetensors"):
+    for file in (
+        "visual_encoder.safetensors",
+        "adapter.safetensors",
+        "language_model/model.safetensors",
+    ):
         whole = load_file(runs / "two" / stage / "best" / file)
         resumed = load_file(runs / "two" / f"{stage}_stopped_{stop}" / "best" / file)
         assert whole.keys() == resumed.keys()
@@ -78,26 +97,40 @@ def test_a_resumed_run_ends_with_the_same_export(runs: Path, stage: str, stop: i
 
 
 @pytest.mark.parametrize("stage", ["visual", "llm"])
-def test_a_run_ends_before_a_step_whose_gradient_is_not_finite(runs: Path, stage: str) -> None:
-    """Only rank 1 has the NaN, and no loss: under ZeRO-2 (visual) and ZeRO-3 with offload (llm)."""
-    said = [(runs / "two" / f"{stage}_faulty.nan_at.rank-{rank}").read_text() for rank in range(2)]
+def test_a_run_ends_before_a_step_whose_gradient_is_not_finite(
+    runs: Path, stage: str
+) -> None:
+    """Only rank 1 has the NaN, and no loss: under ZeRO-2 (visual) and ZeRO-3 with offload
+    (llm)."""
+    said = [
+        (runs / "two" / f"{stage}_faulty.nan_at.rank-{rank}").read_text()
+        for rank in range(2)
+    ]
     assert said[0] == said[1]
-    assert said[0].startswith("The gradient norm must be finite, got inf at step 4, which was not made. ")
+    assert said[0].startswith(
+        "The gradient norm must be finite, got inf at step 4, which was not made. "
+    )
     assert "The last checkpoint is of step 2." in said[0]
 
 
 def test_all_ranks_hear_of_metrics_that_rank_0_cannot_write(runs: Path) -> None:
-    said = [(runs / "two" / f"visual_faulty.full_at.rank-{rank}").read_text() for rank in range(2)]
+    said = [
+        (runs / "two" / f"visual_faulty.full_at.rank-{rank}").read_text()
+        for rank in range(2)
+    ]
     assert said[0] == said[1]
     path = runs / "two" / "visual_faulty" / "metrics.jsonl"
     assert f"Cannot read or write {path}: File too large. Free some space" in said[0]
 
 
 @pytest.mark.parametrize("stage", ["visual", "llm"])
-def test_after_each_of_these_faults_the_run_resumes_to_the_same_losses(runs: Path, stage: str) -> None:
+def test_after_each_of_these_faults_the_run_resumes_to_the_same_losses(
+    runs: Path, stage: str
+) -> None:
     """Also after a damaged newest checkpoint, of step 4; the one of step 2 takes its place."""
     run = runs / "two" / f"{stage}_faulty"
-    # Not to the last bit: after many runs in one process a kernel may meet memory of another alignment.
+    # Not to the last bit: after many runs in one process a kernel may meet memory of
+    # another alignment.
     np.testing.assert_allclose(losses(run), losses(runs / "two" / stage), atol=1e-5)
     assert (run / "checkpoints" / "damaged-step-00000004").is_dir()
 
@@ -124,7 +157,8 @@ def test_stage_2_leaves_the_visual_encoder_bit_identical(runs: Path, ranks: str)
 
 def test_batch_norm_statistics_do_not_depend_on_the_number_of_ranks(runs: Path) -> None:
     one, two = (
-        load_file(runs / r / "visual" / "best" / "visual_encoder.safetensors") for r in ("one", "two")
+        load_file(runs / r / "visual" / "best" / "visual_encoder.safetensors")
+        for r in ("one", "two")
     )
     names = [name for name in one if "running_" in name]
     assert names
@@ -132,7 +166,9 @@ def test_batch_norm_statistics_do_not_depend_on_the_number_of_ranks(runs: Path) 
         torch.testing.assert_close(two[name], one[name], rtol=0.02, atol=2e-3)
 
 
-def test_the_engine_gives_the_losses_of_a_plain_pytorch_loop(runs: Path, tiny_corpus: Path) -> None:
+def test_the_engine_gives_the_losses_of_a_plain_pytorch_loop(
+    runs: Path, tiny_corpus: Path
+) -> None:
     """Stage visual against a loop without DeepSpeed: token mean, AdamW, clipping, cosine."""
     from flallm_ds.data.index import load_index
     from flallm_ds.data.loader import Loader
@@ -151,7 +187,10 @@ def test_the_engine_gives_the_losses_of_a_plain_pytorch_loop(runs: Path, tiny_co
     extractor = feature_extractor(config, World(0, 1, 0, 1))
     model = visual_model(config, codec, extractor).train()
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=config.optim.weight_decay
+        model.parameters(),
+        lr=0.0,
+        betas=(0.9, 0.98),
+        weight_decay=config.optim.weight_decay,
     )
     index = load_index(tiny_corpus / "shards", "train")
     reader = make_reader(index, config, train=True)
@@ -168,12 +207,18 @@ def test_the_engine_gives_the_losses_of_a_plain_pytorch_loop(runs: Path, tiny_co
                 pixels = preprocess(batch, train=True, device=torch.device("cpu"))
                 wordings = [codec.light_wording("de")] * len(batch.keys)
                 loss = model(
-                    pixels, batch.num_frames_B, wordings, batch.target_ids_BL, config.train.label_smoothing
+                    pixels,
+                    batch.num_frames_B,
+                    wordings,
+                    batch.target_ids_BL,
+                    config.train.label_smoothing,
                 )
                 (loss / tokens).backward()
                 total += loss.item()
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
-            rate = config.optim.lr * rate_factor((epoch + step / len(loader)) / 2, config.optim.warmup)
+            rate = config.optim.lr * rate_factor(
+                (epoch + step / len(loader)) / 2, config.optim.warmup
+            )
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.step()

@@ -14,7 +14,13 @@ from flallm_ds.dist import World
 from flallm_ds.errors import UserError
 from flallm_ds.training import provenance
 from flallm_ds.training.provenance import record_start
-from flallm_ds.training.run_folder import Metrics, locked_run, open_run_folder, run_folder, shown
+from flallm_ds.training.run_folder import (
+    Metrics,
+    locked_run,
+    open_run_folder,
+    run_folder,
+    shown,
+)
 from flallm_ds.training.run_log import run_log
 
 ALONE = World(0, 1, 0, 1)
@@ -42,7 +48,9 @@ def test_each_start_is_recorded(config):
     assert {"commit", "dirty", "cuda", "cudnn", "nccl", "driver"} <= versions.keys()
     assert versions["devices"] == {"cpu": 1} or torch.cuda.is_available()
     starts = versions.pop("starts")
-    assert len(starts) == 3 and starts[0] == versions and starts[2].keys() == versions.keys()
+    assert (
+        len(starts) == 3 and starts[0] == versions and starts[2].keys() == versions.keys()
+    )
 
 
 def test_a_record_of_an_older_version_becomes_the_first_start(config):
@@ -51,7 +59,10 @@ def test_a_record_of_an_older_version_becomes_the_first_start(config):
     record_start(folder, ALONE)
     versions = json.loads((folder / "versions.json").read_text())
     assert versions["torch"] == "2.10"
-    assert versions["starts"][0] == {"torch": "2.10"} and versions["starts"][1]["torch"] != "2.10"
+    assert (
+        versions["starts"][0] == {"torch": "2.10"}
+        and versions["starts"][1]["torch"] != "2.10"
+    )
 
 
 def test_the_commit_is_that_of_the_checkout(tmp_path):
@@ -87,7 +98,9 @@ def test_a_run_that_cannot_be_built_leaves_what_was_there(config, tmp_path, befo
     with pytest.raises(UserError, match="no such LLM"), run_folder(config, ALONE) as folder:
         (folder / "tokenizer").mkdir()
         raise UserError("no such LLM")
-    assert path.exists() == (before != "nothing") and path.is_symlink() == (before == "a link")
+    assert path.exists() == (before != "nothing") and path.is_symlink() == (
+        before == "a link"
+    )
     assert not path.exists() or list(path.iterdir()) == []
 
 
@@ -106,7 +119,9 @@ def test_a_run_that_cannot_be_built_takes_away_what_it_made_and_no_more(config, 
     assert [p.name for p in path.iterdir()] == ["notes.txt"]
 
 
-def test_a_start_that_was_killed_at_once_leaves_a_folder_that_may_become_a_run(config, tmp_path):
+def test_a_start_that_was_killed_at_once_leaves_a_folder_that_may_become_a_run(
+    config, tmp_path
+):
     path = tmp_path / "runs" / "one"
     path.mkdir(parents=True)
     for name in (".lock", "log.txt", ".partial-config.json"):
@@ -137,7 +152,12 @@ def test_a_file_in_the_place_of_the_folder_is_refused(config, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("optim.lr", "0.5"), ("data.batch_clips", "16"), ("stage", "llm"), ("optim.betas", "0.9,0.99")],
+    [
+        ("optim.lr", "0.5"),
+        ("data.batch_clips", "16"),
+        ("stage", "llm"),
+        ("optim.betas", "0.9,0.99"),
+    ],
 )
 def test_a_changed_option_is_named_with_both_values(config, name, value):
     open_run_folder(config)
@@ -171,7 +191,9 @@ def test_a_config_that_was_cut_off_is_an_error_that_names_it(config):
 
 
 def lines(folder) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def test_metrics_are_one_line_a_step(tmp_path):
@@ -197,7 +219,9 @@ def test_a_resumed_run_forgets_what_came_after_its_checkpoint(tmp_path):
     assert [line["loss"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5, 60]
 
 
-@pytest.mark.parametrize("cut", ['{"kind": "train", "global', '{"kind": "train", "global_step": 1}'])
+@pytest.mark.parametrize(
+    "cut", ['{"kind": "train", "global', '{"kind": "train", "global_step": 1}']
+)
 def test_a_line_cut_off_by_a_kill_is_forgotten(tmp_path, cut):
     """Also one that lacks its line end alone: the next line would be glued to it."""
     metrics = Metrics(tmp_path, 0, 0)
@@ -221,12 +245,17 @@ def test_a_resumed_run_forgets_scores_that_its_checkpoint_does_not_know(tmp_path
     metrics.close()
     Metrics(tmp_path, 10, 1).close()
     assert [line["kind"] for line in lines(tmp_path)] == ["train", "dev", "train"]
-    kept = [json.loads(line) for line in (tmp_path / "hypotheses.jsonl").read_text().splitlines()]
+    kept = [
+        json.loads(line)
+        for line in (tmp_path / "hypotheses.jsonl").read_text().splitlines()
+    ]
     assert [line["epoch"] for line in kept] == [1]
 
 
 def said(*keys: str) -> list[Hypothesis]:
-    return [Hypothesis(key=key, hypothesis=f"h|{key}", reference="<b>\x1b[2J") for key in keys]
+    return [
+        Hypothesis(key=key, hypothesis=f"h|{key}", reference="<b>\x1b[2J") for key in keys
+    ]
 
 
 def test_the_same_five_clips_are_shown_whatever_their_order():
@@ -242,7 +271,10 @@ def test_hypotheses_go_to_their_file_and_to_tensorboard(tmp_path):
     metrics.write_hypotheses("dev", 1, 5, said("a", "b"))
     metrics.close()
     metrics.check()
-    kept = [json.loads(line) for line in (tmp_path / "hypotheses.jsonl").read_text().splitlines()]
+    kept = [
+        json.loads(line)
+        for line in (tmp_path / "hypotheses.jsonl").read_text().splitlines()
+    ]
     assert [line["key"] for line in kept] == ["a", "b"]
     assert kept[0]["reference"] == "<b>\x1b[2J" and kept[0]["global_step"] == 5
     events = EventAccumulator(str(tmp_path / "tensorboard"))
@@ -270,14 +302,18 @@ def test_a_record_that_cannot_be_written_is_kept_in_mind(tmp_path, name, capfd):
         metrics.close()
     finally:
         limit_bytes(resource.RLIM_INFINITY)
-    with pytest.raises(UserError, match=r"are not complete\. Cannot read or write .*Free some space"):
+    with pytest.raises(
+        UserError, match=r"are not complete\. Cannot read or write .*Free some space"
+    ):
         metrics.check()
     assert capfd.readouterr().err == ""
 
 
 def limit_bytes(size: int) -> None:
     """Of each file of this process, as a quota does it."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+    )
 
 
 # --- the log
@@ -297,13 +333,17 @@ def test_the_log_has_each_line_with_its_time_and_the_terminal_what_it_had(tmp_pa
     both = [text for n in range(2) for text in (f"one {n} of two", "three", "bar 2")]
     assert texts == [*both, "error: no such thing"]
     out, err = capsys.readouterr()
-    assert out == "one 0 of two\nthree\none 1 of two\nthree\n" and err == "bar 1\rbar 2\n" * 2
+    assert (
+        out == "one 0 of two\nthree\none 1 of two\nthree\n" and err == "bar 1\rbar 2\n" * 2
+    )
 
 
 def test_a_log_that_cannot_be_written_is_an_error_at_the_end(tmp_path):
     (tmp_path / "log.txt").symlink_to("/dev/full")
     with (
-        pytest.raises(UserError, match=r"log\.txt is not complete\. Cannot.* No space left"),
+        pytest.raises(
+            UserError, match=r"log\.txt is not complete\. Cannot.* No space left"
+        ),
         run_log(tmp_path, ALONE),
     ):
         print("one")

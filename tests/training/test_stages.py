@@ -1,4 +1,5 @@
-"""Every stage and every ablation on two ranks; both stages in one command, killed and started again."""
+"""Every stage and every ablation on two ranks; both stages in one command, killed and
+started again."""
 
 import gc
 import json
@@ -45,7 +46,14 @@ from tests.helpers.launching import (
 from tests.helpers.llms import make_tiny_llm
 from tests.helpers.paths import ROOT
 
-WHOLE = ("joint", "imagenet_llm", "unfrozen_llm", "temporal_llm", "frames_llm", "light_t_llm")
+WHOLE = (
+    "joint",
+    "imagenet_llm",
+    "unfrozen_llm",
+    "temporal_llm",
+    "frames_llm",
+    "light_t_llm",
+)
 # One of each kind: these differ in a number alone.
 NUMBERS = (
     "keep1_visual",
@@ -57,7 +65,8 @@ NUMBERS = (
     "large_visual",
 )
 NUMBERS += ("large_llm", "small_llm", "mt5_random_llm")
-OTHER_RUNS = ("run", "visual_run", "train.epochs", "llm.name", "llm.language")  # of no interest here
+# of no interest here
+OTHER_RUNS = ("run", "visual_run", "train.epochs", "llm.name", "llm.language")
 
 
 def ablations() -> Iterator[tuple[str, RunConfig, dict[str, object]]]:
@@ -69,7 +78,11 @@ def ablations() -> Iterator[tuple[str, RunConfig, dict[str, object]]]:
         if name.removeprefix("phoenix14t_") in NUMBERS:
             continue
         before, now = base[config.stage].options(), config.options()
-        changed = {o: v for o, v in now.items() if v != before[o] and o not in (*OTHER_RUNS, "stage")}
+        changed = {
+            o: v
+            for o, v in now.items()
+            if v != before[o] and o not in (*OTHER_RUNS, "stage")
+        }
         yield name.removeprefix("phoenix14t_"), config, changed
 
 
@@ -80,8 +93,14 @@ def runs(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = (tiny_corpus / "text.txt").read_text(encoding="utf-8").splitlines()
     mt5 = make_tiny_llm("mt5", folder / "mt5_hub", texts)
 
-    def scenario(out: Path, name: str, config: RunConfig, changed: dict[str, object]) -> dict[str, object]:
-        given: dict[str, object] = {"train.epochs": 1, "eval.every_epochs": 1, "train.probe_every": 2}
+    def scenario(
+        out: Path, name: str, config: RunConfig, changed: dict[str, object]
+    ) -> dict[str, object]:
+        given: dict[str, object] = {
+            "train.epochs": 1,
+            "eval.every_epochs": 1,
+            "train.probe_every": 2,
+        }
         given["light_t.size"] = "tiny"
         if name not in (*WHOLE, "visual"):
             given["train.max_steps"] = 2
@@ -95,7 +114,9 @@ def runs(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     two = [scenario(folder, *of) for of in ablations()]
     run_scenarios(two, folder / "two.json", 2)
     alone = [
-        scenario(folder / "one", *of) for of in ablations() if of[0] in ("visual", "joint", "unfrozen_llm")
+        scenario(folder / "one", *of)
+        for of in ablations()
+        if of[0] in ("visual", "joint", "unfrozen_llm")
     ]
     (folder / "one").mkdir()
     run_scenarios(alone, folder / "one.json", 1)
@@ -117,7 +138,9 @@ def test_an_ablation_is_not_its_neighbour(runs: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["joint", "unfrozen_llm"])
-def test_an_encoder_inside_the_engine_gives_the_losses_of_a_single_process(runs: Path, name: str) -> None:
+def test_an_encoder_inside_the_engine_gives_the_losses_of_a_single_process(
+    runs: Path, name: str
+) -> None:
     np.testing.assert_allclose(losses(runs / name), losses(runs / "one" / name), atol=1e-4)
 
 
@@ -135,7 +158,9 @@ def changed_parts(before: Path, after: Path) -> set[str]:
         ("unfrozen_llm", {"backbone", "temporal"}),
     ],
 )
-def test_stage_llm_changes_what_is_not_frozen(runs: Path, name: str, parts: set[str]) -> None:
+def test_stage_llm_changes_what_is_not_frozen(
+    runs: Path, name: str, parts: set[str]
+) -> None:
     """Weights and BatchNorm statistics alike. test_parity does it for the usual stage llm."""
     assert changed_parts(runs / "visual", runs / name) == parts
 
@@ -150,7 +175,9 @@ def test_stage_llm_changes_what_is_not_frozen(runs: Path, name: str, parts: set[
         ("imagenet_llm", {"language"}),
     ],
 )
-def test_the_probe_looks_at_what_is_trained(runs: Path, name: str, layers: set[str]) -> None:
+def test_the_probe_looks_at_what_is_trained(
+    runs: Path, name: str, layers: set[str]
+) -> None:
     found = read_probe(runs / name)
     assert found.keys() == layers
     for steps, norms in found.values():
@@ -168,11 +195,16 @@ def test_the_probe_is_drawn(runs: Path, tmp_path: Path) -> None:
 def test_an_export_needs_no_stage_1(runs: Path, tmp_path: Path, name: str) -> None:
     alone = shutil.copytree(runs / name / "best", tmp_path / "export")
     translator = Translator.from_pretrained(alone)
-    kind = {"frames_llm": "frames", "imagenet_llm": "frames", "light_t_llm": "light_t"}.get(name, "signs")
+    kind = {"frames_llm": "frames", "imagenet_llm": "frames", "light_t_llm": "light_t"}.get(
+        name, "signs"
+    )
     extractor = translator.export.visual
     assert extractor.kind == kind
     if name in ("frames_llm", "light_t_llm"):
-        assert extractor.fingerprint() == export.read_features(runs / "visual" / "best", kind).fingerprint()
+        assert (
+            extractor.fingerprint()
+            == export.read_features(runs / "visual" / "best", kind).fingerprint()
+        )
     pixels_NCHW, num_frames_B = torch.randn(5, 3, 28, 28), torch.tensor([2, 3])
     features_ND = extractor(pixels_NCHW, num_frames_B)
     assert features_ND.shape == (5, extractor.feature_width)
@@ -205,7 +237,9 @@ def test_both_stages_are_trained_and_scored(whole: tuple[Path, str]) -> None:
     run, said = whole
     for stage in ("visual", "llm"):
         assert len(losses(folder_of(run, stage))) == 10
-        scores = json.loads((folder_of(run, stage) / "evaluation" / "test.json").read_text())
+        scores = json.loads(
+            (folder_of(run, stage) / "evaluation" / "test.json").read_text()
+        )
         assert scores["scores"]["num_sentences"] == 9
         assert scores["ceiling"] == {"bleu4": pytest.approx(100), "changes": []}
         assert "ceiling" not in said and "perfect model" not in said
@@ -213,25 +247,35 @@ def test_both_stages_are_trained_and_scored(whole: tuple[Path, str]) -> None:
     llm = RunConfig.load(folder_of(run, "llm") / "config.json")
     visual = RunConfig.load(folder_of(run, "visual") / "config.json")
     assert llm.visual_run == visual.run == str(folder_of(run, "visual"))
-    assert (visual.light_t.size, llm.optim.llm_lr, visual.optim.llm_lr) == ("tiny", 3e-4, 1e-5)
+    assert (visual.light_t.size, llm.optim.llm_lr, visual.optim.llm_lr) == (
+        "tiny",
+        3e-4,
+        1e-5,
+    )
 
 
-def test_the_end_of_a_run_says_how_good_it_is_and_what_comes_next(whole: tuple[Path, str]) -> None:
+def test_the_end_of_a_run_says_how_good_it_is_and_what_comes_next(
+    whole: tuple[Path, str],
+) -> None:
     run, said = whole
     for stage in ("visual", "llm"):
         folder = folder_of(run, stage)
         scores = export.read_settings(folder / "best")["scores"]
-        best = (
-            f"best dev BLEU-4 {scores['dev']['bleu4']:.2f}, after epoch {scores['epoch']}: {folder / 'best'}"
-        )
+        best = f"best dev BLEU-4 {scores['dev']['bleu4']:.2f}, after epoch {scores['epoch']}: {folder / 'best'}"
         assert said.count(f"stage {stage} is finished: {folder}\n{best}\n") == 1
-    assert said.count(f"next: flallm translate VIDEO --model {folder_of(run, 'llm')}\n") == 1
+    assert (
+        said.count(f"next: flallm translate VIDEO --model {folder_of(run, 'llm')}\n") == 1
+    )
 
 
 def test_the_next_command_is_one_that_can_be_typed(tmp_path: Path) -> None:
     """Stage llm on what stage visual has left, with the options that were given for it."""
 
-    given = {"run": f"{tmp_path}/a b_visual", "data.shards": "x y,z", "data.augment": "false"}
+    given = {
+        "run": f"{tmp_path}/a b_visual",
+        "data.shards": "x y,z",
+        "data.augment": "false",
+    }
     config = resolve("visual", "phoenix14t", given)
     (line,) = next_commands((config,), "phoenix14t_visual", given)
     words, options = read_words(shlex.split(line)[2:])
@@ -240,7 +284,9 @@ def test_the_next_command_is_one_that_can_be_typed(tmp_path: Path) -> None:
     assert (llm.visual_run, llm.run) == (config.run, f"{tmp_path}/a b_llm")
     assert llm.data.shards == ("x y", "z") and not llm.data.augment
     (line,) = next_commands((resolve("visual", None, {}),), None, {})
-    assert line == "deepspeed launch/train.py --stage llm --visual_run=runs/quickstart_visual"
+    assert (
+        line == "deepspeed launch/train.py --stage llm --visual_run=runs/quickstart_visual"
+    )
     scores, translate = next_commands((llm,), "phoenix14t", options)
     assert scores == f"deepspeed launch/evaluate.py --run '{llm.run}' --split test"
     assert translate == f"flallm translate VIDEO --model '{llm.run}'"
@@ -254,7 +300,11 @@ def test_killed_in_either_stage_it_goes_on_to_the_same_end(
     given = both(
         tiny_corpus,
         run,
-        **{"stage1.light_t.size": "tiny", "stage2.optim.llm_lr": "3e-4", "train.save_every_steps": 2},
+        **{
+            "stage1.light_t.size": "tiny",
+            "stage2.optim.llm_lr": "3e-4",
+            "train.save_every_steps": 2,
+        },
     )
     for stage in ("visual", "llm"):
         kill_after(4, folder_of(run, stage), given)
@@ -293,12 +343,16 @@ def test_a_stage_leaves_no_engine_behind(tiny_corpus: Path, tmp_path: Path) -> N
     kinds = ("SignTranslator", "DeepSpeedEngine", "DeepSpeedZeroOptimizer")
 
     def held() -> Counter[str]:
-        return Counter(name for thing in gc.get_objects() if (name := type(thing).__name__) in kinds)
+        return Counter(
+            name for thing in gc.get_objects() if (name := type(thing).__name__) in kinds
+        )
 
     gc.collect()
     before = held()
     given = {"light_t.size": "tiny", "train.epochs": 1, "train.max_steps": 1}
-    config = resolve("visual", None, tiny_options(tiny_corpus, "visual", tmp_path / "visual", **given))
+    config = resolve(
+        "visual", None, tiny_options(tiny_corpus, "visual", tmp_path / "visual", **given)
+    )
     with dist.session() as world:
         assert run_stage(config, world, StopRequest()) is False  # one of five steps
     assert held() <= before
@@ -316,24 +370,36 @@ def test_a_start_reads_its_checkpoint_once_and_before_it_builds_anything(
 
     monkeypatch.setattr(checkpoint, "read_state", spy)
     given = {"light_t.size": "tiny", "train.epochs": 1}
-    limits: list[dict[str, object]] = [{"train.max_steps": 1}, {"train.max_steps": 2}, {}, {}]
+    limits: list[dict[str, object]] = [
+        {"train.max_steps": 1},
+        {"train.max_steps": 2},
+        {},
+        {},
+    ]
     with dist.session() as world:
         for limit in limits:
-            options = tiny_options(tiny_corpus, "visual", tmp_path / "run", **given, **limit)
+            options = tiny_options(
+                tiny_corpus, "visual", tmp_path / "run", **given, **limit
+            )
             config = resolve("visual", None, options)
             assert run_stage(config, world, StopRequest()) == (not limit)
         assert read == ["step-00000001", "step-00000002", "step-00000005"]
         for manifest in (tmp_path / "run" / "checkpoints").glob("*/manifest.json"):
             manifest.unlink()
-        monkeypatch.setattr("flallm_ds.training.stages.build_task", lambda *_: pytest.fail("was built"))
-        with pytest.raises(UserError, match=r"Cannot resume from .*: no checkpoint is whole\."):
+        monkeypatch.setattr(
+            "flallm_ds.training.stages.build_task", lambda *_: pytest.fail("was built")
+        )
+        with pytest.raises(
+            UserError, match=r"Cannot resume from .*: no checkpoint is whole\."
+        ):
             run_stage(config, world, StopRequest())
 
 
 def test_each_score_stands_next_to_the_highest_that_the_tokenizer_allows(
     tiny_corpus: Path, tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The references of dev and test have a full-width letter, which no tokenizer under NFKC can write."""
+    """The references of dev and test have a full-width letter, which no tokenizer under
+    NFKC can write."""
     manifest = json.loads((tiny_shards / "index.json").read_text(encoding="utf-8"))
     for split in ("dev", "test"):
         rows = list(iter_rows(load_index(tiny_shards, split)))
@@ -342,17 +408,29 @@ def test_each_score_stands_next_to_the_highest_that_the_tokenizer_allows(
         entry |= write_table(tiny_shards / entry["table"], rows)
     (tiny_shards / "index.json").write_text(json.dumps(manifest), encoding="utf-8")
     run = tmp_path / "visual"
-    given = {"light_t.size": "tiny", "train.epochs": 1, "eval.every_epochs": 1, "data.shards": tiny_shards}
+    given = {
+        "light_t.size": "tiny",
+        "train.epochs": 1,
+        "eval.every_epochs": 1,
+        "data.shards": tiny_shards,
+    }
     config = resolve("visual", None, tiny_options(tiny_corpus, "visual", run, **given))
     with dist.session() as world:
         assert run_stage(config, world, StopRequest())
     ceiling = "A perfect model would score BLEU-4 {:.2f}, because its tokenizer changes the references: "
     ceiling += "'ｍ' -> 'm' (9)."
-    dev = json.loads((run / "best" / "flallm.json").read_text(encoding="utf-8"))["scores"]["dev"]
+    dev = json.loads((run / "best" / "flallm.json").read_text(encoding="utf-8"))["scores"][
+        "dev"
+    ]
     assert 0 < dev["ceiling_bleu4"] < 99.5
     said = capsys.readouterr().out
-    assert f"epoch 1 dev: BLEU-4 {dev['bleu4']:.2f} {ceiling.format(dev['ceiling_bleu4'])}\n" in said
-    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert (
+        f"epoch 1 dev: BLEU-4 {dev['bleu4']:.2f} {ceiling.format(dev['ceiling_bleu4'])}\n"
+        in said
+    )
+    metrics = [
+        json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()
+    ]
     assert metrics[-1]["ceiling_bleu4"] == dev["ceiling_bleu4"]
     card = (run / "best" / "README.md").read_text(encoding="utf-8")
     assert f"A perfect model would score BLEU-4 {dev['ceiling_bleu4']:.2f} on dev" in card
@@ -375,16 +453,23 @@ def times(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
-def test_the_run_folder_keeps_the_log_and_hypotheses_of_each_scoring(whole: tuple[Path, str]) -> None:
+def test_the_run_folder_keeps_the_log_and_hypotheses_of_each_scoring(
+    whole: tuple[Path, str],
+) -> None:
     run, said = whole
     for stage in ("visual", "llm"):
         folder = folder_of(run, stage)
         log = (folder / "log.txt").read_text(encoding="utf-8")
         assert "epoch 2 dev: BLEU-4" in log and "blind control" in log
-        kept = [json.loads(line) for line in (folder / "hypotheses.jsonl").read_text().splitlines()]
+        kept = [
+            json.loads(line)
+            for line in (folder / "hypotheses.jsonl").read_text().splitlines()
+        ]
         assert len({line["key"] for line in kept}) == len(kept) == 5
         for line in kept:
-            assert f"  reference   {line['reference']}\n" in said and line["reference"] in log
+            assert (
+                f"  reference   {line['reference']}\n" in said and line["reference"] in log
+            )
         versions = json.loads((folder / "versions.json").read_text())
         assert len(versions["starts"]) == 1 and versions["ranks"] == 2
         assert any(word.startswith("--stage") for word in versions["command"])
@@ -402,9 +487,7 @@ def test_a_second_job_ends_at_once_on_all_ranks_and_touches_nothing(
         done = launch("launch/train.py", *flags("visual", options))
         assert times(folder.parent) == before
     assert done.returncode == 2, done.stdout[-6000:]
-    sentence = (
-        f"error: Run folder {folder} is in use by process {os.getpid()} on {socket.gethostname()} since "
-    )
+    sentence = f"error: Run folder {folder} is in use by process {os.getpid()} on {socket.gethostname()} since "
     assert done.stdout.count(sentence) == 1 and "Traceback" not in done.stdout
 
 
@@ -416,13 +499,18 @@ def test_a_second_evaluation_of_a_split_ends_at_once(
     folder = folder_of(whole[0], "visual")
     with locked(folder / "evaluation" / ".dev.lock", "it", "wait"):
         before = times(folder)
-        with pytest.raises(UserError, match=r"evaluation/dev.json is in use by process .*another --split"):
+        with pytest.raises(
+            UserError, match=r"evaluation/dev.json is in use by process .*another --split"
+        ):
             evaluate(run=str(folder), split="dev")
         assert times(folder) == before
 
 
 def test_a_finished_pair_does_nothing(
-    whole: tuple[Path, str], tiny_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    whole: tuple[Path, str],
+    tiny_corpus: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     run, _ = whole
     from flallm_ds.cli.train import train
@@ -438,16 +526,26 @@ def test_a_finished_pair_does_nothing(
     shutil.copytree(run.parent, tmp_path / "copy")
     (tmp_path / "moved").symlink_to(tiny_corpus / "shards")
     copy = tmp_path / "copy" / run.name
-    options |= {"run": str(copy), "data.shards": str(tmp_path / "moved"), "data.threads": "1"}
+    options |= {
+        "run": str(copy),
+        "data.shards": str(tmp_path / "moved"),
+        "data.threads": "1",
+    }
     train(stage="both", **options)  # scored where the shards are now, and once
-    scores = [folder_of(copy, stage) / "evaluation" / "test.json" for stage in ("visual", "llm")]
-    assert [json.loads(path.read_text())["shards"] for path in scores] == [[str(tmp_path / "moved")]] * 2
+    scores = [
+        folder_of(copy, stage) / "evaluation" / "test.json" for stage in ("visual", "llm")
+    ]
+    assert [json.loads(path.read_text())["shards"] for path in scores] == [
+        [str(tmp_path / "moved")]
+    ] * 2
     before = times(copy.parent)
     train(stage="both", **options)
     assert times(copy.parent) == before
 
 
-def test_nvjpeg_is_refused_where_shards_hold_h264(tiny_corpus: Path, tmp_path: Path) -> None:
+def test_nvjpeg_is_refused_where_shards_hold_h264(
+    tiny_corpus: Path, tmp_path: Path
+) -> None:
     """Its every clip would count as broken, and another corpus's take its place."""
     manifest = json.loads((tiny_corpus / "shards" / "index.json").read_text())
     for clip_format in ("mjpeg", "h264"):
@@ -456,5 +554,7 @@ def test_nvjpeg_is_refused_where_shards_hold_h264(tiny_corpus: Path, tmp_path: P
         (tmp_path / clip_format / "index.json").write_text(json.dumps(manifest))
     data = DataConfig(shards=(str(tmp_path / "mjpeg"),), decoder="nvjpeg")
     check_jpegs(data)
-    with pytest.raises(UserError, match=r"must be cpu where shards hold H.264, but is nvjpeg for .*h264"):
+    with pytest.raises(
+        UserError, match=r"must be cpu where shards hold H.264, but is nvjpeg for .*h264"
+    ):
         check_jpegs(replace(data, shards=(*data.shards, str(tmp_path / "h264"))))

@@ -15,7 +15,10 @@ ALONE = World(rank=0, size=1, local_rank=0, local_size=1)
 def module():
     torch.manual_seed(0)
     module = nn.Sequential(
-        nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.BatchNorm1d(16, momentum=0.3)
+        nn.Conv2d(3, 4, 1),
+        nn.BatchNorm2d(4),
+        nn.Flatten(),
+        nn.BatchNorm1d(16, momentum=0.3),
     )
     with torch.no_grad():
         for norm in (module[1], module[3]):
@@ -29,7 +32,9 @@ def buffers(module: nn.Module) -> list[torch.Tensor]:
 
 
 def micro_batches(num: int) -> list[torch.Tensor]:
-    return list(torch.randn(num, 5, 3, 2, 2, generator=torch.Generator().manual_seed(1)) * 3 + 1)
+    return list(
+        torch.randn(num, 5, 3, 2, 2, generator=torch.Generator().manual_seed(1)) * 3 + 1
+    )
 
 
 def test_four_micro_batches_enter_once_with_the_momentum_as_their_mean(module):
@@ -47,7 +52,8 @@ def test_four_micro_batches_enter_once_with_the_momentum_as_their_mean(module):
 
 
 def test_one_micro_batch_is_plain_batch_norm(module):
-    """Each norm has its own momentum, and what goes on is what plain BatchNorm would have left."""
+    """Each norm has its own momentum, and what goes on is what plain BatchNorm would have
+    left."""
     twin = copy.deepcopy(module)
     statistics = BatchStatistics(module, ALONE)
     for x in micro_batches(3):

@@ -1,4 +1,5 @@
-"""A run that is signalled or killed under the real launcher goes on to the losses of an undisturbed one."""
+"""A run that is signalled or killed under the real launcher goes on to the losses of an
+undisturbed one."""
 
 import fcntl
 import json
@@ -45,7 +46,9 @@ def ranks_of(launcher: subprocess.Popen[bytes]) -> list[psutil.Process]:
     """The trainer's processes, rank 0 first."""
     children = psutil.Process(launcher.pid).children(recursive=True)
     found = [p for p in children if any(a.startswith("--local_rank") for a in p.cmdline())]
-    return sorted(found, key=lambda p: next(a for a in p.cmdline() if a.startswith("--local_rank")))
+    return sorted(
+        found, key=lambda p: next(a for a in p.cmdline() if a.startswith("--local_rank"))
+    )
 
 
 def wait_for(reached: Callable[[], bool], what: str) -> None:
@@ -59,7 +62,10 @@ def wait_for(reached: Callable[[], bool], what: str) -> None:
 
 def wait_for_steps(run: Path, steps: int) -> None:
     path = run / "metrics.jsonl"
-    wait_for(lambda: path.is_file() and path.read_text().count('"kind": "train"') >= steps, f"{steps} steps")
+    wait_for(
+        lambda: path.is_file() and path.read_text().count('"kind": "train"') >= steps,
+        f"{steps} steps",
+    )
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +86,9 @@ def launchers() -> Iterator[list[subprocess.Popen[bytes]]]:
             launcher.wait()
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGKILL], ids=["signalled", "killed"])
+@pytest.mark.parametrize(
+    "number", [signal.SIGUSR1, signal.SIGKILL], ids=["signalled", "killed"]
+)
 def test_one_rank_signalled_or_killed(
     number: signal.Signals,
     undisturbed: list[float],
@@ -88,23 +96,29 @@ def test_one_rank_signalled_or_killed(
     tmp_path: Path,
     launchers: list[subprocess.Popen[bytes]],
 ) -> None:
-    """SIGUSR1 to rank 1 alone saves at the next step (code 75); after kill -9 the last checkpoint counts."""
+    """SIGUSR1 to rank 1 alone saves at the next step (code 75); after kill -9 the last
+    checkpoint counts."""
     run = tmp_path / "run"
     launchers.append(start(options(tiny_corpus, run), tmp_path / "log"))
     wait_for_steps(run, 8)
     ranks_of(launchers[0])[1].send_signal(number)
     code = launchers[0].wait(DEADLINE_S)
     assert code != 0
-    reached = [json.loads(line)["global_step"] for line in (run / "metrics.jsonl").read_text().splitlines()][
-        -1
-    ]
-    assert 8 <= reached < len(undisturbed), "the run must have been disturbed before its end"
+    reached = [
+        json.loads(line)["global_step"]
+        for line in (run / "metrics.jsonl").read_text().splitlines()
+    ][-1]
+    assert 8 <= reached < len(undisturbed), (
+        "the run must have been disturbed before its end"
+    )
     if number == signal.SIGUSR1:
         assert code == 75
         assert (run / "checkpoints" / f"step-{reached:08d}").is_dir()
         events = EventAccumulator(str(run / "tensorboard"))
         events.Reload()
-        assert events.Scalars("train/loss")[-1].step == reached, "the curve ends where the run does"
+        assert events.Scalars("train/loss")[-1].step == reached, (
+            "the curve ends where the run does"
+        )
     launchers.append(start(options(tiny_corpus, run), tmp_path / "log"))
     assert launchers[1].wait(DEADLINE_S) == 0, (tmp_path / "log").read_text()[-4000:]
     assert losses(run) == undisturbed
@@ -113,7 +127,8 @@ def test_one_rank_signalled_or_killed(
 def test_ranks_whose_launcher_is_killed_stop_and_save(
     tiny_corpus: Path, tmp_path: Path, launchers: list[subprocess.Popen[bytes]]
 ) -> None:
-    """The deepspeed launcher forwards no signals: killed, it would leave its ranks training for ever."""
+    """The deepspeed launcher forwards no signals: killed, it would leave its ranks
+    training for ever."""
     run = tmp_path / "run"
     launchers.append(start(options(tiny_corpus, run), tmp_path / "log"))
     wait_for_steps(run, 8)
@@ -122,13 +137,15 @@ def test_ranks_whose_launcher_is_killed_stop_and_save(
         process.kill()
     gone, alive = psutil.wait_procs(ranks, timeout=60)
     assert not alive
-    reached = [json.loads(line)["global_step"] for line in (run / "metrics.jsonl").read_text().splitlines()][
-        -1
-    ]
+    reached = [
+        json.loads(line)["global_step"]
+        for line in (run / "metrics.jsonl").read_text().splitlines()
+    ][-1]
     assert (run / "checkpoints" / f"step-{reached:08d}").is_dir()
 
 
-# What a command does, without a model: it starts, it works, and it looks at its request between two steps.
+# What a command does, without a model: it starts, it works, and it looks at its request
+# between two steps.
 STEPS = """
 import hashlib, signal, sys, time
 from flallm_ds.command import main
@@ -164,7 +181,8 @@ main(work)
 class Steps:
     def __init__(self, ignored: signal.Signals | None = None) -> None:
         def set_signals() -> None:
-            for number in (signal.SIGINT, signal.SIGHUP):  # may be ignored where the tests run
+            # may be ignored where the tests run
+            for number in (signal.SIGINT, signal.SIGHUP):
                 signal.signal(number, signal.SIG_DFL)
             if ignored is not None:
                 signal.signal(ignored, signal.SIG_IGN)
@@ -193,14 +211,17 @@ class Steps:
     def end(self) -> tuple[int, str]:
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.close()
-        said = self.process.stdout.read()  # not communicate, which forgets what came with an earlier line
+        # not communicate, which forgets what came with an earlier line
+        said = self.process.stdout.read()
         return self.process.wait(60), said
 
 
 STOPPING = "stopping: this step is finished and saved; Ctrl-C again ends at once.\n"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1]
+)
 def test_a_run_that_has_begun_saves(number: signal.Signals) -> None:
     steps = Steps()
     steps.begin()
@@ -209,7 +230,8 @@ def test_a_run_that_has_begun_saves(number: signal.Signals) -> None:
     assert (code, said.replace(STOPPING, "")) == (75, "saved.\n")
 
 
-# A signal comes just before the end: the line about it is still being written when Python is taken down.
+# A signal comes just before the end: the line about it is still being written when Python
+# is taken down.
 ENDS_WHILE_IT_PRINTS = """
 import io, os, signal, sys, time
 from flallm_ds.training.stop import StopRequest
@@ -231,7 +253,10 @@ sys.exit(0 if stop else 1)
 
 def test_a_run_that_ends_while_it_says_that_it_stops_ends_well() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", ENDS_WHILE_IT_PRINTS], capture_output=True, text=True, check=False
+        [sys.executable, "-c", ENDS_WHILE_IT_PRINTS],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, STOPPING, "")
 
@@ -254,7 +279,9 @@ def test_ctrl_c_that_a_library_loses_ends_the_run_before_its_first_step() -> Non
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_request_of_the_cluster_counts_before_the_first_step_too(number: signal.Signals) -> None:
+def test_a_request_of_the_cluster_counts_before_the_first_step_too(
+    number: signal.Signals,
+) -> None:
     steps = Steps()
     steps.process.send_signal(number)
     steps.begin()
@@ -295,7 +322,8 @@ class Terminal:
 
         def take_terminal() -> None:
             fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-            for number in (signal.SIGINT, signal.SIGHUP):  # may be ignored where the tests run
+            # may be ignored where the tests run
+            for number in (signal.SIGINT, signal.SIGHUP):
                 signal.signal(number, signal.SIG_DFL)
 
         self.launcher = subprocess.Popen(
@@ -330,9 +358,13 @@ def steps_of(run: Path) -> int:
 
 
 def test_ctrl_c_and_a_lost_terminal_save(
-    undisturbed: list[float], tiny_corpus: Path, tmp_path: Path, launchers: list[subprocess.Popen[bytes]]
+    undisturbed: list[float],
+    tiny_corpus: Path,
+    tmp_path: Path,
+    launchers: list[subprocess.Popen[bytes]],
 ) -> None:
-    """Ranks, launcher and its agent get the signal at once; the launcher ends, and the ranks save."""
+    """Ranks, launcher and its agent get the signal at once; the launcher ends, and the
+    ranks save."""
     run = tmp_path / "run"
     for first, disturb in ((5, Terminal.press_ctrl_c), (14, Terminal.close)):
         terminal = Terminal(options(tiny_corpus, run))
@@ -344,21 +376,33 @@ def test_ctrl_c_and_a_lost_terminal_save(
         gone, alive = psutil.wait_procs(ranks, timeout=120)
         assert not alive, terminal.said[-4000:]
         reached = steps_of(run)
-        assert first <= reached < len(undisturbed), "the run must have been disturbed before its end"
+        assert first <= reached < len(undisturbed), (
+            "the run must have been disturbed before its end"
+        )
         assert (run / "checkpoints" / f"step-{reached:08d}").is_dir()
         if disturb is Terminal.press_ctrl_c:
             said = terminal.read()
             terminal.close()
-            assert "stopping: this step is finished and saved; Ctrl-C again ends at once." in said
-            assert f"stopped after step {reached}; the same command goes on from there" in said
+            assert (
+                "stopping: this step is finished and saved; Ctrl-C again ends at once."
+                in said
+            )
+            assert (
+                f"stopped after step {reached}; the same command goes on from there" in said
+            )
     launchers.append(start(options(tiny_corpus, run), tmp_path / "log"))
     assert launchers[-1].wait(DEADLINE_S) == 0, (tmp_path / "log").read_text()[-4000:]
     assert losses(run) == undisturbed
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGKILL], ids=["signalled", "killed"])
+@pytest.mark.parametrize(
+    "number", [signal.SIGUSR1, signal.SIGKILL], ids=["signalled", "killed"]
+)
 def test_disturbed_while_scored(
-    number: signal.Signals, tiny_corpus: Path, tmp_path: Path, launchers: list[subprocess.Popen[bytes]]
+    number: signal.Signals,
+    tiny_corpus: Path,
+    tmp_path: Path,
+    launchers: list[subprocess.Popen[bytes]],
 ) -> None:
     """Whatever ends the scoring, the epoch's steps are kept, and the next start scores anew."""
     run, log = tmp_path / "run", tmp_path / "log"
@@ -373,11 +417,15 @@ def test_disturbed_while_scored(
     }
     arguments = flags("visual", tiny_options(tiny_corpus, "visual", run, **more))
     launchers.append(start(arguments, log))
-    wait_for(lambda: log.is_file() and " clips/s" in log.read_text(), "progress of the scoring")
+    wait_for(
+        lambda: log.is_file() and " clips/s" in log.read_text(), "progress of the scoring"
+    )
     ranks_of(launchers[0])[1].send_signal(number)
     code = launchers[0].wait(DEADLINE_S)
     assert code == 75 if number == signal.SIGUSR1 else code != 0, log.read_text()[-4000:]
-    assert ("stopped while clips were scored" in log.read_text()) == (number == signal.SIGUSR1)
+    assert ("stopped while clips were scored" in log.read_text()) == (
+        number == signal.SIGUSR1
+    )
     before = (run / "metrics.jsonl").read_text()
     assert "bleu4" not in before and not (run / "best").exists()
     launchers.append(start(arguments, log))

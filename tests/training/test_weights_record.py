@@ -1,4 +1,5 @@
-"""weights.json: what a run really began with. Of a real run: tests/training/test_backbone_training.py."""
+"""weights.json: what a run really began with. Of a real run:
+tests/training/test_backbone_training.py."""
 
 import hashlib
 import json
@@ -23,7 +24,9 @@ def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     snapshot = repo / "snapshots" / COMMIT
     (repo / "refs").mkdir(parents=True)
     (repo / "refs" / "main").write_text(COMMIT)
-    model = ResNetModel(ResNetConfig(embedding_size=64, hidden_sizes=[64, 64], depths=[1, 1]))
+    model = ResNetModel(
+        ResNetConfig(embedding_size=64, hidden_sizes=[64, 64], depths=[1, 1])
+    )
     model.save_pretrained(snapshot)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -51,7 +54,10 @@ def test_a_model_of_the_hub_has_its_revision_and_digests(cached, tmp_path):
     entry = loaded(config_of(tmp_path, "microsoft/resnet-18"))["visual.weights"]
     assert entry["name"] == "microsoft/resnet-18" and entry["revision"] == COMMIT
     assert entry["path"] == str(cached)
-    files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in cached.iterdir()}
+    files = {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in cached.iterdir()
+    }
     assert digests(entry) == files and "model.safetensors" in files
     assert {f["file"]: f["bytes"] for f in entry["files"]} == {
         p.name: p.stat().st_size for p in cached.iterdir()
@@ -64,7 +70,10 @@ def test_random_weights_are_no_files(tmp_path):
 
 def test_a_file_is_recorded_itself(tmp_path):
     torch.save({}, tmp_path / "resnet18.pth")
-    for weights in (str(tmp_path / "resnet18.pth"), f"timm/resnet18@{tmp_path / 'resnet18.pth'}"):
+    for weights in (
+        str(tmp_path / "resnet18.pth"),
+        f"timm/resnet18@{tmp_path / 'resnet18.pth'}",
+    ):
         entry = loaded(config_of(tmp_path, weights))["visual.weights"]
         assert list(digests(entry)) == ["resnet18.pth"] and entry["revision"] is None
 
@@ -90,9 +99,9 @@ def test_it_is_written_once_and_read_without_folders(tmp_path):
     (tmp_path / "llm" / "model.safetensors").write_bytes(b"another")
     record_weights(config, folder, WORLD)
     assert (folder / FILE).read_text() == before
-    assert read_weights(folder)["llm.name"]["name"] == "llm" and str(tmp_path) not in json.dumps(
-        read_weights(folder)
-    )
+    assert read_weights(folder)["llm.name"]["name"] == "llm" and str(
+        tmp_path
+    ) not in json.dumps(read_weights(folder))
 
 
 def test_a_run_that_was_begun_without_it_goes_on_without_it(tmp_path):

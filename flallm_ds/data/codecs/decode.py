@@ -1,7 +1,9 @@
-"""The picked frames of one stored clip, decoded into memory that is already there; no other frame is touched.
+"""The picked frames of one stored clip, decoded into memory that is already there; no
+other frame is touched.
 
-The member's first bytes say which of the two kinds it is: a Motion-JPEG AVI (`clip_format.py`) or an mp4 with
-H.264 (`h264.py`). A ValueError carries what is wrong as the rest of a sentence about the clip.
+The member's first bytes say which of the two kinds it is: a Motion-JPEG AVI
+(`clip_format.py`) or an mp4 with H.264 (`h264.py`). A ValueError carries what is wrong as
+the rest of a sentence about the clip.
 """
 
 import numpy as np
@@ -12,14 +14,20 @@ from flallm_ds.data.codecs import avi as clip_format
 EXTENSIONS = (clip_format.EXTENSION, "mp4")
 
 
-# Of libjpeg-turbo: a sixth less time. At quality 90 a pixel is 1.9 of 255 from its source in place of 1.6.
+# Of libjpeg-turbo: a sixth less time. At quality 90 a pixel is 1.9 of 255 from its source
+# in place of 1.6.
 FAST = {"fastdct": True, "fastupsample": True}
 
 
 def decode_frames(
-    member: bytes | memoryview, picks: np.ndarray, num_frames: int, out_THWC: np.ndarray, hw: tuple[int, int]
+    member: bytes | memoryview,
+    picks: np.ndarray,
+    num_frames: int,
+    out_THWC: np.ndarray,
+    hw: tuple[int, int],
 ) -> None:
-    """Decode frame picks[t] of the clip into the top left corner of out_THWC[t]; the rest becomes black.
+    """Decode frame picks[t] of the clip into the top left corner of out_THWC[t]; the rest
+    becomes black.
 
     member: the clip's bytes, kept unchanged while this runs.
     picks: (T,) numbers of frames, each below num_frames.
@@ -29,7 +37,8 @@ def decode_frames(
     Raises ValueError if the clip is broken, or is not of num_frames frames of hw pixels.
     """
     if is_mp4(member):
-        from flallm_ds.data.codecs import h264  # PyAV takes a while to import, and few corpora need it
+        # PyAV takes a while to import, and few corpora need it
+        from flallm_ds.data.codecs import h264
 
         h264.decode_frames(member, picks, num_frames, out_THWC, hw)
         return
@@ -47,7 +56,9 @@ def decode_frames(
         canvas[:height, :width] = frame
 
 
-def jpegs_of(member: bytes | memoryview, picks: np.ndarray, num_frames: int) -> list[memoryview]:
+def jpegs_of(
+    member: bytes | memoryview, picks: np.ndarray, num_frames: int
+) -> list[memoryview]:
     """The picked frames of a Motion-JPEG clip as they are stored, without a copy.
 
     Raises ValueError if the clip is broken, is not of num_frames frames, or is an mp4.

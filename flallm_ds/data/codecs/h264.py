@@ -1,7 +1,9 @@
-"""A stored clip as an mp4 of H.264 with short groups of pictures, one member `<key>.mp4` of a tar.
+"""A stored clip as an mp4 of H.264 with short groups of pictures, one member `<key>.mp4`
+of a tar.
 
-For corpora of 1,000 hours: several times smaller than JPEGs, and dearer to decode, because a frame needs all
-those before it back to its group's first. So groups are short, all of one length, and stand alone.
+For corpora of 1,000 hours: several times smaller than JPEGs, and dearer to decode,
+because a frame needs all those before it back to its group's first. So groups are short,
+all of one length, and stand alone.
 """
 
 import io
@@ -11,12 +13,18 @@ from fractions import Fraction
 import av
 import numpy as np
 from av.codec.context import Flags
-from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, VideoReformatter
+from av.video.reformatter import (
+    ColorPrimaries,
+    ColorRange,
+    Colorspace,
+    ColorTrc,
+    VideoReformatter,
+)
 from av.video.reformatter import Interpolation as Scaling
 
 _RATE_LIMIT = 1001  # denominators up to that of 30000/1001 frames a second
-# The same pixels whatever the machine's vector instructions are. ACCURATE_RND is not for the way back: there
-# it takes 8 times as long and is further from the picture.
+# The same pixels whatever the machine's vector instructions are. ACCURATE_RND is not for
+# the way back: there it takes 8 times as long and is further from the picture.
 _FROM_YUV = Scaling.BILINEAR | Scaling.BITEXACT
 _TO_YUV = _FROM_YUV | Scaling.ACCURATE_RND
 
@@ -24,16 +32,19 @@ _TO_YUV = _FROM_YUV | Scaling.ACCURATE_RND
 def encode_h264(frames: Iterable[np.ndarray], fps: float, gop: int, crf: int) -> bytes:
     """The mp4 file that holds `frames` (uint8 RGB of shape (height, width, 3), all of one size).
 
-    gop: frames of a group; the first of each can be decoded by itself.
-    crf: x264's constant rate factor, 0 (without loss) to 51; more is smaller and worse.
-    The same frames give the same bytes on any machine with the same PyAV. H.264 has even sizes only: an odd
-    one is stored with its last row or column twice, which `decode_frames` leaves out again.
-    Raises ValueError for no frames, frames of another kind or of several sizes, or values out of range.
+    gop: frames of a group; the first of each can be decoded by itself. crf: x264's
+    constant rate factor, 0 (without loss) to 51; more is smaller and worse. The same
+    frames give the same bytes on any machine with the same PyAV. H.264 has even sizes
+    only: an odd one is stored with its last row or column twice, which `decode_frames`
+    leaves out again. Raises ValueError for no frames, frames of another kind or of
+    several sizes, or values out of range.
     """
     if not 0 < fps < 10_000:
         raise ValueError(f"fps must be above 0 and below 10,000, but is {fps}.")
     if gop < 1 or not 0 <= crf <= 51:
-        raise ValueError(f"gop must be at least 1 and crf from 0 to 51, but they are {gop} and {crf}.")
+        raise ValueError(
+            f"gop must be at least 1 and crf from 0 to 51, but they are {gop} and {crf}."
+        )
     rate = max(Fraction(fps).limit_denominator(_RATE_LIMIT), Fraction(1, _RATE_LIMIT))
     out = io.BytesIO()
     # Without bitexact the muxer writes its version; it never writes the time.
@@ -49,7 +60,8 @@ def encode_h264(frames: Iterable[np.ndarray], fps: float, gop: int, crf: int) ->
         codec.color_primaries, codec.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
         codec.options = {
             "crf": str(crf),
-            "x264-params": f"keyint={gop}:min-keyint={gop}:scenecut=0:bframes=0:open-gop=0:cpu-independent=1",
+            "x264-params": f"keyint={gop}:min-keyint={gop}:scenecut=0:bframes=0:open-gop=0:"
+            "cpu-independent=1",
         }
         num_frames = 0
         for num_frames, frame in enumerate(_yuv(frames), 1):
@@ -70,7 +82,12 @@ def _yuv(frames: Iterable[np.ndarray]) -> "Iterator[av.VideoFrame]":
     shape: tuple[int, ...] | None = None
     for frame in frames:
         shape = shape or frame.shape
-        if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape != (*shape[:2], 3) or 0 in frame.shape:
+        if (
+            frame.dtype != np.uint8
+            or frame.ndim != 3
+            or frame.shape != (*shape[:2], 3)
+            or 0 in frame.shape
+        ):
             raise ValueError(
                 "frames must be uint8 of one shape (height, width, 3), but one is "
                 f"{frame.dtype} of {frame.shape} after {shape}."
@@ -87,7 +104,11 @@ def _yuv(frames: Iterable[np.ndarray]) -> "Iterator[av.VideoFrame]":
 
 
 def decode_frames(
-    member: bytes | memoryview, picks: np.ndarray, num_frames: int, out_THWC: np.ndarray, hw: tuple[int, int]
+    member: bytes | memoryview,
+    picks: np.ndarray,
+    num_frames: int,
+    out_THWC: np.ndarray,
+    hw: tuple[int, int],
 ) -> None:
     """`decode.decode_frames` for an mp4: decodes each group that has a pick, up to its last one.
 
@@ -102,18 +123,29 @@ def decode_frames(
     out_THWC[:, height:] = 0
     out_THWC[:, :height, width:] = 0
     try:
-        with av.open(io.BytesIO(member), format="mp4", metadata_errors="replace") as container:
+        with av.open(
+            io.BytesIO(member), format="mp4", metadata_errors="replace"
+        ) as container:
             for number, frame in _decode(container, places, num_frames):
                 if (frame.height, frame.width) != even:
                     raise ValueError(
-                        f"frames must be {even[1]}x{even[0]}, but one is {frame.width}x{frame.height}"
+                        f"frames must be {even[1]}x{even[0]}, but one is "
+                        f"{frame.width}x{frame.height}"
                     )
-                rgb = reformatter.reformat(frame, format="rgb24", interpolation=_FROM_YUV, threads=1)
-                out_THWC[places.pop(number), :height, :width] = rgb.to_ndarray()[:height, :width]
+                rgb = reformatter.reformat(
+                    frame, format="rgb24", interpolation=_FROM_YUV, threads=1
+                )
+                out_THWC[places.pop(number), :height, :width] = rgb.to_ndarray()[
+                    :height, :width
+                ]
     except av.FFmpegError as error:
-        raise ValueError(f"must be a whole mp4, but this one breaks ({error.strerror or error})") from error
+        raise ValueError(
+            f"must be a whole mp4, but this one breaks ({error.strerror or error})"
+        ) from error
     if places:
-        raise ValueError(f"must decode to its end, but {len(places)} of the picked frames do not")
+        raise ValueError(
+            f"must decode to its end, but {len(places)} of the picked frames do not"
+        )
 
 
 def _decode(

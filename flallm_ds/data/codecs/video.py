@@ -1,7 +1,7 @@
 """Frames of a video file, or of a folder of images, as RGB arrays in presentation order.
 
-Shards are built and a user's own video is translated from these same pixels. Containers lie about counts,
-rates and lengths, so only what decodes is believed.
+Shards are built and a user's own video is translated from these same pixels. Containers
+lie about counts, rates and lengths, so only what decodes is believed.
 """
 
 import contextlib
@@ -21,25 +21,42 @@ from flallm_ds.errors import UserError
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 VIDEO_SUFFIXES = frozenset(
-    {".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".gif"}
+    {
+        ".mp4",
+        ".mov",
+        ".m4v",
+        ".mkv",
+        ".webm",
+        ".avi",
+        ".mpg",
+        ".mpeg",
+        ".ts",
+        ".flv",
+        ".gif",
+    }
 )
 
-# A playlist or a concatenation script disguised as a video would have FFmpeg open files and addresses of its
-# choice; real containers only, read from the disk only.
+# A playlist or a concatenation script disguised as a video would have FFmpeg open files
+# and addresses of its choice; real containers only, read from the disk only.
 OPEN_OPTIONS = {
     "protocol_whitelist": "file",
-    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,"
-    "h264,hevc,m4v,obu,ivf,mjpeg,mxf,dv",
+    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,"
+    "asf,ogg,gif,h264,hevc,m4v,obu,ivf,mjpeg,mxf,dv",
 }
-_REORDER = 8  # frames held back to put unordered timestamps in order (decoders reorder B-frames themselves)
-# FFmpeg's names of the containers where a seek is sound: in an MPEG program stream it loses frames.
+# frames held back to put unordered timestamps in order (decoders reorder B-frames
+# themselves)
+_REORDER = 8
+# FFmpeg's names of the containers where a seek is sound: in an MPEG program stream it
+# loses frames.
 _SEEKABLE = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "mpegts", "flv", "avi")
 _EDGE_S = 1e-6  # a frame that begins at the span's start is in, one at its end is out
-_ROUNDED_S = 1e-3  # Matroska and FLV round times to milliseconds: a frame may come so much after its tick
+# Matroska and FLV round times to milliseconds: a frame may come so much after its tick
+_ROUNDED_S = 1e-3
 _MAX_STILL_S = 600  # timestamps that jump further are no times
 _DEFAULT_FPS = 25.0
 
-Margin = tuple[int, int, int, int]  # pixels off the top, right, bottom and left of the upright picture
+# pixels off the top, right, bottom and left of the upright picture
+Margin = tuple[int, int, int, int]
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1, each 0 to 1 of width or height
 
 
@@ -53,11 +70,14 @@ class Video:
     image_fps: frames a second of a folder of images (a file has its own).
     num_threads: decoding threads, 0 for one a core.
 
-    After `frames()` has run out: `fps`, as the frames' timestamps say (before, as the container says; 0.0 if
-    nothing was read yet), and `past_end_s`, by how many seconds the asked span went past the last frame.
+    After `frames()` has run out: `fps`, as the frames' timestamps say (before, as the
+    container says; 0.0 if nothing was read yet), and `past_end_s`, by how many seconds
+    the asked span went past the last frame.
     """
 
-    def __init__(self, path: str | Path, image_fps: float = _DEFAULT_FPS, num_threads: int = 0) -> None:
+    def __init__(
+        self, path: str | Path, image_fps: float = _DEFAULT_FPS, num_threads: int = 0
+    ) -> None:
         self.path = Path(path)
         self.fps = 0.0
         self.past_end_s = 0.0
@@ -77,19 +97,23 @@ class Video:
     ) -> Iterator[np.ndarray]:
         """uint8 frames of shape (height, width, 3), RGB, upright, all of the first one's size.
 
-        With a span: those that begin at start_s <= time < end_s of the video. With fps: what is
-        shown at each 1/fps s from the span's start; frames are left out, or the same array comes again.
-        With a box, or pixels off each side, or both: that part of the picture. With stretch_hw: as if the
-        whole picture had been brought to that height and width. With short_side: scaled down to it, never up;
-        a file's frames are scaled while their colours are converted, which takes a quarter of the time of
-        doing one after the other.
-        Raises BrokenVideo if the video is missing, is no video, breaks, has no frame in the span, or nothing
-        would be left of its picture.
+        With a span: those that begin at start_s <= time < end_s of the video. With fps:
+        what is shown at each 1/fps s from the span's start; frames are left out, or the
+        same array comes again. With a box, or pixels off each side, or both: that part of
+        the picture. With stretch_hw: as if the whole picture had been brought to that
+        height and width. With short_side: scaled down to it, never up; a file's frames
+        are scaled while their colours are converted, which takes a quarter of the time of
+        doing one after the other. Raises BrokenVideo if the video is missing, is no
+        video, breaks, has no frame in the span, or nothing would be left of its picture.
         """
         timed = self._timed_images() if self.path.is_dir() else self._timed_frames(start_s)
         self.past_end_s = 0.0
         whole = not (box or margin_px or stretch_hw)
-        shown = self._at_rate(timed, start_s, end_s, fps) if fps else self._in_span(timed, start_s, end_s)
+        shown = (
+            self._at_rate(timed, start_s, end_s, fps)
+            if fps
+            else self._in_span(timed, start_s, end_s)
+        )
         before: Path | _Picture | None = None
         frame = np.empty(0, np.uint8)
         for picture in shown:
@@ -110,7 +134,9 @@ class Video:
                 if start_s is None and end_s is None
                 else f" from {start_s or 0} s to {end_s or 'its end'} s"
             )
-            raise BrokenVideo(f"a video must hold frames{span}, but none is there: {self.path}.")
+            raise BrokenVideo(
+                f"a video must hold frames{span}, but none is there: {self.path}."
+            )
 
     def _fitted(
         self,
@@ -120,7 +146,8 @@ class Video:
         margin_px: Margin | None,
         stretch_hw: tuple[int, int] | None,
     ) -> np.ndarray:
-        """The part of the frame that is asked for, at the size that is asked for, resampled once."""
+        """The part of the frame that is asked for, at the size that is asked for,
+        resampled once."""
         height, width = frame.shape[:2]
         if box or margin_px:
             frame = self._cut(frame, box or (0.0, 0.0, 1.0, 1.0), margin_px or (0, 0, 0, 0))
@@ -138,13 +165,16 @@ class Video:
         bottom, left = min(bottom, height - margin_px[2]), max(left, margin_px[3])
         if top >= bottom or left >= right:
             raise BrokenVideo(
-                f"a crop and margins must leave some of the picture, but leave nothing of {width}x{height} "
-                f"pixels: {self.path}."
+                "a crop and margins must leave some of the picture, but leave nothing of "
+                f"{width}x{height} pixels: {self.path}."
             )
         return frame[top:bottom, left:right]
 
     def _in_span(
-        self, timed: "Iterator[tuple[float, Path | _Picture]]", start_s: float | None, end_s: float | None
+        self,
+        timed: "Iterator[tuple[float, Path | _Picture]]",
+        start_s: float | None,
+        end_s: float | None,
     ) -> "Iterator[Path | _Picture]":
         """The frames that begin in the span; sets `fps` and `past_end_s` at its end."""
         begin_s = -np.inf if start_s is None else start_s - _EDGE_S
@@ -171,17 +201,21 @@ class Video:
         end_s: float | None,
         rate: float,
     ) -> "Iterator[Path | _Picture]":
-        """What is shown at each 1/rate s of the span, by the frames' times; sets `fps` and `past_end_s`."""
+        """What is shown at each 1/rate s of the span, by the frames' times; sets `fps`
+        and `past_end_s`."""
         stop_s = np.inf if end_s is None else end_s - _EDGE_S
         times: list[float] = []
         shown: Path | _Picture | None = None
         tick = 0
         for time_s, picture in timed:
             start_s = time_s if start_s is None else start_s
-            if min(time_s, stop_s) - max(start_s, times[-1] if times else start_s) > _MAX_STILL_S:
+            if (
+                min(time_s, stop_s) - max(start_s, times[-1] if times else start_s)
+                > _MAX_STILL_S
+            ):
                 raise BrokenVideo(
-                    f"a frame must be shown for {_MAX_STILL_S} s at most, but one is until {time_s:.0f} s: "
-                    f"{self.path}."
+                    f"a frame must be shown for {_MAX_STILL_S} s at most, but one is until "
+                    f"{time_s:.0f} s: {self.path}."
                 )
             while start_s + tick / rate < min(stop_s, time_s - _ROUNDED_S):
                 if shown is not None:
@@ -205,7 +239,9 @@ class Video:
         for number, path in enumerate(image_paths(self.path)):
             yield number / self.fps, path
 
-    def _timed_frames(self, start_s: float | None) -> "Iterator[tuple[float, Path | _Picture]]":
+    def _timed_frames(
+        self, start_s: float | None
+    ) -> "Iterator[tuple[float, Path | _Picture]]":
         """(seconds, frame) in order of time, from the first frame or from one before start_s."""
         if start_s is not None and start_s > 0:
             jumped = self._decode(start_s)
@@ -226,7 +262,9 @@ class Video:
             check_whole(self.path)
             # An absolute path cannot be taken for an address such as `pipe:`.
             with av.open(
-                str(self.path.absolute()), container_options=OPEN_OPTIONS, metadata_errors="replace"
+                str(self.path.absolute()),
+                container_options=OPEN_OPTIONS,
+                metadata_errors="replace",
             ) as container:
                 stream = _video_stream(container, self.path)
                 stream.codec_context.thread_count = self._num_threads
@@ -239,8 +277,15 @@ class Video:
                 reformatter = VideoReformatter()
                 waiting: list[tuple[float, int, _Picture]] = []
                 for frame in container.decode(stream):
-                    time_s = num_decoded / self.fps if frame.time is None else frame.time - begin_s
-                    heapq.heappush(waiting, (time_s, num_decoded, _Picture(frame, reformatter, self.path)))
+                    time_s = (
+                        num_decoded / self.fps
+                        if frame.time is None
+                        else frame.time - begin_s
+                    )
+                    heapq.heappush(
+                        waiting,
+                        (time_s, num_decoded, _Picture(frame, reformatter, self.path)),
+                    )
                     num_decoded += 1
                     if len(waiting) > _REORDER:
                         time_s, _, picture = heapq.heappop(waiting)
@@ -249,41 +294,53 @@ class Video:
                     time_s, _, picture = heapq.heappop(waiting)
                     yield time_s, picture
         except (av.FFmpegError, OSError, ValueError) as error:
-            what = f"breaks after {num_decoded} frames" if num_decoded else "cannot be opened"
+            what = (
+                f"breaks after {num_decoded} frames" if num_decoded else "cannot be opened"
+            )
             reason = getattr(error, "strerror", None) or str(error)
             raise BrokenVideo(
-                f"a video must decode to its end, but this one {what} ({reason}): {self.path}."
+                f"a video must decode to its end, but this one {what} ({reason}): "
+                f"{self.path}."
             ) from error
 
 
 class _Picture:
     """A decoded frame that is not yet RGB: what the span leaves out is never converted."""
 
-    def __init__(self, frame: av.VideoFrame, reformatter: VideoReformatter, path: Path) -> None:
+    def __init__(
+        self, frame: av.VideoFrame, reformatter: VideoReformatter, path: Path
+    ) -> None:
         self._frame, self._reformatter, self._path = frame, reformatter, path
 
     def read(self, short_side: int | None) -> np.ndarray:
-        """The frame as RGB, scaled down to short_side, turned and mirrored as the container's matrix asks."""
+        """The frame as RGB, scaled down to short_side, turned and mirrored as the
+        container's matrix asks."""
         frame = self._frame
         if frame.is_corrupt:
             raise BrokenVideo(
-                f"a video must decode to its end, but a frame at {frame.time} s is damaged: {self._path}."
+                f"a video must decode to its end, but a frame at {frame.time} s is "
+                f"damaged: {self._path}."
             )
         height, width = fitted_size(frame.height, frame.width, short_side or 2**31)
         # The reformatter reads the frame's own colour matrix and range.
         rgb = self._reformatter.reformat(
             frame, width, height, format="rgb24", interpolation="AREA", threads=1
         ).to_ndarray()
-        matrix = next((bytes(d) for d in frame.side_data if d.type.name == "DISPLAYMATRIX"), b"")
+        matrix = next(
+            (bytes(d) for d in frame.side_data if d.type.name == "DISPLAYMATRIX"), b""
+        )
         if len(matrix) < 36:
             return rgb
-        a, b, _, c, d, *_ = struct.unpack_from("<9i", matrix)  # x' = a x + c y, y' = b x + d y
+        # x' = a x + c y, y' = b x + d y
+        a, b, _, c, d, *_ = struct.unpack_from("<9i", matrix)
         if abs(a) + abs(d) < abs(b) + abs(c):
             rgb, a, d = rgb.transpose(1, 0, 2), c, b
         return np.ascontiguousarray(rgb[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
 
 
-def read_frames(path: Path, start_s: float | None = None, end_s: float | None = None) -> Iterator[np.ndarray]:
+def read_frames(
+    path: Path, start_s: float | None = None, end_s: float | None = None
+) -> Iterator[np.ndarray]:
     """The frames of a video file or of a folder of images: see `Video.frames`."""
     return Video(path).frames(start_s, end_s)
 
@@ -307,7 +364,9 @@ def _resize(frame: np.ndarray, height: int, width: int) -> np.ndarray:
         return frame
     smaller = height <= frame.shape[0] and width <= frame.shape[1]
     scaled: np.ndarray = cv2.resize(
-        frame, (width, height), interpolation=cv2.INTER_AREA if smaller else cv2.INTER_LINEAR
+        frame,
+        (width, height),
+        interpolation=cv2.INTER_AREA if smaller else cv2.INTER_LINEAR,
     )
     return scaled
 
@@ -315,7 +374,12 @@ def _resize(frame: np.ndarray, height: int, width: int) -> np.ndarray:
 def box_px(box: Box, height: int, width: int) -> tuple[int, int, int, int]:
     """(left, top, right, bottom) of a box in pixels of a picture, at least one pixel."""
     left, top = min(int(box[0] * width), width - 1), min(int(box[1] * height), height - 1)
-    return left, top, max(round(box[2] * width), left + 1), max(round(box[3] * height), top + 1)
+    return (
+        left,
+        top,
+        max(round(box[2] * width), left + 1),
+        max(round(box[3] * height), top + 1),
+    )
 
 
 def image_paths(folder: Path) -> list[Path]:
@@ -330,7 +394,8 @@ def _natural(path: Path) -> list[tuple[int, str]]:
 
 
 def check_whole(path: Path) -> None:
-    """Raise ValueError if the container says that it is longer than the file, as after a broken download.
+    """Raise ValueError if the container says that it is longer than the file, as after a
+    broken download.
 
     Decoders often end such a file without a word.
     """
@@ -374,7 +439,8 @@ def _matroska_bytes(head: bytes) -> int:
 
 
 def _ebml_length(head: bytes, position: int) -> tuple[int, int]:
-    """(where the element's content begins, its length or 0 where it is unknown or lies beyond `head`)."""
+    """(where the element's content begins, its length or 0 where it is unknown or lies
+    beyond `head`)."""
     if position >= len(head) or head[position] == 0:
         return position, 0
     num_bytes = 9 - head[position].bit_length()
@@ -383,7 +449,9 @@ def _ebml_length(head: bytes, position: int) -> tuple[int, int]:
     return position + num_bytes, 0 if length == mask else length
 
 
-def _video_stream(container: "av.container.InputContainer", path: Path) -> "av.video.stream.VideoStream":
+def _video_stream(
+    container: "av.container.InputContainer", path: Path
+) -> "av.video.stream.VideoStream":
     cover = av.stream.Disposition.attached_pic
     streams = [s for s in container.streams.video if not s.disposition & cover]
     if not streams:
@@ -397,7 +465,9 @@ def read_image(path: Path) -> np.ndarray:
         encoded = np.fromfile(path, np.uint8)
         image = cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB) if len(encoded) else None
     if image is None:
-        raise BrokenVideo(f"a frame must be a whole PNG or JPEG image, but this one is not: {path}.")
+        raise BrokenVideo(
+            f"a frame must be a whole PNG or JPEG image, but this one is not: {path}."
+        )
     return image
 
 

@@ -1,8 +1,9 @@
 """A bounded folder of files that several processes fill and read at once.
 
-A file is fetched under `NAME.{bytes}.part` and renamed when it is whole. Who fetches holds a lock (flock) on
-the part, which its death releases; what a dead fetcher left is taken up by the next. Whoever makes room holds
-the lock of the folder. A file that is removed stays readable to those who have it open.
+A file is fetched under `NAME.{bytes}.part` and renamed when it is whole. Who fetches
+holds a lock (flock) on the part, which its death releases; what a dead fetcher left is
+taken up by the next. Whoever makes room holds the lock of the folder. A file that is
+removed stays readable to those who have it open.
 """
 
 import contextlib
@@ -32,10 +33,11 @@ os.register_at_fork(after_in_child=_close_held)
 
 @dataclass(frozen=True)
 class FileCache:
-    """At most `max_bytes` of files in `{folder}/*/shards/`, the least recently used removed first.
+    """At most `max_bytes` of files in `{folder}/*/shards/`, the least recently used
+    removed first.
 
-    Files beside that (`{folder}/*/tables/`) do not count and are kept. stuck_s: how long another process may
-    hold a file without bringing a byte.
+    Files beside that (`{folder}/*/tables/`) do not count and are kept. stuck_s: how long
+    another process may hold a file without bringing a byte.
     """
 
     folder: Path
@@ -43,7 +45,8 @@ class FileCache:
     stuck_s: float
 
     def find(self, place: str, num_bytes: int | None = None) -> int | None:
-        """An open descriptor of a whole file of this size, marked as used now; None where there is none."""
+        """An open descriptor of a whole file of this size, marked as used now; None where
+        there is none."""
         try:
             fd = os.open(self.folder / place, os.O_RDONLY)
         except (FileNotFoundError, NotADirectoryError):
@@ -56,30 +59,40 @@ class FileCache:
         return fd
 
     def make_folder(self, folder: Path) -> None:
-        """Make a folder within the cache. Raises RankError where the cache's folder holds something else.
+        """Make a folder within the cache. Raises RankError where the cache's folder holds
+        something else.
 
-        Whatever lies in `*/shards/` is removed to make room: in a folder of other files, these would be lost.
+        Whatever lies in `*/shards/` is removed to make room: in a folder of other files,
+        these would be lost.
         """
         lock = self.folder / "lock"
         with disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             others = {path.name for path in self.folder.iterdir()} - {"lost+found"}
-            # Looked for after the listing: another process that begins this cache makes its lock first.
+            # Looked for after the listing: another process that begins this cache makes
+            # its lock first.
             if others and not lock.exists():
                 raise RankError(
-                    f"the cache must be a new or empty folder, or one that was a cache before, got "
-                    f"{self.folder}, which holds {min(others)}. Set --data.cache_dir to another folder."
+                    "the cache must be a new or empty folder, or one that was a cache "
+                    f"before, got {self.folder}, which holds {min(others)}. Set "
+                    "--data.cache_dir to another folder."
                 )
             lock.touch()
             folder.mkdir(parents=True, exist_ok=True)
 
     def obtain(
-        self, place: str, num_bytes: int | None, fill: Callable[[int], None], *, wait: bool = True
+        self,
+        place: str,
+        num_bytes: int | None,
+        fill: Callable[[int], None],
+        *,
+        wait: bool = True,
     ) -> int | None:
-        """An open descriptor of a file, fetched by `fill` (given an open file to write) if it is not there.
+        """An open descriptor of a file, fetched by `fill` (given an open file to write)
+        if it is not there.
 
-        One process fetches and the others wait. Without `wait`: None where another one is fetching it, or
-        where there is no room beside what is being fetched.
+        One process fetches and the others wait. Without `wait`: None where another one is
+        fetching it, or where there is no room beside what is being fetched.
         """
         part = self.folder / f"{place}.{num_bytes or 0}.part"
         seen, since = -1, time.monotonic()
@@ -97,8 +110,9 @@ class FileCache:
                 seen, since = size, time.monotonic()
             if time.monotonic() - since > self.stuck_s:
                 raise RankError(
-                    f"another process must fetch {part}, but brought nothing for {self.stuck_s:.0f} s. "
-                    "End it, or set --data.cache_dir to another folder."
+                    f"another process must fetch {part}, but brought nothing for "
+                    f"{self.stuck_s:.0f} s. End it, or set --data.cache_dir to another "
+                    "folder."
                 )
             time.sleep(POLL_S)
 
@@ -106,7 +120,8 @@ class FileCache:
         try:
             fill(fd)
             with disk_errors(self.folder):
-                os.fsync(fd)  # so that a power cut leaves no file of the right size and other bytes
+                # so that a power cut leaves no file of the right size and other bytes
+                os.fsync(fd)
                 opened = os.open(part, os.O_RDONLY)
                 part.replace(path)
             return opened
@@ -120,7 +135,8 @@ class FileCache:
     def _claim(self, place: str, part: Path, num_bytes: int) -> int | None:
         """A locked descriptor of the part, where it is free and there is room for it."""
         with self._folder_lock():
-            if (fd := self.find(place)) is not None:  # just arrived, or of another size than it must have
+            # just arrived, or of another size than it must have
+            if (fd := self.find(place)) is not None:
                 if os.fstat(fd).st_size != num_bytes and num_bytes:
                     (self.folder / place).unlink(missing_ok=True)
                 os.close(fd)
@@ -136,7 +152,8 @@ class FileCache:
             return None
 
     def _make_room(self, num_bytes: int, part: Path) -> bool:
-        """Whether `num_bytes` fit now; removes the least recently used for it. Under the folder's lock."""
+        """Whether `num_bytes` fit now; removes the least recently used for it. Under the
+        folder's lock."""
         if num_bytes == 0:
             return True
         total = num_bytes
@@ -166,9 +183,9 @@ class FileCache:
         while (fd := _lock(self.folder / "lock")) is None:
             if time.monotonic() - began > self.stuck_s:
                 raise RankError(
-                    f"another process must release {self.folder / 'lock'}, but holds it for "
-                    f"{self.stuck_s:.0f} s now. "
-                    "End it, or set --data.cache_dir to another folder."
+                    f"another process must release {self.folder / 'lock'}, but holds it "
+                    f"for {self.stuck_s:.0f} s now. End it, or set --data.cache_dir to "
+                    "another folder."
                 )
             time.sleep(POLL_S / 10)
         try:
@@ -177,10 +194,12 @@ class FileCache:
             _release(fd)
 
 
-# Not the locks of `flallm_ds.files`: the descriptor that is locked is the one that is written to and read
-# by offset, its file is renamed while it is locked, and a file that is not there must not be made.
+# Not the locks of `flallm_ds.files`: the descriptor that is locked is the one that is
+# written to and read by offset, its file is renamed while it is locked, and a file that
+# is not there must not be made.
 def _lock(path: Path, create: bool = True) -> int | None:
-    """A locked descriptor of the file that bears this name now, or None where another holds it."""
+    """A locked descriptor of the file that bears this name now, or None where another
+    holds it."""
     try:
         fd = os.open(path, os.O_RDWR | (os.O_CREAT if create else 0), 0o666)
     except FileNotFoundError:
@@ -190,7 +209,8 @@ def _lock(path: Path, create: bool = True) -> int | None:
     _held.add(fd)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if path.stat().st_ino == os.fstat(fd).st_ino:  # and was not renamed or removed meanwhile
+        # and was not renamed or removed meanwhile
+        if path.stat().st_ino == os.fstat(fd).st_ino:
             return fd
     except (BlockingIOError, FileNotFoundError):
         pass
@@ -204,7 +224,8 @@ def _lock(path: Path, create: bool = True) -> int | None:
 def _release(fd: int) -> None:
     _held.discard(fd)
     with contextlib.suppress(OSError):
-        fcntl.flock(fd, fcntl.LOCK_UN)  # closing is not enough while a child of a fork has it open
+        # closing is not enough while a child of a fork has it open
+        fcntl.flock(fd, fcntl.LOCK_UN)
     os.close(fd)
 
 
@@ -229,6 +250,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise RankError(
-            f"the cache must be a folder that can be written and locked, but {error.strerror}: "
-            f"{error.filename or folder}. Set --data.cache_dir to another folder."
+            "the cache must be a folder that can be written and locked, but "
+            f"{error.strerror}: {error.filename or folder}. Set --data.cache_dir to "
+            "another folder."
         ) from None

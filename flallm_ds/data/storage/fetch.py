@@ -1,7 +1,8 @@
-"""Fetching a file from an address into an open file: streams, resumed and tried again, until it is whole.
+"""Fetching a file from an address into an open file: streams, resumed and tried again,
+until it is whole.
 
-Addresses are of fsspec (https://, s3://, ...). What a person reads of an address never holds a user, a
-password or a query.
+Addresses are of fsspec (https://, s3://, ...). What a person reads of an address never
+holds a user, a password or a query.
 """
 
 import contextlib
@@ -38,7 +39,8 @@ class Patience:
 
 
 class Refused(RankError):
-    """Not worth another attempt: the file is not there, or may not be read, or the address is wrong."""
+    """Not worth another attempt: the file is not there, or may not be read, or the
+    address is wrong."""
 
 
 class _Fault(Exception):
@@ -61,23 +63,34 @@ class FsspecSource:
             kind = fsspec.get_filesystem_class(self.protocol)
         except ValueError:
             raise UserError(
-                f"an address must begin with a protocol of fsspec (https, s3, gs, ...), but this begins with "
-                f"{self.protocol}: {printable(self.root)}. Correct it."
+                "an address must begin with a protocol of fsspec (https, s3, gs, ...), but "
+                f"this begins with {self.protocol}: {printable(self.root)}. Correct it."
             ) from None
         except ImportError as error:
-            package = {"s3": "'.[s3]'", "s3a": "'.[s3]'", "gs": "gcsfs", "gcs": "gcsfs"}.get(self.protocol)
-            remedy = f"pip install {package}" if package else f"Install what fsspec needs for it ({error})"
+            package = {
+                "s3": "'.[s3]'",
+                "s3a": "'.[s3]'",
+                "gs": "gcsfs",
+                "gcs": "gcsfs",
+            }.get(self.protocol)
+            remedy = (
+                f"pip install {package}"
+                if package
+                else f"Install what fsspec needs for it ({error})"
+            )
             raise UserError(
                 f"the package that reads {self.protocol}:// must be installed, but is not: "
                 f"{printable(self.root)}. {remedy.rstrip('.')}."
             ) from None
-        # A file system on top of another one reads instructions from it: `reference` renders templates.
+        # A file system on top of another one reads instructions from it: `reference`
+        # renders templates.
         if "::" in self.root or {"fo", "fs", "target_protocol"} & set(
             inspect.signature(kind.__init__).parameters
         ):
             raise UserError(
-                "an address must name one file system (https://, s3://, ...), got one on top of another: "
-                f"{printable(self.root)}. Give the address of the folder that holds index.json."
+                "an address must name one file system (https://, s3://, ...), got one on "
+                f"top of another: {printable(self.root)}. Give the address of the folder "
+                "that holds index.json."
             )
 
     @cached_property
@@ -89,15 +102,22 @@ class FsspecSource:
             import aiohttp
 
             timeout = aiohttp.ClientTimeout(
-                total=None, sock_connect=self.patience.connect_s, sock_read=self.patience.stall_s
+                total=None,
+                sock_connect=self.patience.connect_s,
+                sock_read=self.patience.stall_s,
             )
-            # trust_env: proxies and .netrc, as curl has them. encoded: a signed query must go out as it is.
+            # trust_env: proxies and .netrc, as curl has them. encoded: a signed query
+            # must go out as it is.
             client = {"timeout": timeout, "trust_env": True, "read_bufsize": CHUNK}
             options = {"client_kwargs": client, "encoded": True}
         elif self.protocol in ("s3", "s3a"):
-            limits = {"connect_timeout": self.patience.connect_s, "read_timeout": self.patience.stall_s}
+            limits = {
+                "connect_timeout": self.patience.connect_s,
+                "read_timeout": self.patience.stall_s,
+            }
             options = {"config_kwargs": limits}
-        # Not fsspec's shared instance: that one's connections would be used with our time limits by others.
+        # Not fsspec's shared instance: that one's connections would be used with our time
+        # limits by others.
         return fsspec.core.url_to_fs(self.root, skip_instance_cache=True, **options)[0]
 
     def _path(self, name: str) -> Any:
@@ -113,17 +133,24 @@ class FsspecSource:
         return f"{printable(self.root).rstrip('/')}/{name}"
 
     def stream(self, name: str, begin: int) -> tuple[int, Chunks]:
-        """(place of the first byte, the bytes): from `begin` where the server can, else from 0."""
+        """(place of the first byte, the bytes): from `begin` where the server can, else
+        from 0."""
         if self.protocol not in ("http", "https"):
             file = self._fs.open(self._path(name), "rb", block_size=BLOCK)
             file.seek(begin)
             return begin, _chunks(file)
-        headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={begin}-"} if begin else {})
-        # A size that is given spares fsspec a HEAD; block_size=0 makes it a stream of one request.
+        headers = {"Accept-Encoding": "identity"} | (
+            {"Range": f"bytes={begin}-"} if begin else {}
+        )
+        # A size that is given spares fsspec a HEAD; block_size=0 makes it a stream of one
+        # request.
         try:
-            file = self._fs.open(self._path(name), "rb", block_size=0, size=1, headers=headers)
+            file = self._fs.open(
+                self._path(name), "rb", block_size=0, size=1, headers=headers
+            )
         except Exception as error:
-            if begin and getattr(error, "status", None) == 416:  # the file ends before: it was another one
+            # the file ends before: it was another one
+            if begin and getattr(error, "status", None) == 416:
                 return self.stream(name, 0)
             raise
         return begin if file.r.status == 206 else 0, _chunks(file)
@@ -133,7 +160,8 @@ class FsspecSource:
         try:
             return list(self._fs.sizes([self._path(name) for name in names]))
         except FileNotFoundError as error:
-            # fsspec calls everything that goes wrong with HTTP so, a refused connection too.
+            # fsspec calls everything that goes wrong with HTTP so, a refused connection
+            # too.
             cause = error.__cause__
             if cause is None or getattr(cause, "status", None) == 404:
                 raise
@@ -147,7 +175,12 @@ def _chunks(file: Any) -> Chunks:
 
 
 def fetch(
-    source: FsspecSource, name: str, fd: int, num_bytes: int | None, sha256: str | None, patience: Patience
+    source: FsspecSource,
+    name: str,
+    fd: int,
+    num_bytes: int | None,
+    sha256: str | None,
+    patience: Patience,
 ) -> None:
     """Fill the open file `fd` with a file of the source; what it holds already is the beginning.
 
@@ -156,11 +189,18 @@ def fetch(
     """
     deadline = time.monotonic() + patience.total_s
     where = f"{source.address(name)} must arrive whole"
-    persist(lambda: _attempt(source, name, fd, num_bytes, sha256, deadline), where, patience)
+    persist(
+        lambda: _attempt(source, name, fd, num_bytes, sha256, deadline), where, patience
+    )
 
 
 def _attempt(
-    source: FsspecSource, name: str, fd: int, num_bytes: int | None, sha256: str | None, deadline: float
+    source: FsspecSource,
+    name: str,
+    fd: int,
+    num_bytes: int | None,
+    sha256: str | None,
+    deadline: float,
 ) -> None:
     have = os.fstat(fd).st_size if num_bytes is not None else 0
     if num_bytes is None or have < num_bytes:
@@ -181,7 +221,9 @@ def _attempt(
         raise _Fault(f"more than {num_bytes:,} bytes came")
     if sha256 is not None and (found := _sha256(fd)) != sha256:
         os.ftruncate(fd, 0)
-        raise _Fault(f"its sha256 is {found[:16]}... and not {sha256[:16]}... as the index says")
+        raise _Fault(
+            f"its sha256 is {found[:16]}... and not {sha256[:16]}... as the index says"
+        )
 
 
 def persist(call: Callable[[], Any], must: str, patience: Patience) -> Any:
@@ -198,14 +240,22 @@ def persist(call: Callable[[], Any], must: str, patience: Patience) -> Any:
         except Exception as error:  # noqa: BLE001 - every protocol has exceptions of its own
             reason = reason_of(error)
             if _is_final(error):
-                raise Refused(f"{must}, but {reason}. Check the address and the rights to read it.") from None
+                raise Refused(
+                    f"{must}, but {reason}. Check the address and the rights to read it."
+                ) from None
         wait_s = min(patience.first_wait_s * 2 ** (attempt - 1), patience.longest_wait_s)
-        wait_s *= random.SystemRandom().uniform(0.5, 1.0)  # the global generators belong to the run
-        if attempt == patience.attempts or time.monotonic() - began + wait_s > patience.total_s:
+        # the global generators belong to the run
+        wait_s *= random.SystemRandom().uniform(0.5, 1.0)
+        if (
+            attempt == patience.attempts
+            or time.monotonic() - began + wait_s > patience.total_s
+        ):
             break
         if attempt >= 3:  # one dropped connection is no news
             print(
-                f"warning: {must}, but {reason}; trying again in {wait_s:.0f} s", file=sys.stderr, flush=True
+                f"warning: {must}, but {reason}; trying again in {wait_s:.0f} s",
+                file=sys.stderr,
+                flush=True,
             )
         time.sleep(wait_s)
     raise RankError(
@@ -219,7 +269,10 @@ def _is_final(error: Exception) -> bool:
     if isinstance(status, int) and status:
         return 400 <= status < 500 and status not in (408, 425, 429)
     hopeless = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
-    return isinstance(error, (*hopeless, ValueError, ImportError)) or "Credentials" in type(error).__name__
+    return (
+        isinstance(error, (*hopeless, ValueError, ImportError))
+        or "Credentials" in type(error).__name__
+    )
 
 
 def reason_of(error: BaseException) -> str:
@@ -246,8 +299,8 @@ def _write(fd: int, data: bytes, at: int) -> None:
             view, at = view[done:], at + done
     except OSError as error:
         raise RankError(
-            f"the cache must take what is fetched, but {error.strerror}. "
-            "Free space, set --data.cache_gb lower, or set --data.cache_dir to another disk."
+            f"the cache must take what is fetched, but {error.strerror}. Free space, set "
+            "--data.cache_gb lower, or set --data.cache_dir to another disk."
         ) from None
 
 

@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, Self, cast
 
 from flallm_ds.data.storage.cache import FileCache, disk_errors
-from flallm_ds.data.storage.fetch import FsspecSource, Patience, Refused, fetch, persist, printable
+from flallm_ds.data.storage.fetch import (
+    FsspecSource,
+    Patience,
+    Refused,
+    fetch,
+    persist,
+    printable,
+)
 from flallm_ds.errors import RankError, UserError
 from flallm_ds.files import file_sha256, open_regular, sha256_of, write_file
 
@@ -22,19 +29,23 @@ if TYPE_CHECKING:
     from flallm_ds.config import DataConfig
 
 FETCHERS = 2  # threads of a store that read ahead
-INDEX_ATTEMPTS = 5  # at index.json: at the start a person waits, and an address may be mistyped
+# at index.json: at the start a person waits, and an address may be mistyped
+INDEX_ATTEMPTS = 5
 SHARE_AHEAD = 0.5  # of the cache; the rest is for what is in use
 
-# No slash, no leading dot or dash, nothing that a shell reads: an index names files of its own folder only.
+# No slash, no leading dot or dash, nothing that a shell reads: an index names files of
+# its own folder only.
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _SHA256 = re.compile(r"[0-9a-f]+")
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-_CHAIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*::.*://")  # of fsspec: one file system on top of another
+# of fsspec: one file system on top of another
+_CHAIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*::.*://")
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar: its file name within the folder, its size in bytes, its checksum and its number of clips."""
+    """One tar: its file name within the folder, its size in bytes, its checksum and its
+    number of clips."""
 
     file: str
     bytes: int
@@ -46,13 +57,13 @@ class Shard:
         checksum = isinstance(self.sha256, str) and _SHA256.fullmatch(self.sha256)
         if not is_count(self.bytes) or not checksum:
             raise UserError(
-                f"index.json must give a shard's size and sha256, but gives {self.bytes!r} and "
-                f"{self.sha256!r} for {self.file}. Build the shards again."
+                f"index.json must give a shard's size and sha256, but gives {self.bytes!r} "
+                f"and {self.sha256!r} for {self.file}. Build the shards again."
             )
         if not is_count(self.clips):
             raise UserError(
-                f"index.json must give a shard's number of clips, got {self.clips!r} for {self.file}. Build "
-                "the shards again."
+                f"index.json must give a shard's number of clips, got {self.clips!r} for "
+                f"{self.file}. Build the shards again."
             )
 
 
@@ -77,24 +88,28 @@ class Store(Protocol):
         ...
 
     def file(self, name: str, sha256: str | None = None) -> Path:
-        """Path of a small file of the folder (index.json, a table); whether it is there and unchanged is
-        the caller's to check. sha256: a cached copy with this checksum will do; else it is fetched anew.
+        """Path of a small file of the folder (index.json, a table); whether it is there
+        and unchanged is the caller's to check. sha256: a cached copy with this checksum
+        will do; else it is fetched anew.
         """
         ...
 
     def open(self, shard: Shard) -> BinaryIO:
         """The shard, unbuffered, for os.pread; fetched and checked where it is remote.
 
-        Raises FileNotFoundError where a local one is missing, RankError where a remote one cannot be had.
+        Raises FileNotFoundError where a local one is missing, RankError where a remote
+        one cannot be had.
         """
         ...
 
     def want(self, shards: Sequence[Shard]) -> None:
-        """Read ahead, in this order of need, in place of what was wanted before; returns at once."""
+        """Read ahead, in this order of need, in place of what was wanted before; returns
+        at once."""
         ...
 
     def check(self, shards: Sequence[Shard], checksums: bool = False) -> None:
-        """Raise UserError if a shard is missing or is not of its size (or, if asked, of its checksum)."""
+        """Raise UserError if a shard is missing or is not of its size (or, if asked, of
+        its checksum)."""
         ...
 
 
@@ -120,27 +135,35 @@ class LocalStore:
             if found != shard.bytes:
                 what = "is missing" if found is None else f"holds {found:,} bytes"
                 raise UserError(
-                    f"shard must hold {shard.bytes:,} bytes as its index says, but {what}: {path}. "
-                    f"Run python shards/verify.py {self.root}, then build the shards again."
+                    f"shard must hold {shard.bytes:,} bytes as its index says, but {what}: "
+                    f"{path}. Run python shards/verify.py {self.root}, then build the "
+                    "shards again."
                 )
             if checksums and (found_sha := file_sha256(path)) != shard.sha256:
                 raise UserError(
-                    f"shard must have sha256 {shard.sha256} as its index says, but has {found_sha}: {path}. "
-                    f"Run python shards/verify.py {self.root}, then build the shards again."
+                    f"shard must have sha256 {shard.sha256} as its index says, but has "
+                    f"{found_sha}: {path}. Run python shards/verify.py {self.root}, then "
+                    "build the shards again."
                 )
 
 
 class RemoteStore:
-    """A folder at an address. Its shards pass through a cache that all processes of a machine share.
+    """A folder at an address. Its shards pass through a cache that all processes of a
+    machine share.
 
-    Safe to pickle, to use from many threads, and to carry over a fork: threads and connections are made when
-    they are first needed, anew in each process.
+    Safe to pickle, to use from many threads, and to carry over a fork: threads and
+    connections are made when they are first needed, anew in each process.
     """
 
-    def __init__(self, root: str, options: CacheOptions, patience: Patience | None = None) -> None:
+    def __init__(
+        self, root: str, options: CacheOptions, patience: Patience | None = None
+    ) -> None:
         patience = patience or Patience()
         self._address, self._options, self._patience = root, options, patience
-        folder = options.folder or Path(os.environ.get("FLALLM_CACHE") or "~/.cache/flallm_ds").expanduser()
+        folder = (
+            options.folder
+            or Path(os.environ.get("FLALLM_CACHE") or "~/.cache/flallm_ds").expanduser()
+        )
         # Nobody holds a file longer than its time for all attempts and one silence more.
         stuck_s = patience.total_s + 2 * patience.stall_s
         self._cache = FileCache(folder.absolute(), int(options.max_gb * 1e9), stuck_s)
@@ -156,10 +179,12 @@ class RemoteStore:
         return f"RemoteStore({self.root})"
 
     def _start_afresh(self) -> None:
-        """No threads, no connections: at the start, and in a child of a fork, where the parent's are dead."""
+        """No threads, no connections: at the start, and in a child of a fork, where the
+        parent's are dead."""
         self._lock = threading.Lock()
         self._wanted: dict[Shard, None] = {}
-        self._retry_at: dict[Shard, float] = {}  # monotonic; wanted shards that are being seen to
+        # monotonic; wanted shards that are being seen to
+        self._retry_at: dict[Shard, float] = {}
         self._num_threads = 0
         self._source = FsspecSource(self._address, self._patience)
 
@@ -174,8 +199,8 @@ class RemoteStore:
     def _table(self, name: str, sha256: str) -> Path:
         if not _SHA256.fullmatch(sha256):  # it becomes part of a path
             raise UserError(
-                f"index.json must give the sha256 of {name}, but gives {sha256!r}: {self.root}. "
-                "Do not use these shards, or build them again."
+                f"index.json must give the sha256 of {name}, but gives {sha256!r}: "
+                f"{self.root}. Do not use these shards, or build them again."
             )
         place = f"{self._place}/tables/{sha256[:16]}-{name}"
         path = self._cache.folder / place
@@ -191,9 +216,12 @@ class RemoteStore:
         return path
 
     def _latest(self, name: str) -> Path:
-        """The file as it is now; where the server cannot be reached, as it was last, with a warning."""
+        """The file as it is now; where the server cannot be reached, as it was last, with
+        a warning."""
         path = self._cache.folder / self._place / name
-        brief = replace(self._patience, attempts=min(INDEX_ATTEMPTS, self._patience.attempts))
+        brief = replace(
+            self._patience, attempts=min(INDEX_ATTEMPTS, self._patience.attempts)
+        )
         with tempfile.TemporaryFile() as file:
             try:
                 fetch(self._source, name, file.fileno(), None, None, brief)
@@ -202,7 +230,11 @@ class RemoteStore:
                     raise UserError(str(error)) from None
                 if not path.is_file():
                     raise
-                print(f"warning: {error} What was fetched before is used.", file=sys.stderr, flush=True)
+                print(
+                    f"warning: {error} What was fetched before is used.",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 return path
             content = file.read()
         self._cache.make_folder(path.parent)
@@ -223,8 +255,9 @@ class RemoteStore:
     def _obtain(self, shard: Shard, wait: bool) -> int | None:
         if shard.bytes > self._cache.max_bytes:
             raise UserError(
-                f"a shard must fit into the cache of {self._cache.max_bytes:,} bytes, but {shard.file} of "
-                f"{self.root} holds {shard.bytes:,}. Set --data.cache_gb higher."
+                f"a shard must fit into the cache of {self._cache.max_bytes:,} bytes, but "
+                f"{shard.file} of {self.root} holds {shard.bytes:,}. Set --data.cache_gb "
+                "higher."
             )
 
         def fill(fd: int) -> None:
@@ -253,7 +286,9 @@ class RemoteStore:
             lacking = FETCHERS - self._num_threads if self._wanted else 0
             self._num_threads += lacking
         for _ in range(lacking):
-            threading.Thread(target=self._fetch_wanted, name="read-ahead", daemon=True).start()
+            threading.Thread(
+                target=self._fetch_wanted, name="read-ahead", daemon=True
+            ).start()
 
     def _fetch_wanted(self) -> None:
         while True:
@@ -274,16 +309,20 @@ class RemoteStore:
             except Exception:  # noqa: BLE001 - who opens the shard meets the same, and says it
                 pass
             with self._lock:
-                # Where another process is fetching it, or no room is left, look again in a moment.
+                # Where another process is fetching it, or no room is left, look again in
+                # a moment.
                 self._retry_at[shard] = time.monotonic() + 0.5
                 if failed:
                     self._wanted.pop(shard, None)
 
     def _next_wanted(self) -> tuple[Shard | None, float | None]:
-        """(the next shard to fetch, None) or (None, seconds until there may be one) or (None, None)."""
+        """(the next shard to fetch, None) or (None, seconds until there may be one) or
+        (None, None)."""
         now = time.monotonic()
         sharing = sum(
-            1 for store in list(_stores) if store._wanted and store._cache.folder == self._cache.folder
+            1
+            for store in list(_stores)
+            if store._wanted and store._cache.folder == self._cache.folder
         )
         left = self._cache.max_bytes * SHARE_AHEAD / max(sharing, 1)
         busy = False
@@ -293,7 +332,8 @@ class RemoteStore:
                 break
             if self._retry_at.get(shard, 0.0) > now:
                 busy = True
-            elif not self._has(shard):  # which also marks it as used, lest it be removed before it is
+            # which also marks it as used, lest it be removed before it is
+            elif not self._has(shard):
                 self._retry_at[shard] = float("inf")
                 return shard, None
         return None, 0.1 if busy else None
@@ -307,14 +347,19 @@ class RemoteStore:
             lacking = [shard for shard in shards if not self._has(shard)]
             names = [shard.file for shard in lacking]
             must = f"the shards of {self.root} must be there"
-            sizes = persist(lambda: self._source.sizes(names), must, self._patience) if names else []
+            sizes = (
+                persist(lambda: self._source.sizes(names), must, self._patience)
+                if names
+                else []
+            )
         except RankError as error:
             raise UserError(str(error)) from None
         for shard, found in zip(lacking, sizes, strict=True):
             if found is not None and found != shard.bytes:
                 raise UserError(
-                    f"shard must hold {shard.bytes:,} bytes as its index says, but holds {found:,} bytes: "
-                    f"{self._source.address(shard.file)}. Upload the folder again."
+                    f"shard must hold {shard.bytes:,} bytes as its index says, but holds "
+                    f"{found:,} bytes: {self._source.address(shard.file)}. Upload the "
+                    "folder again."
                 )
 
     def _check_bytes(self, shard: Shard) -> None:
@@ -331,7 +376,8 @@ _left_behind: list[FsspecSource] = []
 
 def _after_fork() -> None:
     for store in list(_stores):
-        _left_behind.append(store._source)  # to close the parent's connections would wait for its dead thread
+        # to close the parent's connections would wait for its dead thread
+        _left_behind.append(store._source)
         store._start_afresh()
 
 
@@ -344,16 +390,18 @@ def open_store(root: str | Path, cache: CacheOptions | None = None) -> Store:
     Nothing is read yet. Raises UserError for an address that cannot be used.
     """
     root, cache = str(root), cache or CacheOptions()
-    if root.startswith("pipe:"):  # of webdataset: a shell command, which a run's config.json could bring
+    # of webdataset: a shell command, which a run's config.json could bring
+    if root.startswith("pipe:"):
         raise UserError(
-            "data.shards must name folders or addresses, got a command (pipe:), which is never run. Copy the "
-            "shards to a folder, or give an address that begins with https://, s3:// or another protocol of "
-            "fsspec."
+            "data.shards must name folders or addresses, got a command (pipe:), which is "
+            "never run. Copy the shards to a folder, or give an address that begins with "
+            "https://, s3:// or another protocol of fsspec."
         )
     if _CHAIN.match(root):
         raise UserError(
             "an address must begin with its protocol (https://, s3://, ...), got "
-            f"{root.split('::')[0]}:: before it. Leave that out: shards are cached as they are."
+            f"{root.split('::')[0]}:: before it. Leave that out: shards are cached as they "
+            "are."
         )
     if address := _ADDRESS.match(root):
         return RemoteStore(address[0].lower() + root[address.end() :], cache)
@@ -366,7 +414,8 @@ def is_count(value: Any) -> bool:
 
 
 def checked_name(name: str) -> str:
-    """`name` if it is a plain file name; an index from elsewhere may name anything. Raises UserError."""
+    """`name` if it is a plain file name; an index from elsewhere may name anything.
+    Raises UserError."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise UserError(
             "file names in index.json must consist of letters, digits, '_', '.' and '-', "

@@ -1,4 +1,5 @@
-"""Sentences to token ids and back, in a vocabulary trimmed to the training text; the ids around a video."""
+"""Sentences to token ids and back, in a vocabulary trimmed to the training text; the ids
+around a video."""
 
 import dataclasses
 import json
@@ -36,10 +37,11 @@ _PROMPT_FIELDS = ("sign_language", "language", "video")
 class Instruction:
     """How an LLM is told what to say of a video.
 
-    prompt: text around {video}, with {language} and {sign_language}; empty: `DECODER_ONLY_PROMPT` for a
-    decoder-only LLM, nothing for an encoder-decoder. start_token: the encoder-decoder's own first token, an
-    id of its whole vocabulary. rows: of its embedding, which may be fewer than its tokenizer has pieces.
-    language: of all clips, as the user named it; empty: each clip's own.
+    prompt: text around {video}, with {language} and {sign_language}; empty:
+    `DECODER_ONLY_PROMPT` for a decoder-only LLM, nothing for an encoder-decoder.
+    start_token: the encoder-decoder's own first token, an id of its whole vocabulary.
+    rows: of its embedding, which may be fewer than its tokenizer has pieces. language: of
+    all clips, as the user named it; empty: each clip's own.
     """
 
     decoder_only: bool = False
@@ -48,53 +50,72 @@ class Instruction:
     language: str = ""
     languages: tuple[str, ...] = ()  # of the training text; their tags
     prompt: str = ""
-    sign_languages: Mapping[str, str] = field(default_factory=dict)  # by corpus, if not the usual one
+    # by corpus, if not the usual one
+    sign_languages: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # Vocabularies of earlier versions hold languages as their corpora named them.
-        object.__setattr__(self, "languages", tuple(dict.fromkeys(map(tag_of, self.languages))))
+        object.__setattr__(
+            self, "languages", tuple(dict.fromkeys(map(tag_of, self.languages)))
+        )
 
     def parts(self, language: str, corpus: str) -> tuple[str, str]:
-        """The text (before, after) the video. Raises UserError for a language that the prompt cannot name."""
+        """The text (before, after) the video. Raises UserError for a language that the
+        prompt cannot name."""
         template = self.prompt or (DECODER_ONLY_PROMPT if self.decoder_only else "{video}")
         check_prompt(template)
         asked = {name for _, name, _, _ in string.Formatter().parse(template) if name}
         found = find_language(language)
-        names = {"video": "{video}", "language": "", "sign_language": self.sign_languages.get(corpus, "")}
+        names = {
+            "video": "{video}",
+            "language": "",
+            "sign_language": self.sign_languages.get(corpus, ""),
+        }
         if found is not None:
             names["language"] = found.name
             names["sign_language"] = names["sign_language"] or found.sign_language
         for name in sorted(asked):
             if not names[name]:
-                error = _unknown_language(language, f"has a {name} that the prompt can name")
+                error = _unknown_language(
+                    language, f"has a {name} that the prompt can name"
+                )
                 raise UserError(f"{error} Or give a --llm.prompt of your own.")
         before, after = template.format_map(names).split("{video}")
         return before, after
 
 
 def _unknown_language(language: str, must: str) -> UserError:
-    near = nearest_languages(language) or "give a code (de, zh-Hant) or an English name (German)."
+    near = (
+        nearest_languages(language)
+        or "give a code (de, zh-Hant) or an English name (German)."
+    )
     return UserError(f"llm.language must be one that {must}, but is {language!r}: {near}")
 
 
 def _new_language(language: str, known: Sequence[str]) -> UserError:
     return UserError(
-        f"the language of each clip must be one of the training text ({', '.join(known)}), but one is "
-        f"{language!r}. Leave such clips out, or train on text of that language too."
+        f"the language of each clip must be one of the training text ({', '.join(known)}), "
+        f"but one is {language!r}. Leave such clips out, or train on text of that language "
+        "too."
     )
 
 
 def check_prompt(template: str) -> None:
-    """Raise UserError if a prompt does not hold {video} once, or holds a field that does not exist."""
+    """Raise UserError if a prompt does not hold {video} once, or holds a field that does
+    not exist."""
     try:
-        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+        names = [
+            name for _, name, _, _ in string.Formatter().parse(template) if name is not None
+        ]
     except ValueError as error:
-        raise UserError(f"llm.prompt must be text with fields in braces, but {error}: {template}.") from None
+        raise UserError(
+            f"llm.prompt must be text with fields in braces, but {error}: {template}."
+        ) from None
     unknown = [name for name in names if name not in _PROMPT_FIELDS]
     if unknown or names.count("video") != 1:
         raise UserError(
-            "llm.prompt must hold {video} once, and else only {language} and {sign_language}, but is "
-            f"{template!r}."
+            "llm.prompt must hold {video} once, and else only {language} and "
+            f"{{sign_language}}, but is {template!r}."
         )
 
 
@@ -102,8 +123,8 @@ def check_prompt(template: str) -> None:
 class Wording:
     """Ids around the visual tokens of one clip.
 
-    before, after: ahead of and behind them, in the LLM's input. start: the decoder's first ids; none for a
-    decoder-only LLM.
+    before, after: ahead of and behind them, in the LLM's input. start: the decoder's
+    first ids; none for a decoder-only LLM.
     """
 
     before: tuple[int, ...] = ()
@@ -115,8 +136,8 @@ class Wording:
 class UnknownTokens:
     """What of some sentences a codec cannot write.
 
-    characters: (a character, how often it stands in the sentences), the most frequent first. A word in place
-    of characters where a tokenizer knows whole words only.
+    characters: (a character, how often it stands in the sentences), the most frequent
+    first. A word in place of characters where a tokenizer knows whole words only.
     """
 
     num_tokens: int
@@ -133,14 +154,18 @@ class UnknownTokens:
 
 
 class TextCodec:
-    """A Hugging Face tokenizer, the pieces of it that are kept, and how the LLM is told what to say.
+    """A Hugging Face tokenizer, the pieces of it that are kept, and how the LLM is told
+    what to say.
 
-    Ids outside this class are trimmed ids: 0 to `vocab_size` - 1. A piece that was not kept becomes unknown;
-    a tokenizer without an unknown token spells it in bytes.
+    Ids outside this class are trimmed ids: 0 to `vocab_size` - 1. A piece that was not
+    kept becomes unknown; a tokenizer without an unknown token spells it in bytes.
     """
 
     def __init__(
-        self, tokenizer: Any, instruction: Instruction, kept_ids: Sequence[int] | None = None
+        self,
+        tokenizer: Any,
+        instruction: Instruction,
+        kept_ids: Sequence[int] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.instruction = instruction
@@ -157,7 +182,9 @@ class TextCodec:
         pad_id = -1 if pad is None else self.trimmed_id(pad)
         self.pad_id = self.eos_id if pad_id < 0 else pad_id  # masked wherever it stands
         unknown = tokenizer.unk_token_id
-        self._unknown_id = None if unknown in (None, tokenizer.eos_token_id) else self.trimmed_id(unknown)
+        self._unknown_id = (
+            None if unknown in (None, tokenizer.eos_token_id) else self.trimmed_id(unknown)
+        )
         if self._unknown_id == -1:
             if not _byte_pieces(self._vocabulary):
                 raise self._without_row("unknown token", unknown)
@@ -183,27 +210,35 @@ class TextCodec:
         return language_tokens(self._vocabulary, self.tokenizer.get_added_vocab())
 
     def trimmed_id(self, full_id: int) -> int:
-        """-1 for a piece that was not kept, or that the tokenizer or the embedding does not have."""
+        """-1 for a piece that was not kept, or that the tokenizer or the embedding does
+        not have."""
         return int(self._trimmed[full_id]) if 0 <= full_id < len(self._trimmed) else -1
 
     def _without_row(self, what: str, full_id: int) -> UserError:
-        """The error for a special token that was added to the tokenizer or a config, but not to the LLM."""
+        """The error for a special token that was added to the tokenizer or a config, but
+        not to the LLM."""
         known = 0 <= full_id < len(self.tokenizer)
         token = f"{self.tokenizer.convert_ids_to_tokens(full_id)!r}, " if known else ""
-        rows = len(self.tokenizer) if self.instruction.rows is None else self.instruction.rows
+        rows = (
+            len(self.tokenizer) if self.instruction.rows is None else self.instruction.rows
+        )
         return UserError(
-            f"The {what} of the LLM ({token}id {full_id}) must be in its tokenizer ({len(self.tokenizer)} "
-            f"tokens) and have a row in its embedding ({rows} rows), but has none. Resize the embedding with "
-            "model.resize_token_embeddings(len(tokenizer)) and save both, or give another --llm.name."
+            f"The {what} of the LLM ({token}id {full_id}) must be in its tokenizer "
+            f"({len(self.tokenizer)} tokens) and have a row in its embedding ({rows} "
+            "rows), but has none. Resize the embedding with "
+            "model.resize_token_embeddings(len(tokenizer)) and save both, or give another "
+            "--llm.name."
         )
 
     def encode(self, text: str) -> list[int]:
         """The sentence's pieces and the end of sentence, without a start token."""
         text = self._normal(text)
         if self._normalizer is not None:
-            text = " ".join(text.split())  # SentencePiece does; not all tokenizers made of its models do
+            # SentencePiece does; not all tokenizers made of its models do
+            text = " ".join(text.split())
         ids = self._split(text)
-        if self.eos_id in ids:  # written in the text, or what transformers takes for MADLAD's unknown token
+        # written in the text, or what transformers takes for MADLAD's unknown token
+        if self.eos_id in ids:
             unknown = [] if self._unknown_id is None else [self._unknown_id]
             ids = [i for one in ids for i in (unknown if one == self.eos_id else [one])]
         return [*ids, self.eos_id]
@@ -212,14 +247,24 @@ class TextCodec:
         return self._split(self._normal(text), specials)
 
     def _split(self, text: str, specials: bool = False) -> list[int]:
-        full = self.tokenizer(text, add_special_tokens=specials)["input_ids"] if text or specials else []
-        if specials:  # one that was added without a row, such as a start of text, was never read by the LLM
+        full = (
+            self.tokenizer(text, add_special_tokens=specials)["input_ids"]
+            if text or specials
+            else []
+        )
+        # one that was added without a row, such as a start of text, was never read by the
+        # LLM
+        if specials:
             ours = set(self.tokenizer.all_special_ids)
             full = [i for i in full if i not in ours or self.trimmed_id(i) >= 0]
         ids = self._trimmed[np.asarray(full, np.int64)]
         if len(ids) == 0 or ids.min() >= 0:
             return [int(i) for i in ids]
-        return [i for one, trimmed in zip(full, ids, strict=True) for i in self._known(one, int(trimmed))]
+        return [
+            i
+            for one, trimmed in zip(full, ids, strict=True)
+            for i in self._known(one, int(trimmed))
+        ]
 
     def _normal(self, text: str) -> str:
         """The text as the vocabulary's own normaliser writes it."""
@@ -237,10 +282,13 @@ class TextCodec:
             for word in text.split() if unknown else ():
                 words[word] += times
         characters: Counter[str] = Counter()
-        whole = self.untrimmed() if words else self  # which knows a character that is kept in words alone
+        # which knows a character that is kept in words alone
+        whole = self.untrimmed() if words else self
         for word, times in words.items():
             if whole._has_unknown(word):
-                alone = [c for c in unicodedata.normalize("NFC", word) if whole._has_unknown(c)]
+                alone = [
+                    c for c in unicodedata.normalize("NFC", word) if whole._has_unknown(c)
+                ]
                 for character in alone or [word]:
                     characters[character] += times
         return UnknownTokens(num_tokens, num_unknown, tuple(characters.most_common()))
@@ -253,7 +301,8 @@ class TextCodec:
             return [trimmed]
         if self._unknown_id is not None:
             return [self._unknown_id]
-        letters = self.tokenizer.convert_ids_to_tokens(int(full_id))  # of byte-level pieces: one a byte
+        # of byte-level pieces: one a byte
+        letters = self.tokenizer.convert_ids_to_tokens(int(full_id))
         spelled = [self._vocabulary.get(letter, -1) for letter in letters]
         return [self.trimmed_id(i) for i in spelled if i >= 0 and self.trimmed_id(i) >= 0]
 
@@ -262,8 +311,10 @@ class TextCodec:
         ids = list(ids)
         if self.eos_id in ids:
             ids = ids[: ids.index(self.eos_id)]
-        ids = [i for i in ids if i < len(self.kept_ids)]  # an LLM's embedding may have rows to spare
-        # Many hub configs ask for a clean-up that takes spaces away: "regen ." would come back as "regen.".
+        # an LLM's embedding may have rows to spare
+        ids = [i for i in ids if i < len(self.kept_ids)]
+        # Many hub configs ask for a clean-up that takes spaces away: "regen ." would come
+        # back as "regen.".
         text = self.tokenizer.decode(
             self.kept_ids[ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
@@ -272,8 +323,8 @@ class TextCodec:
     def wording(self, language: str = "", corpus: str = "") -> Wording:
         """The ids around a clip's visual tokens.
 
-        language: the clip's, where the run does not say one for all; empty where there is only one.
-        Raises UserError for a language that the LLM cannot be told.
+        language: the clip's, where the run does not say one for all; empty where there is
+        only one. Raises UserError for a language that the LLM cannot be told.
         """
         language = self.instruction.language or language or self.language
         if (language, corpus) not in self._wordings:
@@ -302,7 +353,9 @@ class TextCodec:
             if len(ids) > 1 and ids[-1] == self.eos_id:
                 ids = ids[:-1]
             return Wording(tuple(ids), tuple(self._ids(after)))
-        language_ids = [] if token is None else [self.trimmed_id(self._vocabulary[token[0]])]
+        language_ids = (
+            [] if token is None else [self.trimmed_id(self._vocabulary[token[0]])]
+        )
         in_source = language_ids if token is not None and token[1] == "source" else []
         start = [] if in_source else language_ids
         if self._starts_with_its_own_token(bool(start)):
@@ -311,21 +364,33 @@ class TextCodec:
             full_id = self._vocabulary[token[0]]
             if self.instruction.rows is not None and full_id >= self.instruction.rows:
                 raise self._without_row(f"token of the language {language}", full_id)
-            raise _new_language(language, self.instruction.languages)  # its token was not kept
+            # its token was not kept
+            raise _new_language(language, self.instruction.languages)
         if min(start, default=0) < 0:
-            raise self._without_row("decoder_start_token_id", self.instruction.start_token or 0)
-        return Wording((*in_source, *self._ids(before)), tuple(self._ids(after)), tuple(start))
+            raise self._without_row(
+                "decoder_start_token_id", self.instruction.start_token or 0
+            )
+        return Wording(
+            (*in_source, *self._ids(before)), tuple(self._ids(after)), tuple(start)
+        )
 
     def _starts_with_its_own_token(self, starts_with_language: bool) -> bool:
         """Not mBART, whose stored start, if any, is some language's token."""
         start = self.instruction.start_token
-        ordinary = {self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, self.tokenizer.bos_token_id}
+        ordinary = {
+            self.tokenizer.pad_token_id,
+            self.tokenizer.eos_token_id,
+            self.tokenizer.bos_token_id,
+        }
         return start is not None and (start in ordinary or not starts_with_language)
 
     def save(self, folder: Path) -> None:
         """Tokenizer files and the map of kept pieces, in the Hugging Face layout."""
         self.tokenizer.save_pretrained(folder)
-        content = {**dataclasses.asdict(self.instruction), "kept_ids": self.kept_ids.tolist()}
+        content = {
+            **dataclasses.asdict(self.instruction),
+            "kept_ids": self.kept_ids.tolist(),
+        }
         (folder / VOCABULARY_FILE).write_text(json.dumps(content), encoding="utf-8")
 
     @classmethod
@@ -338,14 +403,22 @@ class TextCodec:
                 raise ValueError("kept_ids must be ids of tokens")
             content["languages"] = tuple(content["languages"])
             instruction = Instruction(**content)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+        ) as error:
             raise UserError(
                 f"{folder / VOCABULARY_FILE} must be a codec's file, but is not ({error})."
             ) from error
         tokenizer = load_tokenizer(str(folder), hub_code)
         if max(kept_ids) >= len(tokenizer):
             raise UserError(
-                f"the tokenizer in {folder} must hold the pieces of {VOCABULARY_FILE}, but holds fewer."
+                f"the tokenizer in {folder} must hold the pieces of {VOCABULARY_FILE}, but "
+                "holds fewer."
             )
         return cls(tokenizer, instruction, kept_ids)
 
@@ -355,38 +428,59 @@ class TextCodec:
 
     @classmethod
     def for_training_text(
-        cls, name: str, instruction: Instruction, texts: Iterable[str], trim: bool, hub_code: bool = False
+        cls,
+        name: str,
+        instruction: Instruction,
+        texts: Iterable[str],
+        trim: bool,
+        hub_code: bool = False,
     ) -> "TextCodec":
-        """The codec of the LLM `name` (hub id or folder) for sentences in `instruction.languages`.
+        """The codec of the LLM `name` (hub id or folder) for sentences in
+        `instruction.languages`.
 
-        trim: keep only the pieces of `texts` and of the prompts, the specials, the language ids, and bytes
-        where pieces are spelled in them (FLa-LLM, section 4.1). Raises UserError for a language that the LLM
-        cannot be told, or where there are several and nothing tells it which.
+        trim: keep only the pieces of `texts` and of the prompts, the specials, the
+        language ids, and bytes where pieces are spelled in them (FLa-LLM, section 4.1).
+        Raises UserError for a language that the LLM cannot be told, or where there are
+        several and nothing tells it which.
         """
         check_llm_source(name)
         tokenizer = load_tokenizer(name, hub_code)
         if tokenizer.eos_token_id is None:
-            raise UserError(f"the tokenizer of {name} must have an end-of-sentence token, but has none.")
+            raise UserError(
+                f"the tokenizer of {name} must have an end-of-sentence token, but has none."
+            )
         whole = cls(tokenizer, instruction)
-        languages = [instruction.language] if instruction.language else list(instruction.languages) or [""]
+        languages = (
+            [instruction.language]
+            if instruction.language
+            else list(instruction.languages) or [""]
+        )
         corpora = ["", *instruction.sign_languages]
-        wordings = {whole.wording(language, corpus) for language in languages for corpus in corpora}
+        wordings = {
+            whole.wording(language, corpus) for language in languages for corpus in corpora
+        }
         if len({whole.wording(language) for language in languages}) < len(set(languages)):
             raise UserError(
-                f"the LLM {name} must be told which of {', '.join(languages)} to speak, but its "
-                "tokenizer has no tokens for them. Give a --llm.prompt with {language}."
+                f"the LLM {name} must be told which of {', '.join(languages)} to speak, "
+                "but its tokenizer has no tokens for them. Give a --llm.prompt with "
+                "{language}."
             )
         if not trim:
             return whole
         kept = set(tokenizer.all_special_ids) | _byte_pieces(whole._vocabulary)
-        kept.update(int(whole.kept_ids[i]) for w in wordings for i in (*w.before, *w.after, *w.start))
+        kept.update(
+            int(whole.kept_ids[i])
+            for w in wordings
+            for i in (*w.before, *w.after, *w.start)
+        )
         for text in set(texts):
             kept.update(whole.kept_ids[whole.encode(text)].tolist())
         return cls(tokenizer, instruction, [i for i in kept if whole.trimmed_id(i) >= 0])
 
 
 def _byte_pieces(vocabulary: Mapping[str, int]) -> set[int]:
-    """Ids of the 256 pieces that stand for bytes, of byte-level BPE or of SentencePiece's byte fallback."""
+    """Ids of the 256 pieces that stand for bytes, of byte-level BPE or of SentencePiece's
+    byte fallback."""
     for names in (ByteLevel.alphabet(), [f"<0x{byte:02X}>" for byte in range(256)]):
         if all(name in vocabulary for name in names):
             return {vocabulary[name] for name in names}
@@ -394,7 +488,8 @@ def _byte_pieces(vocabulary: Mapping[str, int]) -> set[int]:
 
 
 def load_tokenizer(name: str, hub_code: bool = False) -> Any:
-    """AutoTokenizer from a hub id or a folder, with its normaliser; UserError where there is none.
+    """AutoTokenizer from a hub id or a folder, with its normaliser; UserError where there
+    is none.
 
     hub_code: run code that comes with the tokenizer.
     """
@@ -403,7 +498,8 @@ def load_tokenizer(name: str, hub_code: bool = False) -> Any:
     reason = "there are no files of one."
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=hub_code)
-        # Where there are no files, transformers makes one that knows its special tokens alone.
+        # Where there are no files, transformers makes one that knows its special tokens
+        # alone.
         if len(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)) > 1:
             restore_normalizer(tokenizer, name)
             return tokenizer

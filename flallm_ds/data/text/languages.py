@@ -1,8 +1,8 @@
 """Spoken languages: the one place that knows how people, corpora and tokenizers name them.
 
-A language has one tag, which shards, runs and scores use: its ISO 639 code, and its script where
-that is not the usual one (de, zh, zh-Hant, sr-Latn). Codes, names, and the script that a region
-implies come from Unicode (CLDR), by Babel.
+A language has one tag, which shards, runs and scores use: its ISO 639 code, and its
+script where that is not the usual one (de, zh, zh-Hant, sr-Latn). Codes, names, and the
+script that a region implies come from Unicode (CLDR), by Babel.
 """
 
 import re
@@ -26,64 +26,98 @@ WordRule = Literal["13a", "zh", "char"]
 class Language:
     """A spoken language as it is written."""
 
-    code: str  # BCP-47 tag, without a region, and without the script that is the usual one
+    # BCP-47 tag, without a region, and without the script that is the usual one
+    code: str
     name: str  # in English, empty for a rare language without one
     script: str  # ISO 15924, empty where it is not known
-    sign_language: str  # of most corpora with this language; "sign language" where it is not known
+    # of most corpora with this language; "sign language" where it is not known
+    sign_language: str
 
 
 _SIGN_LANGUAGES = {
-    "ar": "Arabic", "az": "Azerbaijani", "bg": "Bulgarian", "bn": "Bengali", "ca": "Catalan", "cs": "Czech",
-    "da": "Danish", "de": "German", "el": "Greek", "en": "American", "es": "Spanish", "et": "Estonian",
-    "fa": "Persian", "fi": "Finnish", "fil": "Filipino", "fr": "French", "ga": "Irish", "he": "Israeli",
-    "hi": "Indian", "hr": "Croatian", "hu": "Hungarian", "hy": "Armenian", "id": "Indonesian",
-    "is": "Icelandic", "it": "Italian", "ja": "Japanese", "ka": "Georgian", "kk": "Kazakh-Russian",
-    "km": "Cambodian", "ko": "Korean", "lo": "Lao", "lt": "Lithuanian", "lv": "Latvian", "mk": "Macedonian",
-    "mn": "Mongolian", "ms": "Malaysian", "mt": "Maltese", "my": "Myanmar", "ne": "Nepali", "nn": "Norwegian",
+    "ar": "Arabic", "az": "Azerbaijani", "bg": "Bulgarian", "bn": "Bengali",
+    "ca": "Catalan", "cs": "Czech",
+    "da": "Danish", "de": "German", "el": "Greek", "en": "American", "es": "Spanish",
+    "et": "Estonian",
+    "fa": "Persian", "fi": "Finnish", "fil": "Filipino", "fr": "French", "ga": "Irish",
+    "he": "Israeli",
+    "hi": "Indian", "hr": "Croatian", "hu": "Hungarian", "hy": "Armenian",
+    "id": "Indonesian",
+    "is": "Icelandic", "it": "Italian", "ja": "Japanese", "ka": "Georgian",
+    "kk": "Kazakh-Russian",
+    "km": "Cambodian", "ko": "Korean", "lo": "Lao", "lt": "Lithuanian", "lv": "Latvian",
+    "mk": "Macedonian",
+    "mn": "Mongolian", "ms": "Malaysian", "mt": "Maltese", "my": "Myanmar", "ne": "Nepali",
+    "nn": "Norwegian",
     "no": "Norwegian", "pl": "Polish", "pt": "Brazilian", "ro": "Romanian", "ru": "Russian",
-    "si": "Sri Lankan", "sk": "Slovak", "sl": "Slovenian", "sq": "Albanian", "sr": "Serbian",
+    "si": "Sri Lankan", "sk": "Slovak", "sl": "Slovenian", "sq": "Albanian",
+    "sr": "Serbian",
     "sv": "Swedish", "th": "Thai", "tr": "Turkish", "uk": "Ukrainian", "ur": "Pakistan",
     "vi": "Vietnamese", "yue": "Hong Kong", "zh": "Chinese",
 }  # fmt: skip
 _SIGN_LANGUAGE_CODES = {
     "ar": "sdl", "bg": "bqn", "cs": "cse", "da": "dsl", "de": "gsg asq sgg", "el": "gss",
-    "en": "ase bfi asf nzs isg sfs ins psp", "es": "ssp mfs aed csg csn prl vsl csc", "et": "eso",
-    "fi": "fse", "fr": "fsl sfb fcs ssr", "he": "isr", "hr": "csq", "hu": "hsh", "is": "icl",
-    "it": "ise slf", "ja": "jsl", "ko": "kvk", "lt": "lls", "lv": "lsl", "nl": "dse vgt", "no": "nsl",
-    "pl": "pso", "pt": "bzs psr", "ro": "rms", "ru": "rsl", "sk": "svk", "sv": "swl fss", "th": "tsq",
+    "en": "ase bfi asf nzs isg sfs ins psp", "es": "ssp mfs aed csg csn prl vsl csc",
+    "et": "eso",
+    "fi": "fse", "fr": "fsl sfb fcs ssr", "he": "isr", "hr": "csq", "hu": "hsh",
+    "is": "icl",
+    "it": "ise slf", "ja": "jsl", "ko": "kvk", "lt": "lls", "lv": "lsl", "nl": "dse vgt",
+    "no": "nsl",
+    "pl": "pso", "pt": "bzs psr", "ro": "rms", "ru": "rsl", "sk": "svk", "sv": "swl fss",
+    "th": "tsq",
     "tr": "tsm", "uk": "ukl", "zh": "csl tss hks",
 }  # fmt: skip
 # The written language of a country by the code of its sign language (ISO 639-3).
-WRITTEN_WITH = {sign: written for written, signs in _SIGN_LANGUAGE_CODES.items() for sign in signs.split()}
+WRITTEN_WITH = {
+    sign: written
+    for written, signs in _SIGN_LANGUAGE_CODES.items()
+    for sign in signs.split()
+}
 _OWN_SIGN_LANGUAGE_NAMES = {"nl": "Sign Language of the Netherlands"}
 
 # Where tokenizers tell apart what Unicode joins, or join what Unicode tells apart.
 _CODES = {
-    "nb": "no", "nob": "no",  # M2M100 and MADLAD have one token for Norwegian; Nynorsk is another
+    # M2M100 and MADLAD have one token for Norwegian; Nynorsk is another
+    "nb": "no", "nob": "no",
     "ns": "nso",  # M2M100's code of Northern Sotho
     "pbt": "ps",  # NLLB's only Pashto
-    "prs": "prs", "twi": "tw", "tw": "tw", "ajp": "ajp",  # NLLB has these next to fa, ak and apc
+    # NLLB has these next to fa, ak and apc
+    "prs": "prs", "twi": "tw", "tw": "tw", "ajp": "ajp",
 }  # fmt: skip
 # What Unicode has no entry for: English name and usual script.
 _ADDED = {
-    "ajp": ("South Levantine Arabic", "Arab"), "ber": ("Berber", "Tfng"), "prs": ("Dari", "Arab"),
+    "ajp": ("South Levantine Arabic", "Arab"), "ber": ("Berber", "Tfng"), "prs": ("Dari",
+    "Arab"),
     "quh": ("South Bolivian Quechua", "Latn"), "tw": ("Twi", "Latn"),
 }  # fmt: skip
 _NO_LANGUAGE = {"und", "zxx", "mul", "mis", "root"}
-_SCRIPTS = {"Hang": "Kore", "Aran": "Arab", "Hrkt": "Jpan", "Hanb": "Hant"}  # narrower or wider names
-_ROMANISATIONS = {"pinyin", "wadegile", "tongyong", "jyutping", "hepburn", "heploc", "alalc97", "alaluc"}
+# narrower or wider names
+_SCRIPTS = {"Hang": "Kore", "Aran": "Arab", "Hrkt": "Jpan", "Hanb": "Hant"}
+_ROMANISATIONS = {
+    "pinyin",
+    "wadegile",
+    "tongyong",
+    "jyutping",
+    "hepburn",
+    "heploc",
+    "alalc97",
+    "alaluc",
+}
 # English names beside those of Unicode.
 _NAMES = {
-    "bengali": "bn", "cambodian": "km", "castilian": "es", "dari": "prs", "farsi": "fa", "frisian": "fy",
+    "bengali": "bn", "cambodian": "km", "castilian": "es", "dari": "prs", "farsi": "fa",
+    "frisian": "fy",
     "haitian": "ht", "kirghiz": "ky", "kurmanji": "ku", "laotian": "lo", "mandarin": "zh",
-    "mandarin chinese": "zh", "modern greek": "el", "moldovan": "ro", "myanmar": "my", "oriya": "or",
-    "panjabi": "pa", "pushto": "ps", "sinhalese": "si", "slovene": "sl", "sorani": "ckb", "twi": "tw",
+    "mandarin "
+    "chinese": "zh", "modern greek": "el", "moldovan": "ro", "myanmar": "my", "oriya": "or",
+    "panjabi": "pa", "pushto": "ps", "sinhalese": "si", "slovene": "sl", "sorani": "ckb",
+    "twi": "tw",
     "uighur": "ug", "valencian": "ca",
 }  # fmt: skip
 _SHOWN_NAMES = {"bn": "Bengali"}  # as prompts have said since the first model
 
-# Scripts that put no spaces between words. sacreBLEU has a tokenizer for Chinese; texts in the
-# others are split into characters. Korean and Vietnamese have spaces.
+# Scripts that put no spaces between words. sacreBLEU has a tokenizer for Chinese; texts
+# in the others are split into characters. Korean and Vietnamese have spaces.
 _CHINESE_SCRIPTS = {"Hans", "Hant", "Hani"}
 _OTHER_UNSPACED_SCRIPTS = {
     "Jpan", "Hira", "Kana", "Thai", "Khmr", "Laoo", "Mymr", "Tibt", "Lana", "Talu", "Tavt",
@@ -100,27 +134,34 @@ _TAG = re.compile(
 class TokenStyle:
     """How a family of tokenizers writes a language, and where its models read it.
 
-    pattern: regular expression of a whole token; its group is the language.
-    place: `decoder` is told it by its first tokens, `source` by a token ahead of what is translated.
+    pattern: regular expression of a whole token; its group is the language. place:
+    `decoder` is told it by its first tokens, `source` by a token ahead of what is
+    translated.
     """
 
     pattern: re.Pattern[str]
     place: Place
 
 
-# Models with none of these (T5, Qwen, Llama, ...) are told the language by a prompt, or not at all.
+# Models with none of these (T5, Qwen, Llama, ...) are told the language by a prompt, or
+# not at all.
 TOKEN_STYLES = (
     TokenStyle(re.compile(r"([a-z]{2,3}_[A-Z]{2})"), "decoder"),  # mBART, mBART-50: de_DE
     TokenStyle(re.compile(r"([a-z]{3}_[A-Z][a-z]{3})"), "decoder"),  # NLLB: deu_Latn
-    TokenStyle(re.compile(r"__([a-z]{2,3}(?:_[A-Z][a-z]{3})?)__"), "decoder"),  # M2M100: __de__
+    # M2M100: __de__
+    TokenStyle(re.compile(r"__([a-z]{2,3}(?:_[A-Z][a-z]{3})?)__"), "decoder"),
     # MADLAD-400: <2de>, <2zh_Hant>, <2az_RU>
     TokenStyle(re.compile(r"<2([a-z]{2,3}(?:_[A-Z][a-z]{3})?(?:_[A-Z]{2})?)>"), "source"),
 )
 _MBART_TOKENS = {
-    "af_ZA", "ar_AR", "az_AZ", "bn_IN", "cs_CZ", "de_DE", "en_XX", "es_XX", "et_EE", "fa_IR", "fi_FI",
-    "fr_XX", "gl_ES", "gu_IN", "he_IL", "hi_IN", "hr_HR", "id_ID", "it_IT", "ja_XX", "ka_GE", "kk_KZ",
-    "km_KH", "ko_KR", "lt_LT", "lv_LV", "mk_MK", "ml_IN", "mn_MN", "mr_IN", "my_MM", "ne_NP", "nl_XX",
-    "pl_PL", "ps_AF", "pt_XX", "ro_RO", "ru_RU", "si_LK", "sl_SI", "sv_SE", "sw_KE", "ta_IN", "te_IN",
+    "af_ZA", "ar_AR", "az_AZ", "bn_IN", "cs_CZ", "de_DE", "en_XX", "es_XX", "et_EE",
+    "fa_IR", "fi_FI",
+    "fr_XX", "gl_ES", "gu_IN", "he_IL", "hi_IN", "hr_HR", "id_ID", "it_IT", "ja_XX",
+    "ka_GE", "kk_KZ",
+    "km_KH", "ko_KR", "lt_LT", "lv_LV", "mk_MK", "ml_IN", "mn_MN", "mr_IN", "my_MM",
+    "ne_NP", "nl_XX",
+    "pl_PL", "ps_AF", "pt_XX", "ro_RO", "ru_RU", "si_LK", "sl_SI", "sv_SE", "sw_KE",
+    "ta_IN", "te_IN",
     "th_TH", "tl_XX", "tr_TR", "uk_UA", "ur_PK", "vi_VN", "xh_ZA", "zh_CN",
 }  # fmt: skip
 _WRAPPED = re.compile(r"__(.+)__|<2(.+)>")
@@ -136,8 +177,8 @@ def language_tag(name: str, what: str) -> str:
     if found is None:
         near = nearest_languages(name)
         raise UserError(
-            f"{what} must be that of the text, as a code (de, zh-Hant) or in English (German), got {name!r}"
-            f"{f': {near}' if near else '.'}"
+            f"{what} must be that of the text, as a code (de, zh-Hant) or in English "
+            f"(German), got {name!r}{f': {near}' if near else '.'}"
         )
     return found.code
 
@@ -152,14 +193,16 @@ def tag_of(name: str) -> str:
 def find_language(name: str) -> Language | None:
     """Return the language of a name, None for a name that is unknown.
 
-    name: a code of ISO 639 (de, deu, ger, iw), a BCP-47 tag (de-AT, de_AT, zh-TW), an English name
-    (German, Norwegian Bokmål, Chinese (Traditional)) or a tokenizer's token (de_DE, deu_Latn,
-    __de__, <2de>). Case does not matter. A region decides the script where it implies one (zh-TW is
-    zh-Hant), and is left out.
+    name: a code of ISO 639 (de, deu, ger, iw), a BCP-47 tag (de-AT, de_AT, zh-TW), an
+    English name (German, Norwegian Bokmål, Chinese (Traditional)) or a tokenizer's token
+    (de_DE, deu_Latn, __de__, <2de>). Case does not matter. A region decides the script
+    where it implies one (zh-TW is zh-Hant), and is left out.
     """
     plain = " ".join(name.split())
     wrapped = _WRAPPED.fullmatch(plain)
-    return _of_tag(next(filter(None, wrapped.groups())) if wrapped else plain) or _of_name(plain)
+    return _of_tag(next(filter(None, wrapped.groups())) if wrapped else plain) or _of_name(
+        plain
+    )
 
 
 def nearest_languages(name: str) -> str:
@@ -177,15 +220,20 @@ def nearest_languages(name: str) -> str:
 def word_rule(language: str) -> WordRule:
     """Return the sacreBLEU tokenizer that finds the words of a text.
 
-    language: of the text, by any name (see `find_language`). 13a where spaces separate the words.
+    language: of the text, by any name (see `find_language`). 13a where spaces separate
+    the words.
     """
     found = find_language(language)
     if found is not None and found.script in _CHINESE_SCRIPTS:
         return "zh"
-    return "char" if found is not None and found.script in _OTHER_UNSPACED_SCRIPTS else "13a"
+    return (
+        "char" if found is not None and found.script in _OTHER_UNSPACED_SCRIPTS else "13a"
+    )
 
 
-def language_tokens(vocabulary: Iterable[str], added: Iterable[str] = ()) -> dict[str, Place]:
+def language_tokens(
+    vocabulary: Iterable[str], added: Iterable[str] = ()
+) -> dict[str, Place]:
     """Return the tokens that stand for a language, and where a model reads each of them.
 
     added: those of the vocabulary that are no ordinary text, as the tokenizer says.
@@ -197,7 +245,8 @@ def language_tokens(vocabulary: Iterable[str], added: Iterable[str] = ()) -> dic
         tokens = [token for token in vocabulary if style.pattern.fullmatch(token)]
         if style is TOKEN_STYLES[0]:  # as ordinary text looks: en_US
             tokens = [token for token in tokens if token in sure]
-        if sum(find_language(token) is not None for token in tokens) > 1:  # one alone may be ordinary text
+        # one alone may be ordinary text
+        if sum(find_language(token) is not None for token in tokens) > 1:
             found |= dict.fromkeys(tokens, style.place)
     return found
 
@@ -207,9 +256,10 @@ def token_of(
 ) -> tuple[str, Place] | None:
     """Return (the tokenizer's token of a language, where it is read).
 
-    None where the tokenizer has no such tokens. language: as for `find_language`, or one of the
-    tokenizer's own tokens. places: of `language_tokens`. option: for the message.
-    Raises UserError where the tokenizer has tokens of languages, but not of this one in this script.
+    None where the tokenizer has no such tokens. language: as for `find_language`, or one
+    of the tokenizer's own tokens. places: of `language_tokens`. option: for the message.
+    Raises UserError where the tokenizer has tokens of languages, but not of this one in
+    this script.
     """
     if language in places:
         return language, places[language]
@@ -218,11 +268,15 @@ def token_of(
     wanted = find_language(language)
     tags = {token: tag_of(token) for token in places}
     # The shortest first: MADLAD has <2fr_CA> next to <2fr>.
-    found = sorted((t for t in tags if wanted and tags[t] == wanted.code), key=lambda t: (len(t), t))
+    found = sorted(
+        (t for t in tags if wanted and tags[t] == wanted.code), key=lambda t: (len(t), t)
+    )
     if found:
         return found[0], places[found[0]]
     error = f"{option} must be one that the LLM's tokenizer has a token for, but is {language!r}: "
-    other = sorted(t for t in tags if wanted and tags[t].split("-")[0] == wanted.code.split("-")[0])
+    other = sorted(
+        t for t in tags if wanted and tags[t].split("-")[0] == wanted.code.split("-")[0]
+    )
     if not other:
         near = nearest(language, tags)
         if wanted is None and not near.startswith("did you mean"):
@@ -249,7 +303,11 @@ def _of_tag(text: str) -> Language | None:
     match = _TAG.fullmatch(text.lower().replace("_", "-"))
     if match is None:
         return None
-    code, script, region = match["code"], (match["script"] or "").title(), (match["region"] or "").upper()
+    code, script, region = (
+        match["code"],
+        (match["script"] or "").title(),
+        (match["region"] or "").upper(),
+    )
     extended = match["extended"] or ""
     if extended and code in ("zh", "ar", "ms"):  # zh-yue is yue
         code = extended
@@ -266,7 +324,8 @@ def _of_tag(text: str) -> Language | None:
 
 
 def _region(region: str) -> str | None:
-    """A region's two letters or three digits; empty for none and mBART's XX; None where unknown."""
+    """A region's two letters or three digits; empty for none and mBART's XX; None where
+    unknown."""
     if region in ("", "XX"):
         return ""
     alias: str = get_global("territory_aliases").get(region, [region])[0]
@@ -285,14 +344,20 @@ def _language(code: str, script: str, region: str) -> Language | None:
     name = _SHOWN_NAMES.get(code, name)
     if code in _NO_LANGUAGE or name.endswith("Sign Language") or not (name or usual):
         return None
-    script = script or (_script_of(likely.get(f"{code}_{region}", "")) if region else "") or usual
+    script = (
+        script
+        or (_script_of(likely.get(f"{code}_{region}", "")) if region else "")
+        or usual
+    )
     script = _SCRIPTS.get(script, script)
     if script == "Hani" and usual in ("Hans", "Hant"):
         script = usual
     tag = code
     if script != usual:
         tag = f"{code}-{script}"
-        name = names.get(f"{code}_{script}") or (name and f"{name} ({_script_name(script)})")
+        name = names.get(f"{code}_{script}") or (
+            name and f"{name} ({_script_name(script)})"
+        )
     signed = _SIGN_LANGUAGES.get(code)
     usual_name = f"{signed} Sign Language" if signed else "sign language"
     return Language(tag, name, script, _OWN_SIGN_LANGUAGE_NAMES.get(code, usual_name))
@@ -312,7 +377,8 @@ def _script_name(script: str) -> str:
 
 
 def _of_name(text: str) -> Language | None:
-    """The language of `German`, `Simplified Chinese`, `Chinese (Traditional)`, `Portuguese (Brazil)`."""
+    """The language of `German`, `Simplified Chinese`, `Chinese (Traditional)`,
+    `Portuguese (Brazil)`."""
     tag = _tags_by_name().get(_folded(text))
     if tag is not None:
         return _of_tag(tag)

@@ -1,8 +1,9 @@
 """The normaliser of a SentencePiece vocabulary, which transformers may leave out.
 
-A vocabulary that was made under `nmt_nfkc`, as most were, holds `,` and `fi`, but not `，` and `ﬁ`: text must
-be written in its characters before it is split, or they become unknown. The rules are a character map in the
-SentencePiece model, of which `tokenizer.json` holds a copy.
+A vocabulary that was made under `nmt_nfkc`, as most were, holds `,` and `fi`, but not `，`
+and `ﬁ`: text must be written in its characters before it is split, or they become
+unknown. The rules are a character map in the SentencePiece model, of which
+`tokenizer.json` holds a copy.
 """
 
 import base64
@@ -19,18 +20,21 @@ from transformers.utils import cached_file
 
 Settings = dict[str, Any]
 
-ModelProto: Any = vars(sentencepiece_model_pb2)["ModelProto"]  # protobuf makes the class at import
+# protobuf makes the class at import
+ModelProto: Any = vars(sentencepiece_model_pb2)["ModelProto"]
 
 _MODEL_FILES = ("sentencepiece.bpe.model", "spiece.model", "tokenizer.model")
 _OF_SPACES = {"Replace", "Strip", "Prepend"}  # normalisers that change spaces alone
 
 
 def restore_normalizer(tokenizer: Any, name: str) -> None:
-    """Put back the character map that a tokenizer's class dropped, as MBartTokenizer and XGLMTokenizer do.
+    """Put back the character map that a tokenizer's class dropped, as MBartTokenizer and
+    XGLMTokenizer do.
 
-    name: the hub id or folder that the tokenizer was read from; its files have the map. Where they do not,
-    a SentencePiece vocabulary without bytes gets that of `nmt_nfkc`, unless it holds what that would change.
-    `save_pretrained` writes the map into tokenizer.json.
+    name: the hub id or folder that the tokenizer was read from; its files have the map.
+    Where they do not, a SentencePiece vocabulary without bytes gets that of `nmt_nfkc`,
+    unless it holds what that would change. `save_pretrained` writes the map into
+    tokenizer.json.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     # A tokenizer without a backend, as of M2M100, calls SentencePiece, which normalises.
@@ -44,14 +48,16 @@ def restore_normalizer(tokenizer: Any, name: str) -> None:
         charsmap = nmt_nfkc()
     if charsmap:
         rest = [] if backend.normalizer is None else [backend.normalizer]
-        backend.normalizer = normalizers.Sequence([normalizers.Precompiled(charsmap), *rest])
+        backend.normalizer = normalizers.Sequence(
+            [normalizers.Precompiled(charsmap), *rest]
+        )
 
 
 def normalizer_of(tokenizer: Any) -> SentencePieceNormalizer | None:
     """SentencePiece's own normaliser by the tokenizer's character map; None where it has no map.
 
-    `tokenizers` reads the same map one character at a time. It misses what joins several: the second half of
-    `ﾊﾞ`, or Korean written in single letters.
+    `tokenizers` reads the same map one character at a time. It misses what joins several:
+    the second half of `ﾊﾞ`, or Korean written in single letters.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     charsmap = _map_in(_settings(backend)) if isinstance(backend, Tokenizer) else None
@@ -59,7 +65,8 @@ def normalizer_of(tokenizer: Any) -> SentencePieceNormalizer | None:
 
 
 def normalizer_by(charsmap: bytes) -> SentencePieceNormalizer:
-    """SentencePiece's normaliser by a character map. It leaves spaces at the ends and in a row."""
+    """SentencePiece's normaliser by a character map. It leaves spaces at the ends and in
+    a row."""
     model = ModelProto()
     model.normalizer_spec.precompiled_charsmap = charsmap
     return SentencePieceNormalizer(
@@ -71,8 +78,11 @@ def normalizer_by(charsmap: bytes) -> SentencePieceNormalizer:
 
 
 def nmt_nfkc() -> bytes:
-    """The character map of SentencePiece's default: NFKC, and one space for all kinds of space."""
-    return _map_of_model(SentencePieceNormalizer(rule_name="nmt_nfkc").serialized_model_proto())
+    """The character map of SentencePiece's default: NFKC, and one space for all kinds of
+    space."""
+    return _map_of_model(
+        SentencePieceNormalizer(rule_name="nmt_nfkc").serialized_model_proto()
+    )
 
 
 def _map_of_model(serialized: bytes) -> bytes:
@@ -83,7 +93,11 @@ def _map_of_model(serialized: bytes) -> bytes:
 
 def _settings(backend: Tokenizer) -> Settings | None:
     """Of the backend's normaliser, as tokenizer.json has them."""
-    return None if backend.normalizer is None else json.loads(backend.normalizer.__getstate__())
+    return (
+        None
+        if backend.normalizer is None
+        else json.loads(backend.normalizer.__getstate__())
+    )
 
 
 def _parts(settings: Settings | None) -> list[Settings]:
@@ -101,17 +115,23 @@ def _map_in(settings: Settings | None) -> bytes | None:
 
 
 def _map_of_files(tokenizer: Any, name: str) -> bytes | None:
-    """The character map in a tokenizer's files; empty where they say that there is none, else None."""
+    """The character map in a tokenizer's files; empty where they say that there is none,
+    else None."""
     models = [type(tokenizer).vocab_files_names.get("vocab_file", "")]
     if Path(name).is_dir():
         models += _MODEL_FILES
     for file in models:
         path = _path_of(name, file) if file.endswith(".model") else None
         if path is not None:
-            with contextlib.suppress(OSError, DecodeError):  # tiktoken's files have such names too
+            # tiktoken's files have such names too
+            with contextlib.suppress(OSError, DecodeError):
                 return _map_of_model(path.read_bytes())
     path = _path_of(name, "tokenizer.json")
-    return _map_in(json.loads(path.read_text(encoding="utf-8")).get("normalizer")) if path else None
+    return (
+        _map_in(json.loads(path.read_text(encoding="utf-8")).get("normalizer"))
+        if path
+        else None
+    )
 
 
 def _path_of(name: str, file: str) -> Path | None:
@@ -127,7 +147,8 @@ def _path_of(name: str, file: str) -> Path | None:
 
 
 def _was_made_normalised(backend: Tokenizer, vocabulary: Iterable[str]) -> bool:
-    """Whether a vocabulary whose files say nothing cannot spell in bytes, and holds NFKC text alone."""
+    """Whether a vocabulary whose files say nothing cannot spell in bytes, and holds NFKC
+    text alone."""
     kinds = {part["type"] for part in _parts(_settings(backend))}
     if kinds - _OF_SPACES or "<0x00>" in vocabulary:
         return False

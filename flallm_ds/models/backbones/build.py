@@ -7,7 +7,12 @@ from typing import Any
 from huggingface_hub import file_exists, try_to_load_from_cache
 
 from flallm_ds.errors import UserError
-from flallm_ds.models.backbones.from_timm import TIMM, build_timm, build_timm_folder, split_name
+from flallm_ds.models.backbones.from_timm import (
+    TIMM,
+    build_timm,
+    build_timm_folder,
+    split_name,
+)
 from flallm_ds.models.backbones.from_torchvision import build_torchvision, resnet_18
 from flallm_ds.models.backbones.from_transformers import build_transformers
 from flallm_ds.models.backbones.interface import Backbone
@@ -26,11 +31,11 @@ def build_backbone(
 ) -> Backbone:
     """Build the backbone that the option `visual.weights` names, with its weights.
 
-    weights: "none" for a random ResNet-18; a .pth file with torchvision's ResNet-18 to 152;
-    timm/NAME, or timm/NAME@FILE with its weights in a file; else a hub id or folder of
-    transformers or timm. width: that the first stage of a ResNet must have. pretrained: if false,
-    only the architecture is taken. crop_size: side of the frames, px.
-    Raises UserError if these do not fit together; OSError if a hub is out of reach.
+    weights: "none" for a random ResNet-18; a .pth file with torchvision's ResNet-18 to
+    152; timm/NAME, or timm/NAME@FILE with its weights in a file; else a hub id or folder
+    of transformers or timm. width: that the first stage of a ResNet must have.
+    pretrained: if false, only the architecture is taken. crop_size: side of the frames,
+    px. Raises UserError if these do not fit together; OSError if a hub is out of reach.
     """
     if weights == "none":
         return resnet_18(width)
@@ -61,7 +66,8 @@ def _read_config(weights: str) -> dict[str, Any]:
         return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(
-            f"visual.weights must be a folder with a config.json, but {weights} is not ({error})."
+            f"visual.weights must be a folder with a config.json, but {weights} is not "
+            f"({error})."
         ) from error
 
 
@@ -79,7 +85,8 @@ def hub_id(weights: str) -> str:
 def check_reachable(weights: str) -> None:
     """Raise UserError if a hub's backbone is neither cached nor on a hub that answers.
 
-    Sends one request without retries: the libraries would retry each of theirs for half a minute.
+    Sends one request without retries: the libraries would retry each of theirs for half a
+    minute.
     """
     _check_source(weights, pretrained=True)
     name = hub_id(weights)
@@ -97,7 +104,7 @@ def check_reachable(weights: str) -> None:
     except HUB_ERRORS as error:
         reason = f"the hub cannot be reached ({first_line(error)})"
     raise UserError(
-        f"visual.weights must be within reach, but {weights} is no file or folder here and is not "
-        f"in the hub's cache, and {reason}. Give a folder or file of this machine, or "
-        "--visual.weights=none to train from random weights, which costs accuracy."
+        f"visual.weights must be within reach, but {weights} is no file or folder here and "
+        f"is not in the hub's cache, and {reason}. Give a folder or file of this machine, "
+        "or --visual.weights=none to train from random weights, which costs accuracy."
     )

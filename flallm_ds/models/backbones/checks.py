@@ -22,8 +22,9 @@ from flallm_ds.models.pretrained import first_line
 UNSUITED = (RuntimeError, ValueError, AssertionError, TypeError, IndexError, AttributeError)
 # What the libraries raise when files of weights are damaged or of another model.
 UNREADABLE = (RuntimeError, ValueError, SafetensorError, pickle.UnpicklingError)
-# Tensors that a checkpoint may hold or lack, whatever the model: files from before 2018 lack
-# BatchNorm's counter, which nothing reads; nobody masks patches here; the others are computed.
+# Tensors that a checkpoint may hold or lack, whatever the model: files from before 2018
+# lack BatchNorm's counter, which nothing reads; nobody masks patches here; the others are
+# computed.
 OPTIONAL_TENSOR = re.compile(
     r"(num_batches_tracked|mask_token|position_ids|relative_position_index|attn_mask|inv_freq)$"
 )
@@ -39,8 +40,9 @@ def check_fit(
 ) -> None:
     """Raise UserError if a tensor of the model is missing, or a stored tensor is of no part.
 
-    A stored tensor counts only if it lies within a part of the model, as of one more layer: a
-    classifier, a text model or a decoder of patches next to the backbone is left out.
+    A stored tensor counts only if it lies within a part of the model, as of one more
+    layer: a classifier, a text model or a decoder of patches next to the backbone is left
+    out.
     """
     lost = sorted(name for name in missing if not OPTIONAL_TENSOR.search(name))
     if lost:
@@ -48,12 +50,15 @@ def check_fit(
         raise UserError(f"{must}: they are of another model or not whole.")
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     parts = {name.split(".")[0] for name in model.state_dict()}
-    within = [name for name in unexpected if name.removeprefix(prefix).split(".")[0] in parts]
+    within = [
+        name for name in unexpected if name.removeprefix(prefix).split(".")[0] in parts
+    ]
     check_no_surplus(weights, within)
 
 
 def check_no_surplus(weights: str, unexpected: Iterable[str]) -> None:
-    """Raise UserError if one of the unexpected tensors is more than a classifier's or optional."""
+    """Raise UserError if one of the unexpected tensors is more than a classifier's or
+    optional."""
     surplus = []
     for name in sorted(unexpected):
         if not _HEAD_TENSOR.match(name) and not OPTIONAL_TENSOR.search(name):
@@ -61,8 +66,8 @@ def check_no_surplus(weights: str, unexpected: Iterable[str]) -> None:
     if surplus:
         raise UserError(
             f"the weights {weights} must be of the model that is built for them, but "
-            f"{len(surplus)} of their tensors belong to no part of it, {surplus[0]} being one: the "
-            "config is of another model. Fetch both again."
+            f"{len(surplus)} of their tensors belong to no part of it, {surplus[0]} being "
+            "one: the config is of another model. Fetch both again."
         )
 
 
@@ -76,8 +81,8 @@ def check_patch(weights: str, patch: Any, crop_size: int) -> None:
         if isinstance(side, int) and crop_size % side:
             below = max(side, crop_size // side * side)
             raise UserError(
-                f"data.crop_size must be a multiple of {side}, the patch of {weights}, but is "
-                f"{crop_size}. Give --data.crop_size={below}, or {below + side}."
+                f"data.crop_size must be a multiple of {side}, the patch of {weights}, but "
+                f"is {crop_size}. Give --data.crop_size={below}, or {below + side}."
             )
 
 
@@ -107,15 +112,15 @@ def probe_output(
             raise ValueError(f"its features are of the shape {tuple(features_ND.shape)}")
     except UNSUITED as error:
         raise UserError(
-            f"visual.weights must name an encoder that takes frames of data.crop_size={crop_size} "
-            f"px, but {weights} does not: {first_line(error)}"
+            "visual.weights must name an encoder that takes frames of "
+            f"data.crop_size={crop_size} px, but {weights} does not: {first_line(error)}"
         ) from error
     finally:
         model.train(was_training)
     if not torch.allclose(features_ND[0], features_ND[1], atol=1e-4, rtol=1e-3):
         raise UserError(
-            "visual.weights must name an encoder that sees a frame the same way each time, but "
-            f"{weights} does not: it draws at random."
+            "visual.weights must name an encoder that sees a frame the same way each time, "
+            f"but {weights} does not: it draws at random."
         )
     return replace(spec, feature_width=features_ND.shape[1])
 

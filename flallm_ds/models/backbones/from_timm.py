@@ -37,7 +37,9 @@ def build_timm(weights: str, pretrained: bool, crop_size: int) -> Backbone:
     timm = import_timm()
     name, file = split_name(weights)
     if file and not Path(file).is_file():
-        raise UserError(f"visual.weights must be timm/NAME@FILE, but there is no file {file}.")
+        raise UserError(
+            f"visual.weights must be timm/NAME@FILE, but there is no file {file}."
+        )
     architecture, _, tag = name.partition(".")
     tagged = timm.list_pretrained(f"{architecture}.*") if tag else []
     if not timm.is_model(architecture) or (tag and name not in tagged):
@@ -59,7 +61,9 @@ def build_timm_folder(
     """Build the backbone of a folder that timm wrote. config: its config.json."""
     arguments = {**config.get("model_args", {}), "num_classes": 0}
     name = f"local-dir:{folder}"
-    return _build(name, config["architecture"], arguments, None, folder, pretrained, crop_size)
+    return _build(
+        name, config["architecture"], arguments, None, folder, pretrained, crop_size
+    )
 
 
 def _build(
@@ -110,7 +114,8 @@ def _create_for_size(
     """Return a model for frames of this size, and the argument that made it so.
 
     If positions have weights, timm resamples them to img_size once, as it loads them.
-    Raises UserError if the model cannot be made or loaded; OSError if a hub is out of reach.
+    Raises UserError if the model cannot be made or loaded; OSError if a hub is out of
+    reach.
     """
     try:
         try:
@@ -121,8 +126,8 @@ def _create_for_size(
         raise
     except (*UNSUITED, *UNREADABLE) as error:
         raise UserError(
-            f"{weights} must load for frames of data.crop_size={crop_size} px, but does not: "
-            f"{first_line(error)}"
+            f"{weights} must load for frames of data.crop_size={crop_size} px, but does "
+            f"not: {first_line(error)}"
         ) from error
 
 

@@ -21,15 +21,16 @@ _LAYER = {"conv": "convolution", "bn": "normalization"}
 
 
 def resnet_18(width: int) -> Backbone:
-    """Build ResNet-18 with random weights. width: channels of its first stage, 64 in the paper."""
+    """Build ResNet-18 with random weights. width: channels of its first stage, 64 in the
+    paper."""
     return _random_resnet(width, [2, 2, 2, 2], "basic")
 
 
 def build_torchvision(path: Path, width: int, pretrained: bool) -> Backbone:
     """Build the ResNet whose state dict a .pth file holds.
 
-    width: channels of its first stage. pretrained: load the weights, too. Raises UserError if the
-    file is not such a state dict, or is of another width.
+    width: channels of its first stage. pretrained: load the weights, too. Raises
+    UserError if the file is not such a state dict, or is of another width.
     """
     if not path.is_file():
         raise UserError(f"visual.weights must be a file, but there is none at {path}.")
@@ -46,8 +47,9 @@ def build_torchvision(path: Path, width: int, pretrained: bool) -> Backbone:
             continue
         if name not in stored or stored[name].shape != tensor.shape:
             raise UserError(
-                f"the weights {path} must fit visual.width={width}, but {name} does not. ImageNet "
-                "weights are for --visual.width=64; use --visual.weights=none for other widths."
+                f"the weights {path} must fit visual.width={width}, but {name} does not. "
+                "ImageNet weights are for --visual.width=64; use --visual.weights=none for "
+                "other widths."
             )
         needed[name] = stored[name]
     check_no_surplus(str(path), stored.keys() - needed.keys())
@@ -74,13 +76,14 @@ def _read_state(path: Path) -> dict[str, Any]:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except (pickle.UnpicklingError, RuntimeError, EOFError, TypeError, ValueError) as error:
         raise UserError(
-            f"visual.weights must be a torchvision state dict, but {path} cannot be read as one "
-            f"({first_line(error)})."
+            f"visual.weights must be a torchvision state dict, but {path} cannot be read "
+            f"as one ({first_line(error)})."
         ) from error
 
 
 def _layout(state: dict[str, Any]) -> tuple[list[int], str]:
-    """Return (blocks of each of the four stages, transformers' layer type), read from the names."""
+    """Return (blocks of each of the four stages, transformers' layer type), read from the
+    names."""
     depths = [0, 0, 0, 0]
     layer_type = "basic"
     for name in state:

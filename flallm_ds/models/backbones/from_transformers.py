@@ -25,7 +25,9 @@ from flallm_ds.models.backbones.spec import BackboneSpec, plain_config
 from flallm_ds.models.pretrained import HUB_ERRORS, check_weights, first_line
 
 
-def build_transformers(weights: str, width: int, pretrained: bool, crop_size: int) -> Backbone:
+def build_transformers(
+    weights: str, width: int, pretrained: bool, crop_size: int
+) -> Backbone:
     """Build the backbone of a hub id or a folder.
 
     width: that the first stage of a ResNet must have. pretrained: load the weights, too.
@@ -35,9 +37,9 @@ def build_transformers(weights: str, width: int, pretrained: bool, crop_size: in
     check_patch(weights, getattr(config, "patch_size", None), crop_size)
     if config.model_type == "resnet" and config.embedding_size != width:
         raise UserError(
-            f"visual.width must be {config.embedding_size}, as of {weights}, but is {width}. "
-            "ImageNet weights are for --visual.width=64; use --visual.weights=none for other "
-            "widths."
+            f"visual.width must be {config.embedding_size}, as of {weights}, but is "
+            f"{width}. ImageNet weights are for --visual.width=64; use "
+            "--visual.weights=none for other widths."
         )
     mean, std = _processor_norm(weights, config.model_type)
     spec = BackboneSpec("transformers", plain_config(config), mean=mean, std=std)
@@ -55,8 +57,8 @@ def _image_config(weights: str) -> Any:
         config = AutoConfig.from_pretrained(weights, trust_remote_code=False)
     except (ValueError, KeyError) as error:
         raise UserError(
-            f"visual.weights must name a model that transformers knows, but {weights} is not: "
-            f"{first_line(error)}"
+            f"visual.weights must name a model that transformers knows, but {weights} is "
+            f"not: {first_line(error)}"
         ) from error
     config = getattr(config, "vision_config", config)
     model_class = MODEL_MAPPING.get(type(config), None)
@@ -68,7 +70,9 @@ def _image_config(weights: str) -> Any:
     return config
 
 
-def _processor_norm(weights: str, model_type: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _processor_norm(
+    weights: str, model_type: str
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return (mean, std) of the model's image processor; ImageNet's if it comes without one."""
     try:
         processor, _ = ImageProcessingMixin.get_image_processor_dict(weights)
@@ -77,9 +81,9 @@ def _processor_norm(weights: str, model_type: str) -> tuple[tuple[float, ...], t
         if model_type == "resnet" or not _may_have_processor(weights):
             return IMAGENET_MEAN, IMAGENET_STD
         raise UserError(
-            "visual.weights must be within reach with its preprocessor_config.json, but that of "
-            f"{weights} is not: {first_line(error)} Fetch it where there is a network, or give a "
-            "folder."
+            "visual.weights must be within reach with its preprocessor_config.json, but "
+            f"that of {weights} is not: {first_line(error)} Fetch it where there is a "
+            "network, or give a folder."
         ) from error
     if processor.get("do_flip_channel_order"):
         must = "visual.weights must name an encoder of RGB images"
@@ -97,16 +101,20 @@ def _may_have_processor(weights: str) -> bool:
         return False
     known = try_to_load_from_cache(weights, "preprocessor_config.json")
     try:
-        return known is not _CACHED_NO_EXIST and file_exists(weights, "preprocessor_config.json")
+        return known is not _CACHED_NO_EXIST and file_exists(
+            weights, "preprocessor_config.json"
+        )
     except HUB_ERRORS:
         return True
 
 
-def _load_weights(model: Any, weights: str, config: Any, spec: BackboneSpec) -> BackboneSpec:
+def _load_weights(
+    model: Any, weights: str, config: Any, spec: BackboneSpec
+) -> BackboneSpec:
     """Load the weights into the model and return its spec.
 
-    A pooler without weights, as of a checkpoint with a classifier, is removed from the model.
-    Raises UserError if the weights cannot be read, or are of another model.
+    A pooler without weights, as of a checkpoint with a classifier, is removed from the
+    model. Raises UserError if the weights cannot be read, or are of another model.
     """
     check_weights(weights, "visual")
     try:
@@ -119,7 +127,9 @@ def _load_weights(model: Any, weights: str, config: Any, spec: BackboneSpec) -> 
         )
     except UNREADABLE as error:
         raise _unreadable(weights, error) from error
-    missing = sorted(name for name in info["missing_keys"] if not OPTIONAL_TENSOR.search(name))
+    missing = sorted(
+        name for name in info["missing_keys"] if not OPTIONAL_TENSOR.search(name)
+    )
     mismatched = [name for name, *_ in info["mismatched_keys"]]
     without_pooler = bool(missing) and all(name.startswith("pooler.") for name in missing)
     lost = mismatched if without_pooler else [*missing, *mismatched]
@@ -137,7 +147,9 @@ def _unreadable(weights: str, error: Exception) -> UserError:
     pickled = isinstance(error, pickle.UnpicklingError)
     if pickled or "Weights only load failed" in str(error):
         reason = (
-            "pickled weights (.bin) are damaged, or hold more than tensors, which could run code. "
-            "Fetch the safetensors files of the model."
+            "pickled weights (.bin) are damaged, or hold more than tensors, which could "
+            "run code. Fetch the safetensors files of the model."
         )
-    return UserError(f"the weights {weights} must fit their config.json, but do not: {reason}")
+    return UserError(
+        f"the weights {weights} must fit their config.json, but do not: {reason}"
+    )

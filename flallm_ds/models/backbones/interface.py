@@ -33,14 +33,16 @@ class Backbone(nn.Module):
         self.model = model
         self.spec = spec
         self.frozen = self.freeze_batch_norm = False
-        can_interpolate = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+        can_interpolate = (
+            "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+        )
         self._options = {"interpolate_pos_encoding": True} if can_interpolate else {}
         scale, shift = _from_imagenet(spec.mean, spec.std)
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("shift", shift, persistent=False)
-        # Channels last is 1.3x faster on one CPU thread. But below 16 channels the backward pass
-        # of a strided 1x1 convolution in oneDNN writes past its workspace (oneDNN issue 6035:
-        # "free(): invalid next size").
+        # Channels last is 1.3x faster on one CPU thread. But below 16 channels the
+        # backward pass of a strided 1x1 convolution in oneDNN writes past its workspace
+        # (oneDNN issue 6035: "free(): invalid next size").
         channels = [m.out_channels for m in model.modules() if isinstance(m, nn.Conv2d)]
         self._channels_last_on_cpu = min(channels, default=0) >= 16
 
@@ -62,8 +64,8 @@ class Backbone(nn.Module):
     def train(self, mode: bool = True) -> "Backbone":
         """Set the mode as any module does, but keep frozen parts in eval mode.
 
-        A micro-batch of few clips shows few signers: its BatchNorm statistics tell who signs,
-        unlike those of the evaluation.
+        A micro-batch of few clips shows few signers: its BatchNorm statistics tell who
+        signs, unlike those of the evaluation.
         """
         super().train(mode and not self.frozen)
         if self.freeze_batch_norm:
@@ -73,7 +75,8 @@ class Backbone(nn.Module):
         return self
 
     def freeze(self, stages: int | None = None) -> None:
-        """Freeze all weights and statistics, or only the weights of the stem and the first stages.
+        """Freeze all weights and statistics, or only the weights of the stem and the
+        first stages.
 
         stages: how many of them. Raises UserError if the model has fewer.
         """
@@ -88,13 +91,14 @@ class Backbone(nn.Module):
     def _first_parameters(self, num_stages: int) -> list[nn.Parameter]:
         """Return the parameters of the stem and the first stages.
 
-        In the order of the model these are all up to the last parameter of the last such stage.
+        In the order of the model these are all up to the last parameter of the last such
+        stage.
         """
         stages = _stages(self.model, "frozen_stages must be 0")
         if num_stages > len(stages):
             raise UserError(
-                f"visual.frozen_stages must be 0 to {len(stages)}, the stages of this backbone, "
-                f"but is {num_stages}."
+                f"visual.frozen_stages must be 0 to {len(stages)}, the stages of this "
+                f"backbone, but is {num_stages}."
             )
         of_last_stage = {id(p) for p in stages[num_stages - 1].parameters()}
         parameters = list(self.model.parameters())
@@ -109,8 +113,8 @@ class Backbone(nn.Module):
         has_linear = any(isinstance(module, nn.Linear) for module in self.model.modules())
         if tuning.low_rank and not has_linear:
             raise UserError(
-                f"visual.tune must be full or frozen for a {type(self.model).__name__}, which has "
-                f"no linear layers, but is {tuning.how}."
+                f"visual.tune must be full or frozen for a {type(self.model).__name__}, "
+                f"which has no linear layers, but is {tuning.how}."
             )
         tune(self.model, tuning, seed)
         if tuning.how == "frozen":

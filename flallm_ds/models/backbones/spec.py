@@ -19,9 +19,9 @@ from flallm_ds.errors import UserError
 class BackboneSpec:
     """Hold all that is needed to build a backbone again without a file; plain values for JSON.
 
-    config: the whole config of a transformers model, or the name and the arguments of a timm model.
-    output: which output of a transformers model becomes the features. mean, std: how the pixels
-    were normalised that the weights were trained on.
+    config: the whole config of a transformers model, or the name and the arguments of a
+    timm model. output: which output of a transformers model becomes the features. mean,
+    std: how the pixels were normalised that the weights were trained on.
     """
 
     library: Literal["transformers", "timm"]
@@ -39,7 +39,9 @@ class BackboneSpec:
         model_type = values.pop("model_type")
         config = CONFIG_MAPPING[model_type].from_dict(values)
         model: Any = AutoModel.from_config(config, dtype=torch.float32)
-        if self.output != "pooled" and isinstance(getattr(model, "pooler", None), nn.Module):
+        if self.output != "pooled" and isinstance(
+            getattr(model, "pooler", None), nn.Module
+        ):
             model.pooler = None  # its weights would be random and have no gradient
         return model
 
@@ -63,7 +65,9 @@ def import_timm() -> Any:
         import timm
     except ModuleNotFoundError as error:
         must = "timm must be installed for a backbone of its"
-        raise UserError(f"{must}, but is not: pip install 'flallm_ds[backbones]'.") from error
+        raise UserError(
+            f"{must}, but is not: pip install 'flallm_ds[backbones]'."
+        ) from error
     return timm
 
 
@@ -78,4 +82,6 @@ def without_origin(values: Any) -> Any:
     if not isinstance(values, dict):
         return values
     origin = ("transformers_version", "_name_or_path")
-    return {name: without_origin(value) for name, value in values.items() if name not in origin}
+    return {
+        name: without_origin(value) for name, value in values.items() if name not in origin
+    }

@@ -41,7 +41,8 @@ _DROPOUTS = (
     "embd_pdrop",
 )
 _ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
-# A layer that one rank skips and another does not would let ZeRO-3's gathers wait for ever.
+# A layer that one rank skips and another does not would let ZeRO-3's gathers wait for
+# ever.
 _LAYER_DROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 
 
@@ -49,12 +50,14 @@ _LAYER_DROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 class LlmOptions:
     """How an LLM is loaded.
 
-    The dropouts replace those of its config where they are given and where the model has them.
+    The dropouts replace those of its config where they are given and where the model has
+    them.
     """
 
     dropout: float | None = None
     attention_dropout: float | None = None
-    attention: str = "sdpa"  # where the model has it, else eager; or eager, flash_attention_2
+    # where the model has it, else eager; or eager, flash_attention_2
+    attention: str = "sdpa"
     # False: random weights, drawn from PyTorch's generator, which does not move.
     pretrained: bool = True
     hub_code: bool = False  # run code that comes with the model
@@ -64,8 +67,9 @@ class LlmOptions:
 def load_llm(name: str, options: LlmOptions = LlmOptions()) -> Any:
     """The LLM `name`, in eval mode.
 
-    Under ZeRO-3 (an `HfDeepSpeedConfig` is alive) its JSON decides the type of the parameters, and
-    no rank holds a whole copy. Raises UserError where it cannot be loaded as asked.
+    Under ZeRO-3 (an `HfDeepSpeedConfig` is alive) its JSON decides the type of the
+    parameters, and no rank holds a whole copy. Raises UserError where it cannot be loaded
+    as asked.
     """
     source = open_source(name, options.hub_code)
     must_take(options.bits, source)
@@ -113,9 +117,9 @@ def _model(source: LlmSource, options: LlmOptions, arguments: dict[str, Any]) ->
 def _from_tensors(source: LlmSource, arguments: dict[str, Any]) -> Any:
     """The pretrained model from tensors that are read one at a time.
 
-    Under ZeRO-3 rank 0 reads them and every rank keeps its part: transformers' own way maps all
-    files at once, so that rank 0 comes to hold the whole checkpoint. Quantised weights and the text
-    model of a multimodal one are read this way, too.
+    Under ZeRO-3 rank 0 reads them and every rank keeps its part: transformers' own way
+    maps all files at once, so that rank 0 comes to hold the whole checkpoint. Quantised
+    weights and the text model of a multimodal one are read this way, too.
     """
     name = source.name
     skeleton = source.skeleton()
@@ -124,7 +128,8 @@ def _from_tensors(source: LlmSource, arguments: dict[str, Any]) -> Any:
     with tied_before_loading(type(skeleton), untied):
         if is_deepspeed_zero3_enabled() and torch.distributed.get_rank() != 0:
             state = {
-                key: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")  # read no values
+                # read no values
+                key: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
                 for key, tensor in state.items()
             }
         model, found = type(skeleton).from_pretrained(
@@ -156,8 +161,8 @@ def _set(config: Any, names: tuple[str, ...], value: float | None) -> None:
 def _attention(how: str) -> dict[str, str]:
     if how == "flash_attention_2" and not is_flash_attn_2_available():
         raise UserError(
-            "llm.attention=flash_attention_2 needs a GPU and the package flash-attn, but one of "
-            "them is not here. Install it, or give --llm.attention=sdpa."
+            "llm.attention=flash_attention_2 needs a GPU and the package flash-attn, but "
+            "one of them is not here. Install it, or give --llm.attention=sdpa."
         )
     # sdpa is transformers' own choice for a model that has it.
     return {} if how == "sdpa" else {"attn_implementation": how}
@@ -173,8 +178,8 @@ def _quantization(bits: int) -> dict[str, Any]:
         return {}
     if not can_quantize():
         raise UserError(
-            f"llm.bits={bits} needs a GPU and the package bitsandbytes, but one of them is not "
-            "here. Install it, or give --llm.bits=16."
+            f"llm.bits={bits} needs a GPU and the package bitsandbytes, but one of them is "
+            "not here. Install it, or give --llm.bits=16."
         )
     if bits == 8:
         quantization = BitsAndBytesConfig(load_in_8bit=True)
@@ -193,7 +198,8 @@ def _quantization(bits: int) -> dict[str, Any]:
 
 
 def longest_input(llm: Any) -> int | None:
-    """Most embeddings that the LLM can read; None where its positions are not a table that ends."""
+    """Most embeddings that the LLM can read; None where its positions are not a table
+    that ends."""
     reader = llm.get_encoder() if llm.config.is_encoder_decoder else llm
     tables = []
     for name, module in reader.named_modules():
@@ -214,7 +220,7 @@ def llm_width(llm: Any) -> int:
 def embedding_scale(llm: Any) -> float:
     """What the LLM multiplies its word embeddings by (sqrt(E) or 1).
 
-    Visual tokens must be as large as embedded words. Raises UserError for an LLM that does not read
-    embeddings as it reads words.
+    Visual tokens must be as large as embedded words. Raises UserError for an LLM that
+    does not read embeddings as it reads words.
     """
     return word_scale(probe_of(llm))

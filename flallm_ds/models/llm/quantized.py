@@ -1,7 +1,8 @@
 """Checkpoints with quantised weights: fp8 and mxfp4 become ordinary tensors, others are refused.
 
-Their tensors come in parts: a weight of few bits and its scales. What loads one without the other
-trains on garbage, so each method is known by its config and by the names of its parts.
+Their tensors come in parts: a weight of few bits and its scales. What loads one without
+the other trains on garbage, so each method is known by its config and by the names of its
+parts.
 """
 
 import re
@@ -54,8 +55,8 @@ def must_be_readable(name: str, method: str) -> None:
     if method and method not in READ:
         raise UserError(
             f"the LLM {name} must have weights that can be trained, but is quantised with "
-            f"{method}. Name the unquantised model that it was made from (--llm.bits=4 or 8 "
-            "quantises that one while it loads)."
+            f"{method}. Name the unquantised model that it was made from (--llm.bits=4 or "
+            "8 quantises that one while it loads)."
         )
 
 
@@ -66,9 +67,10 @@ def must_be_plain(name: str, names: Iterable[str]) -> None:
         method = next(methods, None)
         if method is not None:
             raise UserError(
-                f"the LLM {name} must have weights that can be trained, but its tensor {key} is a "
-                f"part of weights quantised with {method}, of which its config.json says nothing "
-                "that can be used. Name the unquantised model that it was made from."
+                f"the LLM {name} must have weights that can be trained, but its tensor "
+                f"{key} is a part of weights quantised with {method}, of which its "
+                "config.json says nothing that can be used. Name the unquantised model "
+                "that it was made from."
             )
 
 
@@ -81,7 +83,11 @@ class DequantizedTensor(StoredTensor):
 
     @classmethod
     def of(
-        cls, weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int] | None, dtype: torch.dtype
+        cls,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        block: tuple[int, int] | None,
+        dtype: torch.dtype,
     ) -> "DequantizedTensor":
         """block: rows and columns that share a scale of fp8; None: as many as the shapes say.
 
@@ -98,7 +104,9 @@ class DequantizedTensor(StoredTensor):
     def read(self) -> torch.Tensor:
         weight, scale = _values(self.weight), _values(self.scale)
         if weight.dtype == torch.uint8:
-            whole: torch.Tensor = convert_moe_packed_tensors(weight, scale, dtype=self.dtype)
+            whole: torch.Tensor = convert_moe_packed_tensors(
+                weight, scale, dtype=self.dtype
+            )
             return whole.contiguous().view(self.shape)
         scales = _spread(scale, weight.shape, self.block)
         return (weight.float() * scales).to(self.dtype)
@@ -111,7 +119,9 @@ def _values(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.read() if isinstance(tensor, StoredTensor) else tensor
 
 
-def _spread(scale: torch.Tensor, shape: torch.Size, block: tuple[int, int] | None) -> torch.Tensor:
+def _spread(
+    scale: torch.Tensor, shape: torch.Size, block: tuple[int, int] | None
+) -> torch.Tensor:
     """fp32 scales that broadcast to a weight of this shape.
 
     Raises ValueError for the scales of another shape.
@@ -123,7 +133,8 @@ def _spread(scale: torch.Tensor, shape: torch.Size, block: tuple[int, int] | Non
         return scale.reshape(())
     if scale.dim() == 1:  # one a row, or one an expert
         scale = scale.reshape(-1, *[1] * (len(shape) - 1))
-    # The scale of a block is repeated for each row and column; the last block may be cut off.
+    # The scale of a block is repeated for each row and column; the last block may be cut
+    # off.
     for dim, step in zip((-2, -1), block or (1, 1), strict=True):
         size = shape[dim]
         if scale.shape[dim] == -(-size // step):
@@ -134,26 +145,35 @@ def _spread(scale: torch.Tensor, shape: torch.Size, block: tuple[int, int] | Non
 
 
 def _scales_must_fit(
-    name: str, key: str, weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int] | None
+    name: str,
+    key: str,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    block: tuple[int, int] | None,
 ) -> None:
     try:
-        _spread(torch.empty(scale.shape, device="meta"), weight.shape, block).expand(weight.shape)
+        _spread(torch.empty(scale.shape, device="meta"), weight.shape, block).expand(
+            weight.shape
+        )
     except (RuntimeError, ValueError, IndexError) as error:
         raise UserError(
             f"the scales of the LLM {name} must fit their weights, but of {key} "
-            f"{tuple(weight.shape)} they are {tuple(scale.shape)} where its config.json says "
-            f"blocks of {block}. Fetch it again, or name the unquantised model that it was made "
-            "from."
+            f"{tuple(weight.shape)} they are {tuple(scale.shape)} where its config.json "
+            f"says blocks of {block}. Fetch it again, or name the unquantised model that "
+            "it was made from."
         ) from error
 
 
 def dequantized(
-    name: str, state: dict[str, torch.Tensor], settings: Mapping[str, Any], dtype: torch.dtype
+    name: str,
+    state: dict[str, torch.Tensor],
+    settings: Mapping[str, Any],
+    dtype: torch.dtype,
 ) -> dict[str, torch.Tensor]:
     """A checkpoint's tensors with each weight and its scales as one, computed when it is read.
 
-    Raises UserError where a weight of few bits lacks its scales, or has others than its config
-    says.
+    Raises UserError where a weight of few bits lacks its scales, or has others than its
+    config says.
     """
     method = method_of(settings)
     must_be_readable(name, method)
@@ -177,11 +197,14 @@ def dequantized(
         elif scale is not None and tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
             _scales_must_fit(name, key, tensor, scale, block)
             found[key] = DequantizedTensor.of(tensor, scale, block, dtype)
-        elif scale is not None or (tensor.element_size() == 1 and tensor.dtype != torch.bool):
+        elif scale is not None or (
+            tensor.element_size() == 1 and tensor.dtype != torch.bool
+        ):
             raise UserError(
-                f"the LLM {name} must have weights that can be trained, but its tensor {key} is "
-                f"{tensor.dtype} {'without' if scale is None else 'with'} scales, which is not how "
-                f"{method} stores one. Name the unquantised model that it was made from."
+                f"the LLM {name} must have weights that can be trained, but its tensor "
+                f"{key} is {tensor.dtype} {'without' if scale is None else 'with'} scales, "
+                f"which is not how {method} stores one. Name the unquantised model that it "
+                "was made from."
             )
         else:
             found[key] = tensor

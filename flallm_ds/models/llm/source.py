@@ -43,22 +43,33 @@ LOAD_ERRORS = (
     pickle.UnpicklingError,
 )
 
-# Multimodal model types whose text model, taken out, gives the logits of the whole model for text.
-# Others are refused: Aya Vision, for one, leaves out its text model's logit_scale.
+# Multimodal model types whose text model, taken out, gives the logits of the whole model
+# for text. Others are refused: Aya Vision, for one, leaves out its text model's
+# logit_scale.
 TAKEN_OUT = frozenset({
-    "aria", "audioflamingo3", "deepseek_vl", "deepseek_vl_hybrid", "exaone4_5", "fast_vlm", "fuyu",
-    "gemma3", "gemma4", "gemma4_unified", "glmasr", "got_ocr2", "hyperclovax_vision_v2", "idefics2",
+    "aria", "audioflamingo3", "deepseek_vl", "deepseek_vl_hybrid", "exaone4_5", "fast_vlm",
+    "fuyu",
+    "gemma3", "gemma4", "gemma4_unified", "glmasr", "got_ocr2", "hyperclovax_vision_v2",
+    "idefics2",
     "idefics3", "internvl", "janus", "lfm2_vl", "lfm3_vl", "lighton_ocr", "llama4", "llava",
     "llava_next", "llava_next_video", "llava_onevision", "minicpm_ocr", "minicpmv4_6",
-    "minicpmv4_7", "mistral3", "moss_transcribe_diarize", "musicflamingo", "nemotron_h_omni",
+    "minicpmv4_7", "mistral3", "moss_transcribe_diarize", "musicflamingo",
+    "nemotron_h_omni",
     "ovis2", "paligemma", "perception_lm", "pp_chart2table", "qwen2_audio", "qwen3_5",
     "qwen3_5_moe", "qwen3_asr", "shieldgemma2", "smolvlm", "video_llama_3", "video_llava",
     "vipllava", "voxtral",
 })  # fmt: skip
-# Settings by which some text models change what their head says, None or 1 where they do not; most
-# multimodal models have a plain head whatever these are, as PaliGemma 2's of a Gemma 2.
-_OF_LOGITS = ("logit_scale", "logits_scaling", "lm_head_multiplier", "final_logit_softcapping")
-_WITH_LOGITS = ("gemma4", "gemma4_unified", "hyperclovax_vision_v2")  # they do as their text models
+# Settings by which some text models change what their head says, None or 1 where they do
+# not; most multimodal models have a plain head whatever these are, as PaliGemma 2's of a
+# Gemma 2.
+_OF_LOGITS = (
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+    "final_logit_softcapping",
+)
+# they do as their text models
+_WITH_LOGITS = ("gemma4", "gemma4_unified", "hyperclovax_vision_v2")
 _TEXT_SIBLINGS = {
     "aya_vision": "CohereLabs/aya-expanse-8b",
     "blip-2": "facebook/opt-2.7b",
@@ -79,13 +90,15 @@ Bits = Literal[32, 16, 8, 4]  # of a parameter: fp32, bf16, or integers of bitsa
 def llm_config(name: str, hub_code: bool = False) -> Any:
     """The config of the LLM `name`, of a multimodal model that of its text model.
 
-    Raises UserError where there is none, or of another kind of model, or of one that is quantised
-    in a way that cannot be undone.
+    Raises UserError where there is none, or of another kind of model, or of one that is
+    quantised in a way that cannot be undone.
     """
     return open_source(name, hub_code).config
 
 
-def check_llm(name: str, pretrained: bool = True, hub_code: bool = False, bits: Bits = 16) -> None:
+def check_llm(
+    name: str, pretrained: bool = True, hub_code: bool = False, bits: Bits = 16
+) -> None:
     """Raise UserError for what can be said against an LLM without its weights being read.
 
     bits: that it is loaded in as it is; 16 where it is trimmed first.
@@ -99,8 +112,9 @@ def check_llm(name: str, pretrained: bool = True, hub_code: bool = False, bits: 
 class LlmSource:
     """An LLM that is to be read.
 
-    quantization: its config's settings, if its weights are quantised. wrapped: whether its tensors
-    lie among those of a multimodal model. hub_code: run code that comes with the model.
+    quantization: its config's settings, if its weights are quantised. wrapped: whether
+    its tensors lie among those of a multimodal model. hub_code: run code that comes with
+    the model.
     """
 
     name: str
@@ -142,9 +156,9 @@ def must_take(bits: Bits, source: LlmSource) -> None:
     if source.quantization:
         got = f"quantised with {method_of(source.quantization)}"
     raise UserError(
-        f"llm.bits must be 16 where the weights of the LLM {source.name} are not ordinary ones, "
-        f"got {bits} and {got}. Give --llm.bits=16, or --llm.trim_vocabulary=true, which writes "
-        "ordinary weights first."
+        f"llm.bits must be 16 where the weights of the LLM {source.name} are not ordinary "
+        f"ones, got {bits} and {got}. Give --llm.bits=16, or --llm.trim_vocabulary=true, "
+        "which writes ordinary weights first."
     )
 
 
@@ -161,9 +175,9 @@ def open_source(name: str, hub_code: bool) -> LlmSource:
     text.name_or_path = name
     if getattr(text, "hidden_size_per_layer_input", None):
         raise UserError(
-            f"the LLM must read embeddings, but each layer of {name} (a {text.model_type}) also "
-            "reads token ids, which a video does not have. Give as --llm.name another one, such as "
-            "google/gemma-3-1b-pt."
+            f"the LLM must read embeddings, but each layer of {name} (a {text.model_type}) "
+            "also reads token ids, which a video does not have. Give as --llm.name another "
+            "one, such as google/gemma-3-1b-pt."
         )
     if hasattr(text, "quantization_config"):
         del text.quantization_config
@@ -175,19 +189,21 @@ def open_source(name: str, hub_code: bool) -> LlmSource:
 def _mend_ids(config: Any) -> None:
     """Change ids that the model has no row for, and take out those that a search would force."""
     pad, rows = getattr(config, "pad_token_id", None), getattr(config, "vocab_size", None)
-    if pad is not None and rows is not None and pad >= rows:  # a token was added, but not its row
+    # a token was added, but not its row
+    if pad is not None and rows is not None and pad >= rows:
         ends = config.eos_token_id
         config.pad_token_id = None if isinstance(ends, list) else ends
     for field in ("forced_bos_token_id", "forced_eos_token_id"):
         if getattr(config, field, None) is not None:
-            setattr(config, field, None)  # our texts start with the language, and end by themselves
+            # our texts start with the language, and end by themselves
+            setattr(config, field, None)
 
 
 def _text_part(config: Any) -> Any:
     """The config of a multimodal model's text model; of another model its own.
 
-    Raises UserError where the text model alone is no LLM, or is not known to give the logits of the
-    whole.
+    Raises UserError where the text model alone is no LLM, or is not known to give the
+    logits of the whole.
     """
     text = config.get_text_config(decoder=True)
     own_code = not type(config).__module__.startswith("transformers.")
@@ -202,8 +218,8 @@ def _text_part(config: Any) -> Any:
         sibling = _TEXT_SIBLINGS.get(config.model_type)
         raise UserError(
             "the LLM must be an encoder-decoder or a decoder-only language model, but "
-            f"{config.name_or_path} is a multimodal {config.model_type}, which is neither, and its "
-            "text model cannot be taken out. Give as --llm.name a text-only model"
+            f"{config.name_or_path} is a multimodal {config.model_type}, which is neither, "
+            "and its text model cannot be taken out. Give as --llm.name a text-only model"
             f"{f', such as {sibling}' if sibling else ' of its family'}."
         )
     if hasattr(config, "tie_word_embeddings"):
@@ -245,14 +261,14 @@ def not_loaded(name: str, error: Exception) -> UserError:
     reason = first_line(error)
     if isinstance(error, pickle.UnpicklingError) or "Weights only load failed" in reason:
         return UserError(
-            f"the LLM {name} must load, but did not: its pickled weights (.bin) are damaged, or "
-            "hold more than tensors, which could run code. Fetch the safetensors files of the "
-            "model."
+            f"the LLM {name} must load, but did not: its pickled weights (.bin) are "
+            "damaged, or hold more than tensors, which could run code. Fetch the "
+            "safetensors files of the model."
         )
     if "custom code" in reason:
         return UserError(
-            f"the LLM {name} must be of a kind that transformers knows, but comes with its own "
-            "code. Read that code, then give --llm.hub_code=true to run it."
+            f"the LLM {name} must be of a kind that transformers knows, but comes with its "
+            "own code. Read that code, then give --llm.hub_code=true to run it."
         )
     return UserError(f"the LLM {name} must load, but did not: {reason} Check --llm.name.")
 
@@ -263,8 +279,8 @@ def not_loaded(name: str, error: Exception) -> UserError:
 def ids_alone(*sources: Any) -> GenerationConfig:
     """The ids of configs, the first that has one, without their search settings.
 
-    Left out are penalties, sampling, lengths, beams, and forced and forbidden tokens: the run says
-    how to search.
+    Left out are penalties, sampling, lengths, beams, and forced and forbidden tokens: the
+    run says how to search.
     """
     ids = {}
     for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"):
@@ -300,9 +316,11 @@ def clean_generation(folder: Path, hub_code: bool = False) -> None:
 
 
 def save_configs(llm: Any, config: Any, generation: Any, out: Path) -> None:
-    """Write config.json, generation_config.json, and the code of a class that is the LLM's own."""
+    """Write config.json, generation_config.json, and the code of a class that is the
+    LLM's own."""
     config.architectures = [type(llm).__name__]
     if llm._auto_class is not None:
         custom_object_save(llm, out, config=config)
     config.save_pretrained(out)
-    generation.to_json_file(out / GENERATION_CONFIG_NAME)  # whatever its checks think of it
+    # whatever its checks think of it
+    generation.to_json_file(out / GENERATION_CONFIG_NAME)

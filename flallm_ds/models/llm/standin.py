@@ -1,7 +1,9 @@
-"""A small mBART pretrained on the spot, where no hub with `facebook/mbart-large-cc25` is reachable.
+"""A small mBART pretrained on the spot, where no hub with `facebook/mbart-large-cc25` is
+reachable.
 
-The folder it writes is read by the same AutoTokenizer and AutoModelForSeq2SeqLM calls as the real
-model. As there, neither the language nor the decoder's start is stored: a caller must name both.
+The folder it writes is read by the same AutoTokenizer and AutoModelForSeq2SeqLM calls as
+the real model. As there, neither the language nor the decoder's start is stored: a caller
+must name both.
 """
 
 import math
@@ -29,7 +31,8 @@ PAD, EOS = 1, 2
 MAX_PIECES = 128  # longer sentences are left out
 BATCH = 32
 PEAK_RATE_AT_256 = 1e-3  # falls with the square root of the width
-# mBART (arXiv 2001.08210): share of words that are masked, Poisson mean of the spans' lengths.
+# mBART (arXiv 2001.08210): share of words that are masked, Poisson mean of the spans'
+# lengths.
 MASK_RATIO, MEAN_SPAN = 0.35, 3.5
 
 Say = Callable[[str], None]
@@ -47,10 +50,10 @@ def standin_llm(
 ) -> None:
     """Train a tokenizer, pretrain a small mBART by denoising, and write a Hugging Face folder.
 
-    texts: files of one sentence per line, separated by commas. language: one of mBART's 25 codes.
-    vocab_size: at most this many ids, the 30 special ones included. layers: of encoder and decoder
-    each. steps: batches of 32 sentences; 300 take half a minute on two CPU cores at the default
-    size.
+    texts: files of one sentence per line, separated by commas. language: one of mBART's
+    25 codes. vocab_size: at most this many ids, the 30 special ones included. layers: of
+    encoder and decoder each. steps: batches of 32 sentences; 300 take half a minute on
+    two CPU cores at the default size.
     """
     if language not in FAIRSEQ_LANGUAGE_CODES:
         raise UserError(
@@ -105,7 +108,8 @@ def read_sentences(texts: str) -> list[str]:
     if len(sentences) < 10:
         count = len(sentences)
         raise UserError(
-            f"--texts must hold at least 10 sentences, one per line, but {texts!r} holds {count}."
+            f"--texts must hold at least 10 sentences, one per line, but {texts!r} holds "
+            f"{count}."
         )
     return sentences
 
@@ -113,13 +117,15 @@ def read_sentences(texts: str) -> list[str]:
 # --- tokenizer
 
 
-def train_tokenizer(sentences: Sequence[str], vocab_size: int, language: str) -> MBartTokenizer:
+def train_tokenizer(
+    sentences: Sequence[str], vocab_size: int, language: str
+) -> MBartTokenizer:
     """Train a Unigram tokenizer in mBART's order: <s> <pad> </s> <unk>, pieces, 25 codes, <mask>.
 
-    It normalises by `nmt_nfkc`, as mBART's SentencePiece model does.
-    Pieces come from byte-pair merges inside words, scores from counts. The Unigram trainer of
-    `tokenizers` is of no use here: it draws pieces from the list of distinct words, so that a
-    frequent word is no piece unless other words contain it, and its result varies from run to run.
+    It normalises by `nmt_nfkc`, as mBART's SentencePiece model does. Pieces come from
+    byte-pair merges inside words, scores from counts. The Unigram trainer of `tokenizers`
+    is of no use here: it draws pieces from the list of distinct words, so that a frequent
+    word is no piece unless other words contain it, and its result varies from run to run.
     """
     charsmap = nmt_nfkc()
     sentences = normalizer_by(charsmap).normalize(list(sentences))
@@ -145,7 +151,8 @@ def train_tokenizer(sentences: Sequence[str], vocab_size: int, language: str) ->
     merges.train_from_iterator(words.elements(), trainer)
     pieces = sorted(merges.get_vocab())
 
-    # Scores: which pieces win depends on them, and they on which pieces win, so count again twice.
+    # Scores: which pieces win depends on them, and they on which pieces win, so count
+    # again twice.
     counts = _piece_counts(merges, words)
     for _ in range(2):
         counts = _piece_counts(_unigram(_log_shares(pieces, counts)), words)
@@ -153,7 +160,9 @@ def train_tokenizer(sentences: Sequence[str], vocab_size: int, language: str) ->
     ranked = sorted(_log_shares(pieces, counts), key=lambda entry: (-entry[1], entry[0]))
     specials = [(token, 0.0) for token in SPECIALS]
     languages = [(token, 0.0) for token in (*FAIRSEQ_LANGUAGE_CODES, "<mask>")]
-    tokenizer = MBartTokenizer(vocab=[*specials, *ranked, *languages], model_max_length=1024)
+    tokenizer = MBartTokenizer(
+        vocab=[*specials, *ranked, *languages], model_max_length=1024
+    )
     tokenizer.backend_tokenizer.normalizer = normalizers.Precompiled(charsmap)
     return tokenizer
 
@@ -172,7 +181,9 @@ def _unigram(entries: list[tuple[str, float]]) -> Tokenizer:
 
 def _piece_counts(tokenizer: Tokenizer, words: Counter[str]) -> Counter[str]:
     counts: Counter[str] = Counter()
-    for encoded, times in zip(tokenizer.encode_batch(list(words)), words.values(), strict=True):
+    for encoded, times in zip(
+        tokenizer.encode_batch(list(words)), words.values(), strict=True
+    ):
         for piece in encoded.tokens:
             counts[piece] += times
     return counts
@@ -206,8 +217,8 @@ def new_model(vocab_size: int, d_model: int, layers: int) -> MBartForConditional
     )
     model = MBartForConditionalGeneration(config)
     # Learned positions begin as sinusoids of the words' size: at 0.02 against 0.3 a short
-    # pretraining would not find the order of words, and positions beyond the longest sentence would
-    # stay noise.
+    # pretraining would not find the order of words, and positions beyond the longest
+    # sentence would stay noise.
     for part in (model.model.encoder, model.model.decoder):
         table = part.embed_positions.weight
         waves = interleaved_sinusoids(*table.shape)
@@ -236,7 +247,10 @@ def pretrain(
     """Denoise for so many steps; returns the loss of each (mean per target piece)."""
     encoded = encode(tokenizer, sentences, language)
     if not encoded:
-        raise UserError(f"--texts must hold sentences of at most {MAX_PIECES} pieces, but all are longer.")
+        raise UserError(
+            f"--texts must hold sentences of at most {MAX_PIECES} pieces, but all are "
+            "longer."
+        )
     num_longer = len(sentences) - len(encoded)
     if num_longer:
         say(f"{num_longer} sentences of more than {MAX_PIECES} pieces are left out.")
@@ -277,14 +291,16 @@ def pretrain(
 def cosine_under_warmup(step: int, steps: int) -> float:
     """What the learning rate is multiplied by: a cosine to zero over all steps.
 
-    For the first twentieth of them it is at most a linear warm-up. (A run's own schedule, in
-    training/step.py, begins its cosine where the warm-up ends.)
+    For the first twentieth of them it is at most a linear warm-up. (A run's own schedule,
+    in training/step.py, begins its cosine where the warm-up ends.)
     """
     warm = max(1, steps // 20)
     return min((step + 1) / warm, 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
-def encode(tokenizer: MBartTokenizer, sentences: Sequence[str], language: str) -> list[list[list[int]]]:
+def encode(
+    tokenizer: MBartTokenizer, sentences: Sequence[str], language: str
+) -> list[list[list[int]]]:
     """Each sentence of at most MAX_PIECES pieces as words, each a list of ids."""
     spaceless = word_rule(language) != "13a"  # there a piece is a word
     encoded = []
@@ -301,11 +317,13 @@ def encode(tokenizer: MBartTokenizer, sentences: Sequence[str], language: str) -
     return encoded
 
 
-def infill(words: Sequence[list[int]], mask: int, rng: np.random.Generator) -> list[list[int]]:
+def infill(
+    words: Sequence[list[int]], mask: int, rng: np.random.Generator
+) -> list[list[int]]:
     """The words with spans replaced by one <mask> each, as mBART's text infilling does.
 
-    A span of length 0 inserts a mask. The number of masked words is rounded at random: its mean is
-    exact.
+    A span of length 0 inserts a mask. The number of masked words is rounded at random:
+    its mean is exact.
     """
     num_left = int(len(words) * MASK_RATIO + rng.random())
     spans: list[int] = []
@@ -346,7 +364,9 @@ def batches(lengths: Sequence[int], rng: np.random.Generator) -> Iterator[list[i
                 yield bucket[start : start + BATCH]
 
 
-def collate(sources: list[list[int]], targets: list[list[int]], code: int) -> dict[str, torch.Tensor]:
+def collate(
+    sources: list[list[int]], targets: list[list[int]], code: int
+) -> dict[str, torch.Tensor]:
     """Encoder: pieces </s> code; decoder: code pieces; labels: pieces </s>, -100 where padded."""
     input_ids_BS = _pad([[*ids, EOS, code] for ids in sources], PAD)
     return {
@@ -372,7 +392,8 @@ def restored(
     language: str,
     rng: np.random.Generator,
 ) -> str:
-    """One line on how well sentences with one masked word each are restored by greedy decoding."""
+    """One line on how well sentences with one masked word each are restored by greedy
+    decoding."""
     code, mask = tokenizer.convert_tokens_to_ids([language, "<mask>"])
     encoded = [words for words in encode(tokenizer, sentences, language) if words]
     model.eval()
@@ -405,16 +426,22 @@ def restored(
 
 def _refuse_used(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out must be a new or an empty folder, but there is something already: {out}.")
+        raise UserError(
+            "--out must be a new or an empty folder, but there is something already: "
+            f"{out}."
+        )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"--out must be a folder that can be made, but {out.parent} cannot ({error.strerror})."
+            f"--out must be a folder that can be made, but {out.parent} cannot "
+            f"({error.strerror})."
         ) from None
 
 
-def _write_whole(model: MBartForConditionalGeneration, tokenizer: MBartTokenizer, out: Path) -> None:
+def _write_whole(
+    model: MBartForConditionalGeneration, tokenizer: MBartTokenizer, out: Path
+) -> None:
     """Write the folder. Raises UserError where the disk refuses."""
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
@@ -425,7 +452,8 @@ def _write_whole(model: MBartForConditionalGeneration, tokenizer: MBartTokenizer
             share_files(folder)
     except OSError as error:
         raise UserError(
-            f"--out must be a folder that can be written, but {out} cannot ({error.strerror})."
+            f"--out must be a folder that can be written, but {out} cannot "
+            f"({error.strerror})."
         ) from None
     finally:
         if bars:

@@ -19,8 +19,9 @@ from transformers.utils import cached_file
 from flallm_ds.errors import UserError
 from flallm_ds.models.pretrained import CHECKPOINT_FILES
 
-# What a checkpoint may hold or lack whatever the model: tables that are computed (positions, causal
-# masks), mBART's bias of zeros, fairseq's version, and heads of other tasks next to a whole LLM.
+# What a checkpoint may hold or lack whatever the model: tables that are computed
+# (positions, causal masks), mBART's bias of zeros, fairseq's version, and heads of other
+# tasks next to a whole LLM.
 NEEDLESS = re.compile(
     r"(^|\.)(inv_freq|position_ids|final_logits_bias"
     r"|embed_positions\.weights|embed_positions\._float_tensor"
@@ -34,21 +35,24 @@ _OF_TEXT = re.compile(
     r"(?:model\.)?(lm_head\.)?(.+)",
 )
 _DTYPES = {**str_to_torch_dtype, "F8_E8M0": torch.float8_e8m0fnu}
-BLOCK_BYTES = 64 * 2**20  # how much of a tensor is read at once where rows are chosen or compared
+# how much of a tensor is read at once where rows are chosen or compared
+BLOCK_BYTES = 64 * 2**20
 
 
 class StoredTensor(torch.Tensor):
     """A tensor of a safetensors file: shape and type, but no values.
 
-    Every operation on it reads its values again. So transformers' own loading code, handed a dict
-    of these, holds one tensor at a time instead of all.
+    Every operation on it reads its values again. So transformers' own loading code,
+    handed a dict of these, holds one tensor at a time instead of all.
     """
 
     path: Path
     key: str
 
     @staticmethod
-    def __new__(cls, path: Path, key: str, shape: Sequence[int], dtype: torch.dtype) -> "StoredTensor":
+    def __new__(
+        cls, path: Path, key: str, shape: Sequence[int], dtype: torch.dtype
+    ) -> "StoredTensor":
         wrap: Any = torch.Tensor._make_wrapper_subclass
         tensor: StoredTensor = wrap(cls, tuple(shape), dtype=dtype)
         tensor.path, tensor.key = path, key
@@ -120,7 +124,9 @@ def open_checkpoint(name: str) -> dict[str, torch.Tensor]:
     return state
 
 
-def text_tensors(skeleton: Any, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def text_tensors(
+    skeleton: Any, state: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """The tensors of a multimodal checkpoint's text model, by their names in the text model.
 
     skeleton: the text model on the meta device.
@@ -166,7 +172,8 @@ def unplaced(skeleton: Any, names: Mapping[str, str], stored: Iterable[str]) -> 
 
 
 def unfilled(skeleton: Any, names: Mapping[str, str]) -> list[str]:
-    """Names of the model's parameters and buffers that no stored tensor, and no tied one, fills."""
+    """Names of the model's parameters and buffers that no stored tensor, and no tied one,
+    fills."""
     filled = set(names.values())
     pairs = skeleton.all_tied_weights_keys.items()
     filled |= {source for target, source in pairs if target in filled}
@@ -183,7 +190,9 @@ def _is_needless(name: str, ignored: Iterable[str] | None) -> bool:
     return any(re.search(pattern, name) for pattern in ignored or ())
 
 
-def must_fit(name: str, model: Any, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+def must_fit(
+    name: str, model: Any, missing: Iterable[str], unexpected: Iterable[str]
+) -> None:
     """Raise UserError for parts of an LLM without a tensor, or tensors without a part.
 
     transformers would go on with random numbers for the first, and without the second.
@@ -191,15 +200,16 @@ def must_fit(name: str, model: Any, missing: Iterable[str], unexpected: Iterable
     surplus = sorted(key for key in unexpected if not NEEDLESS.search(key))
     if surplus:
         raise UserError(
-            f"the LLM {name} must be of the kind that its config.json says, but {len(surplus)} of "
-            f"its tensors belong to no part of a {type(model).__name__}, {surplus[0]} being one. "
-            "Check --llm.name and its config.json."
+            f"the LLM {name} must be of the kind that its config.json says, but "
+            f"{len(surplus)} of its tensors belong to no part of a {type(model).__name__}, "
+            f"{surplus[0]} being one. Check --llm.name and its config.json."
         )
     lost = sorted(key for key in missing if not NEEDLESS.search(key))
     if lost:
         raise UserError(
-            f"the LLM {name} must hold all weights of its model, but lacks {len(lost)}, {lost[0]} "
-            "being one. Check --llm.name, or give --llm.pretrained=false for random weights."
+            f"the LLM {name} must hold all weights of its model, but lacks {len(lost)}, "
+            f"{lost[0]} being one. Check --llm.name, or give --llm.pretrained=false for "
+            "random weights."
         )
 
 
@@ -233,9 +243,9 @@ def untied_names(skeleton: Any, state: Mapping[str, torch.Tensor]) -> set[str]:
 def tied_before_loading(kind: Any, untied: set[str]) -> Iterator[None]:
     """Within, `from_pretrained` of this class ties parameters first, and never these names.
 
-    transformers ties afterwards: until then every twin of a large embedding takes its part of the
-    memory. And it compares twins before it ties them; under ZeRO-3 it compares what is left of
-    them, nothing.
+    transformers ties afterwards: until then every twin of a large embedding takes its
+    part of the memory. And it compares twins before it ties them; under ZeRO-3 it
+    compares what is left of them, nothing.
     """
     ties, load = kind._tied_weights_keys, kind._load_pretrained_model
 
@@ -256,8 +266,8 @@ def tied_before_loading(kind: Any, untied: set[str]) -> Iterator[None]:
 def freed_at_once() -> Iterator[None]:
     """Within, freed memory of more than 128 KB goes back to the system at once, under glibc.
 
-    glibc would keep pieces of up to 32 MB; between parts of a model that stay, they add up to a
-    third of them.
+    glibc would keep pieces of up to 32 MB; between parts of a model that stay, they add
+    up to a third of them.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:

@@ -17,7 +17,13 @@ from flallm_ds.models.llm.source import (
     save_configs,
     skeleton_of,
 )
-from flallm_ds.models.llm.stored import model_names, must_fit, unfilled, unplaced, untied_names
+from flallm_ds.models.llm.stored import (
+    model_names,
+    must_fit,
+    unfilled,
+    unplaced,
+    untied_names,
+)
 from flallm_ds.models.llm.vocabulary import chosen_rows, renumber, trimmed_config, word_dims
 from flallm_ds.models.llm.word_scale import probe_of, word_scale
 from flallm_ds.models.weights import write_weights
@@ -26,10 +32,12 @@ _FILE_BYTES = 10**9  # of a trimmed LLM's files: what waits in memory while one 
 
 
 def trim_llm(name: str, codec: TextCodec, out: Path, hub_code: bool = False) -> None:
-    """Write the LLM `name` to `out` with the rows of the codec's kept pieces alone, and the codec.
+    """Write the LLM `name` to `out` with the rows of the codec's kept pieces alone, and
+    the codec.
 
-    Tensor by tensor, in the types they are stored in. Run on one rank. Ids that the LLM has no rows
-    for stay without. Source: FLa-LLM, section 4.1 (2,215 pieces on PHOENIX14T).
+    Tensor by tensor, in the types they are stored in. Run on one rank. Ids that the LLM
+    has no rows for stay without. Source: FLa-LLM, section 4.1 (2,215 pieces on
+    PHOENIX14T).
     """
     try:
         source = open_source(name, hub_code)
@@ -66,11 +74,13 @@ def trim_llm(name: str, codec: TextCodec, out: Path, hub_code: bool = False) -> 
     codec.save(out)
 
 
-def untrim_llm(trimmed: Path, base_name: str, codec: TextCodec, out: Path, hub_code: bool = False) -> None:
+def untrim_llm(
+    trimmed: Path, base_name: str, codec: TextCodec, out: Path, hub_code: bool = False
+) -> None:
     """Write a trained, trimmed LLM into the folder `out` with all the words of its base LLM.
 
-    trimmed: a folder that was written by `trim_llm` or trained since. Words that were not kept have
-    the rows of `base_name`. Raises UserError where the two are not of one kind.
+    trimmed: a folder that was written by `trim_llm` or trained since. Words that were not
+    kept have the rows of `base_name`. Raises UserError where the two are not of one kind.
     """
     small_source = open_source(str(trimmed), hub_code)
     base_source = open_source(base_name, hub_code)
@@ -93,7 +103,8 @@ def untrim_llm(trimmed: Path, base_name: str, codec: TextCodec, out: Path, hub_c
                 rows = base_rows.get(own)
                 if rows is None:  # a bias that old checkpoints leave out
                     rows = torch.zeros(whole.state_dict()[own].shape)
-                # The base's rows in the type of the trained ones, which then replace theirs.
+                # The base's rows in the type of the trained ones, which then replace
+                # theirs.
                 rows = rows.to(tensor.dtype, copy=True)
                 tensor = rows.index_copy_(dims[own], places, tensor)
             yield key, tensor
@@ -105,10 +116,14 @@ def untrim_llm(trimmed: Path, base_name: str, codec: TextCodec, out: Path, hub_c
     codec.untrimmed().save(out)
 
 
-def _placed(source: LlmSource, skeleton: Any, state: dict[str, torch.Tensor]) -> dict[str, str]:
+def _placed(
+    source: LlmSource, skeleton: Any, state: dict[str, torch.Tensor]
+) -> dict[str, str]:
     """What `model_names` says of a checkpoint. Raises UserError where it is not the model's."""
     names = model_names(skeleton, list(state))
-    must_fit(source.name, skeleton, unfilled(skeleton, names), unplaced(skeleton, names, state))
+    must_fit(
+        source.name, skeleton, unfilled(skeleton, names), unplaced(skeleton, names, state)
+    )
     return names
 
 
@@ -121,7 +136,9 @@ def _same_but_for_words(small: Any, whole: Any, base_name: str) -> dict[str, int
         words = small.get_input_embeddings().num_embeddings
         if all(shapes[name][dim] == words for name, dim in dims.items()):
             return dims
-    raise UserError(f"the base LLM must be the one that was trimmed, but {base_name} has other tensors.")
+    raise UserError(
+        f"the base LLM must be the one that was trimmed, but {base_name} has other tensors."
+    )
 
 
 def _by_own_name(skeleton: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

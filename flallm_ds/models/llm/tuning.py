@@ -1,8 +1,9 @@
 """What of the LLM is trained: all, some of it by name, or low-rank additions by peft.
 
 Low-rank layers stand in the LLM itself, without a wrapper: `q_proj.weight` becomes
-`q_proj.base_layer.weight` beside `q_proj.lora_A.default.weight`, `q_proj.lora_B.default.weight`
-and, for DoRA, `q_proj.lora_magnitude_vector.default.weight`.
+`q_proj.base_layer.weight` beside `q_proj.lora_A.default.weight`,
+`q_proj.lora_B.default.weight` and, for DoRA,
+`q_proj.lora_magnitude_vector.default.weight`.
 """
 
 import copy
@@ -35,19 +36,21 @@ from flallm_ds.models.weights import Weights
 ALL_LINEAR = "all-linear"
 NamedTensors = Iterable[tuple[str, torch.Tensor | None]]
 _OF_A_LAYER = re.compile(r"(.+)\.((?:base_layer|lora_\w+)\..+)")
-_QUANTIZED = ("Int8Params", "Params4bit")  # bitsandbytes' classes, which need not be installed
+# bitsandbytes' classes, which need not be installed
+_QUANTIZED = ("Int8Params", "Params4bit")
 
 
 @dataclass(frozen=True)
 class Tuning:
     """What is trained.
 
-    layers and targets are regular expressions, searched for in the names of parameters and of
-    modules.
+    layers and targets are regular expressions, searched for in the names of parameters
+    and of modules.
     """
 
     how: Literal["full", "lora", "dora", "frozen"] = "full"
-    layers: str = ""  # with full, train only the parameters that it matches; else train those, too
+    # with full, train only the parameters that it matches; else train those, too
+    layers: str = ""
     rank: int = 16
     alpha: float = 32.0  # what lora adds is scaled by alpha / rank
     dropout: float = 0.05
@@ -64,9 +67,9 @@ class Tuning:
 def tune(llm: Any, tuning: Tuning, seed: int = 0) -> None:
     """Freeze and extend a loaded model in place, before the engine is made.
 
-    The same seed gives the same draws. For DoRA on parameters that ZeRO-3 has partitioned, the
-    `HfDeepSpeedConfig` must still be alive: the norms of the weights are taken here. Raises
-    UserError for a pattern that matches nothing.
+    The same seed gives the same draws. For DoRA on parameters that ZeRO-3 has
+    partitioned, the `HfDeepSpeedConfig` must still be alive: the norms of the weights are
+    taken here. Raises UserError for a pattern that matches nothing.
     """
     trainable = {n: p for n, p in llm.named_parameters() if p.requires_grad}
     chosen = _chosen(trainable, tuning)
@@ -90,12 +93,15 @@ def _chosen(parameters: dict[str, nn.Parameter], tuning: Tuning) -> list[nn.Para
 def _add_low_rank(llm: Any, tuning: Tuning, seed: int) -> None:
     partitioned = any(hasattr(p, "ds_id") for p in llm.parameters())
     assert not (partitioned and tuning.how == "dora") or is_deepspeed_zero3_enabled(), (
-        "DoRA reads the weights' norms: keep HfDeepSpeedConfig alive, or peft sees empty weights"
+        "DoRA reads the weights' norms: keep HfDeepSpeedConfig alive, or peft sees empty "
+        "weights"
     )
     targets = low_rank_targets(llm, tuning.targets, tuning.section)
     task = TaskType.FEATURE_EXTRACTION
     if tuning.section == "llm":
-        task = TaskType.SEQ_2_SEQ_LM if llm.config.is_encoder_decoder else TaskType.CAUSAL_LM
+        task = (
+            TaskType.SEQ_2_SEQ_LM if llm.config.is_encoder_decoder else TaskType.CAUSAL_LM
+        )
     config = LoraConfig(
         r=tuning.rank,
         # peft divides it by r; it need not be whole.
@@ -109,7 +115,9 @@ def _add_low_rank(llm: Any, tuning: Tuning, seed: int) -> None:
         torch.manual_seed(seed)
         inject_adapter_in_model(config, llm)
     llm.train(llm.training)  # new layers come in train mode, with dropout
-    assert _low_rank_layers(llm).keys() == set(targets), "peft took other layers than those named"
+    assert _low_rank_layers(llm).keys() == set(targets), (
+        "peft took other layers than those named"
+    )
 
 
 def low_rank_targets(llm: Any, pattern: str, section: str = "llm") -> list[str]:
@@ -120,7 +128,8 @@ def low_rank_targets(llm: Any, pattern: str, section: str = "llm") -> list[str]:
     head = llm.get_output_embeddings() if hasattr(llm, "get_output_embeddings") else None
     names = []
     for name, module in llm.named_modules():
-        # PyTorch's own attention never calls its output layer: an addition would have no effect.
+        # PyTorch's own attention never calls its output layer: an addition would have no
+        # effect.
         is_unused = isinstance(module, NonDynamicallyQuantizableLinear)
         is_linear = isinstance(module, nn.Linear | Conv1D)
         if is_linear and not is_unused and module is not head:
@@ -132,11 +141,14 @@ def low_rank_targets(llm: Any, pattern: str, section: str = "llm") -> list[str]:
 
 
 def _search(pattern: str, names: Sequence[str], option: str, what: str) -> list[str]:
-    """The names that a pattern is found in. Raises UserError where it is in none, or no pattern."""
+    """The names that a pattern is found in. Raises UserError where it is in none, or no
+    pattern."""
     try:
         found = [name for name in names if re.search(pattern, name)]
     except re.error as error:
-        raise UserError(f"{option} must be a regular expression, but is {pattern!r} ({error}).") from None
+        raise UserError(
+            f"{option} must be a regular expression, but is {pattern!r} ({error})."
+        ) from None
     if not found:
         parts = {part for name in names for part in name.split(".")}
         words = sorted(part for part in parts if not part.isdigit())
@@ -151,8 +163,8 @@ def _search(pattern: str, names: Sequence[str], option: str, what: str) -> list[
 def check_bits(bits: int, how: str, zero_stage: int, device: torch.device) -> None:
     """Raise UserError where weights of so many bits cannot be loaded, or not be trained as asked.
 
-    transformers builds quantized weights outside zero.Init, and zero.Init does not take them
-    (bitsandbytes issue 1249): under ZeRO-3 every rank would hold all of them.
+    transformers builds quantized weights outside zero.Init, and zero.Init does not take
+    them (bitsandbytes issue 1249): under ZeRO-3 every rank would hold all of them.
     """
     if bits > 8:
         return
@@ -164,7 +176,9 @@ def check_bits(bits: int, how: str, zero_stage: int, device: torch.device) -> No
         )
     if device.type != "cuda":
         advice = "Give --llm.bits=16 or use a GPU."
-        raise UserError(f"{option} needs a CUDA device, but this machine has none. {advice}")
+        raise UserError(
+            f"{option} needs a CUDA device, but this machine has none. {advice}"
+        )
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(
             f"{option} needs the package bitsandbytes, which is not installed. Install "
@@ -181,10 +195,11 @@ def check_bits(bits: int, how: str, zero_stage: int, device: torch.device) -> No
 def merged(tensors: NamedTensors, llm: Any) -> Iterator[tuple[str, torch.Tensor | None]]:
     """The LLM's tensors under their names from before `tune`, low-rank additions merged.
 
-    tensors: whole ones by their names in `llm`, or None (on ranks that only take part in the
-    gathering). They are taken as they come and no more than one layer is held. llm: as `tune` left
-    it, for scales and layouts; its own, possibly partitioned, values are not read. An LLM without
-    additions passes unchanged. Raises UserError for quantized weights.
+    tensors: whole ones by their names in `llm`, or None (on ranks that only take part in
+    the gathering). They are taken as they come and no more than one layer is held. llm:
+    as `tune` left it, for scales and layouts; its own, possibly partitioned, values are
+    not read. An LLM without additions passes unchanged. Raises UserError for quantized
+    weights.
     """
     layers = _low_rank_layers(llm)
     waiting: dict[str, dict[str, torch.Tensor | None]] = {}
@@ -197,28 +212,40 @@ def merged(tensors: NamedTensors, llm: Any) -> Iterator[tuple[str, torch.Tensor 
             parts = waiting.setdefault(prefix, {})
             parts[part] = tensor
             if parts.keys() == _parts(layers[prefix]):
-                yield f"{prefix}.weight", _merge(layers[prefix], waiting.pop(prefix), prefix)
+                yield (
+                    f"{prefix}.weight",
+                    _merge(layers[prefix], waiting.pop(prefix), prefix),
+                )
         else:
             yield f"{match[1]}.{match[2].removeprefix('base_layer.')}", tensor
     assert not waiting, f"parts of {sorted(waiting)} are missing"
 
 
 def _low_rank_layers(llm: Any) -> dict[str, Any]:
-    return {name: module for name, module in llm.named_modules() if isinstance(module, LoraLayer)}
+    return {
+        name: module
+        for name, module in llm.named_modules()
+        if isinstance(module, LoraLayer)
+    }
 
 
 def _parts(layer: Any) -> set[str]:
     """Names of what a low-rank layer's weight is merged of."""
     names = {name for name, _ in layer.named_parameters()}
-    return {name for name in names if name == "base_layer.weight" or name.startswith("lora_")}
+    return {
+        name for name in names if name == "base_layer.weight" or name.startswith("lora_")
+    }
 
 
-def _merge(layer: Any, parts: dict[str, torch.Tensor | None], name: str) -> torch.Tensor | None:
-    """W + scale B A; for DoRA (arXiv 2402.09353) with each output's row at its learnt magnitude."""
+def _merge(
+    layer: Any, parts: dict[str, torch.Tensor | None], name: str
+) -> torch.Tensor | None:
+    """W + scale B A; for DoRA (arXiv 2402.09353) with each output's row at its learnt
+    magnitude."""
     if type(layer.base_layer.weight).__name__ in _QUANTIZED:
         raise UserError(
-            f"weights must not be quantized to be merged, but {name} is of 8 or 4 bits. Export the "
-            "additions apart."
+            f"weights must not be quantized to be merged, but {name} is of 8 or 4 bits. "
+            "Export the additions apart."
         )
     weight = parts.pop("base_layer.weight")
     if weight is None:
@@ -243,13 +270,16 @@ def _merge(layer: Any, parts: dict[str, torch.Tensor | None], name: str) -> torc
 def write_additions(folder: Path, tensors: NamedTensors, llm: Any, base: str) -> None:
     """Fill an empty folder that `peft.PeftModel.from_pretrained(base model, folder)` reads.
 
-    adapter_config.json and adapter_model.safetensors hold the additions, and the other parameters
-    that were trained, if any. tensors: as for `merged`, of trained parameters at least. base: the
-    name or folder of the LLM that they belong to, written into the config.
+    adapter_config.json and adapter_model.safetensors hold the additions, and the other
+    parameters that were trained, if any. tensors: as for `merged`, of trained parameters
+    at least. base: the name or folder of the LLM that they belong to, written into the
+    config.
     """
     trained = {name for name, p in llm.named_parameters() if p.requires_grad}
     state = {n: t.detach().cpu() for n, t in tensors if t is not None and n in trained}
-    additions = get_peft_model_state_dict(llm, state_dict=state, save_embedding_layers=False)
+    additions = get_peft_model_state_dict(
+        llm, state_dict=state, save_embedding_layers=False
+    )
     others = {n: t for n, t in state.items() if ".lora_" not in n}
     written = additions | others
     named = {f"base_model.model.{n}": t.contiguous() for n, t in written.items()}
@@ -276,4 +306,7 @@ def read_additions(folder: Path, llm: Any) -> None:
     missing = [name for name in result.missing_keys if ".lora_" in name]
     wrong = [*missing, *result.unexpected_keys]
     if wrong:
-        raise UserError(f"the low-rank additions in {folder} must fit their LLM, but {wrong[0]} does not.")
+        raise UserError(
+            f"the low-rank additions in {folder} must fit their LLM, but {wrong[0]} does "
+            "not."
+        )

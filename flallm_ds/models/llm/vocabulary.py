@@ -10,14 +10,25 @@ import torch
 from flallm_ds.data.text.codec import TextCodec
 from flallm_ds.models.llm.stored import StoredTensor
 
-# Specials of text are absent where they were not kept; other ids (of pictures, sounds) must be some
-# number.
-_TEXT_SPECIALS = ("pad", "bos", "eos", "sep", "cls", "unk", "decoder_start", "forced_bos", "forced_eos")
+# Specials of text are absent where they were not kept; other ids (of pictures, sounds)
+# must be some number.
+_TEXT_SPECIALS = (
+    "pad",
+    "bos",
+    "eos",
+    "sep",
+    "cls",
+    "unk",
+    "decoder_start",
+    "forced_bos",
+    "forced_eos",
+)
 _ID_LISTS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids")
 
 
 def word_dims(skeleton: Any, smaller: Any) -> dict[str, int]:
-    """{tensor: its dimension that counts words}: what differs in shape between two vocabularies."""
+    """{tensor: its dimension that counts words}: what differs in shape between two
+    vocabularies."""
     shapes = {name: tensor.shape for name, tensor in smaller.state_dict().items()}
     found = {}
     for name, tensor in skeleton.state_dict().items():
@@ -65,7 +76,8 @@ def _with_parts(config: Any) -> Iterator[Any]:
 
 
 def renumber(config: Any, codec: TextCodec) -> None:
-    """Write trimmed ids into a config or generation config, so that none points past the words."""
+    """Write trimmed ids into a config or generation config, so that none points past the
+    words."""
     for field, value in config.to_dict().items():
         is_list = field in _ID_LISTS
         is_id = is_list or field.endswith(("_token_id", "_token_index"))
@@ -96,5 +108,6 @@ def _renumbered(value: Any, codec: TextCodec) -> Any:
     kept = [one for one in trimmed if one is not None]
     if any(isinstance(one, list) for one in value):  # words of several pieces
         pairs = zip(trimmed, value, strict=True)
-        kept = [new for new, old in pairs if new and len(new) == len(old)]  # a part is no word
+        # a part is no word
+        kept = [new for new, old in pairs if new and len(new) == len(old)]
     return kept or None

@@ -15,7 +15,8 @@ from flallm_ds.errors import UserError
 
 _ROWS = 16  # of the probe's word embedding
 _WORDS = 4  # that it reads
-_DRAWN = 10**7  # numbers in one of its other tensors at most; a larger one repeats a single number
+# numbers in one of its other tensors at most; a larger one repeats a single number
+_DRAWN = 10**7
 
 
 # Model types that only seem to read embeddings as words, and why.
@@ -42,12 +43,12 @@ def probe_of(llm: Any) -> Any:
 def word_scale(probe: Any) -> float:
     """What the model multiplies embedded words by, but not embeddings that it is given.
 
-    Families do so in the embedding, beside it, or not at all, and some scale embeddings as well. So
-    the model reads the same words in both ways, as far as its first layer. No weights are needed,
-    and no other rank.
+    Families do so in the embedding, beside it, or not at all, and some scale embeddings
+    as well. So the model reads the same words in both ways, as far as its first layer. No
+    weights are needed, and no other rank.
 
-    probe: on the meta device; it is of no other use afterwards. Raises UserError for a model that
-    reads embeddings in another way than words.
+    probe: on the meta device; it is of no other use afterwards. Raises UserError for a
+    model that reads embeddings in another way than words.
     """
     probe.eval()
     with torch.device("cpu"):  # whatever the caller's default device is
@@ -73,8 +74,9 @@ def _measured(probe: Any) -> float:
         reason = (str(error) or type(error).__name__).splitlines()[0]
     name = probe.config.name_or_path or "this one"
     raise UserError(
-        "llm.name must be an LLM that reads embeddings as it reads words, because visual tokens "
-        f"are embeddings, got {name} ({probe.config.model_type}): {reason}. Choose another LLM."
+        "llm.name must be an LLM that reads embeddings as it reads words, because visual "
+        f"tokens are embeddings, got {name} ({probe.config.model_type}): {reason}. Choose "
+        "another LLM."
     )
 
 
@@ -103,7 +105,8 @@ def _materialize(probe: Any) -> torch.Tensor:
     for module in owners.keys() - in_layers:
         for name, parameter in module.named_parameters(recurse=False):
             numbers = _numbers(parameter, generator)
-            # Also the embedding of an encoder or decoder, which is tied when it is loaded.
+            # Also the embedding of an encoder or decoder, which is tied when it is
+            # loaded.
             if type(module) is type(words) and parameter.shape == shape:
                 numbers = table
                 module.padding_idx = None  # it may be past the probe's rows
@@ -120,7 +123,9 @@ def _materialize(probe: Any) -> torch.Tensor:
 def _layers(probe: Any) -> list[nn.Module]:
     """transformers' own layers; of a class without them (code of the hub), all in a list."""
     modules = list(probe.modules())
-    layers = [module for module in modules if isinstance(module, GradientCheckpointingLayer)]
+    layers = [
+        module for module in modules if isinstance(module, GradientCheckpointingLayer)
+    ]
     lists = [module for module in modules if isinstance(module, nn.ModuleList)]
     return layers or [layer for entry in lists for layer in entry]
 
@@ -149,7 +154,8 @@ def _inputs_of_first_layer(probe: Any, **inputs: torch.Tensor) -> list[Any]:
 def _candidates(probe: Any) -> list[float]:
     """What the scale may be, likely ones first.
 
-    That of the embedding, 1, each number that a part of the model or its config holds, sqrt(E).
+    That of the embedding, 1, each number that a part of the model or its config holds,
+    sqrt(E).
     """
     embedding = probe.get_input_embeddings()
     found = [own_scale(embedding), 1.0]

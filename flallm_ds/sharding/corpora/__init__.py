@@ -1,8 +1,8 @@
 """What every importer yields, and how tables are read.
 
-There is one module per corpus; nothing else knows a corpus. An importer is
-`read(source, splits, **its own options) -> Corpus`, and `sharding/rows.py` lists them. It reads
-tables only: whether videos are there and decode is the business of the build, the same for every
+There is one module per corpus; nothing else knows a corpus. An importer is `read(source,
+splits, **its own options) -> Corpus`, and `sharding/rows.py` lists them. It reads tables
+only: whether videos are there and decode is the business of the build, the same for every
 corpus.
 """
 
@@ -24,14 +24,19 @@ from flallm_ds.errors import UserError
 
 SPLITS = ("train", "dev", "test")
 SIGNSIM_FILE = "signsim.json"  # marks the synthetic corpus, which has PHOENIX14T's layout
-SPLIT_NAMES = {name: name for name in SPLITS} | {"val": "dev", "valid": "dev", "validation": "dev"}
+SPLIT_NAMES = {name: name for name in SPLITS} | {
+    "val": "dev",
+    "valid": "dev",
+    "validation": "dev",
+}
 
 _DELIMITERS = {",": "commas", "\t": "TABs", "|": "|", ";": "semicolons"}
 _LINE_END = re.compile(r"\r\n|\r|\n")
 _NOT_IN_A_TEXT = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")
 _NUMBER = re.compile(r"\s*\+?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?\s*", re.IGNORECASE)
 _UNSEEN = frozenset(("Cc", "Cf", "Zs", "Zl", "Zp", "Mn", "Mc", "Me"))
-_FILLERS = frozenset("\u115f\u1160\u2800\u3164\uffa0")  # letters and symbols drawn as nothing
+# letters and symbols drawn as nothing
+_FILLERS = frozenset("\u115f\u1160\u2800\u3164\uffa0")
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,8 @@ class Row:
     """One clip of a corpus as its table has it."""
 
     id: str  # the corpus's own
-    path: Path  # a video file or a folder of frame images; may be absent, which the build reports
+    # a video file or a folder of frame images; may be absent, which the build reports
+    path: Path
     text: str
     language: str
     signer: str = ""
@@ -73,7 +79,9 @@ def read_lines(path: Path) -> list[str]:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise UserError(f"a table must be readable, but {error.strerror}: {path}.") from error
+        raise UserError(
+            f"a table must be readable, but {error.strerror}: {path}."
+        ) from error
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         got = f"got UTF-16: {path}. Save it as UTF-8."
         raise UserError(f"a table must be readable text in UTF-8, {got}")
@@ -90,8 +98,8 @@ def read_lines(path: Path) -> list[str]:
     for number, line in enumerate(lines, 1):
         if "\0" in line:
             raise UserError(
-                f"{path}, line {number}: a table must be readable text in UTF-8, got a NUL byte. "
-                "Save it as UTF-8."
+                f"{path}, line {number}: a table must be readable text in UTF-8, got a NUL "
+                "byte. Save it as UTF-8."
             )
     return lines
 
@@ -101,14 +109,15 @@ def read_table(
 ) -> Iterator[tuple[int, dict[str, str]]]:
     """Yield (line number, row) of a table with one row a line.
 
-    columns: those that its header line must have.
-    quoted: fields in double quotes are unquoted (csv's minimal quoting), else quotes are ordinary
-    characters.
-    Raises UserError that names the file and line of what does not fit.
+    columns: those that its header line must have. quoted: fields in double quotes are
+    unquoted (csv's minimal quoting), else quotes are ordinary characters. Raises
+    UserError that names the file and line of what does not fit.
     """
     lines = read_lines(path)
     _check_delimiter(lines[0], delimiter, columns, quoted, path)
-    header = [name.strip() for name in _fields(lines[0], delimiter, quoted, f"{path}, line 1:")]
+    header = [
+        name.strip() for name in _fields(lines[0], delimiter, quoted, f"{path}, line 1:")
+    ]
     _check_header(header, delimiter, columns, path)
     for number, line in enumerate(lines[1:], 2):
         what = f"{path}, line {number}:"
@@ -129,8 +138,8 @@ def _fields(line: str, delimiter: str, quoted: bool, what: str) -> list[str]:
         return next(csv.reader([line], delimiter=delimiter, strict=True), [])
     except csv.Error as error:
         raise UserError(
-            f"{what} a field in double quotes must close on its line and have each quote within it "
-            f"doubled, got {line!r:.80} ({error}). Correct the quotes."
+            f"{what} a field in double quotes must close on its line and have each quote "
+            f"within it doubled, got {line!r:.80} ({error}). Correct the quotes."
         ) from error
 
 
@@ -157,8 +166,8 @@ def _check_delimiter(
         )
     if not quoted and f'"{columns[0]}"' in line:
         raise UserError(
-            f"{path}, line 1: a table separated by {wanted} must have no quotes around its fields, "
-            f"got {line[:200]!r}. Save it without quoting."
+            f"{path}, line 1: a table separated by {wanted} must have no quotes around its "
+            f"fields, got {line[:200]!r}. Save it without quoting."
         )
 
 
@@ -177,21 +186,24 @@ def _check_header(
     if missing:
         raise UserError(
             f"a table must have the column {missing[0]!r}, but its first line is "
-            f"{delimiter.join(header)[:200]!r}: {path}. Check that it is the corpus's own table."
+            f"{delimiter.join(header)[:200]!r}: {path}. Check that it is the corpus's own "
+            "table."
         )
 
 
 def check_text(text: str, what: str) -> None:
-    """Raise UserError that begins with `what` for a text with a line break or control character."""
+    """Raise UserError that begins with `what` for a text with a line break or control
+    character."""
     if found := _NOT_IN_A_TEXT.search(text):
         raise UserError(
-            f"{what} must be one line without TABs and control characters, got {found[0]!r} in "
-            f"{text!r:.60}. Correct the table."
+            f"{what} must be one line without TABs and control characters, got "
+            f"{found[0]!r} in {text!r:.60}. Correct the table."
         )
 
 
 def is_blank(text: str) -> bool:
-    """Whether nothing of a text can be seen: spaces, zero-width and combining characters alone."""
+    """Whether nothing of a text can be seen: spaces, zero-width and combining characters
+    alone."""
     return all(unicodedata.category(char) in _UNSEEN or char in _FILLERS for char in text)
 
 
@@ -201,7 +213,9 @@ def first_line(path: Path) -> str:
         with path.open(encoding="utf-8-sig", errors="replace") as file:
             return file.readline(100_000)
     except OSError as error:
-        raise UserError(f"a table must be readable, but {error.strerror}: {path}.") from error
+        raise UserError(
+            f"a table must be readable, but {error.strerror}: {path}."
+        ) from error
 
 
 def files_below(folder: Path) -> Iterator[Path]:
@@ -234,8 +248,8 @@ def find_file(source: Path, usual: str, pattern: str) -> Path | None:
     for other in found[1:]:
         if not same_content(found[0], other):
             raise UserError(
-                f"--source must hold one {pattern}, got two that differ: {found[0]} and {other}. "
-                "Move one of them away."
+                f"--source must hold one {pattern}, got two that differ: {found[0]} and "
+                f"{other}. Move one of them away."
             )
     return found[0] if found else None
 
@@ -254,7 +268,9 @@ def read_seconds(value: str, what: str, required: bool = False) -> float | None:
         return None
     fields = value.split(":")
     # float alone would also take "1_000", "nan" and digits of other scripts.
-    parts = [float(part) for part in fields] if all(map(_NUMBER.fullmatch, fields)) else [-1.0]
+    parts = (
+        [float(part) for part in fields] if all(map(_NUMBER.fullmatch, fields)) else [-1.0]
+    )
     seconds = sum(part * 60.0**place for place, part in enumerate(reversed(parts)))
     if len(parts) > 3 or not all(0 <= part < 1e7 for part in parts) or seconds >= 1e7:
         wanted = f"{what} must be seconds from 0 up, or h:m:s"
@@ -275,7 +291,8 @@ def read_split(value: str, what: str) -> str:
 
 
 def split_of(video: str) -> str:
-    """Draw train, dev or test (80, 10 and 10 %) for a source video, by its name: never by clip."""
+    """Draw train, dev or test (80, 10 and 10 %) for a source video, by its name: never by
+    clip."""
     percent = int.from_bytes(hashlib.sha256(video.encode()).digest()[:8], "big") % 100
     if percent < 80:
         return "train"

@@ -12,8 +12,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-# The first of a video's files in this order is read; .json is a list of {text, start, duration} or
-# json3.
+# The first of a video's files in this order is read; .json is a list of {text, start,
+# duration} or json3.
 SUFFIXES = (".vtt", ".json3", ".srt", ".json")
 # Captions that are not read.
 OTHER_SUFFIXES = {".ttml", ".dfxp", ".xml", ".sbv", ".ass", ".ssa", ".sub", ".lrc", ".scc"}
@@ -27,8 +27,8 @@ _MAX_S = 1e7
 _AT_ONCE_S = 0.1
 
 _LINE_BREAK = re.compile(r"(?i:<br\s*/?>)|\\N")
-# Only what begins like a tag: JSON texts escape nothing and may hold "<3". It may continue in the
-# next line.
+# Only what begins like a tag: JSON texts escape nothing and may hold "<3". It may
+# continue in the next line.
 _TAG = re.compile(r"</?(?:[a-z][^<>]*|[0-9]+(?::[0-9]+)+[.,][0-9]+)>|</>", re.IGNORECASE)
 _TIME_TAG = re.compile(r"<[0-9]+(?::[0-9]+)+[.,][0-9]+>")
 _CODE = re.compile(r"\{\\[^{}]*\}")  # {\an8}
@@ -94,7 +94,9 @@ def header_language(path: Path) -> str:
         return ""
     with path.open("rb") as file:
         head = file.read(500)
-    match = re.search(rb"^Language:[ \t]*([A-Za-z]{2,3}(?:-[A-Za-z0-9]+)*)", head, re.MULTILINE)
+    match = re.search(
+        rb"^Language:[ \t]*([A-Za-z]{2,3}(?:-[A-Za-z0-9]+)*)", head, re.MULTILINE
+    )
     return match[1].decode() if match else ""
 
 
@@ -137,7 +139,9 @@ def _read_json3(content: dict[str, Any]) -> tuple[list[Cue], bool]:
             raise ValueError("the segments of an event must be a list of objects")
         if not all(isinstance(segment, dict) for segment in segments):
             raise ValueError("the segments of an event must be a list of objects")
-        automatic |= "aAppend" in event or any("tOffsetMs" in segment for segment in segments)
+        automatic |= "aAppend" in event or any(
+            "tOffsetMs" in segment for segment in segments
+        )
         texts = [segment.get("utf8", "") for segment in segments]
         if not all(isinstance(text, str) for text in texts):
             raise ValueError("the text of a segment must be a string")
@@ -167,7 +171,9 @@ def _number(value: Any) -> float:
 
 def _caption(start_s: float, span_s: float, text: str) -> _Shown:
     if not (0 <= start_s < _MAX_S and 0 <= span_s < _MAX_S):
-        raise ValueError(f"a caption must lie within a video, got {start_s} s for {span_s} s")
+        raise ValueError(
+            f"a caption must lie within a video, got {start_s} s for {span_s} s"
+        )
     return start_s, start_s + span_s, _clean(text)
 
 
@@ -180,7 +186,9 @@ def _without_comments(text: str) -> list[str]:
     lines = []
     before, hidden = "", False
     for line in _lines(text)[1:]:
-        hidden = bool(line) and (hidden or (not before and _NO_CUE.fullmatch(line) is not None))
+        hidden = bool(line) and (
+            hidden or (not before and _NO_CUE.fullmatch(line) is not None)
+        )
         before = line
         if not hidden:
             lines.append(line)
@@ -208,8 +216,8 @@ def _seconds(clock: str) -> float:
 def _timed(lines: Sequence[str], blank_ends: bool) -> list[_Shown]:
     """Return what is shown and when: each line of times, and the lines below it.
 
-    blank_ends: an empty line ends a caption, else the next line of times does, with the number
-    above it.
+    blank_ends: an empty line ends a caption, else the next line of times does, with the
+    number above it.
     """
     found: list[tuple[tuple[float, float], list[str]]] = []
     current: list[str] | None = None
@@ -230,18 +238,20 @@ def _timed(lines: Sequence[str], blank_ends: bool) -> list[_Shown]:
 def _unroll(shown: list[_Shown], automatic: bool = False) -> tuple[list[Cue], bool]:
     """Return (captions, whether they scroll).
 
-    Automatic captions scroll: each shows the last line again above a new one. Their lines are taken
-    once, with the span of the caption in which they were new.
-    automatic: whether the file says so, by the time of each word.
+    Automatic captions scroll: each shows the last line again above a new one. Their lines
+    are taken once, with the span of the caption in which they were new. automatic:
+    whether the file says so, by the time of each word.
     """
-    # How many lines of each caption are those of the one before, and whether that one is shown too.
+    # How many lines of each caption are those of the one before, and whether that one is
+    # shown too.
     repeats = [0] * len(shown)
     overlaps = [False] * len(shown)
     for n, ((began_s, end_s, before), (start_s, _, lines)) in enumerate(pairwise(shown), 1):
         if began_s <= start_s < end_s + _AT_ONCE_S:
             repeats[n] = _num_repeated(before, lines)
             overlaps[n] = began_s < start_s < end_s - _AT_ONCE_S
-    # Some tools drop the time of each word, by which automatic captions are known; repeats stay.
+    # Some tools drop the time of each word, by which automatic captions are known;
+    # repeats stay.
     mostly = len(repeats) > 3 and sum(map(bool, repeats)) > len(repeats) / 2
     if not automatic and not mostly:
         # A line said twice is captioned twice, but not while the first is still shown.
@@ -298,7 +308,8 @@ def _clean(text: str) -> list[str]:
     text = _PARENTHESES.sub(lambda found: " " if _is_sound(found[1]) else found[0], text)
     text = _ARROWS.sub(_without_name, text)
     whole = " ".join(text.split()).strip(".,!- ")
-    alone = _PARENTHESES.fullmatch(whole)  # (birds singing), but not a sentence said aside
+    # (birds singing), but not a sentence said aside
+    alone = _PARENTHESES.fullmatch(whole)
     if (alone and not re.search("[.!?。！？]", alone[1])) or (sung and _is_sound(whole)):
         return []
     if not any(map(str.isalnum, whole)):

@@ -1,8 +1,8 @@
 """CSL-Daily: Chinese sign language of daily life, folders of 512x512 JPEG frames.
 
-The corpus is given out by signed agreement. Texts are the annotated characters put together; their
-punctuation is full-width and kept. The annotation is a pickle: it is read without its power to
-import anything. Where it is absent, video_map.txt says the same.
+The corpus is given out by signed agreement. Texts are the annotated characters put
+together; their punctuation is full-width and kept. The annotation is a pickle: it is read
+without its power to import anything. Where it is absent, video_map.txt says the same.
 """
 
 import pickle
@@ -12,11 +12,19 @@ from typing import Any, NoReturn
 
 from flallm_ds.data.codecs.video import Box
 from flallm_ds.errors import UserError
-from flallm_ds.sharding.corpora import Corpus, Row, check_text, first_of, read_split, read_table
+from flallm_ds.sharding.corpora import (
+    Corpus,
+    Row,
+    check_text,
+    first_of,
+    read_split,
+    read_table,
+)
 
 # Of the recordings, says the corpus's paper (arXiv 2105.12397); the frames have no times.
 FPS = 30.0
-MARGIN: Box = (0.0, 80 / 512, 1.0, 1.0)  # what is left of a frame without the black rows at its top
+# what is left of a frame without the black rows at its top
+MARGIN: Box = (0.0, 80 / 512, 1.0, 1.0)
 _FRAMES = (
     "sentence/frames_512x512",
     "sentences/frames_512x512",
@@ -64,12 +72,17 @@ def read(source: Path, splits: tuple[str, ...], *, trim_margin: bool = True) -> 
             )
         )
     margin = "cut off" if trim_margin else "kept"
-    notes = [f"labels from {table.name}", f"the black margin (rows 0 to 80 of 512) is {margin}"]
+    notes = [
+        f"labels from {table.name}",
+        f"the black margin (rows 0 to 80 of 512) is {margin}",
+    ]
     if absent:
         what = "clips of split_1.txt are not in this release"
         notes.append(f"{len(absent):,} {what} ({first_of(absent)})")
     if unlisted := [name for name in labels if name not in listed]:
-        notes.append(f"{len(unlisted):,} labelled clips are in no split ({first_of(unlisted)})")
+        notes.append(
+            f"{len(unlisted):,} labelled clips are in no split ({first_of(unlisted)})"
+        )
     return Corpus("csl_daily", "zh", rows, notes)
 
 
@@ -88,10 +101,14 @@ def _find_frames(root: Path) -> Path:
         if not known:
             found.append(folder)
     if not found:
-        raise UserError(f"the frames must be in one of {', '.join(_FRAMES)}, but are not: {root}.")
+        raise UserError(
+            f"the frames must be in one of {', '.join(_FRAMES)}, but are not: {root}."
+        )
     if len(found) > 1:
         two = f"{found[0]} and {found[1]}"
-        raise UserError(f"the frames must be in one folder, got two: {two}. Move one of them away.")
+        raise UserError(
+            f"the frames must be in one folder, got two: {two}. Move one of them away."
+        )
     return found[0]
 
 
@@ -125,7 +142,9 @@ def _label(info: dict[str, Any], table: Path) -> tuple[str, str]:
     for field in ("label_char", "label_gloss"):
         value = info.get(field)
         parts = value.split() if isinstance(value, str) else value
-        if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
+        if not isinstance(parts, list | tuple) or not all(
+            isinstance(part, str) for part in parts
+        ):
             wanted = f"{field} of {info['name']} must be text or a list of texts"
             raise UserError(f"{wanted}, but is {value!r:.80}: {table}.")
         words.append(parts)
@@ -133,7 +152,8 @@ def _label(info: dict[str, Any], table: Path) -> tuple[str, str]:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Reads dicts, lists, texts and numbers. Whatever would import or call anything is refused."""
+    """Reads dicts, lists, texts and numbers. Whatever would import or call anything is
+    refused."""
 
     def find_class(self, module: str, name: str) -> NoReturn:
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")

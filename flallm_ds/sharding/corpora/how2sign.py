@@ -1,8 +1,8 @@
 """How2Sign: American sign language, instructional speech, front camera.
 
-The right clips are cut from the raw videos by the re-aligned times. The ready-made sentence clips
-were cut with the original, misaligned times: they are used where they cover more rows of a split,
-and a note says so.
+The right clips are cut from the raw videos by the re-aligned times. The ready-made
+sentence clips were cut with the original, misaligned times: they are used where they
+cover more rows of a split, and a note says so.
 """
 
 import re
@@ -62,7 +62,9 @@ def read_rows(
     lines = list(read_table(table, delimiter, _COLUMNS))
     # Raw videos, or ready-made clips where more rows have one.
     raw_names = {fields["VIDEO_NAME"]: (fields["VIDEO_NAME"],) for _, fields in lines}
-    ready_names = {fields["SENTENCE_NAME"]: (fields["SENTENCE_NAME"],) for _, fields in lines}
+    ready_names = {
+        fields["SENTENCE_NAME"]: (fields["SENTENCE_NAME"],) for _, fields in lines
+    }
     there = videos.found(raw_names), videos.found(ready_names)
     num_raw = sum(fields["VIDEO_NAME"] in there[0] for _, fields in lines)
     num_ready = sum(fields["SENTENCE_NAME"] in there[1] for _, fields in lines)
@@ -80,10 +82,13 @@ def read_rows(
         what = f"{table}, line {line}:"
         text = fields["SENTENCE"]
         mended = mend_mojibake(text)
-        # The mended text: the bytes of a garbled letter may be shown as control characters.
+        # The mended text: the bytes of a garbled letter may be shown as control
+        # characters.
         check_text(mended.strip(), f"{what} a sentence")
         num_garbled += mended != text
-        start_s = read_seconds(fields["START_REALIGNED"], f"{what} START_REALIGNED", required=raw)
+        start_s = read_seconds(
+            fields["START_REALIGNED"], f"{what} START_REALIGNED", required=raw
+        )
         end_s = read_seconds(fields["END_REALIGNED"], f"{what} END_REALIGNED", required=raw)
         name = fields["VIDEO_NAME"] if raw else fields["SENTENCE_NAME"]
         signer = re.search(r"-([0-9]+)-rgb_", fields["VIDEO_NAME"])
@@ -100,7 +105,9 @@ def read_rows(
             )
         )
     if num_garbled:
-        done = "repaired" if repair else "kept as they are (--repair_mojibake=true mends them)"
+        done = (
+            "repaired" if repair else "kept as they are (--repair_mojibake=true mends them)"
+        )
         notes.append(f"{num_garbled:,} texts with garbled characters, {done}")
     return rows, notes
 
@@ -139,10 +146,12 @@ def _byte(character: str) -> bytes:
 
 def _find_table(source: Path, split: str) -> Path:
     name = f"how2sign_realigned_{split}.csv"
-    found = find_file(source, f"sentence_level/{split}/text/en/raw_text/re_aligned/{name}", name)
+    found = find_file(
+        source, f"sentence_level/{split}/text/en/raw_text/re_aligned/{name}", name
+    )
     if found is None:
         raise UserError(
-            f"the re-aligned table of every split must be there, but {name} is not below {source}. "
-            "Fetch it, or name the splits that you have with --splits."
+            f"the re-aligned table of every split must be there, but {name} is not below "
+            f"{source}. Fetch it, or name the splits that you have with --splits."
         )
     return found

@@ -1,10 +1,11 @@
 """Any sign corpus by a manifest: CSV, TSV or JSON lines with a video and a text a row.
 
-Columns: video, text; optionally start, end (seconds or h:m:s within the video), split, signer,
-language, id, bbox ("x0,y0,x1,y1", each 0 to 1: the part of the picture to keep) and fps (of a
-folder of frame images; 25). A video is a file or a folder of frame images; its path is relative to
-the manifest's folder. Without a split column, a video's clips go to train, dev or test (80, 10 and
-10 %) by a hash of its path: never one video to two splits, and the same on every machine.
+Columns: video, text; optionally start, end (seconds or h:m:s within the video), split,
+signer, language, id, bbox ("x0,y0,x1,y1", each 0 to 1: the part of the picture to keep)
+and fps (of a folder of frame images; 25). A video is a file or a folder of frame images;
+its path is relative to the manifest's folder. Without a split column, a video's clips go
+to train, dev or test (80, 10 and 10 %) by a hash of its path: never one video to two
+splits, and the same on every machine.
 """
 
 import json
@@ -35,7 +36,8 @@ _NEEDED = ("video", "text")
 _STRINGS = (*_NEEDED, "split", "signer", "language", "id")
 _NUMBERS = ("start", "end", "fps")
 _COLUMNS = (*_NEEDED, "start", "end", "split", "signer", "language", "id", "bbox", "fps")
-_LIKENESS = 0.82  # difflib's, of a misspelt name: "langage" is language, "sign" is not signer
+# difflib's, of a misspelt name: "langage" is language, "sign" is not signer
+_LIKENESS = 0.82
 
 
 def read(source: Path, splits: tuple[str, ...], *, language: str = "") -> Corpus:
@@ -63,8 +65,8 @@ def read(source: Path, splits: tuple[str, ...], *, language: str = "") -> Corpus
     if quoted:
         numbers = first_of([str(line) for line in quoted])
         notes.append(
-            f"{len(quoted):,} texts begin and end with a double quote, which is kept: a TSV has no "
-            f"quoting (lines {numbers})"
+            f"{len(quoted):,} texts begin and end with a double quote, which is kept: a "
+            f"TSV has no quoting (lines {numbers})"
         )
     language = languages.pop() if len(languages) == 1 else "mixed"
     return Corpus(source.stem, language, rows, notes)
@@ -81,8 +83,8 @@ def _unused(fields: dict[str, str], what: str) -> set[str]:
         if meant and meant not in fields:
             raise UserError(
                 f"{what} columns must be named {', '.join(_COLUMNS)}, got {name!r} and no "
-                f"{meant!r}. Rename it to {meant}, or, if it is something else, to a name less "
-                "like it."
+                f"{meant!r}. Rename it to {meant}, or, if it is something else, to a name "
+                "less like it."
             )
     return {name or "(without a name)" for name in unknown}
 
@@ -99,21 +101,25 @@ def _meant(name: str) -> str | None:
     return near[0] if near else None
 
 
-def _check_once(row: Row, own_id: str, line: int, first_line_of: dict[Any, int], what: str) -> None:
+def _check_once(
+    row: Row, own_id: str, line: int, first_line_of: dict[Any, int], what: str
+) -> None:
     """Raise UserError if an earlier row has the same id, or the same text, video and times."""
     place = (os.path.normpath(row.path), row.start_s or 0.0, row.end_s, row.bbox)
     first = first_line_of.setdefault((place, row.text, row.language), line)
     if first != line:
         raise UserError(
-            f"{what} a row must occur once, got the video, times and text of line {first} again. "
-            "Remove one of the two."
+            f"{what} a row must occur once, got the video, times and text of line {first} "
+            "again. Remove one of the two."
         )
     if own_id and (first := first_line_of.setdefault(own_id, line)) != line:
         got = f"got {own_id!r} of line {first} again. Correct the manifest."
         raise UserError(f"{what} id must be that of one row, {got}")
 
 
-def _read_row(fields: dict[str, str], folder: Path, language: str, what: str) -> tuple[str, Row]:
+def _read_row(
+    fields: dict[str, str], folder: Path, language: str, what: str
+) -> tuple[str, Row]:
     """Return (split, row) of one line. Raises UserError that begins with `what`."""
     video = fields.get("video", "").strip()
     if not video:
@@ -124,11 +130,15 @@ def _read_row(fields: dict[str, str], folder: Path, language: str, what: str) ->
     named = fields.get("language", "").strip()
     language = language_tag(named, f"{what} language") if named else language
     if not language:
-        raise UserError(f"{what} a text must have a language, but has none. Give --language.")
+        raise UserError(
+            f"{what} a text must have a language, but has none. Give --language."
+        )
     start_s = read_seconds(fields.get("start", ""), f"{what} start")
     end_s = read_seconds(fields.get("end", ""), f"{what} end")
     if end_s is not None and end_s <= (start_s or 0.0):
-        raise UserError(f"{what} end must be above start, but is {end_s:g}. Correct the manifest.")
+        raise UserError(
+            f"{what} end must be above start, but is {end_s:g}. Correct the manifest."
+        )
     split = fields.get("split", "").strip()
     row = Row(
         id=fields.get("id", "").strip() or _made_id(video, start_s, end_s),
@@ -197,8 +207,8 @@ def _read_json_lines(source: Path) -> Iterator[tuple[int, dict[str, str]]]:
         except (ValueError, RecursionError) as error:
             why = error.msg if isinstance(error, json.JSONDecodeError) else error
             raise UserError(
-                f"{source}, line {number}: a manifest must be JSON lines, one object a line, but "
-                f"{why}. Correct the manifest."
+                f"{source}, line {number}: a manifest must be JSON lines, one object a "
+                f"line, but {why}. Correct the manifest."
             ) from error
 
 
@@ -214,8 +224,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _plain(fields: Any) -> dict[str, str]:
     """Return a JSON object's values as the strings that a CSV would hold.
 
-    null is an empty cell, but not for video and text. Raises ValueError for a value of another
-    kind.
+    null is an empty cell, but not for video and text. Raises ValueError for a value of
+    another kind.
     """
     if not isinstance(fields, dict):
         raise ValueError(f"an object must be there, got {json.dumps(fields)[:50]}")
@@ -226,9 +236,13 @@ def _plain(fields: Any) -> dict[str, str]:
         is_empty = value is None and name not in _NEEDED
         if name in _STRINGS and not isinstance(value, str) and not is_empty:
             raise ValueError(f"{name} must be a string, got {json.dumps(value)[:50]}")
-        is_number = isinstance(value, str | int | float | None) and not isinstance(value, bool)
+        is_number = isinstance(value, str | int | float | None) and not isinstance(
+            value, bool
+        )
         if name in _NUMBERS and not is_number:
-            raise ValueError(f"{name} must be a number or a string, got {json.dumps(value)[:50]}")
+            raise ValueError(
+                f"{name} must be a number or a string, got {json.dumps(value)[:50]}"
+            )
         if isinstance(value, list):
             plain[name] = ",".join(map(str, value))
         else:

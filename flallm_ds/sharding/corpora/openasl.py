@@ -1,8 +1,8 @@
 """OpenASL: American sign language from the web; the user fetches the videos.
 
-Clips are cut from the raw videos by the table's times and cropped by the corpus's boxes. Ready-made
-clips are used where they cover more rows of a split; the corpus's own script has cropped them
-already, so the boxes are not applied to them again.
+Clips are cut from the raw videos by the table's times and cropped by the corpus's boxes.
+Ready-made clips are used where they cover more rows of a split; the corpus's own script
+has cropped them already, so the boxes are not applied to them again.
 """
 
 import json
@@ -25,7 +25,8 @@ _COLUMNS = ("vid", "yid", "start", "end", "raw-text", "split")
 
 
 def read(source: Path, splits: tuple[str, ...]) -> Corpus:
-    """OpenASL. --source: the folder that holds openasl-v1.0.tsv, bbox-v1.0.json and the videos."""
+    """OpenASL. --source: the folder that holds openasl-v1.0.tsv, bbox-v1.0.json and the
+    videos."""
     table = find_file(source, "data/openasl-v1.0.tsv", "openasl-v*.tsv")
     if table is None:
         wanted = "--source must hold data/openasl-v1.0.tsv"
@@ -90,7 +91,9 @@ def read_rows(
         )
     num_whole = sum(row.bbox is None for row in rows)
     if raw and num_whole:
-        notes.append(f"{num_whole:,} of {len(rows):,} rows have no box: the whole frame is kept")
+        notes.append(
+            f"{num_whole:,} of {len(rows):,} rows have no box: the whole frame is kept"
+        )
     return rows, notes
 
 
@@ -115,7 +118,8 @@ def read_boxes(path: Path | None) -> dict[str, Box]:
             x0, y0, x1, y1 = (min(max(float(value), 0.0), 1.0) for value in corners)
         except (TypeError, ValueError) as error:
             raise UserError(
-                f"a box must be [x0, y0, x1, y1], but that of {vid} is {corners!r:.80}: {path}."
+                f"a box must be [x0, y0, x1, y1], but that of {vid} is {corners!r:.80}: "
+                f"{path}."
             ) from error
         if x0 < x1 and y0 < y1:
             boxes[vid] = (x0, y0, x1, y1)

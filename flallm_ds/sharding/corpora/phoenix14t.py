@@ -1,9 +1,9 @@
 """RWTH-PHOENIX-Weather 2014 T: German weather forecasts in sign language.
 
-The frames are PNG at 25 fps, 210x260, squeezed from 210x300, and stored so unless asked otherwise:
-training scales them to a square anyway. Texts are kept as the tables have them (lower case, no
-final period); tables that end every sentence in " ." score about 1.1 BLEU-4 higher, which the
-metric's rule must say, not the shards hide.
+The frames are PNG at 25 fps, 210x260, squeezed from 210x300, and stored so unless asked
+otherwise: training scales them to a square anyway. Texts are kept as the tables have them
+(lower case, no final period); tables that end every sentence in " ." score about 1.1
+BLEU-4 higher, which the metric's rule must say, not the shards hide.
 """
 
 import re
@@ -14,7 +14,8 @@ from flallm_ds.errors import UserError
 from flallm_ds.sharding.corpora import SIGNSIM_FILE, Corpus, Row, check_text, read_table
 
 FPS = 25.0
-SEEN_HW = (300, 210)  # "to undistort stretch images to 210x300", says the release's README
+# "to undistort stretch images to 210x300", says the release's README
+SEEN_HW = (300, 210)
 _COLUMNS = ("name", "video", "speaker", "orth", "translation")
 _ROOTS = ("", "PHOENIX-2014-T", "PHOENIX-2014-T-release-v3/PHOENIX-2014-T")
 
@@ -28,8 +29,8 @@ def read(source: Path, splits: tuple[str, ...], *, stretch: bool = False) -> Cor
     for folder in (source.resolve(), *source.resolve().parents[:2]):
         if (folder / SIGNSIM_FILE).is_file():
             raise UserError(
-                f"--source must be the PHOENIX14T release, got the synthetic corpus in {folder}. "
-                f"Run shards/build.py signsim --source={folder}."
+                "--source must be the PHOENIX14T release, got the synthetic corpus in "
+                f"{folder}. Run shards/build.py signsim --source={folder}."
             )
     return read_release(source, splits, stretch)
 
@@ -55,12 +56,14 @@ def find_root(source: Path) -> Path:
         if (source / name / "annotations" / "manual").is_dir():
             return source / name
     raise UserError(
-        f"--source must be the PHOENIX14T release, but there is no annotations/manual in {source} "
-        f"or in {_ROOTS[-1]} below it. Name the folder PHOENIX-2014-T-release-v3."
+        "--source must be the PHOENIX14T release, but there is no annotations/manual in "
+        f"{source} or in {_ROOTS[-1]} below it. Name the folder PHOENIX-2014-T-release-v3."
     )
 
 
-def read_rows(table: Path, frames: Path, stretch_hw: tuple[int, int] | None = None) -> list[Row]:
+def read_rows(
+    table: Path, frames: Path, stretch_hw: tuple[int, int] | None = None
+) -> list[Row]:
     """Read the rows of one table, with `|` between fields and no quoting.
 
     frames: the folder that holds a folder of frames for each clip.
@@ -69,7 +72,8 @@ def read_rows(table: Path, frames: Path, stretch_hw: tuple[int, int] | None = No
     for line, fields in read_table(table, "|", _COLUMNS, quoted=False):
         text = fields["translation"].strip()
         check_text(text, f"{table}, line {line}: translation")
-        broadcast = re.sub(r"-[0-9]+$", "", fields["name"])  # the name without the clip's number
+        # the name without the clip's number
+        broadcast = re.sub(r"-[0-9]+$", "", fields["name"])
         rows.append(
             Row(
                 id=fields["name"],

@@ -11,7 +11,7 @@ def read(source: Path, splits: tuple[str, ...]) -> Corpus:
     """signsim. --source: the folder that flallm signsim corpus wrote."""
     if not (source / SIGNSIM_FILE).is_file():
         raise UserError(
-            f"--source must be a folder that flallm signsim corpus wrote, got {source}: it has no "
-            f"{SIGNSIM_FILE}."
+            f"--source must be a folder that flallm signsim corpus wrote, got {source}: it "
+            f"has no {SIGNSIM_FILE}."
         )
     return replace(phoenix14t.read_release(source, splits), name="signsim")

@@ -8,8 +8,8 @@ from flallm_ds.data.codecs.video import VIDEO_SUFFIXES
 from flallm_ds.errors import UserError
 from flallm_ds.sharding.corpora import files_below, same_content
 
-# In the name of a folder: what was computed from the videos, or another view, under the names of
-# the clips.
+# In the name of a folder: what was computed from the videos, or another view, under the
+# names of the clips.
 _RENDERING = re.compile(
     r"(?<![a-z])([a-z]*(?<!pur)poses?|[a-z]*key[ _-]?points?|kpts?|landmarks?|skeletons?|mediapipe|"
     r"holistic|masks?|segmentations?|silhouettes?|depth|(optical[ _-]?)?flow|heatmaps?|smplx?|"
@@ -39,7 +39,11 @@ class Videos:
 
     def found(self, clips: Mapping[str, Sequence[str]]) -> set[str]:
         """Return the clips that have a video. clips: as for `choose`."""
-        return {clip for clip, names in clips.items() if not self._files.keys().isdisjoint(names)}
+        return {
+            clip
+            for clip, names in clips.items()
+            if not self._files.keys().isdisjoint(names)
+        }
 
     def choose(
         self, clips: Mapping[str, Sequence[str]], own: str | None = None
@@ -59,26 +63,30 @@ class Videos:
         for clip, names in clips.items():
             files = [path for name in names for path in self._files.get(name, ())]
             renderings = [path for name in names for path in self._renderings.get(name, ())]
-            preferred = [path for path in files if own and self._lies_in(path, own)] or files
+            preferred = [
+                path for path in files if own and self._lies_in(path, own)
+            ] or files
             if not preferred:
                 unseen += renderings[:1]
                 continue
             chosen[clip] = preferred[0]
-            others = [path for path in preferred[1:] if not same_content(preferred[0], path)]
+            others = [
+                path for path in preferred[1:] if not same_content(preferred[0], path)
+            ]
             clashes += [(preferred[0], other) for other in others[:1]]
             not_taken += [path for path in files if path not in preferred] + renderings
         if clashes:
             first, second = clashes[0]
             more = f" ({len(clashes):,} clips have two)" if len(clashes) > 1 else ""
             raise UserError(
-                f"a clip must have one video, got two that differ: {first} and {second}{more}. "
-                f"Move the one that is not meant out of {self._source}."
+                f"a clip must have one video, got two that differ: {first} and "
+                f"{second}{more}. Move the one that is not meant out of {self._source}."
             )
         if unseen and not chosen:
             raise UserError(
                 "clips must have RGB videos, got renderings or other views alone, such as "
-                f"{unseen[0]}. Put the clips themselves below {self._source}, in a folder not "
-                "named after poses, masks or views."
+                f"{unseen[0]}. Put the clips themselves below {self._source}, in a folder "
+                "not named after poses, masks or views."
             )
         notes = []
         if not_taken:

@@ -1,8 +1,8 @@
 """YouTube-ASL and YouTube-SL-25: video ids; the user fetches videos and captions.
 
-A clip is a caption. There are no splits: a video's clips go to train, dev or test by a hash of its
-id. Videos and captions are found below the source by id: ID.mp4, ID.en.vtt, ID.en.srt, ID.en.json3,
-or yt-dlp's "Title [ID].en.vtt".
+A clip is a caption. There are no splits: a video's clips go to train, dev or test by a
+hash of its id. Videos and captions are found below the source by id: ID.mp4, ID.en.vtt,
+ID.en.srt, ID.en.json3, or yt-dlp's "Title [ID].en.vtt".
 """
 
 import re
@@ -53,7 +53,9 @@ class Filter:
 
     def keeps(self, cue: Cue) -> bool:
         span_s = cue.end_s - cue.start_s
-        return 0 < len(cue.text) <= self.max_characters and self.min_s <= span_s <= self.max_s
+        return (
+            0 < len(cue.text) <= self.max_characters and self.min_s <= span_s <= self.max_s
+        )
 
 
 @dataclass
@@ -162,8 +164,9 @@ def _read(
             rows[split_of(video)].append(row)
     num_kept = sum(map(len, rows.values()))
     notes = [
-        f"split by a hash of the video's id; {num_kept:,} of {tally.captions['read']:,} captions "
-        f"kept (1 to {keep.max_characters} characters, {keep.min_s:g} to {keep.max_s:g} s)"
+        f"split by a hash of the video's id; {num_kept:,} of {tally.captions['read']:,} "
+        f"captions kept (1 to {keep.max_characters} characters, {keep.min_s:g} to "
+        f"{keep.max_s:g} s)"
     ]
     notes += _notes(tally, find_other_captions(source)) + said
     languages = {row.language for table in rows.values() for row in table}
@@ -189,8 +192,8 @@ def _captions_of(
         return None
     if not track[0]:
         raise UserError(
-            f"captions must have a language, but {track[1]} names none. Give --language, or put "
-            "the language after the video's id in the file of --ids."
+            f"captions must have a language, but {track[1]} names none. Give --language, "
+            "or put the language after the video's id in the file of --ids."
         )
     tally.captions["read"] += len(found.cues)
     tally.captions["wordless"] += sum(not cue.text for cue in found.cues)
@@ -210,7 +213,9 @@ def _captions_of(
 
 
 _READ = ", ".join(SUFFIXES)
-_JOINED = "begin together with another one, or repeat it while it is shown, and are one with it"
+_JOINED = (
+    "begin together with another one, or repeat it while it is shown, and are one with it"
+)
 _CAPTION_NOTES = {
     "wordless": "have no words without sounds, note signs and names, and are left out",
     "cut": "overlap the next one and end where it begins",
@@ -256,15 +261,17 @@ def read_ids(path: str) -> dict[str, str]:
     """
     ids: dict[str, str] = {}
     if not Path(path).is_file():
-        raise UserError(f"--ids must name a readable text file, got {path}. Check the path.")
+        raise UserError(
+            f"--ids must name a readable text file, got {path}. Check the path."
+        )
     for number, line in enumerate(read_lines(Path(path)), 1):
         fields = [field.strip("\"'") for field in re.split(r"[\t, ]+", line.strip())]
         if not fields[0] or (number == 1 and fields[0].lower() in _HEADERS):
             continue
         if not re.fullmatch(_ID, fields[0]):
             raise UserError(
-                f"{path}, line {number}: a video id must be 11 letters, digits, - or _, but is "
-                f"{fields[0]!r:.40}."
+                f"{path}, line {number}: a video id must be 11 letters, digits, - or _, "
+                f"but is {fields[0]!r:.40}."
             )
         code = fields[1] if len(fields) > 1 else ""
         ids.setdefault(fields[0], "" if "?" in code else code)
@@ -293,7 +300,8 @@ def _video_id(path: Path) -> str:
 def find_captions(source: Path) -> dict[str, dict[str, Path]]:
     """Find the caption files below a folder by id and language tag; "" where the name has none.
 
-    Of several formats the first of SUFFIXES is taken. Raises UserError if two files of one differ.
+    Of several formats the first of SUFFIXES is taken. Raises UserError if two files of
+    one differ.
     """
     found: dict[str, dict[str, Path]] = {}
     for suffix in SUFFIXES:
@@ -304,8 +312,9 @@ def find_captions(source: Path) -> dict[str, dict[str, Path]]:
             other = found.setdefault(match[1], {}).setdefault(match[2] or "", path)
             if other.suffix.lower() == suffix and not same_content(other, path):
                 raise UserError(
-                    "a video must have one caption file in a language, got two that differ: "
-                    f"{other} and {path}. Move the one that is not meant out of {source}."
+                    "a video must have one caption file in a language, got two that "
+                    f"differ: {other} and {path}. Move the one that is not meant out of "
+                    f"{source}."
                 )
     return found
 
@@ -314,7 +323,9 @@ def find_other_captions(source: Path) -> dict[str, str]:
     """Find the name of a caption file by id, of the formats that are not read."""
     found: dict[str, str] = {}
     for path in files_below(source):
-        match = _STEM.fullmatch(path.stem) if path.suffix.lower() in OTHER_SUFFIXES else None
+        match = (
+            _STEM.fullmatch(path.stem) if path.suffix.lower() in OTHER_SUFFIXES else None
+        )
         if match:
             found.setdefault(match[1], path.name)
     return found
@@ -323,12 +334,11 @@ def find_other_captions(source: Path) -> dict[str, str]:
 def choose_track(tracks: dict[str, Path], language: str) -> tuple[str, Path] | None:
     """Choose the captions of a video in a language; its only captions where the language is "".
 
-    Returns (language, file).
-    `en` also takes `en-US`, after `en` itself. `zh` takes zh-Hant where there is no other Chinese,
-    `no` takes nn, and the language returned says so. A file without a language in its name is taken
-    as the one asked for unless its own header says another; the language returned may be "".
-    Tags that name no known language are left out.
-    Raises OSError for a file that cannot be read.
+    Returns (language, file). `en` also takes `en-US`, after `en` itself. `zh` takes
+    zh-Hant where there is no other Chinese, `no` takes nn, and the language returned says
+    so. A file without a language in its name is taken as the one asked for unless its own
+    header says another; the language returned may be "". Tags that name no known language
+    are left out. Raises OSError for a file that cannot be read.
     """
     tagged = [(written_language(tag), tag, path) for tag, path in tracks.items() if tag]
     known = sorted(track for track in tagged if track[0])
@@ -336,8 +346,12 @@ def choose_track(tracks: dict[str, Path], language: str) -> tuple[str, Path] | N
         written = written_language(header_language(tracks[""])) or language
         known += [(written, "", tracks[""])] if written or not known else []
     fits = [(written, path) for written, _, path in known if written == language]
-    fits += [(written, path) for written, _, path in known if written.split("-")[0] == language]
-    fits += [(written, path) for written, _, path in known if (language, written) == ("no", "nn")]
+    fits += [
+        (written, path) for written, _, path in known if written.split("-")[0] == language
+    ]
+    fits += [
+        (written, path) for written, _, path in known if (language, written) == ("no", "nn")
+    ]
     if language:
         return fits[0] if fits else None
     if len({written for written, _, _ in known}) != 1:

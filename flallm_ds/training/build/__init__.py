@@ -28,7 +28,8 @@ from flallm_ds.training.weights_record import record_weights
 def build_task(config: RunConfig, folder: Path, world: World) -> Task:
     """Load the data, the texts' codec, the models and the engine of a run whose folder is open.
 
-    Every rank must call it. Raises UserError where options, data and models do not fit one another.
+    Every rank must call it. Raises UserError where options, data and models do not fit
+    one another.
     """
     ds.prepare()
     transformers_logging.disable_progress_bar()
@@ -59,7 +60,9 @@ def build_task(config: RunConfig, folder: Path, world: World) -> Task:
         codec=codec,
         preprocess=make_preprocess(config.data),
         masks=make_masks(config.data),
-        beam=Beam(config.eval.num_beams, config.eval.length_penalty, config.eval.max_new_tokens),
+        beam=Beam(
+            config.eval.num_beams, config.eval.length_penalty, config.eval.max_new_tokens
+        ),
         frozen=None if config.trains_visual else extractor,
         engine=engine,
         rates=tuple(group["lr"] for group in groups),

@@ -41,7 +41,8 @@ def open_indexes(config: RunConfig, world: World) -> tuple[Index, Index]:
 
 
 def open_index(data: DataConfig, split: str, world: World) -> Index:
-    """Open the index of a split of data.shards; check that every machine has each shard, whole."""
+    """Open the index of a split of data.shards; check that every machine has each shard,
+    whole."""
     index = mixture.open_indexes(data.shards, split, CacheOptions.of_run(data))
     on_each_machine(lambda: index.store.check(index.shards, data.check_shards), world)
     return index
@@ -50,14 +51,19 @@ def open_index(data: DataConfig, split: str, world: World) -> Index:
 def check_jpegs(data: DataConfig) -> None:
     """Raise UserError where shards hold H.264, of which the GPU's JPEG decoder makes nothing."""
     for folder in data.shards:
-        options = read_manifest(open_store(folder, CacheOptions.of_run(data))).get("options", {})
+        options = read_manifest(open_store(folder, CacheOptions.of_run(data))).get(
+            "options", {}
+        )
         require(
             options.get("clip_format") != "h264",
-            f"data.decoder must be cpu where shards hold H.264, but is {data.decoder} for {folder}.",
+            f"data.decoder must be cpu where shards hold H.264, but is {data.decoder} for "
+            f"{folder}.",
         )
 
 
-def make_split(index: Index, config: RunConfig, codec: TextCodec, world: World, train: bool) -> Split:
+def make_split(
+    index: Index, config: RunConfig, codec: TextCodec, world: World, train: bool
+) -> Split:
     """Plan a split and how this rank loads it. train: as in training, else as in evaluation."""
     data = config.data
     reader = make_reader(index, config, train)
@@ -74,7 +80,9 @@ def make_split(index: Index, config: RunConfig, codec: TextCodec, world: World, 
 
 def make_reader(index: Index, config: RunConfig, train: bool) -> ClipReader:
     data = config.data
-    return ClipReader(index, FrameSampling.of(data), config.train.seed, train, data.feature_fps)
+    return ClipReader(
+        index, FrameSampling.of(data), config.train.seed, train, data.feature_fps
+    )
 
 
 def make_plan(reader: ClipReader, config: RunConfig) -> Plan:
@@ -84,7 +92,12 @@ def make_plan(reader: ClipReader, config: RunConfig) -> Plan:
     if data.temperature != 1 and len(data.shards) > 1:
         num_clips = np.bincount(reader.index.arrays["corpus"]).tolist()
         weights = temperature_weights(num_clips, data.temperature)
-    return reader.plan(data.batch_clips, data.micro_batches, batch_frames=data.batch_frames, weights=weights)
+    return reader.plan(
+        data.batch_clips,
+        data.micro_batches,
+        batch_frames=data.batch_frames,
+        weights=weights,
+    )
 
 
 def decode_threads(asked: int, world: World) -> int:
@@ -97,7 +110,9 @@ def make_preprocess(data: DataConfig) -> Preprocess:
 
 
 def make_masks(data: DataConfig) -> FeatureMasks:
-    return FeatureMasks(data.time_masks, data.time_mask_frames, data.feature_masks, data.feature_mask_width)
+    return FeatureMasks(
+        data.time_masks, data.time_mask_frames, data.feature_masks, data.feature_mask_width
+    )
 
 
 def check_clips(
@@ -123,7 +138,8 @@ def check_clips(
     longest = max(int(split.plan.num_kept.max()) for split in splits)
     require(
         not limits or longest <= min(limits),
-        f"clips must have at most {min(limits, default=0)} frames, which is as much as what reads them can "
-        f"tell apart, but one keeps {longest}. Give --data.max_frames={min(limits, default=0)}, or a larger "
-        "--data.keep_every (of cached features: a smaller --data.feature_fps).",
+        f"clips must have at most {min(limits, default=0)} frames, which is as much as "
+        f"what reads them can tell apart, but one keeps {longest}. Give "
+        f"--data.max_frames={min(limits, default=0)}, or a larger --data.keep_every (of "
+        "cached features: a smaller --data.feature_fps).",
     )

@@ -11,7 +11,8 @@ from flallm_ds.errors import require
 from flallm_ds.models.sign_translator import SignTranslator
 from flallm_ds.training import engine as ds
 
-DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"  # also in an installed wheel
+# also in an installed wheel
+DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 
 
 def deepspeed_config(config: RunConfig, world: World) -> dict[str, Any]:
@@ -26,22 +27,30 @@ def deepspeed_config(config: RunConfig, world: World) -> dict[str, Any]:
     accumulation = config.data.micro_batches // world.size
     ds_config = ds.complete(json_config, world.device, accumulation, config.optim.clip)
     require(
-        not (config.visual.chunk_frames and config.trains_visual and ds.zero_stage(ds_config) == 3),
-        "visual.chunk_frames must be 0 where ZeRO-3 partitions the visual encoder, because ranks with fewer "
-        f"chunks would leave the others waiting, but is {config.visual.chunk_frames}.",
+        not (
+            config.visual.chunk_frames
+            and config.trains_visual
+            and ds.zero_stage(ds_config) == 3
+        ),
+        "visual.chunk_frames must be 0 where ZeRO-3 partitions the visual encoder, "
+        "because ranks with fewer chunks would leave the others waiting, but is "
+        f"{config.visual.chunk_frames}.",
     )
     return ds_config
 
 
 def deepspeed_json(config: RunConfig) -> Path:
-    """Choose the DeepSpeed JSON of a run: what train.deepspeed names, otherwise that of the stage.
+    """Choose the DeepSpeed JSON of a run: what train.deepspeed names, otherwise that of
+    the stage.
 
     Outside a checkout, ds_configs/NAME.json is found in the installed package.
     """
     own = DS_CONFIGS / ("zero2.json" if config.trains_visual else "zero3_offload.json")
     path = Path(config.train.deepspeed) if config.train.deepspeed else own
     packaged = DS_CONFIGS / path.name
-    is_packaged = path.parent == Path("ds_configs") and not path.exists() and packaged.is_file()
+    is_packaged = (
+        path.parent == Path("ds_configs") and not path.exists() and packaged.is_file()
+    )
     return packaged if is_packaged else path
 
 
@@ -50,14 +59,15 @@ def check_precision(config: RunConfig, json_config: dict[str, Any], path: Path) 
     for precision in ("bf16", "fp16"):
         require(
             not (config.trains_visual and json_config.get(precision, {}).get("enabled")),
-            f"train.deepspeed must compute by torch_autocast where the visual encoder is trained, because "
-            f"BatchNorm's statistics stay fp32, but {path} enables {precision}. Take ds_configs/zero2.json "
-            "or leave --visual.frozen=all.",
+            "train.deepspeed must compute by torch_autocast where the visual encoder is "
+            f"trained, because BatchNorm's statistics stay fp32, but {path} enables "
+            f"{precision}. Take ds_configs/zero2.json or leave --visual.frozen=all.",
         )
 
 
 def check_rates(config: RunConfig, json_config: dict[str, Any], path: Path) -> None:
-    """Raise UserError for a learning rate whose updates low-precision master weights round away."""
+    """Raise UserError for a learning rate whose updates low-precision master weights
+    round away."""
     lowest = ds.lowest_rate(json_config)
     if lowest is None:
         return
@@ -71,9 +81,10 @@ def check_rates(config: RunConfig, json_config: dict[str, Any], path: Path) -> N
     for name, rate in rates.items():
         require(
             rate >= least or rate == 0,
-            f"optim.{name} must be at least {least:g} where {path} sets {flag}, because smaller updates of "
-            f"most weights are rounded away, got {rate:g}. Set --optim.{name}={least:g} or a JSON with fp32 "
-            "master weights, such as ds_configs/zero3_offload.json.",
+            f"optim.{name} must be at least {least:g} where {path} sets {flag}, because "
+            f"smaller updates of most weights are rounded away, got {rate:g}. Set "
+            f"--optim.{name}={least:g} or a JSON with fp32 master weights, such as "
+            "ds_configs/zero3_offload.json.",
         )
 
 
@@ -81,8 +92,11 @@ def parameter_groups(model: SignTranslator, config: RunConfig) -> list[dict[str,
     """Group the trained parameters by base learning rate: the backbone, the LLM, and the rest."""
     optim = config.optim
     rates = {
-        # The module `visual` is the feature extractor; its part `visual` is the visual encoder.
-        "visual.visual.backbone.": optim.lr if optim.backbone_lr is None else optim.backbone_lr,
+        # The module `visual` is the feature extractor; its part `visual` is the visual
+        # encoder.
+        "visual.visual.backbone.": optim.lr
+        if optim.backbone_lr is None
+        else optim.backbone_lr,
         "language_model.": optim.lr if config.stage == "visual" else optim.llm_lr,
         "": optim.lr,  # all that no other prefix took
     }
@@ -90,5 +104,9 @@ def parameter_groups(model: SignTranslator, config: RunConfig) -> list[dict[str,
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        groups[next(prefix for prefix in rates if name.startswith(prefix))].append(parameter)
-    return [{"params": group, "lr": rates[prefix]} for prefix, group in groups.items() if group]
+        groups[next(prefix for prefix in rates if name.startswith(prefix))].append(
+            parameter
+        )
+    return [
+        {"params": group, "lr": rates[prefix]} for prefix, group in groups.items() if group
+    ]

@@ -24,10 +24,13 @@ from flallm_ds.models.sign_translator import SignTranslator
 from flallm_ds.models.visual_encoder import Adapter, FeatureExtractor
 from flallm_ds.training import engine as ds
 
-MOST_UNKNOWN = 0.001  # of the training tokens: a model learns to leave out what it reads as unknown
+# of the training tokens: a model learns to leave out what it reads as unknown
+MOST_UNKNOWN = 0.001
 
 
-def open_codec(config: RunConfig, folder: Path, train_index: Index, world: World) -> TextCodec:
+def open_codec(
+    config: RunConfig, folder: Path, train_index: Index, world: World
+) -> TextCodec:
     """Make the codec of the training text, on rank 0 and once a run; every rank reads it."""
     path = folder / "tokenizer"
 
@@ -68,15 +71,18 @@ def check_unknown(codec: TextCodec, texts: Iterable[str], name: str) -> None:
     unknown = codec.unknown_tokens(texts)
     require(
         unknown.num_unknown <= MOST_UNKNOWN * unknown.num_tokens,
-        f"llm.name must have a tokenizer that can write the training text, at most {100 * MOST_UNKNOWN:g} % "
-        f"of the tokens unknown, got {name} with {unknown}. Give another --llm.name (a stand-in LLM: one "
-        "with a larger --vocab_size), or replace these characters in the texts.",
+        "llm.name must have a tokenizer that can write the training text, at most "
+        f"{100 * MOST_UNKNOWN:g} % of the tokens unknown, got {name} with {unknown}. Give "
+        "another --llm.name (a stand-in LLM: one with a larger --vocab_size), or replace "
+        "these characters in the texts.",
     )
     if unknown.num_unknown:
         print(f"unknown to the tokenizer of {name}: {unknown}.", flush=True)
 
 
-def visual_model(config: RunConfig, codec: TextCodec, visual: FeatureExtractor) -> SignTranslator:
+def visual_model(
+    config: RunConfig, codec: TextCodec, visual: FeatureExtractor
+) -> SignTranslator:
     """Build what stage visual trains: the encoder, an adapter, and Light-T."""
     light_t = build_light_translator(config.light_t.size, codec, config.light_t.dropout)
     adapter = Adapter(visual.feature_width, llm_width(light_t), embedding_scale(light_t))
@@ -93,23 +99,30 @@ def llm_model(
 ) -> SignTranslator:
     """Build what stages llm and joint train. Raises UserError where the LLM cannot be loaded.
 
-    folder: of the run, for the LLM with a trimmed vocabulary. A frozen encoder is left out.
+    folder: of the run, for the LLM with a trimmed vocabulary. A frozen encoder is left
+    out.
     """
     name = config.llm.name
     check_bits(config.llm.bits, config.llm.tune, ds.zero_stage(ds_config), world.device)
     if config.llm.trim_vocabulary:
         trimmed = folder / "llm_trimmed"
-        _write_once(trimmed, lambda out: trim_llm(config.llm.name, codec, out, config.llm.hub_code), world)
+        _write_once(
+            trimmed,
+            lambda out: trim_llm(config.llm.name, codec, out, config.llm.hub_code),
+            world,
+        )
         name = str(trimmed)
     partitioning = ds.model_loading(ds_config)  # held until the model is loaded
     if not config.llm.pretrained:
-        torch.manual_seed(config.train.seed)  # a resumed run, which trims nothing, draws the same weights
+        # a resumed run, which trims nothing, draws the same weights
+        torch.manual_seed(config.train.seed)
     try:
         llm = load_llm(name, llm_options(config, ds_config))
     except UserError as error:
         if world.is_main or world.local_rank:
             raise
-        raise RankError(f"{error} (On {socket.gethostname()}.)") from error  # rank 0 may not have met it
+        # rank 0 may not have met it
+        raise RankError(f"{error} (On {socket.gethostname()}.)") from error
     tune(llm, llm_tuning(config), config.train.seed)
     del partitioning
     if config.llm.checkpointing:
@@ -135,7 +148,14 @@ def llm_options(config: RunConfig, ds_config: dict[str, Any]) -> LlmOptions:
 
 def llm_tuning(config: RunConfig) -> Tuning:
     llm = config.llm
-    return Tuning(llm.tune, llm.layers, llm.lora_rank, llm.lora_alpha, llm.lora_dropout, llm.lora_targets)
+    return Tuning(
+        llm.tune,
+        llm.layers,
+        llm.lora_rank,
+        llm.lora_alpha,
+        llm.lora_dropout,
+        llm.lora_targets,
+    )
 
 
 def check_llm_of(config: RunConfig) -> None:
@@ -154,7 +174,8 @@ def check_llm_of(config: RunConfig) -> None:
 
 
 def _write_once(folder: Path, write: Callable[[Path], None], world: World) -> None:
-    """Write a folder on rank 0 if it is not there. Raises UserError on every rank if it cannot."""
+    """Write a folder on rank 0 if it is not there. Raises UserError on every rank if it
+    cannot."""
 
     def first() -> None:
         if folder.is_dir():
@@ -163,8 +184,8 @@ def _write_once(folder: Path, write: Callable[[Path], None], world: World) -> No
             replace_folder(folder, write)
         except (OSError, SafetensorError) as error:
             raise UserError(
-                f"{folder} must be written, but was not ({error}). Free some space and give the same command "
-                "again."
+                f"{folder} must be written, but was not ({error}). Free some space and "
+                "give the same command again."
             ) from error
 
     main_first(first, world)

@@ -14,7 +14,8 @@ from flallm_ds.models.visual_encoder import FeatureExtractor, VisualEncoder, res
 
 
 def feature_extractor(config: RunConfig, world: World) -> FeatureExtractor:
-    """Build the visual encoder, from stage 1 or with ImageNet weights; freeze its untrained parts."""
+    """Build the visual encoder, from stage 1 or with ImageNet weights; freeze its
+    untrained parts."""
     if config.stage != "llm" or config.visual_run == "none":
         kind = "signs" if config.stage == "visual" else config.llm.input
         extractor = FeatureExtractor(imagenet_encoder(config, world), kind)
@@ -64,7 +65,11 @@ def _load_backbone(config: RunConfig, world: World) -> Backbone:
     made = list[Backbone]()
 
     def load() -> None:
-        made.append(build_backbone(visual.weights, visual.width, visual.pretrained, config.data.crop_size))
+        made.append(
+            build_backbone(
+                visual.weights, visual.width, visual.pretrained, config.data.crop_size
+            )
+        )
 
     def first() -> None:
         if visual.pretrained:
@@ -84,14 +89,16 @@ def _load_backbone(config: RunConfig, world: World) -> Backbone:
             load()
     except OSError as error:
         raise RankError(
-            f"visual.weights must be within reach of every machine, but {visual.weights} is not of "
-            f"{socket.gethostname()}: {error}. Give a folder that all machines see."
+            f"visual.weights must be within reach of every machine, but {visual.weights} "
+            f"is not of {socket.gethostname()}: {error}. Give a folder that all machines "
+            "see."
         ) from error
     return made[0]
 
 
 def _tune_backbone(backbone: Backbone, config: RunConfig) -> None:
-    """Freeze parts of a backbone that is trained, and add LoRA layers where they are asked for."""
+    """Freeze parts of a backbone that is trained, and add LoRA layers where they are
+    asked for."""
     visual = config.visual
     backbone.freeze_batch_norm = visual.freeze_batch_norm
     backbone.freeze(visual.frozen_stages)

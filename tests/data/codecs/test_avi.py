@@ -12,12 +12,16 @@ from flallm_ds.data.codecs.avi import frame_spans, pack_frames
 
 def picture(number: int, height: int = 26, width: int = 21) -> np.ndarray:
     y, x = np.mgrid[:height, :width]
-    return np.stack([x * 9 % 256, y * 9 % 256, np.full_like(x, number * 20 % 256)], axis=2).astype(np.uint8)
+    return np.stack(
+        [x * 9 % 256, y * 9 % 256, np.full_like(x, number * 20 % 256)], axis=2
+    ).astype(np.uint8)
 
 
 @pytest.fixture(scope="module")
 def jpegs() -> list[bytes]:
-    return [simplejpeg.encode_jpeg(picture(number), quality=90 - number) for number in range(7)]
+    return [
+        simplejpeg.encode_jpeg(picture(number), quality=90 - number) for number in range(7)
+    ]
 
 
 def test_spans_are_the_frames(jpegs):
@@ -36,12 +40,21 @@ def test_frames_of_odd_and_even_lengths_are_found():
 
 @pytest.mark.parametrize(
     ("fps", "rate"),
-    [(25.0, Fraction(25)), (30000 / 1001, Fraction(30000, 1001)), (29.97, Fraction(2997, 100))],
+    [
+        (25.0, Fraction(25)),
+        (30000 / 1001, Fraction(30000, 1001)),
+        (29.97, Fraction(2997, 100)),
+    ],
 )
 def test_a_player_opens_the_clip_and_sees_the_same_frames(jpegs, fps, rate):
     with av.open(io.BytesIO(pack_frames(jpegs, fps, 21, 26))) as container:
         stream = container.streams.video[0]
-        assert (stream.average_rate, stream.frames, stream.width, stream.height) == (rate, 7, 21, 26)
+        assert (stream.average_rate, stream.frames, stream.width, stream.height) == (
+            rate,
+            7,
+            21,
+            26,
+        )
         packets = [bytes(packet) for packet in container.demux(stream) if packet.size]
         container.seek(0)
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
@@ -62,7 +75,12 @@ def test_a_foreign_avi_written_by_ffmpeg_is_read(jpegs):
         stream.width, stream.height, stream.pix_fmt = 21, 26, "yuvj420p"
         for number, jpeg in enumerate(jpegs):
             packet = av.Packet(jpeg)
-            packet.stream, packet.pts, packet.dts, packet.time_base = stream, number, number, Fraction(1, 25)
+            packet.stream, packet.pts, packet.dts, packet.time_base = (
+                stream,
+                number,
+                number,
+                Fraction(1, 25),
+            )
             container.mux(packet)
     member = out.getvalue()
     assert [member[offset : offset + size] for offset, size in frame_spans(member)] == jpegs

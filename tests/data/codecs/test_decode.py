@@ -78,7 +78,9 @@ def test_another_number_of_frames_is_refused(member, mp4):
 @pytest.mark.parametrize("hw", [(25, 21), (26, 20), (28, 21), (26, 24), (21, 26), (13, 42)])
 def test_another_size_of_frames_is_refused(member, hw):
     for canvas in (hw, (60, 60)):
-        with pytest.raises(ValueError, match=f"frames must be {hw[1]}x{hw[0]}, but one is 21x26"):
+        with pytest.raises(
+            ValueError, match=f"frames must be {hw[1]}x{hw[0]}, but one is 21x26"
+        ):
             decode(member, [0, 5], canvas, hw)
 
 
@@ -113,8 +115,10 @@ def test_broken_bytes_are_a_value_error_or_harmless(member):
 
 def test_jpegs_need_neither_torch_nor_ffmpeg():
     script = (
-        "import sys, flallm_ds.data.codecs.decode\n"
-        "print(*[name for name in ('torch', 'av', 'cv2', 'webdataset') if name in sys.modules])"
+        "import sys, flallm_ds.data.codecs.decode\nprint(*[name for name in ('torch', "
+        "'av', 'cv2', 'webdataset') if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
     assert done.stdout.split() == []

@@ -22,7 +22,9 @@ NUM_FRAMES = 20
 def picture(number: int, height: int, width: int) -> np.ndarray:
     """A bright square that moves over a coloured slope."""
     y, x = np.mgrid[:height, :width]
-    frame = np.stack([x * 2 % 256, y * 2 % 256, np.full_like(x, 60 + 5 * number)], axis=2).astype(np.uint8)
+    frame = np.stack(
+        [x * 2 % 256, y * 2 % 256, np.full_like(x, 60 + 5 * number)], axis=2
+    ).astype(np.uint8)
     frame[10:22, 2 * number : 2 * number + 12] = (250, 220, 180)
     return frame
 
@@ -36,7 +38,9 @@ def member() -> bytes:
     return encode_h264(clip(), 25.0, GOP, 12)
 
 
-def decode(member: bytes, picks: list[int], num_frames: int = NUM_FRAMES, hw=(48, 64)) -> np.ndarray:
+def decode(
+    member: bytes, picks: list[int], num_frames: int = NUM_FRAMES, hw=(48, 64)
+) -> np.ndarray:
     out = np.full((len(picks), *hw, 3), 7, np.uint8)
     decode_frames(member, np.array(picks), num_frames, out, hw)
     return out
@@ -55,7 +59,9 @@ def foreign(codec: str, pix_fmt: str, audio: bool = False, **options: str) -> by
             container.mux(stream.encode(picture))
         container.mux(stream.encode())
         if sound is not None:
-            silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+            silence = av.AudioFrame.from_ndarray(
+                np.zeros((1, 1024), np.float32), "fltp", "mono"
+            )
             silence.sample_rate, silence.pts = 16000, 0
             container.mux(sound.encode(silence))
             container.mux(sound.encode())
@@ -65,13 +71,18 @@ def foreign(codec: str, pix_fmt: str, audio: bool = False, **options: str) -> by
 @pytest.mark.parametrize(("height", "width"), [(48, 64), (79, 65), (48, 65), (79, 64)])
 def test_frames_come_back_in_their_size_and_colours(height, width):
     frames = clip(8, height, width)
-    decoded = decode(encode_h264(iter(frames), 25.0, GOP, 5), list(range(8)), 8, (height, width))
+    decoded = decode(
+        encode_h264(iter(frames), 25.0, GOP, 5), list(range(8)), 8, (height, width)
+    )
     difference = decoded.astype(int) - frames
     assert np.abs(difference).mean() < 4
-    assert np.abs(difference.mean(axis=(0, 1, 2))).max() < 2.5  # another colour matrix is off by 5 to 20
+    # another colour matrix is off by 5 to 20
+    assert np.abs(difference.mean(axis=(0, 1, 2))).max() < 2.5
 
 
-@pytest.mark.parametrize("picks", [[0], [19], [5, 6], [3, 3, 17, 0], list(range(0, 20, 4)), [1, 7, 13, 19]])
+@pytest.mark.parametrize(
+    "picks", [[0], [19], [5, 6], [3, 3, 17, 0], list(range(0, 20, 4)), [1, 7, 13, 19]]
+)
 def test_picked_frames_are_those_of_decoding_all(member, picks):
     assert (decode(member, picks) == decode(member, list(range(NUM_FRAMES)))[picks]).all()
 
@@ -86,20 +97,38 @@ def test_a_larger_canvas_is_black_around_the_frame(member):
 def test_groups_are_of_one_length_and_a_player_sees_the_frames(member):
     with av.open(io.BytesIO(member)) as container:
         stream = container.streams.video[0]
-        assert (stream.average_rate, stream.frames, stream.codec_context.pix_fmt) == (25, 20, "yuv420p")
-        keys = [number for number, packet in enumerate(container.demux(stream)) if packet.is_keyframe]
+        assert (stream.average_rate, stream.frames, stream.codec_context.pix_fmt) == (
+            25,
+            20,
+            "yuv420p",
+        )
+        keys = [
+            number
+            for number, packet in enumerate(container.demux(stream))
+            if packet.is_keyframe
+        ]
         assert keys[:4] == [0, 6, 12, 18]
         container.seek(0)
         frames = list(container.decode(stream))
-    assert [PictureType(frame.pict_type).name for frame in frames[:7]] == ["I", *"PPPPP", "I"]
-    assert np.abs(frames[9].to_ndarray(format="rgb24").astype(int) - decode(member, [9])[0]).mean() < 2
+    assert [PictureType(frame.pict_type).name for frame in frames[:7]] == [
+        "I",
+        *"PPPPP",
+        "I",
+    ]
+    assert (
+        np.abs(
+            frames[9].to_ndarray(format="rgb24").astype(int) - decode(member, [9])[0]
+        ).mean()
+        < 2
+    )
 
 
 def test_no_frame_is_decoded_that_no_pick_needs(member):
     with av.open(io.BytesIO(member)) as container:
         packets = [packet for packet in container.demux(video=0) if packet.size]
     damaged = bytearray(member)
-    for number in (4, 5, *range(6, 12)):  # the end of the first group, and all of the second
+    # the end of the first group, and all of the second
+    for number in (4, 5, *range(6, 12)):
         at = packets[number].pos
         damaged[at + 4 : at + packets[number].size] = b"\xff" * (packets[number].size - 4)
     picks = [0, 3, 13]
@@ -133,7 +162,9 @@ def test_threads_decode_side_by_side(member):
     assert all((a == decode(member, p)).all() for a, p in zip(together, picks, strict=True))
 
 
-@pytest.mark.parametrize(("rate", "fps"), [(Fraction(30000, 1001), 30000 / 1001), (Fraction(5, 2), 2.5)])
+@pytest.mark.parametrize(
+    ("rate", "fps"), [(Fraction(30000, 1001), 30000 / 1001), (Fraction(5, 2), 2.5)]
+)
 def test_the_rate_is_kept(rate, fps):
     with av.open(io.BytesIO(encode_h264(clip(4), fps, GOP, 23))) as container:
         assert container.streams.video[0].average_rate == rate
@@ -183,7 +214,11 @@ def test_broken_bytes_are_a_value_error_or_harmless(member):
     begin = member.index(b"moov")
     for number in range(200):
         broken = bytearray(member)
-        at = random.integers(begin, len(member)) if number % 2 else random.integers(8, len(member))
+        at = (
+            random.integers(begin, len(member))
+            if number % 2
+            else random.integers(8, len(member))
+        )
         broken[at] ^= 1 << random.integers(8)
         try:
             decode(bytes(broken), [0, 19])

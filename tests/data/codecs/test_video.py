@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 from av.video.reformatter import ColorRange, Colorspace
 
-from flallm_ds.data.codecs.video import BrokenVideo, Video, box_px, fit_short_side, read_frames
+from flallm_ds.data.codecs.video import (
+    BrokenVideo,
+    Video,
+    box_px,
+    fit_short_side,
+    read_frames,
+)
 from tests.helpers.paths import SHARED
 
 DATA = SHARED / "data"
@@ -25,7 +31,9 @@ def write_video(
         stream = container.add_stream(codec, rate=fps, options={"g": "10", "crf": "4"})
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
         for number in range(num_frames):
-            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 8 * number, np.uint8), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(
+                np.full((48, 64, 3), 8 * number, np.uint8), format="rgb24"
+            )
             frame.pts, frame.time_base = number, Fraction(1, fps)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
@@ -66,7 +74,9 @@ def test_a_file_that_breaks_in_the_middle_is_refused_by_name():
 
 
 @needs_shared
-@pytest.mark.parametrize("name", ["av1_video.mkv", "h265_video.mp4", "phone_portrait_540x720_yuvj420p.mp4"])
+@pytest.mark.parametrize(
+    "name", ["av1_video.mkv", "h265_video.mp4", "phone_portrait_540x720_yuvj420p.mp4"]
+)
 @pytest.mark.parametrize("part", [0.98, 0.5, 0.01])
 def test_a_truncated_real_file_is_refused(tmp_path, name, part):
     content = (EDGE / name).read_bytes()
@@ -80,7 +90,9 @@ def test_a_truncated_real_file_is_refused(tmp_path, name, part):
 def test_a_truncated_file_is_refused_wherever_its_index_lies(tmp_path, suffix):
     options = {"movflags": "faststart"} if suffix == ".mp4" else {}
     whole = write_video(
-        tmp_path / f"whole{suffix}", codec="mpeg4" if suffix == ".avi" else "libx264", **options
+        tmp_path / f"whole{suffix}",
+        codec="mpeg4" if suffix == ".avi" else "libx264",
+        **options,
     )
     assert sum(1 for _ in read_frames(whole)) == 30
     content = whole.read_bytes()
@@ -92,7 +104,13 @@ def test_a_truncated_file_is_refused_wherever_its_index_lies(tmp_path, suffix):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"no video", b"#EXTM3U\n#EXTINF:1,\nfile:///etc/hostname\n", b"ffconcat version 1.0"]
+    "content",
+    [
+        b"",
+        b"no video",
+        b"#EXTM3U\n#EXTINF:1,\nfile:///etc/hostname\n",
+        b"ffconcat version 1.0",
+    ],
 )
 def test_what_is_no_video_is_refused_and_no_playlist_is_followed(tmp_path, content):
     path = tmp_path / "x.mp4"
@@ -101,7 +119,9 @@ def test_what_is_no_video_is_refused_and_no_playlist_is_followed(tmp_path, conte
         list(read_frames(path))
 
 
-@pytest.mark.parametrize("name", ["pipe:0", "missing.mp4", "http://127.0.0.1/x.mp4", "concat:a|b"])
+@pytest.mark.parametrize(
+    "name", ["pipe:0", "missing.mp4", "http://127.0.0.1/x.mp4", "concat:a|b"]
+)
 def test_a_name_is_only_ever_a_file(name):
     with pytest.raises(BrokenVideo):
         list(read_frames(Path(name)))
@@ -111,7 +131,9 @@ def test_sound_alone_is_refused(tmp_path):
     path = tmp_path / "sound.mp4"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("aac", rate=16000, layout="mono")
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame = av.AudioFrame.from_ndarray(
+            np.zeros((1, 1024), np.float32), format="fltp", layout="mono"
+        )
         frame.sample_rate = 16000
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
@@ -129,7 +151,12 @@ def test_a_span_takes_the_frames_shown_in_it(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "codec"),
-    [("a.mpg", "mpeg2video"), ("a.h264", "libx264"), ("a.ts", "libx264"), ("a.mkv", "libx264")],
+    [
+        ("a.mpg", "mpeg2video"),
+        ("a.h264", "libx264"),
+        ("a.ts", "libx264"),
+        ("a.mkv", "libx264"),
+    ],
 )
 def test_a_span_is_the_same_in_every_container(tmp_path, name, codec):
     """In an MPEG program stream a seek loses frames, and a raw stream cannot seek."""
@@ -150,12 +177,15 @@ def test_a_span_past_the_end_is_cut_there_and_said(tmp_path):
 
 def test_the_rate_is_what_the_timestamps_say(tmp_path):
     path = tmp_path / "slow.mkv"
-    with av.open(str(path), "w") as container:  # the container says 30, the frames come 0.5 s apart
+    # the container says 30, the frames come 0.5 s apart
+    with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=30)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
         stream.codec_context.time_base = Fraction(1, 1000)
         for number in range(6):
-            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 8 * number, np.uint8), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(
+                np.full((48, 64, 3), 8 * number, np.uint8), format="rgb24"
+            )
             frame.pts, frame.time_base = 500 * number, Fraction(1, 1000)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
@@ -166,7 +196,9 @@ def test_the_rate_is_what_the_timestamps_say(tmp_path):
 
 def test_a_folder_of_images_is_read_in_natural_order(tmp_path):
     for number in (10, 9, 2, 1, 11):
-        cv2.imwrite(str(tmp_path / f"images{number}.png"), np.full((8, 6, 3), 8 * number, np.uint8))
+        cv2.imwrite(
+            str(tmp_path / f"images{number}.png"), np.full((8, 6, 3), 8 * number, np.uint8)
+        )
     (tmp_path / "._images3.png").write_bytes(b"a Mac's")
     (tmp_path / "notes.txt").write_text("no image")
     video = Video(tmp_path, image_fps=25.0)
@@ -175,7 +207,8 @@ def test_a_folder_of_images_is_read_in_natural_order(tmp_path):
 
 
 def test_images_are_rgb(tmp_path):
-    cv2.imwrite(str(tmp_path / "1.png"), np.full((4, 4, 3), (255, 0, 0), np.uint8))  # BGR: blue
+    # BGR: blue
+    cv2.imwrite(str(tmp_path / "1.png"), np.full((4, 4, 3), (255, 0, 0), np.uint8))
     assert next(read_frames(tmp_path))[0, 0].tolist() == [0, 0, 255]
 
 
@@ -199,7 +232,8 @@ def test_frames_of_another_size_are_brought_to_the_first_ones(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("shape", "fitted"), [((720, 1280), (256, 455)), ((640, 480), (341, 256)), ((260, 210), (260, 210))]
+    ("shape", "fitted"),
+    [((720, 1280), (256, 455)), ((640, 480), (341, 256)), ((260, 210), (260, 210))],
 )
 def test_the_short_side_is_fitted_and_never_enlarged(shape, fitted):
     assert fit_short_side(np.zeros((*shape, 3), np.uint8), 256).shape == (*fitted, 3)
@@ -207,7 +241,9 @@ def test_the_short_side_is_fitted_and_never_enlarged(shape, fitted):
 
 def test_scaling_while_reading_gives_nearly_the_pixels_of_scaling_after(tmp_path):
     path = write_video(tmp_path / "x.mp4", 3)
-    for read, scaled in zip(read_frames(path), Video(path).frames(short_side=16), strict=True):
+    for read, scaled in zip(
+        read_frames(path), Video(path).frames(short_side=16), strict=True
+    ):
         assert scaled.shape == (16, 21, 3)
         assert np.abs(fit_short_side(read, 16).astype(int) - scaled).max() <= 2
 
@@ -228,7 +264,9 @@ def write_uneven(path: Path, times_ms: list[int]) -> Path:
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
         stream.codec_context.time_base = Fraction(1, 1000)
         for number, time_ms in enumerate(times_ms):
-            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 8 * number, np.uint8), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(
+                np.full((48, 64, 3), 8 * number, np.uint8), format="rgb24"
+            )
             frame.pts, frame.time_base = time_ms, Fraction(1, 1000)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
@@ -271,16 +309,24 @@ def test_a_variable_rate_is_made_even_by_time(tmp_path, suffix):
 
 def test_timestamps_that_jump_by_hours_are_refused_and_not_filled(tmp_path):
     path = write_uneven(tmp_path / "x.mkv", [0, 40, 80_000_000])
-    with pytest.raises(BrokenVideo, match=r"600 s at most, but one is until 80000 s: .*x\.mkv"):
+    with pytest.raises(
+        BrokenVideo, match=r"600 s at most, but one is until 80000 s: .*x\.mkv"
+    ):
         list(Video(path).frames(fps=25))
     assert numbers(Video(path).frames(0, 0.2, fps=25)) == [0, 1, 1, 1, 1]
 
 
 def test_a_frame_that_is_shown_twice_is_read_once(tmp_path):
     for number in range(2):
-        cv2.imwrite(str(tmp_path / f"{number}.png"), np.full((4, 4, 3), 8 * number, np.uint8))
+        cv2.imwrite(
+            str(tmp_path / f"{number}.png"), np.full((4, 4, 3), 8 * number, np.uint8)
+        )
     frames = list(Video(tmp_path, image_fps=10).frames(fps=20))
-    assert numbers(frames) == [0, 0, 1, 1] and frames[0] is frames[1] and frames[2] is frames[3]
+    assert (
+        numbers(frames) == [0, 0, 1, 1]
+        and frames[0] is frames[1]
+        and frames[2] is frames[3]
+    )
 
 
 def test_margins_and_a_box_are_cut_and_the_rest_is_stretched(tmp_path):
@@ -290,31 +336,49 @@ def test_margins_and_a_box_are_cut_and_the_rest_is_stretched(tmp_path):
     video = Video(tmp_path)
     (frame,) = video.frames(margin_px=(20, 50, 40, 50))
     assert frame.shape == (40, 100, 3) and (frame == 255).all()
-    (frame,) = video.frames(margin_px=(20, 0, 40, 0), box=(0.25, 0.0, 0.75, 1.0), stretch_hw=(200, 200))
+    (frame,) = video.frames(
+        margin_px=(20, 0, 40, 0), box=(0.25, 0.0, 0.75, 1.0), stretch_hw=(200, 200)
+    )
     assert frame.shape == (80, 100, 3) and (frame == 255).all()
     (frame,) = video.frames(stretch_hw=(200, 200), short_side=50)
-    assert frame.shape == (50, 50, 3) and frame[10:30, 13:37].min() == 255 and frame[:9].max() == 0
+    assert (
+        frame.shape == (50, 50, 3)
+        and frame[10:30, 13:37].min() == 255
+        and frame[:9].max() == 0
+    )
     with pytest.raises(BrokenVideo, match="leave nothing of 200x100 pixels"):
         list(video.frames(margin_px=(50, 0, 50, 0)))
 
 
 @pytest.mark.parametrize(
     ("codec", "pixels", "full"),
-    [("libx264", "yuv420p", False), ("libx264", "yuvj420p", True), ("libx265", "yuv420p10le", False)],
+    [
+        ("libx264", "yuv420p", False),
+        ("libx264", "yuvj420p", True),
+        ("libx265", "yuv420p10le", False),
+    ],
 )
-def test_colours_come_through_by_the_files_own_range_and_depth(tmp_path, codec, pixels, full):
+def test_colours_come_through_by_the_files_own_range_and_depth(
+    tmp_path, codec, pixels, full
+):
     colour = np.array([200, 40, 90])
     path = tmp_path / "x.mp4"
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=10, options={"crf": "4", "x265-params": "log-level=none"})
+        stream = container.add_stream(
+            codec, rate=10, options={"crf": "4", "x265-params": "log-level=none"}
+        )
         stream.width, stream.height, stream.pix_fmt = 64, 48, pixels
         context = stream.codec_context
         context.colorspace = Colorspace.ITU709
         context.color_range = ColorRange.JPEG if full else ColorRange.MPEG
         for _ in range(3):
-            rgb = av.VideoFrame.from_ndarray(np.full((48, 64, 3), colour, np.uint8), format="rgb24")
+            rgb = av.VideoFrame.from_ndarray(
+                np.full((48, 64, 3), colour, np.uint8), format="rgb24"
+            )
             frame = rgb.reformat(
-                format=pixels, dst_colorspace=Colorspace.ITU709, dst_color_range=context.color_range
+                format=pixels,
+                dst_colorspace=Colorspace.ITU709,
+                dst_color_range=context.color_range,
             )
             container.mux(stream.encode(frame))
         container.mux(stream.encode())

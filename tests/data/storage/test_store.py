@@ -1,4 +1,5 @@
-"""Stores against a real HTTP server that misbehaves on order, real processes, commands and disks."""
+"""Stores against a real HTTP server that misbehaves on order, real processes, commands
+and disks."""
 
 import contextlib
 import hashlib
@@ -19,12 +20,20 @@ import pytest
 
 from flallm_ds.data.index import COLUMNS, STRING_COLUMNS, load_index, write_table
 from flallm_ds.data.storage.fetch import Patience
-from flallm_ds.data.storage.store import CacheOptions, LocalStore, RemoteStore, Shard, open_store
+from flallm_ds.data.storage.store import (
+    CacheOptions,
+    LocalStore,
+    RemoteStore,
+    Shard,
+    open_store,
+)
 from flallm_ds.errors import RankError, UserError
 from tests.helpers.http_server import Server
 
 NUM_BYTES = 40_000
-PATIENCE = Patience(attempts=4, first_wait_s=0.01, longest_wait_s=0.02, total_s=20, connect_s=2, stall_s=1)
+PATIENCE = Patience(
+    attempts=4, first_wait_s=0.01, longest_wait_s=0.02, total_s=20, connect_s=2, stall_s=1
+)
 SPAWN = multiprocessing.get_context("spawn")
 FORK = multiprocessing.get_context("fork")
 
@@ -44,7 +53,9 @@ def folder(tmp_path: Path) -> Path:
     folder = tmp_path / "data"
     folder.mkdir()
     rows = [
-        dict.fromkeys(COLUMNS, 1) | {"shard": number} | {name: f"{name} {number}" for name in STRING_COLUMNS}
+        dict.fromkeys(COLUMNS, 1)
+        | {"shard": number}
+        | {name: f"{name} {number}" for name in STRING_COLUMNS}
         for number in range(6)
     ]
     entry = write_table(folder / "train.safetensors", rows)
@@ -83,7 +94,9 @@ def read(store, shard: Shard) -> bytes:
 
 def cached(tmp_path: Path) -> list[str]:
     """Names of the tars in the cache, as the server calls them; parts end in .part."""
-    return sorted(path.name.split("-", 1)[1] for path in (tmp_path / "cache").glob("*/shards/*"))
+    return sorted(
+        path.name.split("-", 1)[1] for path in (tmp_path / "cache").glob("*/shards/*")
+    )
 
 
 def wait_for(condition, seconds: float = 10) -> None:
@@ -105,7 +118,8 @@ def test_a_shard_is_fetched_once_and_read_by_place(store, server, shards):
 
 @pytest.mark.parametrize("ranges", [True, False])
 @pytest.mark.parametrize(
-    "fault", ["drop", "truncated", "hang up", "500", "503", "429", "corrupt", "longer", "stall"]
+    "fault",
+    ["drop", "truncated", "hang up", "500", "503", "429", "corrupt", "longer", "stall"],
 )
 def test_a_fault_that_passes_is_not_seen(store, server, shards, fault, ranges):
     server.ranges = ranges
@@ -121,7 +135,9 @@ def test_a_dropped_connection_goes_on_where_it_broke(store, server, shards):
     assert server.sent == NUM_BYTES
 
 
-def test_a_file_that_became_shorter_is_fetched_from_its_beginning(store, server, shards, folder):
+def test_a_file_that_became_shorter_is_fetched_from_its_beginning(
+    store, server, shards, folder
+):
     server.faults["train-000000.tar"] = ["drop"]
     (folder / "train-000000.tar").write_bytes(content(0)[:100])
     with pytest.raises(RankError, match="only 100 of 40,000 bytes came"):
@@ -134,7 +150,10 @@ def test_a_file_that_became_shorter_is_fetched_from_its_beginning(store, server,
     ("fault", "reason"),
     [
         ("500", "the server answered 500"),
-        ("corrupt", r"its sha256 is [0-9a-f]{16}\.\.\. and not [0-9a-f]{16}\.\.\. as the index says"),
+        (
+            "corrupt",
+            r"its sha256 is [0-9a-f]{16}\.\.\. and not [0-9a-f]{16}\.\.\. as the index says",
+        ),
         ("longer", "more than 40,000 bytes came"),
         ("hang up", "ServerDisconnectedError"),
         ("stall", "nothing came in time"),
@@ -144,7 +163,9 @@ def test_a_fault_that_stays_is_one_sentence_after_the_last_attempt(
     store, server, shards, tmp_path, fault, reason
 ):
     server.faults["train-000000.tar"] = [fault] * 99
-    with pytest.raises(RankError, match=rf"/data/train-000000\.tar must .* after 4 attempts; .*{reason}"):
+    with pytest.raises(
+        RankError, match=rf"/data/train-000000\.tar must .* after 4 attempts; .*{reason}"
+    ):
         store.open(shards[0])
     # aiohttp itself asks once more where a server hangs up without a word.
     assert server.num_gets("train-000000.tar") == (8 if fault == "hang up" else 4)
@@ -154,7 +175,9 @@ def test_a_fault_that_stays_is_one_sentence_after_the_last_attempt(
 @pytest.mark.parametrize(
     ("fault", "reason"), [("404", "there is no train-000000.tar"), ("403", "answered 403")]
 )
-def test_what_another_attempt_cannot_change_ends_at_once(store, server, shards, fault, reason):
+def test_what_another_attempt_cannot_change_ends_at_once(
+    store, server, shards, fault, reason
+):
     server.faults["train-000000.tar"] = [fault]
     with pytest.raises(RankError, match=reason):
         store.open(shards[0])
@@ -170,7 +193,9 @@ def test_a_server_that_trickles_does_not_hold_a_run_for_ever(server, shards, tmp
     assert time.monotonic() - began < 5
 
 
-def test_user_password_and_query_reach_the_server_and_nobody_else(server, shards, tmp_path, capfd):
+def test_user_password_and_query_reach_the_server_and_nobody_else(
+    server, shards, tmp_path, capfd
+):
     address = server.url.replace("//", "//anna:s3cret@") + "?sig=a%2Fb%3D"
     store = RemoteStore(address, cache_of(tmp_path), PATIENCE)
     assert read(pickle.loads(pickle.dumps(store)), shards[0]) == content(0)
@@ -197,18 +222,25 @@ def test_user_password_and_query_reach_the_server_and_nobody_else(server, shards
 
 
 @pytest.mark.parametrize("protocol", ["file", "memory"])
-def test_other_protocols_of_fsspec_are_read_the_same_way(protocol, folder, shards, tmp_path):
+def test_other_protocols_of_fsspec_are_read_the_same_way(
+    protocol, folder, shards, tmp_path
+):
     root = f"{protocol}://{folder}"
     if protocol == "memory":
         import fsspec
 
         for path in folder.iterdir():
-            fsspec.filesystem("memory").pipe_file(f"{folder}/{path.name}", path.read_bytes())
+            fsspec.filesystem("memory").pipe_file(
+                f"{folder}/{path.name}", path.read_bytes()
+            )
     index = load_index(root, "train", cache_of(tmp_path))
     index.check_files()
-    assert [read(index.store, shard) for shard in index.shards] == [content(number) for number in range(6)]
+    assert [read(index.store, shard) for shard in index.shards] == [
+        content(number) for number in range(6)
+    ]
     with pytest.raises(
-        RankError, match=r"train-000009\.tar must arrive whole, but there is no train-000009\.tar"
+        RankError,
+        match=r"train-000009\.tar must arrive whole, but there is no train-000009\.tar",
     ):
         index.store.open(Shard("train-000009.tar", 3, "aa", 1))
 
@@ -217,7 +249,10 @@ def test_other_protocols_of_fsspec_are_read_the_same_way(protocol, folder, shard
 
 
 def test_an_index_over_http_is_that_of_the_folder(server, folder, tmp_path):
-    local, remote = load_index(folder, "train"), load_index(server.url, "train", cache_of(tmp_path))
+    local, remote = (
+        load_index(folder, "train"),
+        load_index(server.url, "train", cache_of(tmp_path)),
+    )
     assert remote.fingerprint == local.fingerprint and remote.shards == local.shards
     assert list(remote.strings("text")) == list(local.strings("text"))
     load_index(server.url, "train", cache_of(tmp_path))
@@ -226,7 +261,9 @@ def test_an_index_over_http_is_that_of_the_folder(server, folder, tmp_path):
         remote.shard_path(0)
 
 
-def test_an_index_that_changed_on_the_server_is_seen_at_the_next_start(server, folder, tmp_path):
+def test_an_index_that_changed_on_the_server_is_seen_at_the_next_start(
+    server, folder, tmp_path
+):
     before = load_index(server.url, "train", cache_of(tmp_path))
     assert read(before.store, before.shards[0]) == content(0)
     (folder / "train-000000.tar").write_bytes(content(77))
@@ -238,13 +275,16 @@ def test_an_index_that_changed_on_the_server_is_seen_at_the_next_start(server, f
     assert read(after.store, after.shards[0]) == content(77)
 
 
-def test_a_server_that_is_away_is_replaced_by_what_was_fetched(server, folder, tmp_path, capfd):
+def test_a_server_that_is_away_is_replaced_by_what_was_fetched(
+    server, folder, tmp_path, capfd
+):
     store = RemoteStore(server.url, cache_of(tmp_path), PATIENCE)
     content_before = store.file("index.json").read_bytes()
     server.faults["index.json"] = ["500"] * 99
     assert store.file("index.json").read_bytes() == content_before
     assert re.search(
-        r"warning: .*index\.json must .* 500.*What was fetched before is used", capfd.readouterr().err
+        r"warning: .*index\.json must .* 500.*What was fetched before is used",
+        capfd.readouterr().err,
     )
     server.faults["index.json"] = ["404"]
     with pytest.raises(UserError, match=r"there is no index\.json"):
@@ -255,15 +295,21 @@ def test_a_server_that_is_away_from_the_beginning_is_one_sentence(server, tmp_pa
     server.shutdown()
     server.server_close()
     store = RemoteStore(server.url, cache_of(tmp_path), PATIENCE)
-    with pytest.raises(UserError, match=r"index\.json must arrive whole, but does not after 4 attempts"):
+    with pytest.raises(
+        UserError, match=r"index\.json must arrive whole, but does not after 4 attempts"
+    ):
         store.file("index.json")
 
 
-def test_a_table_that_is_not_the_indexs_is_refused_and_a_damaged_copy_fetched_again(server, folder, tmp_path):
+def test_a_table_that_is_not_the_indexs_is_refused_and_a_damaged_copy_fetched_again(
+    server, folder, tmp_path
+):
     index = load_index(server.url, "train", cache_of(tmp_path))
     (copy,) = (tmp_path / "cache").glob("*/tables/*")
     copy.write_bytes(b"damaged")
-    assert load_index(server.url, "train", cache_of(tmp_path)).fingerprint == index.fingerprint
+    assert (
+        load_index(server.url, "train", cache_of(tmp_path)).fingerprint == index.fingerprint
+    )
     copy.unlink()
     (folder / "train.safetensors").write_bytes(b"another")
     store = RemoteStore(server.url, cache_of(tmp_path), PATIENCE)
@@ -275,14 +321,34 @@ def test_a_table_that_is_not_the_indexs_is_refused_and_a_damaged_copy_fetched_ag
 
 
 @pytest.mark.parametrize(
-    "name", ["../x", "/etc/passwd", "a b", "a;b", "$(a)", "`a`", "-n", ".a", "a\n", "", "ä", 3, None]
+    "name",
+    [
+        "../x",
+        "/etc/passwd",
+        "a b",
+        "a;b",
+        "$(a)",
+        "`a`",
+        "-n",
+        ".a",
+        "a\n",
+        "",
+        "ä",
+        3,
+        None,
+    ],
 )
 def test_an_index_cannot_name_a_file_outside_its_folder_nor_reach_a_shell(name, tmp_path):
     with pytest.raises(UserError, match=r"file names in index\.json must consist"):
         Shard(name, 1, "aa", 1)
     with pytest.raises(UserError, match=r"file names in index\.json must consist"):
         LocalStore(str(tmp_path)).file(name)
-    for fields in [("a.tar", "1", "aa"), ("a.tar", -1, "aa"), ("a.tar", 1, "../aa"), ("a.tar", 1, None)]:
+    for fields in [
+        ("a.tar", "1", "aa"),
+        ("a.tar", -1, "aa"),
+        ("a.tar", 1, "../aa"),
+        ("a.tar", 1, None),
+    ]:
         with pytest.raises(UserError, match="must give a shard's size and sha256"):
             Shard(*fields, 1)
 
@@ -290,7 +356,9 @@ def test_an_index_cannot_name_a_file_outside_its_folder_nor_reach_a_shell(name, 
 # The cache
 
 
-def test_the_cache_keeps_its_bound_and_drops_what_was_used_longest_ago(server, shards, tmp_path):
+def test_the_cache_keeps_its_bound_and_drops_what_was_used_longest_ago(
+    server, shards, tmp_path
+):
     store = RemoteStore(server.url, cache_of(tmp_path, 3), PATIENCE)
     held = store.open(shards[1])
     for number in (0, 1, 2, 0):
@@ -310,12 +378,18 @@ def test_two_addresses_share_one_bound(server, folder, shards, tmp_path):
         store = RemoteStore(root, cache_of(tmp_path, 4), PATIENCE)
         for shard in shards[:3]:
             read(store, shard)
-    assert sum(path.stat().st_size for path in (tmp_path / "cache").glob("*/shards/*")) == 4 * NUM_BYTES
+    assert (
+        sum(path.stat().st_size for path in (tmp_path / "cache").glob("*/shards/*"))
+        == 4 * NUM_BYTES
+    )
 
 
 def test_a_shard_that_does_not_fit_the_cache_is_one_sentence(server, shards, tmp_path):
     store = RemoteStore(server.url, cache_of(tmp_path, 0.5), PATIENCE)
-    with pytest.raises(UserError, match=r"must fit into the cache of 20,000 bytes, .*holds 40,000.*cache_gb"):
+    with pytest.raises(
+        UserError,
+        match=r"must fit into the cache of 20,000 bytes, .*holds 40,000.*cache_gb",
+    ):
         store.open(shards[0])
     assert not server.gets
 
@@ -325,7 +399,8 @@ def test_a_full_disk_is_one_sentence(store, shards):
     resource.setrlimit(resource.RLIMIT_FSIZE, (NUM_BYTES // 2, hard))
     try:
         with pytest.raises(
-            RankError, match=r"cache must take what is fetched, but File too large.*cache_dir"
+            RankError,
+            match=r"cache must take what is fetched, but File too large.*cache_dir",
         ):
             store.open(shards[0])
     finally:
@@ -341,7 +416,9 @@ def test_a_cache_that_is_no_folder_is_one_sentence(server, shards, tmp_path):
             call()
 
 
-def test_the_cache_folder_may_come_from_the_environment(server, shards, tmp_path, monkeypatch):
+def test_the_cache_folder_may_come_from_the_environment(
+    server, shards, tmp_path, monkeypatch
+):
     monkeypatch.setenv("FLALLM_CACHE", str(tmp_path / "cache"))
     read(open_store(server.url), shards[0])
     assert cached(tmp_path) == ["train-000000.tar"]
@@ -363,19 +440,24 @@ def test_processes_share_one_cache(server, shards, tmp_path, num_cached):
     for number in range(6):
         server.faults[f"train-{number:06d}.tar"] = ["drop"]
     orders = [np.random.default_rng(n).permutation(6).tolist() * 2 for n in range(3)]
-    processes = [FORK.Process(target=read_all, args=(store, shards, order, answers)) for order in orders]
+    processes = [
+        FORK.Process(target=read_all, args=(store, shards, order, answers))
+        for order in orders
+    ]
     for process in processes:
         process.start()
     most = 0
     while any(process.is_alive() for process in processes):
-        with store._cache._folder_lock():  # a part may become whole meanwhile, but nothing begins or ends
+        # a part may become whole meanwhile, but nothing begins or ends
+        with store._cache._folder_lock():
             paths = [*(tmp_path / "cache").glob("*/shards/*")]
         most = max(most, len({re.sub(r"\.\d+\.part$", "", path.name) for path in paths}))
         time.sleep(0.005)
     assert [process.exitcode for process in processes] == [0, 0, 0]
     assert not [name for name in cached(tmp_path) if name.endswith(".part")]
     if num_cached == 100:
-        assert [server.num_gets(shard.file) for shard in shards] == [2] * 6  # one was dropped
+        # one was dropped
+        assert [server.num_gets(shard.file) for shard in shards] == [2] * 6
     else:
         assert 1 <= most <= 2
 
@@ -385,7 +467,9 @@ def open_one(store, shard) -> None:
         store.open(shard).close()
 
 
-def test_a_killed_fetcher_leaves_a_beginning_that_the_next_one_uses(server, shards, tmp_path):
+def test_a_killed_fetcher_leaves_a_beginning_that_the_next_one_uses(
+    server, shards, tmp_path
+):
     patience = Patience(attempts=4, first_wait_s=0.01, stall_s=20)
     store = RemoteStore(server.url, cache_of(tmp_path), patience)
     server.faults["train-000000.tar"] = ["stall"]
@@ -393,7 +477,10 @@ def test_a_killed_fetcher_leaves_a_beginning_that_the_next_one_uses(server, shar
     process.start()
     (part,) = [f"train-000000.tar.{NUM_BYTES}.part"]
     wait_for(
-        lambda: part in cached(tmp_path) and next((tmp_path / "cache").glob("*/shards/*")).stat().st_size,
+        lambda: (
+            part in cached(tmp_path)
+            and next((tmp_path / "cache").glob("*/shards/*")).stat().st_size
+        ),
         60,
     )
     waiting = threading.Thread(target=open_one, args=(store, shards[0]))
@@ -425,7 +512,9 @@ def test_a_fetcher_that_stands_still_is_not_waited_for_for_ever(server, shards, 
     threading.Thread(target=open_one, args=(first, shards[0]), daemon=True).start()
     wait_for(lambda: server.gets)
     hasty = Patience(attempts=1, total_s=0.1, stall_s=0.2)
-    with pytest.raises(RankError, match=r"another process must fetch .*\.part, but brought nothing"):
+    with pytest.raises(
+        RankError, match=r"another process must fetch .*\.part, but brought nothing"
+    ):
         RemoteStore(server.url, cache_of(tmp_path), hasty).open(shards[0])
     server.go_on.set()
 
@@ -444,18 +533,25 @@ def test_a_store_goes_through_a_fork_while_it_fetches(server, shards, tmp_path):
     server.go_on.set()
     process.join(20)
     assert process.exitcode == 0
-    assert [read(store, shard) for shard in shards] == [content(number) for number in range(6)]
+    assert [read(store, shard) for shard in shards] == [
+        content(number) for number in range(6)
+    ]
 
 
 # Reading ahead
 
 
-def test_wanted_shards_arrive_before_they_are_opened_and_at_most_half_a_cache_ahead(server, shards, tmp_path):
+def test_wanted_shards_arrive_before_they_are_opened_and_at_most_half_a_cache_ahead(
+    server, shards, tmp_path
+):
     store = RemoteStore(server.url, cache_of(tmp_path, 4), PATIENCE)
     store.want([shards[3], shards[1], shards[4], shards[0]])
     wait_for(lambda: cached(tmp_path) == ["train-000001.tar", "train-000003.tar"])
     time.sleep(0.1)
-    assert sorted(name for name, _ in server.gets) == ["train-000001.tar", "train-000003.tar"]
+    assert sorted(name for name, _ in server.gets) == [
+        "train-000001.tar",
+        "train-000003.tar",
+    ]
     assert read(store, shards[3]) == content(3)
     wait_for(lambda: "train-000004.tar" in cached(tmp_path))
     assert read(store, shards[1]) == content(1)
@@ -472,7 +568,9 @@ def test_a_new_order_of_need_replaces_the_old_one(server, shards, tmp_path):
     assert len(cached(tmp_path)) == 2
 
 
-def test_stores_of_one_process_share_what_may_be_read_ahead(server, folder, shards, tmp_path):
+def test_stores_of_one_process_share_what_may_be_read_ahead(
+    server, folder, shards, tmp_path
+):
     roots = [server.url, f"file://{shutil.copytree(folder, tmp_path / 'other')}"]
     stores = [RemoteStore(root, cache_of(tmp_path, 8), PATIENCE) for root in roots]
     server.faults = {shard.file: ["503"] for shard in shards}
@@ -486,7 +584,9 @@ def test_stores_of_one_process_share_what_may_be_read_ahead(server, folder, shar
     assert len(cached(tmp_path)) == 4
 
 
-def test_a_fault_while_reading_ahead_is_told_by_whoever_opens_the_shard(store, server, shards, tmp_path):
+def test_a_fault_while_reading_ahead_is_told_by_whoever_opens_the_shard(
+    store, server, shards, tmp_path
+):
     server.faults["train-000000.tar"] = ["404", "404"]
     store.want(shards[:3])
     wait_for(lambda: cached(tmp_path) == ["train-000001.tar", "train-000002.tar"])
@@ -519,33 +619,49 @@ def test_sizes_are_checked_without_fetching(store, server, shards, folder):
     assert server.sent < NUM_BYTES
     (folder / "train-000004.tar").write_bytes(b"abc")
     with pytest.raises(
-        UserError, match=r"must hold 40,000 bytes .* but holds 3 bytes: .*/data/train-000004\.tar"
+        UserError,
+        match=r"must hold 40,000 bytes .* but holds 3 bytes: .*/data/train-000004\.tar",
     ):
         store.check(shards)
     (folder / "train-000004.tar").unlink()
-    with pytest.raises(UserError, match=r"must be there, but there is no train-000004\.tar"):
+    with pytest.raises(
+        UserError, match=r"must be there, but there is no train-000004\.tar"
+    ):
         store.check(shards)
 
 
-def test_a_cache_in_a_folder_of_other_files_is_refused_and_removes_none(server, shards, tmp_path):
-    """It would make room by removing them: the folder may come from another person's config.json."""
+def test_a_cache_in_a_folder_of_other_files_is_refused_and_removes_none(
+    server, shards, tmp_path
+):
+    """It would make room by removing them: the folder may come from another person's
+    config.json."""
     mine = tmp_path / "cache" / "corpus" / "shards" / "train-000000.tar"
     mine.parent.mkdir(parents=True)
     mine.write_bytes(bytes(2 * NUM_BYTES))
     store = RemoteStore(server.url, cache_of(tmp_path, 1), PATIENCE)
     for use in (lambda: store.file("index.json"), lambda: store.open(shards[0])):
-        with pytest.raises(RankError, match=r"must be a new or empty folder.* which holds corpus\."):
+        with pytest.raises(
+            RankError, match=r"must be a new or empty folder.* which holds corpus\."
+        ):
             use()
-    assert [path.name for path in (tmp_path / "cache").rglob("*")] == ["corpus", "shards", mine.name]
+    assert [path.name for path in (tmp_path / "cache").rglob("*")] == [
+        "corpus",
+        "shards",
+        mine.name,
+    ]
 
 
 def test_a_cache_that_was_one_before_and_an_empty_disk_are_caches(server, shards, tmp_path):
     (tmp_path / "cache" / "lost+found").mkdir(parents=True)
     for _ in range(2):
-        assert read(RemoteStore(server.url, cache_of(tmp_path), PATIENCE), shards[0]) == content(0)
+        assert read(
+            RemoteStore(server.url, cache_of(tmp_path), PATIENCE), shards[0]
+        ) == content(0)
 
 
-def test_checksums_are_checked_where_they_are_asked_for(store, server, shards, folder, tmp_path):
+def test_checksums_are_checked_where_they_are_asked_for(
+    store, server, shards, folder, tmp_path
+):
     store.check(shards, checksums=True)
     assert len(cached(tmp_path)) == 6
     damaged = next((tmp_path / "cache").glob("*/shards/*train-000002.tar"))
@@ -553,7 +669,9 @@ def test_checksums_are_checked_where_they_are_asked_for(store, server, shards, f
     store.check(shards, checksums=True)
     assert damaged.read_bytes() == content(2)
     (folder / "train-000005.tar").write_bytes(content(99))
-    with pytest.raises(UserError, match=r"shard must have sha256 .* but has .*train-000005\.tar"):
+    with pytest.raises(
+        UserError, match=r"shard must have sha256 .* but has .*train-000005\.tar"
+    ):
         LocalStore(str(folder)).check(shards, checksums=True)
     LocalStore(str(folder)).check(shards)
 
@@ -577,8 +695,12 @@ def test_checksums_are_checked_where_they_are_asked_for(store, server, shards, f
     ],
 )
 def test_an_address_never_runs_a_command_and_names_one_file_system(tmp_path, address):
-    with pytest.raises(UserError, match=r"never run\. Copy the shards|must (name one|begin with its)"):
-        load_index(address.format(ran=tmp_path / "ran"), "train", CacheOptions(tmp_path / "cache"))
+    with pytest.raises(
+        UserError, match=r"never run\. Copy the shards|must (name one|begin with its)"
+    ):
+        load_index(
+            address.format(ran=tmp_path / "ran"), "train", CacheOptions(tmp_path / "cache")
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -595,6 +717,7 @@ def test_an_unknown_protocol_or_a_missing_package_is_one_sentence(tmp_path):
         import gcsfs  # noqa: F401
     except ImportError:
         with pytest.raises(
-            UserError, match=r"package that reads gs:// must be installed.* pip install gcsfs"
+            UserError,
+            match=r"package that reads gs:// must be installed.* pip install gcsfs",
         ):
             open_store("gs://bucket/x")

@@ -15,7 +15,10 @@ from flallm_ds.training.build.language import check_unknown
 from tests.helpers.llms import FAMILIES, make_tiny_llm
 
 TRAINING_TEXT = ["regen sonne wind morgen", "wolken wolken wind morgen"]
-GERMAN = ["Am Tag scheint überall die Sonne.", "Morgen regnet es im Süden, im Norden weht kräftiger Wind."]
+GERMAN = [
+    "Am Tag scheint überall die Sonne.",
+    "Morgen regnet es im Süden, im Norden weht kräftiger Wind.",
+]
 ENGLISH = ["Today the sun shines everywhere.", "It's raining in the south tomorrow."]
 CHINESE = ["今天到处阳光明媚。", "明天南方有雨。"]
 SENTENCES = [*GERMAN, *ENGLISH, *CHINESE]
@@ -41,21 +44,31 @@ def test_the_training_text_survives_encoding_and_decoding(tiny_corpus):
         str(tiny_corpus / "llm"), Instruction(language="de_DE"), texts, trim=True
     )
     assert [codec.decode(codec.encode(text)) for text in texts] == texts
-    assert all(codec.tokenizer.unk_token_id not in codec.kept_ids[codec.encode(t)] for t in texts)
+    assert all(
+        codec.tokenizer.unk_token_id not in codec.kept_ids[codec.encode(t)] for t in texts
+    )
 
 
 def test_trimmed_ids_are_the_full_ones_numbered_anew(trimmed, whole):
     assert trimmed.vocab_size < whole.vocab_size == len(whole.tokenizer)
     for text in TRAINING_TEXT:
         assert trimmed.kept_ids[trimmed.encode(text)].tolist() == whole.encode(text)
-    assert [trimmed.trimmed_id(full) for full in trimmed.kept_ids] == list(range(trimmed.vocab_size))
+    assert [trimmed.trimmed_id(full) for full in trimmed.kept_ids] == list(
+        range(trimmed.vocab_size)
+    )
 
 
 def test_trimming_keeps_the_pieces_the_specials_and_the_language(trimmed):
     tokenizer = trimmed.tokenizer
-    pieces = {i for text in TRAINING_TEXT for i in tokenizer(text, add_special_tokens=False)["input_ids"]}
+    pieces = {
+        i
+        for text in TRAINING_TEXT
+        for i in tokenizer(text, add_special_tokens=False)["input_ids"]
+    }
     language = tokenizer.convert_tokens_to_ids("de_DE")
-    assert set(trimmed.kept_ids.tolist()) == pieces | set(tokenizer.all_special_ids) | {language}
+    assert set(trimmed.kept_ids.tolist()) == pieces | set(tokenizer.all_special_ids) | {
+        language
+    }
 
 
 def test_the_specials_are_where_the_codec_says(trimmed):
@@ -77,7 +90,11 @@ def test_unseen_words_become_unknown(trimmed, whole):
 
 def test_a_sentence_ends_with_its_end_and_has_no_start(whole):
     ids = whole.encode("regen")
-    assert ids[-1] == whole.eos_id and ids.count(whole.eos_id) == 1 and whole.wording().start[0] not in ids
+    assert (
+        ids[-1] == whole.eos_id
+        and ids.count(whole.eos_id) == 1
+        and whole.wording().start[0] not in ids
+    )
     assert whole.encode("") == [whole.eos_id]
 
 
@@ -114,7 +131,9 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path):
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
     with pytest.raises(UserError, match="must load, but did not"):
-        TextCodec.for_training_text(str(tmp_path), Instruction(language="de_DE"), TRAINING_TEXT, trim=True)
+        TextCodec.for_training_text(
+            str(tmp_path), Instruction(language="de_DE"), TRAINING_TEXT, trim=True
+        )
 
 
 def test_a_folder_without_a_vocabulary_is_refused(trimmed, tmp_path):
@@ -142,7 +161,9 @@ def codec_of(folder, texts=SENTENCES, trim=True, **instruction):
         "rows": config.vocab_size,
         "languages": ("de",),
     }
-    return TextCodec.for_training_text(str(folder), Instruction(**known | instruction), texts, trim)
+    return TextCodec.for_training_text(
+        str(folder), Instruction(**known | instruction), texts, trim
+    )
 
 
 def pieces(codec, ids):
@@ -157,12 +178,16 @@ def test_each_family_gives_back_the_text_that_it_was_trimmed_to(folders, family)
         ids = trimmed.encode(text)
         assert trimmed.decode(ids) == text and whole.decode(whole.encode(text)) == text
         assert trimmed.kept_ids[ids].tolist() == whole.kept_ids[whole.encode(text)].tolist()
-    assert [trimmed.trimmed_id(full) for full in trimmed.kept_ids] == list(range(trimmed.vocab_size))
+    assert [trimmed.trimmed_id(full) for full in trimmed.kept_ids] == list(
+        range(trimmed.vocab_size)
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("trim", [False, True])
-def test_text_that_was_never_seen_is_spelled_or_unknown_and_ends_once(folders, family, trim, tmp_path):
+def test_text_that_was_never_seen_is_spelled_or_unknown_and_ends_once(
+    folders, family, trim, tmp_path
+):
     codec = codec_of(folders[family], GERMAN, trim)
     text = "Schnee Ωß 😀 </s> <|endoftext|> <image_soft_token> Sonne."
     ids = codec.encode(text)
@@ -195,8 +220,19 @@ PUNCTUATED = {
         "不，不，不！太阳呢？在南方，一如既往……",
     ],
 }
-# Made under NFKC, which has neither the full width nor the ellipsis; all others spell in bytes.
-NORMALISING = ["mbart", "mbart50", "m2m100", "nllb", "t5", "flan_t5", "mt5", "madlad", "xglm"]
+# Made under NFKC, which has neither the full width nor the ellipsis; all others spell in
+# bytes.
+NORMALISING = [
+    "mbart",
+    "mbart50",
+    "m2m100",
+    "nllb",
+    "t5",
+    "flan_t5",
+    "mt5",
+    "madlad",
+    "xglm",
+]
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +244,8 @@ def punctuated(tmp_path_factory):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_perfect_model_scores_as_high_as_the_ceiling_of_its_tokenizer(punctuated, family):
-    """A perfect model's best hypothesis of a clip is the clip's target, padded like others of a batch."""
+    """A perfect model's best hypothesis of a clip is the clip's target, padded like
+    others of a batch."""
     texts = [text for part in PUNCTUATED.values() for text in part]
     prompt = "{video}" if not FAMILIES[family].decoder_only else "{language}: {video}"
     for trim in (False, True):
@@ -219,7 +256,11 @@ def test_a_perfect_model_scores_as_high_as_the_ceiling_of_its_tokenizer(punctuat
             longest = max(map(len, targets))
             said = [
                 Hypothesis(
-                    str(n), codec.decode([*ids, *[codec.pad_id] * (longest - len(ids))]), text, "", language
+                    str(n),
+                    codec.decode([*ids, *[codec.pad_id] * (longest - len(ids))]),
+                    text,
+                    "",
+                    language,
                 )
                 for n, (ids, text) in enumerate(zip(targets, references, strict=True))
             ]
@@ -227,12 +268,15 @@ def test_a_perfect_model_scores_as_high_as_the_ceiling_of_its_tokenizer(punctuat
             assert scores_of(said).bleu4 == ceiling.bleu4
             found[language] = ceiling
         print(
-            f"{family} {'trimmed' if trim else 'whole'}:", {k: f"{c.bleu4:.2f} {c}" for k, c in found.items()}
+            f"{family} {'trimmed' if trim else 'whole'}:",
+            {k: f"{c.bleu4:.2f} {c}" for k, c in found.items()},
         )
         assert codec.unknown_tokens(texts).num_unknown == 0
         if family in NORMALISING:
             assert 0 < found["zh"].bleu4 < 80 and ("，", ",", 5) in found["zh"].changes
-            assert {old for c in found.values() for old, _, _ in c.changes} <= set("，？！：；（）５１…°")
+            assert {old for c in found.values() for old, _, _ in c.changes} <= set(
+                "，？！：；（）５１…°"
+            )
         else:
             assert all(c.bleu4 == pytest.approx(100) and not str(c) for c in found.values())
 
@@ -243,7 +287,9 @@ def test_spaces_ahead_of_punctuation_come_back(folders, family, tmp_path):
     folder = shutil.copytree(folders[family], tmp_path / "llm")
     settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     settings |= {"clean_up_tokenization_spaces": True}
-    settings |= {"clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output": True}
+    settings |= {
+        "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output": True
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
     codec = codec_of(folder, [*SENTENCES, "Morgen regnet es ."])
     assert codec.decode(codec.encode("Morgen regnet es .")) == "Morgen regnet es ."
@@ -261,9 +307,13 @@ STARTS = {
 }
 
 
-@pytest.mark.parametrize("family", [f for f, entry in FAMILIES.items() if not entry.decoder_only])
+@pytest.mark.parametrize(
+    "family", [f for f, entry in FAMILIES.items() if not entry.decoder_only]
+)
 @pytest.mark.parametrize("trim", [False, True])
-def test_an_encoder_decoder_is_told_the_language_where_it_looks_for_it(folders, family, trim):
+def test_an_encoder_decoder_is_told_the_language_where_it_looks_for_it(
+    folders, family, trim
+):
     codec = codec_of(folders[family], trim=trim)
     wording = codec.wording("de")
     assert pieces(codec, wording.start) == STARTS[family]
@@ -292,15 +342,20 @@ def test_each_clip_is_told_its_own_language(folders, family):
 def test_a_clip_in_a_language_that_training_had_not(folders, family):
     """MADLAD's own token of it was not kept; Light-T has no id that stands for it."""
     codec = codec_of(folders[family], languages=("de", "en"), prompt="{language}: {video}")
-    with pytest.raises(UserError, match=r"one of the training text \(de, en\), but one is 'zh'"):
+    with pytest.raises(
+        UserError, match=r"one of the training text \(de, en\), but one is 'zh'"
+    ):
         codec.light_wording("zh")
 
 
-@pytest.mark.parametrize("language", ["de", "German", "de_DE", "deu_Latn", "<2de>", "__de__", "de-AT"])
+@pytest.mark.parametrize(
+    "language", ["de", "German", "de_DE", "deu_Latn", "<2de>", "__de__", "de-AT"]
+)
 @pytest.mark.parametrize("family", ["mbart", "nllb", "m2m100", "madlad"])
 def test_a_language_may_be_named_in_anybodys_words(folders, family, language):
     codec = codec_of(folders[family], language=language)
-    assert codec.wording("en") == codec_of(folders[family]).wording("de")  # llm.language is for all clips
+    # llm.language is for all clips
+    assert codec.wording("en") == codec_of(folders[family]).wording("de")
 
 
 TOLD = {
@@ -315,32 +370,43 @@ TOLD = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("family", "language"), [(f, name) for f, names in TOLD.items() for name in names])
+@pytest.mark.parametrize(
+    ("family", "language"), [(f, name) for f, names in TOLD.items() for name in names]
+)
 def test_every_language_that_a_tokenizer_knows_may_be_named(folders, family, language):
     of_all, of_each = (
         codec_of(folders[family], language=language),
         codec_of(folders[family], languages=(language,)),
     )
-    assert TOLD[family][language] in pieces(of_all, (*of_all.wording().before, *of_all.wording().start))
+    assert TOLD[family][language] in pieces(
+        of_all, (*of_all.wording().before, *of_all.wording().start)
+    )
     if language != "<2fr_CA>":  # its tag is fr, as the region is no language
         assert of_each.wording() == of_all.wording()
 
 
 @pytest.mark.parametrize("family", ["mbart", "mbart50", "m2m100"])
 @pytest.mark.parametrize("language", ["zh-Hant", "zh_TW", "Traditional Chinese"])
-def test_a_script_that_the_tokenizer_has_no_token_for_is_refused_with_the_remedy(folders, family, language):
+def test_a_script_that_the_tokenizer_has_no_token_for_is_refused_with_the_remedy(
+    folders, family, language
+):
     for given in ({"language": language}, {"languages": (language,)}):
         with pytest.raises(
-            UserError, match=r"\(Simplified\) only, in another script\. Give --llm\.language=zh "
+            UserError,
+            match=r"\(Simplified\) only, in another script\. Give --llm\.language=zh ",
         ):
             codec_of(folders[family], **given)
     accepted = codec_of(folders[family], language="zh", languages=(language,))
-    assert accepted.wording("zh-Hant") == codec_of(folders[family], languages=("zh",)).wording("zh")
+    assert accepted.wording("zh-Hant") == codec_of(
+        folders[family], languages=("zh",)
+    ).wording("zh")
 
 
 def test_a_prompt_names_the_script(folders):
     codec = codec_of(folders["qwen3"], trim=False, languages=("zh", "zh-Hant", "bg"))
-    told = [codec.tokenizer.decode(codec.wording(tag).before) for tag in ("zh-Hant", "zh", "bg")]
+    told = [
+        codec.tokenizer.decode(codec.wording(tag).before) for tag in ("zh-Hant", "zh", "bg")
+    ]
     assert told == [
         "Translate this Chinese Sign Language video into Traditional Chinese:",
         "Translate this Chinese Sign Language video into Chinese:",
@@ -350,12 +416,16 @@ def test_a_prompt_names_the_script(folders):
 
 @pytest.mark.parametrize("family", ["t5", "qwen3"])
 def test_a_misspelt_language_is_refused_also_where_no_prompt_names_it(folders, family):
-    with pytest.raises(UserError, match="must be one that is known, but is 'Germann': did you mean German"):
+    with pytest.raises(
+        UserError, match="must be one that is known, but is 'Germann': did you mean German"
+    ):
         codec_of(folders[family], language="Germann", prompt="Translate: {video}")
 
 
 @pytest.mark.parametrize("family", ["mbart", "madlad", "mt5"])
-def test_a_vocabulary_of_an_earlier_version_names_languages_as_its_corpora_did(folders, family, tmp_path):
+def test_a_vocabulary_of_an_earlier_version_names_languages_as_its_corpora_did(
+    folders, family, tmp_path
+):
     codec = codec_of(folders[family], languages=("de", "en"), prompt="{language}: {video}")
     codec.save(tmp_path)
     path = tmp_path / "vocabulary.json"
@@ -368,18 +438,36 @@ def test_a_vocabulary_of_an_earlier_version_names_languages_as_its_corpora_did(f
         assert loaded.light_wording(tag) == codec.light_wording(tag)
 
 
-@pytest.mark.parametrize("family", [f for f, entry in FAMILIES.items() if entry.decoder_only])
+@pytest.mark.parametrize(
+    "family", [f for f, entry in FAMILIES.items() if entry.decoder_only]
+)
 def test_a_decoder_only_llm_reads_a_prompt_as_its_tokenizer_begins_one(folders, family):
     codec = codec_of(folders[family], trim=False)
     before, after = "Translate this German Sign Language video into German:", "\n"
     wording = codec.wording("de")
     assert wording.start == ()
     assert list(wording.before) == codec.tokenizer(before)["input_ids"]
-    assert list(wording.after) == codec.tokenizer(after, add_special_tokens=False)["input_ids"]
-    first = {"xglm": "</s>", "llama": "<s>", "mistral": "<s>", "llama3": "<|begin_of_text|>"}
-    first |= {"gemma2": "<bos>", "gemma3": "<bos>", "cohere": "<BOS_TOKEN>", "cohere2": "<BOS_TOKEN>"}
+    assert (
+        list(wording.after) == codec.tokenizer(after, add_special_tokens=False)["input_ids"]
+    )
+    first = {
+        "xglm": "</s>",
+        "llama": "<s>",
+        "mistral": "<s>",
+        "llama3": "<|begin_of_text|>",
+    }
+    first |= {
+        "gemma2": "<bos>",
+        "gemma3": "<bos>",
+        "cohere": "<BOS_TOKEN>",
+        "cohere2": "<BOS_TOKEN>",
+    }
     begun = pieces(codec, wording.before)[0]
-    assert begun == first[family] if family in first else begun not in codec.tokenizer.all_special_tokens
+    assert (
+        begun == first[family]
+        if family in first
+        else begun not in codec.tokenizer.all_special_tokens
+    )
     trimmed = codec_of(folders[family])
     assert pieces(trimmed, trimmed.wording("de").before) == pieces(codec, wording.before)
 
@@ -403,9 +491,14 @@ def test_a_prompt_names_language_and_sign_language_of_the_clip(folders):
 
 @pytest.mark.parametrize("family", ["t5", "mt5", "flan_t5"])
 def test_t5_takes_a_prompt_where_one_is_given(folders, family):
-    codec = codec_of(folders[family], trim=False, languages=("de", "en"), prompt="to {language}: {video}")
+    codec = codec_of(
+        folders[family], trim=False, languages=("de", "en"), prompt="to {language}: {video}"
+    )
     wordings = [codec.wording(language) for language in ("de", "en")]
-    assert [codec.tokenizer.decode(w.before) for w in wordings] == ["to German:", "to English:"]
+    assert [codec.tokenizer.decode(w.before) for w in wordings] == [
+        "to German:",
+        "to English:",
+    ]
     assert {pieces(codec, w.start) for w in wordings} == {("<pad>",)}
 
 
@@ -421,13 +514,17 @@ def test_t5_takes_a_prompt_where_one_is_given(folders, family):
 )
 def test_an_unknown_language_is_refused_with_near_ones(folders, family, near):
     wrong = near.replace("de", "dee")
-    with pytest.raises(UserError, match=rf"^llm\.language must be .*'{wrong}'.*: did you mean .*{near}.*\?$"):
+    with pytest.raises(
+        UserError,
+        match=rf"^llm\.language must be .*'{wrong}'.*: did you mean .*{near}.*\?$",
+    ):
         codec_of(folders[family], language=wrong)
 
 
 def test_a_prompt_for_an_unknown_language_is_refused_with_near_ones(folders):
     with pytest.raises(
-        UserError, match=r"must be one that has a language .* 'Germann': did you mean German.*prompt"
+        UserError,
+        match=r"must be one that has a language .* 'Germann': did you mean German.*prompt",
     ):
         codec_of(folders["qwen3"], language="Germann")
 
@@ -436,14 +533,20 @@ def test_a_prompt_for_an_unknown_language_is_refused_with_near_ones(folders):
 def test_an_llm_folder_without_a_tokenizer_is_refused(folders, tmp_path, family):
     """transformers makes a tokenizer of special tokens alone where there are no files."""
     for path in folders[family].iterdir():
-        if path.name.endswith(("config.json", ".safetensors")) and not path.name.startswith("tokenizer"):
+        if path.name.endswith(("config.json", ".safetensors")) and not path.name.startswith(
+            "tokenizer"
+        ):
             shutil.copy(path, tmp_path)
-    with pytest.raises(UserError, match=r"tokenizer of .* must load, but did not: .*Name a folder"):
+    with pytest.raises(
+        UserError, match=r"tokenizer of .* must load, but did not: .*Name a folder"
+    ):
         codec_of(tmp_path)
 
 
 def test_a_misspelt_language_is_refused_where_the_llm_is_told_none(folders):
-    with pytest.raises(UserError, match=r"must be one that is known, but is 'Germann': did you mean German"):
+    with pytest.raises(
+        UserError, match=r"must be one that is known, but is 'Germann': did you mean German"
+    ):
         codec_of(folders["mt5"], language="Germann")
     assert codec_of(folders["mt5"], language="German").language == "German"
 
@@ -451,7 +554,8 @@ def test_a_misspelt_language_is_refused_where_the_llm_is_told_none(folders):
 @pytest.mark.parametrize("family", ["t5", "mt5", "flan_t5"])
 def test_two_languages_are_refused_where_nothing_tells_the_llm_which(folders, family):
     with pytest.raises(
-        UserError, match=r"must be told which of de, en .* Give a --llm\.prompt with \{language\}"
+        UserError,
+        match=r"must be told which of de, en .* Give a --llm\.prompt with \{language\}",
     ):
         codec_of(folders[family], languages=("de", "en"))
 
@@ -459,7 +563,11 @@ def test_two_languages_are_refused_where_nothing_tells_the_llm_which(folders, fa
 def test_two_languages_are_refused_where_the_prompt_names_none(folders):
     with pytest.raises(UserError, match="must be told which"):
         codec_of(folders["llama"], languages=("de", "en"), prompt="Translate: {video}")
-    assert codec_of(folders["llama"], languages=("de",), prompt="Translate: {video}").wording().before
+    assert (
+        codec_of(folders["llama"], languages=("de",), prompt="Translate: {video}")
+        .wording()
+        .before
+    )
 
 
 @pytest.mark.parametrize(
@@ -470,16 +578,23 @@ def test_a_prompt_with_wrong_fields_is_refused(folders, prompt):
         codec_of(folders["llama"], prompt=prompt)
 
 
-def test_a_decoder_only_llm_is_told_by_the_prompt_whatever_words_are_in_its_vocabulary(folders, tmp_path):
+def test_a_decoder_only_llm_is_told_by_the_prompt_whatever_words_are_in_its_vocabulary(
+    folders, tmp_path
+):
     texts = ["de_DE en_XX it_IT " * 9, *SENTENCES]
     folder = make_tiny_llm("bloom", tmp_path, texts)
     codec = codec_of(folder, languages=("ru",))
-    assert "de_DE" in codec.tokenizer.get_vocab() and "en_XX" in str(codec.tokenizer.get_vocab())
+    assert "de_DE" in codec.tokenizer.get_vocab() and "en_XX" in str(
+        codec.tokenizer.get_vocab()
+    )
     assert codec.wording("ru").before
 
 
-def test_mbart_is_trimmed_to_specials_languages_and_the_pieces_of_the_training_text(shared_data, tmp_path):
-    """The rule of FLa-LLM's section 4.1, on real weather reports and a tokenizer trained on the spot."""
+def test_mbart_is_trimmed_to_specials_languages_and_the_pieces_of_the_training_text(
+    shared_data, tmp_path
+):
+    """The rule of FLa-LLM's section 4.1, on real weather reports and a tokenizer trained
+    on the spot."""
     table = shared_data / "phoenix14t" / "full-test-split.PHOENIX-2014-T.test.corpus.csv"
     with table.open(encoding="utf-8", newline="") as file:
         reports = [row["translation"] for row in csv.DictReader(file, delimiter="|")]
@@ -487,9 +602,19 @@ def test_mbart_is_trimmed_to_specials_languages_and_the_pieces_of_the_training_t
     tokenizer = train_tokenizer([*reports, *general[:4000]], 4000, "de_DE")
     tokenizer.save_pretrained(tmp_path)
     AutoConfig.for_model("mbart").save_pretrained(tmp_path)
-    codec = TextCodec.for_training_text(str(tmp_path), Instruction(language="de_DE"), reports, trim=True)
-    used = {i for report in reports for i in tokenizer(report, add_special_tokens=False)["input_ids"]}
-    languages = [i for token, i in tokenizer.get_vocab().items() if token[2:3] == "_" and len(token) == 5]
+    codec = TextCodec.for_training_text(
+        str(tmp_path), Instruction(language="de_DE"), reports, trim=True
+    )
+    used = {
+        i
+        for report in reports
+        for i in tokenizer(report, add_special_tokens=False)["input_ids"]
+    }
+    languages = [
+        i
+        for token, i in tokenizer.get_vocab().items()
+        if token[2:3] == "_" and len(token) == 5
+    ]
     assert len(reports) == 642 and len(languages) == 25
     specials = {0, 1, 2, 3, tokenizer.mask_token_id}
     assert set(codec.kept_ids.tolist()) == specials | set(languages) | used
@@ -508,9 +633,13 @@ def test_unknown_characters_are_counted_as_they_stand_in_the_texts(folders, trim
     codec = codec_of(folders["mbart"], texts, trim)
     unknown = codec.unknown_tokens(texts)
     ids = [i for text in texts for i in codec.encode(text)]
-    assert unknown.num_tokens == len(ids) and unknown.num_unknown == ids.count(codec._unknown_id) > 0
+    assert (
+        unknown.num_tokens == len(ids)
+        and unknown.num_unknown == ids.count(codec._unknown_id) > 0
+    )
     assert unknown.characters[0] == ("☀", 5)
-    assert {"﹝", "﹞", "！"} <= dict(unknown.characters).keys()  # not as the normaliser writes them
+    # not as the normaliser writes them
+    assert {"﹝", "﹞", "！"} <= dict(unknown.characters).keys()
     assert "'☀' (5)" in str(unknown) and str(unknown).startswith(
         f"{100 * unknown.num_unknown / len(ids):.2g} %"
     )
@@ -541,5 +670,7 @@ def test_a_few_unknown_tokens_are_told_and_more_are_refused(folders, capsys):
     assert told.startswith("unknown to the tokenizer of an/llm: 0.0") and told.endswith(
         "because of 'Ω' (1).\n"
     )
-    with pytest.raises(UserError, match=r"at most 0\.1 % .* got an/llm with .* because of 'Ω' \(9\)\. Give"):
+    with pytest.raises(
+        UserError, match=r"at most 0\.1 % .* got an/llm with .* because of 'Ω' \(9\)\. Give"
+    ):
         check_unknown(codec, [*many, *["Ω"] * 9], "an/llm")

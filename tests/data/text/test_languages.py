@@ -1,9 +1,15 @@
 """Names of languages: one tag for each, whatever people, corpora and tokenizers call it."""
 
 import pytest
-from transformers.models.m2m_100.tokenization_m2m_100 import FAIRSEQ_LANGUAGE_CODES as M2M100_CODES
-from transformers.models.mbart.tokenization_mbart import FAIRSEQ_LANGUAGE_CODES as MBART_CODES
-from transformers.models.mbart50.tokenization_mbart50 import FAIRSEQ_LANGUAGE_CODES as MBART50_CODES
+from transformers.models.m2m_100.tokenization_m2m_100 import (
+    FAIRSEQ_LANGUAGE_CODES as M2M100_CODES,
+)
+from transformers.models.mbart.tokenization_mbart import (
+    FAIRSEQ_LANGUAGE_CODES as MBART_CODES,
+)
+from transformers.models.mbart50.tokenization_mbart50 import (
+    FAIRSEQ_LANGUAGE_CODES as MBART50_CODES,
+)
 from transformers.models.nllb.tokenization_nllb import FAIRSEQ_LANGUAGE_CODES as NLLB_CODES
 
 from flallm_ds.data.text.languages import (
@@ -17,8 +23,8 @@ from flallm_ds.data.text.languages import (
 from flallm_ds.errors import UserError
 
 M2M100 = [f"__{code}__" for code in M2M100_CODES["m2m100"]]
-# Some of MADLAD's 450 tokens: scripts and regions of their own, old and collective codes; the last are no
-# languages.
+# Some of MADLAD's 450 tokens: scripts and regions of their own, old and collective codes;
+# the last are no languages.
 MADLAD = [f"<2{code}>" for code in (
     "de", "en", "fr", "fr_CA", "bg", "is", "he", "id", "yi", "no", "nn", "zh", "zh_Hant", "zh_Latn", "yue",
     "sr", "sh", "az", "az_RU", "uz", "kk", "ru", "ru_Latn", "ms", "ms_Arab", "ms_Arab_BN", "fil", "prs", "fa",
@@ -72,7 +78,8 @@ SAME = {
 
 
 @pytest.mark.parametrize(
-    ("tag", "name"), [(tag, name) for tag, names in SAME.items() for name in names.split(", ")]
+    ("tag", "name"),
+    [(tag, name) for tag, names in SAME.items() for name in names.split(", ")],
 )
 def test_every_name_of_a_language_has_one_tag(tag, name):
     assert language_tag(name, "--language") == tag
@@ -81,7 +88,9 @@ def test_every_name_of_a_language_has_one_tag(tag, name):
 
 @pytest.mark.parametrize(
     "name", ["", " ", "Germann", "de_DF", "de-Abcd", "xx", "qqq", "und", "zxx", "mul", "gsg", "ase", "mixed",
-             "American Sign Language", "de_DE.UTF-8", "sr_RS@latin", "<2>", "__", "1", "translate", "de/en"]
+             "American "
+             "Sign "
+             "Language", "de_DE.UTF-8", "sr_RS@latin", "<2>", "__", "1", "translate", "de/en"]
 )  # fmt: skip
 def test_what_is_no_written_language_is_not_taken_for_one(name):
     assert find_language(name) is None and tag_of(name) == name and word_rule(name) == "13a"
@@ -93,7 +102,8 @@ def test_what_is_no_written_language_is_not_taken_for_one(name):
 )  # fmt: skip
 def test_an_unknown_language_is_refused_with_near_ones(name, near):
     with pytest.raises(
-        UserError, match=rf"^--language must be .*, got '{name}': did you mean .*\b{near}\b.*\?$"
+        UserError,
+        match=rf"^--language must be .*, got '{name}': did you mean .*\b{near}\b.*\?$",
     ):
         language_tag(name, "--language")
 
@@ -102,24 +112,42 @@ def test_an_unknown_language_is_refused_with_near_ones(name, near):
 def test_every_language_of_a_tokenizer_has_a_tag_that_gives_its_token_back(family):
     vocabulary = VOCABULARIES[family]
     places = language_tokens([*ORDINARY, *vocabulary])
-    assert set(vocabulary) - set(places) <= {"<2>", "<2translate>", "<2Hant>", "<2CA>", "<2en_xx_simple>"}
+    assert set(vocabulary) - set(places) <= {
+        "<2>",
+        "<2translate>",
+        "<2Hant>",
+        "<2CA>",
+        "<2en_xx_simple>",
+    }
     assert set(places) <= set(vocabulary)
-    regional = {"<2fr_CA>": "<2fr>", "<2ms_Arab_BN>": "<2ms_Arab>"}  # a region is no language of its own
+    # a region is no language of its own
+    regional = {"<2fr_CA>": "<2fr>", "<2ms_Arab_BN>": "<2ms_Arab>"}
     place = "source" if family == "madlad" else "decoder"
     for token in places:
         assert token_of(token, places) == (token, place)
-        assert token_of(language_tag(token, "--language"), places) == (regional.get(token, token), place)
+        assert token_of(language_tag(token, "--language"), places) == (
+            regional.get(token, token),
+            place,
+        )
 
 
-@pytest.mark.parametrize("vocabulary", [ORDINARY, [*ORDINARY, "pt_BR", "nl_BE"], [*ORDINARY, "__de__"]])
+@pytest.mark.parametrize(
+    "vocabulary", [ORDINARY, [*ORDINARY, "pt_BR", "nl_BE"], [*ORDINARY, "__de__"]]
+)
 def test_ordinary_text_is_no_language_token(vocabulary):
     assert language_tokens(vocabulary) == {} and token_of("de", {}) is None
 
 
 def test_tokens_that_were_added_to_a_tokenizer_count():
     vocabulary = [*ORDINARY, *MBART_CODES, "bg_BG", "xx_QQ"]
-    assert token_of("Bulgarian", language_tokens(vocabulary, ["bg_BG", "xx_QQ"])) == ("bg_BG", "decoder")
-    assert token_of("xx_QQ", language_tokens(vocabulary, ["bg_BG", "xx_QQ"])) == ("xx_QQ", "decoder")
+    assert token_of("Bulgarian", language_tokens(vocabulary, ["bg_BG", "xx_QQ"])) == (
+        "bg_BG",
+        "decoder",
+    )
+    assert token_of("xx_QQ", language_tokens(vocabulary, ["bg_BG", "xx_QQ"])) == (
+        "xx_QQ",
+        "decoder",
+    )
 
 
 @pytest.mark.parametrize(
@@ -139,7 +167,9 @@ def test_tokens_that_were_added_to_a_tokenizer_count():
 )
 def test_another_script_is_refused_and_the_remedy_works(family, language, instead):
     places = language_tokens(VOCABULARIES[family])
-    with pytest.raises(UserError, match=rf"in another script\. Give --llm\.language={instead} ") as error:
+    with pytest.raises(
+        UserError, match=rf"in another script\. Give --llm\.language={instead} "
+    ) as error:
         token_of(language, places)
     token = token_of(instead, places)[0]
     assert f"has {token} (" in str(error.value)
@@ -147,7 +177,9 @@ def test_another_script_is_refused_and_the_remedy_works(family, language, instea
 
 def test_a_language_that_a_tokenizer_lacks_is_refused():
     for language in ("yue", "nn", "bg", "is"):
-        with pytest.raises(UserError, match=rf"must be one .* has a token for, but is '{language}'"):
+        with pytest.raises(
+            UserError, match=rf"must be one .* has a token for, but is '{language}'"
+        ):
             token_of(language, language_tokens(MBART_CODES))
     with pytest.raises(UserError, match="did you mean Icelandic"):
         token_of("Icelandik", language_tokens(M2M100))
@@ -156,19 +188,29 @@ def test_a_language_that_a_tokenizer_lacks_is_refused():
 @pytest.mark.parametrize(
     ("rule", "languages"),
     [
-        ("zh", "zh zh_CN zh-Hant Chinese __zh__ <2zh> zho_Hant cmn yue Cantonese wuu lzh zh-TW"),
-        ("char", "ja ja_XX Japanese jpn_Jpan th tha_Thai Khmer km_KH lo Lao my my_MM bo dzo_Tibt shn_Mymr"),
+        (
+            "zh",
+            "zh zh_CN zh-Hant Chinese __zh__ <2zh> zho_Hant cmn yue Cantonese wuu lzh "
+            "zh-TW",
+        ),
+        (
+            "char",
+            "ja ja_XX Japanese jpn_Jpan th tha_Thai Khmer km_KH lo Lao my my_MM bo "
+            "dzo_Tibt shn_Mymr",
+        ),
         ("13a", "de ko Korean kor_Hang vi zh-Latn ja-Latn hi ar en_XX id su jv"),
     ],
 )
 def test_words_are_found_by_the_script(rule, languages):
-    assert {language: word_rule(language) for language in languages.split()} == dict.fromkeys(
-        languages.split(), rule
-    )
+    assert {
+        language: word_rule(language) for language in languages.split()
+    } == dict.fromkeys(languages.split(), rule)
 
 
 def test_names_and_sign_languages_for_prompts():
-    facts = {tag: (find_language(tag).name, find_language(tag).sign_language) for tag in SAME}
+    facts = {
+        tag: (find_language(tag).name, find_language(tag).sign_language) for tag in SAME
+    }
     assert facts["de"] == ("German", "German Sign Language")
     assert facts["en"] == ("English", "American Sign Language")
     assert facts["zh"] == ("Chinese", "Chinese Sign Language")

@@ -13,8 +13,14 @@ from transformers import AutoTokenizer
 from flallm_ds.data.text.codec import Instruction, TextCodec, load_tokenizer
 from tests.helpers.llms import FAMILIES, make_tiny_llm
 
-TEXTS = ["好,是吗?对!(啊):", "今天 ABC 12 fi ... kg", "Am Tag scheint überall die Sonne.", "バナナ 한국"]
-# Full width, ligatures, one character for several, several for one, spaces of all kinds, nothing at all.
+TEXTS = [
+    "好,是吗?对!(啊):",
+    "今天 ABC 12 fi ... kg",
+    "Am Tag scheint überall die Sonne.",
+    "バナナ 한국",
+]
+# Full width, ligatures, one character for several, several for one, spaces of all kinds,
+# nothing at all.
 ODD = {
     "今天，好吗？对！（啊）：": "今天,好吗?对!(啊):",
     "ＡＢＣ １２": "ABC 12",
@@ -37,7 +43,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def codec_of(folder: Path, texts: list[str] = TEXTS, trim: bool = False) -> TextCodec:
-    return TextCodec.for_training_text(str(folder), Instruction(languages=("de",)), texts, trim)
+    return TextCodec.for_training_text(
+        str(folder), Instruction(languages=("de",)), texts, trim
+    )
 
 
 def again(codec: TextCodec, folder: Path) -> TextCodec:
@@ -50,7 +58,9 @@ def again(codec: TextCodec, folder: Path) -> TextCodec:
 
 @pytest.mark.parametrize("family", NORMALISED)
 @pytest.mark.parametrize("trim", [False, True])
-def test_odd_characters_are_written_in_those_of_the_vocabulary(folders, family, trim, tmp_path):
+def test_odd_characters_are_written_in_those_of_the_vocabulary(
+    folders, family, trim, tmp_path
+):
     codec = codec_of(folders[family], [*TEXTS, *ODD], trim)
     loaded = again(codec, tmp_path)
     for text, written in ODD.items():
@@ -95,7 +105,9 @@ def test_the_normaliser_is_found_wherever_it_is(folders, family, files, tmp_path
         (folder / "tokenizer.json").unlink()
     elif "without" in files:
         content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-        (folder / "tokenizer.json").write_text(json.dumps(content | {"normalizer": None}), encoding="utf-8")
+        (folder / "tokenizer.json").write_text(
+            json.dumps(content | {"normalizer": None}), encoding="utf-8"
+        )
     codec = codec_of(folder)
     assert {text: codec.decode(codec.encode(text)) for text in ODD} == ODD
 
@@ -106,7 +118,10 @@ def test_a_vocabulary_that_holds_full_width_characters_is_left_as_it_is(folders,
     shutil.copytree(folders["mbart"], folder)
     (folder / "sentencepiece.bpe.model").unlink()
     content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    vocabulary = [["，" if piece == "," else piece, score] for piece, score in content["model"]["vocab"]]
+    vocabulary = [
+        ["，" if piece == "," else piece, score]
+        for piece, score in content["model"]["vocab"]
+    ]
     content["model"]["vocab"] = vocabulary
     content["normalizer"] = None
     (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
@@ -122,7 +137,10 @@ def test_a_tokenizer_that_normalises_in_another_way_keeps_to_it(folders, tmp_pat
     content["tokenizer_class"] = "PreTrainedTokenizerFast"
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(content), encoding="utf-8")
     (tmp_path / "config.json").write_text('{"model_type": "t5"}', encoding="utf-8")
-    assert load_tokenizer(str(tmp_path)).backend_tokenizer.normalizer.normalize_str("Ａ") == "ａ"
+    assert (
+        load_tokenizer(str(tmp_path)).backend_tokenizer.normalizer.normalize_str("Ａ")
+        == "ａ"
+    )
 
 
 # --- the real tokenizer of facebook/mbart-large-cc25, trimmed to PHOENIX14T by others
@@ -149,14 +167,20 @@ def reports(shared_data: Path) -> list[str]:
 
 def by_sentencepiece(real: Path, text: str) -> list[int]:
     """Ids in mBART's order, which has one special token more ahead and another unknown."""
-    model = sentencepiece.SentencePieceProcessor(model_file=str(real / "sentencepiece.bpe.model"))
+    model = sentencepiece.SentencePieceProcessor(
+        model_file=str(real / "sentencepiece.bpe.model")
+    )
     return [i + 1 if i else 3 for i in model.encode(text)]
 
 
 @pytest.mark.parametrize("trim", [False, True])
-def test_the_real_mbart_reads_text_as_its_sentencepiece_model_does(real, reports, trim, tmp_path):
+def test_the_real_mbart_reads_text_as_its_sentencepiece_model_does(
+    real, reports, trim, tmp_path
+):
     texts = [*reports, *FULL_WIDTH, "regen，wind？ ﾊﾞﾝ schnee！"]
-    codec = TextCodec.for_training_text(str(real), Instruction(language="de_DE"), texts, trim)
+    codec = TextCodec.for_training_text(
+        str(real), Instruction(language="de_DE"), texts, trim
+    )
     assert (codec.vocab_size == len(codec.tokenizer) == 2454) is not trim
     loaded = again(codec, tmp_path)
     for text in texts:
@@ -164,12 +188,18 @@ def test_the_real_mbart_reads_text_as_its_sentencepiece_model_does(real, reports
         assert codec.kept_ids[ids[:-1]].tolist() == by_sentencepiece(real, text)
         assert loaded.encode(text) == ids
     for text, written in FULL_WIDTH.items():
-        assert codec.decode(codec.encode(text)) == codec.decode(codec.encode(written)) == written
+        assert (
+            codec.decode(codec.encode(text))
+            == codec.decode(codec.encode(written))
+            == written
+        )
 
 
 def test_the_real_mbart_knows_the_reports_and_says_what_it_does_not(real, reports):
     """Its 2,427 pieces have no comma: NFKC alone does not make one known."""
-    codec = TextCodec.for_training_text(str(real), Instruction(language="de_DE"), reports, trim=False)
+    codec = TextCodec.for_training_text(
+        str(real), Instruction(language="de_DE"), reports, trim=False
+    )
     unknown = codec.unknown_tokens(reports)
     assert (unknown.num_tokens, unknown.num_unknown) == (12777, 1)
     assert unknown.characters == (("x", 1),)

@@ -27,7 +27,9 @@ def pointer(name: str) -> Callable[[Path], None]:
 
 
 def adapter(folder: Path) -> None:
-    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "facebook/dinov2-small"}')
+    (folder / "adapter_config.json").write_text(
+        '{"base_model_name_or_path": "facebook/dinov2-small"}'
+    )
 
 
 def only(name: str) -> Callable[[Path], None]:
@@ -55,13 +57,28 @@ def pickled(folder: Path) -> None:
 
 
 FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
-    "pointer": (pointer("model.safetensors"), r"model\.safetensors: it is a git-lfs pointer"),
+    "pointer": (
+        pointer("model.safetensors"),
+        r"model\.safetensors: it is a git-lfs pointer",
+    ),
     "pointer_config": (pointer("config.json"), r"config\.json: it is a git-lfs pointer"),
-    "adapter": (adapter, r"visual\.weights must be a whole image encoder, .* Name facebook/dinov2-small"),
+    "adapter": (
+        adapter,
+        r"visual\.weights must be a whole image encoder, .* Name facebook/dinov2-small",
+    ),
     "gguf": (only("vit.gguf"), r"Cannot train .*vit\.gguf: GGUF files"),
-    "empty": (only(""), r"The image encoder .* the folder is empty\. Check --visual\.weights"),
-    "no_config": (without("config.json"), r"must hold the config\.json of an image encoder, got model\.saf"),
-    "cut_off": (cut_off, r"model\.safetensors must load, but did not: the file is cut off or damaged"),
+    "empty": (
+        only(""),
+        r"The image encoder .* the folder is empty\. Check --visual\.weights",
+    ),
+    "no_config": (
+        without("config.json"),
+        r"must hold the config\.json of an image encoder, got model\.saf",
+    ),
+    "cut_off": (
+        cut_off,
+        r"model\.safetensors must load, but did not: the file is cut off or damaged",
+    ),
     "no_weights": (without("model.safetensors"), r"weights|checkpoints"),
     "pickled": (pickled, r"more than tensors, which could run code|[Ww]eights.only"),
 }
@@ -69,7 +86,9 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
 
 @pytest.mark.parametrize("kind", ["vit", "timm/test_vit"])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_folder_of_another_kind_is_refused_by_its_cause(kind: str, fault: str, tmp_path: Path) -> None:
+def test_a_folder_of_another_kind_is_refused_by_its_cause(
+    kind: str, fault: str, tmp_path: Path
+) -> None:
     spoil, sentence = FAULTS[fault]
     weights = saved(kind, tmp_path)
     spoil(tmp_path)
@@ -80,12 +99,17 @@ def test_a_folder_of_another_kind_is_refused_by_its_cause(kind: str, fault: str,
 
 def test_files_and_addresses_that_are_no_backbone_are_refused(tmp_path: Path) -> None:
     weights = saved("vit", tmp_path)
-    refused(r"got the file .*model\.safetensors\. Name its folder: ", f"{weights}/model.safetensors")
+    refused(
+        r"got the file .*model\.safetensors\. Name its folder: ",
+        f"{weights}/model.safetensors",
+    )
     refused("GGUF", f"{weights}/vit.gguf")
     (tmp_path / "resnet.pth").write_text(POINTER)
     for name in (f"{weights}/resnet.pth", f"timm/resnet10t@{weights}/resnet.pth"):
         refused("it is a git-lfs pointer", name)
     address = "https://huggingface.co/facebook/dinov2-small/tree/main"
     for read in (check_reachable, build_backbone):
-        with pytest.raises(UserError, match=r"got the address https.* Name it as facebook/dinov2-small\."):
+        with pytest.raises(
+            UserError, match=r"got the address https.* Name it as facebook/dinov2-small\."
+        ):
             read(address)

@@ -25,7 +25,9 @@ def test_a_model_that_draws_at_random_is_refused(tmp_path: Path) -> None:
 
 def test_frames_that_are_not_whole_patches_are_refused(tmp_path: Path) -> None:
     weights = saved("vit", tmp_path)
-    refused(r"data\.crop_size must be a multiple of 16, .*=32, or 48\.", weights, crop_size=40)
+    refused(
+        r"data\.crop_size must be a multiple of 16, .*=32, or 48\.", weights, crop_size=40
+    )
     timms = saved("timm/test_vit", tmp_path / "timm")
     refused(r"data\.crop_size must be a multiple of 16", timms, crop_size=40)
 
@@ -47,14 +49,19 @@ def test_positions_of_one_size_are_refused_for_another(tmp_path: Path) -> None:
 TENSORS = {
     "vit": ("encoder.layer.7.output.dense.weight", "layernorm.weight"),
     "dinov2": ("encoder.layer.1.attention.attention.gate.weight", "layernorm.bias"),
-    "resnet": ("encoder.stages.0.layers.5.layer.0.convolution.weight", "embedder.convolution.weight"),
+    "resnet": (
+        "encoder.stages.0.layers.5.layer.0.convolution.weight",
+        "embedder.convolution.weight",
+    ),
     "timm/test_vit": ("blocks.17.mlp.fc1.weight", "norm.weight"),
     "timm/resnet10t": ("layer1.0.se.fc1.weight", "layer1.0.conv1.weight"),
 }
 
 
 @pytest.mark.parametrize("kind", TENSORS)
-def test_tensors_without_a_part_and_parts_without_a_tensor_are_refused(kind: str, tmp_path: Path) -> None:
+def test_tensors_without_a_part_and_parts_without_a_tensor_are_refused(
+    kind: str, tmp_path: Path
+) -> None:
     surplus, needed = TENSORS[kind]
     weights = saved(kind, tmp_path)
     whole = load_file(tmp_path / "model.safetensors")
@@ -66,16 +73,25 @@ def test_tensors_without_a_part_and_parts_without_a_tensor_are_refused(kind: str
     )
     save_file(whole, tmp_path / "model.safetensors", metadata={"format": "pt"})
     changed(tmp_path, {}, fewer=needed)
-    refused(r"the weights .* must hold .*weight|the weights .* must hold .*bias", weights, width=16)
+    refused(
+        r"the weights .* must hold .*weight|the weights .* must hold .*bias",
+        weights,
+        width=16,
+    )
 
 
 @pytest.mark.parametrize("kind", TENSORS)
 @pytest.mark.parametrize(
-    "key", ["classifier.weight", "head.weight", "text_model.embed.weight", "decoder.mask.bias"]
+    "key",
+    ["classifier.weight", "head.weight", "text_model.embed.weight", "decoder.mask.bias"],
 )
-def test_heads_and_other_models_next_to_a_backbone_are_left_out(kind: str, key: str, tmp_path: Path) -> None:
+def test_heads_and_other_models_next_to_a_backbone_are_left_out(
+    kind: str, key: str, tmp_path: Path
+) -> None:
     weights = saved(kind, tmp_path)
     before = build_backbone(weights, width=16, crop_size=CROP).state_dict()
     changed(tmp_path, {key: torch.ones(2)})
     after = build_backbone(weights, width=16, crop_size=CROP).state_dict()
-    assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
+    assert before.keys() == after.keys() and all(
+        torch.equal(before[n], after[n]) for n in before
+    )

@@ -1,4 +1,5 @@
-"""What every backbone does, whatever its source: features, gradients, freezing, tuning, settings."""
+"""What every backbone does, whatever its source: features, gradients, freezing, tuning,
+settings."""
 
 import copy
 import json
@@ -28,9 +29,14 @@ ALL = [*KINDS, *(f"timm/{name}" for name in TIMM_KINDS)]
 
 
 @pytest.mark.parametrize("kind", ALL)
-def test_a_backbone_of_each_kind(kind: str, tmp_path: Path, pixels_NCHW: torch.Tensor) -> None:
-    """Its features are of each frame alone, gradients reach it, frozen it stays, and it is built again."""
-    width, stages = KINDS[kind][1:] if kind in KINDS else TIMM_KINDS[kind.removeprefix("timm/")]
+def test_a_backbone_of_each_kind(
+    kind: str, tmp_path: Path, pixels_NCHW: torch.Tensor
+) -> None:
+    """Its features are of each frame alone, gradients reach it, frozen it stays, and it
+    is built again."""
+    width, stages = (
+        KINDS[kind][1:] if kind in KINDS else TIMM_KINDS[kind.removeprefix("timm/")]
+    )
     backbone = backbone_of(kind, tmp_path).eval()
     with torch.no_grad():
         features_ND = backbone(pixels_NCHW)
@@ -51,10 +57,15 @@ def test_a_backbone_of_each_kind(kind: str, tmp_path: Path, pixels_NCHW: torch.T
         torch.manual_seed(0)
         module.train()(pixels_NCHW).square().sum().backward()
     gradients = {n: p.grad for n, p in backbone.named_parameters()}
-    assert sum(g is not None and g.abs().sum() > 0 for g in gradients.values()) > len(gradients) / 2
+    assert (
+        sum(g is not None and g.abs().sum() > 0 for g in gradients.values())
+        > len(gradients) / 2
+    )
     for name, parameter in checkpointed.named_parameters():
         if gradients[name] is not None:
-            torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(
+                parameter.grad, gradients[name], atol=1e-4, rtol=1e-4
+            )
 
     again.freeze(stages)
     frozen = sum(not p.requires_grad for p in again.parameters())
@@ -66,17 +77,23 @@ def test_a_backbone_of_each_kind(kind: str, tmp_path: Path, pixels_NCHW: torch.T
 
 
 @pytest.mark.parametrize("kind", ["resnet", "vit", "timm/resnet10t"])
-def test_a_frozen_backbone_keeps_every_bit(kind: str, tmp_path: Path, pixels_NCHW: torch.Tensor) -> None:
+def test_a_frozen_backbone_keeps_every_bit(
+    kind: str, tmp_path: Path, pixels_NCHW: torch.Tensor
+) -> None:
     backbone = backbone_of(kind, tmp_path)
     backbone.tune(Tuning("frozen", section="visual"))
     visual = VisualEncoder(backbone=backbone).train()
     before = {name: tensor.clone() for name, tensor in visual.backbone.state_dict().items()}
-    optimizer = torch.optim.SGD([p for p in visual.parameters() if p.requires_grad], lr=1.0, weight_decay=0.1)
+    optimizer = torch.optim.SGD(
+        [p for p in visual.parameters() if p.requires_grad], lr=1.0, weight_decay=0.1
+    )
     visual(pixels_NCHW, torch.tensor([2, 3])).sum().backward()
     optimizer.step()
     assert not any(module.training for module in visual.backbone.modules())
     assert all(p.grad is None for p in visual.backbone.parameters())
-    assert all(torch.equal(before[name], t) for name, t in visual.backbone.state_dict().items())
+    assert all(
+        torch.equal(before[name], t) for name, t in visual.backbone.state_dict().items()
+    )
     assert all(p.grad is not None for p in visual.temporal.parameters())
 
 
@@ -109,7 +126,9 @@ def test_low_rank_additions_alone_learn_and_are_merged(
 
 
 def test_low_rank_additions_to_a_resnet_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"visual\.tune must be full or frozen for a ResNetModel"):
+    with pytest.raises(
+        UserError, match=r"visual\.tune must be full or frozen for a ResNetModel"
+    ):
         backbone_of("resnet", tmp_path).tune(Tuning("lora", section="visual"))
 
 
@@ -131,7 +150,9 @@ def test_frames_of_another_size_than_the_weights_were_trained_on(tmp_path: Path)
         assert backbone(torch.randn(2, 3, 64, 64)).shape == (2, backbone.feature_width)
 
 
-def test_statistics_of_timms_batch_norm_enter_once_a_step(pixels_NCHW: torch.Tensor) -> None:
+def test_statistics_of_timms_batch_norm_enter_once_a_step(
+    pixels_NCHW: torch.Tensor,
+) -> None:
     torch.manual_seed(0)
     backbone = build_backbone("timm/test_resnet", pretrained=False, crop_size=CROP).train()
     plain = copy.deepcopy(backbone)
@@ -153,4 +174,6 @@ def test_settings_that_no_library_knows_are_refused() -> None:
     with pytest.raises(UserError, match="nothing_known"):
         Backbone.from_settings(settings)
     with pytest.raises(UserError, match="settings of a backbone"):
-        Backbone.from_settings({"library": "timm", "config": {"model_name": "nothing_known"}})
+        Backbone.from_settings(
+            {"library": "timm", "config": {"model_name": "nothing_known"}}
+        )

@@ -14,7 +14,9 @@ from tests.helpers.backbones import CROP, refused, saved
 
 def test_timms_features_are_timms(tmp_path: Path, pixels_NCHW: torch.Tensor) -> None:
     weights = saved("timm/test_vit", tmp_path)
-    theirs = timm.create_model(f"local-dir:{weights}", pretrained=True, num_classes=0, img_size=CROP).eval()
+    theirs = timm.create_model(
+        f"local-dir:{weights}", pretrained=True, num_classes=0, img_size=CROP
+    ).eval()
     backbone = build_backbone(weights, crop_size=CROP).eval()
     norm = timm.data.resolve_model_data_config(theirs)
     with torch.no_grad():
@@ -39,7 +41,10 @@ def test_timms_weights_from_a_file_and_without(tmp_path: Path) -> None:
 
 def test_names_that_timm_does_not_know_are_refused_with_near_ones() -> None:
     refused(r"timm.* resnet81 is none: did you mean .*resnet18", "timm/resnet81")
-    refused(r"resnet18\.a1_in2k is none: did you mean .*resnet18\.a1_in1k", "timm/resnet18.a1_in2k")
+    refused(
+        r"resnet18\.a1_in2k is none: did you mean .*resnet18\.a1_in1k",
+        "timm/resnet18.a1_in2k",
+    )
     refused("there is no file nowhere.pth", "timm/resnet18@nowhere.pth")
 
 

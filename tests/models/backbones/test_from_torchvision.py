@@ -23,7 +23,9 @@ def test_a_torchvision_file_of_another_network_is_refused(tmp_path: Path) -> Non
         )
         name = re.sub(
             r"encoder\.stages\.(\d)\.layers\.(\d)\.shortcut\.(\w+)\.",
-            lambda m: f"layer{int(m[1]) + 1}.{m[2]}.downsample.{int(m[3] == 'normalization')}.",
+            lambda m: (
+                f"layer{int(m[1]) + 1}.{m[2]}.downsample.{int(m[3] == 'normalization')}."
+            ),
             name,
         )
         state[name] = tensor

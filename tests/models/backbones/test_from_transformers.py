@@ -25,23 +25,32 @@ from tests.helpers.backbones import (
 def test_a_pooler_without_weights_is_left_out_for_the_class_token(
     tmp_path: Path, pixels_NCHW: torch.Tensor
 ) -> None:
-    """As of ViTs that were saved with a classifier: transformers would fill a pooler with random ones."""
+    """As of ViTs that were saved with a classifier: transformers would fill a pooler with
+    random ones."""
     torch.manual_seed(0)
-    model = transformers.ViTForImageClassification(transformers.ViTConfig(**TOKENS, image_size=32)).eval()
+    model = transformers.ViTForImageClassification(
+        transformers.ViTConfig(**TOKENS, image_size=32)
+    ).eval()
     model.save_pretrained(tmp_path)
     backbone = build_backbone(str(tmp_path), crop_size=CROP).eval()
     with torch.no_grad():
         expected = model.vit(pixels_NCHW).last_hidden_state[:, 0]
         assert torch.allclose(backbone(pixels_NCHW), expected, atol=1e-6)
     assert not any("pooler" in name for name in backbone.state_dict())
-    assert Backbone.from_settings(backbone.settings()).state_dict().keys() == backbone.state_dict().keys()
+    assert (
+        Backbone.from_settings(backbone.settings()).state_dict().keys()
+        == backbone.state_dict().keys()
+    )
 
 
 def test_without_pooled_output_and_class_token_it_is_the_mean(
     tmp_path: Path, pixels_NCHW: torch.Tensor
 ) -> None:
     config = transformers.PvtV2Config(
-        hidden_sizes=[16, 16, 16, 16], depths=[1, 1, 1, 1], num_attention_heads=[1, 1, 2, 2], image_size=32
+        hidden_sizes=[16, 16, 16, 16],
+        depths=[1, 1, 1, 1],
+        num_attention_heads=[1, 1, 2, 2],
+        image_size=32,
     )
     transformers.AutoModel.from_config(config).save_pretrained(tmp_path)
     backbone = build_backbone(str(tmp_path), crop_size=CROP).eval()
@@ -51,7 +60,9 @@ def test_without_pooled_output_and_class_token_it_is_the_mean(
         assert torch.allclose(backbone(pixels_NCHW), last_NDHW.mean((2, 3)), atol=1e-6)
 
 
-@pytest.mark.parametrize("mean_std", [((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))])
+@pytest.mark.parametrize(
+    "mean_std", [((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))]
+)
 def test_pixels_are_normalised_as_the_weights_know_them(
     mean_std: tuple[tuple[float, ...], tuple[float, ...]], tmp_path: Path
 ) -> None:
@@ -65,11 +76,15 @@ def test_pixels_are_normalised_as_the_weights_know_them(
     bytes_NCHW = torch.rand(3, 3, CROP, CROP)
 
     def normalised(mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
-        return (bytes_NCHW - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+        return (bytes_NCHW - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(
+            3, 1, 1
+        )
 
     with torch.no_grad():
         ours = backbone(normalised(IMAGENET_MEAN, IMAGENET_STD))
-        theirs = backbone.model(normalised(mean, std), interpolate_pos_encoding=True).pooler_output
+        theirs = backbone.model(
+            normalised(mean, std), interpolate_pos_encoding=True
+        ).pooler_output
     assert torch.allclose(ours, theirs, atol=1e-5)
     assert backbone.settings()["mean"] == mean and backbone.settings()["std"] == std
     assert "scale" not in backbone.state_dict()
@@ -78,18 +93,23 @@ def test_pixels_are_normalised_as_the_weights_know_them(
 def test_a_processor_out_of_reach_is_not_taken_for_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A compute node whose cache holds a model's weights, but not how its pixels are normalised."""
+    """A compute node whose cache holds a model's weights, but not how its pixels are
+    normalised."""
     saved("vit", tmp_path)
     config = transformers.AutoConfig.from_pretrained(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(from_transformers, "_image_config", lambda weights: config)
-    with pytest.raises(UserError, match=r"with its preprocessor_config.json, but that of no/vit is not"):
+    with pytest.raises(
+        UserError, match=r"with its preprocessor_config.json, but that of no/vit is not"
+    ):
         build_backbone("no/vit", crop_size=CROP)
 
 
 def test_pixels_in_another_order_are_refused(tmp_path: Path) -> None:
     weights = saved("vit", tmp_path)
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"do_flip_channel_order": True}))
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps({"do_flip_channel_order": True})
+    )
     with pytest.raises(UserError, match="RGB"):
         build_backbone(weights, crop_size=CROP)
 
@@ -116,7 +136,9 @@ def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
 
 
 def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}}')
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}}'
+    )
     (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     refused("must name a model that transformers knows", str(tmp_path))
     assert not (tmp_path / "ran").exists()
@@ -125,10 +147,15 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path) -> None:
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     weights = saved("vit", tmp_path)
     other = saved("dinov2", tmp_path / "other")
-    (tmp_path / "model.safetensors").write_bytes(Path(other, "model.safetensors").read_bytes())
+    (tmp_path / "model.safetensors").write_bytes(
+        Path(other, "model.safetensors").read_bytes()
+    )
     refused("the weights .* must hold", weights)
     (tmp_path / "model.safetensors").write_bytes(b"not whole")
-    refused(r"model\.safetensors must load, but did not: the file is cut off or damaged", weights)
+    refused(
+        r"model\.safetensors must load, but did not: the file is cut off or damaged",
+        weights,
+    )
 
 
 def test_a_resnet_of_another_width_is_refused(tmp_path: Path) -> None:
@@ -139,9 +166,14 @@ def test_a_resnet_of_another_width_is_refused(tmp_path: Path) -> None:
     ("kind", "whole", "surplus"),
     [
         ("vit", "ViTForImageClassification", "vit.encoder.layer.7.output.dense.weight"),
-        ("vit", "ViTForImageClassification", "vit.pooler.dense.weight"),  # of another shape
+        # of another shape
+        ("vit", "ViTForImageClassification", "vit.pooler.dense.weight"),
         ("dinov2", "Dinov2ForImageClassification", "dinov2.encoder.layer.9.mlp.fc1.weight"),
-        ("resnet", "ResNetForImageClassification", "resnet.encoder.stages.1.layers.4.layer.0.bias"),
+        (
+            "resnet",
+            "ResNetForImageClassification",
+            "resnet.encoder.stages.1.layers.4.layer.0.bias",
+        ),
         ("clip", "CLIPModel", "vision_model.encoder.layers.9.mlp.fc1.weight"),
         ("beit", "BeitForMaskedImageModeling", "beit.encoder.layer.9.output.dense.weight"),
     ],
@@ -149,8 +181,11 @@ def test_a_resnet_of_another_width_is_refused(tmp_path: Path) -> None:
 def test_the_backbone_of_a_whole_model_must_fit_as_well(
     kind: str, whole: str, surplus: str, tmp_path: Path
 ) -> None:
-    """As most checkpoints of the hub: the tensors have a prefix, next to a head or a text model."""
+    """As most checkpoints of the hub: the tensors have a prefix, next to a head or a text
+    model."""
     getattr(transformers, whole)(KINDS[kind][0]()).save_pretrained(tmp_path)
     build_backbone(str(tmp_path), width=16, crop_size=CROP)
     changed(tmp_path, {surplus: torch.ones(2)})
-    refused(r"belong to no part of it|must hold pooler\.dense\.weight", str(tmp_path), width=16)
+    refused(
+        r"belong to no part of it|must hold pooler\.dense\.weight", str(tmp_path), width=16
+    )

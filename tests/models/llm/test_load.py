@@ -15,12 +15,22 @@ from transformers.utils import is_flash_attn_2_available
 
 from flallm_ds.data.text.codec import Instruction, TextCodec
 from flallm_ds.errors import UserError
-from flallm_ds.models.llm.load import LlmOptions, embedding_scale, llm_width, load_llm, longest_input
+from flallm_ds.models.llm.load import (
+    LlmOptions,
+    embedding_scale,
+    llm_width,
+    load_llm,
+    longest_input,
+)
 from flallm_ds.models.llm.source import is_decoder_only, llm_config, save_configs
 from flallm_ds.models.llm.trim import trim_llm
 from tests.helpers.llms import make_tiny_llm
 
-TEXTS = [f"{a} {b} morgen" for a in ("regen", "sonne", "wind") for b in ("schnee", "nebel", "wolken")]
+TEXTS = [
+    f"{a} {b} morgen"
+    for a in ("regen", "sonne", "wind")
+    for b in ("schnee", "nebel", "wolken")
+]
 SPOKEN = [*TEXTS, "am abend viel regen im norden", "heute nacht bleibt es klar und kalt"]
 
 
@@ -40,13 +50,26 @@ def inputs_of(llm, codec: TextCodec, rows) -> dict[str, torch.Tensor]:
     """Visual tokens and a sentence; rows: what the codec's ids are called in this model."""
     wording = codec.wording()
     ids = torch.tensor(
-        [[rows[i] for i in (*wording.before, *wording.start, *codec.encode("regen morgen")[:-1])]]
+        [
+            [
+                rows[i]
+                for i in (
+                    *wording.before,
+                    *wording.start,
+                    *codec.encode("regen morgen")[:-1],
+                )
+            ]
+        ]
     )
-    visual_BSE = torch.randn(1, 5, llm_width(llm), generator=torch.Generator().manual_seed(0))
+    visual_BSE = torch.randn(
+        1, 5, llm_width(llm), generator=torch.Generator().manual_seed(0)
+    )
     if llm.config.is_encoder_decoder:
         return {"inputs_embeds": visual_BSE, "decoder_input_ids": ids}
     with torch.no_grad():
-        return {"inputs_embeds": torch.cat([visual_BSE, llm.get_input_embeddings()(ids)], 1)}
+        return {
+            "inputs_embeds": torch.cat([visual_BSE, llm.get_input_embeddings()(ids)], 1)
+        }
 
 
 @torch.no_grad()
@@ -61,20 +84,26 @@ def llama(tmp_path_factory) -> Path:
 
 
 def test_dropouts_are_as_given_or_as_stored(tiny_corpus):
-    given = load_llm(str(tiny_corpus / "llm"), LlmOptions(dropout=0.3, attention_dropout=0.05)).config
+    given = load_llm(
+        str(tiny_corpus / "llm"), LlmOptions(dropout=0.3, attention_dropout=0.05)
+    ).config
     stored = load_llm(str(tiny_corpus / "llm")).config
     assert (given.dropout, given.attention_dropout) == (0.3, 0.05)
     assert (stored.dropout, stored.attention_dropout) == (0.1, 0.0)
 
 
 def test_the_model_is_loaded_in_fp32(tiny_corpus, tmp_path):
-    AutoModelForSeq2SeqLM.from_pretrained(tiny_corpus / "llm").bfloat16().save_pretrained(tmp_path)
+    AutoModelForSeq2SeqLM.from_pretrained(tiny_corpus / "llm").bfloat16().save_pretrained(
+        tmp_path
+    )
     assert {p.dtype for p in load_llm(str(tmp_path)).parameters()} == {torch.float32}
 
 
 def test_a_pickle_that_would_run_code_is_not_opened(llama, tmp_path):
     shutil.copytree(llama, tmp_path / "llm", ignore=lambda *_: ["model.safetensors"])
-    (tmp_path / "llm" / "pytorch_model.bin").write_bytes(pickle.dumps(Touch(tmp_path / "touched")))
+    (tmp_path / "llm" / "pytorch_model.bin").write_bytes(
+        pickle.dumps(Touch(tmp_path / "touched"))
+    )
     with pytest.raises(UserError, match="must load"):
         load_llm(str(tmp_path / "llm"))
     with pytest.raises(UserError, match="must load"):
@@ -99,25 +128,33 @@ def test_random_weights_are_others_than_the_stored_ones(llama):
     torch.manual_seed(1)
     again = load_llm(str(llama), options)
     for one, other in ((stored, drawn), (drawn, again)):
-        assert not torch.equal(one.get_input_embeddings().weight, other.get_input_embeddings().weight)
+        assert not torch.equal(
+            one.get_input_embeddings().weight, other.get_input_embeddings().weight
+        )
     assert drawn.config.vocab_size == stored.config.vocab_size and not drawn.training
 
 
 @pytest.mark.parametrize(
-    ("kind", "dropout"), [("t5", "dropout_rate"), ("bloom", "hidden_dropout"), ("xglm", "dropout")]
+    ("kind", "dropout"),
+    [("t5", "dropout_rate"), ("bloom", "hidden_dropout"), ("xglm", "dropout")],
 )
 def test_a_dropout_goes_by_the_name_that_the_model_has_for_it(tmp_path, kind, dropout):
     make_tiny_llm(kind, tmp_path, SPOKEN)
     llm = load_llm(str(tmp_path), LlmOptions(dropout=0.25, attention_dropout=0.125))
     assert getattr(llm.config, dropout) == 0.25
-    assert 0.25 in {module.p for module in llm.modules() if isinstance(module, torch.nn.Dropout)} | {
-        getattr(module, name, None) for module in llm.modules() for name in ("dropout", "hidden_dropout")
+    assert 0.25 in {
+        module.p for module in llm.modules() if isinstance(module, torch.nn.Dropout)
+    } | {
+        getattr(module, name, None)
+        for module in llm.modules()
+        for name in ("dropout", "hidden_dropout")
     }
     assert getattr(llm.config, "attention_dropout", 0.125) == 0.125
 
 
 def test_no_layer_is_skipped_at_random(tmp_path):
-    """M2M100's config asks for it; under ZeRO-3 a rank that skips a layer leaves the others waiting."""
+    """M2M100's config asks for it; under ZeRO-3 a rank that skips a layer leaves the
+    others waiting."""
     make_tiny_llm("m2m100", tmp_path, SPOKEN)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"encoder_layerdrop": 0.05}))
@@ -130,26 +167,40 @@ def test_no_layer_is_skipped_at_random(tmp_path):
 def test_attention_is_scaled_dot_product_where_the_model_has_it(tmp_path, kind, expected):
     make_tiny_llm(kind, tmp_path, SPOKEN)
     assert load_llm(str(tmp_path)).config._attn_implementation == expected
-    assert load_llm(str(tmp_path), LlmOptions(attention="eager")).config._attn_implementation == "eager"
+    assert (
+        load_llm(str(tmp_path), LlmOptions(attention="eager")).config._attn_implementation
+        == "eager"
+    )
 
 
 @pytest.mark.skipif(is_flash_attn_2_available(), reason="flash-attn is here")
 def test_flash_attention_without_its_package_is_refused(llama):
-    with pytest.raises(UserError, match=r"llm\.attention=flash_attention_2 needs .*flash-attn"):
+    with pytest.raises(
+        UserError, match=r"llm\.attention=flash_attention_2 needs .*flash-attn"
+    ):
         load_llm(str(llama), LlmOptions(attention="flash_attention_2"))
 
 
 def test_sixteen_bits_are_bfloat16(llama):
-    assert {p.dtype for p in load_llm(str(llama), LlmOptions(bits=16)).parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in load_llm(str(llama), LlmOptions(bits=16)).parameters()} == {
+        torch.bfloat16
+    }
 
 
 def test_embedding_scales_are_as_the_models_have_them(tmp_path):
-    for kind, expected in (("mbart", 32**0.5), ("gemma3", 32**0.5), ("t5", 1.0), ("qwen3", 1.0)):
+    for kind, expected in (
+        ("mbart", 32**0.5),
+        ("gemma3", 32**0.5),
+        ("t5", 1.0),
+        ("qwen3", 1.0),
+    ):
         llm = load_llm(str(make_tiny_llm(kind, tmp_path / kind, SPOKEN)))
         embed = llm.get_input_embeddings()
         seen = embed(torch.tensor([5]))[0].norm() / embed.weight[5].norm()
         assert (
-            embedding_scale(llm) == pytest.approx(seen.item(), rel=1e-3) == pytest.approx(expected, rel=1e-2)
+            embedding_scale(llm)
+            == pytest.approx(seen.item(), rel=1e-3)
+            == pytest.approx(expected, rel=1e-2)
         )
 
 
@@ -194,17 +245,25 @@ def own_code(llama, tmp_path) -> Path:
     tokenizer |= {"tokenizer_class": "OwnTokenizer"}
     tokenizer |= {"auto_map": {"AutoTokenizer": [None, "tokenization_own.OwnTokenizer"]}}
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
-    (folder / "modeling_own.py").write_text(OWN_CODE.replace("__file__", repr(str(folder / "code"))))
+    (folder / "modeling_own.py").write_text(
+        OWN_CODE.replace("__file__", repr(str(folder / "code")))
+    )
     config = json.loads((folder / "config.json").read_text())
     auto_map = {"AutoConfig": "configuration_own.OwnConfig"}
     auto_map |= {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
-    config |= {"model_type": "own", "auto_map": auto_map, "architectures": ["OwnForCausalLM"]}
+    config |= {
+        "model_type": "own",
+        "auto_map": auto_map,
+        "architectures": ["OwnForCausalLM"],
+    }
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
 def test_a_models_own_code_runs_only_when_asked_for(own_code, llama, tmp_path, monkeypatch):
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(
+        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache")
+    )
     with pytest.raises(UserError, match=r"comes with its own code.*--llm\.hub_code=true"):
         load_llm(str(own_code))
     assert not (own_code / "code.ran").exists()
@@ -215,17 +274,25 @@ def test_a_models_own_code_runs_only_when_asked_for(own_code, llama, tmp_path, m
     codec = codec_of(own_code, hub_code=True)
     trim_llm(str(own_code), codec, tmp_path / "trimmed", hub_code=True)
     loaded = TextCodec.load(tmp_path / "trimmed", hub_code=True)
-    assert type(loaded.tokenizer).__name__ == "OwnTokenizer" and loaded.vocab_size == codec.vocab_size
+    assert (
+        type(loaded.tokenizer).__name__ == "OwnTokenizer"
+        and loaded.vocab_size == codec.vocab_size
+    )
     with pytest.raises(UserError, match="code"):
         TextCodec.load(tmp_path / "trimmed")
     small = load_llm(str(tmp_path / "trimmed"), LlmOptions(hub_code=True))
-    assert type(small).__name__ == "OwnForCausalLM" and small.config.vocab_size == codec.vocab_size
+    assert (
+        type(small).__name__ == "OwnForCausalLM"
+        and small.config.vocab_size == codec.vocab_size
+    )
     (tmp_path / "saved").mkdir()  # as an export is
     save_configs(small, small.config, small.generation_config, tmp_path / "saved")
     shutil.copy(tmp_path / "trimmed" / "model.safetensors", tmp_path / "saved")
     shutil.rmtree(tmp_path / "trimmed")
     again = load_llm(str(tmp_path / "saved"), LlmOptions(hub_code=True))
-    assert torch.equal(again.get_input_embeddings().weight, small.get_input_embeddings().weight)
+    assert torch.equal(
+        again.get_input_embeddings().weight, small.get_input_embeddings().weight
+    )
 
 
 # --- what is refused
@@ -237,7 +304,9 @@ def test_weights_that_lack_a_tensor_are_refused(llama, tmp_path):
     state = load_file(path)
     del state["model.layers.1.self_attn.q_proj.weight"]
     save_file(state, path, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"lacks 1, model\.layers\.1\.self_attn\.q_proj\.weight"):
+    with pytest.raises(
+        UserError, match=r"lacks 1, model\.layers\.1\.self_attn\.q_proj\.weight"
+    ):
         load_llm(str(tmp_path / "llm"))
 
 
@@ -246,7 +315,11 @@ def test_a_folder_that_is_no_llm_is_refused(tmp_path, content):
     if content == "an encoder":
         BertModel(
             BertConfig(
-                hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9
+                hidden_size=8,
+                num_hidden_layers=1,
+                num_attention_heads=1,
+                intermediate_size=8,
+                vocab_size=9,
             )
         ).save_pretrained(tmp_path)
     elif content == "a broken config":
@@ -264,10 +337,17 @@ def test_weights_that_were_cut_off_are_refused(tiny_corpus, tmp_path):
 
 
 @pytest.mark.parametrize("trim", [False, True])
-def test_the_papers_model_is_built_of_its_real_config_and_tokenizer(shared_data, tmp_path, trim):
-    """As --llm.pretrained=false does, on the meta device: facebook/mbart-large-cc25, trimmed by others."""
+def test_the_papers_model_is_built_of_its_real_config_and_tokenizer(
+    shared_data, tmp_path, trim
+):
+    """As --llm.pretrained=false does, on the meta device: facebook/mbart-large-cc25,
+    trimmed by others."""
     real = shared_data / "tokenizers" / "mbart_phoenix14t"
-    texts = (shared_data / "text_cc0" / "de_weather.txt").read_text(encoding="utf-8").splitlines()
+    texts = (
+        (shared_data / "text_cc0" / "de_weather.txt")
+        .read_text(encoding="utf-8")
+        .splitlines()
+    )
     config = llm_config(str(real))
     instruction = Instruction(
         start_token=config.decoder_start_token_id, rows=config.vocab_size, languages=("de",)
@@ -275,7 +355,11 @@ def test_the_papers_model_is_built_of_its_real_config_and_tokenizer(shared_data,
     codec = TextCodec.for_training_text(str(real), instruction, texts, trim)
     with torch.device("meta"):
         llm = load_llm(str(real), LlmOptions(pretrained=False))
-    assert llm.get_input_embeddings().weight.shape == (2454, 1024) == (config.vocab_size, llm_width(llm))
+    assert (
+        llm.get_input_embeddings().weight.shape
+        == (2454, 1024)
+        == (config.vocab_size, llm_width(llm))
+    )
     assert sum(p.numel() for p in llm.parameters()) / 1e6 == pytest.approx(357.3, rel=1e-3)
     assert embedding_scale(llm) == 32 and longest_input(llm) == 1024
     assert (len(llm.get_encoder().layers), len(llm.model.decoder.layers)) == (12, 12)

@@ -22,17 +22,18 @@ from tests.models.llm.test_load import SPOKEN, codec_of
 # What a size may be called in a config, and what it is at most in a tiny one.
 SIZES = {
     32: (
-        "hidden_size d_model embed_dim dim width encoder_hidden_size projection_dim output_dim "
-        "out_hidden_size vision_hidden_size projector_hidden_size text_hidden_size "
-        "base_channels num_embeddings"
+        "hidden_size d_model embed_dim dim width encoder_hidden_size projection_dim "
+        "output_dim out_hidden_size vision_hidden_size projector_hidden_size "
+        "text_hidden_size base_channels num_embeddings"
     ),
     48: (
-        "intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim mlp_dim moe_intermediate_size "
-        "shared_expert_intermediate_size intermediate_size_mlp projector_intermediate_size"
+        "intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim mlp_dim "
+        "moe_intermediate_size shared_expert_intermediate_size intermediate_size_mlp "
+        "projector_intermediate_size"
     ),
     2: (
-        "num_hidden_layers n_layers depth encoder_layers decoder_layers num_layers num_key_value_heads "
-        "num_experts num_local_experts n_routed_experts"
+        "num_hidden_layers n_layers depth encoder_layers decoder_layers num_layers "
+        "num_key_value_heads num_experts num_local_experts n_routed_experts"
     ),
     4: "num_attention_heads n_heads num_heads encoder_attention_heads decoder_attention_heads",
     1: "num_experts_per_tok",
@@ -43,7 +44,12 @@ SIZES = {
 SMALL = {name: size for size, names in SIZES.items() for name in names.split()}
 VIT = {"embed_dim": 32, "depth": 1, "num_heads": 2, "img_size": [28, 28]}
 CONVOLUTIONS = {"layers": [1] * 5, "embed_dims": [32] * 5, "mlp_ratios": [1] * 5}
-VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+}
 VISION |= {"num_key_value_heads": 4, "head_dim": 8}
 # What else the parts of a type's config need.
 OWN: dict[str, dict[str, dict[str, Any]]] = {
@@ -51,10 +57,16 @@ OWN: dict[str, dict[str, dict[str, Any]]] = {
         "text_config": {"hidden_size_per_layer_input": 0, "final_logit_softcapping": 0.5},
         "vision_config": VISION,
     },
-    "gemma4_unified": {"text_config": {"final_logit_softcapping": 0.5}, "vision_config": VISION},
+    "gemma4_unified": {
+        "text_config": {"final_logit_softcapping": 0.5},
+        "vision_config": VISION,
+    },
     "hyperclovax_vision_v2": {"text_config": {"logits_scaling": 0.5}},
     "perception_lm": {
-        "vision_config": {"architecture": "vit_pe_core_tiny_patch16_384", "model_args": VIT},
+        "vision_config": {
+            "architecture": "vit_pe_core_tiny_patch16_384",
+            "model_args": VIT,
+        },
     },
     "fast_vlm": {"vision_config": {"model_args": CONVOLUTIONS}},
 }
@@ -85,7 +97,11 @@ def tiny(values: dict[Any, Any], rows: int) -> dict[Any, Any]:
             found[name] = min(value, SMALL[name])
         elif str(name).endswith(("layer_types", "layers_block_type")) and value:
             found[name] = value[-2:]
-        elif str(name).endswith(("_token_id", "_token_index")) and isinstance(value, int) and value >= rows:
+        elif (
+            str(name).endswith(("_token_id", "_token_index"))
+            and isinstance(value, int)
+            and value >= rows
+        ):
             found[name] = rows - 1
         else:
             found[name] = value
@@ -131,7 +147,9 @@ def test_a_text_model_says_what_its_multimodal_model_says(
     expected = logits_LV(whole, codec.kept_ids[ids].tolist())
     taken_out = load_llm(str(folder))
     parameters = {name for name, _ in taken_out.named_parameters()}
-    assert sum(p.numel() for p in taken_out.parameters()) < sum(p.numel() for p in whole.parameters())
+    assert sum(p.numel() for p in taken_out.parameters()) < sum(
+        p.numel() for p in whole.parameters()
+    )
     assert not any("vision" in name or "audio" in name for name in parameters)
     found = logits_LV(taken_out, codec.kept_ids[ids].tolist())
     assert expected.std() > 0.01
@@ -143,7 +161,8 @@ def test_a_text_model_says_what_its_multimodal_model_says(
 
 # Models of the hub that people may try first, and the text-only model to name instead.
 REFUSED = {
-    "aya_vision": "such as CohereLabs/aya-expanse-8b",  # its text model alone gives other logits
+    # its text model alone gives other logits
+    "aya_vision": "such as CohereLabs/aya-expanse-8b",
     "blip-2": "such as facebook/opt-2.7b",
     "cohere2_vision": "such as CohereLabs/c4ai-command-r7b-12-2024",
     "gemma3n": "such as google/gemma-3-1b-pt",
@@ -162,7 +181,8 @@ REFUSED = {
 def test_a_multimodal_model_without_a_text_model_of_its_own_is_refused_by_name(
     llama: Path, codec: TextCodec, tmp_path: Path, model_type: str
 ) -> None:
-    """Before its weights are looked for, whole and trimmed, as a run's tokenizer is read as well."""
+    """Before its weights are looked for, whole and trimmed, as a run's tokenizer is read
+    as well."""
     folder = tmp_path / "llm"
     shutil.copytree(llama, folder)
     (folder / "config.json").unlink()
@@ -195,15 +215,19 @@ def test_a_multimodal_model_without_a_text_model_of_its_own_is_refused_by_name(
 def test_a_text_model_with_another_head_is_refused(
     tmp_path: Path, model_type: str, text: str, setting: dict[str, Any]
 ) -> None:
-    """What its multimodal model says leaves out a setting of its text model: which of the two is right?"""
+    """What its multimodal model says leaves out a setting of its text model: which of the
+    two is right?"""
     config = CONFIG_MAPPING[model_type](text_config={"model_type": text, **setting})
     config.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=rf"a multimodal {model_type}, .* text model cannot be taken out\."):
+    with pytest.raises(
+        UserError, match=rf"a multimodal {model_type}, .* text model cannot be taken out\."
+    ):
         check_llm(str(tmp_path))
 
 
 def test_every_other_multimodal_model_of_transformers_is_refused(tmp_path: Path) -> None:
-    """Whatever transformers says of it: a model type that the next version adds is not taken out unseen."""
+    """Whatever transformers says of it: a model type that the next version adds is not
+    taken out unseen."""
     seen = 0
     for model_type in set(CONFIG_MAPPING) - TAKEN_OUT:
         try:
@@ -214,13 +238,17 @@ def test_every_other_multimodal_model_of_transformers_is_refused(tmp_path: Path)
         if text is config or config.is_encoder_decoder:
             continue
         config.save_pretrained(tmp_path / model_type)
-        with pytest.raises(UserError, match=rf"is a (multimodal )?{re.escape(config.model_type)}, which is"):
+        with pytest.raises(
+            UserError, match=rf"is a (multimodal )?{re.escape(config.model_type)}, which is"
+        ):
             check_llm(str(tmp_path / model_type), pretrained=False)
         seen += 1
     assert seen > 50
 
 
-def test_the_layout_of_old_checkpoints_is_read_as_well(llama: Path, codec: TextCodec, tmp_path: Path) -> None:
+def test_the_layout_of_old_checkpoints_is_read_as_well(
+    llama: Path, codec: TextCodec, tmp_path: Path
+) -> None:
     """As llava-hf's: `language_model.model.layers.0...` and `language_model.lm_head.weight`."""
     whole = make("llava", llama, tmp_path / "llm")
     old = {}
@@ -232,7 +260,9 @@ def test_the_layout_of_old_checkpoints_is_read_as_well(llama: Path, codec: TextC
         old[name] = tensor.clone()
     save_file(old, tmp_path / "llm" / "model.safetensors", metadata={"format": "pt"})
     ids = codec.kept_ids[codec.encode("regen sonne morgen")].tolist()
-    assert torch.equal(logits_LV(load_llm(str(tmp_path / "llm")), ids), logits_LV(whole, ids))
+    assert torch.equal(
+        logits_LV(load_llm(str(tmp_path / "llm")), ids), logits_LV(whole, ids)
+    )
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -257,7 +287,8 @@ def test_integers_of_a_text_model_are_refused_where_nothing_was_trimmed(
         lambda: check_llm(str(tmp_path / "llm"), bits=bits),
     ):
         with pytest.raises(
-            UserError, match=rf"llm\.bits must be 16 where .* got {bits} and a multimodal model"
+            UserError,
+            match=rf"llm\.bits must be 16 where .* got {bits} and a multimodal model",
         ):
             read()
     trim_llm(str(tmp_path / "llm"), codec, tmp_path / "trimmed")

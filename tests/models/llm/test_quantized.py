@@ -30,7 +30,9 @@ def llama(tmp_path_factory) -> Path:
     return make_tiny_llm("llama3", tmp_path_factory.mktemp("llama"), SPOKEN)
 
 
-def rewritten(llama: Path, folder: Path, tensors: dict[str, torch.Tensor], quantization: object) -> Path:
+def rewritten(
+    llama: Path, folder: Path, tensors: dict[str, torch.Tensor], quantization: object
+) -> Path:
     shutil.copytree(llama, folder)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text()) | {"dtype": "bfloat16"}
@@ -44,8 +46,11 @@ def is_linear(name: str, tensor: torch.Tensor) -> bool:
     return tensor.dim() == 2 and "embed" not in name
 
 
-def in_fp8(weight: torch.Tensor, block: tuple[int, int] | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """(float8 weight, scales) as the hub holds them: one scale a block, those at the edge smaller."""
+def in_fp8(
+    weight: torch.Tensor, block: tuple[int, int] | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(float8 weight, scales) as the hub holds them: one scale a block, those at the edge
+    smaller."""
     rows, cols = weight.shape
     height, width = block or (rows, cols)
     scales = torch.stack(
@@ -54,7 +59,9 @@ def in_fp8(weight: torch.Tensor, block: tuple[int, int] | None) -> tuple[torch.T
             for strip in weight.split(height, 0)
         ]
     )
-    spread = scales.repeat_interleave(height, 0)[:rows].repeat_interleave(width, 1)[:, :cols]
+    spread = scales.repeat_interleave(height, 0)[:rows].repeat_interleave(width, 1)[
+        :, :cols
+    ]
     small = (weight / spread).to(torch.float8_e4m3fn)
     return small, scales if block else scales.reshape(())
 
@@ -63,17 +70,28 @@ def fp8(llama: Path, folder: Path, block: tuple[int, int] | None) -> Path:
     tensors = {}
     for name, tensor in load_file(llama / "model.safetensors").items():
         if is_linear(name, tensor):
-            # Scales of a thousandth or less: a reader without them is off by a factor of a thousand.
+            # Scales of a thousandth or less: a reader without them is off by a factor of
+            # a thousand.
             tensors[name], tensors[f"{name}_scale_inv"] = in_fp8(tensor, block)
             if block is None:
                 tensors[name.replace(".weight", ".activation_scale")] = torch.tensor(0.5)
         else:
             tensors[name] = tensor.bfloat16()
-    settings = {"quant_method": "fp8", "activation_scheme": "dynamic" if block else "static", "fmt": "e4m3"}
-    return rewritten(llama, folder, tensors, settings | {"weight_block_size": list(block) if block else None})
+    settings = {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic" if block else "static",
+        "fmt": "e4m3",
+    }
+    return rewritten(
+        llama,
+        folder,
+        tensors,
+        settings | {"weight_block_size": list(block) if block else None},
+    )
 
 
-# A block that divides the weights, one that does not (as 576 rows by 128 in DeepSeek), one scale a weight.
+# A block that divides the weights, one that does not (as 576 rows by 128 in DeepSeek),
+# one scale a weight.
 BLOCKS = [(16, 16), (24, 20), None]
 
 
@@ -85,7 +103,9 @@ def test_an_fp8_checkpoint_is_read_with_its_scales(llama, tmp_path, block):
     trim_llm(str(folder), codec, tmp_path / "trimmed")
     whole, small = load_llm(str(folder)), load_llm(str(tmp_path / "trimmed"))
     untrim_llm(tmp_path / "trimmed", str(folder), codec, tmp_path / "again")
-    assert {t.dtype for t in load_file(tmp_path / "again" / "model.safetensors").values()} == {torch.bfloat16}
+    assert {
+        t.dtype for t in load_file(tmp_path / "again" / "model.safetensors").values()
+    } == {torch.bfloat16}
     for llm in (whole, small, load_llm(str(tmp_path / "again"))):
         assert {p.dtype for p in llm.parameters()} == {torch.float32}
         assert not hasattr(llm.config, "quantization_config")
@@ -126,11 +146,20 @@ def mxfp4(llama: Path, folder: Path) -> Path:
     for name, (rows, groups) in (("gate_up_proj", (64, 2)), ("down_proj", (64, 1))):
         key = f"model.layers.0.mlp.experts.{name}"
         assert tensors.pop(key).shape == (2, groups * 32, rows)
-        tensors[f"{key}_blocks"] = torch.randint(0, 256, (2, rows, groups, 16), dtype=torch.uint8)
-        tensors[f"{key}_scales"] = torch.randint(118, 124, (2, rows, groups), dtype=torch.uint8)
+        tensors[f"{key}_blocks"] = torch.randint(
+            0, 256, (2, rows, groups, 16), dtype=torch.uint8
+        )
+        tensors[f"{key}_scales"] = torch.randint(
+            118, 124, (2, rows, groups), dtype=torch.uint8
+        )
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     path = folder / "config.json"
-    settings = {"quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}}
+    settings = {
+        "quantization_config": {
+            "quant_method": "mxfp4",
+            "modules_to_not_convert": ["lm_head"],
+        }
+    }
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
     return folder
 
@@ -138,7 +167,9 @@ def mxfp4(llama: Path, folder: Path) -> Path:
 def test_an_mxfp4_checkpoint_is_read_as_transformers_reads_it(llama, tmp_path):
     mxfp4(llama, tmp_path / "llm")
     reference = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "llm", quantization_config=Mxfp4Config(dequantize=True), dtype=torch.bfloat16
+        tmp_path / "llm",
+        quantization_config=Mxfp4Config(dequantize=True),
+        dtype=torch.bfloat16,
     )
     codec = codec_of(tmp_path / "llm")
     trim_llm(str(tmp_path / "llm"), codec, tmp_path / "trimmed")
@@ -151,14 +182,17 @@ def test_an_mxfp4_checkpoint_is_read_as_transformers_reads_it(llama, tmp_path):
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_integers_of_quantised_weights_are_refused_where_nothing_was_trimmed(llama, tmp_path, bits):
+def test_integers_of_quantised_weights_are_refused_where_nothing_was_trimmed(
+    llama, tmp_path, bits
+):
     folder = fp8(llama, tmp_path / "fp8", (16, 16))
     for read in (
         lambda name: load_llm(name, LlmOptions(bits=bits)),
         lambda name: check_llm(name, bits=bits),
     ):
         with pytest.raises(
-            UserError, match=rf"got {bits} and quantised with fp8\. .*--llm\.trim_vocabulary=true"
+            UserError,
+            match=rf"got {bits} and quantised with fp8\. .*--llm\.trim_vocabulary=true",
         ):
             read(str(folder))
     trim_llm(str(folder), codec_of(folder), tmp_path / "trimmed")
@@ -171,7 +205,11 @@ METHODS = {
     "compressed-tensors": {"format": "float-quantized", "config_groups": {}},
     "bitsandbytes": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
     "fbgemm_fp8": {},
-    "torchao": {"quant_type": {"default": {"_type": "Int4WeightOnlyConfig", "_data": {}, "_version": 1}}},
+    "torchao": {
+        "quant_type": {
+            "default": {"_type": "Int4WeightOnlyConfig", "_data": {}, "_version": 1}
+        }
+    },
     "hqq": {"quant_config": {}},
     "aqlm": {},
     "quanto": {"weights": "int8"},
@@ -183,7 +221,9 @@ METHODS = {
 @pytest.mark.parametrize("method", METHODS)
 def test_another_method_is_refused_by_its_name(llama, tmp_path, method):
     tensors = load_file(llama / "model.safetensors")
-    folder = rewritten(llama, tmp_path / "llm", tensors, {"quant_method": method, **METHODS[method]})
+    folder = rewritten(
+        llama, tmp_path / "llm", tensors, {"quant_method": method, **METHODS[method]}
+    )
     codec = codec_of(llama)
     for load in (
         lambda: check_llm(str(folder)),
@@ -192,14 +232,19 @@ def test_another_method_is_refused_by_its_name(llama, tmp_path, method):
         lambda: trim_llm(str(folder), codec, tmp_path / "out"),
         lambda: codec_of(folder),
     ):
-        with pytest.raises(UserError, match=rf"is quantised with {method}\. Name the unquantised model"):
+        with pytest.raises(
+            UserError, match=rf"is quantised with {method}\. Name the unquantised model"
+        ):
             load()
     assert not (tmp_path / "out").exists()
 
 
 PARTS = {
     "fp8": {"weight_scale_inv": torch.ones(2, 2)},
-    "GPTQ or AWQ": {"qweight": torch.ones(4, 32, dtype=torch.int32), "scales": torch.ones(1, 32)},
+    "GPTQ or AWQ": {
+        "qweight": torch.ones(4, 32, dtype=torch.int32),
+        "scales": torch.ones(1, 32),
+    },
     "compressed-tensors": {"weight_packed": torch.ones(32, 4, dtype=torch.int32)},
     "bitsandbytes": {"weight.absmax": torch.ones(8), "weight.quant_map": torch.ones(16)},
     "mxfp4": {"down_proj_blocks": torch.ones(2, 2, 1, 16, dtype=torch.uint8)},
@@ -207,7 +252,9 @@ PARTS = {
 
 
 @pytest.mark.parametrize("method", PARTS)
-def test_parts_of_quantised_weights_are_refused_where_the_config_does_not_tell(llama, tmp_path, method):
+def test_parts_of_quantised_weights_are_refused_where_the_config_does_not_tell(
+    llama, tmp_path, method
+):
     """As of a checkpoint whose config.json was copied from the unquantised model."""
     tensors = load_file(llama / "model.safetensors")
     prefix = "model.layers.1.self_attn.q_proj"
@@ -216,8 +263,13 @@ def test_parts_of_quantised_weights_are_refused_where_the_config_does_not_tell(l
     tensors |= {f"{prefix}.{name}": tensor for name, tensor in PARTS[method].items()}
     folder = rewritten(llama, tmp_path / "llm", tensors, None)
     codec = codec_of(llama)
-    for load in (lambda: load_llm(str(folder)), lambda: trim_llm(str(folder), codec, tmp_path / "out")):
-        with pytest.raises(UserError, match=rf"{prefix}.*part of weights quantised with {method}"):
+    for load in (
+        lambda: load_llm(str(folder)),
+        lambda: trim_llm(str(folder), codec, tmp_path / "out"),
+    ):
+        with pytest.raises(
+            UserError, match=rf"{prefix}.*part of weights quantised with {method}"
+        ):
             load()
     assert not (tmp_path / "out").exists()
 
@@ -227,7 +279,9 @@ def test_an_fp8_weight_without_its_scale_is_refused(llama, tmp_path):
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.0.mlp.up_proj.weight_scale_inv"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"layers\.0\.mlp\.up_proj\.weight is torch\.float8_e4m3fn without"):
+    with pytest.raises(
+        UserError, match=r"layers\.0\.mlp\.up_proj\.weight is torch\.float8_e4m3fn without"
+    ):
         load_llm(str(folder))
 
 
@@ -236,8 +290,13 @@ def test_fp8_scales_of_another_block_are_refused(llama, tmp_path):
     path = folder / "config.json"
     path.write_text(path.read_text().replace("[16, 16]", "[8, 8]"))
     codec = codec_of(folder)
-    for load in (lambda: load_llm(str(folder)), lambda: trim_llm(str(folder), codec, tmp_path / "out")):
-        with pytest.raises(UserError, match=r"must fit their weights, but of .*proj.weight \(.*\) they are"):
+    for load in (
+        lambda: load_llm(str(folder)),
+        lambda: trim_llm(str(folder), codec, tmp_path / "out"),
+    ):
+        with pytest.raises(
+            UserError, match=r"must fit their weights, but of .*proj.weight \(.*\) they are"
+        ):
             load()
     assert not (tmp_path / "out").exists()
 
@@ -245,14 +304,21 @@ def test_fp8_scales_of_another_block_are_refused(llama, tmp_path):
 # --- tensors without a part, parts without a tensor
 
 
-@pytest.mark.parametrize("key", ["model.layers.2.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.bias"])
+@pytest.mark.parametrize(
+    "key", ["model.layers.2.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.bias"]
+)
 def test_a_tensor_that_belongs_to_no_part_is_refused(llama, tmp_path, key):
     """As where config.json has fewer layers than the weights, or another attention."""
     tensors = load_file(llama / "model.safetensors") | {key: torch.ones(32)}
     folder = rewritten(llama, tmp_path / "llm", tensors, None)
     codec = codec_of(folder)
-    for load in (lambda: load_llm(str(folder)), lambda: trim_llm(str(folder), codec, tmp_path / "out")):
-        with pytest.raises(UserError, match=rf"1 of its tensors belong to no part .*{key} being one"):
+    for load in (
+        lambda: load_llm(str(folder)),
+        lambda: trim_llm(str(folder), codec, tmp_path / "out"),
+    ):
+        with pytest.raises(
+            UserError, match=rf"1 of its tensors belong to no part .*{key} being one"
+        ):
             load()
     assert not (tmp_path / "out").exists()
 
@@ -267,7 +333,8 @@ def test_a_part_without_a_tensor_is_refused_before_trimming(llama, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "key", ["model.layers.0.self_attn.rotary_emb.inv_freq", "score.weight", "v_head.summary.bias"]
+    "key",
+    ["model.layers.0.self_attn.rotary_emb.inv_freq", "score.weight", "v_head.summary.bias"],
 )
 def test_tensors_that_no_llm_needs_are_left_out(llama, tmp_path, key):
     tensors = load_file(llama / "model.safetensors") | {key: torch.ones(4)}

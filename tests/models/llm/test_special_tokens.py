@@ -1,4 +1,5 @@
-"""Special tokens that were added to a tokenizer or a config without a row in the LLM's embedding."""
+"""Special tokens that were added to a tokenizer or a config without a row in the LLM's
+embedding."""
 
 import json
 from pathlib import Path
@@ -33,7 +34,9 @@ def codec_of(folder: Path, trim: bool, language: str = "German") -> TextCodec:
 
 def trains_and_generates(llm: object, codec: TextCodec, wording: Wording) -> None:
     """Two clips of unequal texts, so that the shorter one is padded."""
-    translator = SignTranslator(None, Adapter(8, llm.get_input_embeddings().embedding_dim), llm, codec)
+    translator = SignTranslator(
+        None, Adapter(8, llm.get_input_embeddings().embedding_dim), llm, codec
+    )
     targets = [codec.encode("regen"), codec.encode("regen sonne morgen")]
     length = max(map(len, targets))
     target_ids_BL = torch.tensor([t + [-100] * (length - len(t)) for t in targets])
@@ -49,7 +52,9 @@ def add(folder: Path, **tokens: str) -> dict[str, int]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_special_tokens(tokens)
     tokenizer.save_pretrained(folder)
-    return dict(zip(tokens, tokenizer.convert_tokens_to_ids(list(tokens.values())), strict=True))
+    return dict(
+        zip(tokens, tokenizer.convert_tokens_to_ids(list(tokens.values())), strict=True)
+    )
 
 
 def configure_tokenizer(folder: Path, **values: object) -> None:
@@ -78,18 +83,30 @@ def test_padding_without_a_row_is_the_end_of_sentence(tmp_path, family, in_confi
         trim_llm(name, codec, tmp_path / "trimmed")
         name = str(tmp_path / "trimmed")
     trains_and_generates(load_llm(name), codec, codec.wording())
-    trains_and_generates(build_light_translator("tiny", codec, 0.0), codec, codec.light_wording())
+    trains_and_generates(
+        build_light_translator("tiny", codec, 0.0), codec, codec.light_wording()
+    )
 
 
 @pytest.mark.parametrize("trim", [True, False])
 @pytest.mark.parametrize(
     ("kind", "token", "sentence"),
     [
-        ("eos_token", "[EOS]", r"The end-of-sentence token of the LLM \('\[EOS\]', id \d+\) must be in its"),
-        ("unk_token", "[UNK]", r"The unknown token of the LLM \('\[UNK\]', id \d+\) .*\(\d+ rows\)"),
+        (
+            "eos_token",
+            "[EOS]",
+            r"The end-of-sentence token of the LLM \('\[EOS\]', id \d+\) must be in its",
+        ),
+        (
+            "unk_token",
+            "[UNK]",
+            r"The unknown token of the LLM \('\[UNK\]', id \d+\) .*\(\d+ rows\)",
+        ),
     ],
 )
-def test_a_special_token_that_cannot_be_replaced_is_refused(tmp_path, kind, token, sentence, trim):
+def test_a_special_token_that_cannot_be_replaced_is_refused(
+    tmp_path, kind, token, sentence, trim
+):
     make_tiny_llm("mbart", tmp_path, SPOKEN)
     add(tmp_path, **{kind: token})
     with pytest.raises(UserError, match=sentence):
@@ -124,7 +141,9 @@ def test_a_start_of_text_without_a_row_is_left_out(tmp_path, trim):
 def test_a_decoder_start_without_a_row_is_refused(tmp_path, start, trim):
     make_tiny_llm("t5", tmp_path, SPOKEN)
     configure(tmp_path, decoder_start_token_id=start)
-    with pytest.raises(UserError, match=rf"The decoder_start_token_id of the LLM \(id {start}\) must be in"):
+    with pytest.raises(
+        UserError, match=rf"The decoder_start_token_id of the LLM \(id {start}\) must be in"
+    ):
         codec_of(tmp_path, trim)
 
 
@@ -136,6 +155,7 @@ def test_a_language_token_without_a_row_is_refused(tmp_path, trim):
     config = json.loads((tmp_path / "config.json").read_text())
     instruction = Instruction(False, config["decoder_start_token_id"], rows, "German")
     with pytest.raises(
-        UserError, match=rf"The token of the language German .*'de_DE', id {rows}\).*{rows} r"
+        UserError,
+        match=rf"The token of the language German .*'de_DE', id {rows}\).*{rows} r",
     ):
         TextCodec.for_training_text(str(tmp_path), instruction, TEXTS, trim)

@@ -27,7 +27,8 @@ def weather(count, seed=0):
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """At this size a second thread saves nothing, and on a busy machine waiting for it costs tenfold."""
+    """At this size a second thread saves nothing, and on a busy machine waiting for it
+    costs tenfold."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -37,7 +38,9 @@ def one_thread():
 @pytest.fixture
 def texts(tmp_path):
     (tmp_path / "a.txt").write_text("\n".join(weather(150)), encoding="utf-8")
-    (tmp_path / "b.txt").write_text("\n".join(weather(150, seed=1)) + "\n\n", encoding="utf-8")
+    (tmp_path / "b.txt").write_text(
+        "\n".join(weather(150, seed=1)) + "\n\n", encoding="utf-8"
+    )
     return f"{tmp_path / 'a.txt'},{tmp_path / 'b.txt'}"
 
 
@@ -51,24 +54,41 @@ def trained(tmp_path_factory):
 
 
 def digest(folder):
-    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.iterdir())}
+    return {
+        f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.iterdir())
+    }
 
 
 def test_loads_as_the_real_model_does(trained):
-    tokenizer, model = AutoTokenizer.from_pretrained(trained), AutoModelForSeq2SeqLM.from_pretrained(trained)
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(trained),
+        AutoModelForSeq2SeqLM.from_pretrained(trained),
+    )
     assert isinstance(model, MBartForConditionalGeneration)
     assert type(tokenizer).__name__ == "MBartTokenizer"
-    assert model.config.vocab_size == len(tokenizer) == model.get_input_embeddings().num_embeddings
+    assert (
+        model.config.vocab_size
+        == len(tokenizer)
+        == model.get_input_embeddings().num_embeddings
+    )
     assert model.config.scale_embedding and model.config.max_position_embeddings == 1024
     assert model.get_input_embeddings().weight is model.lm_head.weight
-    assert {"config.json", "model.safetensors", "generation_config.json", "tokenizer.json"} <= set(
-        digest(trained)
-    )
+    assert {
+        "config.json",
+        "model.safetensors",
+        "generation_config.json",
+        "tokenizer.json",
+    } <= set(digest(trained))
 
 
 def test_ids_are_in_mbarts_order(trained):
     tokenizer = AutoTokenizer.from_pretrained(trained)
-    assert tokenizer.convert_tokens_to_ids(["<s>", "<pad>", "</s>", "<unk>"]) == [0, 1, 2, 3]
+    assert tokenizer.convert_tokens_to_ids(["<s>", "<pad>", "</s>", "<unk>"]) == [
+        0,
+        1,
+        2,
+        3,
+    ]
     last = len(tokenizer) - 1
     assert tokenizer.convert_tokens_to_ids("<mask>") == tokenizer.mask_token_id == last
     ids = tokenizer.convert_tokens_to_ids(FAIRSEQ_LANGUAGE_CODES)
@@ -78,7 +98,10 @@ def test_ids_are_in_mbarts_order(trained):
 def test_sentences_end_with_eos_and_language(trained):
     tokenizer = AutoTokenizer.from_pretrained(trained, src_lang="de_DE", tgt_lang="de_DE")
     code = tokenizer.convert_tokens_to_ids("de_DE")
-    for encoded in (tokenizer("morgen regnet es"), tokenizer(text_target="morgen regnet es")):
+    for encoded in (
+        tokenizer("morgen regnet es"),
+        tokenizer(text_target="morgen regnet es"),
+    ):
         assert encoded["input_ids"][-2:] == [tokenizer.eos_token_id, code]
 
 
@@ -96,8 +119,13 @@ def test_restores_a_masked_word(trained):
     batch = tokenizer("morgen scheint die <mask> im süden", return_tensors="pt")
     assert tokenizer.mask_token_id in batch["input_ids"]
     start = tokenizer.convert_tokens_to_ids("de_DE")
-    ids = model.generate(**batch, decoder_start_token_id=start, num_beams=1, max_new_tokens=30)
-    assert tokenizer.decode(ids[0], skip_special_tokens=True) == "morgen scheint die sonne im süden"
+    ids = model.generate(
+        **batch, decoder_start_token_id=start, num_beams=1, max_new_tokens=30
+    )
+    assert (
+        tokenizer.decode(ids[0], skip_special_tokens=True)
+        == "morgen scheint die sonne im süden"
+    )
 
 
 def test_loss_falls():
@@ -105,7 +133,9 @@ def test_loss_falls():
     sentences, said = weather(200), []
     tokenizer = module.train_tokenizer(sentences, 200, "de_DE")
     model = module.new_model(len(tokenizer), 64, 1)
-    losses = module.pretrain(model, tokenizer, sentences, "de_DE", 30, np.random.default_rng(0), said.append)
+    losses = module.pretrain(
+        model, tokenizer, sentences, "de_DE", 30, np.random.default_rng(0), said.append
+    )
     assert len(losses) == 30
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:3])
     assert "step 30 of 30: loss" in said[-1] and "0 s left" in said[-1]
@@ -118,7 +148,8 @@ def test_same_seed_same_files_and_another_seed_others(texts, tmp_path, capsys):
     one, two, three = (digest(tmp_path / name) for name in ("one", "two", "three"))
     assert one == two
     assert one["model.safetensors"] != three["model.safetensors"]
-    assert "300 sentences" not in capsys.readouterr().out  # some are held out for the check
+    # some are held out for the check
+    assert "300 sentences" not in capsys.readouterr().out
     assert not list(tmp_path.glob(".*"))
 
 
@@ -165,13 +196,21 @@ def test_collate_has_mbarts_shape():
 
 def test_chinese_words_are_pieces_and_rare_characters_are_unknown():
     draw = random.Random(0)
-    sentences = ["".join(draw.choices("今明天北南方有大小雨雪云", k=9)) for _ in range(50)] + ["龘靐"]
+    sentences = [
+        "".join(draw.choices("今明天北南方有大小雨雪云", k=9)) for _ in range(50)
+    ] + ["龘靐"]
     tokenizer = module.train_tokenizer(sentences, 54, "zh_CN")
     assert len(tokenizer) <= 54
-    assert all(len(word) == 1 for words in module.encode(tokenizer, sentences, "zh_CN") for word in words)
+    assert all(
+        len(word) == 1
+        for words in module.encode(tokenizer, sentences, "zh_CN")
+        for word in words
+    )
     assert len(module.encode(tokenizer, sentences[:1], "zh_CN")[0]) > 2
     assert tokenizer.unk_token_id in tokenizer("龘靐")["input_ids"]
-    assert tokenizer.get_vocab() == module.train_tokenizer(sentences, 54, "zh_CN").get_vocab()
+    assert (
+        tokenizer.get_vocab() == module.train_tokenizer(sentences, 54, "zh_CN").get_vocab()
+    )
 
 
 def test_a_used_folder_is_refused_and_left_alone(texts, tmp_path):

@@ -37,10 +37,14 @@ def trimmed(tiny_corpus, codec, tmp_path_factory) -> Path:
 
 def logits_of(model, memory_BSE, decoder_ids) -> torch.Tensor:
     with torch.no_grad():
-        return model.eval()(inputs_embeds=memory_BSE, decoder_input_ids=torch.tensor([decoder_ids])).logits[0]
+        return model.eval()(
+            inputs_embeds=memory_BSE, decoder_input_ids=torch.tensor([decoder_ids])
+        ).logits[0]
 
 
-def test_a_trimmed_model_says_of_kept_pieces_what_the_whole_one_says(tiny_corpus, codec, trimmed):
+def test_a_trimmed_model_says_of_kept_pieces_what_the_whole_one_says(
+    tiny_corpus, codec, trimmed
+):
     whole, small = load_llm(str(tiny_corpus / "llm")), load_llm(str(trimmed))
     assert small.config.vocab_size == codec.vocab_size < whole.config.vocab_size
     ids = [codec.wording().start[0], *codec.encode("regen sonne wind morgen")]
@@ -50,19 +54,29 @@ def test_a_trimmed_model_says_of_kept_pieces_what_the_whole_one_says(tiny_corpus
     assert expected.std() > 0.1
 
 
-def test_a_trimmed_encoder_reads_kept_pieces_as_the_whole_one_does(tiny_corpus, codec, trimmed):
+def test_a_trimmed_encoder_reads_kept_pieces_as_the_whole_one_does(
+    tiny_corpus, codec, trimmed
+):
     whole, small = load_llm(str(tiny_corpus / "llm")).eval(), load_llm(str(trimmed)).eval()
     ids = codec.encode("wolken wind")
     with torch.no_grad():
-        expected = whole.get_encoder()(torch.tensor([codec.kept_ids[ids].tolist()])).last_hidden_state
-        assert torch.allclose(small.get_encoder()(torch.tensor([ids])).last_hidden_state, expected, atol=1e-5)
+        expected = whole.get_encoder()(
+            torch.tensor([codec.kept_ids[ids].tolist()])
+        ).last_hidden_state
+        assert torch.allclose(
+            small.get_encoder()(torch.tensor([ids])).last_hidden_state, expected, atol=1e-5
+        )
 
 
 def test_tied_embeddings_stay_tied(trimmed):
     model = AutoModelForSeq2SeqLM.from_pretrained(trimmed)
     head = model.get_output_embeddings().weight
     assert head is model.get_input_embeddings().weight
-    assert head is model.model.decoder.embed_tokens.weight is model.model.encoder.embed_tokens.weight
+    assert (
+        head
+        is model.model.decoder.embed_tokens.weight
+        is model.model.encoder.embed_tokens.weight
+    )
 
 
 def test_an_llm_whose_head_is_not_its_embedding_is_trimmed_in_both(codec, tmp_path):
@@ -104,7 +118,9 @@ def test_a_trimmed_folder_holds_its_codec(trimmed, codec):
     assert TextCodec.load(trimmed).kept_ids.tolist() == codec.kept_ids.tolist()
 
 
-def test_a_forced_first_token_of_the_full_vocabulary_is_not_carried_over(tiny_corpus, codec, tmp_path):
+def test_a_forced_first_token_of_the_full_vocabulary_is_not_carried_over(
+    tiny_corpus, codec, tmp_path
+):
     """As in mBART-50 and NLLB, whose language is forced after the start token."""
     llm = AutoModelForSeq2SeqLM.from_pretrained(tiny_corpus / "llm")
     llm.generation_config.forced_bos_token_id = llm.config.vocab_size - 1
@@ -113,7 +129,9 @@ def test_a_forced_first_token_of_the_full_vocabulary_is_not_carried_over(tiny_co
     small = load_llm(str(tmp_path / "trimmed"))
     translator = SignTranslator(None, Adapter(8, 64), small, codec).eval()
     beam = Beam(num_beams=2, max_new_tokens=5)
-    ((best, *_),) = translator.generate(torch.randn(4, 8), torch.tensor([4]), [codec.wording()], beam)
+    ((best, *_),) = translator.generate(
+        torch.randn(4, 8), torch.tensor([4]), [codec.wording()], beam
+    )
     assert best.ids and max(best.ids) < codec.vocab_size
 
 
@@ -176,11 +194,18 @@ def test_an_untrimmed_family_is_the_whole_one_with_the_trained_rows(family, tmp_
     other = sorted(set(range(len(rows))) - set(kept.tolist()))
     assert torch.equal(rows[other], base.get_input_embeddings().weight[other]) and other
     found = logits_LV(tmp_path / "whole", codec, codec.kept_ids)[:, torch.from_numpy(kept)]
-    assert torch.allclose(found, logits_LV(tmp_path / "trained", codec, range(codec.vocab_size)), atol=1e-4)
-    assert TextCodec.load(tmp_path / "whole").vocab_size == codec.untrimmed().vocab_size > codec.vocab_size
+    assert torch.allclose(
+        found, logits_LV(tmp_path / "trained", codec, range(codec.vocab_size)), atol=1e-4
+    )
+    assert (
+        TextCodec.load(tmp_path / "whole").vocab_size
+        == codec.untrimmed().vocab_size
+        > codec.vocab_size
+    )
 
 
-# What hubs have in generation configs, and worse: each of them changes a search that it is in force in.
+# What hubs have in generation configs, and worse: each of them changes a search that it
+# is in force in.
 SEARCH = {
     "repetition_penalty": 3.0, "encoder_repetition_penalty": 2.0, "no_repeat_ngram_size": 1,
     "encoder_no_repeat_ngram_size": 2, "early_stopping": True, "min_length": 12, "min_new_tokens": 12,
@@ -197,13 +222,16 @@ SEARCH = {
 
 def hypotheses(llm, codec: TextCodec, num_beams: int) -> list:
     torch.manual_seed(0)
-    translator = SignTranslator(None, Adapter(8, llm_width(llm), embedding_scale(llm)), llm, codec).eval()
+    translator = SignTranslator(
+        None, Adapter(8, llm_width(llm), embedding_scale(llm)), llm, codec
+    ).eval()
     beam = Beam(num_beams=num_beams, max_new_tokens=8, num_return=num_beams)
     features = torch.randn(9, 8)
     return translator.generate(features, torch.tensor([4, 5]), [codec.wording()] * 2, beam)
 
 
-@pytest.mark.parametrize("place", ["generation_config.json", "config.json"])  # the latter: an old checkpoint
+# the latter: an old checkpoint
+@pytest.mark.parametrize("place", ["generation_config.json", "config.json"])
 def test_the_search_of_each_family_is_the_one_that_is_asked_for(family, place, tmp_path):
     whole, small, codec = family
     folder = Path(shutil.copytree(whole, tmp_path / "llm"))
@@ -219,9 +247,13 @@ def test_the_search_of_each_family_is_the_one_that_is_asked_for(family, place, t
     pairs = [(whole, folder, codec.untrimmed()), (small, tmp_path / "trimmed", codec)]
     for clean, as_published, known in pairs:
         expected, found = load_llm(str(clean)), load_llm(str(as_published))
-        assert {n for n in SEARCH if getattr(found.generation_config, n, None) is not None} == set()
+        assert {
+            n for n in SEARCH if getattr(found.generation_config, n, None) is not None
+        } == set()
         for num_beams in (1, 3):
-            assert hypotheses(found, known, num_beams) == hypotheses(expected, known, num_beams)
+            assert hypotheses(found, known, num_beams) == hypotheses(
+                expected, known, num_beams
+            )
 
 
 # --- files of other kinds
@@ -236,7 +268,9 @@ def test_pickled_and_sharded_checkpoints_are_trimmed_as_well(llama, tmp_path):
     codec = codec_of(llama)
     llm = AutoModelForCausalLM.from_pretrained(llama)
     for folder in (tmp_path / "pickled", tmp_path / "sharded"):
-        codec.untrimmed().save(Path(shutil.copytree(llama, folder, ignore=lambda *_: ["model.safetensors"])))
+        codec.untrimmed().save(
+            Path(shutil.copytree(llama, folder, ignore=lambda *_: ["model.safetensors"]))
+        )
     llm.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
     torch.save(llm.state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
@@ -252,10 +286,15 @@ def test_a_checkpoint_of_the_body_alone_is_trimmed_as_well(tmp_path):
     make_tiny_llm("bloom", tmp_path / "llm", SPOKEN)
     codec = codec_of(tmp_path / "llm")
     path = tmp_path / "llm" / "model.safetensors"
-    state = {name.removeprefix("transformer."): tensor for name, tensor in load_file(path).items()}
+    state = {
+        name.removeprefix("transformer."): tensor
+        for name, tensor in load_file(path).items()
+    }
     expected = logits_LV(tmp_path / "llm", codec, codec.kept_ids)[:, codec.kept_ids]
     save_file(state, path, metadata={"format": "pt"})
-    assert torch.equal(logits_LV(tmp_path / "llm", codec, codec.kept_ids)[:, codec.kept_ids], expected)
+    assert torch.equal(
+        logits_LV(tmp_path / "llm", codec, codec.kept_ids)[:, codec.kept_ids], expected
+    )
     trim_llm(str(tmp_path / "llm"), codec, tmp_path / "trimmed")
     assert torch.allclose(
         logits_LV(tmp_path / "trimmed", codec, range(codec.vocab_size)), expected, atol=1e-5
@@ -273,7 +312,9 @@ def test_the_text_part_of_a_multimodal_llm_is_trimmed(tmp_path):
         "image_size": 28,
     }
     config = Gemma3Config(
-        text_config=llm_config(str(text)).to_dict(), vision_config=vision, mm_tokens_per_image=4
+        text_config=llm_config(str(text)).to_dict(),
+        vision_config=vision,
+        mm_tokens_per_image=4,
     )
     Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path / "llm")
     trim_llm(str(tmp_path / "llm"), codec, tmp_path / "trimmed")
@@ -303,7 +344,8 @@ def test_integers_without_their_package_are_refused(llama, bits):
 
 
 def test_mbart_large_trimmed_to_2454_pieces_has_the_papers_parameters():
-    """357.3 M; 611 M untrimmed (FLa-LLM). Skeleton alone: nothing is downloaded, no memory is used."""
+    """357.3 M; 611 M untrimmed (FLa-LLM). Skeleton alone: nothing is downloaded, no
+    memory is used."""
     config = MBartConfig(
         vocab_size=250_027,
         d_model=1024,
@@ -317,7 +359,11 @@ def test_mbart_large_trimmed_to_2454_pieces_has_the_papers_parameters():
     )
     with torch.device("meta"):
         model = MBartForConditionalGeneration(config)
-    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(610.9, rel=1e-3)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(
+        610.9, rel=1e-3
+    )
     with torch.device("meta"):
         model.resize_token_embeddings(2454, mean_resizing=False)
-    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(357.3, rel=1e-3)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(
+        357.3, rel=1e-3
+    )

@@ -1,4 +1,5 @@
-"""What of an LLM is trained, and what an export is made of; ZeRO is in tests/training/test_engine.py."""
+"""What of an LLM is trained, and what an export is made of; ZeRO is in
+tests/training/test_engine.py."""
 
 import json
 from pathlib import Path
@@ -19,7 +20,14 @@ from transformers import (
 )
 
 from flallm_ds.errors import UserError
-from flallm_ds.models.llm.tuning import Tuning, check_bits, low_rank_targets, merged, tune, write_additions
+from flallm_ds.models.llm.tuning import (
+    Tuning,
+    check_bits,
+    low_rank_targets,
+    merged,
+    tune,
+    write_additions,
+)
 
 VOCABULARY = 40
 CONFIGS = {
@@ -52,7 +60,9 @@ CONFIGS = {
         num_attention_heads=2,
         num_key_value_heads=1,
     ),
-    "gpt2": GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=32),
+    "gpt2": GPT2Config(
+        vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=32
+    ),
 }
 KINDS = pytest.mark.parametrize("kind", CONFIGS)
 LOW_RANK = pytest.mark.parametrize("how", ["lora", "dora"])
@@ -93,25 +103,32 @@ def after_training(llm: Any) -> Any:
 
 
 def test_full_trains_everything():
-    assert trained(tuned("mbart", how="full")) == {n for n, _ in make_llm("mbart").named_parameters()}
+    assert trained(tuned("mbart", how="full")) == {
+        n for n, _ in make_llm("mbart").named_parameters()
+    }
 
 
 def test_full_with_a_pattern_trains_what_it_matches():
     llm = tuned("mbart", how="full", layers=r"decoder\.layers\.1\.|layernorm_embedding")
     names = {n for n, _ in llm.named_parameters()}
-    assert trained(llm) == {n for n in names if "decoder.layers.1." in n or "layernorm_embedding" in n}
+    assert trained(llm) == {
+        n for n in names if "decoder.layers.1." in n or "layernorm_embedding" in n
+    }
     assert 0 < len(trained(llm)) < len(names)
 
 
 def test_frozen_trains_nothing_but_what_a_pattern_adds():
     assert trained(tuned("llama", how="frozen")) == set()
-    assert trained(tuned("llama", how="frozen", layers=r"^model\.norm")) == {"model.norm.weight"}
+    assert trained(tuned("llama", how="frozen", layers=r"^model\.norm")) == {
+        "model.norm.weight"
+    }
 
 
 @KINDS
 @LOW_RANK
 def test_low_rank_trains_additions_to_all_linear_layers_but_the_head(kind, how):
-    """As many as peft's own all-linear, and the same logits as before, because B starts at zero."""
+    """As many as peft's own all-linear, and the same logits as before, because B starts
+    at zero."""
     llm = tuned(kind, how=how, rank=4)
     layers = [n for n, m in llm.named_modules() if isinstance(m, LoraLayer)]
     assert layers and not any("lm_head" in n for n in layers)
@@ -124,7 +141,10 @@ def test_low_rank_trains_additions_to_all_linear_layers_but_the_head(kind, how):
 
 def test_low_rank_targets_by_pattern_beside_whole_layers():
     llm = tuned(
-        "mbart", how="lora", targets="(q|v)_proj$", layers=r"decoder\.layers\.1\.self_attn\.q_proj|shared"
+        "mbart",
+        how="lora",
+        targets="(q|v)_proj$",
+        layers=r"decoder\.layers\.1\.self_attn\.q_proj|shared",
     )
     layers = [n for n, m in llm.named_modules() if isinstance(m, LoraLayer)]
     assert len(layers) == 12 and all(n.endswith(("q_proj", "v_proj")) for n in layers)
@@ -154,8 +174,12 @@ def test_an_image_encoder_is_tuned_and_merged_in_the_same_way():
     pixels_NCHW = torch.rand(2, 3, 16, 16)
     after_training(vit)
     plain.load_state_dict(dict(merged(vit.named_parameters(), vit)))
-    torch.testing.assert_close(plain(pixels_NCHW).pooler_output, vit(pixels_NCHW).pooler_output)
-    with pytest.raises(UserError, match=r"visual\.lora_targets must match the name of a linear layer"):
+    torch.testing.assert_close(
+        plain(pixels_NCHW).pooler_output, vit(pixels_NCHW).pooler_output
+    )
+    with pytest.raises(
+        UserError, match=r"visual\.lora_targets must match the name of a linear layer"
+    ):
         tune(plain, Tuning(how="lora", targets="quarry", section="visual"))
 
 
@@ -178,17 +202,27 @@ def test_additions_depend_on_the_seed_alone_and_leave_the_generator_as_it_was():
 @LOW_RANK
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merged_tensors_are_those_of_peft(kind, how, dtype):
-    llm = after_training(tuned(kind, how=how, rank=4, alpha=7, layers="norm|ln_f")).to(dtype)
+    llm = after_training(tuned(kind, how=how, rank=4, alpha=7, layers="norm|ln_f")).to(
+        dtype
+    )
     found = dict(merged(llm.named_parameters(), llm))
     plain = make_llm(kind).to(dtype)
     assert found.keys() == {name for name, _ in plain.named_parameters()}
     for module in llm.modules():
         if isinstance(module, LoraLayer):
             module.merge()
-    peft = {n.replace(".base_layer", ""): p for n, p in llm.named_parameters() if ".lora_" not in n}
+    peft = {
+        n.replace(".base_layer", ""): p
+        for n, p in llm.named_parameters()
+        if ".lora_" not in n
+    }
     changed = 0
     for name, tensor in found.items():
-        exact = {"rtol": 0, "atol": 0} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 1e-3}
+        exact = (
+            {"rtol": 0, "atol": 0}
+            if dtype == torch.float32
+            else {"rtol": 2e-2, "atol": 1e-3}
+        )
         torch.testing.assert_close(tensor, peft[name].detach(), **exact)
         changed += not torch.equal(tensor, dict(plain.named_parameters())[name])
     assert changed >= len(low_rank_targets(plain, "all-linear"))
@@ -223,7 +257,8 @@ def test_an_llm_without_additions_passes_unchanged():
 
 @KINDS
 @pytest.mark.parametrize(
-    ("how", "layers"), [("lora", ""), ("dora", ""), ("lora", "norm|ln_f|layers?.1.*(q_proj|Attention.q)")]
+    ("how", "layers"),
+    [("lora", ""), ("dora", ""), ("lora", "norm|ln_f|layers?.1.*(q_proj|Attention.q)")],
 )
 def test_peft_reads_the_folder_of_additions(kind, how, layers, tmp_path):
     llm = after_training(tuned(kind, how=how, rank=4, layers=layers))
@@ -232,9 +267,14 @@ def test_peft_reads_the_folder_of_additions(kind, how, layers, tmp_path):
     folder = tmp_path / "additions"
     folder.mkdir()
     write_additions(folder, llm.named_parameters(), llm, str(base))
-    assert sorted(p.name for p in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
     config = json.loads((folder / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == str(base) and config["use_dora"] == (how == "dora")
+    assert config["base_model_name_or_path"] == str(base) and config["use_dora"] == (
+        how == "dora"
+    )
     auto = AutoModelForSeq2SeqLM if llm.config.is_encoder_decoder else AutoModelForCausalLM
     loaded = PeftModel.from_pretrained(auto.from_pretrained(base), str(folder)).eval()
     torch.testing.assert_close(logits(loaded), logits(llm), rtol=1e-5, atol=1e-6)
@@ -270,14 +310,30 @@ GPU = torch.device("cuda")
     [
         (4, "full", 2, GPU, True, "integers have no gradient, but llm.tune is full"),
         (8, "lora", 2, torch.device("cpu"), True, "llm.bits=8 needs a CUDA device"),
-        (4, "lora", 2, GPU, False, "needs the package bitsandbytes, which is not installed"),
-        (4, "dora", 3, GPU, True, "cannot be partitioned, but the DeepSpeed JSON is of stage 3"),
+        (
+            4,
+            "lora",
+            2,
+            GPU,
+            False,
+            "needs the package bitsandbytes, which is not installed",
+        ),
+        (
+            4,
+            "dora",
+            3,
+            GPU,
+            True,
+            "cannot be partitioned, but the DeepSpeed JSON is of stage 3",
+        ),
         (4, "frozen", 2, GPU, True, None),
         (8, "lora", 1, GPU, True, None),
         (16, "full", 3, torch.device("cpu"), False, None),
     ],
 )
-def test_bits_that_cannot_be_are_refused(bits, how, stage, device, installed, message, monkeypatch):
+def test_bits_that_cannot_be_are_refused(
+    bits, how, stage, device, installed, message, monkeypatch
+):
     find = "flallm_ds.models.llm.tuning.importlib.util.find_spec"
     monkeypatch.setattr(find, lambda name: object() if installed else None)
     if message is None:
@@ -304,7 +360,9 @@ def test_a_quantized_llm_loads_and_learns(bits: int, tmp_path: Path) -> None:
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     llm = load_llm(str(tmp_path), LlmOptions(bits=bits))
     tune(llm, Tuning(how="lora", rank=4))
-    before = {n: p.detach().clone() for n, p in llm.named_parameters() if not p.requires_grad}
+    before = {
+        n: p.detach().clone() for n, p in llm.named_parameters() if not p.requires_grad
+    }
     optimizer = torch.optim.AdamW([p for p in llm.parameters() if p.requires_grad], lr=1e-2)
     ids_BL = torch.arange(24, device="cuda").view(2, 12)
     losses = []

@@ -1,6 +1,8 @@
-"""Each LLM of the installed transformers that has a tiny config: it reads embeddings as words or is refused.
+"""Each LLM of the installed transformers that has a tiny config: it reads embeddings as
+words or is refused.
 
-The measured scale is held against the whole model, and our loss against the model's own `labels=`.
+The measured scale is held against the whole model, and our loss against the model's own
+`labels=`.
 """
 
 from pathlib import Path
@@ -41,12 +43,15 @@ TINY = {
 MULTI_HEAD = {"num_key_value_heads": 4}
 OWN: dict[str, dict[str, Any]] = {
     "opt": {"word_embed_proj_dim": 16},
-    **dict.fromkeys(("axk2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu"), MULTI_HEAD),
+    **dict.fromkeys(
+        ("axk2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu"), MULTI_HEAD
+    ),
 }
 REFUSED = {
     "fsmt": "its decoder sees the words that are to come",
     "prophetnet": "depends on how many words are to come",
-    "gemma4_text": "provide exact `inputs_embeds`",  # looks each embedding up among its words
+    # looks each embedding up among its words
+    "gemma4_text": "provide exact `inputs_embeds`",
     "deepseek_v4": "its first layer is given something else",  # ids choose the experts
     "cpmant": "index out of range",  # it knows no embeddings
     "inkling": "its first layer is given something else",
@@ -59,14 +64,22 @@ def tiny_models(mapping: Any) -> dict[str, Any]:
     for kind in mapping:
         if kind in MODEL_FOR_MASKED_LM_MAPPING and mapping is MODEL_FOR_CAUSAL_LM_MAPPING:
             continue  # no LLM
-        model_class = mapping[kind][0] if isinstance(mapping[kind], tuple) else mapping[kind]
-        known = {name for base in kind.__mro__ for name in getattr(base, "__annotations__", {})}
+        model_class = (
+            mapping[kind][0] if isinstance(mapping[kind], tuple) else mapping[kind]
+        )
+        known = {
+            name for base in kind.__mro__ for name in getattr(base, "__annotations__", {})
+        }
         known |= set(kind.attribute_map)
         own = OWN.get(kind.model_type, {})
         try:
-            config = kind(**{name: value for name, value in (TINY | own).items() if name in known})
+            config = kind(
+                **{name: value for name, value in (TINY | own).items() if name in known}
+            )
             with torch.device("meta"):
-                size = sum(parameter.numel() for parameter in model_class(config).parameters())
+                size = sum(
+                    parameter.numel() for parameter in model_class(config).parameters()
+                )
         except Exception:  # noqa: BLE001  # no such config, or one that must be made in another way
             continue
         if size <= MOST:
@@ -94,14 +107,19 @@ def test_what_is_checked() -> None:
     [("marian", WIDTH**0.5), ("pegasus", WIDTH**0.5), ("blenderbot-small", WIDTH**0.5), ("mvp", WIDTH**0.5),
      ("mbart", WIDTH**0.5), ("t5", 1.0)],
 )  # fmt: skip
-def test_the_scale_of_an_encoder_is_measured_wherever_it_is_applied(name: str, scale: float) -> None:
+def test_the_scale_of_an_encoder_is_measured_wherever_it_is_applied(
+    name: str, scale: float
+) -> None:
     assert embedding_scale(built(*ENCODER_DECODERS[name])) == pytest.approx(scale)
 
 
 @pytest.mark.parametrize(
-    ("name", "scale"), [("falcon_h1", 3.0), ("gemma2", WIDTH**0.5), ("granite", 1.0), ("xglm", WIDTH**0.5)]
+    ("name", "scale"),
+    [("falcon_h1", 3.0), ("gemma2", WIDTH**0.5), ("granite", 1.0), ("xglm", WIDTH**0.5)],
 )
-def test_the_scale_of_a_decoder_is_measured_wherever_it_is_applied(name: str, scale: float) -> None:
+def test_the_scale_of_a_decoder_is_measured_wherever_it_is_applied(
+    name: str, scale: float
+) -> None:
     """Granite multiplies embeddings as well, so what is given to it must not be scaled."""
     assert embedding_scale(built(*DECODERS[name])) == pytest.approx(scale)
 
@@ -144,7 +162,8 @@ def is_refused(name: str, llm: Any) -> bool:
     if reason is None:
         return False
     with pytest.raises(
-        UserError, match=rf"llm\.name must be an LLM that reads embeddings.*\({name}\).*{reason}"
+        UserError,
+        match=rf"llm\.name must be an LLM that reads embeddings.*\({name}\).*{reason}",
     ):
         embedding_scale(llm)
     return True
@@ -161,7 +180,9 @@ def test_an_encoder_decoder_reads_embeddings_as_words(name: str) -> None:
         with torch.no_grad():
             found = llm(
                 input_ids=torch.tensor([[*BEFORE, *signs, *AFTER]]),
-                attention_mask=torch.ones(1, len(BEFORE) + len(signs) + len(AFTER), dtype=torch.long),
+                attention_mask=torch.ones(
+                    1, len(BEFORE) + len(signs) + len(AFTER), dtype=torch.long
+                ),
                 decoder_input_ids=torch.tensor([[*START, *target[:-1]]]),
                 labels=torch.tensor([target]),
             )
@@ -188,18 +209,25 @@ def test_a_decoder_only_llm_reads_embeddings_as_words(name: str) -> None:
         words = [*BEFORE, *signs, *AFTER, *target[:-1]]
         with torch.no_grad():
             logits = llm(
-                torch.tensor([words]), attention_mask=torch.ones(1, len(words)), use_cache=False
+                torch.tensor([words]),
+                attention_mask=torch.ones(1, len(words)),
+                use_cache=False,
             ).logits[0]
         loss += nn.functional.cross_entropy(
             logits[-len(target) :].float(), torch.tensor(target), reduction="sum"
         ).item()
-    assert our_loss(llm, translator, Wording(BEFORE, AFTER)) == pytest.approx(loss, rel=1e-3)
+    assert our_loss(llm, translator, Wording(BEFORE, AFTER)) == pytest.approx(
+        loss, rel=1e-3
+    )
 
 
-def test_an_llm_that_cannot_read_embeddings_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
+def test_an_llm_that_cannot_read_embeddings_is_refused_before_its_weights_are_read(
+    tmp_path: Path,
+) -> None:
     """The folder holds no weights at all."""
     ENCODER_DECODERS["fsmt"][1].save_pretrained(tmp_path)
     with pytest.raises(
-        UserError, match=rf"^llm\.name must be an LLM that reads .*got {tmp_path} \(fsmt\): .*\.$"
+        UserError,
+        match=rf"^llm\.name must be an LLM that reads .*got {tmp_path} \(fsmt\): .*\.$",
     ):
         load_llm(str(tmp_path))
