@@ -175,12 +175,14 @@ def reach(module: str, imports: dict[str, set[str]]) -> set[str]:
 
 def num_options(root: Path) -> int:
     """The fields of the dataclasses of a run, without those that hold a section of options."""
-    tree = ast.parse((root / "flallm_ds" / "config.py").read_text(encoding="utf-8"))
-    fields = [node for c in tree.body if isinstance(c, ast.ClassDef) for node in c.body]
-    names = [
-        ast.unparse(node.annotation) for node in fields if isinstance(node, ast.AnnAssign)
-    ]
-    return sum(not name.endswith("Config") for name in names)
+    count = 0
+    for source in read(root, "flallm_ds"):
+        if source.module.startswith("flallm_ds.config"):
+            classes = [node for node in source.tree.body if isinstance(node, ast.ClassDef)]
+            fields = [node for one in classes for node in one.body]
+            hints = [f.annotation for f in fields if isinstance(f, ast.AnnAssign)]
+            count += sum(not ast.unparse(hint).endswith("Config") for hint in hints)
+    return count
 
 
 def step_files(tree: Path, folder: Path) -> list[str]:

@@ -16,6 +16,7 @@ from transformers import MBartConfig, MBartForConditionalGeneration
 from flallm_ds import dist
 from flallm_ds.command import main
 from flallm_ds.config import OptimConfig
+from flallm_ds.training.deepspeed_json import complete
 
 
 def generation(
@@ -49,7 +50,7 @@ def generation(
     holder = torch.nn.Module()
     holder.language_model = model
     zero = {"zero_optimization": {"stage": 3}}
-    config = ds.complete(zero, world.device, 1, 1.0)
+    config = complete(zero, world.device, 1, 1.0)
     groups = [{"params": list(holder.parameters()), "lr": 1e-3}]
     engine = ds.Engine(holder, groups, OptimConfig(), config, world)
     videos_BSE = torch.randn(clips, 60, width, device=world.device)

@@ -32,6 +32,7 @@ from benchmarks.measure import ROOT, Report
 from benchmarks.plan import memory_kb
 from flallm_ds import command
 from flallm_ds.errors import UserError
+from flallm_ds.training.deepspeed_json import complete
 
 MBART = {
     "d_model": 1024, "encoder_layers": 12, "decoder_layers": 12, "encoder_attention_heads": 16,
@@ -240,7 +241,7 @@ def child(job: Job) -> Measured:
     world = dist.start()
     ds.prepare()
     path = ROOT / "ds_configs" / f"{job.deepspeed}.json"
-    config = ds.complete(ds.read_deepspeed_config(path), world.device, 1, 1.0)
+    config = complete(ds.read_deepspeed_config(path), world.device, 1, 1.0)
     dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
     model = translator(job, dtype)
     parameters = list(model.parameters())
@@ -302,7 +303,7 @@ def fill(llm: Any) -> None:
 
 def steps_of(job: Job, engine: Any, device: torch.device) -> tuple[float, float]:
     """(seconds a step, GB of device memory at its highest)."""
-    from flallm_ds.data.text.codec import Wording
+    from flallm_ds.data.text.prompt import Wording
 
     family, vocabulary, _ = MODELS[job.model]
     # As of "Translate this German Sign Language video into German:" in Qwen3's chat.

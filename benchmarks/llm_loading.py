@@ -31,6 +31,7 @@ from benchmarks.measure import ROOT, Report, Target
 from flallm_ds import command
 from flallm_ds.dist import free_port
 from flallm_ds.models.weights import write_weights
+from flallm_ds.training.deepspeed_json import complete
 
 WAYS = {
     "whole": "a full copy (no ZeRO)",
@@ -216,7 +217,7 @@ def rank_of(way: str, model: Path) -> str:
     logging.disable_progress_bar()
     engine.prepare()
     device = torch.device("cpu")
-    config = engine.complete(
+    config = complete(
         engine.read_deepspeed_config(ROOT / "ds_configs" / "zero3_offload.json"),
         device,
         1,

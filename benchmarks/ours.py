@@ -75,8 +75,9 @@ def joined(epochs: list[EpochPlan]) -> EpochPlan:
 
 def small_codec(index: Index) -> "TextCodec":
     """A tokenizer trained on the clips' own texts, of the class that mBART has."""
-    from flallm_ds.data.text.codec import Instruction, TextCodec
-    from flallm_ds.models.llm.standin import train_tokenizer
+    from flallm_ds.data.text.codec import TextCodec
+    from flallm_ds.data.text.prompt import Instruction
+    from flallm_ds.models.llm.standin_tokenizer import train_tokenizer
 
     tokenizer = train_tokenizer(list(index.strings("text")), 200, "de_DE")
     return TextCodec(tokenizer, Instruction(language="de_DE"))

@@ -16,8 +16,8 @@ from flallm_ds.batch import Batch
 from flallm_ds.data.codecs.video import Video
 from flallm_ds.data.preprocess import Preprocess
 from flallm_ds.data.readers import NUM_DRAWS
-from flallm_ds.data.text.codec import Wording
 from flallm_ds.data.text.languages import tag_of
+from flallm_ds.data.text.prompt import Wording
 from flallm_ds.errors import UserError
 from flallm_ds.export.hub import folder_of
 from flallm_ds.export.model_card import spoken

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from flallm_ds.data.text.codec import TextCodec, Wording
+from flallm_ds.data.text.codec import TextCodec
+from flallm_ds.data.text.prompt import Wording
 from flallm_ds.models.llm.source import ids_alone
 from flallm_ds.models.llm.word_scale import own_scale, probe_of, word_scale
 from flallm_ds.models.loss import Head, LossKind, token_loss

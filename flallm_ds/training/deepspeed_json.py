@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from flallm_ds.command import nearest
 from flallm_ds.errors import UserError
 
@@ -114,3 +116,50 @@ def scales_loss(config: dict[str, Any]) -> bool:
     autocast = config.get("torch_autocast", {})
     dtype = str(autocast.get("dtype", "bfloat16"))  # also with a prefix: torch.float16
     return autocast.get("enabled", False) and "float16" in dtype.split(".")
+
+
+# Lowest learning rate for master weights of 8 and of 11 significant bits, by the flag
+# that asks for them. Adam moves a weight by about the learning rate, and a bf16 weight of
+# 0.05 does not move by less than 1.2e-4: at 1e-5, 85 % of an LLM's weights never move.
+_LOWEST_RATES = {
+    "bf16_master_weights_and_grads": 1e-4,
+    "fp16_master_weights_and_grads": 1e-4 / 8,
+}
+
+
+def complete(
+    config: dict[str, Any],
+    device: torch.device,
+    accumulation: int,
+    clip: float,
+) -> dict[str, Any]:
+    """The JSON with what RunConfig owns filled in, for this device."""
+    config = config if device.type == "cuda" else for_cpu(config)
+    return {
+        # It would refuse SGD; of AdamW `_optimizer` takes DeepSpeed's own.
+        "zero_force_ds_cpu_optimizer": False,
+        **config,
+        # A micro-batch is one packed batch, however many clips it has.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": clip,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+
+
+def lowest_rate(config: dict[str, Any]) -> tuple[str, float] | None:
+    """(flag, learning rate below which the JSON loses most updates).
+
+    None where master weights are fp32.
+    """
+    for flag, rate in _LOWEST_RATES.items():
+        precision = flag[:4]
+        if config.get(precision, {}).get(flag):
+            return f"{precision}.{flag}", rate
+    return None
+
+
+def zero_stage(config: dict[str, Any]) -> int:
+    """0 where the JSON has no ZeRO."""
+    return int(config.get("zero_optimization", {}).get("stage", 0))

@@ -26,7 +26,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from flallm_ds.config import OptimConfig
 from flallm_ds.dist import World, all_reduce_sum
 from flallm_ds.errors import UserError
-from flallm_ds.training.deepspeed_json import for_cpu, read_json, scales_loss
+from flallm_ds.training.deepspeed_json import read_json, scales_loss, zero_stage
 from flallm_ds.training.frozen import FROZEN, check_digest, frozen_digest, write_digest
 
 STALE_S = 1800.0
@@ -42,14 +42,6 @@ CHECKPOINT_CLASSES = [
     loss_scaler.DynamicLossScaler,
 ]
 
-# Lowest learning rate for master weights of 8 and of 11 significant bits, by the flag
-# that asks for them. Adam moves a weight by about the learning rate, and a bf16 weight of
-# 0.05 does not move by less than 1.2e-4: at 1e-5, 85 % of an LLM's weights never move.
-_LOWEST_RATES = {
-    "bf16_master_weights_and_grads": 1e-4,
-    "fp16_master_weights_and_grads": 1e-4 / 8,
-}
-
 
 # --- the JSON
 
@@ -59,44 +51,6 @@ def read_deepspeed_config(path: Path) -> dict[str, Any]:
     fields = DeepSpeedZeroConfig.model_fields
     aliases = [field.alias or name for name, field in fields.items()]
     return read_json(path, [*aliases, *fields])
-
-
-def complete(
-    config: dict[str, Any],
-    device: torch.device,
-    accumulation: int,
-    clip: float,
-) -> dict[str, Any]:
-    """The JSON with what RunConfig owns filled in, for this device."""
-    config = config if device.type == "cuda" else for_cpu(config)
-    return {
-        # It would refuse SGD; of AdamW `_optimizer` takes DeepSpeed's own.
-        "zero_force_ds_cpu_optimizer": False,
-        **config,
-        # A micro-batch is one packed batch, however many clips it has.
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": clip,
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 10**9,
-    }
-
-
-def lowest_rate(config: dict[str, Any]) -> tuple[str, float] | None:
-    """(flag, learning rate below which the JSON loses most updates).
-
-    None where master weights are fp32.
-    """
-    for flag, rate in _LOWEST_RATES.items():
-        precision = flag[:4]
-        if config.get(precision, {}).get(flag):
-            return f"{precision}.{flag}", rate
-    return None
-
-
-def zero_stage(config: dict[str, Any]) -> int:
-    """0 where the JSON has no ZeRO."""
-    return int(config.get("zero_optimization", {}).get("stage", 0))
 
 
 def model_loading(config: dict[str, Any]) -> Any:

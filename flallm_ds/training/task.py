@@ -21,7 +21,8 @@ from flallm_ds.data.loader import BrokenClips, Loader
 from flallm_ds.data.plan import EpochPlan, Plan
 from flallm_ds.data.preprocess import Preprocess
 from flallm_ds.data.readers import ClipReader
-from flallm_ds.data.text.codec import TextCodec, Wording
+from flallm_ds.data.text.codec import TextCodec
+from flallm_ds.data.text.prompt import Wording
 from flallm_ds.dist import World, all_reduce_sum
 from flallm_ds.errors import UserError
 from flallm_ds.features.sequences import FeatureMasks

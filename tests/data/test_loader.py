@@ -24,7 +24,8 @@ from flallm_ds.data.plan import Plan
 from flallm_ds.data.readers import ClipReader
 from flallm_ds.data.sampling import FrameSampling
 from flallm_ds.data.storage.store import LocalStore
-from flallm_ds.data.text.codec import Instruction, TextCodec
+from flallm_ds.data.text.codec import TextCodec
+from flallm_ds.data.text.prompt import Instruction
 from flallm_ds.errors import RankError, UserError
 
 SEED = 3

@@ -13,7 +13,8 @@ from flallm_ds import export
 from flallm_ds.config import RunConfig
 from flallm_ds.data.index import Index, load_index
 from flallm_ds.data.storage.store import LocalStore
-from flallm_ds.data.text.codec import Instruction, TextCodec
+from flallm_ds.data.text.codec import TextCodec
+from flallm_ds.data.text.prompt import Instruction
 from flallm_ds.errors import UserError
 from flallm_ds.models.light_translator import build_light_translator
 from flallm_ds.models.llm.load import embedding_scale, load_llm

@@ -10,7 +10,8 @@ from flallm_ds import export
 from flallm_ds.config import RunConfig
 from flallm_ds.data.index import Index, load_index
 from flallm_ds.data.storage.store import LocalStore
-from flallm_ds.data.text.codec import DECODER_ONLY_PROMPT, Instruction, TextCodec
+from flallm_ds.data.text.codec import TextCodec
+from flallm_ds.data.text.prompt import DECODER_ONLY_PROMPT, Instruction
 from flallm_ds.models.llm.load import LlmOptions, embedding_scale, llm_width, load_llm
 from flallm_ds.models.llm.trim import trim_llm
 from flallm_ds.models.llm.tuning import Tuning, tune

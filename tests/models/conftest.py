@@ -1,7 +1,8 @@
 import pytest
 
 from flallm_ds.data.index import load_index
-from flallm_ds.data.text.codec import Instruction, TextCodec
+from flallm_ds.data.text.codec import TextCodec
+from flallm_ds.data.text.prompt import Instruction
 
 
 @pytest.fixture(scope="session")

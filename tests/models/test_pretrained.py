@@ -15,7 +15,8 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import ResNetConfig, ResNetModel
 
-from flallm_ds.data.text.codec import Instruction, TextCodec, load_tokenizer
+from flallm_ds.data.text.codec import TextCodec, load_tokenizer
+from flallm_ds.data.text.prompt import Instruction
 from flallm_ds.errors import UserError
 from flallm_ds.models.llm.load import load_llm
 from flallm_ds.models.llm.source import check_llm, llm_config
@@ -283,7 +284,8 @@ def test_offline_mode_is_named(no_network: Path, monkeypatch: pytest.MonkeyPatch
 
 
 CACHED = """
-from flallm_ds.data.text.codec import Instruction, TextCodec
+from flallm_ds.data.text.codec import TextCodec
+from flallm_ds.data.text.prompt import Instruction
 from flallm_ds.models.backbones.build import build_backbone, check_reachable
 from flallm_ds.models.llm.load import load_llm
 from flallm_ds.models.llm.source import check_llm

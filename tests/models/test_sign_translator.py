@@ -2,7 +2,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from flallm_ds.data.text.codec import Instruction, TextCodec, Wording
+from flallm_ds.data.text.codec import TextCodec
+from flallm_ds.data.text.prompt import Instruction, Wording
 from flallm_ds.models.light_translator import build_light_translator
 from flallm_ds.models.sign_translator import Beam, SignTranslator
 from flallm_ds.models.visual_encoder import Adapter, VisualEncoder

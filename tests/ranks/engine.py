@@ -23,6 +23,7 @@ from flallm_ds.errors import UserError
 from flallm_ds.models.llm.load import LlmOptions, load_llm
 from flallm_ds.models.llm.tuning import Tuning, tune
 from flallm_ds.training import engine as ds
+from flallm_ds.training.deepspeed_json import complete
 
 ds.prepare()
 FEATURES, STEPS, MICRO_BATCHES = 8, 4, 2
@@ -63,9 +64,7 @@ def groups_of(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 
 def make_engine(model: nn.Module, zero: dict[str, Any], world: dist.World) -> ds.Engine:
-    config = ds.complete(
-        {"zero_optimization": zero}, world.device, MICRO_BATCHES, clip=1e-3
-    )
+    config = complete({"zero_optimization": zero}, world.device, MICRO_BATCHES, clip=1e-3)
     trained = [p for p in model.parameters() if p.requires_grad]
     return ds.Engine(model, [{"params": trained, "lr": 1e-2}], OptimConfig(), config, world)
 
@@ -250,7 +249,7 @@ def train(engine: ds.Engine, world: dist.World, steps: range) -> list[float]:
 def tuned_engine(
     folder: Path, tuning: Tuning, zero: dict[str, Any], world: dist.World
 ) -> ds.Engine:
-    config = ds.complete({"zero_optimization": zero}, world.device, MICRO_BATCHES, clip=1.0)
+    config = complete({"zero_optimization": zero}, world.device, MICRO_BATCHES, clip=1.0)
     model = make_translator(folder, tuning, config)
     trained = [p for p in model.parameters() if p.requires_grad]
     return ds.Engine(model, [{"params": trained, "lr": 1e-2}], OptimConfig(), config, world)
@@ -301,7 +300,7 @@ def resumed(
 
 def in_bf16(folder: Path, tuning: Tuning, world: dist.World) -> dict[str, Any]:
     """ZeRO-3 in bf16, which the engine does not choose on a CPU by itself."""
-    config = ds.complete(
+    config = complete(
         {"zero_optimization": ZEROS["zero3"]}, world.device, MICRO_BATCHES, clip=1.0
     )
     config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}

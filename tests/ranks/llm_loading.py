@@ -16,6 +16,7 @@ from flallm_ds import dist
 from flallm_ds.command import main
 from flallm_ds.models.llm.load import LlmOptions, load_llm
 from flallm_ds.training import engine as ds
+from flallm_ds.training.deepspeed_json import complete
 
 ds.prepare()
 ZERO3 = {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}
@@ -23,7 +24,7 @@ ZERO3 = {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}
 
 def load(folder: Path, precision: dict[str, Any], options: LlmOptions) -> Any:
     partitioning = ds.model_loading(
-        {**ds.complete(ZERO3, torch.device("cpu"), 1, 1.0), **precision}
+        {**complete(ZERO3, torch.device("cpu"), 1, 1.0), **precision}
     )  # held until the model is loaded
     llm = load_llm(str(folder), options)
     del partitioning

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from flallm_ds import dist
 from flallm_ds.command import main
 from flallm_ds.config import OptimConfig
-from flallm_ds.data.text.codec import Wording
+from flallm_ds.data.text.prompt import Wording
 from flallm_ds.models import loss
 from flallm_ds.models.checkpointing import checkpoint_llm
 from flallm_ds.models.llm.load import LlmOptions, embedding_scale, llm_width, load_llm
@@ -26,6 +26,7 @@ from flallm_ds.models.llm.tuning import Tuning, tune
 from flallm_ds.models.sign_translator import SignTranslator
 from flallm_ds.models.visual_encoder import Adapter, VisualEncoder
 from flallm_ds.training import engine as ds
+from flallm_ds.training.deepspeed_json import complete
 from flallm_ds.training.step import BatchStatistics
 
 ds.prepare()
@@ -129,7 +130,7 @@ def train(
     """Losses of the steps, and the state before and after them (on rank 0)."""
     loss.CHUNK_BYTES = 3 * 4 * VOCABULARY
     loss.SMALL_BYTES = case.small * 4 * VOCABULARY
-    config = ds.complete({"zero_optimization": {"stage": 3}}, world.device, 1, clip=1.0)
+    config = complete({"zero_optimization": {"stage": 3}}, world.device, 1, clip=1.0)
     model = translator(case, folder / case.family, config)
     trained = [p for p in model.parameters() if p.requires_grad]
     # Not Adam: its first steps are as long as the learning rate even where a gradient is

@@ -11,7 +11,8 @@ from transformers import AutoConfig
 from flallm_ds.batch import Hypothesis
 from flallm_ds.data.index import iter_rows, load_index, write_table
 from flallm_ds.data.mixture import open_indexes
-from flallm_ds.data.text.codec import Instruction, TextCodec
+from flallm_ds.data.text.codec import TextCodec
+from flallm_ds.data.text.prompt import Instruction
 from flallm_ds.errors import UserError
 from flallm_ds.metrics.scoring import scores_by, scores_of
 from flallm_ds.sharding.build import Options, build

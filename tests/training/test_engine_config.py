@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from flallm_ds.errors import UserError
-from flallm_ds.training.deepspeed_json import OWNED_BY_RUN, for_cpu
+from flallm_ds.training.deepspeed_json import OWNED_BY_RUN, complete, for_cpu, zero_stage
 from tests.helpers.paths import ROOT
 
 ds = pytest.importorskip("flallm_ds.training.engine")
@@ -30,11 +30,11 @@ def test_every_shipped_json_is_accepted_by_us_and_by_deepspeed(path):
     from deepspeed.runtime.config import DeepSpeedConfig
 
     config = ds.read_deepspeed_config(path)
-    assert ds.zero_stage(config) == int(path.stem[4])
+    assert zero_stage(config) == int(path.stem[4])
     on_the_host = any(word in path.stem for word in ("offload", "nvme", "bf16_states"))
     assert on_the_host == ("offload_optimizer" in config["zero_optimization"])
     for device in (CPU, torch.device("cuda")):
-        parsed = DeepSpeedConfig(ds.complete(config, device, accumulation=1, clip=1.0))
+        parsed = DeepSpeedConfig(complete(config, device, accumulation=1, clip=1.0))
         assert (
             parsed.zero_optimization_stage == int(path.stem[4])
             and parsed.gradient_clipping == 1.0
@@ -149,19 +149,19 @@ def test_on_a_cpu_the_same_zero_runs_in_fp32_and_without_compiled_operators():
 
 def test_on_a_gpu_the_json_stays_as_it_is():
     config = ds.read_deepspeed_config(JSONS[0].parent / "zero3.json")
-    whole = ds.complete(config, torch.device("cuda"), accumulation=3, clip=0.5)
+    whole = complete(config, torch.device("cuda"), accumulation=3, clip=0.5)
     assert {name: whole[name] for name in config} == config
     assert (whole["gradient_accumulation_steps"], whole["gradient_clipping"]) == (3, 0.5)
 
 
 @pytest.mark.parametrize("said", [{}, {"zero_force_ds_cpu_optimizer": True}])
 def test_any_optimizer_may_be_offloaded_unless_the_json_says_otherwise(said):
-    whole = ds.complete(said, torch.device("cuda"), 1, 1.0)
+    whole = complete(said, torch.device("cuda"), 1, 1.0)
     assert whole["zero_force_ds_cpu_optimizer"] is bool(said)
 
 
 def test_without_zero_the_stage_is_0():
-    assert ds.zero_stage({}) == 0 and ds.model_loading({}) is None
+    assert zero_stage({}) == 0 and ds.model_loading({}) is None
 
 
 # --- compilation locks

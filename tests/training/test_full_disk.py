@@ -19,11 +19,12 @@ from flallm_ds.command import end_process
 from flallm_ds.config import OptimConfig
 from flallm_ds.errors import UserError
 from flallm_ds.training import checkpoint, engine as ds
+from flallm_ds.training.deepspeed_json import complete
 
 world = dist.start(timeout=timedelta(seconds=60))
 ds.prepare()
 module = torch.nn.Linear(100, 1000)
-config = ds.complete(ds.read_deepspeed_config(Path("ds_configs/zero2.json")), world.device, 1, 1.0)
+config = complete(ds.read_deepspeed_config(Path("ds_configs/zero2.json")), world.device, 1, 1.0)
 engine = ds.Engine(module, [{"params": list(module.parameters()), "lr": 0.1}], OptimConfig(), config, world)
 folder = Path(sys.argv[1])
 checkpoint.save(folder, 1, {}, engine.save, world, 2)

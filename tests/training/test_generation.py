@@ -13,7 +13,7 @@ from flallm_ds.data.index import load_index
 from flallm_ds.data.loader import Loader
 from flallm_ds.data.plan import Plan
 from flallm_ds.data.readers import ClipReader
-from flallm_ds.data.text.codec import DECODER_ONLY_PROMPT
+from flallm_ds.data.text.prompt import DECODER_ONLY_PROMPT
 from flallm_ds.dist import World
 from flallm_ds.inference.translator import Translator
 from flallm_ds.models.sign_translator import Beam

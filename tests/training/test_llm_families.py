@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flallm_ds.data.text.codec import DECODER_ONLY_PROMPT
+from flallm_ds.data.text.prompt import DECODER_ONLY_PROMPT
 from tests.helpers.bars import WORDS
 from tests.helpers.launching import environment, launch, losses, tiny_options
 from tests.helpers.llms import FAMILIES, make_tiny_llm

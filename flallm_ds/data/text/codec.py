@@ -3,11 +3,10 @@ around a video."""
 
 import dataclasses
 import json
-import string
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,116 +19,14 @@ from flallm_ds.data.text.languages import (
     Place,
     find_language,
     language_tokens,
-    nearest_languages,
-    tag_of,
     token_of,
 )
 from flallm_ds.data.text.normalizer import normalizer_of, restore_normalizer
+from flallm_ds.data.text.prompt import Instruction, Wording, new_language, unknown_language
 from flallm_ds.errors import UserError
 from flallm_ds.models.pretrained import check_llm_source
 
 VOCABULARY_FILE = "vocabulary.json"
-DECODER_ONLY_PROMPT = "Translate this {sign_language} video into {language}:{video}\n"
-_PROMPT_FIELDS = ("sign_language", "language", "video")
-
-
-@dataclass(frozen=True)
-class Instruction:
-    """How an LLM is told what to say of a video.
-
-    prompt: text around {video}, with {language} and {sign_language}; empty:
-    `DECODER_ONLY_PROMPT` for a decoder-only LLM, nothing for an encoder-decoder.
-    start_token: the encoder-decoder's own first token, an id of its whole vocabulary.
-    rows: of its embedding, which may be fewer than its tokenizer has pieces. language: of
-    all clips, as the user named it; empty: each clip's own.
-    """
-
-    decoder_only: bool = False
-    start_token: int | None = None
-    rows: int | None = None
-    language: str = ""
-    languages: tuple[str, ...] = ()  # of the training text; their tags
-    prompt: str = ""
-    # by corpus, if not the usual one
-    sign_languages: Mapping[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        # Vocabularies of earlier versions hold languages as their corpora named them.
-        object.__setattr__(
-            self, "languages", tuple(dict.fromkeys(map(tag_of, self.languages)))
-        )
-
-    def parts(self, language: str, corpus: str) -> tuple[str, str]:
-        """The text (before, after) the video. Raises UserError for a language that the
-        prompt cannot name."""
-        template = self.prompt or (DECODER_ONLY_PROMPT if self.decoder_only else "{video}")
-        check_prompt(template)
-        asked = {name for _, name, _, _ in string.Formatter().parse(template) if name}
-        found = find_language(language)
-        names = {
-            "video": "{video}",
-            "language": "",
-            "sign_language": self.sign_languages.get(corpus, ""),
-        }
-        if found is not None:
-            names["language"] = found.name
-            names["sign_language"] = names["sign_language"] or found.sign_language
-        for name in sorted(asked):
-            if not names[name]:
-                error = _unknown_language(
-                    language, f"has a {name} that the prompt can name"
-                )
-                raise UserError(f"{error} Or give a --llm.prompt of your own.")
-        before, after = template.format_map(names).split("{video}")
-        return before, after
-
-
-def _unknown_language(language: str, must: str) -> UserError:
-    near = (
-        nearest_languages(language)
-        or "give a code (de, zh-Hant) or an English name (German)."
-    )
-    return UserError(f"llm.language must be one that {must}, but is {language!r}: {near}")
-
-
-def _new_language(language: str, known: Sequence[str]) -> UserError:
-    return UserError(
-        f"the language of each clip must be one of the training text ({', '.join(known)}), "
-        f"but one is {language!r}. Leave such clips out, or train on text of that language "
-        "too."
-    )
-
-
-def check_prompt(template: str) -> None:
-    """Raise UserError if a prompt does not hold {video} once, or holds a field that does
-    not exist."""
-    try:
-        names = [
-            name for _, name, _, _ in string.Formatter().parse(template) if name is not None
-        ]
-    except ValueError as error:
-        raise UserError(
-            f"llm.prompt must be text with fields in braces, but {error}: {template}."
-        ) from None
-    unknown = [name for name in names if name not in _PROMPT_FIELDS]
-    if unknown or names.count("video") != 1:
-        raise UserError(
-            "llm.prompt must hold {video} once, and else only {language} and "
-            f"{{sign_language}}, but is {template!r}."
-        )
-
-
-@dataclass(frozen=True)
-class Wording:
-    """Ids around the visual tokens of one clip.
-
-    before, after: ahead of and behind them, in the LLM's input. start: the decoder's
-    first ids; none for a decoder-only LLM.
-    """
-
-    before: tuple[int, ...] = ()
-    after: tuple[int, ...] = ()
-    start: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -339,7 +236,7 @@ class TextCodec:
         if self.instruction.language or len(languages) < 2 or told_apart:
             return Wording(start=start or (self.eos_id,))
         if language not in languages:
-            raise _new_language(language, languages)
+            raise new_language(language, languages)
         return Wording(start=(self.eos_id, languages.index(language)))
 
     def _wording(self, language: str, corpus: str) -> Wording:
@@ -347,7 +244,7 @@ class TextCodec:
         decoder_only = self.instruction.decoder_only
         token = None if decoder_only else token_of(language, self._language_tokens)
         if token is None and self.instruction.language and find_language(language) is None:
-            raise _unknown_language(language, "is known")
+            raise unknown_language(language, "is known")
         if decoder_only:
             ids = self._ids(before, specials=True)
             if len(ids) > 1 and ids[-1] == self.eos_id:
@@ -365,7 +262,7 @@ class TextCodec:
             if self.instruction.rows is not None and full_id >= self.instruction.rows:
                 raise self._without_row(f"token of the language {language}", full_id)
             # its token was not kept
-            raise _new_language(language, self.instruction.languages)
+            raise new_language(language, self.instruction.languages)
         if min(start, default=0) < 0:
             raise self._without_row(
                 "decoder_start_token_id", self.instruction.start_token or 0

@@ -10,6 +10,7 @@ from flallm_ds.dist import World
 from flallm_ds.errors import require
 from flallm_ds.models.sign_translator import SignTranslator
 from flallm_ds.training import engine as ds
+from flallm_ds.training.deepspeed_json import complete, lowest_rate, zero_stage
 
 # also in an installed wheel
 DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
@@ -25,12 +26,12 @@ def deepspeed_config(config: RunConfig, world: World) -> dict[str, Any]:
     check_precision(config, json_config, path)
     check_rates(config, json_config, path)
     accumulation = config.data.micro_batches // world.size
-    ds_config = ds.complete(json_config, world.device, accumulation, config.optim.clip)
+    ds_config = complete(json_config, world.device, accumulation, config.optim.clip)
     require(
         not (
             config.visual.chunk_frames
             and config.trains_visual
-            and ds.zero_stage(ds_config) == 3
+            and zero_stage(ds_config) == 3
         ),
         "visual.chunk_frames must be 0 where ZeRO-3 partitions the visual encoder, "
         "because ranks with fewer chunks would leave the others waiting, but is "
@@ -68,7 +69,7 @@ def check_precision(config: RunConfig, json_config: dict[str, Any], path: Path) 
 def check_rates(config: RunConfig, json_config: dict[str, Any], path: Path) -> None:
     """Raise UserError for a learning rate whose updates low-precision master weights
     round away."""
-    lowest = ds.lowest_rate(json_config)
+    lowest = lowest_rate(json_config)
     if lowest is None:
         return
     flag, least = lowest

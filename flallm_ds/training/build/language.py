@@ -10,7 +10,8 @@ from safetensors import SafetensorError
 
 from flallm_ds.config import RunConfig
 from flallm_ds.data.index import Index
-from flallm_ds.data.text.codec import Instruction, TextCodec
+from flallm_ds.data.text.codec import TextCodec
+from flallm_ds.data.text.prompt import Instruction
 from flallm_ds.dist import World, main_first
 from flallm_ds.errors import RankError, UserError, require
 from flallm_ds.files import replace_folder
@@ -23,6 +24,7 @@ from flallm_ds.models.llm.tuning import Tuning, check_bits, tune
 from flallm_ds.models.sign_translator import SignTranslator
 from flallm_ds.models.visual_encoder import Adapter, FeatureExtractor
 from flallm_ds.training import engine as ds
+from flallm_ds.training.deepspeed_json import zero_stage
 
 # of the training tokens: a model learns to leave out what it reads as unknown
 MOST_UNKNOWN = 0.001
@@ -103,7 +105,7 @@ def llm_model(
     out.
     """
     name = config.llm.name
-    check_bits(config.llm.bits, config.llm.tune, ds.zero_stage(ds_config), world.device)
+    check_bits(config.llm.bits, config.llm.tune, zero_stage(ds_config), world.device)
     if config.llm.trim_vocabulary:
         trimmed = folder / "llm_trimmed"
         _write_once(
@@ -130,7 +132,7 @@ def llm_model(
     adapter = Adapter(extractor.feature_width, llm_width(llm), embedding_scale(llm))
     visual = extractor if config.trains_visual else None
     model = SignTranslator(visual, adapter, llm, codec, config.llm.loss)
-    return model if ds.zero_stage(ds_config) == 3 else model.to(world.device)
+    return model if zero_stage(ds_config) == 3 else model.to(world.device)
 
 
 def llm_options(config: RunConfig, ds_config: dict[str, Any]) -> LlmOptions:

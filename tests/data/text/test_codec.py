@@ -7,10 +7,11 @@ from transformers import AutoConfig
 
 from flallm_ds.batch import Hypothesis
 from flallm_ds.data.index import load_index
-from flallm_ds.data.text.codec import DECODER_ONLY_PROMPT, Instruction, TextCodec
+from flallm_ds.data.text.codec import TextCodec
+from flallm_ds.data.text.prompt import DECODER_ONLY_PROMPT, Instruction
 from flallm_ds.errors import UserError
 from flallm_ds.metrics.scoring import ceiling_of, perfect, scores_of
-from flallm_ds.models.llm.standin import train_tokenizer
+from flallm_ds.models.llm.standin_tokenizer import train_tokenizer
 from flallm_ds.training.build.language import check_unknown
 from tests.helpers.llms import FAMILIES, make_tiny_llm
 

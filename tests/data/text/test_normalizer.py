@@ -10,7 +10,8 @@ import sentencepiece
 from tokenizers import normalizers
 from transformers import AutoTokenizer
 
-from flallm_ds.data.text.codec import Instruction, TextCodec, load_tokenizer
+from flallm_ds.data.text.codec import TextCodec, load_tokenizer
+from flallm_ds.data.text.prompt import Instruction
 from tests.helpers.llms import FAMILIES, make_tiny_llm
 
 TEXTS = [

@@ -13,7 +13,8 @@ from transformers import (
 )
 from transformers.utils import is_flash_attn_2_available
 
-from flallm_ds.data.text.codec import Instruction, TextCodec
+from flallm_ds.data.text.codec import TextCodec
+from flallm_ds.data.text.prompt import Instruction
 from flallm_ds.errors import UserError
 from flallm_ds.models.llm.load import (
     LlmOptions,

@@ -9,7 +9,8 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from flallm_ds.data.text.codec import Instruction, TextCodec, Wording
+from flallm_ds.data.text.codec import TextCodec
+from flallm_ds.data.text.prompt import Instruction, Wording
 from flallm_ds.errors import UserError
 from flallm_ds.models.light_translator import build_light_translator
 from flallm_ds.models.llm.load import load_llm

@@ -18,7 +18,7 @@ from transformers import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
 )
 
-from flallm_ds.data.text.codec import Wording
+from flallm_ds.data.text.prompt import Wording
 from flallm_ds.errors import UserError
 from flallm_ds.models.llm.load import embedding_scale, load_llm
 from flallm_ds.models.sign_translator import Beam, SignTranslator

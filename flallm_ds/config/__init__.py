@@ -1,0 +1,27 @@
+"""RunConfig: everything that names a run, in frozen dataclasses; unknown options never pass."""
+
+from flallm_ds.config.run import FREE_TO_CHANGE, RunConfig, check_names
+from flallm_ds.config.sections import (
+    DataConfig,
+    EvalConfig,
+    LightTranslatorConfig,
+    LlmConfig,
+    OptimConfig,
+    Stage,
+    TrainConfig,
+    VisualConfig,
+)
+
+__all__ = [
+    "FREE_TO_CHANGE",
+    "DataConfig",
+    "EvalConfig",
+    "LightTranslatorConfig",
+    "LlmConfig",
+    "OptimConfig",
+    "RunConfig",
+    "Stage",
+    "TrainConfig",
+    "VisualConfig",
+    "check_names",
+]
