@@ -82,6 +82,7 @@ def quickstart() -> None:
 def _launcher() -> list[str]:
     """deepspeed with as many ranks as there are GPUs, or cores on a machine without one;
     two at most."""
+    # It takes seconds to import, and the corpus needs none.
     import torch
 
     ranks = min(2, torch.cuda.device_count() or len(os.sched_getaffinity(0)))
@@ -122,6 +123,7 @@ def _run(command: list[str]) -> None:
 def _show(visual: Path, llm: Path) -> None:
     """The table, three sentences, a strip of frames, and one video translated by the
     finished model."""
+    # These import torch, too.
     from flallm_ds.inference.pictures import strip_of_run
     from flallm_ds.inference.report import read_hypotheses, table
     from flallm_ds.metrics.ceiling import Ceiling

@@ -120,6 +120,7 @@ def progress(total: int, title: str) -> Iterator[Progress]:
     """Show how many of `total` clips are done, on stderr: a bar on a terminal, lines in a
     log file."""
     if shows_bars():
+        # only where a bar is shown
         from tqdm import tqdm
 
         with tqdm(

@@ -27,6 +27,7 @@ def translate(
     word, with one beam. bits: of the LLM's weights; default those of its training.
     hub_code: run code that comes with the LLM.
     """
+    # torch takes seconds to import: not for --help, nor for a mistyped option.
     from flallm_ds.inference.translator import Translator
 
     if stream and (nbest > 1 or (beams or 1) > 1):
@@ -63,6 +64,7 @@ def export(
     to. untrimmed: with all pieces of the vocabulary again, those that were cut from
     --llm_name (the LLM that the training began with).
     """
+    # torch takes seconds to import: not for --help, nor for a mistyped option.
     from flallm_ds.export.publish import publish
 
     folder = publish(
@@ -76,6 +78,7 @@ def push(*, model: Path, repo: str, private: bool = False) -> None:
 
     model: an export, or a run folder (its best export).
     """
+    # torch takes seconds to import: not for --help, nor for a mistyped option.
     from flallm_ds.export.hub import push as upload
 
     print(upload(model, repo, private))
@@ -98,6 +101,7 @@ def standin_llm(
     facebook/mbart-large-cc25 does. layers: of encoder and decoder each. steps: batches of
     32 sentences.
     """
+    # torch takes seconds to import: not for --help, nor for a mistyped option.
     from flallm_ds.models.llm.standin import standin_llm as make
 
     make(

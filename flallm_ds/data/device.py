@@ -201,6 +201,7 @@ def decode_on_device(
     differ from the CPU decoder's by a few levels. Raises BrokenJpeg, or ImportError
     without torchvision.
     """
+    # optional: only for data.decoder=nvjpeg
     from torchvision.io import ImageReadMode, decode_jpeg
 
     device = out_NHWC.device

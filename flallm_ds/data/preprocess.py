@@ -136,6 +136,7 @@ def _fused(
     crop_size: int,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
+    # Triton is there on machines with a GPU only.
     from flallm_ds.data import preprocess_triton
 
     mean, std = (tuple(255 * v for v in values) for values in (IMAGENET_MEAN, IMAGENET_STD))

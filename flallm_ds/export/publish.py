@@ -16,6 +16,7 @@ from flallm_ds.export.model_card import model_card
 from flallm_ds.files import locked, replace_folder
 from flallm_ds.models.llm.load import LlmOptions
 from flallm_ds.models.llm.source import clean_generation
+from flallm_ds.models.llm.trim import untrim_llm
 from flallm_ds.models.llm.tuning import merged
 from flallm_ds.models.weights import named_state, write_weights
 
@@ -164,8 +165,6 @@ def _copy_base(source: Path, folder: Path, settings: dict[str, Any]) -> dict[str
 
 
 def _untrim(folder: Path, name: str, codec: TextCodec, hub_code: bool) -> None:
-    from flallm_ds.models.llm.trim import untrim_llm
-
     trimmed = folder / "trimmed"
     (folder / export.LANGUAGE_MODEL).rename(trimmed)
     (folder / export.LANGUAGE_MODEL).mkdir()

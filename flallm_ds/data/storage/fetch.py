@@ -56,6 +56,7 @@ class FsspecSource:
     protocol: str = field(init=False)
 
     def __post_init__(self) -> None:
+        # It takes a while to import, and shards on a disk do not need it.
         import fsspec
 
         self.protocol = self.root.split("://")[0]
@@ -95,10 +96,12 @@ class FsspecSource:
 
     @cached_property
     def _fs(self) -> Any:
+        # It takes a while to import, and shards on a disk do not need it.
         import fsspec
 
         options: dict[str, Any] = {}
         if self.protocol in ("http", "https"):
+            # only where fsspec opens http addresses
             import aiohttp
 
             timeout = aiohttp.ClientTimeout(

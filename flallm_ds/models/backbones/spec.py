@@ -62,6 +62,7 @@ class BackboneSpec:
 def import_timm() -> Any:
     """Return the module timm, an optional dependency. Raises UserError if it is not installed."""
     try:
+        # optional
         import timm
     except ModuleNotFoundError as error:
         must = "timm must be installed for a backbone of its"
