@@ -268,11 +268,11 @@ def child(job: Job) -> Measured:
 
 def translator(job: Job, dtype: torch.dtype) -> Any:
     """SignTranslator of random weights, ready for the engine."""
+    from flallm_ds.models.adapters import Adapter
     from flallm_ds.models.checkpointing import checkpoint_llm
     from flallm_ds.models.llm.load import embedding_scale, llm_width
     from flallm_ds.models.llm.tuning import Tuning, tune
     from flallm_ds.models.sign_translator import SignTranslator
-    from flallm_ds.models.visual_encoder import Adapter
 
     family, vocabulary, sizes = MODELS[job.model]
     config = AutoConfig.for_model(family, vocab_size=vocabulary, pad_token_id=1, **sizes)

@@ -19,6 +19,8 @@ from flallm_ds.export.format import (
     base_llm,
     read_settings,
 )
+from flallm_ds.models.adapters import Adapter
+from flallm_ds.models.feature_extractor import FeatureExtractor, Kind, encoder_of
 from flallm_ds.models.light_translator import light_translator_from_config
 from flallm_ds.models.llm.load import (
     LlmOptions,
@@ -30,13 +32,7 @@ from flallm_ds.models.llm.load import (
 from flallm_ds.models.llm.source import Bits
 from flallm_ds.models.llm.tuning import read_additions
 from flallm_ds.models.sign_translator import SignTranslator
-from flallm_ds.models.visual_encoder import (
-    Adapter,
-    FeatureExtractor,
-    Kind,
-    VisualEncoder,
-    encoder_of,
-)
+from flallm_ds.models.visual_encoder import VisualEncoder
 from flallm_ds.models.weights import Weights, load_weights, must_hold
 
 
@@ -127,7 +123,7 @@ def read(folder: Path, options: LlmOptions | None = None) -> Export:
 
 
 def read_llm(folder: Path, settings: dict[str, Any], options: LlmOptions) -> Any:
-    """The LLM of an export, with its low-rank additions beside its weights where it has some."""
+    """Load the LLM of an export, with its LoRA adapters next to its weights if it has some."""
     lm_folder = folder / LANGUAGE_MODEL
     if settings["base"] is None:
         weights = Weights(lm_folder)

@@ -27,7 +27,7 @@ from flallm_ds.errors import Preempted, RankError, UserError, require
 from flallm_ds.features.facts import OPTIONS
 from flallm_ds.features.folder import TRAINING, FeatureFolder, FeatureTar, share
 from flallm_ds.models.encode import encode
-from flallm_ds.models.visual_encoder import FeatureExtractor
+from flallm_ds.models.feature_extractor import FeatureExtractor
 from flallm_ds.terminal import clock
 from flallm_ds.training.build.data import decode_threads, make_preprocess, open_index
 from flallm_ds.training.build.visual import feature_extractor, stage_1_export

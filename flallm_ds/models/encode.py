@@ -4,7 +4,7 @@ import torch
 
 from flallm_ds.batch import Batch
 from flallm_ds.data.preprocess import Preprocess
-from flallm_ds.models.visual_encoder import FeatureExtractor
+from flallm_ds.models.feature_extractor import FeatureExtractor
 
 
 @torch.no_grad()

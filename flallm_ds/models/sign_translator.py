@@ -14,10 +14,11 @@ from torch.nn import functional as F
 
 from flallm_ds.data.text.codec import TextCodec
 from flallm_ds.data.text.prompt import Wording
+from flallm_ds.models.adapters import Adapter
+from flallm_ds.models.lengths import pad_parts
 from flallm_ds.models.llm.source import ids_alone
 from flallm_ds.models.llm.word_scale import own_scale, probe_of, word_scale
 from flallm_ds.models.loss import Head, LossKind, token_loss
-from flallm_ds.models.visual_encoder import Adapter, pad_parts
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class SignTranslator(nn.Module):
     def visual_tokens(
         self, inputs: torch.Tensor, num_frames_B: torch.Tensor
     ) -> torch.Tensor:
-        """tokens_NE that stand in place of words.
+        """tokens_NE that the LLM reads instead of words.
 
         inputs: pixels_NCHW where the visual encoder is inside, features_ND where it is
         not.

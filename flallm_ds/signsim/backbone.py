@@ -23,7 +23,7 @@ from flallm_ds.files import new_folder, share_files
 from flallm_ds.models.visual_encoder import VisualEncoder
 from flallm_ds.sharding.pool import begin_worker, signals_held
 from flallm_ds.signsim.pretraining_data import FRAMES_A_TASK, NUM_TARGETS, SIDE, render
-from flallm_ds.training.step import rate_factor
+from flallm_ds.training.schedule import rate_factor
 
 CROP = 60
 BATCH = 32

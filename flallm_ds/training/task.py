@@ -27,11 +27,11 @@ from flallm_ds.dist import World, all_reduce_sum
 from flallm_ds.errors import UserError
 from flallm_ds.features.sequences import FeatureMasks
 from flallm_ds.models.encode import encode
+from flallm_ds.models.feature_extractor import FeatureExtractor
 from flallm_ds.models.pretrained import first_line
 from flallm_ds.models.sign_translator import Beam, Candidate
-from flallm_ds.models.visual_encoder import FeatureExtractor
+from flallm_ds.training.batch_statistics import BatchStatistics, KeptStatistics
 from flallm_ds.training.engine import Engine
-from flallm_ds.training.step import BatchStatistics, KeptStatistics
 
 NUM_CHECKED = 8  # frames of the made-up clip that generation is tried with
 

@@ -25,10 +25,11 @@ from flallm_ds.models.weights import named_state
 from flallm_ds.terminal import one_line
 from flallm_ds.training import checkpoint
 from flallm_ds.training.hypotheses import Evaluation
+from flallm_ds.training.probe import last_layers
 from flallm_ds.training.progress import Progress, ScoringProgress
 from flallm_ds.training.run_folder import Metrics, shown
 from flallm_ds.training.run_log import RunLog
-from flallm_ds.training.step import last_layers, rate_factor
+from flallm_ds.training.schedule import rate_factor
 from flallm_ds.training.stop import StopRequest
 from flallm_ds.training.task import Task
 from flallm_ds.training.weights_record import read_weights

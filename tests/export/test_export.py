@@ -16,11 +16,13 @@ from flallm_ds.data.storage.store import LocalStore
 from flallm_ds.data.text.codec import TextCodec
 from flallm_ds.data.text.prompt import Instruction
 from flallm_ds.errors import UserError
+from flallm_ds.models.adapters import Adapter
+from flallm_ds.models.feature_extractor import FeatureExtractor
 from flallm_ds.models.light_translator import build_light_translator
 from flallm_ds.models.llm.load import embedding_scale, load_llm
 from flallm_ds.models.llm.trim import trim_llm
 from flallm_ds.models.sign_translator import Beam, Candidate, SignTranslator
-from flallm_ds.models.visual_encoder import Adapter, FeatureExtractor, VisualEncoder
+from flallm_ds.models.visual_encoder import VisualEncoder
 from flallm_ds.models.weights import named_state
 
 BEAM = Beam(num_beams=3, max_new_tokens=8, num_return=2)  # scores are compared, too

@@ -12,11 +12,13 @@ from flallm_ds.data.index import Index, load_index
 from flallm_ds.data.storage.store import LocalStore
 from flallm_ds.data.text.codec import TextCodec
 from flallm_ds.data.text.prompt import DECODER_ONLY_PROMPT, Instruction
+from flallm_ds.models.adapters import Adapter
+from flallm_ds.models.feature_extractor import FeatureExtractor
 from flallm_ds.models.llm.load import LlmOptions, embedding_scale, llm_width, load_llm
 from flallm_ds.models.llm.trim import trim_llm
 from flallm_ds.models.llm.tuning import Tuning, tune
 from flallm_ds.models.sign_translator import SignTranslator
-from flallm_ds.models.visual_encoder import Adapter, FeatureExtractor, VisualEncoder
+from flallm_ds.models.visual_encoder import VisualEncoder
 from flallm_ds.models.weights import named_state
 from tests.helpers.llms import make_tiny_llm
 

@@ -9,7 +9,8 @@ import torch
 from flallm_ds.batch import Batch
 from flallm_ds.data.preprocess import Preprocess
 from flallm_ds.models.encode import encode
-from flallm_ds.models.visual_encoder import FeatureExtractor, VisualEncoder
+from flallm_ds.models.feature_extractor import FeatureExtractor
+from flallm_ds.models.visual_encoder import VisualEncoder
 
 PREPROCESS = Preprocess(frame_size=32, crop_size=28)
 CPU = torch.device("cpu")

@@ -4,9 +4,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from flallm_ds.data.text.codec import TextCodec
 from flallm_ds.data.text.prompt import Instruction, Wording
+from flallm_ds.models.adapters import Adapter
 from flallm_ds.models.light_translator import build_light_translator
 from flallm_ds.models.sign_translator import Beam, SignTranslator
-from flallm_ds.models.visual_encoder import Adapter, VisualEncoder
+from flallm_ds.models.visual_encoder import VisualEncoder
 
 WIDTH = 12
 

@@ -20,14 +20,15 @@ from flallm_ds.command import main
 from flallm_ds.config import OptimConfig
 from flallm_ds.data.text.prompt import Wording
 from flallm_ds.models import loss
+from flallm_ds.models.adapters import Adapter
 from flallm_ds.models.checkpointing import checkpoint_llm
 from flallm_ds.models.llm.load import LlmOptions, embedding_scale, llm_width, load_llm
 from flallm_ds.models.llm.tuning import Tuning, tune
 from flallm_ds.models.sign_translator import SignTranslator
-from flallm_ds.models.visual_encoder import Adapter, VisualEncoder
+from flallm_ds.models.visual_encoder import VisualEncoder
 from flallm_ds.training import engine as ds
+from flallm_ds.training.batch_statistics import BatchStatistics
 from flallm_ds.training.deepspeed_json import complete
-from flallm_ds.training.step import BatchStatistics
 
 ds.prepare()
 VOCABULARY, STEPS, PIXELS = 61, 4, 32

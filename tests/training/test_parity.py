@@ -177,7 +177,7 @@ def test_the_engine_gives_the_losses_of_a_plain_pytorch_loop(
     from flallm_ds.training.build.data import make_plan, make_preprocess, make_reader
     from flallm_ds.training.build.language import visual_model
     from flallm_ds.training.build.visual import feature_extractor
-    from flallm_ds.training.step import rate_factor
+    from flallm_ds.training.schedule import rate_factor
     from flallm_ds.training.task import seed_micro_batch
 
     run = runs / "one" / "visual"

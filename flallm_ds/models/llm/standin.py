@@ -210,7 +210,7 @@ def cosine_under_warmup(step: int, steps: int) -> float:
     """What the learning rate is multiplied by: a cosine to zero over all steps.
 
     For the first twentieth of them it is at most a linear warm-up. (A run's own schedule,
-    in training/step.py, begins its cosine where the warm-up ends.)
+    in training/schedule.py, begins its cosine where the warm-up ends.)
     """
     warm = max(1, steps // 20)
     return min((step + 1) / warm, 0.5 * (1 + math.cos(math.pi * step / steps)))

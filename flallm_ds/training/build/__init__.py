@@ -10,6 +10,7 @@ from flallm_ds.dist import World, on_each_machine
 from flallm_ds.features.checks import check_run
 from flallm_ds.models.sign_translator import Beam
 from flallm_ds.training import engine as ds
+from flallm_ds.training.batch_statistics import BatchStatistics, KeptStatistics
 from flallm_ds.training.build.data import (
     check_clips,
     make_masks,
@@ -20,7 +21,6 @@ from flallm_ds.training.build.data import (
 from flallm_ds.training.build.engine import deepspeed_config, parameter_groups
 from flallm_ds.training.build.language import llm_model, open_codec, visual_model
 from flallm_ds.training.build.visual import feature_extractor
-from flallm_ds.training.step import BatchStatistics, KeptStatistics
 from flallm_ds.training.task import Task
 from flallm_ds.training.weights_record import record_weights
 

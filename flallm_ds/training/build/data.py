@@ -21,9 +21,9 @@ from flallm_ds.dist import World, cores_of_rank, on_each_machine
 from flallm_ds.errors import require
 from flallm_ds.features.checks import check_stage
 from flallm_ds.features.sequences import FeatureMasks
+from flallm_ds.models.feature_extractor import FeatureExtractor
 from flallm_ds.models.llm.load import longest_input
 from flallm_ds.models.sign_translator import SignTranslator
-from flallm_ds.models.visual_encoder import FeatureExtractor
 from flallm_ds.training.task import Split
 
 

@@ -15,14 +15,15 @@ from flallm_ds.data.text.prompt import Instruction
 from flallm_ds.dist import World, main_first
 from flallm_ds.errors import RankError, UserError, require
 from flallm_ds.files import replace_folder
+from flallm_ds.models.adapters import Adapter
 from flallm_ds.models.checkpointing import checkpoint_llm
+from flallm_ds.models.feature_extractor import FeatureExtractor
 from flallm_ds.models.light_translator import build_light_translator
 from flallm_ds.models.llm.load import LlmOptions, embedding_scale, llm_width, load_llm
 from flallm_ds.models.llm.source import check_llm, is_decoder_only, llm_config
 from flallm_ds.models.llm.trim import trim_llm
 from flallm_ds.models.llm.tuning import Tuning, check_bits, tune
 from flallm_ds.models.sign_translator import SignTranslator
-from flallm_ds.models.visual_encoder import Adapter, FeatureExtractor
 from flallm_ds.training import engine as ds
 from flallm_ds.training.deepspeed_json import zero_stage
 

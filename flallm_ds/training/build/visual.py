@@ -9,8 +9,9 @@ from flallm_ds.dist import World, main_first
 from flallm_ds.errors import RankError, UserError
 from flallm_ds.models.backbones.build import build_backbone, check_reachable
 from flallm_ds.models.backbones.interface import Backbone
+from flallm_ds.models.feature_extractor import FeatureExtractor
 from flallm_ds.models.llm.tuning import Tuning
-from flallm_ds.models.visual_encoder import FeatureExtractor, VisualEncoder, resnet_width
+from flallm_ds.models.visual_encoder import VisualEncoder, resnet_width
 
 
 def feature_extractor(config: RunConfig, world: World) -> FeatureExtractor:

@@ -15,7 +15,7 @@ from flallm_ds.models.backbones.build import build_backbone
 from flallm_ds.models.backbones.interface import Backbone
 from flallm_ds.models.llm.tuning import Tuning, merged
 from flallm_ds.models.visual_encoder import VisualEncoder
-from flallm_ds.training.step import BatchStatistics
+from flallm_ds.training.batch_statistics import BatchStatistics
 from tests.helpers.backbones import (
     CROP,
     KINDS,

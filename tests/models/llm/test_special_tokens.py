@@ -12,12 +12,12 @@ from transformers import AutoTokenizer
 from flallm_ds.data.text.codec import TextCodec
 from flallm_ds.data.text.prompt import Instruction, Wording
 from flallm_ds.errors import UserError
+from flallm_ds.models.adapters import Adapter
 from flallm_ds.models.light_translator import build_light_translator
 from flallm_ds.models.llm.load import load_llm
 from flallm_ds.models.llm.source import is_decoder_only, llm_config
 from flallm_ds.models.llm.trim import trim_llm
 from flallm_ds.models.sign_translator import Beam, SignTranslator
-from flallm_ds.models.visual_encoder import Adapter
 from tests.helpers.llms import make_tiny_llm
 from tests.models.llm.test_load import SPOKEN, TEXTS
 

@@ -19,11 +19,11 @@ from transformers.utils import is_bitsandbytes_available
 
 from flallm_ds.data.text.codec import TextCodec
 from flallm_ds.errors import UserError
+from flallm_ds.models.adapters import Adapter
 from flallm_ds.models.llm.load import LlmOptions, embedding_scale, llm_width, load_llm
 from flallm_ds.models.llm.source import llm_config
 from flallm_ds.models.llm.trim import trim_llm, untrim_llm
 from flallm_ds.models.sign_translator import Beam, SignTranslator
-from flallm_ds.models.visual_encoder import Adapter
 from tests.helpers.llms import make_tiny_llm
 from tests.models.llm.test_load import SPOKEN, codec_of, logits_LV
 

@@ -1,30 +1,12 @@
-"""What a training step needs besides the engine: learning rate, BatchNorm statistics, probe."""
+"""BatchNorm statistics as a pure function of the global batch, whatever the number of ranks."""
 
-import math
 from types import TracebackType
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from flallm_ds.dist import World
-
-# --- learning rate
-
-
-def rate_factor(progress: float, warmup: float) -> float:
-    """What base learning rates are multiplied by: a linear rise, then a cosine to 0.
-
-    progress: fraction of the run that is done, in [0, 1]. warmup: fraction that the rise
-    takes.
-    """
-    if progress < warmup:
-        return progress / warmup
-    return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
-
-
-# --- BatchNorm statistics as a pure function of the global batch, whatever the number of ranks
 
 
 class KeptStatistics:
@@ -114,41 +96,3 @@ class BatchStatistics:
         sizes = [b.numel() for b in buffers]
         for buffer, mean in zip(buffers, torch.split(flat, sizes), strict=True):
             buffer.copy_(mean)
-
-
-# --- the dominance probe
-
-
-def last_layers(module: Any) -> dict[str, list[nn.Parameter]]:
-    """The trained parameters of the last layers of a SignTranslator: "visual" and "language".
-
-    Trained jointly, an LLM's last layer keeps the larger gradient and the visual encoder
-    hardly learns (FLa-LLM, Figure 2).
-
-    visual: the local temporal module, or the backbone's last stage where that is not
-    trained; left out where the visual encoder is frozen. language: the decoder's last
-    layer; left out where it is frozen.
-    """
-    found: dict[str, list[nn.Parameter]] = {"visual": [], "language": []}
-    if module.visual is not None:
-        encoder = module.visual.visual
-        found["visual"] = _trained(encoder.temporal) or _trained(
-            _last_layer(encoder.backbone)
-        )
-    decoder = module.language_model
-    if hasattr(decoder, "get_decoder"):
-        decoder = decoder.get_decoder()
-    found["language"] = _trained(_last_layer(decoder))
-    return {name: parameters for name, parameters in found.items() if parameters}
-
-
-def _trained(module: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in module.parameters() if parameter.requires_grad]
-
-
-def _last_layer(module: nn.Module) -> nn.Module:
-    """The last of its first list of layers, or all of it where there is no list."""
-    for part in module.modules():
-        if isinstance(part, nn.ModuleList) and len(part):
-            return part[-1]
-    return module

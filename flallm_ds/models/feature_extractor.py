@@ -1,0 +1,141 @@
+"""What an LLM's adapter reads: features of each sign or frame, or states of Light-T's encoder."""
+
+import hashlib
+import json
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+from transformers import MBartConfig
+from transformers.models.mbart.modeling_mbart import MBartEncoder
+
+from flallm_ds.errors import UserError
+from flallm_ds.models.adapters import Adapter
+from flallm_ds.models.backbones.spec import without_origin
+from flallm_ds.models.lengths import pad_packed
+from flallm_ds.models.visual_encoder import VisualEncoder
+
+Kind = Literal["signs", "frames", "light_t"]
+Frozen = Literal["all", "backbone", "none"]
+
+
+class FeatureExtractor(nn.Module):
+    """pixels_NCHW of packed clips -> features_ND that a language model's adapter reads.
+
+    kind (FLa-LLM, Table 8): "signs", the visual encoder's output; "frames", what its
+    local temporal module would read; "light_t", the states of stage 1's Light-T encoder,
+    which reads the visual encoder through `vl_adapter`. light_t_encoder: as `encoder_of`
+    returns it.
+    """
+
+    def __init__(
+        self,
+        visual: VisualEncoder,
+        kind: Kind = "signs",
+        vl_adapter: Adapter | None = None,
+        light_t_encoder: Any = None,
+    ) -> None:
+        super().__init__()
+        assert kind in get_args(Kind)
+        assert (
+            (kind == "light_t") == (vl_adapter is not None) == (light_t_encoder is not None)
+        )
+        self.kind = kind
+        self.visual = visual
+        self.vl_adapter = vl_adapter
+        self.light_t_encoder: Any = light_t_encoder
+        self.frozen_parts: tuple[nn.Module, ...] = ()
+
+    @property
+    def feature_width(self) -> int:
+        """D of what is extracted."""
+        if self.light_t_encoder is not None:
+            return int(self.light_t_encoder.config.d_model)
+        if self.kind == "frames":
+            return self.visual.temporal.conv.in_channels
+        return self.visual.feature_width
+
+    def forward(
+        self, pixels_NCHW: torch.Tensor, num_frames_B: torch.Tensor
+    ) -> torch.Tensor:
+        """pixels_NCHW -> features_ND."""
+        if self.kind == "frames":
+            return self.visual.frame_features(pixels_NCHW)
+        features_ND: torch.Tensor = self.visual(pixels_NCHW, num_frames_B)
+        if self.vl_adapter is None or self.light_t_encoder is None:
+            return features_ND
+        # Light-T reads padded clips; its states are packed again.
+        embeds_BSE, mask_BS = pad_packed(self.vl_adapter(features_ND), num_frames_B)
+        output = self.light_t_encoder(inputs_embeds=embeds_BSE, attention_mask=mask_BS)
+        packed_ND: torch.Tensor = output.last_hidden_state[mask_BS.bool()]
+        return packed_ND
+
+    def freeze(self, how: Frozen) -> "FeatureExtractor":
+        """Keep parts as they are: their weights, and, in eval mode for good, BatchNorm
+        statistics.
+
+        The Light-T encoder is never trained in stage 2, nor is what "frames" does not
+        use.
+        """
+        parts: list[nn.Module | None] = [self.vl_adapter, self.light_t_encoder]
+        if how == "backbone":
+            parts.append(self.visual.backbone)
+        if self.kind == "frames":
+            parts.append(self.visual.temporal)
+        if how == "all":
+            parts = [self]
+        self.frozen_parts = tuple(part for part in parts if part is not None)
+        for part in self.frozen_parts:
+            part.requires_grad_(False)
+        return self.train(self.training)
+
+    def train(self, mode: bool = True) -> "FeatureExtractor":
+        """Set the mode of all but the frozen parts, which stay in eval mode."""
+        super().train(mode and self not in self.frozen_parts)
+        for part in self.frozen_parts:
+            if part is not self:
+                part.eval()
+        return self
+
+    def settings(self) -> dict[str, Any]:
+        """What `from_settings` needs besides the visual encoder; plain values for a JSON file."""
+        if self.light_t_encoder is None:
+            return {"kind": self.kind}
+        config = self.light_t_encoder.config.to_diff_dict()
+        return {"kind": self.kind, "light_t": without_origin(config)}
+
+    @classmethod
+    def from_settings(
+        cls, visual: VisualEncoder, settings: dict[str, Any]
+    ) -> "FeatureExtractor":
+        """Build one with these settings; all but the given visual encoder has random weights."""
+        if settings["kind"] != "light_t":
+            return cls(visual, settings["kind"])
+        try:
+            encoder = encoder_of(MBartEncoder(MBartConfig(**settings["light_t"])))
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"the settings of a Light-T encoder must be mBART's, but {error}."
+            ) from error
+        vl_adapter = Adapter(visual.feature_width, encoder.config.d_model)
+        return cls(visual, "light_t", vl_adapter, encoder)
+
+    def fingerprint(self) -> str:
+        """sha256 of settings and weights: equal for extractors that make the same features."""
+        settings = {"features": self.settings(), "visual": self.visual.settings()}
+        digest = hashlib.sha256(
+            json.dumps(without_origin(settings), sort_keys=True).encode()
+        )
+        for name, tensor in sorted(self.state_dict().items()):
+            if name.endswith("num_batches_tracked"):
+                continue  # no feature depends on it
+            plain = tensor.detach().cpu().contiguous().reshape(-1)
+            digest.update(f"{name} {plain.dtype} {list(tensor.shape)}".encode())
+            digest.update(plain.view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+def encoder_of(light_t_encoder: Any) -> Any:
+    """Take the word embedding out of Light-T's encoder, in place: visual tokens do not use it."""
+    light_t_encoder.embed_tokens = nn.Identity()
+    return light_t_encoder
