@@ -4,7 +4,7 @@
     --out runs/weak --visual.weights=FOLDER --visual.frozen_stages=0
 
 Every run is an ordinary command of launch/, one process each, `jobs` of them at a time.
-Started again, it goes on where it was. The corpus, the stand-in backbone and the stand-in
+Run the same command again to resume. The corpus, the stand-in backbone and the stand-in
 LLM are the quickstart's (data/signsim). Joint training has the epochs of both stages
 together, so that all see as many clips. Table and probe plot are written to the folder at
 the end.

@@ -250,7 +250,7 @@ def touched(model: Any) -> Any:
 def watched(load: Callable[[], Any]) -> Memory:
     """Memory of this process while `load` runs; anonymous and file pages by samples, each
     at its highest."""
-    Path("/proc/self/clear_refs").write_text("5")  # the kernel's mark begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # reset the kernel's high-water mark
     before = status()
     highest = dict(before)
     done = threading.Event()

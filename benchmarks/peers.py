@@ -100,8 +100,8 @@ class PngFolders:
 
 
 class BareLoop:
-    """The bound: the same JPEGs, already in memory, decoded one after the other into a
-    small buffer a thread.
+    """Upper bound: decode the same JPEGs from memory, one by one, into a small buffer per
+    thread.
 
     On as many threads as our loader has: two busy cores that share what one has do less
     in a CPU-second each.

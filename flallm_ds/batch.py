@@ -34,7 +34,7 @@ class Batch:
     languages: tuple[str, ...]  # of each text: de, en, zh, ...
     # False: a dummy that keeps ranks in step; it weighs nothing and is not scored
     real_B: tuple[bool, ...]
-    # cached features (float32 or float16) in place of frames
+    # cached features (float32 or float16) instead of frames
     features_ND: torch.Tensor | None = None
 
     @property

@@ -59,10 +59,10 @@ def export(
 ) -> None:
     """Make a run's best model ready to be given away: flallm export --run RUN --out FOLDER.
 
-    Its model card has the scores of launch/evaluate.py, too. lora: low-rank additions
-    merged into the LLM, or apart beside the name (or a copy) of the LLM that they belong
-    to. untrimmed: with all pieces of the vocabulary again, those that were cut from
-    --llm_name (the LLM that the training began with).
+    The model card includes the scores of launch/evaluate.py. lora: merge LoRA adapters into
+    the LLM, or keep them apart, next to the name (or a copy) of their base LLM. untrimmed:
+    restore the whole vocabulary; the entries that training left out are taken from
+    --llm_name, the LLM that training started from.
     """
     # torch takes seconds to import: not for --help, nor for a mistyped option.
     from flallm_ds.export.publish import publish

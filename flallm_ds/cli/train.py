@@ -9,7 +9,8 @@ from flallm_ds.training.stop import StopRequest
 def train(*, stage: str | None = None, recipe: str | None = None, **overrides: str) -> None:
     """Train by a recipe (default: quickstart) with dotted overrides.
 
-    stage: visual, then llm; or both, one after the other, each scored on test; or joint.
+    stage: visual, then llm. both runs the two in turn and scores each on test. joint trains
+    the visual encoder and the LLM together.
     deepspeed launch/train.py --stage llm --recipe phoenix14t --data.shards=FOLDER
     --optim.llm_lr=2e-5
 

@@ -27,7 +27,7 @@ class RunConfig:
     """One run of one stage."""
 
     stage: Stage
-    # the run's folder: started anew where there is none, resumed where there is one
+    # the run's folder: created if it does not exist, else resumed
     run: str
     # stage llm: the run folder of stage 1 (or its export), or "none" to do without
     visual_run: str = ""

@@ -7,7 +7,7 @@ feature_extractor.safetensors  Light-T's encoder and its VL-Adapter, where the L
 adapter.safetensors
 language_model/                Light-T or the LLM, its tokenizer and vocabulary.json
 
-Of an LLM with low-rank additions, or one that was not trained, only what was trained is
+Of an LLM with LoRA adapters, or one that was not trained, only what was trained is
 stored, beside the name of the LLM that it belongs to; `flallm export` makes one whole
 folder of both. Numbers are stored as the engine held them: bf16 under a bf16 engine, as
 they were scored, else fp32. They are loaded so again: sentences are those of the dev
@@ -38,7 +38,7 @@ VISUAL_FILE = "visual_encoder.safetensors"
 FEATURES_FILE = "feature_extractor.safetensors"
 ADAPTER_FILE = "adapter.safetensors"
 LANGUAGE_MODEL = "language_model"
-ADDITIONS = "adapter_config.json"  # in it, where the LLM has low-rank additions
+ADDITIONS = "adapter_config.json"  # in it, where the LLM has LoRA adapters
 # Where the parameters of a SignTranslator go, by the beginnings of their names; the first
 # that fits.
 PLACES = {
@@ -110,7 +110,7 @@ def settings_of(
 
 
 def base_of(config: RunConfig) -> str | None:
-    """The LLM that an export of low-rank additions (or none) belongs to; None where all
+    """The LLM that an export of LoRA adapters (or none) belongs to; None where all
     of it is stored.
 
     A hub id, or a folder: of the run's own trimmed LLM relative to the export.

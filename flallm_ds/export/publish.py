@@ -34,7 +34,7 @@ def publish(
 ) -> Path:
     """Write the best export of `run` to the new folder `out`, and return that.
 
-    lora: low-rank additions merged into the LLM, or apart in peft's layout beside the hub
+    lora: LoRA adapters merged into the LLM, or apart in peft's layout beside the hub
     id or a copy of the LLM. untrimmed: with all rows of the vocabulary, from the LLM
     `llm_name` (default: the one in the run's config.json). hub_code: run code that comes
     with the LLM. Raises UserError for what the run has not got.
@@ -140,7 +140,7 @@ def _llm_of(run: Path, llm_name: str) -> str:
 def _merge(
     source: Path, folder: Path, settings: dict[str, Any], hub_code: bool
 ) -> dict[str, Any]:
-    """The whole LLM in place of its additions, in fp32."""
+    """Merge the LoRA adapters into the LLM, in fp32."""
     llm = export.read_llm(source, settings, LlmOptions(hub_code=hub_code))
     lm_folder = folder / export.LANGUAGE_MODEL
     for old in lm_folder.glob("adapter_*"):

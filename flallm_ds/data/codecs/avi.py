@@ -128,7 +128,7 @@ def indexed_spans(member: bytes | memoryview) -> np.ndarray:
     offsets, sizes = index["offset"].astype(np.int64), index["size"].astype(np.int64)
     begins = offsets + movi + 8  # past the chunk's name and size
     ends = begins + sizes
-    # Frames lie one after the other, so checking the last end and the order bounds every
+    # Frames are contiguous, so checking the last end and the order bounds every
     # span.
     if (
         (sizes < 4).any()

@@ -90,7 +90,7 @@ class Store(Protocol):
     def file(self, name: str, sha256: str | None = None) -> Path:
         """Path of a small file of the folder (index.json, a table); whether it is there
         and unchanged is the caller's to check. sha256: a cached copy with this checksum
-        will do; else it is fetched anew.
+        will do; else it is fetched again.
         """
         ...
 
@@ -103,7 +103,7 @@ class Store(Protocol):
         ...
 
     def want(self, shards: Sequence[Shard]) -> None:
-        """Read ahead, in this order of need, in place of what was wanted before; returns
+        """Read ahead, in this order of need, instead of what was wanted before; returns
         at once."""
         ...
 
@@ -152,7 +152,7 @@ class RemoteStore:
     machine share.
 
     Safe to pickle, to use from many threads, and to carry over a fork: threads and
-    connections are made when they are first needed, anew in each process.
+    connections are made when they are first needed, in each process.
     """
 
     def __init__(
@@ -266,7 +266,7 @@ class RemoteStore:
         return self._cache.obtain(self._place_of(shard), shard.bytes, fill, wait=wait)
 
     def _place_of(self, shard: Shard) -> str:
-        # The checksum in the name: shards that were built anew are other files.
+        # The checksum in the name: shards that were built again are other files.
         return f"{self._place}/shards/{shard.sha256[:16]}-{shard.file}"
 
     def _has(self, shard: Shard) -> bool:
@@ -332,7 +332,7 @@ class RemoteStore:
                 break
             if self._retry_at.get(shard, 0.0) > now:
                 busy = True
-            # which also marks it as used, lest it be removed before it is
+            # also marks it as used, so that it is not removed before
             elif not self._has(shard):
                 self._retry_at[shard] = float("inf")
                 return shard, None

@@ -34,7 +34,7 @@ class UnknownTokens:
     """What of some sentences a codec cannot write.
 
     characters: (a character, how often it stands in the sentences), the most frequent
-    first. A word in place of characters where a tokenizer knows whole words only.
+    first. A word instead of characters where a tokenizer knows whole words only.
     """
 
     num_tokens: int

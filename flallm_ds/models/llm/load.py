@@ -213,7 +213,7 @@ def longest_input(llm: Any) -> int | None:
 
 
 def llm_width(llm: Any) -> int:
-    """E, the width of what the LLM reads in place of words."""
+    """E, the width of what the LLM reads instead of words."""
     return int(llm.get_input_embeddings().embedding_dim)
 
 

@@ -1,4 +1,4 @@
-"""What of the LLM is trained: all, some of it by name, or low-rank additions by peft.
+"""What of the LLM is trained: all, some of it by name, or LoRA adapters by peft.
 
 Low-rank layers stand in the LLM itself, without a wrapper: `q_proj.weight` becomes
 `q_proj.base_layer.weight` beside `q_proj.lora_A.default.weight`,
@@ -54,7 +54,7 @@ class Tuning:
     rank: int = 16
     alpha: float = 32.0  # what lora adds is scaled by alpha / rank
     dropout: float = 0.05
-    # The linear layers that get low-rank additions; the output head never does.
+    # The linear layers that get LoRA adapters; the output head never does.
     targets: str = ALL_LINEAR
     # Of the options: what the model is, and what errors name.
     section: Literal["llm", "visual"] = "llm"
@@ -193,7 +193,7 @@ def check_bits(bits: int, how: str, zero_stage: int, device: torch.device) -> No
 
 
 def merged(tensors: NamedTensors, llm: Any) -> Iterator[tuple[str, torch.Tensor | None]]:
-    """The LLM's tensors under their names from before `tune`, low-rank additions merged.
+    """The LLM's tensors under their names from before `tune`, LoRA adapters merged.
 
     tensors: whole ones by their names in `llm`, or None (on ranks that only take part in
     the gathering). They are taken as they come and no more than one layer is held. llm:
