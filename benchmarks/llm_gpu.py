@@ -1,8 +1,8 @@
 """Stage 2 on one GPU: steps of an mBART-large; ways of attention and loss; the largest
 LLM that trains.
 
-python benchmarks/llm_gpu.py --out=benchmarks/results python benchmarks/llm_gpu.py
---small=true          (everything at toy size, on a CPU as well)
+    python benchmarks/llm_gpu.py --out=benchmarks/results
+    python benchmarks/llm_gpu.py --small=true      (everything at toy size, on a CPU as well)
 """
 
 import json

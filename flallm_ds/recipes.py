@@ -1,8 +1,8 @@
 """The table of named runs, and how a command line chooses one of them.
 
-    flallm recipes deepspeed launch/train.py --recipe phoenix14t_visual
-    --data.shards=FOLDER --optim.lr=5e-3 deepspeed launch/train.py --recipe phoenix14t
-    --stage both --run=runs/mine
+    flallm recipes
+    deepspeed launch/train.py --recipe phoenix14t_visual --data.shards=FOLDER --optim.lr=5e-3
+    deepspeed launch/train.py --recipe phoenix14t --stage both --run=runs/mine
 
 A row is a base and the options that differ from it, written as on the command line.
 """
