@@ -188,7 +188,6 @@ class FeatureFolder:
                 tars.append(record["shard"])
             table = self._begun / f"{split}.safetensors"
             entry = index_file.write_arrays(table, arrays)
-            table.chmod(0o644)  # as all else in the folder
             move(table, self.out / table.name)
             entries[split] = entry | {
                 "shards": tars,

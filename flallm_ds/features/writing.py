@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 
 from flallm_ds import dist
 from flallm_ds.batch import Batch
@@ -73,7 +72,7 @@ def write_features(
 def _written(out: Path, write: Callable[[], None]) -> None:
     try:
         write()
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise UserError(
             f"--out must be where files can be written, but {out}: {error}."
         ) from error

@@ -9,19 +9,15 @@ The bytes depend on nothing but the clips: no time, owner, or number of workers 
 them.
 """
 
-import errno
 import hashlib
 import json
 import os
-import re
 import tarfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
-
-from safetensors import SafetensorError
 
 from flallm_ds.data import index
 from flallm_ds.data.codecs.avi import pack_frames
@@ -224,15 +220,7 @@ def write_index(
     """
     entries = {}
     for split, (rows, tars) in splits.items():
-        path = folder / f"{split}.safetensors"
-        try:
-            table = index.write_table(path, rows)
-        except SafetensorError as error:
-            found = re.search(r"os error ([0-9]+)", str(error))
-            number = int(found[1]) if found else errno.EIO
-            raise OSError(number, str(error), str(path)) from error
-        # safetensors makes it private, but shards are read by whole groups
-        path.chmod(0o644)
+        table = index.write_table(folder / f"{split}.safetensors", rows)
         entries[split] = table | {"shards": [vars(tar) for tar in tars]}
     manifest = {
         "format": index.FORMAT,
