@@ -31,6 +31,7 @@ from flallm_ds.data.index import load_index
 from flallm_ds.errors import UserError
 from flallm_ds.recipes import resolve
 from flallm_ds.training.build import build_task
+from flallm_ds.training.build.data import make_reader
 from flallm_ds.training.stop import StopRequest
 from flallm_ds.training.task import Task
 from flallm_ds.training.trainer import Position, Trainer
@@ -135,7 +136,11 @@ def sides(task: Task) -> Iterator[tuple[str, int, Task]]:
     """Yield (decoder, threads, the task that loads so)."""
     for decoder in ("cpu", "nvjpeg"):
         for threads in THREADS:
-            train = replace(task.train, threads=threads, encoded=decoder == "nvjpeg")
+            data = replace(task.config.data, decoder=decoder)
+            reader = make_reader(
+                task.train.index, replace(task.config, data=data), train=True
+            )
+            train = replace(task.train, reader=reader, threads=threads)
             yield decoder, threads, replace(task, train=train)
 
 

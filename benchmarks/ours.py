@@ -26,10 +26,17 @@ def load(shards: Path) -> Index:
     return load_index(shards, "train")
 
 
-def plan_of(index: Index, *, keep_every: int, batch_clips: int, slices: int) -> Plan:
+def plan_of(
+    index: Index, *, keep_every: int, batch_clips: int, num_micro_batches: int
+) -> Plan:
     num_kept = FrameSampling(keep_every).num_kept(index.num_frames, index.arrays["fps"])
     return Plan(
-        index.fingerprint, num_kept, index.arrays["shard"], SEED, batch_clips, slices
+        index.fingerprint,
+        num_kept,
+        index.arrays["shard"],
+        SEED,
+        batch_clips,
+        num_micro_batches,
     )
 
 
@@ -47,11 +54,13 @@ class OurLoader:
     ) -> None:
         # Not above: torch takes seconds to import, and the plan has no use for it.
         from flallm_ds.data.loader import Loader
-        from flallm_ds.data.readers import ClipReader
+        from flallm_ds.data.readers import VideoReader
 
         index = load(shards)
-        plan = plan_of(index, keep_every=keep_every, batch_clips=batch_clips, slices=1)
-        reader = ClipReader(index, FrameSampling(keep_every), SEED, train=True)
+        plan = plan_of(
+            index, keep_every=keep_every, batch_clips=batch_clips, num_micro_batches=1
+        )
+        reader = VideoReader(index, FrameSampling(keep_every), SEED, train=True)
         order = joined([plan.epoch(epoch) for epoch in range(epochs)])
         self._loader = Loader(reader, order, threads=threads)
 
@@ -69,7 +78,7 @@ def joined(epochs: list[EpochPlan]) -> EpochPlan:
             [epoch.ends + begin for epoch, begin in zip(epochs, begins, strict=True)]
         ),
         num_kept=epochs[0].num_kept,
-        slices=epochs[0].slices,
+        num_micro_batches=epochs[0].num_micro_batches,
     )
 
 

@@ -26,7 +26,7 @@ from benchmarks.measure import Report, Target, cpu_seconds, spread
 from benchmarks.ours import load, plan_of
 from flallm_ds import command
 from flallm_ds.data.index import Shard
-from flallm_ds.data.plan import EpochPlan, slices_of_rank
+from flallm_ds.data.plan import EpochPlan, micro_batches_of_rank
 from flallm_ds.sharding.writer import write_index
 
 Result = TypeVar("Result")
@@ -124,23 +124,29 @@ def memory_kb(name: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
-def plan_epoch(folder: Path, batch_clips: int, slices: int) -> Cost:
+def plan_epoch(folder: Path, batch_clips: int, num_micro_batches: int) -> Cost:
     """Index and plan of an epoch, from nothing."""
     return cost_of(
         lambda: plan_of(
-            load(folder), keep_every=4, batch_clips=batch_clips, slices=slices
+            load(folder),
+            keep_every=4,
+            batch_clips=batch_clips,
+            num_micro_batches=num_micro_batches,
         ).epoch(EPOCH)
     )
 
 
-def resume(folder: Path, batch_clips: int, slices: int) -> Cost:
+def resume(folder: Path, batch_clips: int, num_micro_batches: int) -> Cost:
     """From nothing to the clips of the first step after the middle of an epoch."""
 
     def first_batch() -> list[list[int]]:
         plan = plan_of(
-            load(folder), keep_every=4, batch_clips=batch_clips, slices=slices
+            load(folder),
+            keep_every=4,
+            batch_clips=batch_clips,
+            num_micro_batches=num_micro_batches,
         ).epoch(EPOCH)
-        return [rows.tolist() for rows in plan.slices_of(plan.num_steps // 2)]
+        return [rows.tolist() for rows in plan.micro_batches_of(plan.num_steps // 2)]
 
     return cost_of(first_batch)
 
@@ -161,17 +167,19 @@ class Balance:
     all_clips_once: bool
 
 
-def balance(folder: Path, ranks: int, batch_clips: int, slices: int) -> Balance:
+def balance(folder: Path, ranks: int, batch_clips: int, num_micro_batches: int) -> Balance:
     index = load(folder)
     plan: EpochPlan = plan_of(
-        index, keep_every=4, batch_clips=batch_clips, slices=slices
+        index, keep_every=4, batch_clips=batch_clips, num_micro_batches=num_micro_batches
     ).epoch(EPOCH)
-    shares = [slices_of_rank(slices, rank, ranks) for rank in range(ranks)]
+    shares = [
+        micro_batches_of_rank(num_micro_batches, rank, ranks) for rank in range(ranks)
+    ]
     uneven, sizes = np.zeros(plan.num_steps), np.zeros(plan.num_steps, int)
     seen = np.zeros(len(index), int)
     real = padded = 0
     for step in range(plan.num_steps):
-        dealt = plan.slices_of(step)
+        dealt = plan.micro_batches_of(step)
         kept = [plan.num_kept[rows] for rows in dealt]
         frames = np.array([sum(int(kept[s].sum()) for s in share) for share in shares])
         uneven[step], sizes[step] = frames.max() / frames.mean(), sum(map(len, dealt))

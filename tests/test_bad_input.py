@@ -244,7 +244,8 @@ def test_a_table_that_says_what_cannot_be(
     given = options(tiny_corpus, tmp_path / "run", **{"data.shards": tiny_shards})
     sentence = refused(train, "--stage=visual", *given)
     assert (
-        f"the table of split {split} must describe clips: {column} must be from" in sentence
+        f"Cannot use the table of split {split}, " in sentence
+        and f": {column} must be from" in sentence
     )
     assert "in row 3" in sentence and not (tmp_path / "run").exists()
 

@@ -40,7 +40,7 @@ class DataConfig:
     batch_clips: int = 8  # clips of one optimizer step, over all ranks
     # kept frames of one optimizer step at most, instead of batch_clips
     batch_frames: int = 0
-    # slices of that batch; world size must divide it; the rest is accumulation
+    # micro-batches of that batch; a multiple of the world size; the rest is accumulation
     micro_batches: int = 2
     # cached features (launch/features.py) are resampled to this rate
     feature_fps: float | None = None

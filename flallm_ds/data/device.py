@@ -1,16 +1,16 @@
-"""Batches onto the GPU while earlier ones are computed: `for batches in
+"""Copies batches to the GPU during the computation of earlier steps: `for batches in
 on_device(loader.steps(), device)`.
 
-Frames are copied on a stream of their own into slots, memory of the device that is used
-again and again. Three rules keep it right, each by an event: the consumer's stream
-computes on a slot once its copy is done; a slot is filled again once that stream has
-passed the last use of it; the host's frames are held until they are copied.
+A second CUDA stream copies the frames into slots, reusable memory of the device. Three
+rules, each enforced by an event, make this safe: the computing stream reads a slot after
+its copy is done; a slot is overwritten after the computing stream has passed its last
+use; the frames on the host are kept until they are copied.
 """
 
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Protocol, cast
 
@@ -18,23 +18,23 @@ import numpy as np
 import simplejpeg
 import torch
 
-from flallm_ds.batch import Batch, EncodedBatch
+from flallm_ds.batch import Batch, JpegBatch
 from flallm_ds.errors import RankError, UserError
 
-STEPS_AHEAD = 2  # on their way to the device, besides the step in use
+STEPS_AHEAD = 2  # steps that are copied ahead of the step in use
 
 
 def on_device(
-    steps: Iterable[Sequence[Batch | EncodedBatch]], device: torch.device
+    steps: Iterable[Sequence[Batch]], device: torch.device
 ) -> Iterator[list[Batch]]:
-    """The same steps, their frames (or cached features) on the device; all else stays on
-    the host. On a CPU: the steps themselves.
+    """Yield the same steps with their frames or cached features on the device.
 
-    Frames on a GPU are valid until the next step is asked for; use them on the stream
-    that is current there. Raises RankError if a JPEG does not decode.
+    All other tensors stay on the host. On a CPU, the steps are yielded unchanged. Frames
+    on a GPU are valid until the next step is requested; use them on the stream that is
+    current then. Raises RankError if a JPEG does not decode.
     """
     if device.type != "cuda":
-        # `check_nvjpeg` has refused JPEGs
+        # `check_nvjpeg` refuses JPEG batches on a CPU.
         return cast(Iterator[list[Batch]], iter(steps))
     return ahead(steps, CudaQueues(device))
 
@@ -42,31 +42,28 @@ def on_device(
 class Mark(Protocol):
     """A point in a queue of work (a CUDA event)."""
 
-    def query(self) -> bool: ...  # whether the queue has passed it
-    def synchronize(self) -> None: ...  # wait until it has
+    def query(self) -> bool: ...  # whether the queue has passed the mark
+    def synchronize(self) -> None: ...  # wait until the queue has passed the mark
 
 
 class Queues(Protocol):
-    """Two queues of work that a device goes through on its own: copies, and what the
-    consumer computes."""
+    """Two asynchronous queues of work of a device: copies, and the consumer's computation."""
 
     def memory(self, num_bytes: int) -> torch.Tensor: ...
-    def computed(self) -> Mark: ...  # all that was handed to the computing queue by now
+    def computed(self) -> Mark: ...  # after all work in the computing queue
     def compute_after(self, mark: Mark) -> None: ...
-    def fill(
-        self, content: torch.Tensor, source: Batch | EncodedBatch, after: Mark
-    ) -> Mark: ...
+    def fill(self, content: torch.Tensor, source: Batch, after: Mark) -> Mark: ...
 
 
 class CudaQueues:
-    """The consumer's current stream, and one for copies."""
+    """The current stream of the consumer, and a stream for copies."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.copies = device, torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def memory(self, num_bytes: int) -> torch.Tensor:
-        """Of the computing stream's pool: what a slot gives back may be used by that
-        stream at once."""
+        """Allocate from the pool of the computing stream, which may reuse freed slots at
+        once."""
         return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
 
     def computed(self) -> Any:
@@ -75,20 +72,20 @@ class CudaQueues:
     def compute_after(self, mark: Any) -> None:
         torch.cuda.current_stream(self.device).wait_event(mark)
 
-    def fill(self, content: torch.Tensor, source: Batch | EncodedBatch, after: Any) -> Any:
+    def fill(self, content: torch.Tensor, source: Batch, after: Any) -> Any:
         with torch.cuda.stream(self.copies):
             self.copies.wait_event(after)
-            if isinstance(source, EncodedBatch):
+            if isinstance(source, JpegBatch):
                 decode_batch(source, content)
             else:
-                content.copy_(_content(source), non_blocking=True)
+                content.copy_(source.content, non_blocking=True)
             return self.copies.record_event()
 
 
 @dataclass
 class _Slot:
     memory: torch.Tensor  # uint8
-    free: Mark  # the last use of it
+    free: Mark  # after its last use
 
 
 @dataclass(frozen=True)
@@ -99,39 +96,38 @@ class _Filled:
 
 
 class _Slots:
-    """Slots of which as many are made, and as large, as the steps turn out to need."""
+    """The slots of a run; their number and size grow with the needs of the steps."""
 
     def __init__(self, queues: Queues) -> None:
         self._queues = queues
         self._free: deque[_Slot] = deque()
         self._held: deque[tuple[Future[Mark], object]] = deque()
-        # A thread, because nvJPEG makes the host wait, and so does a copy from memory
-        # that is not pinned.
+        # A thread, because nvJPEG blocks the host, and so does a copy from memory that is
+        # not pinned.
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="to-device")
 
-    def fill(self, step: Sequence[Batch | EncodedBatch]) -> list[_Filled]:
+    def fill(self, step: Sequence[Batch]) -> list[_Filled]:
+        """Start to copy the batches of a step into slots."""
+        # Release the host memory of finished copies.
         while self._held and _is_done(self._held[0][0]):
             self._held.popleft()
-        return [self._fill(source) for source in step]
+        return list(map(self._fill, step))
 
-    def _fill(self, source: Batch | EncodedBatch) -> _Filled:
-        batch = source.batch if isinstance(source, EncodedBatch) else source
-        host = _content(batch)
+    def _fill(self, source: Batch) -> _Filled:
+        host = source.content
         num_bytes = host.numel() * host.element_size()
         slot = self._free.popleft() if self._free else None
         if slot is None or len(slot.memory) < num_bytes:
             memory = self._queues.memory(num_bytes)
-            # it may have been in use until now
+            # The pool may return memory that the computing stream still uses.
             slot = _Slot(memory, self._queues.computed())
         content = slot.memory[:num_bytes].view(host.dtype).view(host.shape)
         mark = self._worker.submit(self._queues.fill, content, source, slot.free)
         self._held.append((mark, source))
-        if batch.features_ND is None:
-            return _Filled(replace(batch, frames_NHWC=content), slot, mark)
-        return _Filled(replace(batch, features_ND=content), slot, mark)
+        return _Filled(source.with_content(content), slot, mark)
 
     def lend(self, step: list[_Filled]) -> Iterator[list[Batch]]:
-        """Yield the step's batches once; their slots are free when the consumer comes back."""
+        """Yield the batches of a step; their slots are free when the consumer continues."""
         for filled in step:
             self._queues.compute_after(filled.mark.result())
         yield [filled.batch for filled in step]
@@ -141,7 +137,7 @@ class _Slots:
             self._free.append(filled.slot)
 
     def settle(self) -> None:
-        """Wait for the copies under way: their memory is given back after this."""
+        """Wait for the copies in progress, so that their memory can be freed."""
         self._worker.shutdown(wait=True, cancel_futures=True)
         for mark, _ in self._held:
             if not mark.cancelled() and mark.exception() is None:
@@ -149,14 +145,12 @@ class _Slots:
         self._held.clear()
 
 
-def ahead(
-    steps: Iterable[Sequence[Batch | EncodedBatch]], queues: Queues
-) -> Iterator[list[Batch]]:
-    """What `on_device` does, whatever runs the two queues."""
+def ahead(steps: Iterable[Sequence[Batch]], queues: Queues) -> Iterator[list[Batch]]:
+    """Do the work of `on_device` with any implementation of the two queues."""
     slots = _Slots(queues)
     coming: deque[list[_Filled]] = deque()
     try:
-        # no name here for the host's frames, which would hold them
+        # No local variable for the frames on the host: it would keep their memory.
         for step in map(slots.fill, steps):
             coming.append(step)
             if len(coming) > STEPS_AHEAD:
@@ -165,14 +159,9 @@ def ahead(
             yield from slots.lend(coming.popleft())
     finally:
         slots.settle()
-        # a traceback would keep it, and the loader's threads, for a while
+        # Stop the threads of the loader now: a traceback may keep `steps` alive.
         if isinstance(steps, Generator):
             steps.close()
-
-
-def _content(batch: Batch) -> torch.Tensor:
-    """What a batch is for: its frames, or the features that stand for them."""
-    return batch.frames_NHWC if batch.features_ND is None else batch.features_ND
 
 
 def _is_done(mark: Future[Mark]) -> bool:
@@ -180,8 +169,8 @@ def _is_done(mark: Future[Mark]) -> bool:
 
 
 class BrokenJpeg(ValueError):
-    """The JPEG at `position` does not decode, or not to its size; the text is the rest of
-    a sentence."""
+    """The JPEG at `position` does not decode, or has another size; the message is the
+    reason."""
 
     def __init__(self, position: int, reason: str) -> None:
         super().__init__(reason)
@@ -193,31 +182,31 @@ def decode_on_device(
     sizes: Sequence[tuple[int, int]],
     out_NHWC: torch.Tensor,
 ) -> None:
-    """Decode N JPEGs into the canvases' top left corners, on their device; the rest
-    becomes black.
+    """Decode N JPEGs into the top left corners of the canvases; the rest becomes black.
 
-    sizes: height and width that each must have. out_NHWC: uint8, RGB. On a GPU nvJPEG
-    decodes: the host waits for it and for all work of the current stream, and pixels
-    differ from the CPU decoder's by a few levels. Raises BrokenJpeg, or ImportError
-    without torchvision.
+    sizes: expected height and width of each. out_NHWC: uint8, RGB; its device decodes. On
+    a GPU, nvJPEG decodes: the host waits for it and for all work of the current stream,
+    and pixels differ by a few levels from those of the CPU decoder. Raises BrokenJpeg, or
+    ImportError without torchvision.
     """
-    # optional: only for data.decoder=nvjpeg
+    # An optional dependency, for data.decoder=nvjpeg alone.
     from torchvision.io import ImageReadMode, decode_jpeg
 
     device = out_NHWC.device
     block = torch.frombuffer(bytearray().join(jpegs), dtype=torch.uint8)
     encoded = list(torch.split(block, [len(jpeg) for jpeg in jpegs]))
     if device.type == "cuda":
-        # torchvision writes into memory that this stream may still be reading
-        # (pytorch/vision, 9606).
+        # torchvision may write into memory that this stream still reads (pytorch/vision
+        # issue 9606).
         torch.cuda.current_stream(device).synchronize()
     try:
         frames_CHW = decode_jpeg(encoded, ImageReadMode.RGB, device)
     except RuntimeError as error:
-        broken = _first_broken(jpegs)  # torchvision does not say which
+        broken = _first_broken(jpegs)  # torchvision does not name the JPEG
         if broken is None:
             raise
         raise broken from error
+    # Copy runs of frames of one size at once.
     begin = 0
     for (height, width), group in groupby(sizes):
         end = begin + len(list(group))
@@ -226,7 +215,7 @@ def decode_on_device(
             if seen != (height, width):
                 raise BrokenJpeg(
                     position,
-                    f"frames must be {width}x{height}, but one is {seen[1]}x{seen[0]}",
+                    f"its frames must be {width}x{height}, got {seen[1]}x{seen[0]}",
                 )
         canvas_NHWC = out_NHWC[begin:end]
         canvas_NHWC[:, height:] = 0
@@ -246,45 +235,44 @@ def _first_broken(jpegs: Sequence[bytes | memoryview]) -> BrokenJpeg | None:
     return None
 
 
-def decode_batch(encoded: EncodedBatch, out_NHWC: torch.Tensor) -> None:
-    """Decode a batch's JPEGs. Raises RankError that names the clip where one is broken."""
-    batch = encoded.batch
+def decode_batch(batch: JpegBatch, out_NHWC: torch.Tensor) -> None:
+    """Decode the JPEGs of a batch. Raises RankError that names the clip of a broken one."""
     clips_N = np.repeat(np.arange(len(batch.keys)), batch.num_frames_B.numpy())
     sizes_B = [(int(height), int(width)) for height, width in batch.size_B2.tolist()]
     try:
-        decode_on_device(encoded.jpegs, [sizes_B[clip] for clip in clips_N], out_NHWC)
+        decode_on_device(batch.jpegs, [sizes_B[clip] for clip in clips_N], out_NHWC)
     except BrokenJpeg as error:
         raise RankError(
-            f"a clip must decode, but {batch.keys[clips_N[error.position]]} does not: "
-            f"{error}. Run shards/verify.py on the shards, or give --data.decoder=cpu, "
-            "which replaces broken clips."
+            f"Cannot decode clip {batch.keys[clips_N[error.position]]}: {error}. Run "
+            "shards/verify.py on the shards, or use --data.decoder=cpu, which replaces "
+            "broken clips."
         ) from error
 
 
 def check_nvjpeg(device: torch.device) -> None:
-    """Raise UserError unless `decode_on_device` works there."""
-    leave = "or give --data.decoder=cpu"
+    """Raise UserError if `decode_on_device` does not work on this device."""
+    instead = "or use --data.decoder=cpu"
     jpeg = simplejpeg.encode_jpeg(np.zeros((16, 16, 3), np.uint8), 90, "RGB")
+    # On the CPU first: the errors below then tell what is missing.
+    devices = [torch.device("cpu")]
+    if device.type == "cuda":
+        devices.append(device)
     try:
-        decode_on_device([jpeg], [(16, 16)], torch.empty(1, 16, 16, 3, dtype=torch.uint8))
-        if device.type == "cuda":
-            decode_on_device(
-                [jpeg],
-                [(16, 16)],
-                torch.empty(1, 16, 16, 3, dtype=torch.uint8, device=device),
-            )
-            return
+        for one in devices:
+            out_NHWC = torch.empty(1, 16, 16, 3, dtype=torch.uint8, device=one)
+            decode_on_device([jpeg], [(16, 16)], out_NHWC)
     except ImportError as error:
         raise UserError(
-            f"data.decoder=nvjpeg needs torchvision, but there is none ({error}). "
-            f"Install flallm_ds with its extra [gpu], {leave}."
+            f"Cannot use data.decoder=nvjpeg: torchvision is not installed ({error}). "
+            f"Install flallm_ds with its extra [gpu], {instead}."
         ) from error
     except RuntimeError as error:
         raise UserError(
-            "data.decoder=nvjpeg needs a torchvision that decodes on the GPU, but this one "
-            f"does not ({str(error).splitlines()[0]}). Install the one of flallm_ds's "
-            f"extra [gpu], {leave}."
+            "Cannot use data.decoder=nvjpeg: this torchvision does not decode on the GPU "
+            f"({str(error).splitlines()[0]}). Install the version of the extra [gpu] of "
+            f"flallm_ds, {instead}."
         ) from error
-    raise UserError(
-        f"data.decoder=nvjpeg needs a CUDA device, but there is none. Use a GPU, {leave}."
-    )
+    if device.type != "cuda":
+        raise UserError(
+            f"Cannot use data.decoder=nvjpeg: there is no CUDA device. Use a GPU, {instead}."
+        )

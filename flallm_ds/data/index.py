@@ -1,20 +1,20 @@
-"""The index of a shard folder: every clip's place, length and text, known before a byte
-of video is read.
+"""The index of a shard folder: offset, length and text of every clip, without reading video.
 
-A shard folder holds, beside its ordinary WebDataset tars,
-    index.json           corpus, build options, and each split's tars with sizes and sha256
-    {split}.safetensors  one row a clip, as columns (see `COLUMNS` and `STRING_COLUMNS`)
+A shard folder contains ordinary WebDataset tars and
+    index.json           corpus, build options, and the tars of each split with sizes and sha256
+    {split}.safetensors  a table with one row per clip (see `COLUMNS` and `STRING_COLUMNS`)
 Both are plain data: nothing in them can execute. A million clips load in well under a second.
 
-A folder of kind "features" (launch/features.py) has the rows of the video shards it was
-made from, in their order and with their shard numbers. For each of those shards it holds
-one tar a view.
+A folder of cached features (launch/features.py) has the rows of the video shards that the
+features were made from, in the same order and with the same shard numbers. For each of
+those shards it contains one tar per view. A view is one random choice of frames and
+augmentations; evaluation has a single view.
 """
 
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -41,21 +41,21 @@ FORMAT = "flallm_ds shards 1"
 MAX_MANIFEST_BYTES = 2**28  # of index.json; a tar takes 150: more than a million of them
 
 COLUMNS: dict[str, Any] = {
-    "shard": np.int32,  # row of the split's list of tars
-    "offset": np.int64,  # of the clip's bytes (video, or features) within the tar
-    "size": np.int64,  # of these, bytes
-    "num_frames": np.int32,  # as decoded, never as the container's metadata says
+    "shard": np.int32,  # position of the tar in the list of the split
+    "offset": np.int64,  # of the bytes of the clip (video or features) within the tar
+    "size": np.int64,  # number of those bytes
+    "num_frames": np.int32,  # decoded frames; the metadata of a container may be wrong
     "height": np.int32,  # of a stored frame, pixels
     "width": np.int32,
     "fps": np.float32,
 }
-# id: the corpus's own; key: dot-free
+# id: as in the corpus; key: unique in the split and without dots
 STRING_COLUMNS = ("key", "id", "text", "signer", "video", "language")
 
 
 class StringColumn(Sequence[str]):
-    """Strings as one UTF-8 blob and their ends: a million texts cost no Python objects
-    until one is read."""
+    """Store strings as one UTF-8 blob and the end of each: a Python object is created only
+    for a string that is read."""
 
     def __init__(self, blob: np.ndarray, ends: np.ndarray) -> None:
         self._blob, self._ends = blob, ends
@@ -69,15 +69,15 @@ class StringColumn(Sequence[str]):
 
     @staticmethod
     def columns(name: str, strings: Sequence[str]) -> dict[str, np.ndarray]:
-        """The two arrays that hold `strings`, by their names in the file."""
+        """Return the two arrays that store `strings`, by their names in the file."""
         encoded = [string.encode("utf-8") for string in strings]
-        ends = np.cumsum([len(e) for e in encoded], dtype=np.int64)
+        ends = np.cumsum(list(map(len, encoded)), dtype=np.int64)
         return {name: np.frombuffer(b"".join(encoded), np.uint8), f"{name}_ends": ends}
 
 
 class Table(Mapping[str, np.ndarray]):
-    """A table's columns, each read when it is first asked for: a run needs neither
-    signers nor videos."""
+    """The columns of a table, each read at its first use: training needs neither signers
+    nor video names."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -90,15 +90,17 @@ class Table(Mapping[str, np.ndarray]):
         return self._read[name]
 
     def read(self, name: str) -> np.ndarray:
-        """Read a column without keeping it. Raises TypeError where numpy does not have
-        its type."""
-        if name not in self._file.keys():  # noqa: SIM118 - it is no mapping
+        """Read a column without keeping it.
+
+        Raises KeyError if there is no such column, TypeError if numpy lacks its type.
+        """
+        if name not in self._file.keys():  # noqa: SIM118 - not a mapping
             raise KeyError(name)
         try:
             column: np.ndarray = self._file.get_tensor(name)
-        except AttributeError as error:  # of safetensors, which looks for float8 in numpy
+        except AttributeError as error:  # safetensors looks for float8 in numpy
             raise TypeError(
-                f"column {name} must be of a type of numpy, but {error}"
+                f"column {name} must have a data type of numpy, got {error}"
             ) from error
         return column
 
@@ -114,12 +116,11 @@ class Table(Mapping[str, np.ndarray]):
 
 @dataclass(frozen=True)
 class Index:
-    """One split of a shard folder. Columns are arrays of length `len(index)`, one entry a clip.
+    """One split of a folder of video shards, or of several joined folders.
 
-    shards: all tars; of features, the views of a shard are next to each other, and
-    `views` counts them. fingerprint: of the clips, which the order comes from; of
-    features, that of the video they were made from. features: what they are, one entry a
-    folder; empty for video.
+    Columns are arrays of length `len(index)`, one entry per clip. fingerprint: changes
+    with the clips; the order of an epoch is drawn from it. options: of the build. corpora:
+    names of joined folders, which `arrays["corpus"]` numbers; empty for one folder.
     """
 
     store: Store
@@ -128,13 +129,8 @@ class Index:
     fingerprint: str
     shards: tuple[Shard, ...]
     arrays: Mapping[str, np.ndarray]
-    # of build.py, if one build made all
     options: dict[str, Any] = field(default_factory=dict)
-    # of joined shard folders; `arrays["corpus"]` numbers them
     corpora: tuple[str, ...] = ()
-    features: tuple[FeatureFacts, ...] = ()
-    # read `views_of_shard`, which has ones where this is None
-    views: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.arrays["num_frames"])
@@ -146,131 +142,147 @@ class Index:
 
     @cached_property
     def frame_hw(self) -> tuple[int, int]:
-        """(height, width) of the smallest canvas that holds a frame of any clip, pixels."""
+        """(height, width) of the smallest canvas that fits the frames of all clips, pixels."""
         return int(self.arrays["height"].max()), int(self.arrays["width"].max())
 
     def corpus_of(self, row: int) -> str:
-        """Return the corpus that a clip belongs to."""
-        return (
-            self.corpora[int(self.arrays["corpus"][row])] if self.corpora else self.corpus
-        )
+        """Return the name of the corpus of a clip."""
+        if not self.corpora:
+            return self.corpus
+        return self.corpora[int(self.arrays["corpus"][row])]
 
     def own_row(self, row: int) -> int:
-        """Return the clip's row in its own folder.
+        """Return the row of a clip in its own folder.
 
-        Its random numbers come from that row, whatever is joined to the folder.
+        The random numbers of the clip are drawn from that row, so that they do not change
+        when other folders are joined.
         """
         return int(self.arrays["own_row"][row]) if self.corpora else row
 
-    def features_of(self, row: int) -> FeatureFacts:
-        """Return what the clip's features are."""
-        return self.features[int(self.arrays["corpus"][row]) if self.corpora else 0]
-
     @property
     def features_digest(self) -> str:
-        """Sixteen hex digits that differ whenever a byte of the features does; empty for
-        video."""
-        if not self.features:
-            return ""
-        digests = "+".join(facts.digest for facts in self.features)
-        return hashlib.sha256(digests.encode()).hexdigest()[:16]
-
-    @cached_property
-    def views_of_shard(self) -> np.ndarray:
-        """Tars of each shard number, int (shards,): one of video, one for each view of
-        features."""
-        return np.ones(len(self.shards), np.int64) if self.views is None else self.views
+        """The digest of the cached features; empty for video."""
+        return ""
 
     @property
     def num_shards(self) -> int:
-        """How many shard numbers there are; of features there are more tars."""
-        return len(self.views_of_shard)
-
-    @cached_property
-    def _first_tar(self) -> np.ndarray:
-        """Place in `shards` of the first tar of each shard number."""
-        first: np.ndarray = np.cumsum(self.views_of_shard) - self.views_of_shard
-        return first
+        """Number of shards; cached features have several tars per shard."""
+        return len(self.shards)
 
     def tars(self, rows: Any, passes: Any) -> Any:
-        """Return the places in `shards` of clips that came so often before.
+        """Return the positions in `shards` of the tars of clips.
 
-        rows, passes: int, or int arrays of one shape. Each pass reads the next view.
+        rows, passes: int, or int arrays of one shape. passes: how often each clip came
+        before; each pass reads the next view of cached features.
         """
-        shard = self.arrays["shard"][rows]
-        view = passes % self.views_of_shard[shard]
-        return self._first_tar[shard] + view
+        return self.arrays["shard"][rows]
 
     def tar(self, row: int, passes: int = 0) -> Shard:
-        """Return the tar of a clip that came so often before."""
+        """Return the tar of one clip. passes: as in `tars`."""
         return self.shards[int(self.tars(row, passes))]
 
     def strings(self, name: str) -> StringColumn:
-        """A string column (one of `STRING_COLUMNS`), decoded row by row when read."""
+        """Return a string column (one of `STRING_COLUMNS`); a string is decoded when read."""
         return StringColumn(self.arrays[name], self.arrays[f"{name}_ends"])
 
     @property
     def root(self) -> str:
-        """The folder or address, for people."""
+        """The folder or address, for messages."""
         return self.store.root
 
     def shard_path(self, row: int) -> Path:
-        """Where a tar of a local folder lies. Raises UserError where the shards are remote."""
+        """Return the path of a tar of a local folder. Raises UserError for remote shards."""
         if not isinstance(self.store, LocalStore):
-            raise UserError(
-                f"shards must lie in a folder to have paths, but lie in {self.root}."
-            )
+            raise UserError(f"The shards must be in a local folder, got {self.root}.")
         return self.store.file(self.shards[row].file)
 
     def check_files(self, checksums: bool = False) -> None:
-        """Raise UserError if a tar is missing or is not of the size (if asked: the
-        sha256) recorded."""
+        """Raise UserError if a tar is missing or differs from the recorded size.
+
+        checksums: compare the sha256, too.
+        """
         self.store.check(self.shards, checksums)
 
 
+@dataclass(frozen=True)
+class FeatureIndex(Index):
+    """One split of a folder of cached features, or of several joined folders.
+
+    fingerprint: that of the video, so that the order of an epoch is the same. shards: the
+    views of a shard are next to each other. features: one entry per folder. views: number
+    of tars of each shard, int (shards,).
+    """
+
+    features: tuple[FeatureFacts, ...] = ()
+    views: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+
+    def features_of(self, row: int) -> FeatureFacts:
+        """Return the description of the features of a clip."""
+        return self.features[int(self.arrays["corpus"][row]) if self.corpora else 0]
+
+    @property
+    def features_digest(self) -> str:
+        """Sixteen hex digits that change with any byte of the features."""
+        digests = "+".join(facts.digest for facts in self.features)
+        return hashlib.sha256(digests.encode()).hexdigest()[:16]
+
+    @property
+    def num_shards(self) -> int:
+        return len(self.views)
+
+    @cached_property
+    def _first_tar(self) -> np.ndarray:
+        """Position in `shards` of the first tar of each shard."""
+        first: np.ndarray = np.cumsum(self.views) - self.views
+        return first
+
+    def tars(self, rows: Any, passes: Any) -> Any:
+        shard = self.arrays["shard"][rows]
+        view = passes % self.views[shard]
+        return self._first_tar[shard] + view
+
+
 def read_manifest(root: str | Path | Store) -> dict[str, Any]:
-    """The folder's index.json. Raises UserError where there is none, or where it is not
-    as it was written."""
+    """Read index.json of a shard folder. Raises UserError if it is missing or damaged."""
     store = open_store(root) if isinstance(root, str | Path) else root
     path = store.file("index.json")
     if not path.is_file():
         raise UserError(
-            f"a shard folder must hold index.json, but there is none in {store.root}. "
-            "Make shards with python shards/build.py, or name another folder."
+            f"A shard folder must contain index.json, got {store.root}. Build shards with "
+            "python shards/build.py, or name another folder."
         )
     try:
         with open_regular(path) as file:
             content = file.read(MAX_MANIFEST_BYTES + 1)
         if len(content) > MAX_MANIFEST_BYTES:
-            raise ValueError(f"it is larger than {MAX_MANIFEST_BYTES:,} bytes")
+            raise ValueError(f"the file is larger than {MAX_MANIFEST_BYTES:,} bytes")
         manifest: dict[str, Any] = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise UserError(
-            f"index.json must be JSON, but {error}: {path}. Build the shards again."
+            f"Cannot read {path} as JSON: {error}. Build the shards again."
         ) from error
     except OSError as error:
         raise UserError(
-            f"index.json must be readable, but {error.strerror}: {path}. Name another "
-            "folder."
+            f"Cannot read {path}: {error.strerror}. Name another folder."
         ) from error
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != FORMAT:
         raise UserError(
-            f"index.json must have format {FORMAT!r}, but has {found!r}: {path}. Build the "
+            f"index.json must have format {FORMAT!r}, got {found!r} in {path}. Build the "
             "shards again."
         )
     try:
         _check_manifest(manifest)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"index.json must be as it was written, but is not ({error}): {path}. Build "
+            f"Cannot use {path}: a field is missing or has a wrong type ({error}). Build "
             "the shards again."
         ) from error
     return manifest
 
 
 def _check_manifest(manifest: dict[str, Any]) -> None:
-    """Raise KeyError, TypeError, AttributeError or UserError unless every field is of its
+    """Raise KeyError, TypeError, AttributeError or UserError for a missing field or a wrong
     type."""
     if not isinstance(manifest["corpus"], str):
         raise TypeError("corpus")
@@ -299,18 +311,18 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
 
 
 def load_index(root: str | Path, split: str, cache: CacheOptions | None = None) -> Index:
-    """The index of one split.
+    """Load the index of one split: an `Index`, or a `FeatureIndex` for cached features.
 
-    root: a folder, or an address of `open_store`, whose shards pass through the cache.
-    Raises UserError if the folder is no shard folder, has no such split, or its table was
-    changed since or holds what no clip can be.
+    root: a folder, or an address for `open_store`, whose shards are read through the
+    cache. Raises UserError if this is not a shard folder, if it has no such split, or if
+    the table of the split was changed or describes impossible clips.
     """
     store = open_store(root, cache)
     manifest = read_manifest(store)
     if split not in manifest["splits"]:
         raise UserError(
-            f"split must be one of {', '.join(manifest['splits'])}, but is {split!r} "
-            f"for shards in {store.root}."
+            f"split must be one of {', '.join(manifest['splits'])} for the shards in "
+            f"{store.root}, got {split!r}."
         )
     entry = manifest["splits"][split]
     path = store.file(entry["table"], entry["table_sha256"])
@@ -319,38 +331,47 @@ def load_index(root: str | Path, split: str, cache: CacheOptions | None = None) 
     if manifest.get("kind") == FeatureFacts.KIND:
         facts = FeatureFacts.load(manifest, entry, store.root, fingerprint(entry))
     arrays = _open_table(path, split, entry["table_sha256"], shards, facts)
-    index = Index(
+    if facts is None:
+        return Index(
+            store=store,
+            corpus=manifest["corpus"],
+            split=split,
+            fingerprint=fingerprint(entry),
+            shards=shards,
+            arrays=arrays,
+            options=manifest.get("options", {}),
+        )
+    return FeatureIndex(
         store=store,
         corpus=manifest["corpus"],
         split=split,
-        fingerprint=fingerprint(entry),
+        fingerprint=entry["source_fingerprint"],
         shards=shards,
         arrays=arrays,
         options=manifest.get("options", {}),
-    )
-    if facts is None:
-        return index
-    views = np.full(len(shards) // facts.views, facts.views)
-    return replace(
-        index, fingerprint=entry["source_fingerprint"], features=(facts,), views=views
+        features=(facts,),
+        views=np.full(len(shards) // facts.views, facts.views),
     )
 
 
 def _open_table(
     path: Path, split: str, sha256: str, shards: Sequence[Shard], facts: FeatureFacts | None
 ) -> Table:
-    """A split's table, checked. Raises UserError where it is another one, or says what
-    cannot be."""
+    """Open the table of a split and check it. Raises UserError if it was changed or
+    describes impossible clips."""
     try:
         if not path.is_file() or file_sha256(path) != sha256:
             raise UserError(
-                f"the table of split {split} must be the one that index.json names, but it "
-                f"is missing or was changed: {path}. Build the shards again."
+                f"Cannot use the table of split {split}, {path}: it is missing or was "
+                "changed after index.json was written. Build the shards again."
             )
         arrays = Table(path)
         wanted = (*COLUMNS, *STRING_COLUMNS, *(f"{name}_ends" for name in STRING_COLUMNS))
-        # not kept
-        columns = {name: arrays.read(name) for name in wanted if name in set(arrays)}
+        # Read for the check only: most columns are not used again.
+        columns = {}
+        for name in wanted:
+            if name in set(arrays):
+                columns[name] = arrays.read(name)
         sizes = np.array([shard.bytes for shard in shards], np.int64)
         if facts is None:
             check_table(columns, COLUMNS, STRING_COLUMNS, sizes, is_video=True)
@@ -360,20 +381,22 @@ def _open_table(
             facts.check_sizes(columns["num_frames"], columns["fps"], columns["size"])
     except OSError as error:
         raise UserError(
-            f"the table of split {split} must be readable, but {error.strerror}: {path}. "
-            "Name another folder."
+            f"Cannot read the table of split {split}, {path}: {error.strerror}. Name "
+            "another folder."
         ) from error
     except (SafetensorError, TypeError, ValueError) as error:
         raise UserError(
-            f"the table of split {split} must describe clips: {error}, in {path}. Do not "
-            "use these shards, or build them again."
+            f"Cannot use the table of split {split}, {path}: {error}. Build the shards "
+            "again."
         ) from error
     return arrays
 
 
 def write_table(path: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Write one split's rows (a dict of every column each) and return what index.json
-    must say of it."""
+    """Write the rows of a split, each a dict of all columns.
+
+    Returns the entry of the table for index.json.
+    """
     arrays = {}
     for name, dtype in COLUMNS.items():
         arrays[name] = np.asarray([row[name] for row in rows], dtype=dtype)
@@ -383,9 +406,9 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """`write_table` of columns that are there already."""
-    # Not save_file: a kill leaves its temporary file (.tmpXXXXXX) in the folder, and in
-    # what is published.
+    """Write columns, as `write_table` does rows."""
+    # Not save_file: after a kill its temporary file (.tmpXXXXXX) would stay in the folder
+    # and be published with it.
     path.write_bytes(save(dict(arrays)))
     return {
         "table": path.name,
@@ -401,23 +424,26 @@ def check_video(
     what: str,
     to_do: str = "Name those shards",
 ) -> None:
-    """Raise UserError unless a folder's clips are video. what: that which needs it."""
+    """Raise UserError unless the clips of a folder are video. what: names the caller."""
     if manifest.get("kind") == FeatureFacts.KIND:
         raise UserError(
-            f"{what} needs shards of video, but {root} holds features of "
+            f"{what} must be given video shards, got {root} with cached features of "
             f"{manifest['features']['source']}. {to_do}."
         )
 
 
 def fingerprint(entry: dict[str, Any]) -> str:
-    """Sixteen hex digits that differ whenever a split's clips, order or bytes do."""
+    """Return 16 hex digits that change with the clips of a split, their order or bytes."""
     content = [entry["table_sha256"], [shard["sha256"] for shard in entry["shards"]]]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def iter_rows(index: Index) -> Iterator[dict[str, Any]]:
-    """Every clip of the split as a dict of plain values, in stored order."""
-    strings = {name: index.strings(name) for name in STRING_COLUMNS}
+    """Yield each clip of the split as a dict of plain values, in stored order."""
     for row in range(len(index)):
-        numbers = {name: index.arrays[name][row].item() for name in COLUMNS}
-        yield numbers | {name: column[row] for name, column in strings.items()}
+        values: dict[str, Any] = {}
+        for name in COLUMNS:
+            values[name] = index.arrays[name][row].item()
+        for name in STRING_COLUMNS:
+            values[name] = index.strings(name)[row]
+        yield values

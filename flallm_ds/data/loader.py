@@ -1,8 +1,7 @@
-"""The downsampling loader: from a plan to packed batches. Frames that are not kept are
-not decoded.
+"""The downsampling loader: reads the clips of a plan into packed batches.
 
-Threads bring the clips straight into the batch's memory, a few steps ahead. What a rank
-gets depends on the plan alone, never on threads or time.
+Only kept frames are decoded. Threads decode the clips directly into the memory of a
+batch, a few steps ahead. The batches depend on the plan alone, not on threads or timing.
 """
 
 from collections import deque
@@ -15,26 +14,26 @@ from typing import Any
 import numpy as np
 import torch
 
-from flallm_ds.batch import Batch, EncodedBatch
+from flallm_ds.batch import Batch
 from flallm_ds.data import mixture
-from flallm_ds.data.index import Index
-from flallm_ds.data.plan import EpochPlan, slices_of_rank
-from flallm_ds.data.readers import Clip, ClipReader, FrameBuffers, content_of
+from flallm_ds.data.index import FeatureIndex, Index
+from flallm_ds.data.plan import EpochPlan, micro_batches_of_rank
+from flallm_ds.data.readers import Clip, ClipReader, FrameBuffers, open_reader
 from flallm_ds.data.sampling import FrameSampling
 from flallm_ds.data.text.codec import TextCodec
 from flallm_ds.errors import RankError, UserError
 
 STEPS_AHEAD = 2
-# two windows of the plan; remote shards are fetched before they are needed
+# Shards to fetch ahead of their use, if they are remote: two windows of the plan.
 SHARDS_AHEAD = 32
-IGNORED = -100  # a target that the loss leaves out
+IGNORED = -100  # a target without a loss
 
 
 @dataclass
 class BrokenClips:
-    """Clips that this rank could not decode, by name; past `budget` of them the run stops.
+    """The broken clips of this rank, by name; more than `budget` of them stop the run.
 
-    A clip of cached features counts once, however many views of it are broken.
+    A clip of cached features counts once, even if several of its views are broken.
     """
 
     budget: int
@@ -42,38 +41,37 @@ class BrokenClips:
     keys: set[str] = field(default_factory=set)
 
     def add(self, shard: str, key: str, reason: str) -> None:
-        """Count a clip and warn of it. Raises RankError past the budget."""
+        """Count a clip and print a warning. Raises RankError above the budget."""
         if key in self.keys:
             return
         if self.budget == 0:
             raise RankError(
-                f"every clip must decode here, but {key} in {shard} does not ({reason}). "
-                "Run shards/verify.py on the shards; its --repair drops or rebuilds what "
-                "is broken."
+                f"Cannot decode clip {key} in {shard}: {reason}. Run shards/verify.py on "
+                "the shards; its --repair drops or rebuilds broken clips."
             )
-        warning = (
-            f"warning: clip {key} in {shard} is broken ({reason}); another takes its place"
+        print(
+            f"warning: clip {key} in {shard} is broken ({reason}); another clip replaces it",
+            flush=True,
         )
-        print(warning, flush=True)
         self.keys.add(key)
         self.reasons[f"{shard}:{key}"] = reason
         if len(self.reasons) > self.budget:
             raise RankError(
-                f"at most {self.budget} clips may be broken, but {len(self.reasons)} are; "
-                f"the last is {key} in {shard}: {reason}. Run shards/verify.py on the "
-                "shards, or raise --data.max_broken."
+                f"The number of broken clips must be at most {self.budget}, got "
+                f"{len(self.reasons)}; the last is {key} in {shard}: {reason}. Run "
+                "shards/verify.py on the shards, or raise --data.max_broken."
             )
 
 
 @dataclass
 class _Pending:
-    """A micro-batch whose clips are being read."""
+    """A micro-batch while its clips are read."""
 
     rows: list[int]
     epochs: list[int]  # how often each clip came before
-    real: bool
+    real: bool  # False: a dummy
     num_kept: list[int]
-    memory: torch.Tensor  # of all clips, packed
+    memory: torch.Tensor  # the packed content of all clips
     jobs: list[Future[Clip]]
 
     def replace(
@@ -84,7 +82,7 @@ class _Pending:
         part: torch.Tensor,
         clip: Clip,
     ) -> None:
-        """Put a clip that was read into `part` in the place of another."""
+        """Replace a clip by another that was read into `part`."""
         parts = list(torch.split(self.memory, self.num_kept))
         parts[position] = part
         self.memory = torch.cat(parts)
@@ -96,13 +94,14 @@ class _Pending:
 class Loader:
     """One pass over an epoch plan.
 
-    `for micro_batches in loader.steps(start)` yields a rank's share of each step; `for
-    batch in loader` yields the same micro-batches one by one. Every rank yields the same
-    number of steps with the same number of micro-batches. A broken clip is replaced by
-    the next one of the index, the same on any rank, and counted in `broken`. The threads
-    live only while one iterates: a loader can be pickled, and used after a fork. codec:
-    without one, `target_ids_BL` has no columns. encoded: frames of video stay JPEGs, for
-    `device.on_device` to decode; these batches are `EncodedBatch`es.
+    `for micro_batches in loader.steps(start)` yields the micro-batches of this rank, step
+    by step; `for batch in loader` yields the same micro-batches one by one. Every rank
+    yields the same number of steps with the same number of micro-batches. A broken clip
+    is replaced by the next clip of the index that decodes, the same on any rank, and
+    counted in `broken`. Threads exist only during iteration, so a loader can be pickled,
+    and used after a fork.
+
+    codec: encodes the texts; without one, `target_ids_BL` has no columns.
     """
 
     def __init__(
@@ -115,11 +114,9 @@ class Loader:
         world_size: int = 1,
         threads: int = 1,
         broken: BrokenClips | None = None,
-        encoded: bool = False,
     ) -> None:
         self.reader, self.plan, self.codec = reader, plan, codec
-        self.content = content_of(reader, keep_jpegs=encoded)
-        self.slices = slices_of_rank(plan.slices, rank, world_size)
+        self.micro_batches = micro_batches_of_rank(plan.num_micro_batches, rank, world_size)
         self.threads = threads
         self.broken = broken if broken is not None else BrokenClips(budget=0)
 
@@ -131,7 +128,7 @@ class Loader:
             yield from micro_batches
 
     def steps(self, start: int = 0) -> Iterator[list[Any]]:
-        """Yield the micro-batches of step `start` and all after it, read a few steps ahead."""
+        """Yield the micro-batches of step `start` and of all later steps."""
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
         buffers = FrameBuffers()
         shards = _ShardsAhead(self.reader.index, self.plan)
@@ -139,25 +136,26 @@ class Loader:
         try:
             for step in range(start, self.plan.num_steps):
                 shards.read_ahead(step)
-                ahead.append(
-                    [self._submit(pool, buffers, *one) for one in self._places(step)]
-                )
+                submitted = []
+                for places, real in self._places(step):
+                    submitted.append(self._submit(pool, buffers, places, real))
+                ahead.append(submitted)
+                del submitted  # `ahead` alone must refer to the frames
                 if len(ahead) > STEPS_AHEAD:
-                    yield [self._finish(pending) for pending in ahead.popleft()]
+                    yield list(map(self._finish, ahead.popleft()))
             while ahead:
-                yield [self._finish(pending) for pending in ahead.popleft()]
+                yield list(map(self._finish, ahead.popleft()))
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _places(self, step: int) -> Iterator[tuple[np.ndarray, bool]]:
-        """Yield the places of each micro-batch of this rank, and whether they count."""
-        places_of_slice = self.plan.places_of(step)
-        for number in self.slices:
-            places = places_of_slice[number]
-            if len(places):
-                yield places, True
-            else:  # fewer clips than slices: a dummy keeps this rank in step
-                yield places_of_slice[0][:1], False
+        """Yield the places of each micro-batch of this rank, and whether it is real."""
+        places_of = self.plan.places_of(step)
+        for number in self.micro_batches:
+            if len(places_of[number]):
+                yield places_of[number], True
+            else:  # fewer clips than micro-batches: a dummy keeps this rank in step
+                yield places_of[0][:1], False
 
     def _submit(
         self,
@@ -166,57 +164,53 @@ class Loader:
         places: np.ndarray,
         real: bool,
     ) -> _Pending:
-        """Have threads read the clips of a micro-batch, each into its part of the memory."""
+        """Start to read the clips of a micro-batch, each into its part of the memory."""
         rows = self.plan.order[places].tolist()
         epochs = self.plan.passes[places].tolist()
         num_kept = self.plan.num_kept[rows].tolist()
-        memory = self.content.memory(sum(num_kept), buffers)
+        memory = self.reader.memory(sum(num_kept), buffers)
+        parts = torch.split(memory, num_kept)
         jobs = []
-        for row, epoch, part in zip(
-            rows, epochs, torch.split(memory, num_kept), strict=True
-        ):
-            jobs.append(pool.submit(self.content.load, row, epoch, part))
+        for row, epoch, part in zip(rows, epochs, parts, strict=True):
+            jobs.append(pool.submit(self.reader.load, row, epoch, part))
         return _Pending(rows, epochs, real, num_kept, memory, jobs)
 
-    def _finish(self, pending: _Pending) -> Batch | EncodedBatch:
-        """Wait for the clips of a micro-batch, replace broken ones, and add what the
-        index says."""
-        wait(pending.jobs)  # for all, before any is replaced: they share memory
+    def _finish(self, pending: _Pending) -> Batch:
+        """Wait for the clips of a micro-batch, replace broken clips, and pack the batch."""
+        wait(pending.jobs)  # for all before any is replaced: they share memory
         for position, job in enumerate(list(pending.jobs)):
             error = job.exception()
             if isinstance(error, UserError):
-                # A store that gave up: the other ranks may not have met it.
+                # A failing store: perhaps on this rank alone.
                 raise RankError(str(error)) from error
             if isinstance(error, ValueError | OSError):
-                self._replace(pending, position, str(error))
+                self._replace(pending, position, str(error).rstrip("."))
             elif error is not None:
                 raise error
-        clips = [job.result() for job in pending.jobs]
-        return self.content.batch(self._pack(pending, clips), clips)
+        return self._pack(pending)
 
-    def _pack(self, pending: _Pending, clips: Sequence[Clip]) -> Batch:
-        """Return the batch, with all of its memory as frames."""
+    def _pack(self, pending: _Pending) -> Batch:
+        """Return the batch of the clips that were read, with their columns of the index."""
         index, rows = self.reader.index, pending.rows
-        sizes_2B = [index.arrays["height"][rows], index.arrays["width"][rows]]
+        clips = [job.result() for job in pending.jobs]
         texts = self._strings("text", rows)
-        return Batch(
-            frames_NHWC=pending.memory,
-            num_frames_B=torch.from_numpy(np.array(pending.num_kept, np.int64)),
-            size_B2=torch.from_numpy(np.array(sizes_2B, np.float32).T),
-            draws_B9=torch.from_numpy(np.array([clip.draws for clip in clips])),
-            target_ids_BL=_padded([self._target_ids(text, pending.real) for text in texts]),
-            keys=self._strings("key", rows),
-            texts=texts,
-            corpora=tuple(index.corpus_of(row) for row in rows),
-            languages=self._strings("language", rows),
-            real_B=(pending.real,) * len(rows),
-        )
+        target_ids = [self._target_ids(text, pending.real) for text in texts]
+        fields = {
+            "num_frames_B": torch.from_numpy(np.array(pending.num_kept, np.int64)),
+            "draws_B9": torch.from_numpy(np.array([clip.draws for clip in clips])),
+            "target_ids_BL": _padded(target_ids),
+            "keys": self._strings("key", rows),
+            "texts": texts,
+            "corpora": tuple(map(index.corpus_of, rows)),
+            "languages": self._strings("language", rows),
+            "real_B": (pending.real,) * len(rows),
+        }
+        return self.reader.batch(pending.memory, rows, clips, fields)
 
     def _target_ids(self, text: str, real: bool) -> list[int]:
         if self.codec is None:
             return []
-        # A dummy has one place, which counts for nothing: the loss is not defined for
-        # none.
+        # A dummy has one target, without a loss: the loss of no targets is undefined.
         return self.codec.encode(text) if real else [IGNORED]
 
     def _strings(self, name: str, rows: list[int]) -> tuple[str, ...]:
@@ -224,9 +218,9 @@ class Loader:
         return tuple(column[row] for row in rows)
 
     def _replace(self, pending: _Pending, position: int, reason: str) -> None:
-        """Put the next clip of the index that decodes in the broken one's place.
+        """Replace a broken clip by the next clip of the index that decodes.
 
-        Raises RankError if no clip does.
+        Raises RankError if no clip decodes.
         """
         index = self.reader.index
         first = row = pending.rows[position]
@@ -235,41 +229,39 @@ class Loader:
             self.broken.add(index.tar(row, epoch).file, index.strings("key")[row], reason)
             row = (row + 1) % len(index)
             if row == first:
-                raise RankError(
-                    f"a clip of {index.root} must decode, but none of them does: {reason}.",
-                )
+                raise RankError(f"Cannot decode any clip of {index.root}: {reason}.")
             num_kept = int(self.plan.num_kept[row])
             part = pending.memory.new_empty(num_kept, *pending.memory.shape[1:])
             try:
-                clip = self.content.load(row, epoch, part)
+                clip = self.reader.load(row, epoch, part)
             except (ValueError, OSError) as error:
-                reason = str(error)
+                reason = str(error).rstrip(".")
                 continue
             pending.replace(position, row, num_kept, part, clip)
             return
 
 
 class _ShardsAhead:
-    """Tells the store which shards come next, in the order of their first use."""
+    """Tells the store which shards to fetch next, in the order of their first use."""
 
     def __init__(self, index: Index, plan: EpochPlan) -> None:
         self._index = index
 
-        # The tars of the epoch, in the order of the first place that each is used at.
+        # Sort the tars of the epoch by the first place that uses each.
         tars, first_places = np.unique(
             index.tars(plan.order, plan.passes), return_index=True
         )
         by_first_use = np.argsort(first_places)
         self._tars = tars[by_first_use].tolist()
 
-        # The step of that place.
+        # Find the step of that place.
         self._first_step = np.searchsorted(
             plan.ends, first_places[by_first_use], side="right"
         )
         self._begin = -1
 
     def read_ahead(self, step: int) -> None:
-        """Ask for the tars that this step and those after it use first."""
+        """Request the tars that this step and later steps use first."""
         begin = int(np.searchsorted(self._first_step, step))
         if begin != self._begin:
             self._begin = begin
@@ -278,10 +270,12 @@ class _ShardsAhead:
 
 
 def _padded(ids: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Return ids padded with -100, int64 (B, L)."""
+    """Return the ids as an int64 tensor (B, L), padded with -100."""
     longest = max(map(len, ids))
-    rows = [[*row, *[IGNORED] * (longest - len(row))] for row in ids]
-    return torch.from_numpy(np.array(rows, np.int64))
+    padded_BL = np.full((len(ids), longest), IGNORED, np.int64)
+    for row, of_clip in enumerate(ids):
+        padded_BL[row, : len(of_clip)] = of_clip
+    return torch.from_numpy(padded_BL)
 
 
 def open_loader(
@@ -299,20 +293,22 @@ def open_loader(
     weights: Sequence[float] = (),
     codec: TextCodec | None = None,
 ) -> Loader:
-    """Open a loader for a loop of your own: `for batch in open_loader("data/mine"): ...`.
+    """Open a loader for your own loop: `for batch in open_loader("data/mine"): ...`.
 
-    shards: one shard folder (or address) or several. train: shuffled in each epoch, with
-    random frame picks; otherwise longest first, each clip once. batch_clips: of one batch
-    of this rank. sampling: without one, every frame of a video, and of features those
-    that they were made of.
+    shards: one shard folder (or address) or several. train: shuffle in each epoch and
+    keep random frames; else longest clip first, each clip once. batch_clips: clips of a
+    batch of this rank. sampling: default every frame of a video, or the frames of cached
+    features.
     """
     index = mixture.open_indexes(shards, split)
     if sampling is None:
-        sampling = index.features[0].sampling if index.features else FrameSampling()
-    reader = ClipReader(index, sampling, seed, train)
+        sampling = FrameSampling()
+        if isinstance(index, FeatureIndex):
+            sampling = index.features[0].sampling
+    reader = open_reader(index, sampling, seed, train)
     plan = reader.plan(batch_clips * world_size, world_size, weights=weights)
     order = plan.epoch(epoch) if train else plan.in_length_order()
-    # 1 %: data.max_broken
+    # 1 % as the default of data.max_broken
     broken = BrokenClips(budget=-(-len(index) // 100)) if train else None
     return Loader(
         reader,

@@ -1,10 +1,10 @@
-"""The order of an epoch as a pure function: which clips form which step, before a byte is read.
+"""The order of an epoch as a pure function: the clips of each step, before any data is read.
 
 Shards are shuffled, windows of shards are mixed, clips are bucketed by length and cut
-into global batches. A global batch is dealt into `slices` micro-batches of nearly equal
-frames. Rank r of a world of W takes the slices r*slices/W to (r+1)*slices/W, so 1 rank x
-4 micro-batches and 2 x 2 see the same micro-batches, and every rank has the same number
-of steps.
+into global batches. A global batch is dealt into M micro-batches of nearly equal frames.
+Rank r of W ranks computes the micro-batches r*M/W to (r+1)*M/W. So one rank with 4
+micro-batches sees the same micro-batches as two ranks with 2 each, and every rank makes
+the same number of steps.
 
 A row is a clip of the index; a place is a position in the order of an epoch.
 """
@@ -19,23 +19,23 @@ import numpy as np
 from flallm_ds.errors import UserError
 
 VERSION = 4
-# Least and most batches of a pool, in which clips are bucketed by length. Large pools pad
-# less, small ones mix better; small corpora take the least.
+# Minimum and maximum batches of a pool, in which clips are bucketed by length. Large pools
+# pad less, small pools mix better; small corpora use the minimum.
 POOL_BATCHES = (8, 64)
-EPOCH_POOLS = 32  # an epoch has this many pools before its pools grow
+EPOCH_POOLS = 32  # pools of an epoch up to which pools have the minimum size
 WINDOW_SHARDS = 16  # shards whose clips are mixed
-# Share of a length that is added at random, so that a clip has other neighbours in each
-# epoch.
+# Maximum share of its length that is added to a clip at random, so that its neighbours
+# differ between epochs.
 _JITTER = 0.1
-_MAX_SWAPS = 8  # for each micro-batch, when the micro-batches of a step are evened out
+_MAX_SWAPS = 8  # per micro-batch, to balance the frames of the micro-batches of a step
 
 
 @dataclass(frozen=True)
 class PlanState:
-    """Where a run is in its data: plain values that resume it to the bit, at any world size.
+    """The position of a run in its data: plain values to resume exactly, at any world size.
 
-    batch_frames is 0 where `batch_clips` cuts the batches; weights are empty where every
-    clip counts alike. features: the digest of cached features, empty for video.
+    batch_frames: 0 if `batch_clips` limits the batches. weights: empty if all clips have
+    the same weight. features: the digest of cached features, empty for video.
     """
 
     version: int
@@ -45,51 +45,54 @@ class PlanState:
     batch_clips: int
     batch_frames: int
     weights: tuple[float, ...]
-    slices: int
+    num_micro_batches: int
     epoch: int
     step: int
 
     def check_same_plan(self, other: "PlanState") -> None:
-        """Raise UserError that says what differs if `other` belongs to another plan."""
+        """Raise UserError that names the first difference if `other` has another plan."""
         mine, saved = asdict(self), asdict(other)
         for name in mine:
             if name not in ("epoch", "step") and mine[name] != saved[name]:
                 raise UserError(
-                    f"the data's {name} must be {saved[name]!r} as in the checkpoint, but "
-                    f"is {mine[name]!r} now. Use the shards and options the run began "
-                    "with, or start another run folder."
+                    f"The {name} of the data must be {saved[name]!r} as in the checkpoint, "
+                    f"got {mine[name]!r}. Use the original shards and options, or start "
+                    "another run folder."
                 )
 
     @classmethod
     def load(cls, saved: dict[str, Any]) -> "PlanState":
-        """Read what `asdict` gave and JSON kept.
+        """Read the values of `asdict` from the JSON of a checkpoint.
 
-        Raises UserError where another version wrote it.
+        Raises UserError if an incompatible version wrote them.
         """
+        values = dict(saved)
+        if "slices" in values:  # the name in checkpoints of version 0.1
+            values["num_micro_batches"] = values.pop("slices")
         names = {field.name for field in fields(cls)}
-        if set(saved) != names:
+        if set(values) != names:
             raise UserError(
-                f"the data's version must be {VERSION}, but the checkpoint's is "
-                f"{saved.get('version')}. Start another run folder, or go on with the "
-                "version of flallm_ds that began the run."
+                f"The version of the data order must be {VERSION}, got "
+                f"{saved.get('version')} in the checkpoint. Start another run folder, or "
+                "resume with the version of flallm_ds that started the run."
             )
-        return cls(**saved | {"weights": tuple(saved["weights"])})
+        return cls(**values | {"weights": tuple(saved["weights"])})
 
 
 @dataclass(frozen=True)
 class EpochPlan:
     """One epoch: `order[p]` is the row at place p; batch i ends before place `ends[i]`.
 
-    passes[p] is how often that clip came before: its random draws come from there. It is
-    the epoch, unless corpora are mixed by weights. num_kept: kept frames of each row, int
-    (clips,).
+    passes[p]: how often the clip came before; its random numbers are drawn from this
+    count. It equals the epoch, unless corpora are mixed by weights. num_kept: kept frames
+    of each row, int (clips,).
     """
 
     order: np.ndarray
     passes: np.ndarray
     ends: np.ndarray
     num_kept: np.ndarray
-    slices: int
+    num_micro_batches: int
 
     @property
     def num_steps(self) -> int:
@@ -99,28 +102,29 @@ class EpochPlan:
         """Return the rows of a global batch."""
         return self.order[self._begin(step) : self.ends[step]]
 
-    def slices_of(self, step: int) -> list[np.ndarray]:
+    def micro_batches_of(self, step: int) -> list[np.ndarray]:
         """Return the rows of each micro-batch of a step."""
         return [self.order[places] for places in self.places_of(step)]
 
     def places_of(self, step: int) -> list[np.ndarray]:
         """Return the places of each micro-batch of a step, nearly equal in frames.
 
-        With fewer clips than slices some micro-batches are empty.
+        With fewer clips than micro-batches, some micro-batches are empty.
         """
         kept = self.num_kept[self.batch(step)]
+        num = self.num_micro_batches
 
-        # Deal the clips in serpentine order of length: with 3 slices 0 1 2 2 1 0 0 1 2
-        # ...
-        turn, position = np.divmod(np.arange(len(kept)), self.slices)
-        dealt_to = np.where(turn % 2 == 0, position, self.slices - 1 - position)
+        # Deal the clips in serpentine order by length: to 0 1 2 2 1 0 0 1 2 ... of 3
+        # micro-batches.
+        turn, position = np.divmod(np.arange(len(kept)), num)
+        dealt_to = np.where(turn % 2 == 0, position, num - 1 - position)
 
         # Collect the clips of each micro-batch, longest first.
         by_length = np.argsort(-kept, kind="stable")
-        micro_batches = [by_length[dealt_to == s] for s in range(self.slices)]
+        micro_batches = [by_length[dealt_to == number] for number in range(num)]
 
-        # Ranks wait for the one with the most frames.
-        _even_out(micro_batches, kept)
+        # Balance the frames: all ranks wait for the rank with the most.
+        _balance(micro_batches, kept)
         begin = self._begin(step)
         return [begin + positions for positions in micro_batches]
 
@@ -132,12 +136,12 @@ class EpochPlan:
 class Plan:
     """All epochs of a run over one split.
 
-    num_kept: kept frames of each row, int (clips,). shard: each row's shard number, int
-    (clips,). batch_clips: clips of a global batch at most. batch_frames: kept frames of a
-    global batch at most, instead; a clip with more is a batch of its own. corpus,
-    weights: each row's corpus, int (clips,), and each corpus's share of an epoch; without
-    weights an epoch holds every clip once. features: the digest of cached features, for
-    the state; the order is that of the video.
+    num_kept: kept frames of each row, int (clips,). shard: the shard of each row, int
+    (clips,). batch_clips: maximum clips of a global batch. batch_frames: maximum kept
+    frames of a global batch, instead of batch_clips; a longer clip forms a batch alone.
+    corpus: the corpus of each row, int (clips,). weights: the share of each corpus in an
+    epoch; without weights an epoch contains every clip once. features: the digest of
+    cached features, for the state; the order is that of the video.
     """
 
     fingerprint: str
@@ -145,14 +149,14 @@ class Plan:
     shard: np.ndarray
     seed: int
     batch_clips: int
-    slices: int
+    num_micro_batches: int
     batch_frames: int = 0
     corpus: np.ndarray | None = None
     weights: tuple[float, ...] = ()
     features: str = ""
 
     def state(self, epoch: int, step: int) -> PlanState:
-        """Return what a checkpoint before this step keeps."""
+        """Return the state that a checkpoint before this step stores."""
         return PlanState(
             VERSION,
             self.fingerprint,
@@ -161,33 +165,33 @@ class Plan:
             self.batch_clips,
             self.batch_frames,
             self.weights,
-            self.slices,
+            self.num_micro_batches,
             epoch,
             step,
         )
 
     def epoch(self, epoch: int) -> EpochPlan:
-        """Return the training order of an epoch; without weights it has every clip
+        """Return the training order of an epoch; without weights, it contains every clip
         exactly once."""
         rows, passes = self._drawn(epoch)
         rng = self._rng(epoch)
 
-        # Mix the clips of WINDOW_SHARDS shards at a time, windows and shards in random
-        # order. All sorts are stable: others leave equal keys in an order that depends on
-        # the processor.
+        # Mix the clips of WINDOW_SHARDS shards at a time, with windows and shards in random
+        # order. All sorts are stable: an unstable sort orders equal keys differently on
+        # different processors.
         num_shards = int(self.shard.max()) + 1
         window_of_shard = rng.permutation(num_shards).astype(np.int32) // WINDOW_SHARDS
         window = window_of_shard[self.shard[rows]]
         mixed = np.argsort(window + rng.random(len(rows)), kind="stable")
 
-        # Sort each pool of the mixed order by length, with jitter. Up in one pool and
-        # down in the next: a batch that two pools share is of one length, too.
+        # Sort each pool of the mixed order by length, with jitter. Ascending in one pool
+        # and descending in the next, so that a batch across two pools has similar lengths.
         kept = self.num_kept[rows[mixed]].astype(np.float32)
         pool = self._pools(kept)
         jitter = 1 + _JITTER * rng.random(len(rows), np.float32)
         direction = (1 - 2 * (pool % 2)).astype(np.float32)
         length = kept * jitter * direction
-        # below 1 / 2: the number of the pool is sorted by first
+        # Scale below 1 / 2, so that the sort is by pool first.
         length /= 4 * np.abs(length).max()
         order = mixed[np.argsort(pool + length, kind="stable")]
 
@@ -202,26 +206,31 @@ class Plan:
         new_begins = new_ends - new_sizes
         moved_by = np.repeat(begins[shuffled] - new_begins, new_sizes)
         order = order[moved_by + np.arange(len(rows))]
-        return EpochPlan(rows[order], passes[order], new_ends, self.num_kept, self.slices)
+        return self._epoch_plan(rows[order], passes[order], new_ends)
 
     def in_length_order(self) -> EpochPlan:
         """Return the evaluation order: every clip exactly once, longest first.
 
-        So padding, and the waiting of ranks for each other, are least.
+        This order minimises padding and the time that ranks wait for each other.
         """
         order = np.argsort(-self.num_kept, kind="stable")
         ends = self._cut(self.num_kept[order])
-        return EpochPlan(order, np.zeros_like(order), ends, self.num_kept, self.slices)
+        return self._epoch_plan(order, np.zeros_like(order), ends)
+
+    def _epoch_plan(
+        self, order: np.ndarray, passes: np.ndarray, ends: np.ndarray
+    ) -> EpochPlan:
+        return EpochPlan(order, passes, ends, self.num_kept, self.num_micro_batches)
 
     def _rng(self, *what: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, *what, int(self.fingerprint, 16)])
 
     def _drawn(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the rows of an epoch before any shuffling, and how often each clip came before.
+        """Return the rows of an epoch before shuffling, and how often each clip came before.
 
-        With weights, a corpus gives a fixed number of clips to each epoch. They are taken
-        one after another from an endless sequence of shuffles of the corpus: over the
-        epochs all its clips come equally often.
+        With weights, each epoch contains a fixed number of clips of a corpus, the next
+        ones of an infinite sequence of reshuffles of the corpus. So all clips of a corpus
+        come equally often over the epochs.
         """
         num_clips = len(self.num_kept)
         if not self.weights:
@@ -230,13 +239,12 @@ class Plan:
         for number, quota in enumerate(self.quotas):
             own = np.flatnonzero(self._corpus == number).astype(np.int32)
 
-            # Where this epoch lies in the endless sequence, and which shuffles that
-            # touches.
+            # Find the part of the sequence for this epoch, and the shuffles it spans.
             begin, end = epoch * quota, (epoch + 1) * quota
             shuffle_of, position = np.divmod(np.arange(begin, end), len(own))
             touched = range(begin // len(own), -(-end // len(own)))
 
-            # A shuffle's number is also how often each of its clips came before.
+            # The number of a shuffle is also how often each of its clips came before.
             for shuffle in touched:
                 shuffled = self._rng(shuffle, number, 1).permutation(own)
                 chosen = shuffled[position[shuffle_of == shuffle]]
@@ -246,33 +254,33 @@ class Plan:
 
     @cached_property
     def quotas(self) -> list[int]:
-        """How many clips each corpus gives to an epoch; their sum is the number of all clips."""
+        """Clips of each corpus in an epoch; the sum is the number of all clips."""
         shares = np.array(self.weights) / sum(self.weights)
-        # Rounded where the corpora meet, not each by itself: so the sum is exact.
+        # Round the cumulative sums, not each share: so the total is exact.
         ends = np.rint(np.cumsum(shares) * len(self.num_kept)).astype(int)
         quotas: list[int] = np.diff(ends, prepend=0).tolist()
         return quotas
 
     @property
     def _corpus(self) -> np.ndarray:
-        """Each row's corpus, int (clips,)."""
-        return (
-            np.zeros(len(self.num_kept), np.int32) if self.corpus is None else self.corpus
-        )
+        """The corpus of each row, int (clips,)."""
+        if self.corpus is None:
+            return np.zeros(len(self.num_kept), np.int32)
+        return self.corpus
 
     def _pools(self, kept: np.ndarray) -> np.ndarray:
-        """Return the pool in which each place of the mixed order is bucketed by length, int32.
+        """Return the pool of each place of the mixed order, int32.
 
         kept: kept frames at each place, float32.
         """
-        # Number the batch of each place. This is near enough: `_cut` cuts the real ones.
+        # Estimate the batch of each place; `_cut` makes the actual batches later.
         if self.batch_frames:
             batch = (np.cumsum(kept, dtype=np.float64) / self.batch_frames).astype(np.int32)
         else:
             num_batches = -(-len(kept) // self.batch_clips)
             batch = (np.arange(len(kept)) * num_batches // len(kept)).astype(np.int32)
 
-        # Spread the batches over as many pools as the size of a pool allows.
+        # Spread the batches evenly over the pools.
         num_batches = int(batch[-1]) + 1
         pool_batches = int(np.clip(num_batches // EPOCH_POOLS, *POOL_BATCHES))
         num_pools = -(-num_batches // pool_batches)
@@ -280,10 +288,10 @@ class Plan:
         return pool_of_batch[batch]
 
     def _cut(self, kept: np.ndarray) -> np.ndarray:
-        """Return where each global batch of this order ends.
+        """Return the end of each global batch of this order.
 
         kept: kept frames at each place, int. With batch_frames, the number of clips of a
-        batch is a multiple of the slices where it can be.
+        batch is a multiple of the number of micro-batches where possible.
         """
         if not self.batch_frames:
             return self._cut_by_clips(len(kept))
@@ -291,22 +299,22 @@ class Plan:
         ends: list[int] = []
         begin = 0
         while begin < len(kept):
-            # As many clips as batch_frames allows, one at least.
+            # Take as many clips as batch_frames allows, at least one.
             limit = frames_before[begin] + self.batch_frames
             end = max(int(frames_before.searchsorted(limit, "right")) - 1, begin + 1)
-            # Each slice the same number of clips; the clips left over begin the next
-            # batch.
-            if end < len(kept) and end - begin > self.slices:
-                end -= (end - begin) % self.slices
+            # Give each micro-batch the same number of clips; the remaining clips start the
+            # next batch.
+            if end < len(kept) and end - begin > self.num_micro_batches:
+                end -= (end - begin) % self.num_micro_batches
             ends.append(end)
             begin = end
         return np.array(ends)
 
     def _cut_by_clips(self, num_clips: int) -> np.ndarray:
-        """Return where each global batch ends, the remainder spread over all of them.
+        """Return the end of each global batch; the batches differ by one unit at most.
 
-        It is spread in units that up to 64 slices share equally, so that no slice has a
-        clip more to do.
+        A unit is a number of clips that up to 64 micro-batches share equally, so that no
+        micro-batch gets one clip more than another.
         """
         unit = math.gcd(self.batch_clips, 64)
         num_units = -(-num_clips // unit)
@@ -315,11 +323,11 @@ class Plan:
         return np.minimum(end_units * unit, num_clips)
 
 
-def _even_out(micro_batches: list[np.ndarray], kept: np.ndarray) -> None:
-    """Swap clips between the fullest and the emptiest micro-batch while that brings the
-    two nearer.
+def _balance(micro_batches: list[np.ndarray], kept: np.ndarray) -> None:
+    """Swap clips between the micro-batches with the most and the fewest frames while the
+    difference shrinks.
 
-    micro_batches: positions in `kept`, which are changed in place.
+    micro_batches: positions in `kept`; changed in place.
     """
     frames = np.array([kept[positions].sum() for positions in micro_batches])
     for _ in range(_MAX_SWAPS * len(micro_batches)):
@@ -328,7 +336,7 @@ def _even_out(micro_batches: list[np.ndarray], kept: np.ndarray) -> None:
         if excess < 2 or not len(micro_batches[empty]):
             return
 
-        # The pair of clips whose swap moves nearest to half of the excess.
+        # Find the pair of clips whose swap comes nearest to halving the difference.
         full_kept, empty_kept = kept[micro_batches[full]], kept[micro_batches[empty]]
         gain = full_kept[:, None] - empty_kept[None, :]
         i, j = np.unravel_index(np.abs(2 * gain - excess).argmin(), gain.shape)
@@ -343,25 +351,26 @@ def _even_out(micro_batches: list[np.ndarray], kept: np.ndarray) -> None:
 
 
 def temperature_weights(sizes: list[int], temperature: float) -> tuple[float, ...]:
-    """Return each corpus's share of an epoch: its size to the power 1 / temperature.
+    """Return the share of each corpus in an epoch: its size to the power 1 / temperature.
 
-    A temperature of 1 keeps the sizes, a higher one evens the corpora out. Source: mBART
-    and M2M-100 (arXiv 2001.08210, 2010.11125).
+    A temperature of 1 keeps the proportions, a higher one makes them more equal. Source:
+    mBART and M2M-100 (arXiv 2001.08210, 2010.11125).
     """
     raised = np.array(sizes, np.float64) ** (1 / temperature)
     return tuple((raised / raised.sum()).tolist())
 
 
-def slices_of_rank(slices: int, rank: int, world_size: int) -> range:
-    """Return the micro-batches that a rank computes, in order.
+def micro_batches_of_rank(num_micro_batches: int, rank: int, world_size: int) -> range:
+    """Return the micro-batches of a global batch that a rank computes, in order.
 
-    Raises UserError if they cannot be dealt equally.
+    Raises UserError if the ranks cannot get equally many.
     """
-    if slices % world_size:
+    if num_micro_batches % world_size:
+        enough = -(-num_micro_batches // world_size) * world_size
         raise UserError(
             f"data.micro_batches must be a multiple of the number of ranks ({world_size}), "
-            f"but is {slices}. Give "
-            f"--data.micro_batches={-(-slices // world_size) * world_size}, or other ranks."
+            f"got {num_micro_batches}. Use --data.micro_batches={enough}, or another "
+            "number of ranks."
         )
-    each = slices // world_size
+    each = num_micro_batches // world_size
     return range(rank * each, (rank + 1) * each)

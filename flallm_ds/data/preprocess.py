@@ -14,7 +14,7 @@ from functools import cache
 import torch
 from torch.nn import functional as F
 
-from flallm_ds.batch import Batch
+from flallm_ds.batch import VideoBatch
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -40,7 +40,7 @@ class Preprocess:
 
     def __call__(
         self,
-        batch: Batch,
+        batch: VideoBatch,
         train: bool,
         device: torch.device,
         dtype: torch.dtype = torch.float32,

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flallm_ds.config import RunConfig
-from flallm_ds.data.index import Index
+from flallm_ds.data.index import FeatureIndex, Index
 from flallm_ds.errors import UserError
 from flallm_ds.features.facts import OPTIONS
 
@@ -12,14 +12,14 @@ from flallm_ds.features.facts import OPTIONS
 def check_stage(config: RunConfig, train_index: Index) -> None:
     """Raise UserError where cached features, or an option for frozen ones, do not go with
     the run's stage."""
-    data, cached = config.data, bool(train_index.features)
+    data = config.data
     if config.trains_visual:
         how = (
             f"stage is {config.stage}"
             if config.stage != "llm"
             else f"visual.frozen is {config.visual.frozen}"
         )
-        if cached:
+        if isinstance(train_index, FeatureIndex):
             facts = train_index.features[0]
             raise UserError(
                 "data.shards must be video where the visual encoder is trained, but "
@@ -32,7 +32,7 @@ def check_stage(config: RunConfig, train_index: Index) -> None:
                     f"data.{name} must be 0 where the visual encoder is trained, because "
                     f"it masks frozen features, but is {getattr(data, name)} and {how}."
                 )
-    if data.feature_fps is not None and not cached:
+    if data.feature_fps is not None and not isinstance(train_index, FeatureIndex):
         raise UserError(
             "data.feature_fps must be none where data.shards are video, but is "
             f"{data.feature_fps}. Write features with launch/features.py, or give "
@@ -41,7 +41,7 @@ def check_stage(config: RunConfig, train_index: Index) -> None:
 
 
 def check_run(
-    config: RunConfig, train_index: Index, dev_index: Index, encoder: str
+    config: RunConfig, train_index: FeatureIndex, dev_index: FeatureIndex, encoder: str
 ) -> None:
     """Raise UserError unless the features are what this run's frozen encoder would make
     of the video.
@@ -67,7 +67,7 @@ def check_run(
 
 
 def check_features(
-    index: Index, options: Mapping[str, Any], encoder: str, encoder_of: str
+    index: FeatureIndex, options: Mapping[str, Any], encoder: str, encoder_of: str
 ) -> None:
     """Raise UserError unless features are of this encoder and of frames by these options
     (of `OPTIONS`)."""
@@ -88,7 +88,7 @@ def check_features(
                 )
 
 
-def check_evaluation(index: Index) -> None:
+def check_evaluation(index: FeatureIndex) -> None:
     """Raise UserError where features are of training's random picks, which no score
     should come from."""
     for facts in index.features:

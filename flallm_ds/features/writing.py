@@ -20,7 +20,7 @@ from flallm_ds.data.device import on_device
 from flallm_ds.data.index import check_video, read_manifest
 from flallm_ds.data.loader import BrokenClips, Loader
 from flallm_ds.data.plan import EpochPlan
-from flallm_ds.data.readers import Clip, ClipReader
+from flallm_ds.data.readers import Clip, VideoReader
 from flallm_ds.data.sampling import FrameSampling
 from flallm_ds.errors import Preempted, RankError, UserError, require
 from flallm_ds.features.facts import OPTIONS
@@ -206,7 +206,7 @@ class Writing:
             if stop:
                 return
             view = int(plan.passes[plan.places_of(step)[0][0]])
-            rows = plan.slices_of(step)[0].tolist()
+            rows = plan.micro_batches_of(step)[0].tolist()
             for row, features_SD in zip(
                 rows, self.features_of(batch, reader.train), strict=True
             ):
@@ -237,23 +237,22 @@ class Writing:
 
 
 @dataclass(frozen=True)
-class TolerantReader(ClipReader):
+class TolerantReader(VideoReader):
     """Reads a clip that does not decode as black frames, and remembers (row, view)."""
 
     broken: BrokenClips = field(default_factory=lambda: BrokenClips(0))
     lost: set[tuple[int, int]] = field(default_factory=set)
 
-    def load(self, row: int, epoch: int, content: np.ndarray | None) -> Clip:
+    def load(self, row: int, epoch: int, part: torch.Tensor) -> Clip:
         try:
-            return super().load(row, epoch, content)
+            return super().load(row, epoch, part)
         except (ValueError, OSError) as error:
             self.broken.add(
                 self.index.tar(row).file, self.index.strings("key")[row], str(error)
             )
             self.lost.add((row, epoch))
-            if content is not None:
-                content[:] = 0
-            return Clip(self.draws(row, epoch)[0], [])
+            part.zero_()
+            return Clip(self.draws(row, epoch)[0])
 
 
 def plan_of(
@@ -277,7 +276,9 @@ def plan_of(
         last_steps[len(batches) - 1] = job
     sizes = [len(batch) for batch in batches]
     order, passes = np.concatenate(batches), np.repeat(views, sizes)
-    return EpochPlan(order, passes, np.cumsum(sizes), num_kept, slices=1), last_steps
+    return EpochPlan(
+        order, passes, np.cumsum(sizes), num_kept, num_micro_batches=1
+    ), last_steps
 
 
 class Progress:

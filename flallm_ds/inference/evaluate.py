@@ -9,9 +9,9 @@ from typing import Any, Literal
 from flallm_ds import dist, export
 from flallm_ds.batch import Hypothesis
 from flallm_ds.config import DataConfig, RunConfig
-from flallm_ds.data.index import Index
+from flallm_ds.data.index import FeatureIndex, Index
 from flallm_ds.data.loader import Loader
-from flallm_ds.data.readers import ClipReader
+from flallm_ds.data.readers import open_reader
 from flallm_ds.data.text.codec import TextCodec
 from flallm_ds.errors import UserError
 from flallm_ds.features.checks import check_evaluation, check_features
@@ -108,7 +108,7 @@ def split_loader(
     """A loader over the split in length order. Raises UserError for features of another
     encoder."""
     frames = translator.export.settings["frames"]
-    if index.features:
+    if isinstance(index, FeatureIndex):
         options = {name: frames[name] for name in OPTIONS if name != "augment"}
         check_features(
             index, options, translator.export.visual.fingerprint(), f"--run={run}"
@@ -121,10 +121,10 @@ def split_loader(
             "with launch/features.py."
         )
     sampling = export.frame_sampling(translator.export.settings)
-    reader = ClipReader(
+    reader = open_reader(
         index, sampling, seed=0, train=False, feature_fps=frames["feature_fps"]
     )
-    plan = reader.plan(batch_clips=CLIPS_A_BATCH * world.size, slices=world.size)
+    plan = reader.plan(CLIPS_A_BATCH * world.size, num_micro_batches=world.size)
     return Loader(
         reader,
         plan.in_length_order(),

@@ -10,8 +10,9 @@ import numpy as np
 from flallm_ds import export
 from flallm_ds.batch import Hypothesis
 from flallm_ds.config import RunConfig
+from flallm_ds.data.index import FeatureIndex
 from flallm_ds.data.mixture import open_indexes
-from flallm_ds.data.readers import ClipReader
+from flallm_ds.data.readers import VideoReader
 from flallm_ds.data.sampling import FrameSampling
 from flallm_ds.data.storage.store import CacheOptions
 from flallm_ds.errors import UserError
@@ -43,9 +44,9 @@ def strip_of_run(run: Path, out: Path, split: str, num_clips: int) -> None:
     data = RunConfig.load(run / "config.json").data
     cache = CacheOptions.of_run(data)
     index = open_indexes(data.shards, split, cache)
-    if index.features:  # of clips with the same keys
+    if isinstance(index, FeatureIndex):  # of clips with the same keys
         index = open_indexes([facts.source for facts in index.features], split, cache)
-    reader = ClipReader(index, FrameSampling(max_frames=10**9), seed=0, train=False)
+    reader = VideoReader(index, FrameSampling(max_frames=10**9), seed=0, train=False)
     if missing := set(index.strings("key")) - set(hypotheses):
         raise UserError(
             f"{path} must hold a hypothesis for each clip of the run's own shards, but has "

@@ -12,7 +12,7 @@ import torch
 from transformers import TextStreamer
 
 from flallm_ds import export
-from flallm_ds.batch import Batch
+from flallm_ds.batch import Batch, VideoBatch
 from flallm_ds.data.codecs.video import Video
 from flallm_ds.data.preprocess import Preprocess
 from flallm_ds.data.readers import NUM_DRAWS
@@ -163,7 +163,7 @@ class Translator:
             )
         kept, rate = self.kept_frames(path)
         corpora = self.export.settings["training"]["corpora"]
-        batch = Batch(
+        batch = VideoBatch(
             frames_NHWC=torch.from_numpy(kept),
             num_frames_B=torch.tensor([len(kept)]),
             size_B2=torch.tensor([kept.shape[1:3]], dtype=torch.float32),

@@ -2,7 +2,7 @@
 
 import torch
 
-from flallm_ds.batch import Batch
+from flallm_ds.batch import Batch, FeatureBatch, VideoBatch
 from flallm_ds.data.preprocess import Preprocess
 from flallm_ds.models.feature_extractor import FeatureExtractor
 
@@ -24,8 +24,9 @@ def encode(
     that is frozen in training. False for an encoder that was trained: the dev search of
     its training used full precision.
     """
-    if batch.features_ND is not None:
+    if isinstance(batch, FeatureBatch):
         return batch.features_ND.to(device, non_blocking=True).float()
+    assert isinstance(batch, VideoBatch)
     assert not extractor.training, (
         "an encoder in train mode would change its BatchNorm statistics"
     )

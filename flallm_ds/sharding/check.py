@@ -12,7 +12,14 @@ from typing import Any
 import numpy as np
 
 from flallm_ds.data.codecs.decode import EXTENSIONS, decode_frames, extension_of
-from flallm_ds.data.index import STRING_COLUMNS, Shard, iter_rows, load_index, read_manifest
+from flallm_ds.data.index import (
+    STRING_COLUMNS,
+    FeatureIndex,
+    Shard,
+    iter_rows,
+    load_index,
+    read_manifest,
+)
 from flallm_ds.errors import UserError
 from flallm_ds.features.facts import FeatureFacts, from_npy
 from flallm_ds.files import open_regular
@@ -111,7 +118,7 @@ def _check_table(report: Report, folder: Path, split: str) -> None:
         rows[row["shard"]].append(row)
     # A folder of features has one tar for each shard and view, those of a shard next to
     # each other.
-    facts = index.features[0] if index.features else None
+    facts = index.features[0] if isinstance(index, FeatureIndex) else None
     num_views = facts.views if facts else 1
     rows_of_tars = [part for part in rows for _ in range(num_views)]
     for shard, part in zip(index.shards, rows_of_tars, strict=True):

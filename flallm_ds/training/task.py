@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from flallm_ds.batch import Batch
+from flallm_ds.batch import Batch, VideoBatch
 from flallm_ds.config import RunConfig
 from flallm_ds.data.index import Index
 from flallm_ds.data.loader import BrokenClips, Loader
@@ -41,8 +41,7 @@ class Split:
     """One split, its plan, and how this rank loads it.
 
     threads: that decode. broken: counts the clips that were replaced; its budget is 0 in
-    evaluation, where none may be. encoded: whether frames stay JPEGs, for the device to
-    decode.
+    evaluation, where none may be.
     """
 
     reader: ClipReader
@@ -51,7 +50,6 @@ class Split:
     world: World
     threads: int
     broken: BrokenClips
-    encoded: bool
 
     @property
     def index(self) -> Index:
@@ -67,7 +65,6 @@ class Split:
             world_size=self.world.size,
             threads=self.threads,
             broken=self.broken,
-            encoded=self.encoded,
         )
 
 
@@ -123,8 +120,8 @@ class Task:
         loss_sum = 0.0
         with self.statistics:
             for number, batch in enumerate(batches):
-                slice_number = self.world.rank * len(batches) + number
-                seed_micro_batch(self.config.train.seed, epoch, step, slice_number)
+                micro_batch = self.world.rank * len(batches) + number
+                seed_micro_batch(self.config.train.seed, epoch, step, micro_batch)
                 loss = self.loss(batch)
                 loss_sum += loss.item()
                 # DeepSpeed averages over ranks; times their number it is the mean over
@@ -151,6 +148,7 @@ class Task:
         encoder."""
         device = self.world.device
         if self.frozen is None:
+            assert isinstance(batch, VideoBatch)  # `check_stage` refuses cached features
             return self.preprocess(batch, train, device)
         features_ND = encode(
             batch, self.frozen, self.preprocess, train=train, device=device
@@ -232,10 +230,10 @@ class Task:
         return self.frozen or self.engine.module.visual
 
 
-def seed_micro_batch(seed: int, epoch: int, step: int, slice_number: int) -> None:
+def seed_micro_batch(seed: int, epoch: int, step: int, micro_batch: int) -> None:
     """Seed dropout by the micro-batch's place in the run, so that a resume needs no RNG
     states."""
-    state = np.random.SeedSequence([seed, epoch, step, slice_number]).generate_state(
+    state = np.random.SeedSequence([seed, epoch, step, micro_batch]).generate_state(
         1, np.uint64
     )[0]
     torch.manual_seed(int(state) & (2**63 - 1))

@@ -7,14 +7,14 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import simplejpeg
 import torch
 
-from flallm_ds.batch import Batch, EncodedBatch
+from flallm_ds.batch import Batch, FeatureBatch, JpegBatch, VideoBatch
 from flallm_ds.data import device
 from flallm_ds.data.device import BrokenJpeg, decode_on_device, on_device
 from flallm_ds.data.readers import FrameBuffers
@@ -24,19 +24,25 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 NUM_STEPS, MICRO_BATCHES = 40, 2
 
 
-def batch_of(frames_NHWC: torch.Tensor, **others: object) -> Batch:
-    (num_frames, height, width, _), name = frames_NHWC.shape, str(others.get("name", ""))
-    return Batch(
-        frames_NHWC=frames_NHWC,
-        num_frames_B=torch.tensor([num_frames]),
-        size_B2=torch.tensor([[float(height), float(width)]]),
-        draws_B9=torch.zeros(1, 9),
-        target_ids_BL=torch.zeros(1, 1, dtype=torch.long),
-        keys=(name,),
-        texts=("",),
-        corpora=("",),
-        languages=("de",),
-        real_B=(True,),
+def fields_of(num_frames: int, name: str = "") -> dict[str, object]:
+    """The fields of any batch of one clip."""
+    return {
+        "num_frames_B": torch.tensor([num_frames]),
+        "draws_B9": torch.zeros(1, 9),
+        "target_ids_BL": torch.zeros(1, 1, dtype=torch.long),
+        "keys": (name,),
+        "texts": ("",),
+        "corpora": ("",),
+        "languages": ("de",),
+        "real_B": (True,),
+    }
+
+
+def batch_of(frames_NHWC: torch.Tensor, name: str = "") -> VideoBatch:
+    num_frames, height, width, _ = frames_NHWC.shape
+    size_B2 = torch.tensor([[float(height), float(width)]])
+    return VideoBatch(
+        frames_NHWC=frames_NHWC, size_B2=size_B2, **fields_of(num_frames, name)
     )
 
 
@@ -72,8 +78,8 @@ class Source:
         if self.features is not None:
             features_ND = self.buffers.take((self.sizes[number], 40), self.features)
             features_ND.fill_(self.colour(number))
-            nothing = torch.empty(0, 40, 30, 3, dtype=torch.uint8)
-            return replace(batch_of(nothing, name=str(number)), features_ND=features_ND)
+            fields = fields_of(self.sizes[number], str(number))
+            return FeatureBatch(features_ND=features_ND, **fields)
         frames = self.buffers.take((self.sizes[number], 40, 30, 3))
         frames.fill_(self.colour(number))
         return batch_of(frames, name=str(number))
@@ -100,8 +106,8 @@ class Passed:
 
 
 class ThreadQueues:
-    """Two threads that do what they are given in order, late, and beside each other and
-    the consumer.
+    """Two threads that do what they are given in order, late, and in parallel to each
+    other and the consumer.
 
     Copies hold no reference to what they read, as those of a GPU do not.
     """
@@ -123,7 +129,7 @@ class ThreadQueues:
         self.computing.submit(mark.synchronize)
 
     def fill(self, content: torch.Tensor, source: Batch, after: Passed) -> Passed:
-        host = source.frames_NHWC if source.features_ND is None else source.features_ND
+        host = source.content
         addresses = (
             content.data_ptr(),
             host.data_ptr(),
@@ -179,9 +185,7 @@ def test_cached_features_arrive_in_place_of_frames(dtype):
     seen = []
     for step in device.ahead(source.steps(), queues):
         for batch in step:
-            assert batch.features_ND.dtype == getattr(torch, dtype) and not len(
-                batch.frames_NHWC
-            )
+            assert batch.features_ND.dtype == getattr(torch, dtype)
             seen.append(queues.summary(batch.features_ND))
     assert [s.result() for s in seen] == source.expected()
 
@@ -336,16 +340,15 @@ def test_jpegs_fill_their_canvases():
 
 def encoded_batch(
     jpegs: list[bytes | memoryview], height: int = 40, width: int = 30
-) -> EncodedBatch:
+) -> JpegBatch:
     """Two clips: all frames but the last, and the last."""
     shape = torch.empty((len(jpegs), height, width, 3), dtype=torch.uint8, device="meta")
-    batch = replace(
-        batch_of(shape),
-        num_frames_B=torch.tensor([len(jpegs) - 1, 1]),
-        size_B2=torch.tensor([[40.0, 30.0], [25.0, 30.0]]),
-        keys=("first", "second"),
-    )
-    return EncodedBatch(batch, jpegs)
+    fields = fields_of(len(jpegs)) | {
+        "num_frames_B": torch.tensor([len(jpegs) - 1, 1]),
+        "keys": ("first", "second"),
+    }
+    size_B2 = torch.tensor([[40.0, 30.0], [25.0, 30.0]])
+    return JpegBatch(frames_NHWC=shape, size_B2=size_B2, jpegs=jpegs, **fields)
 
 
 def test_a_batch_of_jpegs_is_decoded_by_the_sizes_of_its_clips():
@@ -366,14 +369,16 @@ def test_a_broken_jpeg_is_named(damage):
     with pytest.raises(BrokenJpeg) as error:
         decode_on_device(jpegs, SIZES[1:4], canvas)
     assert error.value.position == 2
-    with pytest.raises(RankError, match=r"but second does not: .* --data\.decoder=cpu"):
+    with pytest.raises(
+        RankError, match=r"Cannot decode clip second: .* --data\.decoder=cpu"
+    ):
         device.decode_batch(encoded_batch(jpegs), canvas)
 
 
 def test_a_jpeg_of_another_size_is_named():
     needs_torchvision()
     with pytest.raises(
-        RankError, match="but second does not: frames must be 30x25, but one is 30x40"
+        RankError, match="Cannot decode clip second: its frames must be 30x25, got 30x40"
     ):
         device.decode_batch(
             encoded_batch(jpegs_of([(40, 30)] * 3)),
@@ -384,7 +389,7 @@ def test_a_jpeg_of_another_size_is_named():
 def test_nvjpeg_is_refused_without_a_gpu():
     needs_torchvision()
     with pytest.raises(
-        UserError, match=r"needs a CUDA device, but there is none.*--data\.decoder=cpu"
+        UserError, match=r"nvjpeg: there is no CUDA device.*--data\.decoder=cpu"
     ):
         device.check_nvjpeg(CPU)
 
@@ -393,7 +398,7 @@ def test_nvjpeg_is_refused_without_torchvision(monkeypatch):
     # as Python does for a module that is not there
     monkeypatch.setitem(sys.modules, "torchvision.io", None)
     monkeypatch.setitem(sys.modules, "torchvision", None)
-    with pytest.raises(UserError, match=r"needs torchvision, but there is none.*\[gpu\]"):
+    with pytest.raises(UserError, match=r"nvjpeg: torchvision is not installed.*\[gpu\]"):
         device.check_nvjpeg(CUDA)
 
 

@@ -9,7 +9,7 @@ from flallm_ds.data.plan import (
     EpochPlan,
     Plan,
     PlanState,
-    slices_of_rank,
+    micro_batches_of_rank,
     temperature_weights,
 )
 from flallm_ds.errors import UserError
@@ -18,7 +18,11 @@ SIZES = [1, 2, 3, 7, 8, 9, 64, 257, 1000]
 
 
 def plan_of(
-    num_clips: int, batch_clips: int = 8, slices: int = 2, seed: int = 0, **options
+    num_clips: int,
+    batch_clips: int = 8,
+    num_micro_batches: int = 2,
+    seed: int = 0,
+    **options,
 ) -> Plan:
     rng = np.random.default_rng(num_clips)
     return Plan(
@@ -27,7 +31,7 @@ def plan_of(
         shard=np.sort(rng.integers(0, 1 + num_clips // 20, num_clips)).astype(np.int32),
         seed=seed,
         batch_clips=batch_clips,
-        slices=slices,
+        num_micro_batches=num_micro_batches,
         **options,
     )
 
@@ -39,7 +43,10 @@ def mixed(sizes: list[int], weights: tuple[float, ...]) -> Plan:
 
 
 def micro_batches(epoch: EpochPlan) -> list[list[list[int]]]:
-    return [[s.tolist() for s in epoch.slices_of(step)] for step in range(epoch.num_steps)]
+    return [
+        [s.tolist() for s in epoch.micro_batches_of(step)]
+        for step in range(epoch.num_steps)
+    ]
 
 
 def padding(batches: list[np.ndarray], num_kept: np.ndarray) -> float:
@@ -74,7 +81,7 @@ def test_evaluation_holds_every_clip_exactly_once_longest_first(num_clips):
     ("num_clips", "batch_clips"), [(100, 8), (1000, 64), (999, 128), (40, 12)]
 )
 def test_the_remainder_is_spread_over_the_batches(num_clips, batch_clips):
-    """Batches differ by what 64 slices share equally, and all but one of them can be dealt so."""
+    """Batches differ by what 64 micro-batches share equally, and all but one of them can be dealt so."""
     plan = plan_of(num_clips, batch_clips).epoch(0)
     sizes = [len(plan.batch(step)) for step in range(plan.num_steps)]
     unit = gcd(batch_clips, 64)
@@ -115,26 +122,32 @@ def test_clips_of_different_shards_are_mixed():
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 @pytest.mark.parametrize("num_clips", [1, 5, 100])
 def test_every_rank_has_the_same_number_of_steps_and_micro_batches(world_size, num_clips):
-    slices = 2 * world_size
-    epoch = plan_of(num_clips, batch_clips=2 * slices, slices=slices).epoch(0)
-    shares = [slices_of_rank(slices, rank, world_size) for rank in range(world_size)]
+    num_micro_batches = 2 * world_size
+    epoch = plan_of(
+        num_clips, batch_clips=2 * num_micro_batches, num_micro_batches=num_micro_batches
+    ).epoch(0)
+    shares = [
+        micro_batches_of_rank(num_micro_batches, rank, world_size)
+        for rank in range(world_size)
+    ]
     assert {len(share) for share in shares} == {2}
-    assert [s for share in shares for s in share] == list(range(slices))
+    assert [s for share in shares for s in share] == list(range(num_micro_batches))
     for step in range(epoch.num_steps):
-        assert len(epoch.slices_of(step)) == slices
+        assert len(epoch.micro_batches_of(step)) == num_micro_batches
 
 
 @pytest.mark.parametrize(("world_size", "num_shards"), [(3, 8), (7, 2), (5, 1)])
 def test_ranks_and_shards_need_not_divide_each_other(world_size, num_shards):
     """Every rank has every step, and between them they have each clip once."""
     plan = replace(
-        plan_of(83, slices=world_size),
+        plan_of(83, num_micro_batches=world_size),
         shard=(np.arange(83) * num_shards // 83).astype(np.int32),
     )
     for order in (plan.epoch(1), plan.in_length_order()):
         steps = micro_batches(order)
         shares = [
-            slices_of_rank(world_size, rank, world_size) for rank in range(world_size)
+            micro_batches_of_rank(world_size, rank, world_size)
+            for rank in range(world_size)
         ]
         dealt = [[[step[s] for s in share] for step in steps] for share in shares]
         assert {len(of_rank) for of_rank in dealt} == {order.num_steps}
@@ -144,14 +157,14 @@ def test_ranks_and_shards_need_not_divide_each_other(world_size, num_shards):
 
 
 def test_one_two_and_four_ranks_see_the_same_micro_batches():
-    epoch = plan_of(100, slices=4).epoch(0)
+    epoch = plan_of(100, num_micro_batches=4).epoch(0)
     whole = micro_batches(epoch)
     for world_size in (1, 2, 4):
         dealt = [
             [
                 step[s]
                 for rank in range(world_size)
-                for s in slices_of_rank(epoch.slices, rank, world_size)
+                for s in micro_batches_of_rank(epoch.num_micro_batches, rank, world_size)
             ]
             for step in whole
         ]
@@ -159,17 +172,20 @@ def test_one_two_and_four_ranks_see_the_same_micro_batches():
 
 
 def test_the_global_batches_do_not_depend_on_the_number_of_micro_batches():
-    two, four = plan_of(100, slices=2).epoch(0), plan_of(100, slices=4).epoch(0)
+    two, four = (
+        plan_of(100, num_micro_batches=2).epoch(0),
+        plan_of(100, num_micro_batches=4).epoch(0),
+    )
     assert two.num_steps == four.num_steps
     for step in range(two.num_steps):
         assert two.batch(step).tolist() == four.batch(step).tolist()
 
 
-def test_slices_that_ranks_cannot_share_equally_are_refused_with_one_that_they_can():
+def test_micro_batches_that_ranks_cannot_share_equally_are_refused():
     with pytest.raises(
-        UserError, match=r"multiple of the number of ranks \(3\), but is 4.*micro_batches=6"
+        UserError, match=r"multiple of the number of ranks \(3\), got 4.*micro_batches=6"
     ):
-        slices_of_rank(4, 0, 3)
+        micro_batches_of_rank(4, 0, 3)
 
 
 def test_buckets_pad_far_less_than_a_shuffle():
@@ -180,17 +196,21 @@ def test_buckets_pad_far_less_than_a_shuffle():
     assert bucketed < 0.3 * padding(np.split(shuffled, 125), plan.num_kept)
 
 
-@pytest.mark.parametrize(("batch_clips", "slices"), [(64, 8), (512, 64)])
-def test_micro_batches_of_a_step_hold_nearly_equal_frames(batch_clips, slices):
-    plan = plan_of(20_032, batch_clips, slices)
+@pytest.mark.parametrize(("batch_clips", "num_micro_batches"), [(64, 8), (512, 64)])
+def test_micro_batches_of_a_step_hold_nearly_equal_frames(batch_clips, num_micro_batches):
+    plan = plan_of(20_032, batch_clips, num_micro_batches)
     epoch = plan.epoch(0)
     for step in range(epoch.num_steps):
-        frames = np.array([plan.num_kept[part].sum() for part in epoch.slices_of(step)])
+        frames = np.array(
+            [plan.num_kept[part].sum() for part in epoch.micro_batches_of(step)]
+        )
         assert frames.max() <= 1.03 * frames.mean()
 
 
 def test_fewer_clips_than_slices_leave_the_last_slices_empty():
-    assert [len(part) for part in plan_of(3, slices=4).epoch(0).slices_of(0)] == [
+    assert [
+        len(part) for part in plan_of(3, num_micro_batches=4).epoch(0).micro_batches_of(0)
+    ] == [
         1,
         1,
         1,
@@ -202,7 +222,7 @@ def test_fewer_clips_than_slices_leave_the_last_slices_empty():
 
 
 def test_a_frame_budget_is_never_passed_and_nothing_is_dropped():
-    plan = plan_of(3000, slices=4, batch_frames=3000)
+    plan = plan_of(3000, num_micro_batches=4, batch_frames=3000)
     epoch = plan.epoch(2)
     frames = [
         int(plan.num_kept[epoch.batch(step)].sum()) for step in range(epoch.num_steps)
@@ -278,7 +298,7 @@ def test_a_temperature_evens_corpora_out():
         ("fingerprint", {"fingerprint": "ffff"}),
         ("seed", {"seed": 5}),
         ("batch_clips", {"batch_clips": 16}),
-        ("slices", {"slices": 4}),
+        ("num_micro_batches", {"num_micro_batches": 4}),
         ("batch_frames", {"batch_frames": 500}),
         ("weights", {"weights": (1.0,)}),
     ],
@@ -287,8 +307,8 @@ def test_a_state_of_another_plan_is_refused_and_the_error_says_what_differs(name
     saved, now = plan_of(100).state(2, 7), replace(plan_of(100), **change).state(0, 0)
     with pytest.raises(UserError) as caught:
         now.check_same_plan(saved)
-    assert f"data's {name} must be {getattr(saved, name)!r}" in str(caught.value)
-    assert f"but is {change[name]!r} now" in str(caught.value)
+    assert f"The {name} of the data must be {getattr(saved, name)!r}" in str(caught.value)
+    assert f"got {change[name]!r}." in str(caught.value)
 
 
 def test_a_state_of_the_same_plan_at_another_step_is_accepted():
@@ -302,5 +322,5 @@ def test_a_state_survives_json_and_one_of_another_version_is_refused():
     state = replace(plan_of(100), weights=(0.5,)).state(2, 7)
     assert PlanState.load(json.loads(json.dumps(asdict(state)))) == state
     old = {k: v for k, v in asdict(state).items() if k != "weights"} | {"version": 2}
-    with pytest.raises(UserError, match=r"version must be 4, but the checkpoint's is 2"):
+    with pytest.raises(UserError, match=r"data order must be 4, got 2"):
         PlanState.load(old)

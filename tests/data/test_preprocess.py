@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from flallm_ds.batch import Batch
+from flallm_ds.batch import VideoBatch
 from flallm_ds.data.preprocess import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -23,11 +23,11 @@ NEUTRAL = [0.5, 0.5, 0.5, 0.5]  # the middle of angle, scale, shift x, shift y
 
 def batch_of(
     frames_NHWC: torch.Tensor, num_frames: list[int], draws=None, sizes=None
-) -> Batch:
+) -> VideoBatch:
     num_clips = len(num_frames)
     draws = [[*CENTRE, *NEVER, *NEUTRAL]] * num_clips if draws is None else draws
     sizes = [list(frames_NHWC.shape[1:3])] * num_clips if sizes is None else sizes
-    return Batch(
+    return VideoBatch(
         frames_NHWC=frames_NHWC,
         num_frames_B=torch.tensor(num_frames),
         size_B2=torch.tensor(sizes, dtype=torch.float32),
@@ -48,7 +48,9 @@ def noise(num: int, height: int, width: int) -> torch.Tensor:
     )
 
 
-def pixels_of(preprocess: Preprocess, batch: Batch, train: bool = False) -> torch.Tensor:
+def pixels_of(
+    preprocess: Preprocess, batch: VideoBatch, train: bool = False
+) -> torch.Tensor:
     """Pixels in 0 to 255, the normalisation undone; N x 3 x crop x crop."""
     normalised = preprocess(batch, train, CPU)
     assert normalised.dtype == torch.float32

@@ -1,50 +1,48 @@
 import gc
 import threading
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from flallm_ds.data.index import load_index
+from flallm_ds.data.index import FeatureIndex, Index, load_index
 from flallm_ds.data.readers import (
-    CachedFeatures,
-    ClipReader,
-    DecodedFrames,
+    FeatureReader,
     FrameBuffers,
-    StoredJpegs,
-    content_of,
+    JpegReader,
+    VideoReader,
+    open_reader,
 )
 from flallm_ds.data.sampling import FrameSampling
 from flallm_ds.errors import RankError
 from flallm_ds.features.facts import FeatureFacts
 
-# --- what a batch holds
+# --- the kinds of readers
+
+
+def cached(index: Index) -> FeatureIndex:
+    """The index as if of cached features, float16 of width 6."""
+    facts = FeatureFacts("", "", "", "", 6, "float16", {}, 0, 1, True, "")
+    views = np.ones(len(index.shards), np.int64)
+    return FeatureIndex(**vars(index), features=(facts,), views=views)
 
 
 @pytest.mark.parametrize("keep_jpegs", [False, True])
-def test_what_batches_hold_goes_by_the_shards_and_then_by_the_decoder(
-    tiny_corpus, keep_jpegs
-):
+def test_the_reader_depends_on_the_shards_and_then_on_the_decoder(tiny_corpus, keep_jpegs):
     index = load_index(tiny_corpus / "shards", "train")
-    facts = FeatureFacts("", "", "", "", 6, "float16", {}, 0, 1, True, "")
-    video = ClipReader(index, FrameSampling(4), seed=0, train=True)
-    cached = replace(video, index=replace(index, features=(facts,)))
-    kind = StoredJpegs if keep_jpegs else DecodedFrames
-    assert isinstance(content_of(video, keep_jpegs), kind)
-    assert isinstance(content_of(cached, keep_jpegs), CachedFeatures)
+
+    def kind(index: Index) -> type:
+        return type(open_reader(index, FrameSampling(4), 0, True, keep_jpegs=keep_jpegs))
+
+    assert kind(index) is (JpegReader if keep_jpegs else VideoReader)
+    assert kind(cached(index)) is FeatureReader
 
 
 def test_half_features_that_are_resampled_are_in_single_precision(tiny_corpus):
-    index = load_index(tiny_corpus / "shards", "train")
-    facts = FeatureFacts("", "", "", "", 6, "float16", {}, 0, 1, True, "")
-    reader = ClipReader(
-        replace(index, features=(facts,)), FrameSampling(4), seed=0, train=True
-    )
+    index = cached(load_index(tiny_corpus / "shards", "train"))
     for feature_fps, dtype in ((None, torch.float16), (5.0, torch.float32)):
-        memory = content_of(replace(reader, feature_fps=feature_fps)).memory(
-            3, FrameBuffers()
-        )
+        reader = FeatureReader(index, FrameSampling(4), 0, True, feature_fps)
+        memory = reader.memory(3, FrameBuffers())
         assert memory.shape == (3, 6) and memory.dtype == dtype
 
 
@@ -52,9 +50,7 @@ def test_half_features_that_are_resampled_are_in_single_precision(tiny_corpus):
 
 
 def test_a_batch_that_no_memory_could_hold_is_one_sentence():
-    with pytest.raises(
-        RankError, match=r"must fit into memory.*\(9999999, 9999, 9999, 3\)"
-    ):
+    with pytest.raises(RankError, match=r"Cannot allocate .* \(9999999, 9999, 9999, 3\)"):
         FrameBuffers().take((9_999_999, 9_999, 9_999, 3))
 
 

@@ -14,11 +14,12 @@ import pytest
 import torch
 import webdataset
 
+from flallm_ds.batch import FeatureBatch
 from flallm_ds.data.index import Index, load_index, read_manifest
 from flallm_ds.data.loader import BrokenClips, Loader, open_loader
 from flallm_ds.data.mixture import open_indexes
 from flallm_ds.data.plan import Plan
-from flallm_ds.data.readers import ClipReader
+from flallm_ds.data.readers import FeatureReader
 from flallm_ds.data.sampling import FrameSampling
 from flallm_ds.errors import RankError, UserError
 from flallm_ds.features.facts import OPTIONS, from_npy, to_npy
@@ -126,7 +127,7 @@ def test_an_epoch_reads_its_view_in_the_batches_of_video(features, tiny_corpus, 
         assert torch.equal(ours.num_frames_B, theirs.num_frames_B)
         assert torch.equal(ours.draws_B9, theirs.draws_B9)
         assert ours.texts == theirs.texts and ours.languages == theirs.languages
-        assert ours.frames_NHWC.shape[0] == 0 and ours.features_ND.dtype == torch.float32
+        assert isinstance(ours, FeatureBatch) and ours.features_ND.dtype == torch.float32
         expected = [features_of(index, row_of[key], epoch % VIEWS) for key in ours.keys]
         assert np.array_equal(ours.features_ND.numpy(), np.concatenate(expected))
 
@@ -205,7 +206,7 @@ def test_a_clip_of_a_mixture_has_the_draws_that_it_has_alone(tiny_corpus, second
 def test_video_and_features_are_not_mixed(features, second_corpus):
     with pytest.raises(
         UserError,
-        match=r"all be video or all be features, but .*second.* is video and .*features",
+        match=r"all video or all cached features, got video in .*second.* and features in ",
     ):
         open_indexes([second_corpus, features], "train")
 
@@ -292,9 +293,7 @@ def test_broken_features_are_replaced_and_counted_as_broken_clips_are(copy, tiny
     keys = [k for batch in loader for k in batch.keys]
     assert key not in keys and keys.count(following) == 2
     assert list(loader.broken.reasons) == [f"{tar.name}:{key}"]
-    with pytest.raises(
-        RankError, match=f"every clip must decode here, but {key}.*must be finite"
-    ):
+    with pytest.raises(RankError, match=f"Cannot decode clip {key} .*must be finite"):
         none = Loader(loader.reader, loader.plan, broken=BrokenClips(0))
         list(none)
 
@@ -410,14 +409,15 @@ def test_verify_knows_features_and_finds_what_is_broken(copy, capsys):
         verify(copy, workers=1)
     assert "is broken: features must be finite" in capsys.readouterr().out
     with pytest.raises(
-        UserError, match=r"--repair needs shards of video.*launch/features\.py"
+        UserError, match=r"--repair must be given video shards.*launch/features\.py"
     ):
         verify(copy, workers=1, repair="drop")
 
 
 def test_what_shows_video_says_that_these_are_features(features, tmp_path):
     with pytest.raises(
-        UserError, match=r"preview\.py needs shards of video, but .* holds features of "
+        UserError,
+        match=r"preview\.py must be given video shards, got .* with cached features of ",
     ):
         preview(features, out=tmp_path / "sheet")
 
@@ -490,11 +490,11 @@ def test_ranks_share_all_tars_and_neighbours_stay_together(
 
 def test_features_come_at_another_rate_with_the_lengths_of_the_plan(features):
     index = load_index(features, "train")
-    reader = ClipReader(index, SAMPLING, 0, True, feature_fps=5.0)
+    reader = FeatureReader(index, SAMPLING, 0, True, feature_fps=5.0)
     lengths = reader.num_places()
     assert (lengths < dataclasses.replace(reader, feature_fps=None).num_places()).all()
     row_of = {key: row for row, key in enumerate(index.strings("key"))}
-    for batch in Loader(reader, reader.plan(batch_clips=8, slices=2).epoch(0)):
+    for batch in Loader(reader, reader.plan(batch_clips=8, num_micro_batches=2).epoch(0)):
         for key, length, part in zip(
             batch.keys,
             batch.num_frames_B.tolist(),
@@ -527,8 +527,8 @@ def test_lengths_are_foreseen_for_all_rates_and_lengths():
 
 
 def test_a_rate_out_of_reach_is_refused(features):
-    with pytest.raises(UserError, match=r"data\.feature_fps cannot be 0\.1.*24 times"):
-        ClipReader(
+    with pytest.raises(UserError, match=r"to data\.feature_fps=0\.1: .*24 times"):
+        FeatureReader(
             load_index(features, "train"), SAMPLING, 0, True, feature_fps=0.1
         ).num_places()
 
@@ -612,7 +612,7 @@ def test_the_state_of_a_plan_knows_the_features(features, tiny_corpus):
     plans[1].state(1, 0).check_same_plan(saved)
     with pytest.raises(
         UserError,
-        match=r"data's features must be '[0-9a-f]{16}' as in the checkpoint, but is ''",
+        match=r"The features of the data must be '[0-9a-f]{16}' as in the checkpoint, got ''",
     ):
         plans[0].state(0, 0).check_same_plan(saved)
     assert np.array_equal(plans[0].epoch(1).order, plans[1].epoch(1).order)

@@ -347,7 +347,7 @@ def refused(
         ),
         ({"stage": "visual"}, "must be video where the visual encoder is trained"),
         ({"stage": "joint"}, "must be video where the visual encoder is trained"),
-        ({"shards": "both"}, "must all be video or all be features"),
+        ({"shards": "both"}, "must be all video or all cached features"),
         (
             {"shards": "video", "data.feature_fps": 8},
             "data.feature_fps must be none where data.shards are video",
@@ -437,7 +437,7 @@ def test_features_are_not_written_from_features_nor_over_others(
         return refused(features, *writing(tiny_corpus, runs, out, **more))
 
     cached = {"data.shards": runs / "features"}
-    assert "launch/features.py needs shards of video" in sentence(
+    assert "launch/features.py must be given video shards" in sentence(
         tmp_path / "out", **cached
     )
     assert "--views must be 2 as when the features in" in sentence(

@@ -1,12 +1,12 @@
 """The path from a batch to visual features that training, the translator and feature
 writing share."""
 
-from dataclasses import replace
+import dataclasses
 
 import pytest
 import torch
 
-from flallm_ds.batch import Batch
+from flallm_ds.batch import Batch, FeatureBatch, VideoBatch
 from flallm_ds.data.preprocess import Preprocess
 from flallm_ds.models.encode import encode
 from flallm_ds.models.feature_extractor import FeatureExtractor
@@ -23,10 +23,10 @@ def extractor() -> FeatureExtractor:
 
 
 @pytest.fixture
-def batch() -> Batch:
+def batch() -> VideoBatch:
     """Two clips of two and three frames."""
     generator = torch.Generator().manual_seed(0)
-    return Batch(
+    return VideoBatch(
         frames_NHWC=torch.randint(
             0, 256, (5, 40, 30, 3), dtype=torch.uint8, generator=generator
         ),
@@ -44,7 +44,7 @@ def batch() -> Batch:
 
 @pytest.mark.parametrize("train", [True, False])
 def test_frames_become_features(
-    extractor: FeatureExtractor, batch: Batch, train: bool
+    extractor: FeatureExtractor, batch: VideoBatch, train: bool
 ) -> None:
     features_ND = encode(batch, extractor, PREPROCESS, train=train, device=CPU)
     with torch.no_grad():
@@ -54,16 +54,17 @@ def test_frames_become_features(
 
 
 def test_cached_features_are_taken_as_they_are(
-    extractor: FeatureExtractor, batch: Batch
+    extractor: FeatureExtractor, batch: VideoBatch
 ) -> None:
     cached_ND = torch.randn(5, 32).half()
-    cached = replace(batch, frames_NHWC=batch.frames_NHWC[:0], features_ND=cached_ND)
+    fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(Batch)}
+    cached = FeatureBatch(features_ND=cached_ND, **fields)
     features_ND = encode(cached, extractor, PREPROCESS, train=True, device=CPU)
     assert torch.equal(features_ND, cached_ND.float())
 
 
 def test_an_encoder_in_train_mode_is_refused(
-    extractor: FeatureExtractor, batch: Batch
+    extractor: FeatureExtractor, batch: VideoBatch
 ) -> None:
     with pytest.raises(AssertionError, match="in train mode"):
         encode(batch, extractor.train(), PREPROCESS, train=True, device=CPU)
@@ -71,7 +72,7 @@ def test_an_encoder_in_train_mode_is_refused(
 
 @pytest.mark.gpu
 def test_a_gpu_computes_in_bf16_where_it_is_asked_to(
-    extractor: FeatureExtractor, batch: Batch
+    extractor: FeatureExtractor, batch: VideoBatch
 ) -> None:
     device = torch.device("cuda")
     extractor.to(device)

@@ -15,7 +15,7 @@ from flallm_ds.command import main
 from flallm_ds.config import RunConfig
 from flallm_ds.data.loader import Loader
 from flallm_ds.data.plan import Plan
-from flallm_ds.data.readers import ClipReader
+from flallm_ds.data.readers import VideoReader
 from flallm_ds.inference.translator import Translator
 from flallm_ds.models.sign_translator import Candidate
 from flallm_ds.recipes import resolve
@@ -50,7 +50,7 @@ def runs(*, scenarios: Path | None = None, exports: Path | None = None) -> None:
         one_at_a_time = Plan(
             index.fingerprint, kept, index.arrays["shard"], 0, 1, 1
         ).in_length_order()
-        reader = ClipReader(index, sampling, seed=0, train=False)
+        reader = VideoReader(index, sampling, seed=0, train=False)
         loader = Loader(reader, one_at_a_time, translator.export.codec)
         found = _search(loader, translator.generate)
         (Path(run) / "loaded.json").write_text(json.dumps(found), encoding="utf-8")

@@ -12,7 +12,7 @@ from flallm_ds import export
 from flallm_ds.data.index import load_index
 from flallm_ds.data.loader import Loader
 from flallm_ds.data.plan import Plan
-from flallm_ds.data.readers import ClipReader
+from flallm_ds.data.readers import VideoReader
 from flallm_ds.data.text.prompt import DECODER_ONLY_PROMPT
 from flallm_ds.dist import World
 from flallm_ds.inference.translator import Translator
@@ -108,7 +108,7 @@ def said_by(
         index.fingerprint, kept, index.arrays["shard"], 0, clips_a_batch, 1
     ).in_length_order()
     loader = Loader(
-        ClipReader(index, sampling, seed=0, train=False), order, translator.export.codec
+        VideoReader(index, sampling, seed=0, train=False), order, translator.export.codec
     )
     world = World(0, 1, 0, 1)
     evaluation = Evaluation(loader, translator.generate, translator.export.codec, world)

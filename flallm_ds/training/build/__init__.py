@@ -6,6 +6,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from flallm_ds.config import RunConfig
+from flallm_ds.data.index import FeatureIndex
 from flallm_ds.dist import World, on_each_machine
 from flallm_ds.features.checks import check_run
 from flallm_ds.models.sign_translator import Beam
@@ -39,7 +40,7 @@ def build_task(config: RunConfig, folder: Path, world: World) -> Task:
     torch.manual_seed(config.train.seed)  # the same initial weights on every rank
     codec = open_codec(config, folder, train_index, world)
     extractor = feature_extractor(config, world).to(world.device)
-    if train_index.features:
+    if isinstance(train_index, FeatureIndex) and isinstance(dev_index, FeatureIndex):
         check_run(config, train_index, dev_index, extractor.fingerprint())
     model = (
         visual_model(config, codec, extractor).to(world.device)

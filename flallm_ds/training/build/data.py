@@ -11,9 +11,9 @@ from flallm_ds.data import mixture
 from flallm_ds.data.device import check_nvjpeg
 from flallm_ds.data.index import Index, read_manifest
 from flallm_ds.data.loader import BrokenClips
-from flallm_ds.data.plan import Plan, slices_of_rank, temperature_weights
+from flallm_ds.data.plan import Plan, micro_batches_of_rank, temperature_weights
 from flallm_ds.data.preprocess import Preprocess
-from flallm_ds.data.readers import ClipReader
+from flallm_ds.data.readers import ClipReader, open_reader
 from flallm_ds.data.sampling import FrameSampling
 from flallm_ds.data.storage.store import CacheOptions, open_store
 from flallm_ds.data.text.codec import TextCodec
@@ -30,7 +30,7 @@ from flallm_ds.training.task import Split
 def open_indexes(config: RunConfig, world: World) -> tuple[Index, Index]:
     """Open the training and the dev index. Raises UserError where they do not fit the run."""
     data = config.data
-    slices_of_rank(data.micro_batches, world.rank, world.size)
+    micro_batches_of_rank(data.micro_batches, world.rank, world.size)
     if data.decoder == "nvjpeg":
         check_nvjpeg(world.device)
         check_jpegs(data)
@@ -74,14 +74,19 @@ def make_split(
         world,
         threads=decode_threads(data.threads, world),
         broken=BrokenClips(math.ceil(data.max_broken * len(index)) if train else 0),
-        encoded=train and data.decoder == "nvjpeg",
     )
 
 
 def make_reader(index: Index, config: RunConfig, train: bool) -> ClipReader:
+    """Make the reader of a split. Only training decodes JPEGs on the GPU."""
     data = config.data
-    return ClipReader(
-        index, FrameSampling.of(data), config.train.seed, train, data.feature_fps
+    return open_reader(
+        index,
+        FrameSampling.of(data),
+        config.train.seed,
+        train,
+        feature_fps=data.feature_fps,
+        keep_jpegs=train and data.decoder == "nvjpeg",
     )
 
 

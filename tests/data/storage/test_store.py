@@ -257,7 +257,7 @@ def test_an_index_over_http_is_that_of_the_folder(server, folder, tmp_path):
     assert list(remote.strings("text")) == list(local.strings("text"))
     load_index(server.url, "train", cache_of(tmp_path))
     assert server.num_gets("index.json") == 2 and server.num_gets("train.safetensors") == 1
-    with pytest.raises(UserError, match="must lie in a folder"):
+    with pytest.raises(UserError, match="must be in a local folder"):
         remote.shard_path(0)
 
 
