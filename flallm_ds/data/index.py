@@ -64,6 +64,7 @@ class StringColumn(Sequence[str]):
         return len(self._ends)
 
     def __getitem__(self, row: Any) -> Any:
+        # Row n is between the end of row n - 1 and its own end.
         begin = int(self._ends[row - 1]) if row > 0 else 0
         return self._blob[begin : int(self._ends[row])].tobytes().decode("utf-8")
 
@@ -85,6 +86,7 @@ class Table(Mapping[str, np.ndarray]):
         self._read: dict[str, np.ndarray] = {}
 
     def __getitem__(self, name: str) -> np.ndarray:
+        # Memory-mapped by safetensors: a column costs memory only when it is read.
         if name not in self._read:
             self._read[name] = self.read(name)
         return self._read[name]
@@ -110,6 +112,7 @@ class Table(Mapping[str, np.ndarray]):
     def __len__(self) -> int:
         return len(self._file.keys())
 
+    # Pickled as its path: worker processes of a build open the file themselves.
     def __reduce__(self) -> tuple[Any, ...]:
         return Table, (self._path,)
 
@@ -252,6 +255,7 @@ def read_manifest(root: str | Path | Store) -> dict[str, Any]:
             "python shards/build.py, or name another folder."
         )
     try:
+        # Limit the size before parsing: the folder may come from anybody.
         with open_regular(path) as file:
             content = file.read(MAX_MANIFEST_BYTES + 1)
         if len(content) > MAX_MANIFEST_BYTES:
@@ -293,6 +297,7 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
         checked_name(name)
     if not manifest["splits"]:
         raise KeyError("splits")
+    # File names must be plain, so that no entry can point outside the folder.
     tars: set[str] = set()
     for split, entry in manifest["splits"].items():
         checked_name(split)
@@ -317,6 +322,7 @@ def load_index(root: str | Path, split: str, cache: CacheOptions | None = None) 
     cache. Raises UserError if this is not a shard folder, if it has no such split, or if
     the table of the split was changed or describes impossible clips.
     """
+    # Every file is checked before its content is used.
     store = open_store(root, cache)
     manifest = read_manifest(store)
     if split not in manifest["splits"]:
@@ -376,6 +382,7 @@ def _open_table(
         if facts is None:
             check_table(columns, COLUMNS, STRING_COLUMNS, sizes, is_video=True)
         else:
+            # All views of a shard have the same offsets, so the smallest tar limits them.
             smallest = sizes.reshape(-1, facts.views).min(axis=1)
             check_table(columns, COLUMNS, STRING_COLUMNS, smallest, is_video=False)
             facts.check_sizes(columns["num_frames"], columns["fps"], columns["size"])

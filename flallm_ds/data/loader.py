@@ -83,6 +83,7 @@ class _Pending:
         clip: Clip,
     ) -> None:
         """Replace a clip by another that was read into `part`."""
+        # The new clip may have another length, so the memory is packed again.
         parts = list(torch.split(self.memory, self.num_kept))
         parts[position] = part
         self.memory = torch.cat(parts)
@@ -129,6 +130,7 @@ class Loader:
 
     def steps(self, start: int = 0) -> Iterator[list[Any]]:
         """Yield the micro-batches of step `start` and of all later steps."""
+        # Threads, not processes: decoders release the GIL, and frames need no copy.
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
         buffers = FrameBuffers()
         shards = _ShardsAhead(self.reader.index, self.plan)
@@ -136,6 +138,7 @@ class Loader:
         try:
             for step in range(start, self.plan.num_steps):
                 shards.read_ahead(step)
+                # Start to read this step before an earlier one is finished.
                 submitted = []
                 for places, real in self._places(step):
                     submitted.append(self._submit(pool, buffers, places, real))
@@ -165,6 +168,7 @@ class Loader:
         real: bool,
     ) -> _Pending:
         """Start to read the clips of a micro-batch, each into its part of the memory."""
+        # Lengths are known before any byte is read, so the memory is allocated once.
         rows = self.plan.order[places].tolist()
         epochs = self.plan.passes[places].tolist()
         num_kept = self.plan.num_kept[rows].tolist()
@@ -222,6 +226,7 @@ class Loader:
 
         Raises RankError if no clip decodes.
         """
+        # Search the index in order, not at random: every rank finds the same clip.
         index = self.reader.index
         first = row = pending.rows[position]
         epoch = pending.epochs[position]
@@ -262,6 +267,7 @@ class _ShardsAhead:
 
     def read_ahead(self, step: int) -> None:
         """Request the tars that this step and later steps use first."""
+        # Most steps use no new tar: then there is nothing to request.
         begin = int(np.searchsorted(self._first_step, step))
         if begin != self._begin:
             self._begin = begin

@@ -71,6 +71,7 @@ def with_language_tags(index: Index) -> Index:
     Older shards contain other names of languages. The order of the clips does not change,
     because it is drawn from the fingerprint. Raises UserError for an unknown language.
     """
+    # A corpus has few distinct languages: look up each once, not once per clip.
     names, number_of_row = _distinct(
         index.arrays["language"], index.arrays["language_ends"]
     )
@@ -81,6 +82,7 @@ def with_language_tags(index: Index) -> Index:
     if tags == names:
         return index
     tag_of_row = [tags[number] for number in number_of_row.tolist()]
+    # The other columns stay lazy: ChainMap reads them from the table at their first use.
     columns = StringColumn.columns("language", tag_of_row)
     arrays = ChainMap(columns, index.arrays)  # type: ignore[arg-type]  # read alone
     return replace(index, arrays=arrays)

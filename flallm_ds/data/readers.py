@@ -50,6 +50,7 @@ class FrameBuffers:
 
         Raises RankError if there is not enough memory.
         """
+        # A view of a larger buffer: batches differ in size, buffers are reused.
         num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
         try:
             buffer = self._buffer_of(num_bytes)
@@ -83,6 +84,7 @@ class FrameBuffers:
         # Replace the largest unused buffer by a larger one.
         chosen = largest
         buffers[chosen : chosen + 1] = []
+        # A quarter larger than needed, so that the next batch fits, too.
         pinned = torch.cuda.is_available()
         memory = torch.empty(
             num_bytes + num_bytes // 4, dtype=torch.uint8, pin_memory=pinned
@@ -96,6 +98,7 @@ _of_thread = threading.local()
 
 def _memory_of_thread(size: int) -> bytearray:
     """Return the buffer of this thread: fresh memory costs as much as reading into it."""
+    # It may be overwritten at the next clip: the content is decoded or copied by then.
     memory: bytearray = getattr(_of_thread, "memory", bytearray())
     if len(memory) < size:
         memory = _of_thread.memory = bytearray(size + size // 4)
@@ -178,6 +181,7 @@ class ClipReader(ABC):
     def draws(self, row: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the random numbers of a clip, float32 (9,), and the indices of its kept
         frames."""
+        # In training from (seed, epoch, clip) alone: independent of ranks and threads.
         rng = sample_rng(self.seed, epoch, self.index.own_row(row)) if self.train else None
         draws = rng.random(NUM_DRAWS) if rng is not None else np.zeros(NUM_DRAWS)
         num_frames = int(self.index.num_frames[row])
@@ -255,6 +259,7 @@ class JpegReader(VideoReader):
     """Reads the kept frames as stored JPEGs, for `device.on_device` to decode on a GPU."""
 
     def memory(self, num: int, buffers: FrameBuffers) -> torch.Tensor:
+        # Only the shape: the device allocates the memory of decoded frames.
         shape = (num, *self.index.frame_hw, 3)
         return torch.empty(shape, dtype=torch.uint8, device="meta")
 
@@ -304,6 +309,7 @@ class FeatureReader(ClipReader):
             ) from error
 
     def memory(self, num: int, buffers: FrameBuffers) -> torch.Tensor:
+        # Half precision only if no folder is float32 and no resampling takes place.
         features = self.index.features
         dtypes = {facts.dtype for facts in features}
         is_half = self.feature_fps is None and dtypes == {"float16"}
@@ -326,6 +332,7 @@ class FeatureReader(ClipReader):
         if self.feature_fps is None:
             features_SD.numpy()[:] = stored_TD
             return
+        # Resample in float32, from the rate of the kept frames of this clip.
         rate = self.sampling.rates(index.num_frames[row], index.arrays["fps"][row])
         stored_1TD = torch.from_numpy(stored_TD.astype(np.float32))[None]
         length_1 = torch.tensor([num_kept])

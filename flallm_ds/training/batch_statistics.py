@@ -1,4 +1,4 @@
-"""BatchNorm statistics as a pure function of the global batch, whatever the number of ranks."""
+"""BatchNorm statistics that depend on the global batch alone, not on the number of ranks."""
 
 from types import TracebackType
 
@@ -10,19 +10,20 @@ from flallm_ds.dist import World
 
 
 class KeptStatistics:
-    """BatchNorm modules that stay in eval mode while the module trains, and their statistics.
+    """Checks that frozen BatchNorm modules keep their statistics.
 
-    "Frozen" BatchNorm that goes on counting is the known fault of this method's
-    re-implementations.
+    Re-implementations of this method are known for "frozen" BatchNorm modules that still
+    update their running statistics.
+
+    module: in train mode; its BatchNorm modules in eval mode are the frozen ones.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        """module: in train mode."""
-        self.norms = [m for m in batch_norms(module) if not m.training]
-        self._before = [b.clone() for b in _statistics(self.norms)]
+        self.norms = [norm for norm in batch_norms(module) if not norm.training]
+        self._before = list(map(torch.clone, _statistics(self.norms)))
 
     def check(self) -> None:
-        """Assert that nothing put them into train mode or changed a statistic."""
+        """Assert that the modules are in eval mode and no statistic has changed."""
         assert not any(norm.training for norm in self.norms), (
             "a frozen BatchNorm is in train mode"
         )
@@ -31,15 +32,17 @@ class KeptStatistics:
 
 
 def batch_norms(module: nn.Module) -> list[nn.BatchNorm1d | nn.BatchNorm2d]:
-    """List those with running statistics."""
-    kinds = (nn.BatchNorm1d, nn.BatchNorm2d)
-    return [
-        m for m in module.modules() if isinstance(m, kinds) and m.running_mean is not None
-    ]
+    """Return the BatchNorm modules with running statistics."""
+    norms = []
+    for part in module.modules():
+        kinds = nn.BatchNorm1d | nn.BatchNorm2d
+        if isinstance(part, kinds) and part.running_mean is not None:
+            norms.append(part)
+    return norms
 
 
 def _statistics(norms: list[nn.BatchNorm1d | nn.BatchNorm2d]) -> list[torch.Tensor]:
-    """Mean and variance of each in turn."""
+    """Return mean and variance of each module: two buffers per module."""
     statistics = []
     for norm in norms:
         assert norm.running_mean is not None and norm.running_var is not None
@@ -48,12 +51,12 @@ def _statistics(norms: list[nn.BatchNorm1d | nn.BatchNorm2d]) -> list[torch.Tens
 
 
 class BatchStatistics:
-    """`with statistics:` around the forwards of one step.
+    """Averages the BatchNorm statistics of a step: `with statistics:` around its forwards.
 
-    DeepSpeed never synchronises buffers, so running statistics would drift apart between
-    ranks. Here the statistics of a step's micro-batches are averaged over micro-batches
-    and ranks and enter the running statistics once, with BatchNorm's momentum: 1 rank x 4
-    micro-batches and 2 x 2 leave the same buffers.
+    DeepSpeed does not synchronise buffers, so the running statistics of the ranks would
+    diverge. Here, the statistics are averaged over the micro-batches of all ranks and
+    update the running statistics once, with the momentum of the BatchNorm module. So one
+    rank with 4 micro-batches and two ranks with 2 each end with the same buffers.
     """
 
     def __init__(self, module: nn.Module, world: World) -> None:
@@ -62,13 +65,14 @@ class BatchStatistics:
         self.world = world
 
     def __enter__(self) -> None:
-        # a frozen one keeps its statistics
-        self.norms = [m for m in self._all if m.training]
-        self.momentum = [m.momentum if m.momentum is not None else 0.1 for m in self.norms]
-        self._before = [b.clone() for b in _statistics(self.norms)]
+        self.norms = [norm for norm in self._all if norm.training]  # without frozen ones
+        self._before = list(map(torch.clone, _statistics(self.norms)))
+        self.momentum = []
         for norm in self.norms:
+            self.momentum.append(0.1 if norm.momentum is None else norm.momentum)
+            # With momentum None, the running statistics are the mean over the forwards.
             norm.reset_running_stats()
-            norm.momentum = None  # running statistics are now the mean over the forwards
+            norm.momentum = None
 
     def __exit__(
         self,
@@ -82,17 +86,17 @@ class BatchStatistics:
         for norm, momentum in zip(self.norms, self.momentum, strict=True):
             norm.momentum = momentum
 
-        # The mean of the step enters the statistics from before; after an error those
-        # stand again.
+        # Update the earlier statistics with the mean of the step; after an error, restore
+        # them.
         for place, (buffer, before) in enumerate(zip(buffers, self._before, strict=True)):
             momentum = self.momentum[place // 2]  # a module has two buffers
             buffer.copy_(torch.lerp(before, buffer, momentum) if kind is None else before)
 
     def _average(self, buffers: list[torch.Tensor]) -> None:
-        """Replace buffers by their mean over the ranks, in one all-reduce."""
-        flat = torch.cat([b.flatten() for b in buffers])
+        """Replace buffers by their mean over the ranks, with one all-reduce."""
+        flat = torch.cat(list(map(torch.flatten, buffers)))
         dist.all_reduce(flat)
         flat.div_(self.world.size)
-        sizes = [b.numel() for b in buffers]
+        sizes = list(map(torch.numel, buffers))
         for buffer, mean in zip(buffers, torch.split(flat, sizes), strict=True):
             buffer.copy_(mean)

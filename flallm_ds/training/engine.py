@@ -1,4 +1,7 @@
-"""The only file that imports DeepSpeed: initialisation, steps, checkpoints and gathers."""
+"""The wrapper around DeepSpeed: initialisation, steps, checkpoints, gathering of parameters.
+
+No other module of the package imports DeepSpeed.
+"""
 
 import logging
 import math
@@ -13,7 +16,7 @@ from typing import Any, Literal
 import torch
 
 if not torch.cuda.is_available():
-    # Before the import: else DeepSpeed warns in every process that it had to guess.
+    # Before the import, to avoid a warning of DeepSpeed in every process.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
@@ -30,11 +33,11 @@ from flallm_ds.training.deepspeed_json import read_json, scales_loss, zero_stage
 from flallm_ds.training.frozen import FROZEN, check_digest, frozen_digest, write_digest
 
 STALE_S = 1800.0
-MAX_SKIPPED = 100  # steps in a row; from the largest loss scale, 2**32, to 1 it takes 33
-# among the modules that are busy with a parameter; DeepSpeed numbers its own from 0
+MAX_SKIPPED = 100  # consecutive steps; the largest loss scale, 2**32, reaches 1 after 33
+# Added to the active modules of a parameter, which DeepSpeed numbers from 0.
 HELD = -1
 
-# What DeepSpeed's own checkpoint files hold besides tensors and plain containers.
+# Classes in the checkpoint files of DeepSpeed, besides tensors and plain containers.
 CHECKPOINT_CLASSES = [
     ZeroStageEnum,
     fragment_address,
@@ -47,21 +50,22 @@ CHECKPOINT_CLASSES = [
 
 
 def read_deepspeed_config(path: Path) -> dict[str, Any]:
-    """Read a DeepSpeed JSON. Raises UserError for keys that DeepSpeed or this project refuses."""
-    fields = DeepSpeedZeroConfig.model_fields
-    aliases = [field.alias or name for name, field in fields.items()]
-    return read_json(path, [*aliases, *fields])
+    """Read a DeepSpeed JSON. Raises UserError for keys that are unknown or reserved."""
+    known = []
+    for name, field in DeepSpeedZeroConfig.model_fields.items():
+        known += [field.alias or name, name]
+    return read_json(path, known)
 
 
 def model_loading(config: dict[str, Any]) -> Any:
-    """Make `from_pretrained` partition parameters as it reads them under ZeRO-3.
+    """Make `from_pretrained` partition parameters while it reads them, under ZeRO-3.
 
-    It does so for as long as the returned object is alive.
+    The setting holds as long as the returned object is referenced.
     """
     return HfDeepSpeedConfig(config) if zero_stage(config) == 3 else None
 
 
-# --- before the engine is made
+# --- preparation
 
 
 def _optimizer(
@@ -74,55 +78,53 @@ def _optimizer(
     offload = config.get("zero_optimization", {}).get("offload_optimizer", {})
     offloaded = offload.get("device", "none") != "none"
     if offloaded and torch.cuda.is_available():
+        bf16_states = config.get("bf16", {}).get("bf16_optimizer_states", False)
         offloading: torch.optim.Optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(
             groups,
             lr=lr,
             betas=betas,
             weight_decay=decay,
             adamw_mode=True,
-            fp32_optimizer_states=not config.get("bf16", {}).get(
-                "bf16_optimizer_states", False
-            ),
+            fp32_optimizer_states=not bf16_states,
         )
         return offloading
     return torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=decay, fused=True)
 
 
 def prepare() -> None:
-    """Quieten DeepSpeed and, on a CPU, keep it from compiling its shared-memory collective.
+    """Reduce the log output of DeepSpeed; on a CPU, disable its shared-memory collective.
 
-    gloo's will do. Call before any other function here: the first that partitions a model
-    decides.
+    DeepSpeed would compile that collective; gloo's is fast enough. Call this before all
+    other functions of this module: DeepSpeed decides when it first partitions a model.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # A private name, which another version may lack.
+    # A private attribute; it may be missing in other versions.
     operators = getattr(deepspeed.ops, "__compatible_ops__", None)
     if isinstance(operators, dict) and not torch.cuda.is_available():
         operators["deepspeed_shm_comm"] = False
 
 
 def check_compilation_locks() -> None:
-    """Raise UserError for the lock of a killed build, on which the next build would wait
-    for ever.
+    """Raise UserError for a lock of a killed build: the next build would wait forever.
 
-    A lock younger than STALE_S may be of a build that is under way in another run.
+    A lock younger than STALE_S may belong to a running build of another run.
     """
     root = os.environ.get("TORCH_EXTENSIONS_DIR")
     folder = Path(root) if root else Path.home() / ".cache" / "torch_extensions"
     locks = sorted(folder.glob("**/lock")) if folder.is_dir() else []
-    stale = [lock for lock in locks if time.time() - lock.stat().st_mtime > STALE_S]
-    if stale:
-        raise UserError(
-            "no killed build of a DeepSpeed operator may have left its lock, but there is "
-            f"an old one: {stale[0]}. Delete that file: the run would wait on it for ever."
-        )
+    for lock in locks:
+        if time.time() - lock.stat().st_mtime > STALE_S:
+            raise UserError(
+                f"Cannot build DeepSpeed operators: a killed build left its lock {lock}, "
+                "and the run would wait for it forever. Delete that file."
+            )
 
 
 class Engine:
-    """A module under DeepSpeed.
+    """A module that DeepSpeed trains.
 
-    groups: one dict a parameter group with "params" and "lr". config: what `complete`
-    returned.
+    groups: one dict per parameter group, with "params" and "lr". config: a complete
+    DeepSpeed config, as `build.engine.deepspeed_config` returns it.
     """
 
     def __init__(
@@ -134,8 +136,8 @@ class Engine:
         world: World,
     ) -> None:
         if zero_stage(config) == 3:
-            # One gather a layer, not one a weight matrix: a third of the step on two CPU
-            # ranks.
+            # Gather the weights of a layer at once, not each matrix: this saves a third of
+            # a step on two CPU ranks.
             layers = getattr(module.language_model, "_no_split_modules", None)
             kinds = {type(m).__name__ for m in module.modules()}
             names = sorted(kinds & set(layers or ()))
@@ -148,6 +150,7 @@ class Engine:
         self._skipped_in_a_row = 0
         self._scales_loss = scales_loss(config)
         self.weight_decay = optim.weight_decay
+        # The optimizer is ours, because the JSON cannot set learning rates per group.
         self._engine, self._optimizer, *_ = deepspeed.initialize(
             model=module,
             optimizer=_optimizer(groups, optim, config),
@@ -168,28 +171,29 @@ class Engine:
         return loss
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Add this micro-batch's gradients.
+        """Add the gradients of a micro-batch.
 
-        DeepSpeed averages over ranks, so the loss must be multiplied by the world size.
+        DeepSpeed averages over ranks: for a sum, multiply the loss by the world size.
         """
         self._engine.backward(loss, scale_wrt_gas=False)
 
-    def micro_step_done(self, rates: Sequence[float]) -> None:
-        """Close a micro-batch; at the last one of a step the optimizer moves.
+    def micro_step_done(self, lrs: Sequence[float]) -> None:
+        """End a micro-batch; the last micro-batch of a step makes the optimizer step.
 
-        rates: the learning rate of each group. With a gradient that is not finite the
-        optimizer does not move, and `is_stuck` may say so.
+        lrs: the learning rate of each parameter group. If a gradient is not finite, the
+        step is skipped; see `is_stuck`.
         """
-        for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
-            # The weight decay, too: a universal checkpoint confuses the groups.
-            group["lr"], group["weight_decay"] = rate, self.weight_decay
+        for group, lr in zip(self._optimizer.param_groups, lrs, strict=True):
+            # Also the weight decay: a universal checkpoint mixes up the groups.
+            group["lr"], group["weight_decay"] = lr, self.weight_decay
         is_step = self._engine.is_gradient_accumulation_boundary()
         if is_step and not hasattr(self._optimizer, "overflow"):
-            # Without ZeRO nothing checks the gradient.
+            # Without ZeRO, DeepSpeed does not check the gradient.
             self._own_norm = _norm(self.module.parameters())
             if not math.isfinite(self._own_norm) and not self._scales_loss:
                 self._skipped_in_a_row += 1
                 return
+        # DeepSpeed raises when the loss scale cannot get any lower; treat that as stuck.
         before = self.skipped_steps
         try:
             self._engine.step()
@@ -199,62 +203,67 @@ class Engine:
             self._skipped_in_a_row = MAX_SKIPPED
             return
         if is_step:
-            # The norm is unknown where the JSON turned it off.
+            # The norm is unknown if the JSON disables it.
             is_known = self._engine.get_global_grad_norm() is not None
             is_bad = is_known and not math.isfinite(self.grad_norm())
             is_skipped = is_bad or self.skipped_steps > before
             self._skipped_in_a_row = self._skipped_in_a_row + 1 if is_skipped else 0
 
     def grad_norm(self) -> float:
-        """Norm of the last step's gradient over all parameters, before clipping."""
+        """Return the gradient norm of the last step over all parameters, before clipping."""
         norm = self._engine.get_global_grad_norm()
         if norm is None:
             return self._own_norm
-        # -1 stands for what is not finite
+        # DeepSpeed returns -1 if the norm is not finite.
         return float(norm) if norm >= 0 else float("nan")
 
     @property
     def is_stuck(self) -> bool:
-        """Whether gradients that are not finite keep the optimizer from stepping.
+        """Whether the optimizer makes no more steps because gradients are not finite.
 
-        The same on each rank. A scaled loss may overflow until its scale has come down;
-        without a scale a single step counts.
+        The value is the same on each rank. With loss scaling, some steps may overflow
+        until the scale is low enough; without, a single step is enough.
         """
         return self._skipped_in_a_row >= (MAX_SKIPPED if self._scales_loss else 1)
 
     def is_finite(self) -> bool:
-        """Whether what a checkpoint holds is finite on this rank.
+        """Whether the tensors of a checkpoint are finite on this rank.
 
-        That is weights, buffers and the optimizer's state.
+        These are trained parameters, buffers and the optimizer state.
         """
+        tensors = list(self.module.buffers())
+        for parameter in self.module.parameters():
+            if parameter.requires_grad:
+                # Under ZeRO-3, a rank holds its partition in `ds_tensor`.
+                tensors.append(getattr(parameter, "ds_tensor", parameter))
         optimizer = getattr(self._optimizer, "optimizer", self._optimizer)
-        trained = [p for p in self.module.parameters() if p.requires_grad]
-        tensors = [getattr(p, "ds_tensor", p) for p in trained]
-        tensors += self.module.buffers()
         for parameter, state in optimizer.state.items():
             tensors.append(parameter)
-            tensors += [value for value in state.values() if torch.is_tensor(value)]
+            tensors += filter(torch.is_tensor, state.values())
         return all(map(_is_finite, tensors))
 
     def grad_norms(self, groups: Mapping[str, Sequence[nn.Parameter]]) -> dict[str, float]:
-        """Norm of the step's gradient over each group of parameters, before clipping.
+        """Return the gradient norm of each group of parameters, before clipping.
 
-        Frozen parameters count as 0. Every rank must call it with the same groups, after
-        the last backward of a step and before that micro-batch's `micro_step_done`.
-        Gradients are gathered one parameter at a time.
+        Frozen parameters count as 0. Every rank must call this with the same groups,
+        after the last backward of a step and before `micro_step_done`. Gradients are
+        gathered one parameter at a time.
         """
         scale = float(getattr(self._optimizer, "loss_scale", 1.0))
         norms = {}
         for name, parameters in groups.items():
-            trained = (p for p in parameters if p.requires_grad)
-            gradients = map(deepspeed.utils.safe_get_full_grad, trained)
-            squares = (g.double().square().sum().item() for g in gradients if g is not None)
-            norms[name] = math.sqrt(sum(squares)) / scale
+            square = 0.0
+            for parameter in parameters:
+                if not parameter.requires_grad:
+                    continue
+                gradient = deepspeed.utils.safe_get_full_grad(parameter)
+                if gradient is not None:
+                    square += gradient.double().square().sum().item()
+            norms[name] = math.sqrt(square) / scale
         return norms
 
     def close(self) -> None:
-        """Free the memory, which DeepSpeed's hooks would keep for as long as the process
-        lives."""
+        """Free the memory; the hooks of DeepSpeed would keep it until the process ends."""
         self._engine.destroy()
 
     @property
@@ -262,10 +271,10 @@ class Engine:
         return int(self._engine.skipped_steps)
 
     def save(self, folder: Path) -> None:
-        """Write every rank's shards into `folder`; training/checkpoint.py commits them.
+        """Write the files of every rank into `folder`; training/checkpoint.py commits them.
 
-        Frozen parameters are left out, a digest of them is put in: a run loads them from
-        where it had them.
+        Instead of frozen parameters, a digest of them is written: a run loads them again
+        from their source.
         """
         digest = self._frozen_digest
         try:
@@ -277,23 +286,23 @@ class Engine:
             )
         except (OSError, RuntimeError):
             if self.world.size > 1:
-                # DeepSpeed's last one, in which the other ranks would wait for ever.
+                # The last barrier of DeepSpeed: the other ranks would wait in it forever.
                 torch.distributed.barrier()
             raise
         if digest and self.world.is_main:
             write_digest(folder, digest)
 
     def load(self, folder: Path) -> None:
-        """Restore parameters, optimizer and counters that `save` wrote.
+        """Restore the parameters, optimizer state and counters that `save` wrote.
 
-        Nothing but plain data is unpickled. Raises UserError where the parameters that
-        are frozen now are others than in the run that saved.
+        Only plain data is unpickled. Raises UserError if the frozen parameters differ from
+        those of the run that wrote the checkpoint.
         """
         complete = not (folder / FROZEN).is_file()
         if not complete:
             check_digest(folder, self._frozen_digest)
         before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
-        # DeepSpeed asks torch.load for full unpickling.
+        # DeepSpeed calls torch.load with weights_only=False.
         os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
         try:
             with torch.serialization.safe_globals(CHECKPOINT_CLASSES):
@@ -309,30 +318,31 @@ class Engine:
                 os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before
         if path is None:
             raise UserError(
-                f"the checkpoint must hold DeepSpeed's files, but does not: {folder}."
+                f"Cannot resume from {folder}: the files of DeepSpeed are missing."
             )
 
     @cached_property
     def _frozen_digest(self) -> str:
-        """Every rank must ask for it; see training/frozen.py."""
+        """The digest of the frozen parameters; every rank must read this property."""
         return frozen_digest(self.module, self._gathered, self.world)
 
     def _gathered(self, parameters: Sequence[nn.Parameter]) -> Any:
-        """Within it every rank holds these parameters whole; every rank must enter it."""
+        """Gather these parameters on every rank in a `with` block that all ranks enter."""
         enabled = self.partitions_parameters
         return deepspeed.zero.GatheredParameters(parameters, enabled=enabled)
 
     def state(
         self, trained_of: str | None = None
     ) -> Iterator[tuple[str, torch.Tensor | None]]:
-        """(name, tensor on the host) of each parameter and persistent buffer.
+        """Yield (name, tensor on the host) of each parameter and persistent buffer.
 
-        Tensors have the engine's precision; they come on rank 0, None on the others; tied
-        parameters come once. trained_of: a module of which only the parameters that are
-        trained come. Every rank must drive it to its end, since each parameter is
-        gathered by all; one is held at a time.
+        Rank 0 gets the tensors, in the precision of the engine; the other ranks get None.
+        Tied parameters are yielded once. trained_of: the name of a submodule from which
+        only trained parameters are yielded. Every rank must exhaust the iterator, because
+        all ranks gather each parameter; one is in memory at a time.
         """
         left_out = f"{trained_of}." if trained_of else None
+        # One parameter at a time: under ZeRO-3 no rank has memory for the whole model.
         for name, parameter in self.module.named_parameters():
             if left_out and name.startswith(left_out) and not parameter.requires_grad:
                 continue
@@ -341,6 +351,7 @@ class Engine:
                 if self.world.is_main:
                     tensor = parameter.detach().cpu().clone()
             yield name, tensor
+        # Buffers are not partitioned; those outside the state dict are derived values.
         persistent = self.module.state_dict().keys()
         for name, buffer in self.module.named_buffers():
             if name in persistent and not (left_out and name.startswith(left_out)):
@@ -348,10 +359,10 @@ class Engine:
 
     @contextmanager
     def gathered(self, how: Literal["auto", "never"]) -> Iterator[None]:
-        """Within it every rank holds all parameters.
+        """Gather all parameters on every rank, so that a search need not do so per token.
 
-        So a search does not gather them again for every token. how: "auto", where they
-        take at most half of the memory that is free on every rank.
+        how: "auto" gathers if the parameters take at most half of the free memory of every
+        rank.
         """
         parameters = [p for p in self.module.parameters() if hasattr(p, "ds_id")]
         if not parameters or how == "never" or not self._fit(parameters):
@@ -360,8 +371,8 @@ class Engine:
         with ExitStack() as stack:
             for parameter in parameters:
                 stack.enter_context(deepspeed.zero.GatheredParameters([parameter]))
-                # As if a module were always busy with it: else the first that is done
-                # would let it go.
+                # Mark the parameter as in use by a module; else the first module that has
+                # used it would release it.
                 parameter.ds_active_sub_modules.add(HELD)
             self._holds_all = True
             try:
@@ -373,10 +384,11 @@ class Engine:
 
     @property
     def searches_in_step(self) -> bool:
-        """Whether ranks must make equally many forwards while sentences are searched for."""
+        """Whether all ranks must make the same number of forward passes in a search."""
         return self.partitions_parameters and self.world.size > 1 and not self._holds_all
 
     def _fit(self, parameters: Sequence[Any]) -> bool:
+        # All ranks must decide alike: gathering is a collective operation.
         size = sum(p.ds_numel * p.element_size() for p in parameters)
         accelerator = deepspeed.accelerator.get_accelerator()
         sharers = self.world.local_size if self.world.device.type == "cpu" else 1
@@ -385,26 +397,33 @@ class Engine:
 
 
 def _one_precision(module: nn.Module) -> None:
-    """Give all parameters the precision of those that were made under zero.Init.
+    """Cast all parameters to the precision of those that were made under zero.Init.
 
-    Others, as of adapters and low-rank layers, were made after it. DeepSpeed casts no
-    parameter of a model that is partitioned already, and fails on mixed ones.
+    Adapters and LoRA layers are made outside zero.Init. DeepSpeed does not cast the
+    parameters of a model that is already partitioned, and fails on mixed precisions.
     """
-    numbers = [p for p in module.parameters() if p.is_floating_point()]
-    precisions = {p.dtype for p in numbers if hasattr(p, "ds_id")}
+    precisions = set()
+    others = []
+    for parameter in module.parameters():
+        if not parameter.is_floating_point():
+            continue
+        if hasattr(parameter, "ds_id"):
+            precisions.add(parameter.dtype)
+        else:
+            others.append(parameter)
     if len(precisions) != 1:
         return
     (precision,) = precisions
-    for parameter in numbers:
-        if not hasattr(parameter, "ds_id"):
-            parameter.data = parameter.data.to(precision)
+    for parameter in others:
+        parameter.data = parameter.data.to(precision)
 
 
 def _norm(parameters: Iterable[nn.Parameter]) -> float:
-    """Norm of all gradients together; not finite where one is not."""
-    norms = [
-        torch.linalg.vector_norm(p.grad.double()) for p in parameters if p.grad is not None
-    ]
+    """Return the norm over all gradients; not finite if any gradient is not finite."""
+    norms = []
+    for parameter in parameters:
+        if parameter.grad is not None:
+            norms.append(torch.linalg.vector_norm(parameter.grad.double()))
     return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
 
 
@@ -412,6 +431,6 @@ def _norm(parameters: Iterable[nn.Parameter]) -> float:
 def _is_finite(tensor: torch.Tensor) -> bool:
     if not tensor.is_floating_point() or not tensor.numel():
         return True
-    # needs no copy of the tensor; NaN comes through
+    # aminmax makes no copy of the tensor, and returns NaN if there is one.
     ends = torch.aminmax(tensor.detach())
     return math.isfinite(ends.min) and math.isfinite(ends.max)

@@ -1,4 +1,4 @@
-"""The dominance probe: the last layers whose gradients train.probe_every logs."""
+"""The dominance probe: the last layers, whose gradient norms train.probe_every logs."""
 
 from typing import Any
 
@@ -6,26 +6,27 @@ from torch import nn
 
 
 def last_layers(module: Any) -> dict[str, list[nn.Parameter]]:
-    """The trained parameters of the last layers of a SignTranslator: "visual" and "language".
+    """Return the trained parameters of the last layers of a SignTranslator by their name.
 
-    Trained jointly, an LLM's last layer keeps the larger gradient and the visual encoder
-    hardly learns (FLa-LLM, Figure 2).
+    "visual": the local temporal module, or the last stage of the backbone if the temporal
+    module is frozen. "language": the last layer of the decoder. A frozen part is left out.
 
-    visual: the local temporal module, or the backbone's last stage where that is not
-    trained; left out where the visual encoder is frozen. language: the decoder's last
-    layer; left out where it is frozen.
+    In joint training, the last layer of the LLM has the larger gradient and the visual
+    encoder hardly learns (FLa-LLM, Figure 2).
     """
-    found: dict[str, list[nn.Parameter]] = {"visual": [], "language": []}
+    found = {}
     if module.visual is not None:
         encoder = module.visual.visual
-        found["visual"] = _trained(encoder.temporal) or _trained(
-            _last_layer(encoder.backbone)
-        )
+        visual = _trained(encoder.temporal) or _trained(_last_layer(encoder.backbone))
+        if visual:
+            found["visual"] = visual
     decoder = module.language_model
     if hasattr(decoder, "get_decoder"):
         decoder = decoder.get_decoder()
-    found["language"] = _trained(_last_layer(decoder))
-    return {name: parameters for name, parameters in found.items() if parameters}
+    language = _trained(_last_layer(decoder))
+    if language:
+        found["language"] = language
+    return found
 
 
 def _trained(module: nn.Module) -> list[nn.Parameter]:
@@ -33,7 +34,7 @@ def _trained(module: nn.Module) -> list[nn.Parameter]:
 
 
 def _last_layer(module: nn.Module) -> nn.Module:
-    """The last of its first list of layers, or all of it where there is no list."""
+    """Return the last layer of the first ModuleList, or the module if it has none."""
     for part in module.modules():
         if isinstance(part, nn.ModuleList) and len(part):
             return part[-1]

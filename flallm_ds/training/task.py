@@ -1,11 +1,10 @@
-"""What one training step and one search do, for one stage; the loop around them is in trainer.py.
+"""One training step and one search, for each stage; trainer.py is the loop around them.
 
-A step, from top to bottom: `Task.step` goes through this rank's micro-batches. For each
-of them, `Task.loss` gives the engine `Task.inputs`, `Task.wordings` and the target ids,
-and the gradients are added up. Then the optimizer moves once. A search is
-`Task.generate`.
+A step: `Task.step` iterates over the micro-batches of this rank. For each, `Task.loss`
+passes `Task.inputs`, `Task.wordings` and the target ids to the engine, and gradients
+accumulate. Then the optimizer makes one step. A search is `Task.generate`.
 
-B clips, N frames packed over the batch, L text tokens, D width of the visual features.
+B clips, N frames packed over the batch, L text tokens, D feature dimension.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,15 +32,15 @@ from flallm_ds.models.sign_translator import Beam, Candidate
 from flallm_ds.training.batch_statistics import BatchStatistics, KeptStatistics
 from flallm_ds.training.engine import Engine
 
-NUM_CHECKED = 8  # frames of the made-up clip that generation is tried with
+NUM_CHECKED = 8  # frames of the dummy clip of `check_generation`
 
 
 @dataclass(frozen=True)
 class Split:
-    """One split, its plan, and how this rank loads it.
+    """One split: its clips, their order, and how this rank loads them.
 
-    threads: that decode. broken: counts the clips that were replaced; its budget is 0 in
-    evaluation, where none may be.
+    threads: decoding threads. broken: counts the clips that were replaced; its budget is
+    0 in evaluation, where no clip may be replaced.
     """
 
     reader: ClipReader
@@ -56,7 +55,7 @@ class Split:
         return self.reader.index
 
     def loader(self, order: EpochPlan) -> Loader:
-        """Load the clips of the split in the order of an epoch of its plan."""
+        """Return a loader of the clips in the order of an epoch of the plan."""
         return Loader(
             self.reader,
             order,
@@ -72,10 +71,10 @@ class Split:
 class Task:
     """One stage, ready to run on this rank.
 
-    masks: of frozen features. beam: the dev search. frozen: the visual encoder of stage
-    llm, outside the engine; None where the encoder is trained inside. rates: the base
-    learning rate of each parameter group. statistics: of BatchNorm in train mode. kept:
-    BatchNorm statistics inside the engine that must stay as they are.
+    masks: of frozen features in training. beam: the search on the dev split. frozen: the
+    visual encoder of stage llm, outside the engine; None if the engine trains the encoder.
+    lrs: the base learning rate of each parameter group. statistics: of the BatchNorm
+    modules in train mode. kept: of the frozen BatchNorm modules in the engine.
     """
 
     config: RunConfig
@@ -88,7 +87,7 @@ class Task:
     beam: Beam
     frozen: FeatureExtractor | None
     engine: Engine
-    rates: tuple[float, ...]
+    lrs: tuple[float, ...]
     statistics: BatchStatistics
     kept: KeptStatistics
 
@@ -106,36 +105,39 @@ class Task:
         epoch: int,
         step: int,
         num_tokens: float,
-        rates: Sequence[float],
+        lrs: Sequence[float],
         before_update: Callable[[float], None],
     ) -> float:
-        """Make one optimizer step on this rank's micro-batches; return the loss of the
-        global batch.
+        """Make one optimizer step on the micro-batches of this rank.
 
-        epoch, step: the step's place in the run. num_tokens: target tokens of the global
-        batch, over all ranks; the loss is the mean over them. rates: the learning rate of
-        each parameter group. before_update: called with the loss when all gradients are
-        there.
+        Returns the loss of the global batch: the mean over its target tokens.
+
+        epoch, step: the position in the run. num_tokens: target tokens of the global
+        batch, over all ranks. lrs: the learning rate of each parameter group.
+        before_update: called with the loss after the last backward pass.
         """
         loss_sum = 0.0
+        # BatchNorm statistics of all micro-batches count as one update.
         with self.statistics:
             for number, batch in enumerate(batches):
                 micro_batch = self.world.rank * len(batches) + number
                 seed_micro_batch(self.config.train.seed, epoch, step, micro_batch)
                 loss = self.loss(batch)
                 loss_sum += loss.item()
-                # DeepSpeed averages over ranks; times their number it is the mean over
-                # all tokens.
+                # DeepSpeed averages over ranks; times the world size, this is the mean
+                # over all tokens.
                 self.engine.backward(loss * (self.world.size / num_tokens))
+                # Gradients are complete now; the optimizer steps in `micro_step_done`.
                 if number == len(batches) - 1:
                     loss_mean = all_reduce_sum([loss_sum], self.world)[0] / num_tokens
                     before_update(loss_mean)
-                self.engine.micro_step_done(rates)
+                self.engine.micro_step_done(lrs)
         self.kept.check()
         return loss_mean
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """Return the cross entropy of a micro-batch, summed over its target tokens."""
+        # Copies are asynchronous: the host memory of the batch is pinned.
         inputs = self.inputs(batch, train=True)
         target_ids_BL = batch.target_ids_BL.to(self.world.device, non_blocking=True)
         smoothing = self.config.train.label_smoothing
@@ -144,8 +146,8 @@ class Task:
         )
 
     def inputs(self, batch: Batch, train: bool) -> torch.Tensor:
-        """Make what the engine's module reads: pixels_NCHW, or features_ND of a frozen
-        encoder."""
+        """Return the input of the module in the engine: pixels_NCHW, or features_ND of a
+        frozen encoder."""
         device = self.world.device
         if self.frozen is None:
             assert isinstance(batch, VideoBatch)  # `check_stage` refuses cached features
@@ -153,11 +155,9 @@ class Task:
         features_ND = encode(
             batch, self.frozen, self.preprocess, train=train, device=device
         )
-        return (
-            self.masks(features_ND, batch.num_frames_B, batch.draws_B9)
-            if train
-            else features_ND
-        )
+        if not train:
+            return features_ND
+        return self.masks(features_ND, batch.num_frames_B, batch.draws_B9)
 
     def wordings(self, batch: Batch) -> list[Wording]:
         """Return the ids around each clip's visual tokens."""
@@ -171,9 +171,9 @@ class Task:
     # --- a search
 
     def generate(self, batch: Batch) -> list[list[Candidate]]:
-        """Search for the hypotheses of each clip, best first, as dev is scored.
+        """Return the hypotheses of each clip, best first, by the search on the dev split.
 
-        Every rank must make as many calls as the others.
+        All ranks must make the same number of calls.
         """
         inputs = self.inputs(batch, train=False)
         return self._search(inputs, batch.num_frames_B, self.wordings(batch), self.beam)
@@ -193,9 +193,9 @@ class Task:
 
     @torch.no_grad()
     def check_generation(self) -> None:
-        """Search for two tokens of a made-up clip: an LLM that cannot must not fail after hours.
+        """Generate two tokens for a dummy clip, so that an unsuitable LLM fails at the start.
 
-        Every rank must call it. Random numbers, statistics and modes stay as they were.
+        Every rank must call this. Random states, statistics and modes do not change.
         Raises UserError.
         """
         if self.config.stage == "visual":
@@ -206,6 +206,7 @@ class Task:
         inputs = torch.zeros((NUM_CHECKED, *shape), device=device)
         language = (*self.codec.instruction.languages, "")[0]
         wordings = [self.codec.wording(language)]
+        # Two tokens: the second one uses the cache of keys and values.
         beam = replace(self.beam, max_new_tokens=2)
         was_training = module.training
         module.eval()
@@ -213,27 +214,28 @@ class Task:
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                 self._search(inputs, torch.tensor([NUM_CHECKED]), wordings, beam)
         except (torch.OutOfMemoryError, UserError):
-            raise
+            raise  # these name their own cause
+        # Remote code and unusual architectures may raise anything.
         except Exception as error:
             raise UserError(
-                f"the LLM {self.config.llm.name} (a "
-                f"{type(module.language_model).__name__}) must generate from embeddings, "
-                f"but did not: {type(error).__name__}: {first_line(error)} Give another "
-                "--llm.name."
+                f"Cannot generate from embeddings with the LLM {self.config.llm.name} (a "
+                f"{type(module.language_model).__name__}): {type(error).__name__}: "
+                f"{first_line(error)} Use another --llm.name."
             ) from error
         finally:
             module.train(was_training)
 
     @property
     def extractor(self) -> FeatureExtractor:
-        """The visual encoder, in the engine or outside of it."""
+        """The visual encoder, inside or outside the engine."""
         return self.frozen or self.engine.module.visual
 
 
 def seed_micro_batch(seed: int, epoch: int, step: int, micro_batch: int) -> None:
-    """Seed dropout by the micro-batch's place in the run, so that a resume needs no RNG
-    states."""
-    state = np.random.SeedSequence([seed, epoch, step, micro_batch]).generate_state(
-        1, np.uint64
-    )[0]
+    """Seed dropout by the position of the micro-batch in the run.
+
+    So a resumed run draws the same numbers, without stored random states.
+    """
+    sequence = np.random.SeedSequence([seed, epoch, step, micro_batch])
+    (state,) = sequence.generate_state(1, np.uint64)
     torch.manual_seed(int(state) & (2**63 - 1))

@@ -1,4 +1,4 @@
-"""The loop: steps, progress, dev scores, checkpoints, and going on where a run was."""
+"""Training loop: steps, evaluation, checkpoints, resume."""
 
 import itertools
 import time
@@ -37,7 +37,7 @@ from flallm_ds.training.weights_record import read_weights
 
 @dataclass
 class Position:
-    """Where a run is, between two steps."""
+    """The position of a run between two steps."""
 
     epoch: int = 0
     step: int = 0  # within the epoch
@@ -46,12 +46,14 @@ class Position:
 
 
 class Trainer:
-    """Runs a task to its end, or to a stop that the next start goes on from."""
+    """Trains a task to its end, or until it is stopped; the next start resumes.
+
+    log: receives the output of rank 0; a line that cannot be written ends the run.
+    """
 
     def __init__(
         self, task: Task, folder: Path, stop: StopRequest, log: RunLog | None = None
     ) -> None:
-        """log: what rank 0 prints goes there; a line that is lost ends the run."""
         self.task, self.folder, self.log = task, folder, log
         self.config, self.world = task.config, task.world
         self.at = Position()
@@ -65,13 +67,15 @@ class Trainer:
         self.metrics: Metrics | None = None
 
     def run(self, saved: checkpoint.Saved | None) -> None:
-        """Train what is left. Raises Preempted when asked to stop, after saving.
+        """Train to the end of the run. Raises Preempted after a request to stop, with a
+        checkpoint saved.
 
-        saved: what to resume from, the same on every rank, as `checkpoint.resumable`
-        finds it.
+        saved: the checkpoint to resume from, as `checkpoint.resumable` finds it; the same
+        on every rank.
         """
         if saved is not None:
             self._resume(saved)
+        # After the resume: lines of metrics.jsonl behind the checkpoint are cut off.
         main_first(self._open_metrics, self.world)
         try:
             self._train()
@@ -96,14 +100,12 @@ class Trainer:
 
     @property
     def _lost_records(self) -> bool:
-        """Whether something could not be written here; on rank 0 alone."""
-        return any(
-            files is not None and files.problem is not None
-            for files in (self.metrics, self.log)
-        )
+        """Whether metrics or log could not be written; both are written by rank 0 alone."""
+        metrics, log = self.metrics, self.log
+        return bool(metrics and metrics.problem) or bool(log and log.problem)
 
     def _check_records(self) -> None:
-        """Raise UserError where something was not written. On rank 0, by `main_first`."""
+        """Raise UserError if metrics or log could not be written. For `main_first`."""
         if self.metrics is not None:
             self.metrics.flush()
             self.metrics.check()
@@ -111,15 +113,19 @@ class Trainer:
             self.log.check()
 
     def _epoch(self, loader: Any) -> None:
-        """Steps from where the run is to the epoch's end, the step limit or a stop."""
+        """Train from the current step to the end of the epoch, the step limit or a stop."""
         if self._out_of_steps():
             return
+        # Back to train mode after the last evaluation.
         self.task.engine.module.train()
         num_steps = len(loader)
         waiting_since = time.perf_counter()
         for batches in on_device(loader.steps(self.at.step), self.world.device):
             waited = time.perf_counter() - waiting_since
             stop = self._step(batches, num_steps, waited)
+
+            # Save between two steps: on request, every n steps, or at the step limit. The
+            # end of an epoch saves after its evaluation.
             every = self.config.train.save_every_steps
             due = (
                 every is not None
@@ -130,49 +136,55 @@ class Trainer:
                 self._save()
             if stop:
                 raise Preempted(
-                    f"stopped after step {self.at.global_step}; the same command goes on "
-                    f"from there ({self.folder})."
+                    f"Stopped after step {self.at.global_step}. Run the same command again "
+                    f"to resume ({self.folder})."
                 )
             if self._out_of_steps():
                 return
             waiting_since = time.perf_counter()
 
     def _step(self, batches: list[Batch], num_steps: int, waited: float) -> bool:
-        """Make one step on this rank's micro-batches and log it; True if any rank was
-        asked to stop."""
+        """Make one step on the micro-batches of this rank and log it.
+
+        Returns whether any rank was asked to stop.
+        """
         begin = time.perf_counter()
         task, at = self.task, self.at
-        counts = [
-            sum(batch.num_target_tokens for batch in batches),
-            sum(int(batch.num_frames_B.sum()) for batch in batches),
-            bool(self.stop),
-            self._lost_records,
-        ]
+
+        # Sum over all ranks what the step needs to know of them, in one collective.
+        num_tokens = num_frames = 0
+        for batch in batches:
+            num_tokens += batch.num_target_tokens
+            num_frames += int(batch.num_frames_B.sum())
+        counts = [num_tokens, num_frames, bool(self.stop), self._lost_records]
         tokens, frames, stops, lost = all_reduce_sum(counts, self.world)
         if lost:
             main_first(self._check_records, self.world)
+
+        # The learning rates depend on the finished fraction of the run alone.
         done = (at.epoch + at.step / num_steps) / self.config.train.epochs
         factor = rate_factor(done, self.config.optim.warmup)
-        rates = [rate * factor for rate in task.rates]
-        loss = task.step(batches, at.epoch, at.step, tokens, rates, self._before_update)
+        lrs = [lr * factor for lr in task.lrs]
+        loss = task.step(batches, at.epoch, at.step, tokens, lrs, self._before_update)
+        # Raises if gradients stay infinite or NaN, so that a run does not idle for hours.
         if task.engine.is_stuck:
             self._must_be_finite("gradient norm", task.engine.grad_norm())
         at.step, at.global_step = at.step + 1, at.global_step + 1
         seconds = waited + time.perf_counter() - begin
-        self._write_step(loss, rates[-1], int(frames), seconds, waited)
+        self._write_step(loss, lrs[-1], int(frames), seconds, waited)
         self.progress.step(at.epoch, at.step, num_steps, loss, frames, seconds, waited)
         return stops > 0
 
     def _before_update(self, loss: float) -> None:
-        """Look at a step's loss and gradients. What is not finite must not enter the
-        optimizer's moments."""
+        """Check the loss and log the gradients before the optimizer uses them: a loss that
+        is not finite would spoil the moments of the optimizer."""
         self._must_be_finite("loss", loss)
         self._probe()
 
     def _write_step(
-        self, loss: float, rate: float, frames: int, seconds: float, waited: float
+        self, loss: float, lr: float, frames: int, seconds: float, waited: float
     ) -> None:
-        """Write a line of metrics.jsonl about the step that was made."""
+        """Write the last step to metrics.jsonl."""
         if self.metrics is None:
             return
         task = self.task
@@ -180,7 +192,7 @@ class Trainer:
             "epoch": self.at.epoch,
             "step": self.at.step,
             "loss": loss,
-            "lr": rate,
+            "lr": lr,
             "grad_norm": task.engine.grad_norm(),
             "skipped_steps": task.engine.skipped_steps,
             "frames": frames,
@@ -191,14 +203,12 @@ class Trainer:
         self.metrics.write("train", self.at.global_step, values)
 
     def _must_be_finite(self, what: str, value: float) -> None:
-        """Raise UserError on every rank for a step that must not be made."""
+        """Raise UserError on every rank, before the step, if the value is not finite."""
         if np.isfinite(value):
             return
-        saved = (
-            f"The last checkpoint is of step {self._saved}."
-            if self._saved
-            else "There is no checkpoint."
-        )
+        saved = "There is no checkpoint."
+        if self._saved:
+            saved = f"The last checkpoint is of step {self._saved}."
         raise UserError(
             f"The {what} must be finite, got {value} at step {self.at.global_step + 1}, "
             f"which was not made. {saved} Try a lower --optim.lr or --optim.clip in "
@@ -206,8 +216,7 @@ class Trainer:
         )
 
     def _probe(self) -> None:
-        """Log the gradients of the last layers, before the optimizer takes the step that
-        they are of."""
+        """Log the gradient norms of the last layers every `train.probe_every` steps."""
         every = self.config.train.probe_every
         if every and self.at.global_step % every == 0:
             norms = self.task.engine.grad_norms(last_layers(self.task.engine.module))
@@ -220,9 +229,10 @@ class Trainer:
         done, epochs = self.at.epoch + 1, self.config.train.epochs
         if done % self.config.eval.every_epochs == 0 or done == epochs:
             if self._saved != self.at.global_step:
-                self._save()  # scoring takes minutes, and may fail
+                self._save()  # before the evaluation, which takes minutes and may fail
             self._evaluate(done)
         self.at.epoch, self.at.step = done, 0
+        # The weights of this step may be saved already; then only the position has changed.
         if self._saved == self.at.global_step:
             main_first(self._check_records, self.world)
             state = self._state()
@@ -233,14 +243,16 @@ class Trainer:
             self._save()
 
     def _evaluate(self, epoch: int) -> None:
-        """Score the dev split and keep the export if it is the best so far."""
+        """Score the dev split and write the export if the score is the best so far."""
         task, split = self.task, self.config.eval.split
         begin = time.perf_counter()
         task.engine.module.eval()
+        # All ranks search their share of the clips; hypotheses are gathered on every rank.
         evaluation = Evaluation(task.dev_loader(), task.generate, task.codec, self.world)
         progress = ScoringProgress(split, self.config.train.log_every_s, self.world.is_main)
         with task.engine.gathered(self.config.eval.gather):
             hypotheses = evaluation.hypotheses(progress, self.stop)
+        # The score of a perfect model shows what the tokenizer alone costs.
         scores = scores_of(hypotheses)
         ceiling = ceiling_of(perfect(hypotheses, task.codec))
         seconds = time.perf_counter() - begin
@@ -268,13 +280,13 @@ class Trainer:
             self.metrics.write_hypotheses(split, epoch, self.at.global_step, hypotheses)
 
     def _export(self, scores: dict[str, Any]) -> None:
-        """Write best/, tensor by tensor. Raises UserError on every rank where it cannot
-        be written."""
+        """Write best/, one tensor at a time. Raises UserError on every rank if it cannot be
+        written."""
         task = self.task
         base = export.base_of(self.config)
-        # Every rank must drive it to its end, whatever becomes of the files.
+        # Every rank must exhaust this iterator, even if the files cannot be written.
         whole = task.engine.state(trained_of="language_model" if base else None)
-        # the LLM's additions stay apart
+        # Merge LoRA layers of the visual encoder; those of the LLM are stored separately.
         state = merged(whole, nn.ModuleDict({"visual": task.extractor}))
         problem = None
         if self.world.is_main:
@@ -286,6 +298,7 @@ class Trainer:
             parts = task.extractor.settings(), task.extractor.visual.settings()
             settings = export.settings_of(self.config, task.train.index, scores, *parts)
             settings["weights"] = read_weights(self.folder)
+            # The folder appears complete or not at all; a full disk must not hang the ranks.
             llm = task.engine.module.language_model
             try:
                 replace_folder(
@@ -294,24 +307,23 @@ class Trainer:
                 )
             except (OSError, SafetensorError) as error:
                 problem = str(error)
-        for _ in state:
+        for _ in state:  # on the other ranks, and after an error
             pass
         problems = [p for p in gather_objects(problem, self.world) if p]
         if problems:
             raise UserError(
-                f"the export must be written to {self.folder / 'best'}, but was not "
-                f"({problems[0]}). The run is whole; free some space and run the same "
-                "command again."
+                f"Cannot write the export {self.folder / 'best'}: {problems[0]}. The "
+                "checkpoints are complete; free some space and run the same command again."
             )
 
     def _save(self) -> None:
         begin = time.perf_counter()
-        # a resume would not write again what is lost from before
+        # Lost records before a checkpoint would not be written again after a resume.
         main_first(self._check_records, self.world)
         if all_reduce_sum([not self.task.engine.is_finite()], self.world)[0]:
             raise UserError(
-                "Weights and optimizer state must be finite to be saved, but are not at "
-                f"step {self.at.global_step}. Earlier checkpoints are whole. Try a lower "
+                f"Cannot save a checkpoint of step {self.at.global_step}: weights or optimizer "
+                "state are not finite. Earlier checkpoints are complete. Try a lower "
                 "--optim.lr or --optim.clip in another run."
             )
         checkpoint.save(
@@ -335,25 +347,27 @@ class Trainer:
         }
 
     def _resume(self, found: checkpoint.Saved) -> None:
-        """Load a checkpoint. Raises UserError where it is of another plan, world size or
-        encoder."""
+        """Load a checkpoint. Raises UserError if its data, world size or frozen encoder
+        differs from this run."""
         newest, state = found.path, found.state
+        # Compare what must be equal before anything is loaded.
         position = Position(**state["position"])
         saved = PlanState.load(state["plan"])
         self.task.train.plan.state(saved.epoch, saved.step).check_same_plan(saved)
         if state["world_size"] != self.world.size:
             raise UserError(
-                "a run must be resumed with the ranks it was saved by "
-                f"({state['world_size']}), but there are {self.world.size}: {newest}. "
-                "Start that many ranks, or another run folder."
+                f"The number of ranks must be {state['world_size']} as when {newest} was "
+                f"saved, got {self.world.size}. Start that many ranks, or use another run "
+                "folder."
             )
         if state["frozen_encoder"] != self._frozen_encoder:
             raise UserError(
-                f"the frozen visual encoder must be the one with which {newest} was saved, "
-                "but is another. Give the --visual_run of then (has its stage 1 gone on "
-                "since?), or another run folder."
+                f"Checkpoint {newest} was saved with another frozen visual encoder. Use the "
+                "original --visual_run (has its stage 1 been trained further?), or another "
+                "run folder."
             )
         self.task.engine.load(newest)
+        # Report newer checkpoints that were damaged, and move them out of the way.
         for problem in found.damaged.values():
             self.progress.say(f"warning: {problem} The run resumes from {newest.name}.")
         main_first(lambda: checkpoint.set_aside(found.damaged), self.world)
@@ -364,8 +378,8 @@ class Trainer:
 
     @cached_property
     def _frozen_encoder(self) -> str:
-        """Fingerprint of the encoder outside the engine, which no checkpoint holds; or
-        nothing."""
+        """The fingerprint of the encoder outside the engine, which is not part of a
+        checkpoint; empty if there is none."""
         return self.task.frozen.fingerprint() if self.task.frozen is not None else ""
 
     def _out_of_steps(self) -> bool:

@@ -156,8 +156,8 @@ def test_an_llm_that_cannot_generate_is_refused_before_the_first_step_on_all_ran
     for rank in (0, 1):
         sentence = (folder / f"refused.{rank}.txt").read_text(encoding="utf-8")
         assert sentence == (
-            f"the LLM {folder / 'own'} (a OwnForCausalLM) must generate from embeddings, "
-            "but did not: ValueError: You passed `inputs_embeds` to `.generate()`. Give "
+            f"Cannot generate from embeddings with the LLM {folder / 'own'} (a "
+            "OwnForCausalLM): ValueError: You passed `inputs_embeds` to `.generate()`. Use "
             "another --llm.name."
         )
     assert not (folder / "refused").exists()

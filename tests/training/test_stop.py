@@ -388,7 +388,8 @@ def test_ctrl_c_and_a_lost_terminal_save(
                 in said
             )
             assert (
-                f"stopped after step {reached}; the same command goes on from there" in said
+                f"Stopped after step {reached}. Run the same command again to resume"
+                in said
             )
     launchers.append(start(options(tiny_corpus, run), tmp_path / "log"))
     assert launchers[-1].wait(DEADLINE_S) == 0, (tmp_path / "log").read_text()[-4000:]

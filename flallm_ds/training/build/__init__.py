@@ -66,7 +66,7 @@ def build_task(config: RunConfig, folder: Path, world: World) -> Task:
         ),
         frozen=None if config.trains_visual else extractor,
         engine=engine,
-        rates=tuple(group["lr"] for group in groups),
+        lrs=tuple(group["lr"] for group in groups),
         statistics=BatchStatistics(engine.module, world),
         kept=KeptStatistics(engine.module.train()),
     )
