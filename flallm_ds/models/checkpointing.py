@@ -42,30 +42,37 @@ def stages_of(backbone: nn.Module) -> list[nn.Module]:
     beside one another that are numbered (layer1 ... layer4), those with the most
     parameters.
     """
-    groups = [list(module) for module in _outermost_lists(backbone)]
+    groups = list(_outermost_lists(backbone))
+    # Modules that are numbered, such as layer1 ... layer4, by their common name.
     numbered: dict[str, list[nn.Module]] = {}
     for name, module in backbone.named_children():
         if name[-1:].isdigit():
             numbered.setdefault(name.rstrip("0123456789"), []).append(module)
     groups += numbered.values()
-    groups = [group for group in groups if len(group) > 1 and _size(group)]
-    if not groups:
+    several = (group for group in groups if len(group) > 1)
+    stages = max(several, key=_size, default=[])
+    if _size(stages) == 0:
         raise ValueError(
             f"{type(backbone).__name__} must have a list of stages, but has none"
         )
-    return max(groups, key=_size)
+    return stages
 
 
-def _outermost_lists(module: nn.Module) -> Iterator[Iterable[nn.Module]]:
+def _outermost_lists(module: nn.Module) -> Iterator[list[nn.Module]]:
+    """Yield the lists and sequences of several modules that are in no other."""
     for child in module.children():
         if isinstance(child, nn.ModuleList | nn.Sequential) and len(child) > 1:
-            yield child
+            yield list(child)
         else:
             yield from _outermost_lists(child)
 
 
 def _size(modules: Iterable[nn.Module]) -> int:
-    return sum(p.numel() for module in modules for p in module.parameters())
+    """Return the number of parameters."""
+    total = 0
+    for module in modules:
+        total += sum(p.numel() for p in module.parameters())
+    return total
 
 
 def _checkpoint_forward(module: nn.Module) -> None:
@@ -94,8 +101,9 @@ def _checkpoint_forward(module: nn.Module) -> None:
 @contextmanager
 def _statistics_kept(norms: Iterable[_BatchNorm]) -> Iterator[None]:
     """Within, batches are normalised as ever, but do not enter the running statistics again."""
-    before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm, _, _ in before:
+    before: list[tuple[_BatchNorm, float | None, torch.Tensor | None]] = []
+    for norm in norms:
+        before.append((norm, norm.momentum, norm.num_batches_tracked))
         # A momentum of 0 leaves the statistics to the bit. With the counter away nothing
         # counts either.
         norm.momentum, norm.num_batches_tracked = 0.0, None

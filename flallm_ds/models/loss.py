@@ -243,14 +243,12 @@ class _ChunkedLoss(torch.autograd.Function):
         hidden_NE, weight_VE = hidden_NE.to(dtype), weight_VE.to(dtype)
 
         # Gradients that nobody needs are not computed.
-        wants_hidden, wants_weight = (
-            ctx.needs_input_grad[:2] if with_gradients else (False, False)
-        )
-        gradient_NE = torch.empty_like(hidden_NE) if wants_hidden else None
-        # Summed in fp32: a sum of many chunks in bf16 loses what the last ones add.
-        gradient_VE = (
-            torch.zeros_like(weight_VE, dtype=torch.float32) if wants_weight else None
-        )
+        gradient_NE = gradient_VE = None
+        if with_gradients and ctx.needs_input_grad[0]:
+            gradient_NE = torch.empty_like(hidden_NE)
+        if with_gradients and ctx.needs_input_grad[1]:
+            # Summed in fp32: a sum of many chunks in bf16 loses what the last ones add.
+            gradient_VE = torch.zeros_like(weight_VE, dtype=torch.float32)
 
         loss = hidden_NE.new_zeros((), dtype=torch.float32)
         length = max(1, CHUNK_BYTES // (4 * len(weight_VE)))

@@ -120,7 +120,7 @@ def _named_as(name: str) -> str:
 def _refuse_file(path: Path) -> None:
     if path.suffix == ".gguf":
         raise _gguf(path)
-    holds = "" if not (path.parent / "config.json").is_file() else f": {path.parent}"
+    holds = f": {path.parent}" if (path.parent / "config.json").is_file() else ""
     raise UserError(
         f"llm.name must be a hub id or a folder with an LLM, got the file {path}. Name its "
         f"folder{holds}."
@@ -148,14 +148,10 @@ def _check_folder(folder: Path, kind: _Kind) -> None:
         raise _adapter(str(folder), folder / _ADAPTER, kind)
     if (folder / "config.json").is_file():
         return
-    ggufs = [path for path in files if path.suffix == ".gguf"]
-    if ggufs:
-        raise _gguf(ggufs[0])
-    deeper = [
-        path.parent
-        for depth in (1, 2, 3)
-        for path in folder.glob("*/" * depth + "config.json")
-    ]
+    for path in files:
+        if path.suffix == ".gguf":
+            raise _gguf(path)
+    deeper = _models_below(folder)
     cached = re.fullmatch(r"models--(.+?)--(.+)", folder.name)
     if cached:
         hint = f"This is the hub's cache: name {cached[1]}/{cached[2]}"
@@ -170,6 +166,15 @@ def _check_folder(folder: Path, kind: _Kind) -> None:
         f"The folder {folder} must hold the config.json of an {kind.what}, got "
         f"{held}{more}. {hint}"
     )
+
+
+def _models_below(folder: Path) -> list[Path]:
+    """Return the folders with a config.json up to three levels below."""
+    found = []
+    for depth in (1, 2, 3):
+        for config in folder.glob("*/" * depth + "config.json"):
+            found.append(config.parent)
+    return found
 
 
 def _adapter(name: str, config: Path, kind: _Kind) -> UserError:
@@ -258,17 +263,7 @@ def check_weights(name: str, section: str = "llm") -> None:
         return
     found = next((file for file in CHECKPOINT_FILES if (folder / file).is_file()), None)
     if found is None:
-        others = [
-            p.name
-            for p in sorted(folder.iterdir())
-            if p.suffix in (".h5", ".msgpack", ".pth", ".gguf")
-        ]
-        got = f"only {others[0]}, which is of another format" if others else "none"
-        raise UserError(
-            f"The folder {folder} must hold weights (model.safetensors or "
-            f"pytorch_model.bin), got {got}. Fetch the model again, or give "
-            f"--{section}.pretrained=false for random weights."
-        )
+        raise _no_weights(folder, section)
     parts = [found]
     if found.endswith(".json"):
         try:
@@ -281,6 +276,19 @@ def check_weights(name: str, section: str = "llm") -> None:
             ) from error
     for part in parts:
         _check_part(folder / part)
+
+
+def _no_weights(folder: Path, section: str) -> UserError:
+    got = "none"
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".h5", ".msgpack", ".pth", ".gguf"):
+            got = f"only {path.name}, which is of another format"
+            break
+    return UserError(
+        f"The folder {folder} must hold weights (model.safetensors or "
+        f"pytorch_model.bin), got {got}. Fetch the model again, or give "
+        f"--{section}.pretrained=false for random weights."
+    )
 
 
 def _check_part(path: Path) -> None:

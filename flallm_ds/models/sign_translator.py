@@ -6,6 +6,7 @@ start tokens, M words of a batch around visual tokens, D visual width, E languag
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -78,9 +79,9 @@ class SignTranslator(nn.Module):
         inputs: pixels_NCHW where the visual encoder is inside, features_ND where it is
         not.
         """
-        features_ND = (
-            self.visual(inputs, num_frames_B) if self.visual is not None else inputs
-        )
+        features_ND = inputs
+        if self.visual is not None:
+            features_ND = self.visual(inputs, num_frames_B)
         # Types may differ: an fp32 encoder before a bf16 engine, an fp32 adapter before a
         # bf16 LLM.
         autocast = torch.is_autocast_enabled(features_ND.device.type)
@@ -108,7 +109,7 @@ class SignTranslator(nn.Module):
         parts: list[Sequence[int]] = []
         for wording, target in zip(wordings, targets, strict=True):
             parts += [wording.before, (*wording.after, *target)]
-        ids = [i for part in parts for i in part]
+        ids = list(chain.from_iterable(parts))
         # A rank without clips must embed as the others do, where an LLM reads words at
         # all.
         if not ids and not self.decoder_only:
@@ -121,8 +122,10 @@ class SignTranslator(nn.Module):
             words_ME = words_ME * self._words_scale
 
         # Each clip's two parts around its visual tokens.
-        words = iter(torch.split(words_ME, [len(part) for part in parts]))
-        rows = [torch.cat([next(words), video, next(words)]) for video in videos]
+        words = torch.split(words_ME, list(map(len, parts)))
+        rows = []
+        for before, video, after in zip(words[::2], videos, words[1::2], strict=True):
+            rows.append(torch.cat([before, video, after]))
         return pad_parts(rows, side)
 
     def forward(
@@ -134,9 +137,9 @@ class SignTranslator(nn.Module):
         label_smoothing: float = 0.0,
     ) -> torch.Tensor:
         """Cross entropy summed over the target tokens (those that are not -100)."""
-        states = (
-            self._decoder_only_states if self.decoder_only else self._encoder_decoder_states
-        )
+        states = self._encoder_decoder_states
+        if self.decoder_only:
+            states = self._decoder_only_states
         states_NE = states(inputs, num_frames_B, wordings, target_ids_BL)
         targets_N = target_ids_BL[target_ids_BL != -100]
         if self._head is None:
@@ -158,10 +161,11 @@ class SignTranslator(nn.Module):
         Logits where the LLM's head is not known.
         """
         # The LLM reads each text but for its last token, and predicts all of it.
-        targets = []
+        targets, read = [], []
         for row in target_ids_BL.tolist():
-            targets.append([i for i in row if i != -100])
-        read = [target[:-1] for target in targets]
+            target = [i for i in row if i != -100]
+            targets.append(target)
+            read.append(target[:-1])
         embeddings_BSE, mask_BS = self._source(
             inputs, num_frames_B, wordings, read, "right"
         )
@@ -172,9 +176,8 @@ class SignTranslator(nn.Module):
 
         # A text of n tokens is predicted by the last n states of its clip.
         parts = []
-        for row_SE, end, target in zip(
-            states_BSE, mask_BS.sum(1).tolist(), targets, strict=True
-        ):
+        ends = mask_BS.sum(1).tolist()
+        for row_SE, end, target in zip(states_BSE, ends, targets, strict=True):
             parts.append(row_SE[end - len(target) : end])
         return torch.cat(parts)
 
@@ -186,7 +189,7 @@ class SignTranslator(nn.Module):
         target_ids_BL: torch.Tensor,
     ) -> torch.Tensor:
         """As `_decoder_only_states`."""
-        no_targets: list[list[int]] = [[] for _ in wordings]
+        no_targets: list[Sequence[int]] = [()] * len(wordings)
         embeddings_BSE, mask_BS = self._source(
             inputs, num_frames_B, wordings, no_targets, "right"
         )
@@ -238,7 +241,7 @@ class SignTranslator(nn.Module):
         need. streamer: one of transformers, given the start and then each piece of a
         single clip, where num_beams is 1.
         """
-        no_targets: list[list[int]] = [[] for _ in wordings]
+        no_targets: list[Sequence[int]] = [()] * len(wordings)
         side: Literal["left", "right"] = "left" if self.decoder_only else "right"
         embeddings_BSE, mask_BS = self._source(
             inputs, num_frames_B, wordings, no_targets, side
@@ -268,9 +271,9 @@ class SignTranslator(nn.Module):
             **start,
         )
         # The hypotheses of all clips come one after another, num_return of each.
-        scores = (
-            found.sequences_scores.tolist() if scored else [None] * len(found.sequences)
-        )
+        scores: list[float | None] = [None] * len(found.sequences)
+        if scored:
+            scores = found.sequences_scores.tolist()
         candidates = []
         for ids, score in zip(found.sequences.tolist(), scores, strict=True):
             candidates.append(Candidate(self._until_end(ids[num_start:]), score))
@@ -279,7 +282,9 @@ class SignTranslator(nn.Module):
 
     def _until_end(self, ids: list[int]) -> tuple[int, ...]:
         """The ids up to the first end of sentence; all of them where there is none."""
-        return tuple(ids[: ids.index(self.eos_id) + 1] if self.eos_id in ids else ids)
+        if self.eos_id in ids:
+            ids = ids[: ids.index(self.eos_id) + 1]
+        return tuple(ids)
 
 
 def _start_ids(wordings: Sequence[Wording], device: torch.device) -> torch.Tensor:

@@ -129,7 +129,8 @@ class Weights:
         return tensor
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return ((name, self[name]) for name in self._places)
+        for name in self._places:
+            yield name, self[name]
 
 
 def _open(path: Path) -> Any:
@@ -146,21 +147,20 @@ def named_state(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     state."""
     yield from module.named_parameters()
     persistent = module.state_dict().keys()
-    yield from (
-        (name, buffer) for name, buffer in module.named_buffers() if name in persistent
-    )
+    for name, buffer in module.named_buffers():
+        if name in persistent:
+            yield name, buffer
 
 
 def must_hold(weights: Weights, module: nn.Module) -> None:
     """Raise UserError if a parameter or a buffer of the state is not among the weights."""
     names = set(weights.names)
-    missing = [name for name, _ in named_state(module) if name not in names]
-    if missing:
-        name = missing[0]
-        raise UserError(
-            f"{weights.path} must hold {name}, but does not: it is of another model or not "
-            "whole."
-        )
+    for name, _ in named_state(module):
+        if name not in names:
+            raise UserError(
+                f"{weights.path} must hold {name}, but does not: it is of another model or "
+                "not whole."
+            )
 
 
 @torch.no_grad()

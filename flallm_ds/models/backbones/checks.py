@@ -32,6 +32,11 @@ OPTIONAL_TENSOR = re.compile(
 _HEAD_TENSOR = re.compile(r"^(head|fc|classifier|pre_logits|fc_norm)[._]")
 
 
+def needed(names: Iterable[str]) -> list[str]:
+    """Return the names of tensors, sorted, without those that a checkpoint may hold or lack."""
+    return sorted(name for name in names if not OPTIONAL_TENSOR.search(name))
+
+
 def check_fit(
     weights: str,
     model: nn.Module,
@@ -44,15 +49,16 @@ def check_fit(
     layer: a classifier, a text model or a decoder of patches next to the backbone is left
     out.
     """
-    lost = sorted(name for name in missing if not OPTIONAL_TENSOR.search(name))
+    lost = needed(missing)
     if lost:
         must = f"the weights {weights} must hold {lost[0]}, but do not"
         raise UserError(f"{must}: they are of another model or not whole.")
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     parts = {name.split(".")[0] for name in model.state_dict()}
-    within = [
-        name for name in unexpected if name.removeprefix(prefix).split(".")[0] in parts
-    ]
+    within = []
+    for name in unexpected:
+        if name.removeprefix(prefix).split(".")[0] in parts:
+            within.append(name)
     check_no_surplus(weights, within)
 
 
@@ -60,8 +66,8 @@ def check_no_surplus(weights: str, unexpected: Iterable[str]) -> None:
     """Raise UserError if one of the unexpected tensors is more than a classifier's or
     optional."""
     surplus = []
-    for name in sorted(unexpected):
-        if not _HEAD_TENSOR.match(name) and not OPTIONAL_TENSOR.search(name):
+    for name in needed(unexpected):
+        if not _HEAD_TENSOR.match(name):
             surplus.append(name)
     if surplus:
         raise UserError(
@@ -102,6 +108,7 @@ def probe_output(
     backbone = Backbone(model, spec)
     was_training = model.training
     try:
+        # A model may draw random numbers; those of the caller must not change.
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             outputs = backbone.eval().outputs(pixels_NCHW)
         has_pooled = getattr(outputs, "pooler_output", None) is not None

@@ -13,10 +13,10 @@ from transformers.image_processing_base import ImageProcessingMixin
 from flallm_ds.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from flallm_ds.errors import UserError
 from flallm_ds.models.backbones.checks import (
-    OPTIONAL_TENSOR,
     UNREADABLE,
     check_fit,
     check_patch,
+    needed,
     probe_output,
     token_output,
 )
@@ -127,10 +127,9 @@ def _load_weights(
         )
     except UNREADABLE as error:
         raise _unreadable(weights, error) from error
-    missing = sorted(
-        name for name in info["missing_keys"] if not OPTIONAL_TENSOR.search(name)
-    )
+    missing = needed(info["missing_keys"])
     mismatched = [name for name, *_ in info["mismatched_keys"]]
+    # A pooler that is missing as a whole is no fault: the class token or the mean is read.
     without_pooler = bool(missing) and all(name.startswith("pooler.") for name in missing)
     lost = mismatched if without_pooler else [*missing, *mismatched]
     check_fit(weights, source, lost, info["unexpected_keys"])

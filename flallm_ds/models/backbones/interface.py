@@ -43,8 +43,7 @@ class Backbone(nn.Module):
         # Channels last is 1.3x faster on one CPU thread. But below 16 channels the
         # backward pass of a strided 1x1 convolution in oneDNN writes past its workspace
         # (oneDNN issue 6035: "free(): invalid next size").
-        channels = [m.out_channels for m in model.modules() if isinstance(m, nn.Conv2d)]
-        self._channels_last_on_cpu = min(channels, default=0) >= 16
+        self._channels_last_on_cpu = _fewest_channels(model) >= 16
 
     @property
     def feature_width(self) -> int:
@@ -100,10 +99,13 @@ class Backbone(nn.Module):
                 f"visual.frozen_stages must be 0 to {len(stages)}, the stages of this "
                 f"backbone, but is {num_stages}."
             )
-        of_last_stage = {id(p) for p in stages[num_stages - 1].parameters()}
+        of_last_stage = set(map(id, stages[num_stages - 1].parameters()))
         parameters = list(self.model.parameters())
-        end = max(i for i, p in enumerate(parameters) if id(p) in of_last_stage)
-        return parameters[: end + 1]
+        end = 0
+        for place, parameter in enumerate(parameters):
+            if id(parameter) in of_last_stage:
+                end = place + 1
+        return parameters[:end]
 
     def tune(self, tuning: Tuning, seed: int = 0) -> None:
         """Make all weights trainable, or LoRA adapters of the linear layers, or nothing.
@@ -149,6 +151,15 @@ class Backbone(nn.Module):
             raise UserError(f"{must}, but {error!r}.") from error
 
 
+def _fewest_channels(model: nn.Module) -> int:
+    """Return the fewest output channels of a 2-D convolution; 0 for a model without one."""
+    channels = []
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            channels.append(module.out_channels)
+    return min(channels, default=0)
+
+
 def _from_imagenet(
     mean: tuple[float, ...], std: tuple[float, ...]
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -158,6 +169,7 @@ def _from_imagenet(
     """
     if (tuple(mean), tuple(std)) == (IMAGENET_MEAN, IMAGENET_STD):
         return None, None
+    # pixels = x * std_imagenet + mean_imagenet; then (pixels - mean) / std.
     scale = _by_channel(IMAGENET_STD) / _by_channel(std)
     shift = (_by_channel(IMAGENET_MEAN) - _by_channel(mean)) / _by_channel(std)
     return scale.float(), shift.float()

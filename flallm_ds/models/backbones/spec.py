@@ -56,7 +56,10 @@ class BackboneSpec:
         last: torch.Tensor = outputs.last_hidden_state
         if last.dim() == 4:  # (N, D, H, W), of convolutions
             return last.mean((2, 3))
-        return last[:, 0] if self.output == "class" else last.mean(1)  # (N, positions, D)
+        # (N, positions, D), of a transformer; the class token is the first position.
+        if self.output == "class":
+            return last[:, 0]
+        return last.mean(1)
 
 
 def import_timm() -> Any:
@@ -82,7 +85,8 @@ def without_origin(values: Any) -> Any:
     """Drop from a config, at any depth, which version wrote it and where it was loaded from."""
     if not isinstance(values, dict):
         return values
-    origin = ("transformers_version", "_name_or_path")
-    return {
-        name: without_origin(value) for name, value in values.items() if name not in origin
-    }
+    kept = {}
+    for name, value in values.items():
+        if name not in ("transformers_version", "_name_or_path"):
+            kept[name] = without_origin(value)
+    return kept

@@ -24,6 +24,7 @@ from flallm_ds.models.llm.stored import (
     freed_at_once,
     must_fit,
     open_checkpoint,
+    remaining_ties,
     tied_before_loading,
     untied_names,
 )
@@ -127,11 +128,7 @@ def _from_tensors(source: LlmSource, arguments: dict[str, Any]) -> Any:
     untied = untied_names(skeleton, state)
     with tied_before_loading(type(skeleton), untied):
         if is_deepspeed_zero3_enabled() and torch.distributed.get_rank() != 0:
-            state = {
-                # read no values
-                key: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-                for key, tensor in state.items()
-            }
+            state = {key: _without_values(tensor) for key, tensor in state.items()}
         model, found = type(skeleton).from_pretrained(
             None,
             config=skeleton.config,
@@ -141,11 +138,15 @@ def _from_tensors(source: LlmSource, arguments: dict[str, Any]) -> Any:
             **arguments,
         )
     if untied:
-        ties = model._tied_weights_keys.items()
-        model._tied_weights_keys = {t: s for t, s in ties if t not in untied}
+        model._tied_weights_keys = remaining_ties(model._tied_weights_keys, untied)
     model.config.name_or_path = model.name_or_path = name
     must_fit(name, model, found["missing_keys"], found["unexpected_keys"])
     return model
+
+
+def _without_values(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor of the same shape and type on the meta device; nothing is read."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
 def _set(config: Any, names: tuple[str, ...], value: float | None) -> None:

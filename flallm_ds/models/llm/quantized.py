@@ -63,15 +63,14 @@ def must_be_readable(name: str, method: str) -> None:
 def must_be_plain(name: str, names: Iterable[str]) -> None:
     """Raise UserError for names of tensors that are parts of quantised weights."""
     for key in names:
-        methods = (method for method, part in _PARTS.items() if part.search(key))
-        method = next(methods, None)
-        if method is not None:
-            raise UserError(
-                f"the LLM {name} must have weights that can be trained, but its tensor "
-                f"{key} is a part of weights quantised with {method}, of which its "
-                "config.json says nothing that can be used. Name the unquantised model "
-                "that it was made from."
-            )
+        for method, part in _PARTS.items():
+            if part.search(key):
+                raise UserError(
+                    f"the LLM {name} must have weights that can be trained, but its tensor "
+                    f"{key} is a part of weights quantised with {method}, of which its "
+                    "config.json says nothing that can be used. Name the unquantised model "
+                    "that it was made from."
+                )
 
 
 class DequantizedTensor(StoredTensor):
@@ -189,17 +188,18 @@ def dequantized(
             continue  # goes with its weight
         if _UNUSED.search(key):
             continue
+        # fp8 names the scales of W W_scale_inv; mxfp4 stores W as W_blocks and W_scales.
         scale = state.get(f"{key}_scale_inv")
         stem = key.removesuffix("_blocks")
         packed = state.get(f"{stem}_scales") if stem != key else None
+        is_small = tensor.element_size() == 1 and tensor.dtype != torch.bool
         if packed is not None:
             found[stem] = DequantizedTensor.of(tensor, packed, None, dtype)
         elif scale is not None and tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
             _scales_must_fit(name, key, tensor, scale, block)
             found[key] = DequantizedTensor.of(tensor, scale, block, dtype)
-        elif scale is not None or (
-            tensor.element_size() == 1 and tensor.dtype != torch.bool
-        ):
+        elif scale is not None or is_small:
+            # Scales of a weight in full precision, or a weight of few bits without scales.
             raise UserError(
                 f"the LLM {name} must have weights that can be trained, but its tensor "
                 f"{key} is {tensor.dtype} {'without' if scale is None else 'with'} scales, "

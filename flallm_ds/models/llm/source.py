@@ -284,10 +284,11 @@ def ids_alone(*sources: Any) -> GenerationConfig:
     """
     ids = {}
     for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"):
-        held = (getattr(source, name, None) for source in sources)
-        first = next((value for value in held if value is not None), None)
-        if first is not None:
-            ids[name] = first
+        for source in sources:
+            value = getattr(source, name, None)
+            if value is not None:
+                ids[name] = value
+                break
     return GenerationConfig(**ids)
 
 

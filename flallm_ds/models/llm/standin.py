@@ -9,6 +9,7 @@ must name both.
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -92,8 +93,7 @@ def read_sentences(texts: str) -> list[str]:
     Raises UserError for a file that cannot be read.
     """
     sentences = []
-    names = [part.strip() for part in texts.split(",")]
-    for name in filter(None, names):
+    for name in filter(None, map(str.strip, texts.split(","))):
         try:
             lines = Path(name).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
@@ -101,7 +101,10 @@ def read_sentences(texts: str) -> list[str]:
             if isinstance(error, OSError):
                 reason = f"cannot be read ({error.strerror})"
             raise UserError(f"--texts must name text files, but {name} {reason}.") from None
-        sentences += [" ".join(line.split()) for line in lines if line.strip()]
+        for line in lines:
+            words = line.split()
+            if words:
+                sentences.append(" ".join(words))
     if len(sentences) < 10:
         count = len(sentences)
         raise UserError(
@@ -182,13 +185,15 @@ def pretrain(
     losses: list[float] = []
     started = told = time.perf_counter()
     untold = 0
-    endless = batches([len(words) for words in encoded], rng)
+    endless = batches(list(map(len, encoded)), rng)
     for step, chosen in zip(range(steps), endless, strict=False):
         for group in optimizer.param_groups:
             group["lr"] = peak * cosine_under_warmup(step, steps)
         # The model reads the words with masks, and writes them whole.
-        sources = [flat(infill(encoded[i], mask, rng)) for i in chosen]
-        targets = [flat(encoded[i]) for i in chosen]
+        sources, targets = [], []
+        for i in chosen:
+            sources.append(flat(infill(encoded[i], mask, rng)))
+            targets.append(flat(encoded[i]))
         loss = model(**collate(sources, targets, code)).loss
         optimizer.zero_grad()
         loss.backward()
@@ -263,7 +268,8 @@ def infill(
 
 
 def flat(words: Sequence[list[int]]) -> list[int]:
-    return [number for word in words for number in word]
+    """Return the ids of all words in one list."""
+    return list(chain.from_iterable(words))
 
 
 def batches(lengths: Sequence[int], rng: np.random.Generator) -> Iterator[list[int]]:
@@ -286,12 +292,18 @@ def collate(
     sources: list[list[int]], targets: list[list[int]], code: int
 ) -> dict[str, torch.Tensor]:
     """Encoder: pieces </s> code; decoder: code pieces; labels: pieces </s>, -100 where padded."""
-    input_ids_BS = _pad([[*ids, EOS, code] for ids in sources], PAD)
+    encoder, decoder, labels = [], [], []
+    for ids in sources:
+        encoder.append([*ids, EOS, code])
+    for ids in targets:
+        decoder.append([code, *ids])
+        labels.append([*ids, EOS])
+    input_ids_BS = _pad(encoder, PAD)
     return {
         "input_ids": input_ids_BS,
         "attention_mask": input_ids_BS.ne(PAD).long(),
-        "decoder_input_ids": _pad([[code, *ids] for ids in targets], PAD),
-        "labels": _pad([[*ids, EOS] for ids in targets], -100),
+        "decoder_input_ids": _pad(decoder, PAD),
+        "labels": _pad(labels, -100),
     }
 
 
@@ -313,10 +325,10 @@ def restored(
     """One line on how well sentences with one masked word each are restored by greedy
     decoding."""
     code, mask = tokenizer.convert_tokens_to_ids([language, "<mask>"])
-    encoded = [words for words in encode(tokenizer, sentences, language) if words]
+    encoded = list(filter(None, encode(tokenizer, sentences, language)))
     model.eval()
     hypotheses: list[str] = []
-    targets = [flat(words) for words in encoded]
+    targets = list(map(flat, encoded))
     references = tokenizer.batch_decode(targets, skip_special_tokens=True)
     longest = max(map(len, targets))
     for begin in range(0, len(encoded), 50):

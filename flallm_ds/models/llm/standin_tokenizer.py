@@ -30,7 +30,7 @@ def train_tokenizer(
     # The most frequent letters; rare ones will be <unk>.
     letters = Counter("".join(sentences).replace(" ", ""))
     frequent = sorted(letters, key=lambda letter: (-letters[letter], letter))[: budget // 2]
-    rare = {ord(letter): " " for letter in letters.keys() - set(frequent)}
+    rare = dict.fromkeys(map(ord, letters.keys() - set(frequent)), " ")
     words: Counter[str] = Counter()
     for sentence in sentences:
         words.update(sentence.translate(rare).split())
@@ -88,5 +88,8 @@ def _piece_counts(tokenizer: Tokenizer, words: Counter[str]) -> Counter[str]:
 def _log_shares(pieces: list[str], counts: Counter[str]) -> list[tuple[str, float]]:
     """(piece, logarithm of its share), each count raised by 0.1."""
     total = sum(counts[piece] for piece in pieces) + 0.1 * len(pieces)
-    shares = {piece: (counts[piece] + 0.1) / total for piece in pieces}
-    return [(piece, round(math.log(share), 6)) for piece, share in shares.items()]
+    shares = []
+    for piece in pieces:
+        share = (counts[piece] + 0.1) / total
+        shares.append((piece, round(math.log(share), 6)))
+    return shares

@@ -149,9 +149,12 @@ def model_names(skeleton: Any, stored: Sequence[str]) -> dict[str, str]:
 
     skeleton: the model on the meta device. Names of no part of it are left out.
     """
-    transforms = get_model_conversion_mapping(skeleton)
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
+    converters, renamings = [], []
+    for transform in get_model_conversion_mapping(skeleton):
+        if isinstance(transform, WeightConverter):
+            converters.append(transform)
+        else:
+            renamings.append(transform)
     own = skeleton.state_dict()
     prefix = skeleton.base_model_prefix
     names = {}
@@ -162,25 +165,41 @@ def model_names(skeleton: Any, stored: Sequence[str]) -> dict[str, str]:
     return names
 
 
+def own_tensors(
+    skeleton: Any, state: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Return a checkpoint's tensors by the model's own names, as `model_names` gives them."""
+    names = model_names(skeleton, list(state))
+    return {name: state[key] for key, name in names.items()}
+
+
 def unplaced(skeleton: Any, names: Mapping[str, str], stored: Iterable[str]) -> list[str]:
     """Names in a checkpoint of what ends up in no part of the model, but for what no model needs.
 
     names: what `model_names` returned for `stored`.
     """
     ignored = skeleton._keys_to_ignore_on_load_unexpected
-    return [key for key in stored if key not in names and not _is_needless(key, ignored)]
+    found = []
+    for key in stored:
+        if key not in names and not _is_needless(key, ignored):
+            found.append(key)
+    return found
 
 
 def unfilled(skeleton: Any, names: Mapping[str, str]) -> list[str]:
     """Names of the model's parameters and buffers that no stored tensor, and no tied one,
     fills."""
     filled = set(names.values())
+    # A stored tensor also fills the source it is tied to, and all that is tied to that one.
     pairs = skeleton.all_tied_weights_keys.items()
     filled |= {source for target, source in pairs if target in filled}
     filled |= {target for target, source in pairs if source in filled}
     ignored = skeleton._keys_to_ignore_on_load_missing
-    own = skeleton.state_dict()
-    return [name for name in own if name not in filled and not _is_needless(name, ignored)]
+    found = []
+    for name in skeleton.state_dict():
+        if name not in filled and not _is_needless(name, ignored):
+            found.append(name)
+    return found
 
 
 def _is_needless(name: str, ignored: Iterable[str] | None) -> bool:
@@ -190,6 +209,11 @@ def _is_needless(name: str, ignored: Iterable[str] | None) -> bool:
     return any(re.search(pattern, name) for pattern in ignored or ())
 
 
+def _needed(names: Iterable[str]) -> list[str]:
+    """Return the names, sorted, without those of tensors that no model needs."""
+    return sorted(name for name in names if not NEEDLESS.search(name))
+
+
 def must_fit(
     name: str, model: Any, missing: Iterable[str], unexpected: Iterable[str]
 ) -> None:
@@ -197,14 +221,14 @@ def must_fit(
 
     transformers would go on with random numbers for the first, and without the second.
     """
-    surplus = sorted(key for key in unexpected if not NEEDLESS.search(key))
+    surplus = _needed(unexpected)
     if surplus:
         raise UserError(
             f"the LLM {name} must be of the kind that its config.json says, but "
             f"{len(surplus)} of its tensors belong to no part of a {type(model).__name__}, "
             f"{surplus[0]} being one. Check --llm.name and its config.json."
         )
-    lost = sorted(key for key in missing if not NEEDLESS.search(key))
+    lost = _needed(missing)
     if lost:
         raise UserError(
             f"the LLM {name} must hold all weights of its model, but lacks {len(lost)}, "
@@ -228,8 +252,7 @@ def untied_names(skeleton: Any, state: Mapping[str, torch.Tensor]) -> set[str]:
 
     mT5's head is not its embedding, although its config says so.
     """
-    names = model_names(skeleton, list(state))
-    stored = {name: state[key] for key, name in names.items()}
+    stored = own_tensors(skeleton, state)
     untied = set()
     for target, source in skeleton.all_tied_weights_keys.items():
         if target not in stored or source not in stored:
@@ -237,6 +260,11 @@ def untied_names(skeleton: Any, state: Mapping[str, torch.Tensor]) -> set[str]:
         if not are_equal(stored[target], stored[source]):
             untied.add(target)
     return untied
+
+
+def remaining_ties(ties: Mapping[str, str], untied: set[str]) -> dict[str, str]:
+    """Return {tied name: its source} without the names in `untied`."""
+    return {name: source for name, source in ties.items() if name not in untied}
 
 
 @contextmanager
@@ -255,7 +283,7 @@ def tied_before_loading(kind: Any, untied: set[str]) -> Iterator[None]:
 
     kind._load_pretrained_model = staticmethod(tie_and_load)
     if untied:
-        kind._tied_weights_keys = {t: s for t, s in ties.items() if t not in untied}
+        kind._tied_weights_keys = remaining_ties(ties, untied)
     try:
         yield
     finally:

@@ -20,6 +20,7 @@ from flallm_ds.models.llm.source import (
 from flallm_ds.models.llm.stored import (
     model_names,
     must_fit,
+    own_tensors,
     unfilled,
     unplaced,
     untied_names,
@@ -64,7 +65,9 @@ def trim_llm(name: str, codec: TextCodec, out: Path, hub_code: bool = False) -> 
             if own in left_out:
                 continue
             tensor = state[key]
-            yield key, chosen_rows(tensor, kept, dims[own]) if own in dims else tensor
+            if own in dims:
+                tensor = chosen_rows(tensor, kept, dims[own])
+            yield key, tensor
 
     out.mkdir(parents=True, exist_ok=True)
     write_weights(out, tensors(), file_bytes=_FILE_BYTES)
@@ -129,12 +132,12 @@ def _placed(
 
 def _same_but_for_words(small: Any, whole: Any, base_name: str) -> dict[str, int]:
     """The dimension of words of each tensor that has one. Raises UserError where more differs."""
-    shapes = {name: tensor.shape for name, tensor in small.state_dict().items()}
-    same_names = shapes.keys() == whole.state_dict().keys()
+    own = small.state_dict()
+    same_names = own.keys() == whole.state_dict().keys()
     if small.config.model_type == whole.config.model_type and same_names:
         dims = word_dims(whole, small)
         words = small.get_input_embeddings().num_embeddings
-        if all(shapes[name][dim] == words for name, dim in dims.items()):
+        if all(own[name].shape[dim] == words for name, dim in dims.items()):
             return dims
     raise UserError(
         f"the base LLM must be the one that was trimmed, but {base_name} has other tensors."
@@ -143,11 +146,15 @@ def _same_but_for_words(small: Any, whole: Any, base_name: str) -> dict[str, int
 
 def _by_own_name(skeleton: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The checkpoint's tensors by every name that the model has for them, tied ones by each."""
-    names = model_names(skeleton, list(state))
-    stored = {name: state[key] for key, name in names.items()}
+    stored = own_tensors(skeleton, state)
     ties = skeleton.all_tied_weights_keys
+    # A checkpoint may hold a tied tensor under either name: first fill the sources, then
+    # the names that are tied to them.
     for target, source in ties.items():
         if target in stored:
             stored.setdefault(source, stored[target])
-    tied = {t: stored[s] for t, s in ties.items() if t not in stored and s in stored}
+    tied = {}
+    for target, source in ties.items():
+        if target not in stored and source in stored:
+            tied[target] = stored[source]
     return stored | tied

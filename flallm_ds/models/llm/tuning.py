@@ -97,11 +97,12 @@ def _add_low_rank(llm: Any, tuning: Tuning, seed: int) -> None:
         "weights"
     )
     targets = low_rank_targets(llm, tuning.targets, tuning.section)
-    task = TaskType.FEATURE_EXTRACTION
-    if tuning.section == "llm":
-        task = (
-            TaskType.SEQ_2_SEQ_LM if llm.config.is_encoder_decoder else TaskType.CAUSAL_LM
-        )
+    if tuning.section == "visual":
+        task = TaskType.FEATURE_EXTRACTION
+    elif llm.config.is_encoder_decoder:
+        task = TaskType.SEQ_2_SEQ_LM
+    else:
+        task = TaskType.CAUSAL_LM
     config = LoraConfig(
         r=tuning.rank,
         # peft divides it by r; it need not be whole.
@@ -150,7 +151,7 @@ def _search(pattern: str, names: Sequence[str], option: str, what: str) -> list[
             f"{option} must be a regular expression, but is {pattern!r} ({error})."
         ) from None
     if not found:
-        parts = {part for name in names for part in name.split(".")}
+        parts = set(".".join(names).split("."))
         words = sorted(part for part in parts if not part.isdigit())
         asked = max(re.findall(r"[A-Za-z]\w*", pattern), key=len, default=pattern)
         raise UserError(
@@ -211,30 +212,30 @@ def merged(tensors: NamedTensors, llm: Any) -> Iterator[tuple[str, torch.Tensor 
             prefix, part = match[1], match[2]
             parts = waiting.setdefault(prefix, {})
             parts[part] = tensor
+            # All parts of a layer are there: its weight can be computed.
             if parts.keys() == _parts(layers[prefix]):
-                yield (
-                    f"{prefix}.weight",
-                    _merge(layers[prefix], waiting.pop(prefix), prefix),
-                )
-        else:
+                weight = _merge(layers[prefix], waiting.pop(prefix), prefix)
+                yield f"{prefix}.weight", weight
+        else:  # a bias
             yield f"{match[1]}.{match[2].removeprefix('base_layer.')}", tensor
     assert not waiting, f"parts of {sorted(waiting)} are missing"
 
 
 def _low_rank_layers(llm: Any) -> dict[str, Any]:
-    return {
-        name: module
-        for name, module in llm.named_modules()
-        if isinstance(module, LoraLayer)
-    }
+    layers = {}
+    for name, module in llm.named_modules():
+        if isinstance(module, LoraLayer):
+            layers[name] = module
+    return layers
 
 
 def _parts(layer: Any) -> set[str]:
     """Names of what a low-rank layer's weight is merged of."""
-    names = {name for name, _ in layer.named_parameters()}
-    return {
-        name for name in names if name == "base_layer.weight" or name.startswith("lora_")
-    }
+    parts = set()
+    for name, _ in layer.named_parameters():
+        if name == "base_layer.weight" or name.startswith("lora_"):
+            parts.add(name)
+    return parts
 
 
 def _merge(
@@ -276,12 +277,20 @@ def write_additions(folder: Path, tensors: NamedTensors, llm: Any, base: str) ->
     config.
     """
     trained = {name for name, p in llm.named_parameters() if p.requires_grad}
-    state = {n: t.detach().cpu() for n, t in tensors if t is not None and n in trained}
-    additions = get_peft_model_state_dict(
-        llm, state_dict=state, save_embedding_layers=False
+    state = {}
+    for name, tensor in tensors:
+        if tensor is not None and name in trained:
+            state[name] = tensor.detach().cpu()
+
+    # peft picks the low-rank tensors; the other trained parameters are written next to them.
+    written = dict(
+        get_peft_model_state_dict(llm, state_dict=state, save_embedding_layers=False)
     )
-    others = {n: t for n, t in state.items() if ".lora_" not in n}
-    written = additions | others
+    for name, tensor in state.items():
+        if ".lora_" not in name:
+            written[name] = tensor
+
+    # PeftModel finds the LLM below these two attributes.
     named = {f"base_model.model.{n}": t.contiguous() for n, t in written.items()}
     save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = copy.copy(llm.peft_config["default"])

@@ -29,10 +29,11 @@ _ID_LISTS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force
 def word_dims(skeleton: Any, smaller: Any) -> dict[str, int]:
     """{tensor: its dimension that counts words}: what differs in shape between two
     vocabularies."""
-    shapes = {name: tensor.shape for name, tensor in smaller.state_dict().items()}
+    others = smaller.state_dict()
     found = {}
     for name, tensor in skeleton.state_dict().items():
-        for dim, (size, other) in enumerate(zip(tensor.shape, shapes[name], strict=True)):
+        sizes = zip(tensor.shape, others[name].shape, strict=True)
+        for dim, (size, other) in enumerate(sizes):
             if size != other:
                 found[name] = dim
                 break
@@ -104,10 +105,11 @@ def _renumbered(value: Any, codec: TextCodec) -> Any:
     if isinstance(value, int):
         known = 0 <= value < len(codec.tokenizer) and codec.trimmed_id(value) >= 0
         return codec.trimmed_id(value) if known else None
-    trimmed = [_renumbered(one, codec) for one in value]
-    kept = [one for one in trimmed if one is not None]
-    if any(isinstance(one, list) for one in value):  # words of several pieces
-        pairs = zip(trimmed, value, strict=True)
-        # a part is no word
-        kept = [new for new, old in pairs if new and len(new) == len(old)]
+    kept = []
+    for old in value:
+        new = _renumbered(old, codec)
+        # A word of several tokens is kept whole or not at all.
+        is_part = isinstance(old, list) and new is not None and len(new) < len(old)
+        if new is not None and not is_part:
+            kept.append(new)
     return kept or None

@@ -122,12 +122,14 @@ def _materialize(probe: Any) -> torch.Tensor:
 
 def _layers(probe: Any) -> list[nn.Module]:
     """transformers' own layers; of a class without them (code of the hub), all in a list."""
-    modules = list(probe.modules())
-    layers = [
-        module for module in modules if isinstance(module, GradientCheckpointingLayer)
-    ]
-    lists = [module for module in modules if isinstance(module, nn.ModuleList)]
-    return layers or [layer for entry in lists for layer in entry]
+    layers: list[nn.Module] = []
+    in_lists: list[nn.Module] = []
+    for module in probe.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            layers.append(module)
+        elif isinstance(module, nn.ModuleList):
+            in_lists.extend(module)
+    return layers or in_lists
 
 
 def _numbers(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -160,9 +162,11 @@ def _candidates(probe: Any) -> list[float]:
     embedding = probe.get_input_embeddings()
     found = [own_scale(embedding), 1.0]
     for model in probe.modules():
-        if isinstance(model, PreTrainedModel):
-            held = [*vars(model).values(), *vars(model.config).values()]
-            found += [value for value in held if isinstance(value, float) and value > 0]
+        if not isinstance(model, PreTrainedModel):
+            continue
+        for value in (*vars(model).values(), *vars(model.config).values()):
+            if isinstance(value, float) and value > 0:
+                found.append(value)
     found.append(embedding.weight.shape[1] ** 0.5)
     return list(dict.fromkeys(found))
 
