@@ -31,9 +31,9 @@ def kept_bytes(
 ) -> tuple[torch.Tensor, int]:
     """(the result, bytes that autograd keeps of it for the backward pass, the module's
     own tensors apart)."""
-    own = {
-        t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())
-    }
+    own = set()
+    for tensor in (*module.parameters(), *module.buffers()):
+        own.add(tensor.untyped_storage().data_ptr())
     storages: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -90,18 +90,16 @@ def test_batch_norm_of_a_checkpointed_stage_counts_each_batch_once(
                 norm.momentum = momentum
     for _ in range(2):
         pixels = torch.randn(6, 3, 32, 32)
-        losses = [
-            model(pixels).pooler_output.pow(2).sum() for model in (plain, checkpointed)
-        ]
-        assert torch.equal(*losses)
-        for loss in losses:
+        losses = []
+        for model in (plain, checkpointed):
+            loss = model(pixels).pooler_output.pow(2).sum()
             loss.backward()
+            losses.append(loss)
+        assert torch.equal(*losses)
     assert_same_state(plain, checkpointed)
-    assert {
-        m.num_batches_tracked.item()
-        for m in checkpointed.modules()
-        if isinstance(m, nn.BatchNorm2d)
-    } == {2}
+    for module in checkpointed.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.num_batches_tracked == 2
     assert checkpointed.state_dict().keys() == plain.state_dict().keys()
 
 
@@ -203,9 +201,9 @@ def test_a_checkpointed_llm_gives_the_same_loss_and_gradients_with_dropout(
     for model in (plain, checkpointed):
         model.requires_grad_(not frozen)
         torch.manual_seed(5)
-        decoder = (
-            {"decoder_input_ids": torch.arange(30).view(3, 10)} if build is mbart else {}
-        )
+        decoder = {}
+        if build is mbart:
+            decoder["decoder_input_ids"] = torch.arange(30).view(3, 10)
         loss, size = kept_bytes(
             lambda model=model, decoder=decoder: (
                 model(inputs_embeds=embeddings, **decoder).logits.pow(2).sum()
@@ -241,11 +239,10 @@ def test_a_micro_batch_of_one_clip_of_one_frame_trains_the_visual_encoder(
     features = encoder(frame, torch.tensor([1]))
     assert features.shape == (1, encoder.feature_width)
     features.sum().backward()
-    for name, tensor in (
-        *encoder.named_buffers(),
-        *((n, p.grad) for n, p in encoder.named_parameters()),
-    ):
-        assert tensor is not None and torch.isfinite(tensor).all(), name
+    for name, buffer in encoder.named_buffers():
+        assert torch.isfinite(buffer).all(), name
+    for name, parameter in encoder.named_parameters():
+        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
     several = encoder(torch.randn(3, 3, pixels, pixels), torch.tensor([1, 2]))
     assert several.shape[0] == 3 and several.std() > 0
     encoder.eval()

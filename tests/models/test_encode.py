@@ -76,10 +76,9 @@ def test_a_gpu_computes_in_bf16_where_it_is_asked_to(
 ) -> None:
     device = torch.device("cuda")
     extractor.to(device)
-    half_ND, full_ND = (
-        encode(batch, extractor, PREPROCESS, train=False, device=device, autocast=autocast)
-        for autocast in (True, False)
-    )
+    arguments = (batch, extractor, PREPROCESS)
+    half_ND = encode(*arguments, train=False, device=device)
+    full_ND = encode(*arguments, train=False, device=device, autocast=False)
     assert half_ND.dtype == full_ND.dtype == torch.float32
     assert torch.equal(half_ND, half_ND.bfloat16().float())
     assert not torch.equal(full_ND, full_ND.bfloat16().float())

@@ -42,10 +42,9 @@ def test_features_of_a_clip_do_not_depend_on_its_batch(kind, width):
     pixels_NCHW, num_frames_B = torch.randn(9, 3, 32, 32), torch.tensor([4, 2, 3])
     with torch.no_grad():
         features_ND = model(pixels_NCHW, num_frames_B)
-        alone = [
-            model(clip, torch.tensor([len(clip)]))
-            for clip in torch.split(pixels_NCHW, num_frames_B.tolist())
-        ]
+        alone = []
+        for clip in torch.split(pixels_NCHW, num_frames_B.tolist()):
+            alone.append(model(clip, torch.tensor([len(clip)])))
     assert features_ND.shape == (9, width) and model.feature_width == width
     torch.testing.assert_close(features_ND, torch.cat(alone), rtol=1e-4, atol=1e-5)
 
@@ -91,17 +90,15 @@ def test_frozen_parts_stay_frozen_whoever_calls_train(kind, how, trained):
     }
     for name, part in parts.items():
         if part is not None:
-            assert part.training == (name in trained), name
-            assert all(p.requires_grad == (name in trained) for p in part.parameters()), (
-                name
-            )
+            is_trained = name in trained
+            assert part.training == is_trained, name
+            assert {p.requires_grad for p in part.parameters()} == {is_trained}, name
     before = {n: b.clone() for n, b in model.named_buffers() if "running" in n}
     model(torch.randn(6, 3, 32, 32), torch.tensor([6]))
-    changed = {
-        n.split(".")[1]
-        for n, b in model.named_buffers()
-        if n in before and not b.equal(before[n])
-    }
+    changed = set()
+    for name, buffer in model.named_buffers():
+        if name in before and not buffer.equal(before[name]):
+            changed.add(name.split(".")[1])
     assert changed == trained
 
 

@@ -8,6 +8,7 @@ from flallm_ds.models.light_translator import (
     build_light_translator,
     light_translator_from_config,
 )
+from tests.helpers.tensors import num_parameters
 
 
 def vocabulary(size: int) -> SimpleNamespace:
@@ -22,9 +23,7 @@ def test_sizes_have_the_papers_parameters(size, millions):
     """FLa-LLM, Table 7, at a vocabulary of about 2,430."""
     with torch.device("meta"):
         model = build_light_translator(size, vocabulary(2430), dropout=0.1)
-    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(
-        millions, rel=0.01
-    )
+    assert num_parameters(model) / 1e6 == pytest.approx(millions, rel=0.01)
 
 
 def test_there_is_one_word_embedding_and_an_untied_head():
@@ -50,6 +49,7 @@ def test_a_config_rebuilds_the_same_architecture():
     with torch.device("meta"):
         for size in SIZES:
             model = build_light_translator(size, vocabulary(50), dropout=0.0)
-            twin = light_translator_from_config(model.config)
-            names = [(n, p.shape) for n, p in model.named_parameters()]
-            assert [(n, p.shape) for n, p in twin.named_parameters()] == names
+            again = light_translator_from_config(model.config)
+            pairs = zip(model.named_parameters(), again.named_parameters(), strict=True)
+            for (name, parameter), (other_name, other) in pairs:
+                assert name == other_name and parameter.shape == other.shape

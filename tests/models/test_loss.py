@@ -68,10 +68,13 @@ def states_and_logits(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return states[0], logits
 
 
-@pytest.mark.parametrize(
-    ("model_type", "rules"),
-    [(m, r) for m in sorted(loss.VERIFIED) for r in RULES.get(m, [{}])],
-)
+HEADS: list[tuple[str, dict[str, Any]]] = []
+for _model_type in sorted(loss.VERIFIED):
+    for _rules in RULES.get(_model_type, [{}]):
+        HEADS.append((_model_type, _rules))
+
+
+@pytest.mark.parametrize(("model_type", "rules"), HEADS)
 def test_the_head_of_each_verified_type_gives_the_models_own_logits(
     model_type: str, rules: dict[str, Any]
 ) -> None:

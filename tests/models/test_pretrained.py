@@ -104,9 +104,8 @@ def without_a_part(llm: Path) -> None:
     (llm / "model.safetensors").unlink()
     first = dict(list(tensors.items())[:3])
     save_file(first, llm / "model-00001-of-00002.safetensors", metadata={"format": "pt"})
-    places = {
-        n: f"model-0000{1 if n in first else 2}-of-00002.safetensors" for n in tensors
-    }
+    places = dict.fromkeys(tensors, "model-00002-of-00002.safetensors")
+    places |= dict.fromkeys(first, "model-00001-of-00002.safetensors")
     (llm / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {}, "weight_map": places})
     )
@@ -318,9 +317,8 @@ def test_what_is_cached_is_read_without_a_hub_and_without_repetitions(
 
     with socketserver.TCPServer(("127.0.0.1", 0), HangsUp) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        environment = {
-            name: v for name, v in os.environ.items() if name != "HF_HUB_OFFLINE"
-        }
+        environment = dict(os.environ)
+        environment.pop("HF_HUB_OFFLINE", None)
         environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}"}
         environment |= {"HF_HOME": str(tmp_path / "home")}
         subprocess.run(

@@ -11,6 +11,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from flallm_ds.errors import UserError
 from flallm_ds.models.weights import Weights, load_weights, named_state, write_weights
+from tests.helpers.tensors import same_tensors
 
 # 400 bytes each
 TENSORS = {f"layer{n}.weight": torch.full((10, 10), float(n)) for n in range(5)}
@@ -24,10 +25,7 @@ def test_tensors_come_back_from_several_files(tmp_path: Path) -> None:
         "model.safetensors.index.json",
     ]
     assert all(path.stat().st_size < 1300 for path in tmp_path.glob("model-*"))
-    found = dict(Weights(tmp_path))
-    assert found.keys() == TENSORS.keys() and all(
-        torch.equal(found[n], TENSORS[n]) for n in TENSORS
-    )
+    assert same_tensors(dict(Weights(tmp_path)), TENSORS)
 
 
 def test_what_fits_into_one_file_goes_into_one(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from flallm_ds.models.backbones.build import build_backbone
 from tests.helpers.backbones import CROP, TOKENS, changed, refused, saved
+from tests.helpers.tensors import same_tensors
 
 
 def test_a_model_that_reads_videos_is_refused(tmp_path: Path) -> None:
@@ -92,6 +93,4 @@ def test_heads_and_other_models_next_to_a_backbone_are_left_out(
     before = build_backbone(weights, width=16, crop_size=CROP).state_dict()
     changed(tmp_path, {key: torch.ones(2)})
     after = build_backbone(weights, width=16, crop_size=CROP).state_dict()
-    assert before.keys() == after.keys() and all(
-        torch.equal(before[n], after[n]) for n in before
-    )
+    assert same_tensors(before, after)

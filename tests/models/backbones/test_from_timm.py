@@ -20,10 +20,8 @@ def test_timms_features_are_timms(tmp_path: Path, pixels_NCHW: torch.Tensor) -> 
     backbone = build_backbone(weights, crop_size=CROP).eval()
     norm = timm.data.resolve_model_data_config(theirs)
     with torch.no_grad():
-        ours, own = (
-            torch.tensor(values).view(2, 3, 1, 1)
-            for values in ([IMAGENET_MEAN, IMAGENET_STD], [norm["mean"], norm["std"]])
-        )
+        ours = torch.tensor([IMAGENET_MEAN, IMAGENET_STD]).view(2, 3, 1, 1)
+        own = torch.tensor([norm["mean"], norm["std"]]).view(2, 3, 1, 1)
         own_NCHW = (pixels_NCHW * ours[1] + ours[0] - own[0]) / own[1]
         assert torch.allclose(backbone(pixels_NCHW), theirs(own_NCHW), atol=1e-5)
 

@@ -45,7 +45,8 @@ def trains_and_generates(llm: object, codec: TextCodec, wording: Wording) -> Non
     assert torch.isfinite(translator(*arguments, target_ids_BL))
     found = translator.eval().generate(*arguments, Beam(num_beams=2, max_new_tokens=6))
     rows = llm.get_input_embeddings().num_embeddings
-    assert all(0 <= i < rows for candidates in found for i in candidates[0].ids)
+    for best, *_ in found:
+        assert min(best.ids) >= 0 and max(best.ids) < rows
 
 
 def add(folder: Path, **tokens: str) -> dict[str, int]:
@@ -53,9 +54,8 @@ def add(folder: Path, **tokens: str) -> dict[str, int]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_special_tokens(tokens)
     tokenizer.save_pretrained(folder)
-    return dict(
-        zip(tokens, tokenizer.convert_tokens_to_ids(list(tokens.values())), strict=True)
-    )
+    ids = tokenizer.convert_tokens_to_ids(list(tokens.values()))
+    return dict(zip(tokens, ids, strict=True))
 
 
 def configure_tokenizer(folder: Path, **values: object) -> None:

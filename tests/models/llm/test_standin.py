@@ -17,11 +17,9 @@ TINY = {"vocab_size": 200, "d_model": 64, "layers": 1}
 
 def weather(count, seed=0):
     draw = random.Random(seed)
-    days, places = (
-        ["heute", "morgen", "übermorgen"],
-        ["im süden", "im norden", "an der küste", "in höheren lagen"],
-    )
+    days = ["heute", "morgen", "übermorgen"]
     skies = ["regnet es", "schneit es", "scheint die sonne", "fällt weißer schnee"]
+    places = ["im süden", "im norden", "an der küste", "in höheren lagen"]
     return [" ".join(map(draw.choice, (days, skies, places))) for _ in range(count)]
 
 
@@ -54,16 +52,15 @@ def trained(tmp_path_factory):
 
 
 def digest(folder):
-    return {
-        f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.iterdir())
-    }
+    digests = {}
+    for path in sorted(folder.iterdir()):
+        digests[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return digests
 
 
 def test_loads_as_the_real_model_does(trained):
-    tokenizer, model = (
-        AutoTokenizer.from_pretrained(trained),
-        AutoModelForSeq2SeqLM.from_pretrained(trained),
-    )
+    tokenizer = AutoTokenizer.from_pretrained(trained)
+    model = AutoModelForSeq2SeqLM.from_pretrained(trained)
     assert isinstance(model, MBartForConditionalGeneration)
     assert type(tokenizer).__name__ == "MBartTokenizer"
     assert (
@@ -145,8 +142,8 @@ def test_same_seed_same_files_and_another_seed_others(texts, tmp_path, capsys):
     for name, seed in (("one", 0), ("two", 0), ("three", 1)):
         torch.rand(1)  # the state of the caller's generator must not matter
         standin_llm(texts, tmp_path / name, steps=3, seed=seed, **TINY)
-    one, two, three = (digest(tmp_path / name) for name in ("one", "two", "three"))
-    assert one == two
+    one, three = digest(tmp_path / "one"), digest(tmp_path / "three")
+    assert one == digest(tmp_path / "two")
     assert one["model.safetensors"] != three["model.safetensors"]
     # some are held out for the check
     assert "300 sentences" not in capsys.readouterr().out
@@ -196,16 +193,14 @@ def test_collate_has_mbarts_shape():
 
 def test_chinese_words_are_pieces_and_rare_characters_are_unknown():
     draw = random.Random(0)
-    sentences = [
-        "".join(draw.choices("今明天北南方有大小雨雪云", k=9)) for _ in range(50)
-    ] + ["龘靐"]
+    sentences = []
+    for _ in range(50):
+        sentences.append("".join(draw.choices("今明天北南方有大小雨雪云", k=9)))
+    sentences.append("龘靐")
     tokenizer = module.train_tokenizer(sentences, 54, "zh_CN")
     assert len(tokenizer) <= 54
-    assert all(
-        len(word) == 1
-        for words in module.encode(tokenizer, sentences, "zh_CN")
-        for word in words
-    )
+    for words in module.encode(tokenizer, sentences, "zh_CN"):
+        assert set(map(len, words)) == {1}
     assert len(module.encode(tokenizer, sentences[:1], "zh_CN")[0]) > 2
     assert tokenizer.unk_token_id in tokenizer("龘靐")["input_ids"]
     assert (

@@ -28,6 +28,7 @@ from flallm_ds.models.llm.tuning import (
     tune,
     write_additions,
 )
+from tests.helpers.tensors import trained_names
 
 VOCABULARY = 40
 CONFIGS = {
@@ -81,8 +82,12 @@ def tuned(kind: str, seed: int = 0, **options: Any) -> Any:
     return llm
 
 
-def trained(llm: Any) -> set[str]:
-    return {name for name, p in llm.named_parameters() if p.requires_grad}
+def names_of(llm: Any) -> set[str]:
+    return {name for name, _ in llm.named_parameters()}
+
+
+def low_rank_layers(llm: Any) -> list[str]:
+    return [name for name, module in llm.named_modules() if isinstance(module, LoraLayer)]
 
 
 def logits(llm: Any) -> torch.Tensor:
@@ -103,25 +108,22 @@ def after_training(llm: Any) -> Any:
 
 
 def test_full_trains_everything():
-    assert trained(tuned("mbart", how="full")) == {
-        n for n, _ in make_llm("mbart").named_parameters()
-    }
+    assert trained_names(tuned("mbart", how="full")) == names_of(make_llm("mbart"))
 
 
 def test_full_with_a_pattern_trains_what_it_matches():
     llm = tuned("mbart", how="full", layers=r"decoder\.layers\.1\.|layernorm_embedding")
-    names = {n for n, _ in llm.named_parameters()}
-    assert trained(llm) == {
-        n for n in names if "decoder.layers.1." in n or "layernorm_embedding" in n
-    }
-    assert 0 < len(trained(llm)) < len(names)
+    trained, every = trained_names(llm), names_of(llm)
+    assert trained and trained < every
+    for name in every:
+        is_named = "decoder.layers.1." in name or "layernorm_embedding" in name
+        assert (name in trained) == is_named
 
 
 def test_frozen_trains_nothing_but_what_a_pattern_adds():
-    assert trained(tuned("llama", how="frozen")) == set()
-    assert trained(tuned("llama", how="frozen", layers=r"^model\.norm")) == {
-        "model.norm.weight"
-    }
+    assert trained_names(tuned("llama", how="frozen")) == set()
+    llm = tuned("llama", how="frozen", layers=r"^model\.norm")
+    assert trained_names(llm) == {"model.norm.weight"}
 
 
 @KINDS
@@ -130,12 +132,15 @@ def test_low_rank_trains_additions_to_all_linear_layers_but_the_head(kind, how):
     """As many as peft's own all-linear, and the same logits as before, because B starts
     at zero."""
     llm = tuned(kind, how=how, rank=4)
-    layers = [n for n, m in llm.named_modules() if isinstance(m, LoraLayer)]
-    assert layers and not any("lm_head" in n for n in layers)
+    layers = low_rank_layers(llm)
+    assert layers and "lm_head" not in " ".join(layers)
     assert sorted(layers) == sorted(low_rank_targets(make_llm(kind), "all-linear"))
-    own = ["lora_A.default.weight", "lora_B.default.weight"]
-    own += ["lora_magnitude_vector.default.weight"] if how == "dora" else []
-    assert trained(llm) == {f"{layer}.{part}" for layer in layers for part in own}
+    expected = set()
+    for layer in layers:
+        expected |= {f"{layer}.lora_A.default.weight", f"{layer}.lora_B.default.weight"}
+        if how == "dora":
+            expected.add(f"{layer}.lora_magnitude_vector.default.weight")
+    assert trained_names(llm) == expected
     torch.testing.assert_close(logits(llm), logits(make_llm(kind)), rtol=1e-4, atol=1e-5)
 
 
@@ -146,9 +151,9 @@ def test_low_rank_targets_by_pattern_beside_whole_layers():
         targets="(q|v)_proj$",
         layers=r"decoder\.layers\.1\.self_attn\.q_proj|shared",
     )
-    layers = [n for n, m in llm.named_modules() if isinstance(m, LoraLayer)]
+    layers = low_rank_layers(llm)
     assert len(layers) == 12 and all(n.endswith(("q_proj", "v_proj")) for n in layers)
-    whole = {n for n in trained(llm) if ".lora_" not in n}
+    whole = {name for name in trained_names(llm) if ".lora_" not in name}
     assert whole == {
         "model.shared.weight",
         "model.decoder.layers.1.self_attn.q_proj.base_layer.weight",
@@ -170,7 +175,7 @@ def test_an_image_encoder_is_tuned_and_merged_in_the_same_way():
     vit, plain = ViTModel(config).eval(), ViTModel(config).eval()
     plain.load_state_dict(vit.state_dict())
     tune(vit, Tuning(how="lora", rank=2, targets="q_proj|v_proj", section="visual"))
-    assert len(trained(vit)) == 4
+    assert len(trained_names(vit)) == 4
     pixels_NCHW = torch.rand(2, 3, 16, 16)
     after_training(vit)
     plain.load_state_dict(dict(merged(vit.named_parameters(), vit)))
@@ -194,8 +199,8 @@ def test_additions_depend_on_the_seed_alone_and_leave_the_generator_as_it_was():
     tune(again, Tuning(how="lora"))
     assert torch.equal(torch.get_rng_state(), state)
     name = "model.layers.0.mlp.up_proj.lora_A.default.weight"
-    weights = [dict(llm.named_parameters())[name] for llm in (first, again, other)]
-    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    assert torch.equal(first.get_parameter(name), again.get_parameter(name))
+    assert not torch.equal(first.get_parameter(name), other.get_parameter(name))
 
 
 @KINDS
@@ -207,24 +212,20 @@ def test_merged_tensors_are_those_of_peft(kind, how, dtype):
     )
     found = dict(merged(llm.named_parameters(), llm))
     plain = make_llm(kind).to(dtype)
-    assert found.keys() == {name for name, _ in plain.named_parameters()}
+    assert found.keys() == names_of(plain)
     for module in llm.modules():
         if isinstance(module, LoraLayer):
             module.merge()
-    peft = {
-        n.replace(".base_layer", ""): p
-        for n, p in llm.named_parameters()
-        if ".lora_" not in n
-    }
+    peft = {}
+    for name, parameter in llm.named_parameters():
+        peft[name.replace(".base_layer", "")] = parameter.detach()
+    exact = {"rtol": 0, "atol": 0}
+    if dtype == torch.bfloat16:
+        exact = {"rtol": 2e-2, "atol": 1e-3}
     changed = 0
     for name, tensor in found.items():
-        exact = (
-            {"rtol": 0, "atol": 0}
-            if dtype == torch.float32
-            else {"rtol": 2e-2, "atol": 1e-3}
-        )
-        torch.testing.assert_close(tensor, peft[name].detach(), **exact)
-        changed += not torch.equal(tensor, dict(plain.named_parameters())[name])
+        torch.testing.assert_close(tensor, peft[name], **exact)
+        changed += not torch.equal(tensor, plain.get_parameter(name))
     assert changed >= len(low_rank_targets(plain, "all-linear"))
 
 
@@ -244,15 +245,17 @@ def test_merging_takes_tensors_in_any_order_and_none_where_a_rank_only_gathers()
     backwards = dict(merged(reversed(list(llm.named_parameters())), llm))
     for name, tensor in merged(llm.named_parameters(), llm):
         assert torch.equal(backwards[name], tensor)
-    on_another_rank = dict(merged(((n, None) for n, _ in llm.named_parameters()), llm))
-    assert on_another_rank == {n: None for n, _ in make_llm("mbart").named_parameters()}
+    nothing = dict.fromkeys(dict(llm.named_parameters()))
+    on_another_rank = dict(merged(nothing.items(), llm))
+    assert on_another_rank == dict.fromkeys(names_of(make_llm("mbart")))
 
 
 def test_an_llm_without_additions_passes_unchanged():
     llm = make_llm("llama")
-    assert [n for n, t in merged(llm.named_parameters(), llm) if t is not None] == [
-        n for n, _ in llm.named_parameters()
-    ]
+    found = list(merged(llm.named_parameters(), llm))
+    assert len(found) == len(names_of(llm))
+    for (name, tensor), (own, parameter) in zip(found, llm.named_parameters(), strict=True):
+        assert name == own and tensor is parameter
 
 
 @KINDS
@@ -360,10 +363,13 @@ def test_a_quantized_llm_loads_and_learns(bits: int, tmp_path: Path) -> None:
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     llm = load_llm(str(tmp_path), LlmOptions(bits=bits))
     tune(llm, Tuning(how="lora", rank=4))
-    before = {
-        n: p.detach().clone() for n, p in llm.named_parameters() if not p.requires_grad
-    }
-    optimizer = torch.optim.AdamW([p for p in llm.parameters() if p.requires_grad], lr=1e-2)
+    trained, frozen = [], {}
+    for name, parameter in llm.named_parameters():
+        if parameter.requires_grad:
+            trained.append(parameter)
+        else:
+            frozen[name] = parameter.detach().clone()
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
     ids_BL = torch.arange(24, device="cuda").view(2, 12)
     losses = []
     for _ in range(8):
@@ -374,7 +380,8 @@ def test_a_quantized_llm_loads_and_learns(bits: int, tmp_path: Path) -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0]
-    assert all(torch.equal(p, before[n]) for n, p in llm.named_parameters() if n in before)
+    for name, before in frozen.items():
+        assert torch.equal(llm.get_parameter(name), before), name
     with pytest.raises(UserError, match="must not be quantized"):
         list(merged(llm.named_parameters(), llm))
     assert isinstance(llm, nn.Module)

@@ -22,6 +22,7 @@ from flallm_ds.data.text.prompt import Wording
 from flallm_ds.errors import UserError
 from flallm_ds.models.llm.load import embedding_scale, load_llm
 from flallm_ds.models.sign_translator import Beam, SignTranslator
+from tests.helpers.tensors import num_parameters
 
 WIDTH, WORDS = 32, 64
 MOST = 4_000_000  # parameters of a tiny model
@@ -64,22 +65,19 @@ def tiny_models(mapping: Any) -> dict[str, Any]:
     for kind in mapping:
         if kind in MODEL_FOR_MASKED_LM_MAPPING and mapping is MODEL_FOR_CAUSAL_LM_MAPPING:
             continue  # no LLM
-        model_class = (
-            mapping[kind][0] if isinstance(mapping[kind], tuple) else mapping[kind]
-        )
-        known = {
-            name for base in kind.__mro__ for name in getattr(base, "__annotations__", {})
-        }
-        known |= set(kind.attribute_map)
-        own = OWN.get(kind.model_type, {})
+        model_class = mapping[kind]
+        if isinstance(model_class, tuple):
+            model_class = model_class[0]
+        # The settings that the class knows, of its own and by the common names.
+        known = set(kind.attribute_map)
+        for base in kind.__mro__:
+            known |= set(getattr(base, "__annotations__", {}))
+        wanted = TINY | OWN.get(kind.model_type, {})
+        values = {name: wanted[name] for name in wanted if name in known}
         try:
-            config = kind(
-                **{name: value for name, value in (TINY | own).items() if name in known}
-            )
+            config = kind(**values)
             with torch.device("meta"):
-                size = sum(
-                    parameter.numel() for parameter in model_class(config).parameters()
-                )
+                size = num_parameters(model_class(config))
         except Exception:  # noqa: BLE001  # no such config, or one that must be made in another way
             continue
         if size <= MOST:
@@ -89,7 +87,8 @@ def tiny_models(mapping: Any) -> dict[str, Any]:
 
 ENCODER_DECODERS = tiny_models(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING)
 DECODERS = tiny_models(MODEL_FOR_CAUSAL_LM_MAPPING)
-DECODERS = {name: found for name, found in DECODERS.items() if name not in ENCODER_DECODERS}
+for _name in ENCODER_DECODERS:
+    DECODERS.pop(_name, None)
 
 
 def test_what_is_checked() -> None:
@@ -152,21 +151,19 @@ def our_loss(llm: Any, translator: SignTranslator, wording: Wording) -> float:
     targets_BL = torch.full((2, 4), -100)
     for row, target in zip(targets_BL, TARGETS, strict=True):
         row[: len(target)] = torch.tensor(target)
-    lengths = torch.tensor([len(signs) for signs in SIGNS])
+    lengths = torch.tensor(list(map(len, SIGNS)))
     with torch.no_grad():
         return float(translator(rows, lengths, [wording] * 2, targets_BL))
 
 
 def is_refused(name: str, llm: Any) -> bool:
-    reason = next((why for kind, why in REFUSED.items() if name.startswith(kind)), None)
-    if reason is None:
-        return False
-    with pytest.raises(
-        UserError,
-        match=rf"llm\.name must be an LLM that reads embeddings.*\({name}\).*{reason}",
-    ):
-        embedding_scale(llm)
-    return True
+    for kind, reason in REFUSED.items():
+        if name.startswith(kind):
+            said = rf"llm\.name must be an LLM that reads embeddings.*\({name}\).*{reason}"
+            with pytest.raises(UserError, match=said):
+                embedding_scale(llm)
+            return True
+    return False
 
 
 @pytest.mark.parametrize("name", ENCODER_DECODERS)
