@@ -388,7 +388,7 @@ def test_imagenet_weights_out_of_reach_end_the_run_at_once(
     assert done.returncode == 2 and "Traceback" not in done.stderr
     (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert (
-        "visual.weights must be within reach, but microsoft/resnet-18 is no file or folder"
+        "an available hub id, got microsoft/resnet-18: there is no such file or folder"
         in sentence
     )
     assert "--visual.weights=none to train from random weights" in sentence
@@ -411,7 +411,7 @@ def test_backbone_weights_that_are_not_cached_where_there_is_no_hub(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     given = options(tiny_corpus, tmp_path / "run", **{"visual.weights": weights})
-    said = f"visual.weights must be within reach, but {weights} is no file or folder here"
+    said = f"an available hub id, got {weights}: there is no such file or folder"
     assert said in refused(train, "--stage=visual", *given)
     assert not (tmp_path / "run").exists()
 
@@ -421,7 +421,7 @@ def test_backbone_weights_that_are_nothing(
     refused: Run, tmp_path: Path, tiny_corpus: Path, weights: str
 ) -> None:
     given = options(tiny_corpus, tmp_path / "run", **{"visual.weights": weights})
-    assert f"visual.weights must be within reach, but {weights} is" in refused(
+    assert f"an available hub id, got {weights}: there is no such file" in refused(
         train, "--stage=visual", *given
     )
     assert not (tmp_path / "run").exists()

@@ -1,7 +1,7 @@
-"""Any image encoder of transformers, timm or torchvision behind one interface.
+"""Image encoders of transformers, timm and torchvision behind one interface.
 
-No code per model family. A rule decides once, when a backbone is built, what its features
-are: the model's pooled output, if the model has one and weights for it; else its class
-token, if it has one; else the mean over all positions of its last layer. timm's models
-pool themselves.
+No model family has code of its own. When a backbone is built, one rule chooses its
+features: the pooled output of the model, if the model has one and weights for it; else the
+class token, if the model has one; else the mean over all positions of the last layer.
+Models of timm pool their output themselves.
 """

@@ -1,4 +1,4 @@
-"""Which source `visual.weights` names, and the backbone from it."""
+"""Build the backbone that the option `visual.weights` names."""
 
 import json
 from pathlib import Path
@@ -31,11 +31,12 @@ def build_backbone(
 ) -> Backbone:
     """Build the backbone that the option `visual.weights` names, with its weights.
 
-    weights: "none" for a random ResNet-18; a .pth file with torchvision's ResNet-18 to
-    152; timm/NAME, or timm/NAME@FILE with its weights in a file; else a hub id or folder
-    of transformers or timm. width: that the first stage of a ResNet must have.
-    pretrained: if false, only the architecture is taken. crop_size: side of the frames,
-    px. Raises UserError if these do not fit together; OSError if a hub is out of reach.
+    weights: "none" for a ResNet-18 with random weights; a .pth file with a ResNet-18 to 152
+    of torchvision; timm/NAME, or timm/NAME@FILE with the weights in a file; else a hub id
+    or a folder of transformers or timm. width: required number of channels of the first
+    stage of a ResNet. pretrained: if false, only the architecture is used and the weights
+    are random. crop_size: side of the frames, px. Raises UserError if these do not fit
+    together, OSError if a hub is not available.
     """
     if weights == "none":
         return resnet_18(width)
@@ -45,6 +46,7 @@ def build_backbone(
     path = Path(weights)
     if path.is_file() or weights.endswith(".pth"):
         return build_torchvision(path, width, pretrained)
+    # timm writes the name of the architecture into config.json, transformers does not.
     config = _read_config(weights)
     if "architecture" in config:
         return build_timm_folder(weights, config, pretrained, crop_size)
@@ -52,13 +54,13 @@ def build_backbone(
 
 
 def _check_source(weights: str, pretrained: bool) -> None:
-    """Raise UserError if the file, folder or address cannot be a backbone."""
+    """Raise UserError if the file, folder or URL cannot be a backbone."""
     file = split_name(weights)[1] if weights.startswith(TIMM) else ""
     check_backbone_source(file or weights, pretrained)
 
 
 def _read_config(weights: str) -> dict[str, Any]:
-    """Return the config.json of a folder; an empty one for a hub id."""
+    """Return the config.json of a folder; an empty dict for a hub id."""
     folder = Path(weights)
     if not folder.is_dir():
         return {}
@@ -66,45 +68,47 @@ def _read_config(weights: str) -> dict[str, Any]:
         return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(
-            f"visual.weights must be a folder with a config.json, but {weights} is not "
-            f"({error})."
+            f"Cannot read {folder / 'config.json'}: {first_line(error).rstrip('.')}. Fetch "
+            "the model again."
         ) from error
 
 
 def hub_id(weights: str) -> str:
-    """Return the hub id that `weights` names; if it names something else, return it unchanged."""
+    """Return the hub id of `weights`; `weights` itself if it is not on a hub."""
     if not weights.startswith(TIMM) or "@" in weights:
         return weights
     try:
         known = import_timm().models.get_pretrained_cfg(weights.removeprefix(TIMM))
-    except RuntimeError:  # no model of timm: refused when it is built
+    except RuntimeError:  # not a model of timm; `build_timm` raises an error
         known = None
     return getattr(known, "hf_hub_id", None) or weights
 
 
 def check_reachable(weights: str) -> None:
-    """Raise UserError if a hub's backbone is neither cached nor on a hub that answers.
+    """Raise UserError if the backbone of a hub is neither cached nor available on the hub.
 
-    Sends one request without retries: the libraries would retry each of theirs for half a
+    Sends one request without retries. The libraries would retry each request for half a
     minute.
     """
     _check_source(weights, pretrained=True)
     name = hub_id(weights)
-    of_file = "@" in weights or weights.endswith(".pth") or Path(weights).exists()
-    if weights == "none" or of_file:
+    is_local = "@" in weights or weights.endswith(".pth") or Path(weights).exists()
+    if weights == "none" or is_local:
         return
     try:
+        # Cached weights are enough: the hub is not needed.
         for file in CHECKPOINT_FILES:
             if isinstance(try_to_load_from_cache(name, file), str):
                 read_cache_alone_if_unreachable(name)
                 return
         if file_exists(name, "config.json"):
             return
-        reason = "the hub has no such model with a config.json, or not for you"
+        reason = "the hub has no such model with a config.json, or you have no access"
     except HUB_ERRORS as error:
         reason = f"the hub cannot be reached ({first_line(error)})"
     raise UserError(
-        f"visual.weights must be within reach, but {weights} is no file or folder here and "
-        f"is not in the hub's cache, and {reason}. Give a folder or file of this machine, "
-        "or --visual.weights=none to train from random weights, which costs accuracy."
+        f"visual.weights must be a file, a folder or an available hub id, got {weights}: "
+        "there is no such file or folder, the hub's cache does not hold the model, and "
+        f"{reason}. Give a local folder or file, or --visual.weights=none to train from "
+        "random weights, which costs accuracy."
     )

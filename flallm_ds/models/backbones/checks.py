@@ -1,4 +1,4 @@
-"""What all sources of backbones have in common: weights must fill the model, frames must suit it.
+"""Checks of a backbone, whatever its source: do the weights and the frames fit the model?
 
 N frames, C H W of a frame, D width of the features.
 """
@@ -18,22 +18,22 @@ from flallm_ds.models.backbones.interface import Backbone
 from flallm_ds.models.backbones.spec import BackboneSpec
 from flallm_ds.models.pretrained import first_line
 
-# What models raise when frames do not suit them.
+# What models raise for frames that they cannot read.
 UNSUITED = (RuntimeError, ValueError, AssertionError, TypeError, IndexError, AttributeError)
-# What the libraries raise when files of weights are damaged or of another model.
+# What the libraries raise for files of weights that are damaged or of another model.
 UNREADABLE = (RuntimeError, ValueError, SafetensorError, pickle.UnpicklingError)
-# Tensors that a checkpoint may hold or lack, whatever the model: files from before 2018
-# lack BatchNorm's counter, which nothing reads; nobody masks patches here; the others are
-# computed.
+# Tensors that a checkpoint of any model may hold or lack. Files from before 2018 lack the
+# counter of BatchNorm, which nothing reads. No patches are masked here. The other tensors
+# are computed.
 OPTIONAL_TENSOR = re.compile(
     r"(num_batches_tracked|mask_token|position_ids|relative_position_index|attn_mask|inv_freq)$"
 )
-# Tensors of a classifier, which a backbone does without; names of timm.
+# Tensors of a classifier, which a backbone does not have, as timm names them.
 _HEAD_TENSOR = re.compile(r"^(head|fc|classifier|pre_logits|fc_norm)[._]")
 
 
 def needed(names: Iterable[str]) -> list[str]:
-    """Return the names of tensors, sorted, without those that a checkpoint may hold or lack."""
+    """Return the names without those of optional tensors, sorted."""
     return sorted(name for name in names if not OPTIONAL_TENSOR.search(name))
 
 
@@ -43,16 +43,19 @@ def check_fit(
     missing: Iterable[str],
     unexpected: Iterable[str],
 ) -> None:
-    """Raise UserError if a tensor of the model is missing, or a stored tensor is of no part.
+    """Raise UserError if a tensor of the model is missing or a stored tensor is unexpected.
 
-    A stored tensor counts only if it lies within a part of the model, as of one more
-    layer: a classifier, a text model or a decoder of patches next to the backbone is left
-    out.
+    missing, unexpected: names of tensors, as `load_state_dict` reports them. An unexpected
+    tensor counts only if its name begins with a part of the model, such as the tensor of
+    one layer too many. A classifier, a text model or a decoder of patches that is stored
+    with the backbone is ignored.
     """
     lost = needed(missing)
     if lost:
-        must = f"the weights {weights} must hold {lost[0]}, but do not"
-        raise UserError(f"{must}: they are of another model or not whole.")
+        raise UserError(
+            f"Cannot load the weights {weights}: {lost[0]} is missing, so they are "
+            "incomplete or of another model. Fetch them again."
+        )
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     parts = {name.split(".")[0] for name in model.state_dict()}
     within = []
@@ -63,32 +66,32 @@ def check_fit(
 
 
 def check_no_surplus(weights: str, unexpected: Iterable[str]) -> None:
-    """Raise UserError if one of the unexpected tensors is more than a classifier's or
-    optional."""
+    """Raise UserError for an unexpected tensor that is neither optional nor of a classifier."""
     surplus = []
     for name in needed(unexpected):
         if not _HEAD_TENSOR.match(name):
             surplus.append(name)
     if surplus:
         raise UserError(
-            f"the weights {weights} must be of the model that is built for them, but "
-            f"{len(surplus)} of their tensors belong to no part of it, {surplus[0]} being "
-            "one: the config is of another model. Fetch both again."
+            f"Cannot load the weights {weights}: {len(surplus)} tensors belong to no part of "
+            f"the model ({surplus[0]} for example), so the config is of another model. "
+            "Fetch the weights and the config again."
         )
 
 
 def check_patch(weights: str, patch: Any, crop_size: int) -> None:
-    """Raise UserError if a frame is not a whole number of patches: its edge would be lost.
+    """Raise UserError if a frame is not a whole number of patches.
 
     patch: side or sides of a patch, px; other types mean that the model has no patches.
     """
+    # A model would ignore the rest of a frame at its edge without a warning.
     sides = patch if isinstance(patch, list | tuple) else [patch]
     for side in sides:
         if isinstance(side, int) and crop_size % side:
             below = max(side, crop_size // side * side)
             raise UserError(
-                f"data.crop_size must be a multiple of {side}, the patch of {weights}, but "
-                f"is {crop_size}. Give --data.crop_size={below}, or {below + side}."
+                f"data.crop_size must be a multiple of {side}, the patch size of {weights}, "
+                f"got {crop_size}. Give --data.crop_size={below} or {below + side}."
             )
 
 
@@ -98,9 +101,9 @@ def probe_output(
     weights: str,
     crop_size: int,
 ) -> BackboneSpec:
-    """Run one frame twice and return the spec with the output and the feature width found.
+    """Encode one frame twice; return the spec with the output and the feature width found.
 
-    Raises UserError if the model does not take such frames, or if the two results differ.
+    Raises UserError if the model cannot read such frames, or if the two results differ.
     """
     draw = torch.Generator().manual_seed(0)
     frame_1CHW = torch.rand(1, 3, crop_size, crop_size, generator=draw)
@@ -116,24 +119,28 @@ def probe_output(
             spec = replace(spec, output=token_output(model))
         features_ND = spec.features(outputs)
         if features_ND.dim() != 2 or len(features_ND) != 2:
-            raise ValueError(f"its features are of the shape {tuple(features_ND.shape)}")
+            shape = tuple(features_ND.shape)
+            raise ValueError(
+                f"the features of 2 frames must have the shape (2, D), got {shape}"
+            )
     except UNSUITED as error:
         raise UserError(
-            "visual.weights must name an encoder that takes frames of "
-            f"data.crop_size={crop_size} px, but {weights} does not: {first_line(error)}"
+            "visual.weights must name an encoder that can read frames of "
+            f"data.crop_size={crop_size} px, got {weights}: "
+            f"{first_line(error).rstrip('.')}. Give another --data.crop_size or encoder."
         ) from error
     finally:
         model.train(was_training)
     if not torch.allclose(features_ND[0], features_ND[1], atol=1e-4, rtol=1e-3):
         raise UserError(
-            "visual.weights must name an encoder that sees a frame the same way each time, "
-            f"but {weights} does not: it draws at random."
+            "visual.weights must name an encoder that always gives a frame the same "
+            f"features, got {weights}, which draws random numbers. Choose another encoder."
         )
     return replace(spec, feature_width=features_ND.shape[1])
 
 
 def token_output(model: nn.Module) -> Literal["class", "mean"]:
-    """Return the output of a model without pooled output: its class token if it has one."""
+    """Return which output to use without a pooled one: the class token if there is one."""
     for name, _ in model.named_parameters():
         if re.search(r"(^|\.)(cls_token|class_embedding)$", name):
             return "class"

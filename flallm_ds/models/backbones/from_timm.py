@@ -1,4 +1,4 @@
-"""Backbones from timm, an optional dependency: by name, by name with a file, or from a folder."""
+"""Build backbones with timm, an optional dependency: from a name, a file or a folder."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,21 +30,23 @@ def split_name(weights: str) -> tuple[str, str]:
 
 
 def build_timm(weights: str, pretrained: bool, crop_size: int) -> Backbone:
-    """Build the backbone of timm/NAME, or of timm/NAME@FILE with its weights in a file.
+    """Build the backbone of timm/NAME, or of timm/NAME@FILE with the weights in a file.
 
-    Raises UserError if there is no such file or name, with the nearest names.
+    Raises UserError if the file or the name does not exist, with the nearest names.
     """
     timm = import_timm()
     name, file = split_name(weights)
     if file and not Path(file).is_file():
         raise UserError(
-            f"visual.weights must be timm/NAME@FILE, but there is no file {file}."
+            f"visual.weights must be timm/NAME@FILE with an existing file, got {file}. Check "
+            "the path."
         )
+    # A name such as resnet18.a1_in1k has a tag that names its pretrained weights.
     architecture, _, tag = name.partition(".")
     tagged = timm.list_pretrained(f"{architecture}.*") if tag else []
     if not timm.is_model(architecture) or (tag and name not in tagged):
         raise UserError(
-            f"visual.weights must name a model of timm, but {name} is none: "
+            f"visual.weights must name a model of timm, got {name}: "
             f"{nearest(name, tagged or timm.list_models())}"
         )
     overlay = {"file": file} if file else None
@@ -58,7 +60,7 @@ def build_timm_folder(
     pretrained: bool,
     crop_size: int,
 ) -> Backbone:
-    """Build the backbone of a folder that timm wrote. config: its config.json."""
+    """Build the backbone of a folder that timm wrote. config: the content of config.json."""
     arguments = {**config.get("model_args", {}), "num_classes": 0}
     name = f"local-dir:{folder}"
     return _build(
@@ -75,9 +77,9 @@ def _build(
     pretrained: bool,
     crop_size: int,
 ) -> Backbone:
-    """Build the backbone that `timm.create_model(name, **arguments)` gives.
+    """Build the backbone that `timm.create_model(name, **arguments)` returns.
 
-    overlay: of timm's record of the pretrained weights.
+    overlay: values that replace those of timm's record of the pretrained weights.
     """
     timm = import_timm()
 
@@ -97,6 +99,7 @@ def _build(
     model, size = _create_for_size(create, weights, crop_size)
     patch_embed = getattr(model, "patch_embed", None)
     check_patch(weights, getattr(patch_embed, "patch_size", None), crop_size)
+    # timm stores the mean and std of the pixels with the record of the weights.
     norm = timm.data.resolve_model_data_config(model)
     spec = BackboneSpec(
         "timm",
@@ -111,31 +114,33 @@ def _build(
 def _create_for_size(
     create: Callable[..., nn.Module], weights: str, crop_size: int
 ) -> tuple[nn.Module, dict[str, int]]:
-    """Return a model for frames of this size, and the argument that made it so.
+    """Return a model for frames of this size, and the arguments that set the size.
 
-    If positions have weights, timm resamples them to img_size once, as it loads them.
-    Raises UserError if the model cannot be made or loaded; OSError if a hub is out of
-    reach.
+    If the positions have weights, timm interpolates them to img_size while it loads them.
+    Raises UserError if the model cannot be built or loaded, OSError if a hub is not
+    available.
     """
     try:
         try:
             return create(img_size=crop_size), {"img_size": crop_size}
-        except TypeError:  # a model that takes any size refuses the argument
+        except TypeError:  # a model for frames of any size has no such argument
             return create(), {}
     except OSError:
         raise
     except (*UNSUITED, *UNREADABLE) as error:
         raise UserError(
-            f"{weights} must load for frames of data.crop_size={crop_size} px, but does "
-            f"not: {first_line(error)}"
+            f"Cannot load {weights} for frames of data.crop_size={crop_size} px: "
+            f"{first_line(error).rstrip('.')}. Fetch the weights again, or give another "
+            "--visual.weights."
         ) from error
 
 
 @contextmanager
 def _lenient_loads() -> Iterator[list[tuple[list[str], list[str]]]]:
-    """Make `load_state_dict` take what fits; yield a list that gets (missing, unexpected) names.
+    """Make `load_state_dict` non-strict; yield a list of its (missing, unexpected) names.
 
-    timm offers no such report. One entry for each call within the context.
+    The list gets one entry for each call within the context. timm does not report these
+    names.
     """
     found: list[tuple[list[str], list[str]]] = []
     load = nn.Module.load_state_dict

@@ -1,6 +1,6 @@
-"""Backbones from torchvision: ResNet-18 to 152 from a .pth file, or with random weights.
+"""Build ResNet-18 to 152 from a .pth file of torchvision, or with random weights.
 
-The model is transformers' ResNet; torchvision itself is not needed.
+The model is the ResNet of transformers; torchvision itself is not needed.
 """
 
 import pickle
@@ -21,24 +21,31 @@ _LAYER = {"conv": "convolution", "bn": "normalization"}
 
 
 def resnet_18(width: int) -> Backbone:
-    """Build ResNet-18 with random weights. width: channels of its first stage, 64 in the
-    paper."""
+    """Build a ResNet-18 with random weights.
+
+    width: channels of the first stage, 64 in the paper.
+    """
     return _random_resnet(width, [2, 2, 2, 2], "basic")
 
 
 def build_torchvision(path: Path, width: int, pretrained: bool) -> Backbone:
-    """Build the ResNet whose state dict a .pth file holds.
+    """Build the ResNet whose state dict is in a .pth file.
 
-    width: channels of its first stage. pretrained: load the weights, too. Raises
-    UserError if the file is not such a state dict, or is of another width.
+    width: channels of the first stage. pretrained: load the weights as well. Raises
+    UserError if the file is not such a state dict, or has another width.
     """
     if not path.is_file():
-        raise UserError(f"visual.weights must be a file, but there is none at {path}.")
+        raise UserError(
+            f"visual.weights must be an existing file, got {path}. Check the path."
+        )
     state = _read_state(path)
     depths, layer_type = _layout(state)
     if min(depths) < 1:
-        must = "visual.weights must be torchvision's ResNet"
-        raise UserError(f"{must}, but {path} holds no layer1 to layer4.")
+        raise UserError(
+            "visual.weights must be a ResNet of torchvision with layer1 to layer4, got "
+            f"{path} without them. Give another file."
+        )
+    # Every tensor of the model must be in the file, under torchvision's name.
     backbone = _random_resnet(width, depths, layer_type)
     stored = {_transformers_name(name): tensor for name, tensor in state.items()}
     needed = {}
@@ -47,9 +54,9 @@ def build_torchvision(path: Path, width: int, pretrained: bool) -> Backbone:
             continue
         if name not in stored or stored[name].shape != tensor.shape:
             raise UserError(
-                f"the weights {path} must fit visual.width={width}, but {name} does not. "
-                "ImageNet weights are for --visual.width=64; use --visual.weights=none for "
-                "other widths."
+                f"Cannot load the weights {path} for visual.width={width}: {name} does not "
+                "fit. ImageNet weights need --visual.width=64; give --visual.weights=none "
+                "for another width."
             )
         needed[name] = stored[name]
     check_no_surplus(str(path), stored.keys() - needed.keys())
@@ -59,7 +66,8 @@ def build_torchvision(path: Path, width: int, pretrained: bool) -> Backbone:
 
 
 def _random_resnet(width: int, depths: list[int], layer_type: str) -> Backbone:
-    """Build a ResNet with random weights. depths: blocks of each of the four stages."""
+    """Build a ResNet with random weights. depths: number of blocks of each of four stages."""
+    # A bottleneck block widens its output by four.
     first = width if layer_type == "basic" else 4 * width
     config = ResNetConfig(
         embedding_size=width,
@@ -72,18 +80,21 @@ def _random_resnet(width: int, depths: list[int], layer_type: str) -> Backbone:
 
 
 def _read_state(path: Path) -> dict[str, Any]:
+    """Return the state dict of a .pth file. Raises UserError if it cannot be read."""
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except (pickle.UnpicklingError, RuntimeError, EOFError, TypeError, ValueError) as error:
         raise UserError(
-            f"visual.weights must be a torchvision state dict, but {path} cannot be read "
-            f"as one ({first_line(error)})."
+            f"Cannot read {path} as a state dict of torchvision: "
+            f"{first_line(error).rstrip('.')}. Fetch the file again."
         ) from error
 
 
 def _layout(state: dict[str, Any]) -> tuple[list[int], str]:
-    """Return (blocks of each of the four stages, transformers' layer type), read from the
-    names."""
+    """Return (number of blocks of each of four stages, transformers' layer type).
+
+    Both are read from the names of the tensors.
+    """
     depths = [0, 0, 0, 0]
     layer_type = "basic"
     for name in state:
@@ -98,15 +109,18 @@ def _layout(state: dict[str, Any]) -> tuple[list[int], str]:
 
 
 def _transformers_name(name: str) -> str:
-    """Return the name that transformers' ResNet has for a tensor of torchvision's ResNet."""
+    """Translate the name of a tensor from torchvision's ResNet to transformers'."""
+    # The stem: conv1 and bn1 before the first stage.
     stem = re.match(r"(conv|bn)1\.(.*)", name)
     if stem:
         return f"embedder.embedder.{_LAYER[stem[1]]}.{stem[2]}"
+    # A block of a stage: convolutions, norms, and the shortcut ("downsample").
     found = re.match(r"layer(\d)\.(\d+)\.(conv|bn|downsample\.)(\d)\.(.*)", name)
     if found is None:
         return name
     layer, block, kind, number, rest = found.groups()
     prefix = f"encoder.stages.{int(layer) - 1}.layers.{block}"
     if kind == "downsample.":
-        return f"{prefix}.shortcut.{'convolution' if number == '0' else 'normalization'}.{rest}"
+        part = "convolution" if number == "0" else "normalization"
+        return f"{prefix}.shortcut.{part}.{rest}"
     return f"{prefix}.layer.{int(number) - 1}.{_LAYER[kind]}.{rest}"

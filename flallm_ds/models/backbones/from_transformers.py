@@ -1,4 +1,4 @@
-"""Backbones from transformers: a hub id, or a folder with a config.json."""
+"""Build backbones with transformers, from a hub id or a folder with a config.json."""
 
 import pickle
 from dataclasses import replace
@@ -30,20 +30,22 @@ def build_transformers(
 ) -> Backbone:
     """Build the backbone of a hub id or a folder.
 
-    width: that the first stage of a ResNet must have. pretrained: load the weights, too.
-    crop_size: side of the frames, px. Raises UserError if these do not fit together.
+    width: required number of channels of the first stage of a ResNet. pretrained: load the
+    weights as well. crop_size: side of the frames, px. Raises UserError if these do not fit
+    together.
     """
     config = _image_config(weights)
     check_patch(weights, getattr(config, "patch_size", None), crop_size)
     if config.model_type == "resnet" and config.embedding_size != width:
         raise UserError(
-            f"visual.width must be {config.embedding_size}, as of {weights}, but is "
-            f"{width}. ImageNet weights are for --visual.width=64; use "
-            "--visual.weights=none for other widths."
+            f"visual.width must be {config.embedding_size}, the width of {weights}, got "
+            f"{width}. ImageNet weights need --visual.width=64; give --visual.weights=none "
+            "for another width."
         )
     mean, std = _processor_norm(weights, config.model_type)
     spec = BackboneSpec("transformers", plain_config(config), mean=mean, std=std)
-    # Drawn even if weights follow: what is drawn later must not depend on that.
+    # Random weights are drawn even if stored ones replace them: the numbers that are drawn
+    # later must not depend on `pretrained`.
     model = spec.build()
     if pretrained:
         spec = _load_weights(model, weights, config, spec)
@@ -52,20 +54,21 @@ def build_transformers(
 
 
 def _image_config(weights: str) -> Any:
-    """Return the model's config, or that of its vision part. Raises UserError without one."""
+    """Return the config of the model, or of its vision part. Raises UserError without one."""
     try:
         config = AutoConfig.from_pretrained(weights, trust_remote_code=False)
     except (ValueError, KeyError) as error:
         raise UserError(
-            f"visual.weights must name a model that transformers knows, but {weights} is "
-            f"not: {first_line(error)}"
+            f"visual.weights must name a model that transformers knows, got {weights}: "
+            f"{first_line(error).rstrip('.')}. Choose another model."
         ) from error
+    # CLIP, SigLIP and others hold the config of their image encoder as a part.
     config = getattr(config, "vision_config", config)
     model_class = MODEL_MAPPING.get(type(config), None)
     if getattr(model_class, "main_input_name", None) != "pixel_values":
         raise UserError(
-            f"visual.weights must name an encoder of images, but {weights} is a "
-            f"{config.model_type} model, which reads something else."
+            f"visual.weights must name an image encoder, got {weights}, a "
+            f"{config.model_type} model. Choose another model."
         )
     return config
 
@@ -73,21 +76,23 @@ def _image_config(weights: str) -> Any:
 def _processor_norm(
     weights: str, model_type: str
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return (mean, std) of the model's image processor; ImageNet's if it comes without one."""
+    """Return (mean, std) of the image processor; those of ImageNet without a processor."""
     try:
         processor, _ = ImageProcessingMixin.get_image_processor_dict(weights)
     except OSError as error:
-        # The processor of a ResNet is ImageNet's.
+        # A ResNet is always trained on pixels normalised by ImageNet's mean and std.
         if model_type == "resnet" or not _may_have_processor(weights):
             return IMAGENET_MEAN, IMAGENET_STD
         raise UserError(
-            "visual.weights must be within reach with its preprocessor_config.json, but "
-            f"that of {weights} is not: {first_line(error)} Fetch it where there is a "
-            "network, or give a folder."
+            f"Cannot read the preprocessor_config.json of {weights}: "
+            f"{first_line(error).rstrip('.')}. Fetch it on a machine with a network, or give "
+            "a folder."
         ) from error
     if processor.get("do_flip_channel_order"):
-        must = "visual.weights must name an encoder of RGB images"
-        raise UserError(f"{must}, but {weights} reads BGR.")
+        raise UserError(
+            f"visual.weights must name an encoder of RGB images, got {weights}, which reads "
+            "BGR. Choose another encoder."
+        )
     if not processor.get("do_normalize", "image_mean" in processor):
         return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     mean = processor.get("image_mean") or IMAGENET_MEAN
@@ -96,9 +101,10 @@ def _processor_norm(
 
 
 def _may_have_processor(weights: str) -> bool:
-    """Say whether a hub's model may have an image processor that is only out of reach."""
+    """Return whether a model may have an image processor that is just not available now."""
     if Path(weights).is_dir():
         return False
+    # The cache also records that a file does not exist on the hub.
     known = try_to_load_from_cache(weights, "preprocessor_config.json")
     try:
         return known is not _CACHED_NO_EXIST and file_exists(
@@ -113,8 +119,8 @@ def _load_weights(
 ) -> BackboneSpec:
     """Load the weights into the model and return its spec.
 
-    A pooler without weights, as of a checkpoint with a classifier, is removed from the
-    model. Raises UserError if the weights cannot be read, or are of another model.
+    A pooler without stored weights is removed from the model; checkpoints with a classifier
+    have none. Raises UserError if the weights cannot be read, or are of another model.
     """
     check_weights(weights, "visual")
     try:
@@ -123,13 +129,13 @@ def _load_weights(
             config=config,
             dtype=torch.float32,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # and refused below, by name
+            ignore_mismatched_sizes=True,  # `check_fit` below names the first one
         )
     except UNREADABLE as error:
         raise _unreadable(weights, error) from error
     missing = needed(info["missing_keys"])
     mismatched = [name for name, *_ in info["mismatched_keys"]]
-    # A pooler that is missing as a whole is no fault: the class token or the mean is read.
+    # Only a pooler is missing: use the class token or the mean instead.
     without_pooler = bool(missing) and all(name.startswith("pooler.") for name in missing)
     lost = mismatched if without_pooler else [*missing, *mismatched]
     check_fit(weights, source, lost, info["unexpected_keys"])
@@ -142,13 +148,12 @@ def _load_weights(
 
 
 def _unreadable(weights: str, error: Exception) -> UserError:
-    reason = first_line(error)
+    """Return the error for weights that cannot be read."""
+    reason = f"{first_line(error).rstrip('.')}. Fetch the model again."
     pickled = isinstance(error, pickle.UnpicklingError)
     if pickled or "Weights only load failed" in str(error):
         reason = (
-            "pickled weights (.bin) are damaged, or hold more than tensors, which could "
+            "the pickled weights (.bin) are damaged, or hold more than tensors, which could "
             "run code. Fetch the safetensors files of the model."
         )
-    return UserError(
-        f"the weights {weights} must fit their config.json, but do not: {reason}"
-    )
+    return UserError(f"Cannot load the weights {weights}: {reason}")

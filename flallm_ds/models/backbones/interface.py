@@ -1,4 +1,4 @@
-"""Backbone: one image encoder, frame by frame.
+"""Backbone: an image encoder that reads each frame alone.
 
 N frames, C H W of a frame, D width of the features.
 """
@@ -19,7 +19,7 @@ from flallm_ds.models.llm.tuning import Tuning, tune
 
 
 class Backbone(nn.Module):
-    """Turn pixels_NCHW, normalised by ImageNet's mean and std, into features_ND.
+    """Encode pixels_NCHW, normalised by ImageNet's mean and std, as features_ND.
 
     In eval mode the features of a frame do not depend on the other frames.
     """
@@ -33,10 +33,12 @@ class Backbone(nn.Module):
         self.model = model
         self.spec = spec
         self.frozen = self.freeze_batch_norm = False
-        can_interpolate = (
-            "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
-        )
-        self._options = {"interpolate_pos_encoding": True} if can_interpolate else {}
+        # Frames may have another size than those that the weights were trained on.
+        parameters = inspect.signature(model.forward).parameters
+        self._options: dict[str, bool] = {}
+        if "interpolate_pos_encoding" in parameters:
+            self._options["interpolate_pos_encoding"] = True
+        # Not persistent: `settings` holds the mean and std, checkpoints need no copy.
         scale, shift = _from_imagenet(spec.mean, spec.std)
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("shift", shift, persistent=False)
@@ -47,13 +49,15 @@ class Backbone(nn.Module):
 
     @property
     def feature_width(self) -> int:
+        """Return D."""
         return self.spec.feature_width
 
     def forward(self, pixels_NCHW: torch.Tensor) -> torch.Tensor:
+        """Return features_ND."""
         return self.spec.features(self.outputs(pixels_NCHW))
 
     def outputs(self, pixels_NCHW: torch.Tensor) -> Any:
-        """Return what the model itself returns."""
+        """Return the output of the model itself."""
         if pixels_NCHW.is_cuda or self._channels_last_on_cpu:
             pixels_NCHW = pixels_NCHW.contiguous(memory_format=torch.channels_last)
         if self.scale is not None and self.shift is not None:
@@ -63,8 +67,8 @@ class Backbone(nn.Module):
     def train(self, mode: bool = True) -> "Backbone":
         """Set the mode as any module does, but keep frozen parts in eval mode.
 
-        A micro-batch of few clips shows few signers: its BatchNorm statistics tell who
-        signs, unlike those of the evaluation.
+        A micro-batch of few clips shows few signers, so its BatchNorm statistics depend on
+        who signs. The statistics of an evaluation do not.
         """
         super().train(mode and not self.frozen)
         if self.freeze_batch_norm:
@@ -74,10 +78,10 @@ class Backbone(nn.Module):
         return self
 
     def freeze(self, stages: int | None = None) -> None:
-        """Freeze all weights and statistics, or only the weights of the stem and the
-        first stages.
+        """Freeze all weights and statistics, or the weights of the first stages only.
 
-        stages: how many of them. Raises UserError if the model has fewer.
+        stages: number of stages to freeze, and the stem with them; None: everything. Raises
+        UserError if the model has fewer stages.
         """
         if stages is None:
             self.frozen = True
@@ -90,14 +94,14 @@ class Backbone(nn.Module):
     def _first_parameters(self, num_stages: int) -> list[nn.Parameter]:
         """Return the parameters of the stem and the first stages.
 
-        In the order of the model these are all up to the last parameter of the last such
-        stage.
+        These are all parameters up to the last one of the last of these stages, in the
+        order of the model.
         """
-        stages = _stages(self.model, "frozen_stages must be 0")
+        stages = _stages(self.model, "visual.frozen_stages must be 0", num_stages)
         if num_stages > len(stages):
             raise UserError(
-                f"visual.frozen_stages must be 0 to {len(stages)}, the stages of this "
-                f"backbone, but is {num_stages}."
+                f"visual.frozen_stages must be at most {len(stages)}, the number of stages "
+                f"of this backbone, got {num_stages}."
             )
         of_last_stage = set(map(id, stages[num_stages - 1].parameters()))
         parameters = list(self.model.parameters())
@@ -116,7 +120,7 @@ class Backbone(nn.Module):
         if tuning.low_rank and not has_linear:
             raise UserError(
                 f"visual.tune must be full or frozen for a {type(self.model).__name__}, "
-                f"which has no linear layers, but is {tuning.how}."
+                f"which has no linear layers, got {tuning.how}."
             )
         tune(self.model, tuning, seed)
         if tuning.how == "frozen":
@@ -127,28 +131,31 @@ class Backbone(nn.Module):
 
         Raises UserError if the model has no stages.
         """
-        _stages(self.model, "checkpointing must be false")
+        _stages(self.model, "visual.checkpointing must be false", "true")
         checkpoint_stages(self.model)
 
     def settings(self) -> dict[str, Any]:
-        """Return what `from_settings` needs; plain values for a JSON file."""
+        """Return the arguments of `from_settings`: plain values for a JSON file."""
         return asdict(self.spec)
 
     @classmethod
     def from_settings(cls, settings: dict[str, Any]) -> "Backbone":
-        """Build the same architecture with random weights; read no file and no hub.
+        """Build the same architecture with random weights, without files or a hub.
 
         Raises UserError if the installed libraries do not know the settings.
         """
         values: dict[str, Any] = {}
         try:
+            # JSON has lists where the spec has tuples.
             for name, value in settings.items():
                 values[name] = tuple(value) if isinstance(value, list) else value
             spec = BackboneSpec(**values)
             return cls(spec.build(), spec)
         except (TypeError, ValueError, KeyError, RuntimeError) as error:
-            must = "the settings of a backbone must be those of this version's libraries"
-            raise UserError(f"{must}, but {error!r}.") from error
+            raise UserError(
+                f"Cannot build a backbone from the stored settings: {error!r}. Install the "
+                "versions of transformers and timm that wrote them."
+            ) from error
 
 
 def _fewest_channels(model: nn.Module) -> int:
@@ -163,7 +170,7 @@ def _fewest_channels(model: nn.Module) -> int:
 def _from_imagenet(
     mean: tuple[float, ...], std: tuple[float, ...]
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Return (scale, shift) from pixels normalised as ImageNet's to pixels of this mean and std.
+    """Return (scale, shift) that normalise ImageNet-normalised pixels by this mean and std.
 
     Both have the shape (1, 3, 1, 1). Both are None if mean and std are those of ImageNet.
     """
@@ -176,12 +183,19 @@ def _from_imagenet(
 
 
 def _by_channel(values: tuple[float, ...]) -> torch.Tensor:
+    """Return one value for each channel, as float64 of the shape (1, 3, 1, 1)."""
     return torch.tensor(values, dtype=torch.float64).view(1, 3, 1, 1)
 
 
-def _stages(model: nn.Module, must: str) -> list[nn.Module]:
-    """Return the model's stages. must: of the option that needs them, in the UserError."""
+def _stages(model: nn.Module, required: str, got: object) -> list[nn.Module]:
+    """Return the stages of the model.
+
+    required, got: "NAME must be VALUE" and the present value of the option that needs
+    stages, for the UserError if there are none.
+    """
     try:
         return stages_of(model)
     except ValueError as error:
-        raise UserError(f"visual.{must} for this backbone, because {error}.") from error
+        raise UserError(
+            f"{required} for a {type(model).__name__}, which has no list of stages, got {got}."
+        ) from error

@@ -1,4 +1,4 @@
-"""BackboneSpec: what a backbone is, in plain values.
+"""BackboneSpec: the architecture of a backbone in plain values.
 
 N frames, D width of the features, H W of a feature map.
 """
@@ -17,11 +17,11 @@ from flallm_ds.errors import UserError
 
 @dataclass(frozen=True)
 class BackboneSpec:
-    """Hold all that is needed to build a backbone again without a file; plain values for JSON.
+    """All that is needed to build a backbone again without a file, in plain values for JSON.
 
-    config: the whole config of a transformers model, or the name and the arguments of a
-    timm model. output: which output of a transformers model becomes the features. mean,
-    std: how the pixels were normalised that the weights were trained on.
+    config: the complete config of a transformers model, or the name and the arguments of a
+    timm model. output: the output of a transformers model that becomes the features. mean,
+    std: of the pixels that the weights were trained on.
     """
 
     library: Literal["transformers", "timm"]
@@ -39,14 +39,14 @@ class BackboneSpec:
         model_type = values.pop("model_type")
         config = CONFIG_MAPPING[model_type].from_dict(values)
         model: Any = AutoModel.from_config(config, dtype=torch.float32)
-        if self.output != "pooled" and isinstance(
-            getattr(model, "pooler", None), nn.Module
-        ):
-            model.pooler = None  # its weights would be random and have no gradient
+        # A pooler that is not used would have random weights and no gradient.
+        has_pooler = isinstance(getattr(model, "pooler", None), nn.Module)
+        if self.output != "pooled" and has_pooler:
+            model.pooler = None
         return model
 
     def features(self, outputs: Any) -> torch.Tensor:
-        """Return features_ND from what the model returned."""
+        """Return features_ND, taken from the output of the model."""
         if self.library == "timm":
             features_ND: torch.Tensor = outputs
             return features_ND
@@ -63,14 +63,14 @@ class BackboneSpec:
 
 
 def import_timm() -> Any:
-    """Return the module timm, an optional dependency. Raises UserError if it is not installed."""
+    """Return the module timm, which is optional. Raises UserError if it is not installed."""
     try:
         # optional
         import timm
     except ModuleNotFoundError as error:
-        must = "timm must be installed for a backbone of its"
         raise UserError(
-            f"{must}, but is not: pip install 'flallm_ds[backbones]'."
+            "Cannot build a backbone of timm: the package is not installed. Run pip install "
+            "'flallm_ds[backbones]'."
         ) from error
     return timm
 
@@ -82,7 +82,10 @@ def plain_config(config: Any) -> dict[str, Any]:
 
 
 def without_origin(values: Any) -> Any:
-    """Drop from a config, at any depth, which version wrote it and where it was loaded from."""
+    """Return a config without its origin: the version that wrote it and the folder it is from.
+
+    Parts of the config are cleaned in the same way. Other values are returned unchanged.
+    """
     if not isinstance(values, dict):
         return values
     kept = {}

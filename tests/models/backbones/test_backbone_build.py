@@ -1,4 +1,4 @@
-"""Folders, files and addresses that are no backbone."""
+"""Folders, files and URLs that cannot be loaded as a backbone."""
 
 import pickle
 from collections.abc import Callable
@@ -64,12 +64,12 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "pointer_config": (pointer("config.json"), r"config\.json: it is a git-lfs pointer"),
     "adapter": (
         adapter,
-        r"visual\.weights must be a whole image encoder, .* Name facebook/dinov2-small",
+        r"visual\.weights must be .*, got .*, which holds an adapter .* Name facebook/dinov2-small",
     ),
     "gguf": (only("vit.gguf"), r"Cannot train .*vit\.gguf: GGUF files"),
     "empty": (
         only(""),
-        r"The image encoder .* the folder is empty\. Check --visual\.weights",
+        r"image encoder .*: the folder is empty\. Check --visual\.weights",
     ),
     "no_config": (
         without("config.json"),
@@ -77,7 +77,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "cut_off": (
         cut_off,
-        r"model\.safetensors must load, but did not: the file is cut off or damaged",
+        r"Cannot load the weights .*model\.safetensors: the file is truncated or damaged",
     ),
     "no_weights": (without("model.safetensors"), r"weights|checkpoints"),
     "pickled": (pickled, r"more than tensors, which could run code|[Ww]eights.only"),
@@ -86,7 +86,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
 
 @pytest.mark.parametrize("kind", ["vit", "timm/test_vit"])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_folder_of_another_kind_is_refused_by_its_cause(
+def test_the_error_for_a_folder_without_a_backbone_names_the_cause(
     kind: str, fault: str, tmp_path: Path
 ) -> None:
     spoil, sentence = FAULTS[fault]
@@ -97,7 +97,7 @@ def test_a_folder_of_another_kind_is_refused_by_its_cause(
     assert "\n" not in str(raised.value) and not (tmp_path / "touched").exists()
 
 
-def test_files_and_addresses_that_are_no_backbone_are_refused(tmp_path: Path) -> None:
+def test_files_and_urls_that_are_not_a_backbone_raise_an_error(tmp_path: Path) -> None:
     weights = saved("vit", tmp_path)
     refused(
         r"got the file .*model\.safetensors\. Name its folder: ",
@@ -110,6 +110,6 @@ def test_files_and_addresses_that_are_no_backbone_are_refused(tmp_path: Path) ->
     address = "https://huggingface.co/facebook/dinov2-small/tree/main"
     for read in (check_reachable, build_backbone):
         with pytest.raises(
-            UserError, match=r"got the address https.* Name it as facebook/dinov2-small\."
+            UserError, match=r"got the URL https.* Give facebook/dinov2-small\."
         ):
             read(address)

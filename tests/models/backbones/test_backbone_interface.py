@@ -1,5 +1,4 @@
-"""What every backbone does, whatever its source: features, gradients, freezing, tuning,
-settings."""
+"""Backbones from all sources: features, gradients, freezing, tuning and settings."""
 
 import copy
 import json
@@ -30,11 +29,10 @@ ALL = [*KINDS, *(f"timm/{name}" for name in TIMM_KINDS)]
 
 
 @pytest.mark.parametrize("kind", ALL)
-def test_a_backbone_of_each_kind(
+def test_each_kind_of_backbone_encodes_trains_freezes_and_is_built_again(
     kind: str, tmp_path: Path, pixels_NCHW: torch.Tensor
 ) -> None:
-    """Its features are of each frame alone, gradients reach it, frozen it stays, and it
-    is built again."""
+    """The features of a frame do not depend on the other frames."""
     if kind in KINDS:
         _, width, stages = KINDS[kind]
     else:
@@ -67,7 +65,9 @@ def test_a_backbone_of_each_kind(
     assert reached > len(list(backbone.parameters())) / 2
 
     again.freeze(stages)
-    with pytest.raises(UserError, match=rf"visual\.frozen_stages must be 0 to {stages}"):
+    with pytest.raises(
+        UserError, match=rf"visual\.frozen_stages must be at most {stages},"
+    ):
         again.freeze(stages + 1)
     last = Backbone.from_settings(settings)
     last.freeze(stages - 1)
@@ -76,7 +76,7 @@ def test_a_backbone_of_each_kind(
 
 
 @pytest.mark.parametrize("kind", ["resnet", "vit", "timm/resnet10t"])
-def test_a_frozen_backbone_keeps_every_bit(
+def test_a_frozen_backbone_stays_bit_identical(
     kind: str, tmp_path: Path, pixels_NCHW: torch.Tensor
 ) -> None:
     backbone = backbone_of(kind, tmp_path)
@@ -95,7 +95,7 @@ def test_a_frozen_backbone_keeps_every_bit(
 
 
 @pytest.mark.parametrize("kind", LORA)
-def test_low_rank_additions_alone_learn_and_are_merged(
+def test_only_lora_adapters_are_trained_and_can_be_merged(
     kind: str, tmp_path: Path, pixels_NCHW: torch.Tensor
 ) -> None:
     backbone = backbone_of(kind, tmp_path)
@@ -122,15 +122,17 @@ def test_low_rank_additions_alone_learn_and_are_merged(
         assert torch.allclose(whole(pixels_NCHW), after, atol=1e-4)
 
 
-def test_low_rank_additions_to_a_resnet_are_refused(tmp_path: Path) -> None:
+def test_lora_adapters_for_a_resnet_raise_an_error(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"visual\.tune must be full or frozen for a ResNetModel"
     ):
         backbone_of("resnet", tmp_path).tune(Tuning("lora", section="visual"))
 
 
-def test_random_numbers_drawn_later_do_not_depend_on_the_weights(tmp_path: Path) -> None:
-    """So a run's new parts begin alike, whatever its backbone's weights."""
+def test_random_numbers_drawn_later_do_not_depend_on_pretrained_weights(
+    tmp_path: Path,
+) -> None:
+    """The new parts of a run start with the same values for all weights of the backbone."""
     weights, later = saved("vit", tmp_path), []
     for pretrained in (True, False):
         torch.manual_seed(3)
@@ -139,15 +141,17 @@ def test_random_numbers_drawn_later_do_not_depend_on_the_weights(tmp_path: Path)
     assert torch.equal(*later)
 
 
-def test_frames_of_another_size_than_the_weights_were_trained_on(tmp_path: Path) -> None:
-    """Positions are interpolated: by transformers in each forward, by timm once."""
+def test_a_backbone_reads_frames_of_another_size_than_in_pretraining(
+    tmp_path: Path,
+) -> None:
+    """transformers interpolates the positions in each forward pass, timm does it once."""
     for kind in ("vit", "clip", "siglip", "timm/test_vit"):
         weights = saved(kind, tmp_path / kind)
         backbone = build_backbone(weights, crop_size=64).eval()
         assert backbone(torch.randn(2, 3, 64, 64)).shape == (2, backbone.feature_width)
 
 
-def test_statistics_of_timms_batch_norm_enter_once_a_step(
+def test_running_statistics_of_timms_batch_norm_are_updated_once_a_step(
     pixels_NCHW: torch.Tensor,
 ) -> None:
     torch.manual_seed(0)
@@ -166,11 +170,11 @@ def test_statistics_of_timms_batch_norm_enter_once_a_step(
     assert not backbone.train().model.bn1.training and backbone.training
 
 
-def test_settings_that_no_library_knows_are_refused() -> None:
+def test_settings_that_no_library_knows_raise_an_error() -> None:
     settings = {"library": "transformers", "config": {"model_type": "nothing_known"}}
     with pytest.raises(UserError, match="nothing_known"):
         Backbone.from_settings(settings)
-    with pytest.raises(UserError, match="settings of a backbone"):
+    with pytest.raises(UserError, match="Cannot build a backbone from the stored settings"):
         Backbone.from_settings(
             {"library": "timm", "config": {"model_name": "nothing_known"}}
         )

@@ -1,4 +1,4 @@
-"""Backbones of timm, by name, with a file and from a folder."""
+"""Backbones of timm: by name, with a file and from a folder."""
 
 import sys
 from pathlib import Path
@@ -12,7 +12,7 @@ from flallm_ds.models.backbones.build import build_backbone
 from tests.helpers.backbones import CROP, refused, saved
 
 
-def test_timms_features_are_timms(tmp_path: Path, pixels_NCHW: torch.Tensor) -> None:
+def test_the_features_are_those_of_timm(tmp_path: Path, pixels_NCHW: torch.Tensor) -> None:
     weights = saved("timm/test_vit", tmp_path)
     theirs = timm.create_model(
         f"local-dir:{weights}", pretrained=True, num_classes=0, img_size=CROP
@@ -26,7 +26,7 @@ def test_timms_features_are_timms(tmp_path: Path, pixels_NCHW: torch.Tensor) -> 
         assert torch.allclose(backbone(pixels_NCHW), theirs(own_NCHW), atol=1e-5)
 
 
-def test_timms_weights_from_a_file_and_without(tmp_path: Path) -> None:
+def test_weights_of_timm_come_from_a_file_or_are_random(tmp_path: Path) -> None:
     torch.manual_seed(1)
     source = timm.create_model("test_resnet", num_classes=7)
     torch.save(source.state_dict(), tmp_path / "weights.pth")
@@ -37,15 +37,17 @@ def test_timms_weights_from_a_file_and_without(tmp_path: Path) -> None:
     assert not torch.equal(random.model.conv1[0].weight, source.conv1[0].weight)
 
 
-def test_names_that_timm_does_not_know_are_refused_with_near_ones() -> None:
-    refused(r"timm.* resnet81 is none: did you mean .*resnet18", "timm/resnet81")
+def test_the_error_for_an_unknown_name_lists_similar_names() -> None:
+    refused(r"timm, got resnet81: did you mean .*resnet18", "timm/resnet81")
     refused(
-        r"resnet18\.a1_in2k is none: did you mean .*resnet18\.a1_in1k",
+        r"got resnet18\.a1_in2k: did you mean .*resnet18\.a1_in1k",
         "timm/resnet18.a1_in2k",
     )
-    refused("there is no file nowhere.pth", "timm/resnet18@nowhere.pth")
+    refused(r"an existing file, got nowhere\.pth", "timm/resnet18@nowhere.pth")
 
 
-def test_without_timm_its_models_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_of_timm_without_the_package_raises_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
     refused(r"pip install 'flallm_ds\[backbones\]'", "timm/resnet18")

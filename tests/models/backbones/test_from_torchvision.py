@@ -1,4 +1,4 @@
-"""Backbones from a .pth file of torchvision."""
+"""Backbones from .pth files of torchvision."""
 
 import re
 from pathlib import Path
@@ -10,8 +10,8 @@ from flallm_ds.models.backbones.from_torchvision import resnet_18
 from tests.helpers.backbones import CROP, refused
 
 
-def test_a_torchvision_file_of_another_network_is_refused(tmp_path: Path) -> None:
-    """As of an SE-ResNet, which has the layers of a ResNet and more."""
+def test_a_torchvision_file_of_another_network_raises_an_error(tmp_path: Path) -> None:
+    """An SE-ResNet, for example, has all layers of a ResNet and more."""
     kinds = {"convolution": "conv", "normalization": "bn"}
     state = {}
     for name, tensor in resnet_18(8).model.state_dict().items():
@@ -33,4 +33,4 @@ def test_a_torchvision_file_of_another_network_is_refused(tmp_path: Path) -> Non
     torch.save(state | {"fc.weight": torch.ones(2), "fc.bias": torch.ones(2)}, path)
     build_backbone(str(path), width=8, crop_size=CROP)
     torch.save(state | {"layer1.0.se.fc1.weight": torch.ones(2)}, path)
-    refused(r"belong to no part of it, .*se\.fc1\.weight", str(path), width=8)
+    refused(r"belong to no part of the model .*se\.fc1\.weight", str(path), width=8)

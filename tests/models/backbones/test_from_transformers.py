@@ -1,4 +1,4 @@
-"""Backbones of transformers: what their features are, and what is refused."""
+"""Backbones of transformers: their features, and the errors for other models."""
 
 import json
 from pathlib import Path
@@ -22,11 +22,11 @@ from tests.helpers.backbones import (
 )
 
 
-def test_a_pooler_without_weights_is_left_out_for_the_class_token(
+def test_the_class_token_replaces_a_pooler_without_weights(
     tmp_path: Path, pixels_NCHW: torch.Tensor
 ) -> None:
-    """As of ViTs that were saved with a classifier: transformers would fill a pooler with
-    random ones."""
+    """A ViT that was saved with a classifier has no pooler; transformers would fill one with
+    random weights."""
     torch.manual_seed(0)
     model = transformers.ViTForImageClassification(
         transformers.ViTConfig(**TOKENS, image_size=32)
@@ -43,7 +43,7 @@ def test_a_pooler_without_weights_is_left_out_for_the_class_token(
     )
 
 
-def test_without_pooled_output_and_class_token_it_is_the_mean(
+def test_the_mean_is_used_without_pooled_output_and_class_token(
     tmp_path: Path, pixels_NCHW: torch.Tensor
 ) -> None:
     config = transformers.PvtV2Config(
@@ -63,10 +63,10 @@ def test_without_pooled_output_and_class_token_it_is_the_mean(
 @pytest.mark.parametrize(
     "mean_std", [((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))]
 )
-def test_pixels_are_normalised_as_the_weights_know_them(
+def test_pixels_are_normalised_as_for_the_training_of_the_weights(
     mean_std: tuple[tuple[float, ...], tuple[float, ...]], tmp_path: Path
 ) -> None:
-    """Of transformers by its image processor, of timm by its record of the weights."""
+    """The image processor of transformers or timm's record of the weights says how."""
     mean, std = mean_std
     weights = saved("vit", tmp_path)
     normalises = mean[0] > 0
@@ -90,22 +90,21 @@ def test_pixels_are_normalised_as_the_weights_know_them(
     assert "scale" not in backbone.state_dict()
 
 
-def test_a_processor_out_of_reach_is_not_taken_for_none(
+def test_a_processor_that_is_not_available_raises_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A compute node whose cache holds a model's weights, but not how its pixels are
-    normalised."""
+    """The cache of a compute node may hold the weights but not the image processor."""
     saved("vit", tmp_path)
     config = transformers.AutoConfig.from_pretrained(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(from_transformers, "_image_config", lambda weights: config)
     with pytest.raises(
-        UserError, match=r"with its preprocessor_config.json, but that of no/vit is not"
+        UserError, match=r"Cannot read the preprocessor_config\.json of no/vit"
     ):
         build_backbone("no/vit", crop_size=CROP)
 
 
-def test_pixels_in_another_order_are_refused(tmp_path: Path) -> None:
+def test_an_encoder_of_bgr_pixels_raises_an_error(tmp_path: Path) -> None:
     weights = saved("vit", tmp_path)
     (tmp_path / "preprocessor_config.json").write_text(
         json.dumps({"do_flip_channel_order": True})
@@ -114,7 +113,9 @@ def test_pixels_in_another_order_are_refused(tmp_path: Path) -> None:
         build_backbone(weights, crop_size=CROP)
 
 
-def test_an_architecture_with_random_weights(tmp_path: Path) -> None:
+def test_a_folder_without_weights_gives_an_architecture_with_random_weights(
+    tmp_path: Path,
+) -> None:
     weights = saved("dinov2", tmp_path)
     (tmp_path / "model.safetensors").unlink()
     torch.manual_seed(1)
@@ -123,13 +124,13 @@ def test_an_architecture_with_random_weights(tmp_path: Path) -> None:
     refused(r"must hold weights .*--visual\.pretrained=false", weights)
 
 
-def test_a_model_that_does_not_read_images_is_refused(tmp_path: Path) -> None:
+def test_a_model_that_does_not_read_images_raises_an_error(tmp_path: Path) -> None:
     config = transformers.BertConfig(**TOKENS, vocab_size=64)
     transformers.AutoModel.from_config(config).save_pretrained(tmp_path)
-    refused(r"must name an encoder of images, but .* is a bert model", str(tmp_path))
+    refused(r"must name an image encoder, got .*, a bert model", str(tmp_path))
 
 
-def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_a_known_config_raises_an_error(tmp_path: Path) -> None:
     refused("the folder is empty", str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "nothing_known"}')
     refused("must name a model that transformers knows", str(tmp_path))
@@ -144,21 +145,21 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
+def test_weights_of_another_model_raise_an_error(tmp_path: Path) -> None:
     weights = saved("vit", tmp_path)
     other = saved("dinov2", tmp_path / "other")
     (tmp_path / "model.safetensors").write_bytes(
         Path(other, "model.safetensors").read_bytes()
     )
-    refused("the weights .* must hold", weights)
+    refused(r"Cannot load the weights .* is missing", weights)
     (tmp_path / "model.safetensors").write_bytes(b"not whole")
     refused(
-        r"model\.safetensors must load, but did not: the file is cut off or damaged",
+        r"Cannot load the weights .*model\.safetensors: the file is truncated or damaged",
         weights,
     )
 
 
-def test_a_resnet_of_another_width_is_refused(tmp_path: Path) -> None:
+def test_a_resnet_of_another_width_raises_an_error(tmp_path: Path) -> None:
     refused(r"visual\.width must be 16", saved("resnet", tmp_path), width=64)
 
 
@@ -178,14 +179,15 @@ def test_a_resnet_of_another_width_is_refused(tmp_path: Path) -> None:
         ("beit", "BeitForMaskedImageModeling", "beit.encoder.layer.9.output.dense.weight"),
     ],
 )
-def test_the_backbone_of_a_whole_model_must_fit_as_well(
+def test_unexpected_tensors_in_a_larger_model_raise_an_error(
     kind: str, whole: str, surplus: str, tmp_path: Path
 ) -> None:
-    """As most checkpoints of the hub: the tensors have a prefix, next to a head or a text
-    model."""
+    """Most checkpoints of the hub hold a backbone with a prefix, and a head or a text model."""
     getattr(transformers, whole)(KINDS[kind][0]()).save_pretrained(tmp_path)
     build_backbone(str(tmp_path), width=16, crop_size=CROP)
     changed(tmp_path, {surplus: torch.ones(2)})
     refused(
-        r"belong to no part of it|must hold pooler\.dense\.weight", str(tmp_path), width=16
+        r"belong to no part of the model|pooler\.dense\.weight is missing",
+        str(tmp_path),
+        width=16,
     )
