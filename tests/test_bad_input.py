@@ -489,7 +489,7 @@ def test_clips_longer_than_what_reads_them(
     [
         (
             {"visual.weights": "https://host/facebook/dinov2-small"},
-            "Name it as facebook/dinov2-small.",
+            "Give facebook/dinov2-small.",
         ),
         ({"visual.weights": "{}/vit.gguf"}, "GGUF files hold quantised weights"),
         ({"visual.weights": "{}/empty"}, "the folder is empty. Check --visual.weights."),

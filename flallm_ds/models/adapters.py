@@ -1,15 +1,15 @@
-"""The MLP between visual features and a language model, in both stages."""
+"""Adapter: the MLP between visual features and a language model, in both stages."""
 
 import torch
 from torch import nn
 
 
 class Adapter(nn.Sequential):
-    """The MLP between visual encoder and translator: VL-Adapter (stage 1), LLM-Adapter (stage 2).
+    """The VL-Adapter of stage 1 and the LLM-Adapter of stage 2 (FLa-LLM).
 
-    Linear-ReLU-Linear, one hidden layer as wide as the output (FLa-LLM; the paper does
-    not give the hidden width). scale: what the output is multiplied by, sqrt(E) where the
-    language model scales its word embeddings.
+    Linear-ReLU-Linear with a hidden layer as wide as the output; the paper does not give
+    the hidden width. scale: factor of the output; sqrt(E) for a language model that scales
+    its word embeddings by it.
     """
 
     def __init__(self, in_width: int, out_width: int, scale: float = 1.0) -> None:
@@ -19,6 +19,6 @@ class Adapter(nn.Sequential):
         self.scale = scale
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """(..., D) -> (..., E)."""
+        """Map features (..., D) to embeddings (..., E)."""
         adapted: torch.Tensor = super().forward(features)  # type: ignore[no-untyped-call]
         return adapted * self.scale

@@ -1,5 +1,4 @@
-"""Activation checkpointing: what a layer computes is dropped, and computed again for
-gradients."""
+"""Activation checkpointing: drop the activations of a layer, compute them again for gradients."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -14,36 +13,36 @@ from flallm_ds.errors import UserError
 
 
 def checkpoint_llm(llm: Any) -> None:
-    """Keep only each layer's input. Raises UserError where transformers cannot do so."""
+    """Keep only the input of each layer. Raises UserError if transformers cannot do this."""
     if not llm.supports_gradient_checkpointing:
         raise UserError(
             f"llm.checkpointing must be false for a {llm.config.model_type} model, which "
-            "cannot do it, but is true."
+            "transformers cannot checkpoint, got true."
         )
-    # The name changes with transformers 6; until 5.22 there is only the old one.
+    # transformers 6 renames the method; up to 5.22 only the old name exists.
     enable = getattr(llm, "activation_checkpointing_enable", None)
     enable = enable or llm.gradient_checkpointing_enable
     enable({"use_reentrant": False})
 
 
 def checkpoint_stages(backbone: nn.Module) -> None:
-    """Keep only the input of each stage of a network for images.
+    """Keep only the input of each stage of an image encoder.
 
-    Raises ValueError where it has no stages.
+    Raises ValueError for an encoder without stages.
     """
     for stage in stages_of(backbone):
         _checkpoint_forward(stage)
 
 
 def stages_of(backbone: nn.Module) -> list[nn.Module]:
-    """What a network for images applies one after another, the stem and the pooling apart.
+    """Return the stages of an image encoder in order, without the stem and the pooling.
 
-    Of its lists and sequences of several modules that are in no other, and of modules
-    beside one another that are numbered (layer1 ... layer4), those with the most
-    parameters.
+    Candidates are the outermost lists and sequences of several modules, and modules next to
+    each other with numbered names (layer1 ... layer4). The candidate with the most
+    parameters is returned. Raises ValueError for an encoder without candidates.
     """
     groups = list(_outermost_lists(backbone))
-    # Modules that are numbered, such as layer1 ... layer4, by their common name.
+    # Modules with numbered names, by the name without the number.
     numbered: dict[str, list[nn.Module]] = {}
     for name, module in backbone.named_children():
         if name[-1:].isdigit():
@@ -52,14 +51,12 @@ def stages_of(backbone: nn.Module) -> list[nn.Module]:
     several = (group for group in groups if len(group) > 1)
     stages = max(several, key=_size, default=[])
     if _size(stages) == 0:
-        raise ValueError(
-            f"{type(backbone).__name__} must have a list of stages, but has none"
-        )
+        raise ValueError(f"{type(backbone).__name__} must have a list of stages, got none.")
     return stages
 
 
 def _outermost_lists(module: nn.Module) -> Iterator[list[nn.Module]]:
-    """Yield the lists and sequences of several modules that are in no other."""
+    """Yield the lists and sequences of several modules that are not part of another one."""
     for child in module.children():
         if isinstance(child, nn.ModuleList | nn.Sequential) and len(child) > 1:
             yield list(child)
@@ -76,16 +73,17 @@ def _size(modules: Iterable[nn.Module]) -> int:
 
 
 def _checkpoint_forward(module: nn.Module) -> None:
+    """Replace `module.forward` by one that keeps only its inputs in training."""
     forward = module.forward
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), _statistics_kept(norms)
+        return nullcontext(), _keep_statistics(norms)
 
     def checkpointed(*args: Any, **kwargs: Any) -> Any:
         if not (module.training and torch.is_grad_enabled()):
             return forward(*args, **kwargs)
-        # To its end, or hooks that ZeRO-3 has set behind the last modules would not run.
+        # No early stop: hooks that ZeRO-3 has set behind the last modules must run.
         return checkpoint(
             forward,
             *args,
@@ -99,13 +97,16 @@ def _checkpoint_forward(module: nn.Module) -> None:
 
 
 @contextmanager
-def _statistics_kept(norms: Iterable[_BatchNorm]) -> Iterator[None]:
-    """Within, batches are normalised as ever, but do not enter the running statistics again."""
+def _keep_statistics(norms: Iterable[_BatchNorm]) -> Iterator[None]:
+    """Within the context, BatchNorm normalises by the batch but updates no statistics.
+
+    The first forward pass has updated them; the second one must not do it again.
+    """
     before: list[tuple[_BatchNorm, float | None, torch.Tensor | None]] = []
     for norm in norms:
         before.append((norm, norm.momentum, norm.num_batches_tracked))
-        # A momentum of 0 leaves the statistics to the bit. With the counter away nothing
-        # counts either.
+        # A momentum of 0 leaves the statistics bit-identical. Without the counter nothing is
+        # counted.
         norm.momentum, norm.num_batches_tracked = 0.0, None
     try:
         yield

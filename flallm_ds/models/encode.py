@@ -1,4 +1,4 @@
-"""From a batch to visual features, for training, the translator and the writing of features."""
+"""Encode a batch as visual features: for training, translation and cached features."""
 
 import torch
 
@@ -17,12 +17,12 @@ def encode(
     device: torch.device,
     autocast: bool = True,
 ) -> torch.Tensor:
-    """Return features_ND, float32: the cached ones of the batch, or those of its frames.
+    """Return features_ND in float32: the cached ones of the batch, or those of its frames.
 
     extractor: in eval mode, on `device`. train: crop and augment the frames by the random
-    numbers of the batch. autocast: whether a GPU computes in bf16, as for each encoder
-    that is frozen in training. False for an encoder that was trained: the dev search of
-    its training used full precision.
+    numbers of the batch. autocast: compute in bf16 on a GPU, as for an encoder that is
+    frozen in training. Pass False for an encoder that was trained, because the search on
+    the dev split used full precision in its training.
     """
     if isinstance(batch, FeatureBatch):
         return batch.features_ND.to(device, non_blocking=True).float()

@@ -1,4 +1,8 @@
-"""What an LLM's adapter reads: features of each sign or frame, or states of Light-T's encoder."""
+"""FeatureExtractor: visual features for the adapter of an LLM, from frames.
+
+N packed frames, B clips, S frames of the longest clip, C H W of a frame, D width of the
+features, E width of Light-T.
+"""
 
 import hashlib
 import json
@@ -15,17 +19,18 @@ from flallm_ds.models.backbones.spec import without_origin
 from flallm_ds.models.lengths import pad_packed
 from flallm_ds.models.visual_encoder import VisualEncoder
 
+# Features of each sign or of each frame, or states of the encoder of Light-T.
 Kind = Literal["signs", "frames", "light_t"]
 Frozen = Literal["all", "backbone", "none"]
 
 
 class FeatureExtractor(nn.Module):
-    """pixels_NCHW of packed clips -> features_ND that a language model's adapter reads.
+    """Map pixels_NCHW of packed clips to features_ND for the adapter of a language model.
 
-    kind (FLa-LLM, Table 8): "signs", the visual encoder's output; "frames", what its
-    local temporal module would read; "light_t", the states of stage 1's Light-T encoder,
-    which reads the visual encoder through `vl_adapter`. light_t_encoder: as `encoder_of`
-    returns it.
+    kind (FLa-LLM, Table 8): "signs", the output of the visual encoder; "frames", the input
+    of its local temporal module; "light_t", the states of the Light-T encoder of stage 1,
+    which reads the output of the visual encoder through `vl_adapter`. light_t_encoder: as
+    `encoder_of` returns it.
     """
 
     def __init__(
@@ -48,7 +53,7 @@ class FeatureExtractor(nn.Module):
 
     @property
     def feature_width(self) -> int:
-        """D of what is extracted."""
+        """Return D."""
         if self.light_t_encoder is not None:
             return int(self.light_t_encoder.config.d_model)
         if self.kind == "frames":
@@ -58,24 +63,23 @@ class FeatureExtractor(nn.Module):
     def forward(
         self, pixels_NCHW: torch.Tensor, num_frames_B: torch.Tensor
     ) -> torch.Tensor:
-        """pixels_NCHW -> features_ND."""
+        """Map pixels_NCHW to features_ND."""
         if self.kind == "frames":
             return self.visual.frame_features(pixels_NCHW)
         features_ND: torch.Tensor = self.visual(pixels_NCHW, num_frames_B)
         if self.vl_adapter is None or self.light_t_encoder is None:
             return features_ND
-        # Light-T reads padded clips; its states are packed again.
+        # Light-T reads padded clips. Its states are packed again.
         embeds_BSE, mask_BS = pad_packed(self.vl_adapter(features_ND), num_frames_B)
         output = self.light_t_encoder(inputs_embeds=embeds_BSE, attention_mask=mask_BS)
         packed_ND: torch.Tensor = output.last_hidden_state[mask_BS.bool()]
         return packed_ND
 
     def freeze(self, how: Frozen) -> "FeatureExtractor":
-        """Keep parts as they are: their weights, and, in eval mode for good, BatchNorm
-        statistics.
+        """Freeze parts: their weights, and their BatchNorm statistics by a permanent eval mode.
 
-        The Light-T encoder is never trained in stage 2, nor is what "frames" does not
-        use.
+        how: "all", "backbone" or "none" of the visual encoder. The Light-T encoder is always
+        frozen, and so is the temporal module if kind is "frames", which does not use it.
         """
         parts: list[nn.Module | None] = [self.vl_adapter, self.light_t_encoder]
         if how == "backbone":
@@ -98,7 +102,7 @@ class FeatureExtractor(nn.Module):
         return self
 
     def settings(self) -> dict[str, Any]:
-        """What `from_settings` needs besides the visual encoder; plain values for a JSON file."""
+        """Return the settings for `from_settings`: plain values for a JSON file."""
         if self.light_t_encoder is None:
             return {"kind": self.kind}
         config = self.light_t_encoder.config.to_diff_dict()
@@ -108,27 +112,32 @@ class FeatureExtractor(nn.Module):
     def from_settings(
         cls, visual: VisualEncoder, settings: dict[str, Any]
     ) -> "FeatureExtractor":
-        """Build one with these settings; all but the given visual encoder has random weights."""
+        """Build an extractor around a visual encoder; all other parts have random weights.
+
+        Raises UserError if transformers does not know the settings of Light-T.
+        """
         if settings["kind"] != "light_t":
             return cls(visual, settings["kind"])
         try:
             encoder = encoder_of(MBartEncoder(MBartConfig(**settings["light_t"])))
         except (TypeError, ValueError) as error:
             raise UserError(
-                f"the settings of a Light-T encoder must be mBART's, but {error}."
+                f"Cannot build a Light-T encoder from the stored settings: {error}. Install "
+                "the version of transformers that wrote them."
             ) from error
         vl_adapter = Adapter(visual.feature_width, encoder.config.d_model)
         return cls(visual, "light_t", vl_adapter, encoder)
 
     def fingerprint(self) -> str:
-        """sha256 of settings and weights: equal for extractors that make the same features."""
+        """Return the sha256 of settings and weights; equal if the features are the same."""
         settings = {"features": self.settings(), "visual": self.visual.settings()}
         digest = hashlib.sha256(
             json.dumps(without_origin(settings), sort_keys=True).encode()
         )
         for name, tensor in sorted(self.state_dict().items()):
             if name.endswith("num_batches_tracked"):
-                continue  # no feature depends on it
+                continue  # the features do not depend on it
+            # bf16 has no NumPy type, so the bytes of the tensor are hashed.
             plain = tensor.detach().cpu().contiguous().reshape(-1)
             digest.update(f"{name} {plain.dtype} {list(tensor.shape)}".encode())
             digest.update(plain.view(torch.uint8).numpy().tobytes())
@@ -136,6 +145,9 @@ class FeatureExtractor(nn.Module):
 
 
 def encoder_of(light_t_encoder: Any) -> Any:
-    """Take the word embedding out of Light-T's encoder, in place: visual tokens do not use it."""
+    """Remove the word embedding of Light-T's encoder, in place, and return the encoder.
+
+    Visual tokens are embeddings already.
+    """
     light_t_encoder.embed_tokens = nn.Identity()
     return light_t_encoder

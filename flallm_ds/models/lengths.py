@@ -1,4 +1,8 @@
-"""How packed clips are laid out; no other file knows it."""
+"""The layout of packed clips: padding, and gaps between clips.
+
+N packed frames, B clips, S tokens of the longest clip, D width of the features, E width of
+the language model. No other file depends on the layout.
+"""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -9,7 +13,11 @@ import torch
 def pad_parts(
     parts: Sequence[torch.Tensor], side: Literal["left", "right"] = "right"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(padded_BSE with zeros on one side of each part, mask_BS of 1 where there is a token)."""
+    """Return (padded_BSE, mask_BS).
+
+    padded_BSE: the parts, (S_i, E) each, padded with zeros on one side. mask_BS: int64, 1 for
+    a token and 0 for padding.
+    """
     pad = torch.nn.utils.rnn.pad_sequence
     padded_BSE = pad(list(parts), batch_first=True, padding_side=side)
     ones = [torch.ones(len(part), dtype=torch.long) for part in parts]
@@ -20,13 +28,12 @@ def pad_parts(
 def pad_packed(
     packed_ND: torch.Tensor, num_frames_B: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(padded_BSD with zeros after each clip's end, mask_BS of 1 where there is a token)."""
+    """Return (padded_BSD, mask_BS) as `pad_parts`, with zeros after the end of each clip."""
     return pad_parts(torch.split(packed_ND, num_frames_B.tolist()))
 
 
 def gap_positions(num_frames_B: torch.Tensor, gap: int) -> torch.Tensor:
-    """Where each packed frame stands when `gap` empty places follow every clip; int64 (N,)."""
-    # The number of the clip that each frame belongs to: so many gaps come before the
-    # frame.
+    """Return places_N (int64): the place of each frame if `gap` empty places follow each clip."""
+    # The number of a frame's clip is the number of gaps before the frame.
     clip_N = torch.repeat_interleave(torch.arange(len(num_frames_B)), num_frames_B.cpu())
     return torch.arange(len(clip_N)) + clip_N * gap

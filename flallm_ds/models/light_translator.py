@@ -1,4 +1,4 @@
-"""Light-T: the small, randomly initialised translator of stage 1, in the paper's four sizes."""
+"""Light-T: the small, randomly initialised translator of stage 1, in four sizes."""
 
 import math
 from dataclasses import dataclass
@@ -11,14 +11,16 @@ from flallm_ds.data.text.codec import TextCodec
 
 @dataclass(frozen=True)
 class Size:
-    layers: int  # of the encoder, and as many of the decoder
+    """Numbers of layers and heads, and widths, of Light-T."""
+
+    layers: int  # of the encoder and of the decoder
     heads: int
     width: int
     ffn: int
 
 
-# FLa-LLM, Table 7; parameters at a vocabulary of about 2,430: 3.61 M, 18.25 M, 25.61 M,
-# 124.66 M
+# FLa-LLM, Table 7. With a vocabulary of about 2,430 entries they have 3.61 M, 18.25 M,
+# 25.61 M and 124.66 M parameters.
 SIZES = {
     "tiny": Size(1, 4, 256, 1024),
     "small": Size(2, 4, 512, 2048),
@@ -30,7 +32,10 @@ SIZES = {
 def build_light_translator(
     size: str, codec: TextCodec, dropout: float
 ) -> MBartForConditionalGeneration:
-    """Build an encoder-decoder: random weights, learned positions, untied embedding and head."""
+    """Build Light-T with random weights, learned positions and a head that is not tied.
+
+    size: a key of SIZES. dropout: also of the attention weights.
+    """
     s = SIZES[size]
     config = MBartConfig(
         vocab_size=codec.vocab_size,
@@ -58,10 +63,10 @@ def build_light_translator(
 
 
 def light_translator_from_config(config: MBartConfig) -> MBartForConditionalGeneration:
-    """Light-T as an export's config.json describes it, with random weights."""
+    """Build Light-T from the config.json of an export, with random weights."""
     model = MBartForConditionalGeneration(config)
-    # Learned, but sinusoids to begin with: visual tokens are of unit size, next to which
-    # mBART's initial positions (0.02) are invisible for thousands of steps.
+    # Learned positions that start as sinusoids. Visual tokens have unit size: next to them
+    # mBART's initial positions (0.02) have no effect for thousands of steps.
     positions = model.model.encoder.embed_positions.weight
     with torch.no_grad():
         positions.copy_(0.5 * sines_then_cosines(*positions.shape))
@@ -72,10 +77,10 @@ def light_translator_from_config(config: MBartConfig) -> MBartForConditionalGene
 
 
 def sines_then_cosines(length: int, width: int) -> torch.Tensor:
-    """(length, width): all sines of falling frequency, then all cosines.
+    """Return (length, width): all sines by falling frequency, then all cosines.
 
-    Source: Vaswani et al. 2017, section 3.5. In models/llm/standin.py the two alternate,
-    and frequencies are rounded in another way.
+    Source: Vaswani et al. 2017, section 3.5. In models/llm/standin.py sines and cosines
+    alternate, and frequencies are rounded in another way.
     """
     # One frequency for each pair of a sine and a cosine.
     frequency = torch.exp(-math.log(10_000.0) * torch.arange(0, width, 2) / width)

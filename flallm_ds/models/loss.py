@@ -1,6 +1,6 @@
-"""From the decoder's hidden states to the loss, without all logits of a large vocabulary at once.
+"""Cross entropy from the decoder's hidden states, without all logits of a large vocabulary.
 
-N packed target tokens, E language width, V vocabulary.
+N packed target tokens, K tokens of a chunk, E language width, V vocabulary entries.
 """
 
 import importlib.util
@@ -16,42 +16,45 @@ from flallm_ds.errors import UserError
 
 LossKind = Literal["auto", "logits", "chunks", "liger"]
 
-# Model types whose `Head` is known to give the model's own logits, each by a test.
+# Model types for which a test shows that `Head` gives the logits of the model itself.
 VERIFIED = {
     *("mbart", "m2m_100", "t5", "mt5"),
     *("qwen2", "qwen3", "llama", "gemma", "gemma2", "gemma3_text"),
     *("mistral", "bloom", "xglm", "cohere", "cohere2", "granite"),
 }
 
-# By the attribute of a config that asks for it: what the hidden states are multiplied by.
+# The factor of the hidden states, by the attribute of the config that requires it.
 SCALES: dict[str, Callable[[Any], float]] = {
     "scale_decoder_outputs": lambda config: config.d_model**-0.5,  # T5
     "logit_scale": lambda config: config.logit_scale,  # Cohere
     "logits_scaling": lambda config: 1 / config.logits_scaling,  # Granite
 }
-# Of Gemma 2 and 3, in the config: logits = cap * tanh(logits / cap).
+# An attribute of the configs of Gemma 2 and 3: logits = cap * tanh(logits / cap).
 SOFTCAP = "final_logit_softcapping"
-BIAS = "final_logits_bias"  # mBART, a buffer (1, V) of the model
+# A buffer (1, V) of mBART.
+BIAS = "final_logits_bias"
 
-SMALL_BYTES = 256 * 2**20  # of fp32 logits that "auto" computes in one piece
-CHUNK_BYTES = 64 * 2**20  # of fp32 logits of one chunk, at most
+# Largest fp32 logits that "auto" computes at once.
+SMALL_BYTES = 256 * 2**20
+# Largest fp32 logits of a chunk.
+CHUNK_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
 class Head:
-    """How hidden states of `llm.get_decoder()` become logits.
+    """The output head of an LLM: logits from the hidden states of `llm.get_decoder()`.
 
-    Parts are looked up in the model at each use: engines and adapters replace buffers and
-    modules.
+    The parts are looked up in the model at each use, because engines and adapters replace
+    buffers and modules.
     """
 
     llm: Any
 
     @classmethod
     def of(cls, llm: Any) -> "Head | None":
-        """The head of a model of a verified type.
+        """Return the head of a model of a verified type.
 
-        None for another model, whose own logits must then be used.
+        None for another type: then use the logits of the model itself.
         """
         if llm.config.model_type not in VERIFIED or llm.get_output_embeddings() is None:
             return None
@@ -59,21 +62,21 @@ class Head:
 
     @property
     def embedding(self) -> nn.Module:
-        """The output embedding.
+        """Return the output embedding.
 
-        Its weight is whole only within a call of it: ZeRO-3 gathers it there.
+        Under ZeRO-3 its weight is gathered only within a call of the module.
         """
         module: nn.Module = self.llm.get_output_embeddings()
         return module
 
     @property
     def vocab_size(self) -> int:
-        """V."""
+        """Return V."""
         return int(self.embedding.out_features)  # type: ignore[arg-type]
 
     @property
     def scale(self) -> float:
-        """What hidden states are multiplied by."""
+        """Return the factor of the hidden states."""
         scale = 1.0
         for attribute, rule in SCALES.items():
             if getattr(self.llm.config, attribute, None):
@@ -82,23 +85,26 @@ class Head:
 
     @property
     def softcap(self) -> float | None:
+        """Return the cap of the logits; None for a model without one."""
         return getattr(self.llm.config, SOFTCAP, None)
 
     @property
     def bias_V(self) -> torch.Tensor | None:
+        """Return the bias of the logits; None for a model without one."""
         bias = getattr(self.llm, BIAS, None)
         return None if bias is None else bias.flatten()
 
     def scaled(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the hidden states times their factor."""
         return hidden if self.scale == 1.0 else hidden * self.scale
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(..., E) -> (..., V)."""
+        """Map hidden states (..., E) to logits (..., V)."""
         products: torch.Tensor = self.embedding(self.scaled(hidden))
         return self.finished(products)
 
     def finished(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits from the product of scaled hidden states and the embedding's weight."""
+        """Add the bias to the output of the embedding, and apply the soft cap."""
         if self.bias_V is not None:
             logits = logits + self.bias_V
         if self.softcap:
@@ -113,13 +119,14 @@ def token_loss(
     label_smoothing: float,
     how: LossKind = "auto",
 ) -> torch.Tensor:
-    """Cross entropy with label smoothing, summed over tokens, as a scalar in fp32.
+    """Return the cross entropy with label smoothing, summed over tokens: a scalar in fp32.
 
-    how: "logits" of all tokens in one piece; "chunks" of them, whose gradients are taken
-    at once; "liger", liger-kernel's fused loss on CUDA; "auto": liger where it can, else
-    logits while they are small. Each calls the output embedding once, so that ranks under
-    ZeRO-3 gather it equally often, whatever their numbers of tokens. Raises UserError
-    where "liger" or "chunks" is asked for and cannot be.
+    how: "logits" computes the logits of all tokens at once; "chunks" computes the logits
+    and the gradients of a part of the tokens at a time; "liger" is the fused loss of
+    liger-kernel on CUDA; "auto" takes liger if possible, else logits if they are small,
+    else chunks. Each one calls the output embedding once, so that all ranks gather it
+    equally often under ZeRO-3, whatever their numbers of tokens. Raises UserError if
+    "liger" or "chunks" is not possible.
     """
     reasons = {
         "chunks": why_not_plain(head),
@@ -135,7 +142,9 @@ def token_loss(
             how = "logits" if are_small else "chunks"
     reason = reasons.get(how)
     if reason is not None:
-        raise UserError(f"llm.loss={how} cannot be: {reason}. Use --llm.loss=auto.")
+        raise UserError(
+            f"Cannot compute the loss with llm.loss={how}: {reason}. Give --llm.loss=auto."
+        )
     if how == "logits" or len(targets_N) == 0:
         logits_NV = head.logits(hidden_NE).float()
         return F.cross_entropy(
@@ -148,8 +157,8 @@ def token_loss(
     def forward(hidden_NE: torch.Tensor) -> torch.Tensor:
         return loss(head, embedding.weight, hidden_NE, targets_N, label_smoothing)
 
-    # Instead of the embedding's own forward, around which ZeRO-3 gathers the weight and
-    # frees it.
+    # ZeRO-3 gathers the weight before the forward of the embedding and frees it afterwards,
+    # so the loss is computed instead of that forward.
     embedding.forward = forward  # type: ignore[method-assign, assignment]
     try:
         summed: torch.Tensor = embedding(head.scaled(hidden_NE))
@@ -159,24 +168,24 @@ def token_loss(
 
 
 def why_not_plain(head: Head) -> str | None:
-    """Why the output embedding is more than a weight; None where it is not."""
+    """Return why the head is more than a matrix product; None if it is just that."""
     embedding = head.embedding
     if type(embedding) is nn.Linear and embedding.bias is None:
         return None
-    return f"the output embedding must be a Linear without bias, but is {embedding}"
+    return f"the output embedding is not a Linear without bias ({embedding})"
 
 
 def why_not_liger(head: Head, device: torch.device) -> str | None:
-    """What stands against liger-kernel's loss; None where nothing does."""
+    """Return why the loss of liger-kernel is not possible; None if it is."""
     if device.type != "cuda":
-        return "it needs a CUDA device, but there is none"
+        return "there is no CUDA device"
     if importlib.util.find_spec("liger_kernel") is None:
-        return "liger-kernel must be installed, but is not (pip install 'flallm_ds[gpu]')"
+        return "liger-kernel is not installed (pip install 'flallm_ds[gpu]')"
     return why_not_plain(head)
 
 
 def _operand_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """What a matrix product here is computed in."""
+    """Return the type in which a matrix product is computed here."""
     device = tensor.device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -190,7 +199,8 @@ def _liger(
     targets_N: torch.Tensor,
     label_smoothing: float,
 ) -> torch.Tensor:
-    # Not at the top: the package is optional.
+    """Return the loss of liger-kernel, in fp32. hidden_NE: scaled."""
+    # Not imported at the top: the package is optional.
     from liger_kernel.transformers.fused_linear_cross_entropy import (
         LigerFusedLinearCrossEntropyLoss,
     )
@@ -214,6 +224,7 @@ def _chunked(
     targets_N: torch.Tensor,
     label_smoothing: float,
 ) -> torch.Tensor:
+    """Return the loss by chunks of tokens, in fp32. hidden_NE: scaled."""
     loss: torch.Tensor = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
         hidden_NE, weight_VE, targets_N, head, label_smoothing, torch.is_grad_enabled()
     )
@@ -221,10 +232,10 @@ def _chunked(
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """The loss and, chunk by chunk in the same pass, its gradients.
+    """Compute the loss and its gradients chunk by chunk in the forward pass.
 
-    No logits are kept or computed twice. The idea of liger-kernel's fused loss (Hsu et
-    al. 2024, arXiv 2410.10989, section 3.2).
+    No logits are kept or computed twice. This is the idea of liger-kernel's fused loss (Hsu
+    et al. 2024, arXiv 2410.10989, section 3.2).
     """
 
     @staticmethod
@@ -237,12 +248,12 @@ class _ChunkedLoss(torch.autograd.Function):
         label_smoothing: float,
         with_gradients: bool,
     ) -> torch.Tensor:
-        """The loss, a scalar in fp32; the gradients wait for `backward`. K tokens of a chunk."""
+        """Return the loss, a scalar in fp32, and keep the gradients for `backward`."""
         ctx.dtypes = hidden_NE.dtype, weight_VE.dtype
         dtype = _operand_dtype(hidden_NE)
         hidden_NE, weight_VE = hidden_NE.to(dtype), weight_VE.to(dtype)
 
-        # Gradients that nobody needs are not computed.
+        # Only the gradients that are needed are computed.
         gradient_NE = gradient_VE = None
         if with_gradients and ctx.needs_input_grad[0]:
             gradient_NE = torch.empty_like(hidden_NE)
@@ -250,6 +261,7 @@ class _ChunkedLoss(torch.autograd.Function):
             # Summed in fp32: a sum of many chunks in bf16 loses what the last ones add.
             gradient_VE = torch.zeros_like(weight_VE, dtype=torch.float32)
 
+        # 4 bytes for each of V logits of a token.
         loss = hidden_NE.new_zeros((), dtype=torch.float32)
         length = max(1, CHUNK_BYTES // (4 * len(weight_VE)))
         with torch.autocast(hidden_NE.device.type, enabled=False):
@@ -257,7 +269,8 @@ class _ChunkedLoss(torch.autograd.Function):
                 part = slice(begin, begin + length)
                 hidden_KE, targets_K = hidden_NE[part], targets_N[part]
 
-                # The logits of this chunk alone, and its loss.
+                # The logits and the loss of this chunk. Autograd sees only the steps from
+                # the matrix product to the loss.
                 products_KV = (hidden_KE @ weight_VE.T).requires_grad_(with_gradients)
                 with torch.set_grad_enabled(with_gradients):
                     logits_KV = head.finished(products_KV).float()
@@ -271,7 +284,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 if not with_gradients:
                     continue
 
-                # Its gradients, by the chain rule through the matrix product.
+                # The gradients of the chunk, by the chain rule through the matrix product.
                 (gradient_KV,) = torch.autograd.grad(chunk_loss, products_KV)
                 if gradient_NE is not None:
                     torch.mm(gradient_KV, weight_VE, out=gradient_NE[part])
@@ -282,8 +295,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, factor: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """The gradients of `forward`'s inputs, in their types; factor: the gradient of
-        the loss."""
+        """Return the gradients of the inputs, in their types. factor: gradient of the loss."""
         gradients = []
         for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):
             scaled = None if gradient is None else gradient.mul_(factor).to(dtype)

@@ -1,7 +1,7 @@
-"""What a user names as pretrained: a folder or a hub id, looked at before it is loaded.
+"""Check a pretrained model before it is loaded: a local folder or a hub id.
 
-transformers says of many wrong ones only that some file is missing. Here each gets the
-sentence of its cause.
+For many wrong names transformers only says that some file is missing. These checks raise a
+UserError that names the cause.
 """
 
 import json
@@ -24,20 +24,20 @@ CHECKPOINT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-# What goes wrong between here and the hub: no network, no such name, no right to it. The
-# second is the base of whichever HTTP client this version of it uses.
+# Errors of requests to the hub: no network, no such name, no access. The second class is
+# the base class of the errors of huggingface_hub's HTTP client, which depends on the version.
 HUB_ERRORS: Any = (OSError, HfHubHTTPError.__mro__[1], HFValidationError)
 STANDIN = "Name a folder that holds one, or make a small one with flallm standin_llm."
 
 
 @dataclass(frozen=True)
 class _Kind:
-    """What a model is for, in messages. merged: of an adapter and its base."""
+    """The words for a kind of model in error messages."""
 
-    option: str
+    option: str  # that names the model
     what: str
-    without: str
-    merged: str
+    without: str  # the remedy if there is no such model
+    merged: str  # how an adapter is merged into its base model
 
 
 _LLM = _Kind(
@@ -52,22 +52,23 @@ _BACKBONE = _Kind(
     "Name a folder that holds one, or give --visual.weights=none for random weights.",
     "(peft's merge_and_unload)",
 )
+# NAME or OWNER/NAME
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-_ADDRESS = re.compile(r"https?://(?:[^/]+/([\w.-]+/[\w.-]+))?")
+# A URL, and the hub id in a URL of a hub.
+_URL = re.compile(r"https?://(?:[^/]+/([\w.-]+/[\w.-]+))?")
+# The first bytes of a git-lfs pointer, and the size that a pointer never exceeds.
 _LFS = b"version https://git-lfs"
-_LFS_BYTES = 1024  # a pointer is smaller than that
-# of config and tokenizer; other files may be of no use here
+_LFS_BYTES = 1024
+# Endings of the files of a config and a tokenizer. Other files may not be needed.
 _TEXT_FILES = (".json", ".model", ".txt")
 _ADAPTER = "adapter_config.json"
 
 
 def check_llm_source(name: str) -> None:
-    """Raise UserError with the cause where `name` is no folder or hub id of an LLM that
-    could be loaded.
+    """Raise UserError with the cause if `name` is not a folder or hub id of an LLM.
 
-    Of a folder the names and sizes of the files are looked at, and the headers of
-    safetensors files; of a hub id, whether the hub has it. Weights may be missing: see
-    `check_weights`.
+    For a folder, checks the names and sizes of the files; for a hub id, whether the hub has
+    the model. `check_weights` checks the weights of a folder.
     """
     path = Path(name)
     if path.is_dir():
@@ -78,46 +79,49 @@ def check_llm_source(name: str) -> None:
         _check_hub(name)
     else:
         raise UserError(
-            "llm.name must be a hub id or a folder with an LLM, but there is nothing at "
-            f"{name}.{_named_as(name)} flallm standin_llm makes a small one for machines "
-            "without a hub."
+            f"llm.name must be a hub id or a folder with an LLM, got {name}: there is nothing "
+            f"at this path.{_hub_id_hint(name)} flallm standin_llm makes a small LLM for "
+            "machines without a hub."
         )
 
 
 def check_backbone_source(name: str, pretrained: bool = True) -> None:
-    """Raise UserError with the cause where a folder, file or address is no backbone that
-    could be loaded.
+    """Raise UserError with the cause if a folder, file or URL cannot be loaded as a backbone.
 
-    pretrained: whether its weights are wanted; else only a config is.
+    pretrained: check the weights as well; else only the config.
     """
     path = Path(name)
     if path.is_dir():
         _check_folder(path, _BACKBONE)
-        for weights in sorted(path.iterdir()) if pretrained else ():
-            if weights.suffix in (".safetensors", ".bin", ".pth"):
-                _check_part(weights)
+        for file in sorted(path.iterdir()):
+            if pretrained and file.suffix in (".safetensors", ".bin", ".pth"):
+                _check_weight_file(file)
     elif path.suffix == ".gguf":
         raise _gguf(path)
     elif path.is_file():
-        must_be_no_pointer(path)
+        check_no_lfs_pointer(path)
         if path.suffix != ".pth" and (path.parent / "config.json").is_file():
             raise UserError(
                 "visual.weights must be a hub id, a folder or a .pth file, got the file "
                 f"{path}. Name its folder: {path.parent}."
             )
-    elif _ADDRESS.match(name):
+    elif _URL.match(name):
         raise UserError(
-            "visual.weights must be a hub id, a folder or a .pth file, got the address "
-            f"{name}.{_named_as(name)} Or fetch it, and name the file."
+            "visual.weights must be a hub id, a folder or a .pth file, got the URL "
+            f"{name}.{_hub_id_hint(name)} Or download the file and give its path."
         )
 
 
-def _named_as(name: str) -> str:
-    address = _ADDRESS.match(name)
-    return f" Name it as {address[1]}." if address and address[1] else ""
+def _hub_id_hint(name: str) -> str:
+    """Return a sentence with the hub id in a URL; an empty string without one."""
+    url = _URL.match(name)
+    if url is None or url[1] is None:
+        return ""
+    return f" Give {url[1]}."
 
 
 def _refuse_file(path: Path) -> None:
+    """Raise UserError for a file as the name of an LLM."""
     if path.suffix == ".gguf":
         raise _gguf(path)
     holds = f": {path.parent}" if (path.parent / "config.json").is_file() else ""
@@ -128,6 +132,7 @@ def _refuse_file(path: Path) -> None:
 
 
 def _gguf(path: Path) -> UserError:
+    """Return the error for a GGUF file."""
     return UserError(
         f"Cannot train {path}: GGUF files hold quantised weights for inference. Name the "
         "model that it was made from, in the safetensors format."
@@ -135,27 +140,30 @@ def _gguf(path: Path) -> UserError:
 
 
 def _check_folder(folder: Path, kind: _Kind) -> None:
+    """Raise UserError with the cause if a folder holds no model of this kind."""
     files = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     if not files:
         raise UserError(
-            f"The {kind.what} {folder} must load, but did not: the folder is empty. Check "
+            f"Cannot load the {kind.what} {folder}: the folder is empty. Check "
             f"--{kind.option}. {kind.without}"
         )
     for path in files:
         if path.suffix in _TEXT_FILES:
-            must_be_no_pointer(path)
+            check_no_lfs_pointer(path)
     if (folder / _ADAPTER).is_file():
         raise _adapter(str(folder), folder / _ADAPTER, kind)
     if (folder / "config.json").is_file():
         return
+
+    # No config: find out what the folder holds instead.
     for path in files:
         if path.suffix == ".gguf":
             raise _gguf(path)
     deeper = _models_below(folder)
     cached = re.fullmatch(r"models--(.+?)--(.+)", folder.name)
     if cached:
-        hint = f"This is the hub's cache: name {cached[1]}/{cached[2]}"
-        hint += f", or its folder {deeper[0]}." if deeper else "."
+        hint = f"This is a folder of the hub's cache: give {cached[1]}/{cached[2]}"
+        hint += f", or the folder {deeper[0]}." if deeper else "."
     elif deeper:
         hint = f"Did you mean {deeper[0]}?"
     else:
@@ -169,7 +177,7 @@ def _check_folder(folder: Path, kind: _Kind) -> None:
 
 
 def _models_below(folder: Path) -> list[Path]:
-    """Return the folders with a config.json up to three levels below."""
+    """Return the folders with a config.json, up to three levels below `folder`."""
     found = []
     for depth in (1, 2, 3):
         for config in folder.glob("*/" * depth + "config.json"):
@@ -178,19 +186,20 @@ def _models_below(folder: Path) -> list[Path]:
 
 
 def _adapter(name: str, config: Path, kind: _Kind) -> UserError:
+    """Return the error for an adapter without its base model. config: adapter_config.json."""
     try:
         base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError):
         base = None
     return UserError(
-        f"{kind.option} must be a whole {kind.what}, but {name} holds an adapter (LoRA or "
-        f"the like) of {base or 'another model'}. Name {base or 'that model'}, or merge "
+        f"{kind.option} must be a complete {kind.what}, got {name}, which holds an adapter "
+        f"(such as LoRA) of {base or 'another model'}. Name {base or 'that model'}, or merge "
         f"the two {kind.merged} and name the folder of the result."
     )
 
 
-def must_be_no_pointer(path: Path) -> None:
-    """Raise UserError for a git-lfs pointer, which git leaves where git-lfs is missing."""
+def check_no_lfs_pointer(path: Path) -> None:
+    """Raise UserError for a git-lfs pointer: git writes it if git-lfs is not installed."""
     if not path.is_file() or path.stat().st_size > _LFS_BYTES:
         return
     with path.open("rb") as file:
@@ -203,7 +212,10 @@ def must_be_no_pointer(path: Path) -> None:
 
 
 def _check_hub(name: str) -> None:
-    """One request without repetitions; transformers would repeat it for half a minute."""
+    """Raise UserError with the cause if a hub id is neither cached nor available.
+
+    Sends one request without retries; transformers would retry it for half a minute.
+    """
     if isinstance(try_to_load_from_cache(name, "config.json"), str):
         read_cache_alone_if_unreachable(name)
         return
@@ -224,43 +236,42 @@ def _check_hub(name: str) -> None:
             reason = f"the hub cannot be reached ({first_line(error)})."
         else:
             raise UserError(
-                f"llm.name must be a folder or the hub id of an LLM, but {name} is no "
-                "folder here, and the hub has no such model with a config.json, or not for "
-                "you. Check the name, or run hf auth login."
+                f"llm.name must be a folder or the hub id of an LLM, got {name}: there is no "
+                "such folder, and the hub has no such model with a config.json, or you have "
+                "no access. Check the name, or run hf auth login."
             )
     raise UserError(
-        f"llm.name must be within reach, but {name} is no folder here and is not in the "
-        f"hub's cache, and {reason} {STANDIN}"
+        f"llm.name must be a folder or an available hub id, got {name}: there is no such "
+        f"folder, the hub's cache does not hold the model, and {reason} {STANDIN}"
     )
 
 
 def read_cache_alone_if_unreachable(name: str) -> None:
-    """Keep the libraries from asking a hub that does not answer for files of `name` that
-    are cached.
+    """Make the libraries use the cached files of `name` alone if the hub does not answer.
 
-    They would repeat the request for each file: minutes for one model. For the rest of
-    the process they behave as under HF_HUB_OFFLINE=1.
+    They would retry a request for each file, which takes minutes for one model. For the
+    rest of the process they behave as with HF_HUB_OFFLINE=1.
     """
     if is_offline_mode():
         return
     try:
         file_exists(name, "config.json")
-    except HfHubHTTPError:  # it answered
+    except HfHubHTTPError:  # the hub has answered
         pass
     except HUB_ERRORS:
         constants.HF_HUB_OFFLINE = True
 
 
 def check_weights(name: str, section: str = "llm") -> None:
-    """Raise UserError where a folder has no weights, or files of them that are missing or
-    cut off.
+    """Raise UserError if the weights of a folder are missing, truncated or damaged.
 
-    section: of the options, whose `pretrained` does without them. Of a hub id nothing is
-    asked: its weights are downloaded when they are read.
+    section: of the options; its `pretrained=false` is the remedy. A hub id is not checked:
+    its weights are downloaded when they are read.
     """
     folder = Path(name)
     if not folder.is_dir():
         return
+    # transformers reads the first of these files that exists.
     found = next((file for file in CHECKPOINT_FILES if (folder / file).is_file()), None)
     if found is None:
         raise _no_weights(folder, section)
@@ -271,14 +282,15 @@ def check_weights(name: str, section: str = "llm") -> None:
             parts = sorted(set(index["weight_map"].values()))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f"Cannot read {folder / found}: it is no index of weights ({error}). Fetch "
-                "it again."
+                f"Cannot read {folder / found}: it is not an index of weights ({error}). "
+                "Fetch it again."
             ) from error
     for part in parts:
-        _check_part(folder / part)
+        _check_weight_file(folder / part)
 
 
 def _no_weights(folder: Path, section: str) -> UserError:
+    """Return the error for a folder without weights in a format that can be read."""
     got = "none"
     for path in sorted(folder.iterdir()):
         if path.suffix in (".h5", ".msgpack", ".pth", ".gguf"):
@@ -291,26 +303,28 @@ def _no_weights(folder: Path, section: str) -> UserError:
     )
 
 
-def _check_part(path: Path) -> None:
+def _check_weight_file(path: Path) -> None:
+    """Raise UserError if a file of weights is missing, a pointer, truncated or damaged."""
     if not path.is_file():
         raise UserError(
             f"Cannot read {path}: there is no such file. Fetch the model again."
         )
-    must_be_no_pointer(path)
+    check_no_lfs_pointer(path)
     if path.suffix != ".safetensors":
         return
+    # The header of a safetensors file says how long the file must be.
     try:
         with safe_open(path, framework="pt"):
             pass
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"The weights {path} must load, but did not: the file is cut off or damaged "
+            f"Cannot load the weights {path}: the file is truncated or damaged "
             f"({first_line(error)}). Fetch it again."
         ) from error
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of a message that is not empty, or the name of the exception."""
+    """Return the first line of the message that is not empty, or the name of the class."""
     for line in str(error).splitlines():
         if line.strip():
             return line.strip()

@@ -1,7 +1,8 @@
-"""From frames or visual features to a sentence: [visual encoder ->] adapter -> Light-T or an LLM.
+"""SignTranslator: frames or visual features to sentences, by an adapter and a language model.
 
-B clips, N packed frames, S visual tokens with the words around them, L text tokens, P
-start tokens, M words of a batch around visual tokens, D visual width, E language width.
+B clips, N packed frames, S input tokens (visual tokens and the text around them), L target
+tokens, P start tokens, M text tokens around the visual tokens of a batch, D visual width, E
+language width.
 """
 
 from collections.abc import Sequence
@@ -24,28 +25,29 @@ from flallm_ds.models.loss import Head, LossKind, token_loss
 
 @dataclass(frozen=True)
 class Beam:
-    """How sentences are searched for."""
+    """The settings of a beam search."""
 
     num_beams: int = 5
     length_penalty: float = 1.0
     max_new_tokens: int = 100
-    num_return: int = 1  # hypotheses a clip, at most num_beams
+    # hypotheses of each clip, at most num_beams
+    num_return: int = 1
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One hypothesis. ids: without the start, the end of sentence included where it came."""
+    """One hypothesis. ids: without the start tokens, with the end of sentence if there is one."""
 
     ids: tuple[int, ...]
-    # Log probability / length ** length_penalty, where several hypotheses are asked for.
+    # Log probability / length ** length_penalty; None if one hypothesis is returned.
     score: float | None = None
 
 
 class SignTranslator(nn.Module):
-    """What is trained in a stage.
+    """The modules that a stage trains: [visual encoder,] adapter and language model.
 
-    visual: trained with the rest, as in stage 1; None where the frozen encoder stays
-    outside and the inputs are its features. loss: see models/loss.py.
+    visual: a visual encoder that is trained as well; None if the encoder is frozen, and its
+    features are the inputs. language_model: Light-T or an LLM. loss: see models/loss.py.
     """
 
     def __init__(
@@ -60,29 +62,28 @@ class SignTranslator(nn.Module):
         self.visual = visual
         self.adapter = adapter
         self.language_model = language_model
-        # Other settings in it would take part in every search, and go into exports.
+        # Keep only the ids: other settings would change every search and go into exports.
         language_model.generation_config = ids_alone(language_model.generation_config)
         self.decoder_only = not language_model.config.is_encoder_decoder
         self.pad_id, self.eos_id = codec.pad_id, codec.eos_id
         self.loss = loss
         self._head = Head.of(language_model)
-        # Of words that are read as embeddings: what the LLM does to words beside its
-        # embedding.
+        # The text around visual tokens is passed as embeddings. An LLM may scale embedded
+        # text outside its embedding module; this factor does the same.
         own = own_scale(language_model.get_input_embeddings())
         self._words_scale = word_scale(probe_of(language_model)) / own
 
     def visual_tokens(
         self, inputs: torch.Tensor, num_frames_B: torch.Tensor
     ) -> torch.Tensor:
-        """tokens_NE that the LLM reads instead of words.
+        """Return tokens_NE, the embeddings of the visual tokens.
 
-        inputs: pixels_NCHW where the visual encoder is inside, features_ND where it is
-        not.
+        inputs: pixels_NCHW if the translator has a visual encoder, else features_ND.
         """
         features_ND = inputs
         if self.visual is not None:
             features_ND = self.visual(inputs, num_frames_B)
-        # Types may differ: an fp32 encoder before a bf16 engine, an fp32 adapter before a
+        # Types may differ: an fp32 encoder with a bf16 engine, or an fp32 adapter with a
         # bf16 LLM.
         autocast = torch.is_autocast_enabled(features_ND.device.type)
         if not autocast:
@@ -100,28 +101,31 @@ class SignTranslator(nn.Module):
         targets: Sequence[Sequence[int]],
         side: Literal["left", "right"],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(embeddings_BSE, mask_BS) of: before, visual tokens, after, target."""
+        """Return (embeddings_BSE, mask_BS) of the input.
+
+        The input of a clip is: text before, visual tokens, text after, target. side: where
+        shorter clips are padded.
+        """
         tokens_NE = self.visual_tokens(inputs, num_frames_B)
         videos = torch.split(tokens_NE, num_frames_B.tolist())
 
-        # The words of each clip in order: those before its visual tokens, then those
-        # after.
+        # Two parts of text for each clip: before its visual tokens, and after them.
         parts: list[Sequence[int]] = []
         for wording, target in zip(wordings, targets, strict=True):
             parts += [wording.before, (*wording.after, *target)]
         ids = list(chain.from_iterable(parts))
-        # A rank without clips must embed as the others do, where an LLM reads words at
-        # all.
+        # Without text an encoder-decoder needs no embedding. A decoder-only LLM calls it
+        # anyway, because a rank without clips must call it as the others do.
         if not ids and not self.decoder_only:
             return pad_parts(videos, side)
 
-        # One call of the embedding for the batch: under ZeRO-3 each is a gather.
+        # One call of the embedding for the whole batch: under ZeRO-3 each call is a gather.
         ids_M = torch.tensor(ids, dtype=torch.long, device=tokens_NE.device)
         words_ME = self.language_model.get_input_embeddings()(ids_M)
         if self._words_scale != 1.0:
             words_ME = words_ME * self._words_scale
 
-        # Each clip's two parts around its visual tokens.
+        # Put the two parts of each clip around its visual tokens.
         words = torch.split(words_ME, list(map(len, parts)))
         rows = []
         for before, video, after in zip(words[::2], videos, words[1::2], strict=True):
@@ -136,7 +140,10 @@ class SignTranslator(nn.Module):
         target_ids_BL: torch.Tensor,
         label_smoothing: float = 0.0,
     ) -> torch.Tensor:
-        """Cross entropy summed over the target tokens (those that are not -100)."""
+        """Return the cross entropy summed over the target tokens (ids other than -100).
+
+        inputs: as of `visual_tokens`. wordings: the text around each clip.
+        """
         states = self._encoder_decoder_states
         if self.decoder_only:
             states = self._decoder_only_states
@@ -156,11 +163,11 @@ class SignTranslator(nn.Module):
         wordings: Sequence[Wording],
         target_ids_BL: torch.Tensor,
     ) -> torch.Tensor:
-        """The states that predict each target token, packed.
+        """Return the states that predict the target tokens, packed.
 
-        Logits where the LLM's head is not known.
+        They are logits if the head of the LLM is not of a verified type.
         """
-        # The LLM reads each text but for its last token, and predicts all of it.
+        # The LLM reads each target without its last token, and predicts all tokens of it.
         targets, read = [], []
         for row in target_ids_BL.tolist():
             target = [i for i in row if i != -100]
@@ -174,7 +181,7 @@ class SignTranslator(nn.Module):
         out = module(inputs_embeds=embeddings_BSE, attention_mask=mask_BS, use_cache=False)
         states_BSE = out.logits if self._head is None else out.last_hidden_state
 
-        # A text of n tokens is predicted by the last n states of its clip.
+        # The last n states of a clip predict its n target tokens.
         parts = []
         ends = mask_BS.sum(1).tolist()
         for row_SE, end, target in zip(states_BSE, ends, targets, strict=True):
@@ -188,13 +195,13 @@ class SignTranslator(nn.Module):
         wordings: Sequence[Wording],
         target_ids_BL: torch.Tensor,
     ) -> torch.Tensor:
-        """As `_decoder_only_states`."""
+        """Return the states that predict the target tokens, as `_decoder_only_states`."""
         no_targets: list[Sequence[int]] = [()] * len(wordings)
         embeddings_BSE, mask_BS = self._source(
             inputs, num_frames_B, wordings, no_targets, "right"
         )
 
-        # The decoder reads the start and the text but for its last token.
+        # The decoder reads the start tokens and each target without its last token.
         start_BP = _start_ids(wordings, target_ids_BL.device)
         read_BL = target_ids_BL[:, :-1]
         read_BL = read_BL.masked_fill(read_BL == -100, self.pad_id)
@@ -220,7 +227,7 @@ class SignTranslator(nn.Module):
                 use_cache=False,
             ).last_hidden_state
 
-        # The last start token predicts the first token of the text.
+        # The last start token predicts the first target token.
         predicting_BLE = states_BLE[:, start_BP.shape[1] - 1 :]
         states_NE: torch.Tensor = predicting_BLE[target_ids_BL != -100]
         return states_NE
@@ -235,12 +242,13 @@ class SignTranslator(nn.Module):
         synced: bool = False,
         streamer: Any = None,
     ) -> list[list[Candidate]]:
-        """`beam.num_return` hypotheses of each clip, best first.
+        """Return `beam.num_return` hypotheses of each clip, best first.
 
-        synced: all ranks keep generating until the last is done, as ZeRO-3's gathers
-        need. streamer: one of transformers, given the start and then each piece of a
-        single clip, where num_beams is 1.
+        synced: all ranks generate until the last one has finished, as the gathers of ZeRO-3
+        require. streamer: a streamer of transformers, which gets the start and each token
+        of a single clip if num_beams is 1.
         """
+        # A decoder-only LLM continues its input, so the padding is on the left.
         no_targets: list[Sequence[int]] = [()] * len(wordings)
         side: Literal["left", "right"] = "left" if self.decoder_only else "right"
         embeddings_BSE, mask_BS = self._source(
@@ -253,6 +261,7 @@ class SignTranslator(nn.Module):
             num_start = start_BP.shape[1]
             first_B = start_BP[:, 0].tolist()
             start = {"decoder_input_ids": start_BP, "decoder_start_token_id": first_B}
+        # Beam search has no scores for a single beam, and one hypothesis needs none.
         scored = beam.num_return > 1
         found = self.language_model.generate(
             inputs_embeds=embeddings_BSE,
@@ -270,7 +279,7 @@ class SignTranslator(nn.Module):
             output_scores=scored,
             **start,
         )
-        # The hypotheses of all clips come one after another, num_return of each.
+        # The rows are num_return hypotheses of the first clip, then of the next one.
         scores: list[float | None] = [None] * len(found.sequences)
         if scored:
             scores = found.sequences_scores.tolist()
@@ -281,13 +290,13 @@ class SignTranslator(nn.Module):
         return [candidates[i : i + beam.num_return] for i in starts]
 
     def _until_end(self, ids: list[int]) -> tuple[int, ...]:
-        """The ids up to the first end of sentence; all of them where there is none."""
+        """Return the ids up to the first end of sentence; all ids if there is none."""
         if self.eos_id in ids:
             ids = ids[: ids.index(self.eos_id) + 1]
         return tuple(ids)
 
 
 def _start_ids(wordings: Sequence[Wording], device: torch.device) -> torch.Tensor:
-    """start_BP: what the decoder begins each text with."""
+    """Return start_BP, the first decoder tokens of each clip."""
     starts = [wording.start for wording in wordings]
     return torch.tensor(starts, dtype=torch.long, device=device)

@@ -1,6 +1,7 @@
-"""From pixels to features: an image encoder per frame, then the local temporal module.
+"""VisualEncoder: an image encoder for each frame, then the local temporal module.
 
-N packed frames, B clips, D width of the visual features, C H W of a frame.
+N packed frames, B clips, M places (frames and gaps), D width of the features, C H W of a
+frame.
 Source: FLa-LLM (arXiv 2403.12556), section 3.2.
 """
 
@@ -16,7 +17,10 @@ from flallm_ds.models.lengths import gap_positions
 
 
 def resnet_width(settings: dict[str, Any]) -> int | None:
-    """Channels of the first stage, by a visual encoder's settings; None for another backbone."""
+    """Return the width of the first stage of a ResNet; None for another backbone.
+
+    settings: of a visual encoder. Old ones of a ResNet-18 hold the width alone.
+    """
     if "backbone" not in settings:
         return int(settings["width"])
     config = settings["backbone"]["config"]
@@ -24,11 +28,10 @@ def resnet_width(settings: dict[str, Any]) -> int | None:
 
 
 class LocalTemporalModule(nn.Module):
-    """Conv1d + BatchNorm + ReLU over a clip's frames; length is kept.
+    """Conv1d, BatchNorm and ReLU over the frames of a clip; the length stays the same.
 
-    Clips stay packed: `kernel // 2` zeros between them stand for the padding at a clip's
-    ends, so nothing leaks from one clip to the next and BatchNorm never sees a padding
-    frame.
+    Clips stay packed, with `kernel // 2` zeros between them. The zeros are the padding at
+    the ends of a clip, so no clip reads from the next one, and BatchNorm sees no padding.
     """
 
     def __init__(self, width: int, kernel: int) -> None:
@@ -38,36 +41,36 @@ class LocalTemporalModule(nn.Module):
         self.norm = nn.BatchNorm1d(width)
 
     def forward(self, frames_ND: torch.Tensor, num_frames_B: torch.Tensor) -> torch.Tensor:
-        """frames_ND -> features_ND."""
-        # Spread the clips out, with zeros after each: M places, of which N hold a frame.
+        """Map frames_ND to features_ND."""
+        # Move the N frames to M places, with zeros after each clip.
         places_N = gap_positions(num_frames_B, self.gap).to(frames_ND.device)
         length = len(frames_ND) + self.gap * len(num_frames_B)
         empty_MD = frames_ND.new_zeros(length, frames_ND.shape[1])
         spread_MD = empty_MD.index_copy(0, places_N, frames_ND)
 
-        # Conv1d reads (1, D, M). Then take the places of the frames out again.
+        # Conv1d reads (1, D, M). Then take the places of the frames again.
         convolved_MD = self.conv(spread_MD.T.unsqueeze(0)).squeeze(0).T
         signs_ND = convolved_MD.index_select(0, places_N)
 
-        # Cut off what `two_at_least` adds to a batch of one frame.
+        # Drop the row that `two_at_least` adds to a batch of one frame.
         normalised = self.norm(two_at_least(signs_ND) if self.training else signs_ND)
         return torch.relu(normalised[: len(signs_ND)])
 
 
 def two_at_least(batch: torch.Tensor) -> torch.Tensor:
-    """Return a batch of one frame twice, others as they are.
+    """Return a batch of one frame with the frame repeated; other batches unchanged.
 
-    BatchNorm refuses to train on a single value for a channel.
+    In training BatchNorm raises an error for a single value of a channel.
     """
     return batch.expand(2, *batch.shape[1:]) if len(batch) == 1 else batch
 
 
 class VisualEncoder(nn.Module):
-    """pixels_NCHW of packed clips -> sign-wise features_ND.
+    """Map pixels_NCHW of packed clips to sign-wise features_ND.
 
-    width: channels of the first stage of a ResNet-18 with random weights, where no
-    backbone is given. chunk_frames: what needs no gradient and no batch statistics is
-    seen this many frames at a time, in less memory; 0: all at once.
+    width: channels of the first stage of a ResNet-18 with random weights, used if no
+    backbone is given. chunk_frames: number of frames that are encoded at a time, to save
+    memory, if neither gradients nor batch statistics are needed; 0: all frames at once.
     """
 
     def __init__(
@@ -84,11 +87,11 @@ class VisualEncoder(nn.Module):
 
     @property
     def feature_width(self) -> int:
-        """D."""
+        """Return D."""
         return self.temporal.conv.out_channels
 
     def frame_features(self, pixels_NCHW: torch.Tensor) -> torch.Tensor:
-        """Frame-wise features_ND: each frame alone."""
+        """Return frame-wise features_ND: those of the backbone alone."""
         is_trained = any(p.requires_grad for p in self.backbone.parameters())
         learns = torch.is_grad_enabled() and is_trained
         if learns or self.backbone.training:
@@ -101,22 +104,22 @@ class VisualEncoder(nn.Module):
     def forward(
         self, pixels_NCHW: torch.Tensor, num_frames_B: torch.Tensor
     ) -> torch.Tensor:
-        """pixels_NCHW -> features_ND."""
+        """Map pixels_NCHW to sign-wise features_ND."""
         frames_ND = self.frame_features(pixels_NCHW)
         features_ND: torch.Tensor = self.temporal(frames_ND, num_frames_B)
         return features_ND
 
     def settings(self) -> dict[str, Any]:
-        """What `from_settings` needs; plain values for a JSON file."""
+        """Return the argument of `from_settings`: plain values for a JSON file."""
         kernel = self.temporal.conv.kernel_size[0]
         return {"backbone": self.backbone.settings(), "temporal_kernel": kernel}
 
     @classmethod
     def from_settings(cls, settings: dict[str, Any]) -> "VisualEncoder":
-        """The same architecture with random weights; no file and no hub is read.
+        """Build the same architecture with random weights, without files or a hub.
 
-        {"width", "temporal_kernel"} alone is a ResNet-18. Raises UserError for other
-        keys.
+        Settings with the keys "width" and "temporal_kernel" are those of a ResNet-18. Raises
+        UserError for unknown keys.
         """
         try:
             if "backbone" not in settings:
@@ -125,6 +128,6 @@ class VisualEncoder(nn.Module):
             return cls(temporal_kernel=settings["temporal_kernel"], backbone=backbone)
         except (TypeError, KeyError) as error:
             raise UserError(
-                "the settings of a visual encoder must be those of this version, but "
-                f"{error!r}."
+                f"Cannot build a visual encoder from the stored settings: {error!r}. Install "
+                "the version of flallm_ds that wrote them."
             ) from error

@@ -1,7 +1,7 @@
-"""Weights on disk: safetensors files, written and read tensor by tensor, without a second copy.
+"""Write and read weights as safetensors files, tensor by tensor, without a second copy.
 
-One file `model.safetensors`, or `model-00001-of-00003.safetensors` ... with
-`model.safetensors.index.json`: the layout that transformers reads.
+There is one file `model.safetensors`, or several files `model-00001-of-00003.safetensors`
+... with `model.safetensors.index.json`: the layout that transformers reads.
 """
 
 import json
@@ -17,14 +17,15 @@ from torch import nn
 
 from flallm_ds.errors import UserError
 
-FILE_BYTES = 2 * 10**9  # of one file at most, unless a single tensor is larger
+# Largest size of a file, unless a single tensor is larger.
+FILE_BYTES = 2 * 10**9
 
 
 class WeightsWriter:
-    """Writes tensors as they come.
+    """Write tensors as they arrive: `with WeightsWriter(folder) as writer: writer.add(...)`.
 
-    `with WeightsWriter(folder) as writer: writer.add(name, tensor)`. At most file_bytes
-    wait in memory. The files get their names at the end: nothing loads before.
+    At most file_bytes are held in memory. The files get their final names at the end, so
+    that an unfinished folder cannot be loaded.
     """
 
     def __init__(
@@ -37,7 +38,7 @@ class WeightsWriter:
         self._files: list[tuple[Path, list[str]]] = []
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Take a tensor that nobody changes until the writer is closed."""
+        """Add a tensor, which must not change until the writer is closed."""
         size = tensor.numel() * tensor.element_size()
         if self._waiting and self._waiting_bytes + size > self.file_bytes:
             self._flush()
@@ -46,6 +47,7 @@ class WeightsWriter:
         self._total_bytes += size
 
     def _flush(self) -> None:
+        """Write the waiting tensors to a file with a temporary name."""
         path = self.folder / f".partial-{len(self._files)}-{self.name}"
         save_file(self._waiting, path, metadata={"format": "pt"})
         self._files.append((path, list(self._waiting)))
@@ -67,6 +69,7 @@ class WeightsWriter:
         if len(self._files) == 1:
             self._files[0][0].rename(self.folder / self.name)
             return
+        # Several files: number them, and write an index of the tensor names.
         stem, suffix = self.name.rsplit(".", 1)
         places: dict[str, str] = {}
         for number, (path, tensors) in enumerate(self._files, 1):
@@ -84,16 +87,16 @@ def write_weights(
     name: str = "model.safetensors",
     file_bytes: int = FILE_BYTES,
 ) -> None:
-    """Write all of an iterator of (name, tensor)."""
+    """Write all tensors of an iterable of (name, tensor)."""
     with WeightsWriter(folder, name, file_bytes) as writer:
         for key, tensor in tensors:
             writer.add(key, tensor)
 
 
 class Weights:
-    """What `WeightsWriter` or transformers wrote: `names`, and each tensor when it is asked for.
+    """Read weights that `WeightsWriter` or transformers wrote, each tensor on request.
 
-    Raises UserError that names a file which is missing or not whole.
+    Raises UserError with the file's name for a file that is missing, truncated or damaged.
     """
 
     def __init__(self, folder: Path, name: str = "model.safetensors") -> None:
@@ -106,45 +109,53 @@ class Weights:
                 files = sorted(set(places.values()))
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(
-                    f"{index} must be an index of safetensors files, but is not ({error})."
+                    f"Cannot read {index}: it is not an index of safetensors files ({error}). "
+                    "Fetch or export the weights again."
                 ) from None
         self._files = [(folder / file, _open(folder / file)) for file in files]
+        # The number of the file that holds each tensor.
         self._places: dict[str, int] = {}
         for number, (_, opened) in enumerate(self._files):
             self._places |= dict.fromkeys(opened.keys(), number)
 
     @property
     def names(self) -> list[str]:
+        """Return the names of all tensors."""
         return list(self._places)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        """The tensor, on the host. Raises KeyError where there is none."""
+        """Return a tensor on the host. Raises KeyError for an unknown name."""
         path, file = self._files[self._places[name]]
         try:
             tensor: torch.Tensor = file.get_tensor(name)
         except SafetensorError as error:
-            raise UserError(
-                f"{path} must be a whole safetensors file, but is not ({error})."
-            ) from error
+            raise _unreadable(path, error) from error
         return tensor
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield (name, tensor), one tensor in memory at a time."""
         for name in self._places:
             yield name, self[name]
 
 
 def _open(path: Path) -> Any:
+    """Open a safetensors file. Raises UserError if it is missing, truncated or damaged."""
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{path} must be a whole safetensors file, but is not ({error})."
-        ) from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    """Return the error for a safetensors file that cannot be read."""
+    return UserError(
+        f"Cannot read {path}: it is not a complete safetensors file ({error}). Fetch or "
+        "export the weights again."
+    )
 
 
 def named_state(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters, tied ones once by their first name, then the buffers that belong to the
-    state."""
+    """Yield the parameters, tied ones once by their first name, then the persistent buffers."""
     yield from module.named_parameters()
     persistent = module.state_dict().keys()
     for name, buffer in module.named_buffers():
@@ -153,26 +164,28 @@ def named_state(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def must_hold(weights: Weights, module: nn.Module) -> None:
-    """Raise UserError if a parameter or a buffer of the state is not among the weights."""
+    """Raise UserError if a parameter or a persistent buffer is missing in the weights."""
     names = set(weights.names)
     for name, _ in named_state(module):
         if name not in names:
             raise UserError(
-                f"{weights.path} must hold {name}, but does not: it is of another model or "
-                "not whole."
+                f"Cannot load {weights.path}: {name} is missing, so the file is incomplete "
+                "or of another model. Fetch or export the weights again."
             )
 
 
 @torch.no_grad()
 def load_weights(module: nn.Module, weights: Weights) -> None:
-    """Copy the tensors into a module. Raises UserError where one is missing or of another
-    shape."""
+    """Copy the weights into a module.
+
+    Raises UserError if a tensor is missing or has another shape.
+    """
     must_hold(weights, module)
     for name, own in named_state(module):
         stored = weights[name]
         if stored.shape != own.shape:
             raise UserError(
-                f"{weights.path} must fit its settings, but {name} is "
-                f"{tuple(stored.shape)} where the model has {tuple(own.shape)}."
+                f"Cannot load {weights.path}: {name} has the shape {tuple(stored.shape)}, and "
+                f"{tuple(own.shape)} by the settings of the model. Fetch or export both again."
             )
         own.copy_(stored)

@@ -212,7 +212,7 @@ def test_a_broken_weights_file_is_named(copied, name, damage):
         path.write_bytes(path.read_bytes()[:-10])
     else:
         path.write_bytes(b"<html>404</html>")
-    with pytest.raises(UserError, match=f"{path.name} must be a whole safetensors file"):
+    with pytest.raises(UserError, match=f"{path.name}: it is not a complete safetensors"):
         export.read(copied)
 
 
@@ -288,7 +288,12 @@ def test_settings_of_another_format_are_refused(copied, content, reason):
             None,
             r"generation\.num_beams in .* must be a whole number, got None\.",
         ),
-        ("visual", "temporal_kernel", None, "the settings of a visual encoder must be"),
+        (
+            "visual",
+            "temporal_kernel",
+            None,
+            "Cannot build a visual encoder from the stored settings",
+        ),
     ],
 )
 def test_settings_of_other_types_are_one_sentence(copied, section, name, value, said):

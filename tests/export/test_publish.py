@@ -446,7 +446,7 @@ def test_a_folder_that_holds_something_is_left_alone(
         ("adapter_config.json", "must hold adapter_config.json, but does not"),
         (
             "adapter_model.safetensors",
-            "adapter_model.safetensors must be a whole safetensors file",
+            "adapter_model.safetensors: it is not a complete safetensors file",
         ),
         ("another LLM", "the low-rank additions in .* must fit their LLM, but"),
     ],

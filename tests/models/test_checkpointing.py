@@ -1,5 +1,4 @@
-"""Activations computed again: the same losses, gradients and statistics, with less kept
-meanwhile."""
+"""Activation checkpointing gives the same losses, gradients and statistics in less memory."""
 
 from collections.abc import Callable
 
@@ -29,8 +28,10 @@ from flallm_ds.models.visual_encoder import VisualEncoder
 def kept_bytes(
     forward: Callable[[], torch.Tensor], module: nn.Module
 ) -> tuple[torch.Tensor, int]:
-    """(the result, bytes that autograd keeps of it for the backward pass, the module's
-    own tensors apart)."""
+    """Return (the result, bytes that autograd keeps for the backward pass).
+
+    The parameters and buffers of the module do not count.
+    """
     own = set()
     for tensor in (*module.parameters(), *module.buffers()):
         own.add(tensor.untyped_storage().data_ptr())
@@ -47,7 +48,7 @@ def kept_bytes(
     return result, sum(storage.nbytes() for storage in storages.values())
 
 
-def twins(build: Callable[[], nn.Module]) -> tuple[nn.Module, nn.Module]:
+def two_copies(build: Callable[[], nn.Module]) -> tuple[nn.Module, nn.Module]:
     first, second = build(), build()
     second.load_state_dict(first.state_dict())
     return first.train(), second.train()
@@ -78,11 +79,11 @@ def resnet() -> ResNetModel:
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_batch_norm_of_a_checkpointed_stage_counts_each_batch_once(
+def test_batch_norm_of_a_checkpointed_stage_updates_its_statistics_once_a_batch(
     momentum: float | None,
 ) -> None:
-    """momentum none: how a step's statistics are averaged over its micro-batches."""
-    plain, checkpointed = twins(resnet)
+    """Momentum None averages the statistics over the micro-batches of a step."""
+    plain, checkpointed = two_copies(resnet)
     checkpoint_stages(checkpointed)
     for model in (plain, checkpointed):
         for norm in model.modules():
@@ -103,8 +104,8 @@ def test_batch_norm_of_a_checkpointed_stage_counts_each_batch_once(
     assert checkpointed.state_dict().keys() == plain.state_dict().keys()
 
 
-def test_a_checkpointed_backbone_keeps_less_and_computes_as_ever_in_evaluation() -> None:
-    plain, checkpointed = twins(resnet)
+def test_a_checkpointed_backbone_keeps_less_memory_and_gives_the_same_features() -> None:
+    plain, checkpointed = two_copies(resnet)
     checkpoint_stages(checkpointed)
     pixels = torch.randn(6, 3, 64, 64)
     _, much = kept_bytes(lambda: plain(pixels).pooler_output.sum(), plain)
@@ -112,7 +113,7 @@ def test_a_checkpointed_backbone_keeps_less_and_computes_as_ever_in_evaluation()
     assert little < 0.6 * much
     with torch.no_grad():
         expected = plain.eval()(pixels).pooler_output
-        # Its statistics have now seen as many batches.
+        # Both have updated their statistics with one batch.
         assert torch.equal(checkpointed.eval()(pixels).pooler_output, expected)
 
 
@@ -151,10 +152,10 @@ def test_a_checkpointed_backbone_keeps_less_and_computes_as_ever_in_evaluation()
         ),
     ],
 )
-def test_stages_of_other_backbones_are_found(
+def test_the_stages_of_other_backbones_are_found(
     build: Callable[[], nn.Module], stages: int
 ) -> None:
-    plain, checkpointed = twins(build)
+    plain, checkpointed = two_copies(build)
     assert len(stages_of(plain)) == stages
     checkpoint_stages(checkpointed)
     pixels = torch.randn(2, 3, 28 if stages == 3 else 32, 28 if stages == 3 else 32)
@@ -164,7 +165,7 @@ def test_stages_of_other_backbones_are_found(
     assert_same_state(plain, checkpointed)
 
 
-def test_a_network_without_stages_is_named() -> None:
+def test_a_network_without_stages_raises_an_error() -> None:
     with pytest.raises(ValueError, match="Sequential must have a list of stages"):
         checkpoint_stages(nn.Sequential(nn.Linear(2, 2)))
 
@@ -193,8 +194,8 @@ def qwen3() -> Qwen3ForCausalLM:
 def test_a_checkpointed_llm_gives_the_same_loss_and_gradients_with_dropout(
     build: Callable[[], nn.Module], frozen: bool
 ) -> None:
-    """frozen: only what comes before it, the embeddings' place, is trained."""
-    plain, checkpointed = twins(build)
+    """If the LLM is frozen, only the modules before it are trained: the embeddings here."""
+    plain, checkpointed = two_copies(build)
     checkpoint_llm(checkpointed)
     embeddings = torch.randn(3, 12, 32, requires_grad=True)
     gradients, kept, losses = [], [], []
@@ -221,14 +222,14 @@ def test_a_checkpointed_llm_gives_the_same_loss_and_gradients_with_dropout(
     assert kept[1] < 0.5 * kept[0]
 
 
-def test_an_llm_that_cannot_be_checkpointed_is_named() -> None:
+def test_an_llm_that_cannot_be_checkpointed_raises_an_error() -> None:
     model = qwen3()
     model.supports_gradient_checkpointing = False
     with pytest.raises(UserError, match="must be false for a qwen3 model"):
         checkpoint_llm(model)
 
 
-# 32: the last stage sees one place of one frame
+# With 32 px the feature map of the last stage is 1 x 1.
 @pytest.mark.parametrize("pixels", [32, 64])
 def test_a_micro_batch_of_one_clip_of_one_frame_trains_the_visual_encoder(
     pixels: int,

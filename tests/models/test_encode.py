@@ -1,5 +1,4 @@
-"""The path from a batch to visual features that training, the translator and feature
-writing share."""
+"""Encoding of a batch: the path that training, translation and cached features share."""
 
 import dataclasses
 
@@ -43,7 +42,7 @@ def batch() -> VideoBatch:
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_frames_become_features(
+def test_frames_are_encoded_as_the_extractor_encodes_them(
     extractor: FeatureExtractor, batch: VideoBatch, train: bool
 ) -> None:
     features_ND = encode(batch, extractor, PREPROCESS, train=train, device=CPU)
@@ -53,7 +52,7 @@ def test_frames_become_features(
     assert not features_ND.requires_grad
 
 
-def test_cached_features_are_taken_as_they_are(
+def test_cached_features_are_returned_unchanged(
     extractor: FeatureExtractor, batch: VideoBatch
 ) -> None:
     cached_ND = torch.randn(5, 32).half()
@@ -63,7 +62,7 @@ def test_cached_features_are_taken_as_they_are(
     assert torch.equal(features_ND, cached_ND.float())
 
 
-def test_an_encoder_in_train_mode_is_refused(
+def test_an_encoder_in_train_mode_raises_an_error(
     extractor: FeatureExtractor, batch: VideoBatch
 ) -> None:
     with pytest.raises(AssertionError, match="in train mode"):
@@ -71,7 +70,7 @@ def test_an_encoder_in_train_mode_is_refused(
 
 
 @pytest.mark.gpu
-def test_a_gpu_computes_in_bf16_where_it_is_asked_to(
+def test_a_gpu_computes_in_bf16_only_under_autocast(
     extractor: FeatureExtractor, batch: VideoBatch
 ) -> None:
     device = torch.device("cuda")

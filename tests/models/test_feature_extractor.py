@@ -1,4 +1,4 @@
-"""What an LLM's adapter reads."""
+"""FeatureExtractor: the three kinds of features, frozen parts, settings and fingerprints."""
 
 import json
 
@@ -49,7 +49,7 @@ def test_features_of_a_clip_do_not_depend_on_its_batch(kind, width):
     torch.testing.assert_close(features_ND, torch.cat(alone), rtol=1e-4, atol=1e-5)
 
 
-def test_a_fingerprint_is_of_the_model_and_not_of_what_wrote_it():
+def test_a_fingerprint_does_not_depend_on_the_version_that_wrote_the_config():
     model = extractor("light_t")
     config = model.light_t_encoder.config
     before, settings = model.fingerprint(), model.settings()
@@ -60,7 +60,7 @@ def test_a_fingerprint_is_of_the_model_and_not_of_what_wrote_it():
     assert model.fingerprint() != before
 
 
-def test_frame_wise_features_are_what_the_temporal_module_reads():
+def test_frame_wise_features_are_the_input_of_the_temporal_module():
     frames, signs = extractor("frames").eval(), extractor("signs").eval()
     pixels_NCHW, num_frames_B = torch.randn(5, 3, 32, 32), torch.tensor([5])
     with torch.no_grad():
@@ -79,7 +79,7 @@ def test_frame_wise_features_are_what_the_temporal_module_reads():
         ("light_t", "all", set()),
     ],
 )
-def test_frozen_parts_stay_frozen_whoever_calls_train(kind, how, trained):
+def test_frozen_parts_stay_frozen_in_train_mode(kind, how, trained):
     model = extractor(kind).freeze(how)
     nn.ModuleList([model]).train()
     parts = {
@@ -112,7 +112,7 @@ def test_settings_and_weights_make_the_same_extractor(kind):
     assert again.fingerprint() == model.fingerprint()
 
 
-def test_kinds_differ_in_their_fingerprints_and_so_does_any_weight():
+def test_the_fingerprint_depends_on_the_kind_and_on_every_weight():
     assert len({extractor(kind).fingerprint() for kind in KINDS}) == 3
     model = extractor("signs")
     before = model.fingerprint()

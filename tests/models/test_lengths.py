@@ -1,4 +1,4 @@
-"""How packed clips are laid out."""
+"""The layout of packed clips."""
 
 import torch
 
@@ -6,7 +6,7 @@ from flallm_ds.models.lengths import pad_packed
 from flallm_ds.models.visual_encoder import gap_positions
 
 
-def test_packed_clips_become_rows_with_zeros_after_their_ends():
+def test_packed_clips_are_padded_with_zeros_on_the_right():
     packed_ND = torch.arange(1.0, 13).view(6, 2)
     padded_BSD, mask_BS = pad_packed(packed_ND, torch.tensor([1, 3, 2]))
     assert padded_BSD.shape == (3, 3, 2)
@@ -21,6 +21,6 @@ def test_gradients_reach_every_packed_frame():
     assert torch.equal(packed_ND.grad, torch.ones(5, 2))
 
 
-def test_gaps_follow_every_clip():
+def test_a_gap_follows_every_clip():
     assert gap_positions(torch.tensor([2, 1, 3]), 2).tolist() == [0, 1, 4, 7, 8, 9]
     assert gap_positions(torch.tensor([2, 1, 3]), 0).tolist() == [0, 1, 2, 3, 4, 5]

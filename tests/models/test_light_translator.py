@@ -1,3 +1,5 @@
+"""Light-T: its sizes, its embeddings and its config."""
+
 from types import SimpleNamespace
 
 import pytest
@@ -37,7 +39,7 @@ def test_there_is_one_word_embedding_and_an_untied_head():
     assert model.lm_head.weight.shape == model.model.shared.weight.shape == (100, 256)
 
 
-def test_the_codecs_ids_are_the_models(codec):
+def test_the_config_has_the_ids_of_the_codec(codec):
     config = build_light_translator("tiny", codec, dropout=0.25).config
     assert (config.vocab_size, config.pad_token_id, config.eos_token_id, config.decoder_start_token_id) == (
         codec.vocab_size, codec.pad_id, codec.eos_id, codec.eos_id,
@@ -45,7 +47,7 @@ def test_the_codecs_ids_are_the_models(codec):
     assert config.dropout == config.attention_dropout == 0.25
 
 
-def test_a_config_rebuilds_the_same_architecture():
+def test_the_config_builds_the_same_architecture_again():
     with torch.device("meta"):
         for size in SIZES:
             model = build_light_translator(size, vocabulary(50), dropout=0.0)

@@ -1,4 +1,4 @@
-"""The loss of target tokens: each family's own logits, in one piece or in chunks."""
+"""The loss of the target tokens: the logits of each model type, all at once or in chunks."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from flallm_ds.errors import UserError
 from flallm_ds.models import loss
 from flallm_ds.models.loss import Head, token_loss
 
-# the same size in each family's words; qwen2 and its like have the most common ones
+# The same sizes by the names of each config class.
 NAMES = {
     "encoder-decoder": {
         "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
@@ -30,7 +30,7 @@ SIZES = {
     "mbart": NAMES["encoder-decoder"], "m2m_100": NAMES["encoder-decoder"], "t5": NAMES["t5"],
     "mt5": NAMES["t5"], "bloom": NAMES["bloom"], "xglm": NAMES["xglm"],
 }  # fmt: skip
-# What makes a head's rule show: T5's scale, a low cap, scales that are not 1.
+# Settings with which a scale or a cap changes the logits.
 RULES: dict[str, list[dict[str, Any]]] = {
     "t5": [{"tie_word_embeddings": True}, {"tie_word_embeddings": False}],
     "mt5": [{"tie_word_embeddings": True}, {"tie_word_embeddings": False}],
@@ -56,7 +56,7 @@ def tiny_model(model_type: str, rules: dict[str, Any], vocab_size: int = VOCABUL
 
 
 def states_and_logits(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """(what the decoder gave, the model's own logits) of the same forward pass."""
+    """Return (the states of the decoder, the logits of the model) of one forward pass."""
     states: list[torch.Tensor] = []
     hook = model.get_decoder().register_forward_hook(
         lambda module, args, out: states.append(out[0])
@@ -84,7 +84,8 @@ def test_the_head_of_each_verified_type_gives_the_models_own_logits(
     with torch.no_grad():
         states, expected = states_and_logits(model)
         torch.testing.assert_close(head.logits(states), expected, rtol=1e-6, atol=1e-6)
-        if rules or model_type == "mbart":  # a rule that did nothing would show nothing
+        # The rule must change the logits, or this test would show nothing.
+        if rules or model_type == "mbart":
             bare = model.get_output_embeddings()(states)
             plain = rules in (
                 {"final_logit_softcapping": None},
@@ -93,7 +94,7 @@ def test_the_head_of_each_verified_type_gives_the_models_own_logits(
             assert torch.allclose(bare, expected, atol=1e-3) == plain
 
 
-def test_another_type_has_no_known_head() -> None:
+def test_a_model_type_that_is_not_verified_has_no_head() -> None:
     gpt2 = AutoModelForCausalLM.from_config(
         AutoConfig.for_model("gpt2", vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=4)
     )
@@ -148,10 +149,10 @@ def test_chunks_under_autocast_give_the_loss_of_logits_under_autocast(
         torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-2)  # chunks sum in fp32
 
 
-def test_no_more_logits_than_a_chunk_are_ever_made_of_a_large_vocabulary(
+def test_never_more_logits_than_a_chunk_are_computed_for_a_large_vocabulary(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Also where "auto" decides: 300 tokens of 250,000 words are 300 MB in fp32."""
+    """Also with "auto": logits of 300 tokens over 250,000 entries are 300 MB in fp32."""
     model = tiny_model("qwen3", {}, vocab_size=250_000)
     sizes: list[int] = []
     plain = F.cross_entropy
@@ -169,7 +170,7 @@ def test_no_more_logits_than_a_chunk_are_ever_made_of_a_large_vocabulary(
     assert sizes == [100 * 250_000 * 4]
 
 
-def test_chunks_train_what_is_not_frozen_and_evaluate_without_gradients(
+def test_chunks_compute_only_the_gradients_that_are_needed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(loss, "CHUNK_BYTES", 5 * VOCABULARY * 4)
@@ -188,7 +189,7 @@ def test_chunks_train_what_is_not_frozen_and_evaluate_without_gradients(
     assert weight.grad is None and states.grad is not None
 
 
-def test_a_head_with_more_than_a_weight_uses_logits_and_is_refused_chunks() -> None:
+def test_a_head_with_a_bias_uses_logits_and_raises_an_error_for_chunks() -> None:
     model = tiny_model("qwen3", {})
     model.set_output_embeddings(nn.Linear(32, VOCABULARY, bias=True))
     head = Head.of(model)
@@ -199,16 +200,16 @@ def test_a_head_with_more_than_a_weight_uses_logits_and_is_refused_chunks() -> N
     )
     with pytest.raises(
         UserError,
-        match=r"llm\.loss=chunks cannot be: .* without bias, but is Linear\(.*bias=True",
+        match=r"llm\.loss=chunks: .* not a Linear without bias \(Linear\(.*bias=True",
     ):
         token_loss(head, states, targets, 0.0, "chunks")
 
 
-def test_liger_is_refused_in_one_sentence_where_it_cannot_be() -> None:
+def test_liger_without_a_gpu_raises_an_error() -> None:
     head = Head.of(tiny_model("qwen3", {}))
     assert head is not None
     with pytest.raises(
-        UserError, match=r"needs a CUDA device, but there is none\. Use --llm\.loss=auto\.$"
+        UserError, match=r"there is no CUDA device\. Give --llm\.loss=auto\.$"
     ):
         token_loss(head, torch.randn(2, 32), torch.tensor([3, 4]), 0.2, "liger")
     assert token_loss(head, torch.randn(2, 32), torch.tensor([3, 4]), 0.2, "auto") > 0

@@ -1,4 +1,4 @@
-"""What --llm.name may be by mistake: each gets the sentence of its cause, at once."""
+"""Wrong values of --llm.name: each raises an error that names the cause, without delay."""
 
 import json
 import os
@@ -141,7 +141,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
         pointer("tokenizer.json"),
         r"tokenizer\.json: it is a git-lfs pointer",
     ),
-    "pointer_pieces": (
+    "pointer_vocabulary": (
         pointer("spiece.model"),
         r"spiece\.model: it is a git-lfs pointer .*git lfs pull",
     ),
@@ -160,23 +160,25 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "cut_off": (
         cut_off,
-        r"model\.safetensors must load, but did not: the file is cut off or damaged",
+        r"Cannot load the weights .*model\.safetensors: the file is truncated or damaged",
     ),
     "a_page": (
         not_safetensors,
-        r"model\.safetensors must load, but did not: the file is cut off or damaged",
+        r"Cannot load the weights .*model\.safetensors: the file is truncated or damaged",
     ),
     "a_part": (
         without_a_part,
         r"Cannot read .*model-00002-of-00002\.safetensors: there is no such file",
     ),
-    "index": (broken_index, r"model\.safetensors\.index\.json: it is no index of weights"),
-    "empty": (nothing, r"must load, but did not: the folder is empty\. Check --llm\.name"),
+    "index": (broken_index, r"index\.json: it is not an index of weights"),
+    "empty": (nothing, r"Cannot load the LLM .*: the folder is empty\. Check --llm\.name"),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_folder_of_another_kind_is_refused_by_its_cause(llm: Path, fault: str) -> None:
+def test_the_error_for_a_folder_without_an_llm_names_the_cause(
+    llm: Path, fault: str
+) -> None:
     spoil, sentence = FAULTS[fault]
     spoil(llm)
     for read in (check_llm, load_llm):
@@ -185,12 +187,12 @@ def test_a_folder_of_another_kind_is_refused_by_its_cause(llm: Path, fault: str)
         assert "\n" not in str(raised.value)
 
 
-def test_a_folder_of_the_hubs_cache_is_refused_with_the_name_of_its_model(
+def test_the_error_for_a_folder_of_the_hubs_cache_names_the_hub_id(
     llm: Path,
 ) -> None:
     hub_cache(llm)
     with pytest.raises(
-        UserError, match=r"hub's cache: name google/mt5-base, or its folder .*/0123abcd\."
+        UserError, match=r"hub's cache: give google/mt5-base, or the folder .*/0123abcd\."
     ):
         check_llm(str(llm / "models--google--mt5-base"))
     with pytest.raises(UserError, match=r"Did you mean .*/0123abcd\?"):
@@ -198,7 +200,7 @@ def test_a_folder_of_the_hubs_cache_is_refused_with_the_name_of_its_model(
     check_llm(str(llm / "models--google--mt5-base" / "snapshots" / "0123abcd"))
 
 
-def test_a_tokenizer_alone_is_refused(llm: Path) -> None:
+def test_a_folder_with_a_tokenizer_alone_raises_an_error(llm: Path) -> None:
     only(llm, "tokenizer.json", "tokenizer_config.json")
     with pytest.raises(
         UserError, match=r"must hold the config\.json of an LLM, got tokenizer\.json, tok"
@@ -206,7 +208,7 @@ def test_a_tokenizer_alone_is_refused(llm: Path) -> None:
         check_llm(str(llm))
 
 
-def test_weights_that_are_not_asked_for_may_be_missing(llm: Path) -> None:
+def test_weights_may_be_missing_if_they_are_not_used(llm: Path) -> None:
     without_weights(llm)
     check_llm(str(llm), pretrained=False)
 
@@ -221,26 +223,28 @@ def test_weights_that_are_not_asked_for_may_be_missing(llm: Path) -> None:
         ("mt5.gguf", r"Cannot train .*mt5\.gguf: GGUF files"),
     ],
 )
-def test_a_file_is_refused(llm: Path, name: str, sentence: str) -> None:
+def test_a_file_instead_of_a_folder_raises_an_error(
+    llm: Path, name: str, sentence: str
+) -> None:
     (llm / "mt5.gguf").write_bytes(b"GGUF")
     with pytest.raises(UserError, match=sentence):
         check_llm(str(llm / name))
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./llm", "a/b/c", "~/llm"])
-def test_a_path_that_is_not_there_is_refused(name: str) -> None:
+def test_a_path_that_does_not_exist_raises_an_error(name: str) -> None:
     with pytest.raises(UserError, match=r"there is nothing at"):
         check_llm(name)
 
 
-def test_an_address_is_refused_with_the_hub_id_in_it() -> None:
-    with pytest.raises(UserError, match=r"Name it as google/mt5-base\."):
+def test_the_error_for_a_url_names_the_hub_id() -> None:
+    with pytest.raises(UserError, match=r"Give google/mt5-base\."):
         check_llm("https://huggingface.co/google/mt5-base/tree/main")
 
 
 @pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A hub where nobody listens, and an empty cache."""
+    """A hub address without a server, and an empty cache."""
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(
         "huggingface_hub.file_download.ENDPOINT", "http://127.0.0.1:9", raising=False
@@ -253,11 +257,10 @@ def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["t5-small", "gpt2", "google/mt5-base"])
-def test_without_a_network_a_hub_id_is_refused_at_once(
+def test_a_hub_id_without_a_network_raises_an_error_without_delay(
     no_network: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """transformers repeats its requests for 23 seconds, once for the config and once for
-    the tokenizer."""
+    """transformers retries for 23 seconds, for the config and again for the tokenizer."""
 
     def repeat(seconds: float) -> None:
         raise AssertionError("a request is repeated")
@@ -269,15 +272,17 @@ def test_without_a_network_a_hub_id_is_refused_at_once(
         lambda name: TextCodec.for_training_text(name, Instruction(), TEXTS, True),
     ):
         with pytest.raises(
-            UserError, match=rf"{name} is no folder here .* the hub cannot be .*standin_llm"
+            UserError, match=rf"got {name}: .* and the hub cannot be reached .*standin_llm"
         ):
             read(name)
 
 
-def test_offline_mode_is_named(no_network: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_in_offline_mode_names_the_variable(
+    no_network: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(
-        UserError, match=r"t5-small is no folder here .* HF_HUB_OFFLINE is set\. Name a fol"
+        UserError, match=r"got t5-small: .* HF_HUB_OFFLINE is set\. Name a folder"
     ):
         check_llm("t5-small")
 
@@ -296,10 +301,10 @@ build_backbone("org/encoder", 64, True, 32)
 """
 
 
-def test_what_is_cached_is_read_without_a_hub_and_without_repetitions(
+def test_cached_models_are_read_without_a_hub_and_without_retries(
     llm: Path, tmp_path: Path
 ) -> None:
-    """A compute node without a network: each file would be asked for again and again."""
+    """On a compute node without a network the libraries would retry for each file."""
     encoder = tmp_path / "encoder"
     ResNetModel(
         ResNetConfig(embedding_size=64, hidden_sizes=[8, 16], depths=[1, 1])

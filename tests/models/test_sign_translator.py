@@ -1,3 +1,5 @@
+"""SignTranslator: losses, gradients and generation with Light-T and a decoder-only LLM."""
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -24,8 +26,7 @@ def translator(codec):
 
 @pytest.fixture
 def batch(codec):
-    """features_ND of three clips of 7, 3 and 5 frames, the ids around them, and their
-    target ids."""
+    """Features of three clips of 7, 3 and 5 frames, the text around them, and the targets."""
     torch.manual_seed(1)
     ids = [codec.encode(t) for t in ("regen sonne wind morgen", "nebel", "wolken schnee")]
     target_ids_BL = torch.full((3, max(map(len, ids))), -100)
@@ -50,8 +51,7 @@ def parts_of(batch):
 
 
 def test_the_loss_is_the_smoothed_cross_entropy_of_each_next_token(translator, batch):
-    """By hand: one clip after the other, token by token, the decoder fed with what came
-    before."""
+    """Expected value: for each clip and token, run the decoder on the tokens before it."""
     smoothing, expected = 0.2, 0.0
     with torch.no_grad():
         for features, _, wordings, ids in parts_of(batch):
@@ -68,7 +68,7 @@ def test_the_loss_is_the_smoothed_cross_entropy_of_each_next_token(translator, b
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_a_batch_is_the_sum_of_its_clips(translator, batch):
+def test_the_loss_of_a_batch_is_the_sum_of_its_clips(translator, batch):
     with torch.no_grad():
         alone = sum(translator(*part).item() for part in parts_of(batch))
         assert translator(*batch).item() == pytest.approx(alone, rel=1e-4)
@@ -80,7 +80,7 @@ def test_the_loss_depends_on_the_video(translator, batch):
         assert abs(translator(*batch) - translator(-features_ND, *rest)) > 1e-2
 
 
-def test_a_dummy_adds_exactly_nothing(translator, batch):
+def test_a_dummy_clip_has_zero_loss_and_zero_gradients(translator, batch):
     features_ND, num_frames_B, wordings, _ = batch
     translator.adapter.requires_grad_(True)
     dummy = torch.full((1, 1), -100)
@@ -93,7 +93,7 @@ def test_a_dummy_adds_exactly_nothing(translator, batch):
         assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
-def test_a_dummy_beside_a_clip_changes_nothing(translator, batch):
+def test_dummy_clips_in_a_batch_do_not_change_its_loss(translator, batch):
     *rest, target_ids_BL = batch
     with_dummy = target_ids_BL.clone()
     with_dummy[1:] = -100
@@ -111,16 +111,14 @@ def test_generation_does_not_depend_on_the_batch(translator, batch, codec):
     assert len(set(best)) == 3
 
 
-def test_light_t_is_searched_with_as_it_is_asked_whatever_its_config_holds(
-    translator, batch, codec
-):
+def test_the_search_with_light_t_ignores_its_generation_config(translator, batch, codec):
     light_t = translator.language_model
     beam = Beam(num_beams=2, max_new_tokens=8)
     expected = translator.generate(*batch[:3], beam)
     light_t.generation_config.update(
         repetition_penalty=9.0, no_repeat_ngram_size=1, min_length=7, forced_eos_token_id=5
     )
-    assert translator.generate(*batch[:3], beam) != expected  # these are in force
+    assert translator.generate(*batch[:3], beam) != expected  # these have an effect
     again = SignTranslator(None, translator.adapter, light_t, codec).eval()
     assert again.generate(*batch[:3], beam) == expected
 
@@ -158,7 +156,7 @@ def test_in_stage_1_gradients_reach_every_part_of_the_visual_encoder(codec):
         assert parameter.grad is not None and parameter.grad.any(), name
 
 
-def test_the_adapter_is_scaled_where_it_is_told_to(batch):
+def test_the_adapter_multiplies_its_output_by_its_scale(batch):
     torch.manual_seed(0)
     plain = Adapter(WIDTH, 16)
     scaled = Adapter(WIDTH, 16, scale=4.0)
@@ -166,8 +164,8 @@ def test_the_adapter_is_scaled_where_it_is_told_to(batch):
     assert torch.allclose(scaled(batch[0]), 4 * plain(batch[0]))
 
 
-def test_features_of_another_precision_fit_the_adapter(translator, batch):
-    """A bf16 engine beside an fp32 encoder."""
+def test_features_of_another_type_are_cast_to_that_of_the_adapter(translator, batch):
+    """A bf16 engine with an fp32 encoder."""
     translator.bfloat16()
     features_ND, *rest = batch
     with torch.no_grad():
@@ -175,7 +173,7 @@ def test_features_of_another_precision_fit_the_adapter(translator, batch):
 
 
 def decoder_only(codec, seed=0):
-    """A tiny Llama behind a codec that words its prompts; (translator, codec)."""
+    """Return (translator, codec) of a tiny Llama with a prompt around the visual tokens."""
     config = LlamaConfig(
         vocab_size=codec.vocab_size,
         hidden_size=32,
@@ -196,8 +194,8 @@ def decoder_only(codec, seed=0):
     return SignTranslator(None, Adapter(WIDTH, 32), llm, prompting).eval(), prompting
 
 
-def test_a_decoder_only_llm_is_asked_for_the_target_alone(codec, batch):
-    """By hand: prompt, visual tokens, the rest of the prompt, then the target token by token."""
+def test_the_loss_of_a_decoder_only_llm_counts_the_target_tokens_alone(codec, batch):
+    """Expected value: for each target token, run the LLM on the prompt and the tokens before."""
     translator, codec = decoder_only(codec)
     wording = codec.wording("de")
     assert wording.before and wording.after and not wording.start
@@ -217,9 +215,8 @@ def test_a_decoder_only_llm_is_asked_for_the_target_alone(codec, batch):
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_a_rank_without_clips_embeds_as_the_others_do(codec, batch):
-    """Even where nothing stands around the video: under ZeRO-3 the embedding is a gather
-    of all ranks."""
+def test_a_rank_without_clips_calls_the_embedding_as_well(codec, batch):
+    """Even without text around the video: under ZeRO-3 all ranks gather the embedding."""
     translator, codec = decoder_only(codec)
     calls = []
     translator.language_model.get_input_embeddings().register_forward_hook(

@@ -1,3 +1,5 @@
+"""VisualEncoder: packed clips, chunks of frames, settings, ImageNet weights and freezing."""
+
 import copy
 import json
 from collections.abc import Callable
@@ -18,7 +20,8 @@ NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 def encoder():
     torch.manual_seed(0)
     encoder = VisualEncoder(width=8).eval()
-    for module in encoder.modules():  # statistics that are not the identity
+    # Statistics that change their input.
+    for module in encoder.modules():
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             module.running_mean.normal_(std=0.1)
             module.running_var.uniform_(0.5, 2)
@@ -28,8 +31,10 @@ def encoder():
 def torchvision_resnet18(
     width: int = 64, batches_tracked: bool = True
 ) -> dict[str, torch.Tensor]:
-    """Names and shapes of torchvision's resnet18 state dict, written out by hand; each
-    value is its own."""
+    """Return a state dict with the names and shapes of torchvision's resnet18.
+
+    All tensors have different values.
+    """
     shapes: dict[str, tuple[int, ...]] = {"conv1.weight": (width, 3, 7, 7)}
 
     def norm(name: str, channels: int) -> None:
@@ -74,7 +79,7 @@ def each_alone(
 # --- packing
 
 
-def test_clips_encoded_together_are_as_if_each_were_alone(encoder):
+def test_the_features_of_a_clip_do_not_depend_on_its_batch(encoder):
     num_frames_B = torch.tensor([5, 1, 9, 2])
     pixels_NCHW = torch.randn(17, 3, 32, 32)
     with torch.no_grad():
@@ -85,7 +90,7 @@ def test_clips_encoded_together_are_as_if_each_were_alone(encoder):
     assert together.std() > 0.05
 
 
-def test_a_frame_sees_its_neighbours_and_only_those_of_its_clip(encoder):
+def test_the_features_of_a_frame_depend_on_neighbours_in_its_clip_alone(encoder):
     num_frames_B = torch.tensor([6, 4])
     pixels_NCHW = torch.randn(10, 3, 32, 32)
     changed = pixels_NCHW.clone()
@@ -97,7 +102,7 @@ def test_a_frame_sees_its_neighbours_and_only_those_of_its_clip(encoder):
     assert differs.tolist() == [False] * 4 + [True] * 2 + [False] * 4
 
 
-def test_a_wider_kernel_sees_more_neighbours_and_keeps_the_length():
+def test_a_wider_kernel_keeps_the_length_and_the_clips_apart():
     torch.manual_seed(0)
     encoder = VisualEncoder(width=4, temporal_kernel=5).eval()
     pixels_NCHW = torch.randn(11, 3, 32, 32)
@@ -143,13 +148,13 @@ def test_features_are_eight_times_as_wide_as_the_first_stage(width, features):
 
 
 def test_at_width_64_the_backbone_is_resnet18():
-    """11.69 M parameters with the classifier's 513,000."""
+    """ResNet-18 has 11.69 M parameters, of which 513,000 are the classifier."""
     with torch.device("meta"):
         backbone = VisualEncoder().backbone
     assert num_parameters(backbone) == 11_689_512 - 513_000
 
 
-# --- frames at a time
+# --- chunks of frames
 
 
 def test_chunks_of_frames_give_the_same_features(encoder):
@@ -170,7 +175,7 @@ def test_chunks_of_frames_give_the_same_features(encoder):
         assert chunked.frame_features(pixels_NCHW[:0]).shape == (0, 64)
 
 
-def test_what_learns_or_counts_is_never_cut_into_chunks():
+def test_frames_are_not_split_if_gradients_or_batch_statistics_are_needed():
     encoder = VisualEncoder(width=4, chunk_frames=2)
     seen = []
     encoder.backbone.register_forward_pre_hook(
@@ -207,13 +212,13 @@ def test_settings_build_the_same_architecture(encoder):
         )
 
 
-def test_settings_of_a_width_alone_are_a_resnet_18():
+def test_settings_with_a_width_alone_build_a_resnet_18():
     settings = {"width": 4, "temporal_kernel": 5}
     assert (
         VisualEncoder.from_settings(settings).feature_width == 32
         and resnet_width(settings) == 4
     )
-    with pytest.raises(UserError, match="settings of a visual encoder"):
+    with pytest.raises(UserError, match="Cannot build a visual encoder"):
         VisualEncoder.from_settings({"depth": 4})
 
 
@@ -223,7 +228,7 @@ def test_settings_of_a_width_alone_are_a_resnet_18():
 @pytest.mark.parametrize(
     "batches_tracked", [True, False], ids=["new file", "file of before 2018"]
 )
-def test_torchvision_weights_land_where_they_belong(tmp_path, batches_tracked):
+def test_torchvision_weights_are_loaded_into_the_right_tensors(tmp_path, batches_tracked):
     state = torchvision_resnet18(width=4, batches_tracked=batches_tracked)
     torch.save(state, tmp_path / "resnet18.pth")
     loaded = build_backbone(str(tmp_path / "resnet18.pth"), width=4).model.state_dict()
@@ -234,8 +239,7 @@ def test_torchvision_weights_land_where_they_belong(tmp_path, batches_tracked):
         loaded["encoder.stages.2.layers.1.layer.0.normalization.running_var"],
         state["layer3.1.bn1.running_var"],
     )
-    # Every value but the classifier's is used, and used once: each tensor is random, so
-    # sums tell them apart.
+    # Every tensor but the classifier's is used once: random tensors have different sums.
     used = sums_of(loaded)
     assert used == sums_of(state) and len(set(used)) == len(used)
 
@@ -272,25 +276,25 @@ def test_transformers_weights_load_from_a_folder(tmp_path):
         assert torch.equal(loaded.state_dict()[name], tensor)
 
 
-def test_weights_of_another_width_are_refused(tmp_path):
+def test_weights_of_another_width_raise_an_error(tmp_path):
     torch.save(torchvision_resnet18(width=8), tmp_path / "resnet18.pth")
-    with pytest.raises(UserError, match=r"must fit visual\.width=4"):
+    with pytest.raises(UserError, match=r"Cannot load the weights .* for visual\.width=4"):
         build_backbone(str(tmp_path / "resnet18.pth"), width=4)
 
 
-def test_a_missing_weights_file_is_refused(tmp_path):
+def test_a_missing_file_of_weights_raises_an_error(tmp_path):
     with pytest.raises(
-        UserError, match=r"visual\.weights must be a file, but there is none"
+        UserError, match=r"visual\.weights must be an existing file, got .*none\.pth"
     ):
         build_backbone(str(tmp_path / "none.pth"))
 
 
-def test_a_weights_file_that_is_no_state_dict_is_refused(tmp_path):
+def test_a_file_without_the_state_dict_of_a_resnet_raises_an_error(tmp_path):
     (tmp_path / "resnet18.pth").write_bytes(b"<html>404</html>")
     with pytest.raises(UserError, match=r"resnet18\.pth"):
         build_backbone(str(tmp_path / "resnet18.pth"))
     torch.save({"fc.weight": torch.zeros(2, 2)}, tmp_path / "head.pth")
-    with pytest.raises(UserError, match=r"torchvision's ResNet"):
+    with pytest.raises(UserError, match=r"must be a ResNet of torchvision"):
         build_backbone(str(tmp_path / "head.pth"))
 
 

@@ -1,5 +1,4 @@
-"""Weights written tensor by tensor load as those of transformers do; what is not whole
-says so."""
+"""Weights written tensor by tensor load as those of transformers; damaged ones raise errors."""
 
 import json
 from pathlib import Path
@@ -13,7 +12,7 @@ from flallm_ds.errors import UserError
 from flallm_ds.models.weights import Weights, load_weights, named_state, write_weights
 from tests.helpers.tensors import same_tensors
 
-# 400 bytes each
+# Tensors of 400 bytes.
 TENSORS = {f"layer{n}.weight": torch.full((10, 10), float(n)) for n in range(5)}
 FILES = [f"model-{n:05d}-of-00003.safetensors" for n in (1, 2, 3)]
 
@@ -28,12 +27,12 @@ def test_tensors_come_back_from_several_files(tmp_path: Path) -> None:
     assert same_tensors(dict(Weights(tmp_path)), TENSORS)
 
 
-def test_what_fits_into_one_file_goes_into_one(tmp_path: Path) -> None:
+def test_tensors_that_fit_into_one_file_are_written_to_one(tmp_path: Path) -> None:
     write_weights(tmp_path, TENSORS.items())
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
 
 
-def test_a_tensor_larger_than_a_file_gets_one_of_its_own(tmp_path: Path) -> None:
+def test_a_tensor_larger_than_a_file_gets_its_own_file(tmp_path: Path) -> None:
     write_weights(tmp_path, TENSORS.items(), file_bytes=1)
     assert len(list(tmp_path.glob("model-*"))) == 5
     assert Weights(tmp_path).names == list(TENSORS)
@@ -52,7 +51,7 @@ def test_transformers_reads_the_files(tmp_path: Path) -> None:
         assert torch.equal(tensor, loaded.state_dict()[name]), name
 
 
-def test_a_write_that_fails_leaves_nothing_that_loads(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_no_file_that_can_be_loaded(tmp_path: Path) -> None:
     def tensors():
         yield "a", torch.zeros(10)
         raise RuntimeError("a rank is gone")
@@ -60,13 +59,13 @@ def test_a_write_that_fails_leaves_nothing_that_loads(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError):
         write_weights(tmp_path, tensors(), file_bytes=1)
     with pytest.raises(
-        UserError, match=r"model\.safetensors must be a whole safetensors file"
+        UserError, match=r"model\.safetensors: it is not a complete safetensors file"
     ):
         Weights(tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "another file", "index"])
-def test_a_broken_file_of_several_is_named(tmp_path: Path, damage: str) -> None:
+def test_the_error_for_a_damaged_file_names_the_file(tmp_path: Path, damage: str) -> None:
     write_weights(tmp_path, TENSORS.items(), file_bytes=900)
     path = tmp_path / FILES[1]
     if damage == "missing":
@@ -81,11 +80,11 @@ def test_a_broken_file_of_several_is_named(tmp_path: Path, damage: str) -> None:
         Weights(tmp_path)
 
 
-def test_a_module_that_lacks_a_tensor_or_differs_in_shape_is_refused(
+def test_a_missing_tensor_or_another_shape_raises_an_error(
     tmp_path: Path,
 ) -> None:
     write_weights(tmp_path, [("weight", torch.ones(2, 3))])
-    with pytest.raises(UserError, match="must hold bias"):
+    with pytest.raises(UserError, match="bias is missing"):
         load_weights(nn.Linear(3, 2), Weights(tmp_path))
-    with pytest.raises(UserError, match=r"weight is \(2, 3\) where the model has \(4, 3\)"):
+    with pytest.raises(UserError, match=r"weight has the shape \(2, 3\), and \(4, 3\) by"):
         load_weights(nn.Linear(3, 4, bias=False), Weights(tmp_path))

@@ -131,7 +131,7 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path):
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
-    with pytest.raises(UserError, match="must load, but did not"):
+    with pytest.raises(UserError, match="the folder is empty"):
         TextCodec.for_training_text(
             str(tmp_path), Instruction(language="de_DE"), TRAINING_TEXT, trim=True
         )
