@@ -495,15 +495,15 @@ def test_clips_longer_than_what_reads_them(
         ({"visual.weights": "{}/empty"}, "the folder is empty. Check --visual.weights."),
         (
             {"llm.name": "{}/fp8", "llm.bits": 4, "llm.tune": "lora"},
-            "got 4 and quantised with fp8",
+            "which is quantised with fp8, got 4",
         ),
         (
             {"llm.name": "{}/llava", "llm.bits": 8, "llm.tune": "lora"},
-            "got 8 and a multimodal model",
+            "which is a multimodal model, got 8",
         ),
         (
             {"llm.name": "{}/aya"},
-            "is a multimodal aya_vision, which is neither, and its text model cannot",
+            "a multimodal aya_vision model whose text model cannot",
         ),
     ],
 )

@@ -1,1 +1,1 @@
-"""Loading, trimming and tuning any LLM of transformers."""
+"""Load, trim and tune LLMs of transformers."""

@@ -1,4 +1,4 @@
-"""The LLM, encoder-decoder or decoder-only, loaded from a hub id or folder as asked."""
+"""Load an LLM, encoder-decoder or decoder-only, from a hub id or a folder."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,20 +9,20 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import is_bitsandbytes_available, is_flash_attn_2_available
 
 from flallm_ds.errors import UserError
-from flallm_ds.models.llm.quantized import must_be_plain
+from flallm_ds.models.llm.quantized import check_not_quantized
 from flallm_ds.models.llm.source import (
     LOAD_ERRORS,
     Bits,
     LlmSource,
     auto_class,
+    check_stored_bits,
     generation_config,
-    must_take,
     not_loaded,
     open_source,
 )
 from flallm_ds.models.llm.stored import (
+    check_fit,
     freed_at_once,
-    must_fit,
     open_checkpoint,
     remaining_ties,
     tied_before_loading,
@@ -31,7 +31,7 @@ from flallm_ds.models.llm.stored import (
 from flallm_ds.models.llm.word_scale import probe_of, word_scale
 from flallm_ds.models.pretrained import check_weights
 
-# What models call the two dropouts.
+# The names of the two dropouts in the configs of transformers.
 _DROPOUTS = (
     "dropout",
     "dropout_rate",
@@ -42,38 +42,38 @@ _DROPOUTS = (
     "embd_pdrop",
 )
 _ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
-# A layer that one rank skips and another does not would let ZeRO-3's gathers wait for
-# ever.
+# Layers must not be skipped at random: under ZeRO-3 a rank that skips a layer leaves the
+# others waiting in its gather.
 _LAYER_DROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 
 
 @dataclass(frozen=True)
 class LlmOptions:
-    """How an LLM is loaded.
+    """Options for loading an LLM.
 
-    The dropouts replace those of its config where they are given and where the model has
-    them.
+    The dropouts replace those of the config if they are given and the model has them.
     """
 
     dropout: float | None = None
     attention_dropout: float | None = None
-    # where the model has it, else eager; or eager, flash_attention_2
+    # sdpa (eager for a model without it), eager or flash_attention_2
     attention: str = "sdpa"
-    # False: random weights, drawn from PyTorch's generator, which does not move.
+    # False: random weights, drawn without a change of PyTorch's generator
     pretrained: bool = True
-    hub_code: bool = False  # run code that comes with the model
+    # run code that comes with the model
+    hub_code: bool = False
     bits: Bits = 32
 
 
 def load_llm(name: str, options: LlmOptions = LlmOptions()) -> Any:
-    """The LLM `name`, in eval mode.
+    """Return the LLM `name` in eval mode.
 
-    Under ZeRO-3 (an `HfDeepSpeedConfig` is alive) its JSON decides the type of the
-    parameters, and no rank holds a whole copy. Raises UserError where it cannot be loaded
-    as asked.
+    Under ZeRO-3 (while an `HfDeepSpeedConfig` is alive) the DeepSpeed JSON sets the type of
+    the parameters, and no rank holds a complete copy. Raises UserError if the LLM cannot be
+    loaded with these options.
     """
     source = open_source(name, options.hub_code)
-    must_take(options.bits, source)
+    check_stored_bits(options.bits, source)
     config = source.config
     _set(config, _DROPOUTS, options.dropout)
     _set(config, _ATTENTION_DROPOUTS, options.attention_dropout)
@@ -84,7 +84,7 @@ def load_llm(name: str, options: LlmOptions = LlmOptions()) -> Any:
         **_quantization(options.bits),
     }
     try:
-        word_scale(source.skeleton())  # refuses what cannot read visual tokens
+        word_scale(source.skeleton())  # an error for an LLM that cannot read visual tokens
         with freed_at_once():
             return _model(source, options, arguments)
     except LOAD_ERRORS as error:
@@ -92,17 +92,21 @@ def load_llm(name: str, options: LlmOptions = LlmOptions()) -> Any:
 
 
 def _model(source: LlmSource, options: LlmOptions, arguments: dict[str, Any]) -> Any:
+    """Build the model, with random or stored weights. arguments: of `from_pretrained`."""
     name, config = source.name, source.config
     auto = auto_class(config)
     if not options.pretrained:
-        with torch.random.fork_rng():  # under ZeRO-3 rank 0 alone draws
+        # Under ZeRO-3 rank 0 alone draws, so the ranks' generators would differ afterwards.
+        with torch.random.fork_rng():
             made = auto.from_config(config, trust_remote_code=options.hub_code, **arguments)
         return made.eval()
+    # transformers cannot load these checkpoints, or not within the memory of a rank.
     partitioned = is_deepspeed_zero3_enabled() and options.bits > 8
     if source.quantization or source.wrapped or partitioned:
         return _from_tensors(source, arguments)
     check_weights(name)
-    must_be_plain(name, open_checkpoint(name))
+    # transformers would ignore scales without a quantisation config, and load wrong values.
+    check_not_quantized(name, open_checkpoint(name))
     model, found = auto.from_pretrained(
         name,
         config=config,
@@ -111,23 +115,25 @@ def _model(source: LlmSource, options: LlmOptions, arguments: dict[str, Any]) ->
         output_loading_info=True,
         **arguments,
     )
-    must_fit(name, model, found["missing_keys"], found["unexpected_keys"])
+    check_fit(name, model, found["missing_keys"], found["unexpected_keys"])
     return model
 
 
 def _from_tensors(source: LlmSource, arguments: dict[str, Any]) -> Any:
-    """The pretrained model from tensors that are read one at a time.
+    """Return the pretrained model, reading one tensor at a time.
 
-    Under ZeRO-3 rank 0 reads them and every rank keeps its part: transformers' own way
-    maps all files at once, so that rank 0 comes to hold the whole checkpoint. Quantised
-    weights and the text model of a multimodal one are read this way, too.
+    Under ZeRO-3 rank 0 reads the tensors and every rank keeps its part. transformers itself
+    maps all files at once, so that rank 0 holds the complete checkpoint in the end.
+    Quantised weights and the text model of a multimodal model are also read in this way.
     """
     name = source.name
     skeleton = source.skeleton()
     state = source.tensors(skeleton)
     untied = untied_names(skeleton, state)
+    # Weights that are tied share memory from the start, also under ZeRO-3.
     with tied_before_loading(type(skeleton), untied):
         if is_deepspeed_zero3_enabled() and torch.distributed.get_rank() != 0:
+            # Only the values of rank 0 are used.
             state = {key: _without_values(tensor) for key, tensor in state.items()}
         model, found = type(skeleton).from_pretrained(
             None,
@@ -138,19 +144,20 @@ def _from_tensors(source: LlmSource, arguments: dict[str, Any]) -> Any:
             **arguments,
         )
     if untied:
+        # A later call of tie_weights must not tie them either.
         model._tied_weights_keys = remaining_ties(model._tied_weights_keys, untied)
     model.config.name_or_path = model.name_or_path = name
-    must_fit(name, model, found["missing_keys"], found["unexpected_keys"])
+    check_fit(name, model, found["missing_keys"], found["unexpected_keys"])
     return model
 
 
 def _without_values(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor of the same shape and type on the meta device; nothing is read."""
+    """Return a tensor of the same shape and type on the meta device, without reading it."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
 def _set(config: Any, names: tuple[str, ...], value: float | None) -> None:
-    """Set those of the settings that a config, or its text model's, has; None: leave them."""
+    """Set those `names` that a config or its text model's config has; None: no change."""
     if value is None:
         return
     for part in (config, config.get_text_config()):
@@ -160,27 +167,32 @@ def _set(config: Any, names: tuple[str, ...], value: float | None) -> None:
 
 
 def _attention(how: str) -> dict[str, str]:
+    """Return the arguments for this attention. Raises UserError if it is not available."""
     if how == "flash_attention_2" and not is_flash_attn_2_available():
         raise UserError(
-            "llm.attention=flash_attention_2 needs a GPU and the package flash-attn, but "
-            "one of them is not here. Install it, or give --llm.attention=sdpa."
+            "llm.attention must be sdpa or eager without a GPU and the package flash-attn, "
+            "got flash_attention_2. Install the package, or give --llm.attention=sdpa."
         )
-    # sdpa is transformers' own choice for a model that has it.
+    # sdpa is the default of transformers for a model that has it.
     return {} if how == "sdpa" else {"attn_implementation": how}
 
 
 def can_quantize() -> bool:
-    """Whether weights of 8 and 4 bits can be loaded here."""
+    """Return whether weights of 8 and 4 bits can be loaded on this machine."""
     return torch.cuda.is_available() and bool(is_bitsandbytes_available())
 
 
 def _quantization(bits: int) -> dict[str, Any]:
+    """Return the arguments for weights of 8 or 4 bits; none for more bits.
+
+    Raises UserError without a GPU or bitsandbytes.
+    """
     if bits > 8:
         return {}
     if not can_quantize():
         raise UserError(
-            f"llm.bits={bits} needs a GPU and the package bitsandbytes, but one of them is "
-            "not here. Install it, or give --llm.bits=16."
+            "llm.bits must be 16 without a GPU and the package bitsandbytes, got "
+            f"{bits}. Install the package, or give --llm.bits=16."
         )
     if bits == 8:
         quantization = BitsAndBytesConfig(load_in_8bit=True)
@@ -191,37 +203,40 @@ def _quantization(bits: int) -> dict[str, Any]:
             bnb_4bit_compute_dtype=torch.bfloat16,
             bnb_4bit_quant_storage=torch.bfloat16,
         )
+    # The complete model goes to the GPU of this process.
     device_map = {"": torch.cuda.current_device()}
     return {"quantization_config": quantization, "device_map": device_map}
 
 
-# --- what a loaded LLM is
+# --- properties of a loaded LLM
 
 
 def longest_input(llm: Any) -> int | None:
-    """Most embeddings that the LLM can read; None where its positions are not a table
-    that ends."""
+    """Return how many embeddings the LLM can read; None without a table of positions."""
+    # The encoder of an encoder-decoder reads the visual tokens.
     reader = llm.get_encoder() if llm.config.is_encoder_decoder else llm
     tables = []
     for name, module in reader.named_modules():
+        # The names of position tables in BART and GPT-2, and in most other models.
         is_positions = name.rpartition(".")[2] in ("embed_positions", "wpe")
         if isinstance(module, torch.nn.Embedding) and is_positions:
             tables.append(module.num_embeddings)
     if not tables:
         return None
+    # A table may have more rows than positions: BART's has two more.
     most = getattr(llm.config.get_text_config(), "max_position_embeddings", None)
     return min(*tables, most or tables[0])
 
 
 def llm_width(llm: Any) -> int:
-    """E, the width of what the LLM reads instead of words."""
+    """Return E, the width of the embeddings that the LLM reads."""
     return int(llm.get_input_embeddings().embedding_dim)
 
 
 def embedding_scale(llm: Any) -> float:
-    """What the LLM multiplies its word embeddings by (sqrt(E) or 1).
+    """Return the factor of the word embeddings, such as sqrt(E) or 1.
 
-    Visual tokens must be as large as embedded words. Raises UserError for an LLM that
-    does not read embeddings as it reads words.
+    Visual tokens must have the size of embedded words. Raises UserError for an LLM that
+    reads embeddings in another way than words.
     """
     return word_scale(probe_of(llm))

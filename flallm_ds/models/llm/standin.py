@@ -1,9 +1,10 @@
-"""A small mBART pretrained on the spot, where no hub with `facebook/mbart-large-cc25` is
-reachable.
+"""Pretrain a small mBART for machines that cannot download `facebook/mbart-large-cc25`.
 
-The folder it writes is read by the same AutoTokenizer and AutoModelForSeq2SeqLM calls as
-the real model. As there, neither the language nor the decoder's start is stored: a caller
-must name both.
+The same AutoTokenizer and AutoModelForSeq2SeqLM calls as for the real model read the
+folder. As in the real model, neither the language nor the start of the decoder is stored: a
+caller must set both.
+
+B sentences of a batch, S tokens of the longest one, T generated tokens.
 """
 
 import math
@@ -26,11 +27,13 @@ from flallm_ds.metrics import score
 from flallm_ds.models.llm.standin_tokenizer import train_tokenizer
 
 PAD, EOS = 1, 2
-MAX_PIECES = 128  # longer sentences are left out
+# Longer sentences are left out.
+MAX_TOKENS = 128
 BATCH = 32
-PEAK_RATE_AT_256 = 1e-3  # falls with the square root of the width
-# mBART (arXiv 2001.08210): share of words that are masked, Poisson mean of the spans'
-# lengths.
+# The peak learning rate for a width of 256. It falls with the square root of the width.
+PEAK_LR_AT_256 = 1e-3
+# mBART (arXiv 2001.08210): the share of masked words, and the Poisson mean of the lengths
+# of masked spans.
 MASK_RATIO, MEAN_SPAN = 0.35, 3.5
 
 Say = Callable[[str], None]
@@ -46,32 +49,34 @@ def standin_llm(
     steps: int = 300,
     seed: int = 0,
 ) -> None:
-    """Train a tokenizer, pretrain a small mBART by denoising, and write a Hugging Face folder.
+    """Train a tokenizer, pretrain a small mBART by denoising, and write both to a folder.
 
-    texts: files of one sentence per line, separated by commas. language: one of mBART's
-    25 codes. vocab_size: at most this many ids, the 30 special ones included. layers: of
-    encoder and decoder each. steps: batches of 32 sentences; 300 take half a minute on
-    two CPU cores at the default size.
+    texts: files with one sentence per line, separated by commas. language: one of the 25
+    codes of mBART. vocab_size: most vocabulary entries, including 30 special tokens.
+    layers: of the encoder and of the decoder. steps: number of batches of 32 sentences; 300
+    steps take half a minute on two CPU cores at the default size. Raises UserError for
+    wrong options, or if a file cannot be read or written.
     """
     if language not in FAIRSEQ_LANGUAGE_CODES:
         raise UserError(
-            f"--language must be a code of mBART, but is {language!r}: "
+            f"--language must be a language code of mBART, got {language!r}: "
             f"{nearest(language, list(FAIRSEQ_LANGUAGE_CODES))}"
         )
     if d_model < 64 or d_model % 64:
-        raise UserError(f"--d_model must be a multiple of 64, but is {d_model}.")
+        raise UserError(f"--d_model must be a multiple of 64, got {d_model}.")
     limits = (("vocab_size", vocab_size, 100), ("layers", layers, 1), ("steps", steps, 1))
     for name, value, least in limits:
         if value < least:
-            raise UserError(f"--{name} must be at least {least}, but is {value}.")
-    _refuse_used(out)
+            raise UserError(f"--{name} must be at least {least}, got {value}.")
+    _check_out(out)
     sentences = read_sentences(texts)
     say: Say = lambda line: print(f"standin_llm: {line}", flush=True)  # noqa: E731
 
+    # The generator of the caller must not change.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         rng = np.random.default_rng(seed)
-        # A few sentences are held out, to show what the model has learned.
+        # A few sentences are held out to evaluate the model.
         unique = list(dict.fromkeys(sentences))
         num_held = min(200, len(unique) // 20)
         held = {unique[i] for i in rng.permutation(len(unique))[:num_held]}
@@ -83,45 +88,41 @@ def standin_llm(
         pretrain(model, tokenizer, kept, language, steps, rng, say)
         if held:
             say(restored(model, tokenizer, sorted(held), language, rng))
-    _write_whole(model, tokenizer, out)
+    _write(model, tokenizer, out)
     say(f"written to {out}.")
 
 
 def read_sentences(texts: str) -> list[str]:
-    """Non-empty lines of comma-separated files, spaces normalised.
+    """Return the lines of comma-separated files, with single spaces and no empty lines.
 
-    Raises UserError for a file that cannot be read.
+    Raises UserError if a file cannot be read, or if there are fewer than 10 sentences.
     """
     sentences = []
     for name in filter(None, map(str.strip, texts.split(","))):
         try:
             lines = Path(name).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            reason = "is not UTF-8"
+            reason = "it is not UTF-8"
             if isinstance(error, OSError):
-                reason = f"cannot be read ({error.strerror})"
-            raise UserError(f"--texts must name text files, but {name} {reason}.") from None
+                reason = str(error.strerror)
+            raise UserError(f"Cannot read {name}: {reason}. Check --texts.") from None
         for line in lines:
             words = line.split()
             if words:
                 sentences.append(" ".join(words))
     if len(sentences) < 10:
-        count = len(sentences)
         raise UserError(
-            f"--texts must hold at least 10 sentences, one per line, but {texts!r} holds "
-            f"{count}."
+            f"--texts must hold at least 10 sentences, one per line, got {len(sentences)} in "
+            f"{texts}. Add sentences."
         )
     return sentences
-
-
-# --- tokenizer
 
 
 # --- model and pretraining
 
 
 def new_model(vocab_size: int, d_model: int, layers: int) -> MBartForConditionalGeneration:
-    """Build mBART with random weights; head width 64, feed-forward width 4 x d_model."""
+    """Build mBART with random weights, heads of width 64 and 4 x d_model feed-forward."""
     heads, ffn = d_model // 64, 4 * d_model
     config = MBartConfig(
         vocab_size=vocab_size,
@@ -137,9 +138,9 @@ def new_model(vocab_size: int, d_model: int, layers: int) -> MBartForConditional
         scale_embedding=True,
     )
     model = MBartForConditionalGeneration(config)
-    # Learned positions begin as sinusoids of the words' size: at 0.02 against 0.3 a short
-    # pretraining would not find the order of words, and positions beyond the longest
-    # sentence would stay noise.
+    # Learned positions start as sinusoids of the size of embedded words, 0.3. With the
+    # usual 0.02 a short pretraining would not learn the order of words, and positions after
+    # the longest sentence would stay noise.
     for part in (model.model.encoder, model.model.decoder):
         table = part.embed_positions.weight
         waves = interleaved_sinusoids(*table.shape)
@@ -149,7 +150,7 @@ def new_model(vocab_size: int, d_model: int, layers: int) -> MBartForConditional
 
 
 def interleaved_sinusoids(num_positions: int, width: int) -> torch.Tensor:
-    """(num_positions, width): sines and cosines in turn, root mean square 0.71."""
+    """Return (num_positions, width): alternating sines and cosines, RMS 0.71."""
     # One frequency for each pair of a sine and a cosine.
     frequencies = torch.exp(torch.arange(0, width, 2) * (-math.log(10000.0) / width))
     angles = torch.arange(num_positions)[:, None] * frequencies
@@ -165,31 +166,34 @@ def pretrain(
     rng: np.random.Generator,
     say: Say,
 ) -> list[float]:
-    """Denoise for so many steps; returns the loss of each (mean per target piece)."""
+    """Train the model to denoise sentences; return the loss of each step (mean per token).
+
+    Raises UserError if all sentences are longer than MAX_TOKENS.
+    """
     encoded = encode(tokenizer, sentences, language)
     if not encoded:
         raise UserError(
-            f"--texts must hold sentences of at most {MAX_PIECES} pieces, but all are "
-            "longer."
+            f"--texts must hold sentences of at most {MAX_TOKENS} tokens, got only longer "
+            "ones. Give other texts."
         )
     num_longer = len(sentences) - len(encoded)
     if num_longer:
-        say(f"{num_longer} sentences of more than {MAX_PIECES} pieces are left out.")
+        say(f"{num_longer} sentences of more than {MAX_TOKENS} tokens are left out.")
     code, mask = tokenizer.convert_tokens_to_ids([language, "<mask>"])
-    peak = PEAK_RATE_AT_256 * math.sqrt(256 / model.config.d_model)
+    peak = PEAK_LR_AT_256 * math.sqrt(256 / model.config.d_model)
     # fused: 7 ms a step instead of 23 ms at the default size on two CPU cores.
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )
     model.train()
     losses: list[float] = []
-    started = told = time.perf_counter()
-    untold = 0
-    endless = batches(list(map(len, encoded)), rng)
-    for step, chosen in zip(range(steps), endless, strict=False):
+    started = reported = time.perf_counter()
+    num_reported = 0
+    drawn = batches(list(map(len, encoded)), rng)
+    for step, chosen in zip(range(steps), drawn, strict=False):
         for group in optimizer.param_groups:
             group["lr"] = peak * cosine_under_warmup(step, steps)
-        # The model reads the words with masks, and writes them whole.
+        # The encoder reads the words with masks, the decoder writes the complete sentence.
         sources, targets = [], []
         for i in chosen:
             sources.append(flat(infill(encoded[i], mask, rng)))
@@ -200,22 +204,23 @@ def pretrain(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         losses.append(loss.item())
+        # Every five seconds and at the end, report the mean loss since the last report.
         now = time.perf_counter()
-        if now - told > 5 or step + 1 == steps:
+        if now - reported > 5 or step + 1 == steps:
             done = step + 1
             pace = f"{done * BATCH / (now - started):.0f} sentences/s"
             left = (now - started) / done * (steps - done)
-            mean = sum(losses[untold:]) / len(losses[untold:])
+            mean = sum(losses[num_reported:]) / len(losses[num_reported:])
             say(f"step {done} of {steps}: loss {mean:.3f}, {pace}, {left:.0f} s left.")
-            told, untold = now, len(losses)
+            reported, num_reported = now, len(losses)
     return losses
 
 
 def cosine_under_warmup(step: int, steps: int) -> float:
-    """What the learning rate is multiplied by: a cosine to zero over all steps.
+    """Return the factor of the learning rate: a cosine over all steps, down to zero.
 
-    For the first twentieth of them it is at most a linear warm-up. (A run's own schedule,
-    in training/schedule.py, begins its cosine where the warm-up ends.)
+    In the first twentieth of the steps a linear warm-up limits it. (In the schedule of a
+    run, training/schedule.py, the cosine starts after the warm-up.)
     """
     warm = max(1, steps // 20)
     return min((step + 1) / warm, 0.5 * (1 + math.cos(math.pi * step / steps)))
@@ -224,18 +229,24 @@ def cosine_under_warmup(step: int, steps: int) -> float:
 def encode(
     tokenizer: MBartTokenizer, sentences: Sequence[str], language: str
 ) -> list[list[list[int]]]:
-    """Each sentence of at most MAX_PIECES pieces as words, each a list of ids."""
-    spaceless = word_rule(language) != "13a"  # there a piece is a word
+    """Return sentences as lists of words, and words as lists of ids.
+
+    Sentences of more than MAX_TOKENS tokens are left out.
+    """
+    # In languages without spaces each token counts as a word.
+    spaceless = word_rule(language) != "13a"
     encoded = []
     for ids in tokenizer(list(sentences), add_special_tokens=False)["input_ids"]:
-        if len(ids) > MAX_PIECES:
+        if len(ids) > MAX_TOKENS:
             continue
         words: list[list[int]] = []
-        for number, piece in zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True):
-            if spaceless or piece.startswith("▁") or not words:
-                words.append([number])
+        tokens = tokenizer.convert_ids_to_tokens(ids)
+        for token_id, token in zip(ids, tokens, strict=True):
+            # The first token of a word starts with ▁.
+            if spaceless or token.startswith("▁") or not words:
+                words.append([token_id])
             else:
-                words[-1].append(number)
+                words[-1].append(token_id)
         encoded.append(words)
     return encoded
 
@@ -243,11 +254,12 @@ def encode(
 def infill(
     words: Sequence[list[int]], mask: int, rng: np.random.Generator
 ) -> list[list[int]]:
-    """The words with spans replaced by one <mask> each, as mBART's text infilling does.
+    """Replace several spans of words by one <mask> each, as mBART's text infilling does.
 
-    A span of length 0 inserts a mask. The number of masked words is rounded at random:
-    its mean is exact.
+    A span of length 0 inserts a mask. The number of masked words is rounded at random, so
+    that its mean is exact.
     """
+    # Draw lengths of spans until they add up to the number of words to mask.
     num_left = int(len(words) * MASK_RATIO + rng.random())
     spans: list[int] = []
     while num_left > 0:
@@ -256,7 +268,7 @@ def infill(
     noised = list(words)
     masked = [mask]
     for span in spans:
-        # A span never covers an earlier mask, so that no two masks melt into one.
+        # A span must not cover an earlier mask, or two masks would become one.
         free = []
         for start in range(len(noised) - span + 1):
             if not any(word is masked for word in noised[start : start + span]):
@@ -273,15 +285,16 @@ def flat(words: Sequence[list[int]]) -> list[int]:
 
 
 def batches(lengths: Sequence[int], rng: np.random.Generator) -> Iterator[list[int]]:
-    """Yield batches of BATCH sentences of like lengths, as indices, for ever.
+    """Yield batches of BATCH sentences of similar lengths, as indices, without end.
 
-    Every sentence comes once in each pass.
+    Each pass contains every sentence once.
     """
     pool = 50 * BATCH
     while True:
         order = rng.permutation(len(lengths))
         for begin in range(0, len(order), pool):
-            # Sentences of a part of the order, sorted by length, are cut into batches.
+            # Sort the sentences of a part of the order by length, and split them into
+            # batches.
             bucket = sorted(order[begin : begin + pool].tolist(), key=lambda i: lengths[i])
             starts = np.arange(0, len(bucket), BATCH)
             for start in rng.permutation(starts):
@@ -291,7 +304,11 @@ def batches(lengths: Sequence[int], rng: np.random.Generator) -> Iterator[list[i
 def collate(
     sources: list[list[int]], targets: list[list[int]], code: int
 ) -> dict[str, torch.Tensor]:
-    """Encoder: pieces </s> code; decoder: code pieces; labels: pieces </s>, -100 where padded."""
+    """Return the arguments of the model for a batch, in the format of mBART.
+
+    The encoder reads tokens, </s>, code; the decoder reads code, tokens; the labels are
+    tokens, </s>, with -100 as padding.
+    """
     encoder, decoder, labels = [], [], []
     for ids in sources:
         encoder.append([*ids, EOS, code])
@@ -308,11 +325,12 @@ def collate(
 
 
 def _pad(rows: list[list[int]], value: int) -> torch.Tensor:
+    """Return the rows as one tensor (B, S), padded with `value` on the right."""
     longest = max(map(len, rows))
     return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
 
 
-# --- check and writing
+# --- evaluation and writing
 
 
 def restored(
@@ -322,8 +340,10 @@ def restored(
     language: str,
     rng: np.random.Generator,
 ) -> str:
-    """One line on how well sentences with one masked word each are restored by greedy
-    decoding."""
+    """Mask one word in each sentence, restore it by greedy decoding, and return the result.
+
+    The result is a line of text with BLEU-4 and the share of sentences without an error.
+    """
     code, mask = tokenizer.convert_tokens_to_ids([language, "<mask>"])
     encoded = list(filter(None, encode(tokenizer, sentences, language)))
     model.eval()
@@ -332,6 +352,7 @@ def restored(
     references = tokenizer.batch_decode(targets, skip_special_tokens=True)
     longest = max(map(len, targets))
     for begin in range(0, len(encoded), 50):
+        # A random word of each of 50 sentences is replaced by <mask>.
         sources = []
         for words in encoded[begin : begin + 50]:
             hidden = int(rng.integers(len(words)))
@@ -354,25 +375,26 @@ def restored(
     )
 
 
-def _refuse_used(out: Path) -> None:
+def _check_out(out: Path) -> None:
+    """Raise UserError unless the folder is new or empty, and its parent can be created."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(
-            "--out must be a new or an empty folder, but there is something already: "
-            f"{out}."
+            f"--out must be a new or an empty folder, got {out}, which exists already. Give "
+            "another folder."
         )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"--out must be a folder that can be made, but {out.parent} cannot "
-            f"({error.strerror})."
+            f"Cannot create the folder {out.parent}: {error.strerror}. Check --out."
         ) from None
 
 
-def _write_whole(
+def _write(
     model: MBartForConditionalGeneration, tokenizer: MBartTokenizer, out: Path
 ) -> None:
-    """Write the folder. Raises UserError where the disk refuses."""
+    """Write the complete folder. Raises UserError if it cannot be written."""
+    # transformers would print progress bars for files of a few megabytes.
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -381,10 +403,7 @@ def _write_whole(
             model.save_pretrained(folder)
             share_files(folder)
     except OSError as error:
-        raise UserError(
-            f"--out must be a folder that can be written, but {out} cannot "
-            f"({error.strerror})."
-        ) from None
+        raise UserError(f"Cannot write {out}: {error.strerror}. Check --out.") from None
     finally:
         if bars:
             transformers_logging.enable_progress_bar()

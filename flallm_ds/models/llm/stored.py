@@ -1,4 +1,4 @@
-"""An LLM's checkpoint as a state dict whose tensors stay in their files until they are needed."""
+"""Open the checkpoint of an LLM as a state dict whose tensors stay in their files."""
 
 import ctypes
 import json
@@ -19,9 +19,8 @@ from transformers.utils import cached_file
 from flallm_ds.errors import UserError
 from flallm_ds.models.pretrained import CHECKPOINT_FILES
 
-# What a checkpoint may hold or lack whatever the model: tables that are computed
-# (positions, causal masks), mBART's bias of zeros, fairseq's version, and heads of other
-# tasks next to a whole LLM.
+# Tensors that a checkpoint of any model may hold or lack: computed tables (positions,
+# causal masks), the zero bias of mBART, the version of fairseq, and heads for other tasks.
 NEEDLESS = re.compile(
     r"(^|\.)(inv_freq|position_ids|final_logits_bias"
     r"|embed_positions\.weights|embed_positions\._float_tensor"
@@ -29,21 +28,22 @@ NEEDLESS = re.compile(
     r"|^(classification_head|multiple_choice_head|score|classifier"
     r"|qa_outputs|v_head|value_head|pooler)\."
 )
-# Of the text model in LLaVA's layout (language_model.model.layers...) and its successors.
+# Names of a text model's tensors in the layout of LLaVA (language_model.model.layers...)
+# and in the later layouts of transformers.
 _OF_TEXT = re.compile(
     r"(?:model\.)?(?:language_model|text_model|llm)\."
     r"(?:model\.)?(lm_head\.)?(.+)",
 )
 _DTYPES = {**str_to_torch_dtype, "F8_E8M0": torch.float8_e8m0fnu}
-# how much of a tensor is read at once where rows are chosen or compared
+# How much of a tensor is read at once to select or compare rows.
 BLOCK_BYTES = 64 * 2**20
 
 
 class StoredTensor(torch.Tensor):
-    """A tensor of a safetensors file: shape and type, but no values.
+    """A tensor in a safetensors file: it has a shape and a type, but no values in memory.
 
-    Every operation on it reads its values again. So transformers' own loading code,
-    handed a dict of these, holds one tensor at a time instead of all.
+    Every operation reads the values from the file. With a dict of such tensors, the loading
+    code of transformers holds one tensor at a time in memory instead of all.
     """
 
     path: Path
@@ -53,6 +53,8 @@ class StoredTensor(torch.Tensor):
     def __new__(
         cls, path: Path, key: str, shape: Sequence[int], dtype: torch.dtype
     ) -> "StoredTensor":
+        """Describe the tensor `key` of the file `path`."""
+        # A wrapper subclass has no storage.
         wrap: Any = torch.Tensor._make_wrapper_subclass
         tensor: StoredTensor = wrap(cls, tuple(shape), dtype=dtype)
         tensor.path, tensor.key = path, key
@@ -66,18 +68,20 @@ class StoredTensor(torch.Tensor):
         args: Any = (),
         kwargs: Any = None,
     ) -> Any:
+        """Run an operation of PyTorch on the values that its stored arguments have."""
         given = (args, kwargs or {})
+        # Replace each stored tensor among the arguments by its values.
         args, kwargs = tree_map_only(StoredTensor, lambda stored: stored.read(), given)
         return func(*args, **kwargs)
 
     def read(self) -> torch.Tensor:
-        """The values, from the file."""
+        """Return the values from the file."""
         with safe_open(self.path, framework="pt") as file:
             tensor: torch.Tensor = file.get_tensor(self.key)
         return tensor
 
     def blocks(self) -> Iterator[torch.Tensor]:
-        """The rows in order, a few at a time; at least one dimension."""
+        """Yield the rows in order, a few at a time. A scalar has no rows."""
         step = self.rows_at_once
         with safe_open(self.path, framework="pt") as file:
             rows = file.get_slice(self.key)
@@ -86,14 +90,14 @@ class StoredTensor(torch.Tensor):
 
     @property
     def rows_at_once(self) -> int:
-        """As many rows as BLOCK_BYTES hold, at least one."""
+        """Return how many rows fit into BLOCK_BYTES, at least one."""
         return max(1, BLOCK_BYTES // (self.shape[1:].numel() * self.element_size()))
 
 
 def checkpoint_files(name: str) -> list[Path]:
-    """The weight files of a hub id, which are then downloaded, or of a folder.
+    """Return the weight files of a folder, or of a hub id after a download.
 
-    Raises OSError where there are none.
+    Raises OSError if there are none.
     """
     for candidate in CHECKPOINT_FILES:
         found = cached_file(name, candidate, _raise_exceptions_for_missing_entries=False)
@@ -101,23 +105,26 @@ def checkpoint_files(name: str) -> list[Path]:
             continue
         if not candidate.endswith(".json"):
             return [Path(found)]
+        # An index: the weights are in several files.
         places = json.loads(Path(found).read_text(encoding="utf-8"))["weight_map"]
         return [Path(cached_file(name, file)) for file in sorted(set(places.values()))]
-    raise OSError(f"no file named {', '.join(CHECKPOINT_FILES)} found in {name}.")
+    raise OSError(f"Cannot find weights in {name}: none of {', '.join(CHECKPOINT_FILES)}.")
 
 
 def open_checkpoint(name: str) -> dict[str, torch.Tensor]:
-    """Every tensor of a hub id or folder by its name there.
+    """Return all tensors of a hub id or folder by their stored names.
 
-    Pickled ones (.bin) are mapped from the file.
+    Pickled tensors (.bin) are memory-mapped.
     """
     state: dict[str, torch.Tensor] = {}
     for path in checkpoint_files(name):
         if path.suffix != ".safetensors":
-            state |= load_state_dict(path)  # unpickles tensors alone
+            # This function unpickles only tensors, so no code in the file can run.
+            state |= load_state_dict(path)
             continue
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118
+                # A slice reads the header of the file alone.
                 described = file.get_slice(key)
                 dtype = _DTYPES[described.get_dtype()]
                 state[key] = StoredTensor(path, key, described.get_shape(), dtype)
@@ -127,14 +134,16 @@ def open_checkpoint(name: str) -> dict[str, torch.Tensor]:
 def text_tensors(
     skeleton: Any, state: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """The tensors of a multimodal checkpoint's text model, by their names in the text model.
+    """Return the text model's tensors of a multimodal checkpoint, by its own names.
 
     skeleton: the text model on the meta device.
     """
+    # The text model's own prefix, such as "model", which the checkpoint may leave out.
     own = (name for name in skeleton.state_dict() if not name.startswith("lm_head."))
     body = next(own).split(".")[0]
     found = {}
     for key, tensor in state.items():
+        # Tensors of other parts, such as a vision encoder, are left out.
         match = _OF_TEXT.fullmatch(key)
         if match:
             prefix = match[1] or f"{body}."
@@ -145,9 +154,10 @@ def text_tensors(
 
 
 def model_names(skeleton: Any, stored: Sequence[str]) -> dict[str, str]:
-    """{name in a checkpoint: the model's own name of what it becomes}, as transformers renames.
+    """Return {name in a checkpoint: name in the model} by the rules of transformers.
 
-    skeleton: the model on the meta device. Names of no part of it are left out.
+    skeleton: the model on the meta device. Tensors that the model does not have are left
+    out.
     """
     converters, renamings = [], []
     for transform in get_model_conversion_mapping(skeleton):
@@ -159,6 +169,7 @@ def model_names(skeleton: Any, stored: Sequence[str]) -> dict[str, str]:
     prefix = skeleton.base_model_prefix
     names = {}
     for key in stored:
+        # The same function renames the tensors when transformers loads a checkpoint.
         name, _ = rename_source_key(key, renamings, converters, prefix, own)
         if name in own:
             names[key] = name
@@ -168,16 +179,19 @@ def model_names(skeleton: Any, stored: Sequence[str]) -> dict[str, str]:
 def own_tensors(
     skeleton: Any, state: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Return a checkpoint's tensors by the model's own names, as `model_names` gives them."""
+    """Return the tensors of a checkpoint by their names in the model; see `model_names`."""
     names = model_names(skeleton, list(state))
     return {name: state[key] for key, name in names.items()}
 
 
-def unplaced(skeleton: Any, names: Mapping[str, str], stored: Iterable[str]) -> list[str]:
-    """Names in a checkpoint of what ends up in no part of the model, but for what no model needs.
+def unexpected_names(
+    skeleton: Any, names: Mapping[str, str], stored: Iterable[str]
+) -> list[str]:
+    """Return the stored names that the model does not have, without optional tensors.
 
-    names: what `model_names` returned for `stored`.
+    names: the result of `model_names` for `stored`.
     """
+    # A class of transformers may name tensors that old checkpoints hold.
     ignored = skeleton._keys_to_ignore_on_load_unexpected
     found = []
     for key in stored:
@@ -186,11 +200,13 @@ def unplaced(skeleton: Any, names: Mapping[str, str], stored: Iterable[str]) -> 
     return found
 
 
-def unfilled(skeleton: Any, names: Mapping[str, str]) -> list[str]:
-    """Names of the model's parameters and buffers that no stored tensor, and no tied one,
-    fills."""
+def missing_names(skeleton: Any, names: Mapping[str, str]) -> list[str]:
+    """Return the names of parameters and buffers that no stored or tied tensor fills.
+
+    names: the result of `model_names` for a checkpoint.
+    """
     filled = set(names.values())
-    # A stored tensor also fills the source it is tied to, and all that is tied to that one.
+    # A stored tensor also fills the tensor it is tied to, and all others tied to that one.
     pairs = skeleton.all_tied_weights_keys.items()
     filled |= {source for target, source in pairs if target in filled}
     filled |= {target for target, source in pairs if source in filled}
@@ -203,42 +219,45 @@ def unfilled(skeleton: Any, names: Mapping[str, str]) -> list[str]:
 
 
 def _is_needless(name: str, ignored: Iterable[str] | None) -> bool:
-    """Whether no model needs this tensor, or the model's class ignores it, by these patterns."""
+    """Return whether a tensor is optional for all models or by these patterns."""
     if NEEDLESS.search(name):
         return True
     return any(re.search(pattern, name) for pattern in ignored or ())
 
 
 def _needed(names: Iterable[str]) -> list[str]:
-    """Return the names, sorted, without those of tensors that no model needs."""
+    """Return the names without those of optional tensors, sorted."""
     return sorted(name for name in names if not NEEDLESS.search(name))
 
 
-def must_fit(
+def check_fit(
     name: str, model: Any, missing: Iterable[str], unexpected: Iterable[str]
 ) -> None:
-    """Raise UserError for parts of an LLM without a tensor, or tensors without a part.
+    """Raise UserError for missing or unexpected tensors of an LLM.
 
-    transformers would go on with random numbers for the first, and without the second.
+    transformers would fill missing tensors with random numbers and ignore unexpected ones.
     """
     surplus = _needed(unexpected)
     if surplus:
         raise UserError(
-            f"the LLM {name} must be of the kind that its config.json says, but "
-            f"{len(surplus)} of its tensors belong to no part of a {type(model).__name__}, "
-            f"{surplus[0]} being one. Check --llm.name and its config.json."
+            f"Cannot load the LLM {name}: {len(surplus)} of its tensors belong to no part of "
+            f"a {type(model).__name__} ({surplus[0]} for example). Check --llm.name and its "
+            "config.json."
         )
     lost = _needed(missing)
     if lost:
         raise UserError(
-            f"the LLM {name} must hold all weights of its model, but lacks {len(lost)}, "
-            f"{lost[0]} being one. Check --llm.name, or give --llm.pretrained=false for "
-            "random weights."
+            f"Cannot load the LLM {name}: it lacks {len(lost)} of its tensors ({lost[0]} "
+            "for example). Check --llm.name, or give --llm.pretrained=false for random "
+            "weights."
         )
 
 
 def are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors hold the same values; stored ones are compared a few rows at a time."""
+    """Return whether two tensors have the same values.
+
+    Stored tensors are compared a few rows at a time.
+    """
     if one.shape != other.shape:
         return False
     if isinstance(one, StoredTensor) and isinstance(other, StoredTensor):
@@ -248,9 +267,9 @@ def are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def untied_names(skeleton: Any, state: Mapping[str, torch.Tensor]) -> set[str]:
-    """The model's names of tensors that its config ties, but that have values of their own.
+    """Return the model's names of tensors that the config ties but that have other values.
 
-    mT5's head is not its embedding, although its config says so.
+    The config of mT5, for example, says that the head is tied, but it is not.
     """
     stored = own_tensors(skeleton, state)
     untied = set()
@@ -269,15 +288,16 @@ def remaining_ties(ties: Mapping[str, str], untied: set[str]) -> dict[str, str]:
 
 @contextmanager
 def tied_before_loading(kind: Any, untied: set[str]) -> Iterator[None]:
-    """Within, `from_pretrained` of this class ties parameters first, and never these names.
+    """Within the context, `from_pretrained` of this class ties parameters before loading.
 
-    transformers ties afterwards: until then every twin of a large embedding takes its
-    part of the memory. And it compares twins before it ties them; under ZeRO-3 it
-    compares what is left of them, nothing.
+    The parameters in `untied` are never tied. transformers ties after loading, so until
+    then each tied copy of a large embedding takes memory. It also compares tied weights
+    before it ties them; under ZeRO-3 it would compare partitioned tensors, which are empty.
     """
     ties, load = kind._tied_weights_keys, kind._load_pretrained_model
 
     def tie_and_load(model: Any, *arguments: Any, **more: Any) -> Any:
+        """Tie the weights of the empty model, then load."""
         model.tie_weights(recompute_mapping=False)
         return load(model, *arguments, **more)
 
@@ -292,19 +312,21 @@ def tied_before_loading(kind: Any, untied: set[str]) -> Iterator[None]:
 
 @contextmanager
 def freed_at_once() -> Iterator[None]:
-    """Within, freed memory of more than 128 KB goes back to the system at once, under glibc.
+    """Within the context, glibc returns freed blocks above 128 KB to the system at once.
 
-    glibc would keep pieces of up to 32 MB; between parts of a model that stay, they add
-    up to a third of them.
+    Otherwise glibc keeps freed blocks of up to 32 MB. Between the tensors of a model they
+    add up to a third of its size.
     """
+    # macOS and musl have no mallopt.
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         yield
         return
     mmap_threshold, trim_threshold = -3, -1  # malloc.h
+    # Larger blocks are mapped, and unmapped when they are freed.
     mallopt(mmap_threshold, 2**17)
     try:
         yield
     finally:
-        mallopt(mmap_threshold, 32 * 2**20)  # as high as glibc itself goes
+        mallopt(mmap_threshold, 32 * 2**20)  # the maximum of glibc's own adjustment
         mallopt(trim_threshold, 64 * 2**20)

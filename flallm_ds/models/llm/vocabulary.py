@@ -1,4 +1,4 @@
-"""What of an LLM depends on its vocabulary: tensors with a row a word, ids in its configs."""
+"""Trim the parts of an LLM that depend on its vocabulary: tensors and ids in configs."""
 
 import copy
 from collections.abc import Iterator
@@ -10,8 +10,8 @@ import torch
 from flallm_ds.data.text.codec import TextCodec
 from flallm_ds.models.llm.stored import StoredTensor
 
-# Specials of text are absent where they were not kept; other ids (of pictures, sounds)
-# must be some number.
+# Special tokens of text get no id if they were not kept. Other ids (of images, of sounds)
+# must be a number.
 _TEXT_SPECIALS = (
     "pad",
     "bos",
@@ -27,8 +27,7 @@ _ID_LISTS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force
 
 
 def word_dims(skeleton: Any, smaller: Any) -> dict[str, int]:
-    """{tensor: its dimension that counts words}: what differs in shape between two
-    vocabularies."""
+    """Return {tensor: its vocabulary dimension}, which a smaller model shows."""
     others = smaller.state_dict()
     found = {}
     for name, tensor in skeleton.state_dict().items():
@@ -41,15 +40,15 @@ def word_dims(skeleton: Any, smaller: Any) -> dict[str, int]:
 
 
 def chosen_rows(tensor: torch.Tensor, rows: np.ndarray, dim: int) -> torch.Tensor:
-    """`tensor.index_select(dim, rows)` for rising rows.
+    """Return `tensor.index_select(dim, rows)` for ascending rows.
 
-    Where dim is 0, the whole tensor is never in memory.
+    If dim is 0, a stored tensor is never in memory as a whole.
     """
     if dim != 0 or not isinstance(tensor, StoredTensor):
         return tensor.index_select(dim, torch.from_numpy(rows))
     parts, start = [], 0
     for block in tensor.blocks():
-        # The rows of this block that are chosen, counted from its first.
+        # The selected rows of this block, relative to its first row.
         inside = rows[(rows >= start) & (rows < start + len(block))] - start
         parts.append(block[torch.from_numpy(inside)])
         start += len(block)
@@ -57,8 +56,12 @@ def chosen_rows(tensor: torch.Tensor, rows: np.ndarray, dim: int) -> torch.Tenso
 
 
 def trimmed_config(config: Any, codec: TextCodec, words: int, kept: int) -> Any:
-    """A copy of a model's config with `kept` instead of `words` words, and trimmed ids."""
+    """Return a copy of a config with `kept` vocabulary entries and trimmed ids.
+
+    words: the number of entries before.
+    """
     trimmed = copy.deepcopy(config)
+    # Other parts, such as a vision encoder's, have other ids or none.
     for part in _with_parts(trimmed):
         of_words = getattr(part, "vocab_size", None) == words
         if of_words:
@@ -69,6 +72,7 @@ def trimmed_config(config: Any, codec: TextCodec, words: int, kept: int) -> Any:
 
 
 def _with_parts(config: Any) -> Iterator[Any]:
+    """Yield a config and the configs of its parts, at any depth."""
     yield config
     for name in config.sub_configs:
         part = getattr(config, name, None)
@@ -77,10 +81,10 @@ def _with_parts(config: Any) -> Iterator[Any]:
 
 
 def renumber(config: Any, codec: TextCodec) -> None:
-    """Write trimmed ids into a config or generation config, so that none points past the
-    words."""
+    """Replace the ids in a config or generation config by trimmed ones, in place."""
     for field, value in config.to_dict().items():
         is_list = field in _ID_LISTS
+        # Configs have many other fields, such as sizes.
         is_id = is_list or field.endswith(("_token_id", "_token_index"))
         if value is None or not is_id:
             continue
@@ -89,11 +93,13 @@ def renumber(config: Any, codec: TextCodec) -> None:
         if trimmed is None and not is_of_text and not is_list:
             trimmed = codec.pad_id
         setattr(config, field, trimmed)
+    # The codec's end of sentence must end generation, first in a list of ends.
     ends = getattr(config, "eos_token_id", None)
     if not isinstance(ends, list):
         config.eos_token_id = codec.eos_id
     elif codec.eos_id not in ends:
         config.eos_token_id = [codec.eos_id, *ends]
+    # The start of the decoder is the language token in some families.
     if codec.language and not codec.instruction.decoder_only:
         start = codec.wording().start
         if start:
@@ -101,8 +107,9 @@ def renumber(config: Any, codec: TextCodec) -> None:
 
 
 def _renumbered(value: Any, codec: TextCodec) -> Any:
-    """An id, or lists of ids; None for what was not kept."""
+    """Return the trimmed id, or lists of ids; None for ids that were not kept."""
     if isinstance(value, int):
+        # An id may be outside the tokenizer: -1, or a row that only fills up the embedding.
         known = 0 <= value < len(codec.tokenizer) and codec.trimmed_id(value) >= 0
         return codec.trimmed_id(value) if known else None
     kept = []

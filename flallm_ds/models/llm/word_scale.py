@@ -1,4 +1,7 @@
-"""What an LLM multiplies its word embeddings by, measured: visual tokens must be as large."""
+"""Measure the factor of an LLM's word embeddings: visual tokens must be as large.
+
+B clips, S tokens.
+"""
 
 import copy
 from typing import Any
@@ -13,85 +16,95 @@ from transformers.modeling_utils import set_zero3_state
 
 from flallm_ds.errors import UserError
 
-_ROWS = 16  # of the probe's word embedding
-_WORDS = 4  # that it reads
-# numbers in one of its other tensors at most; a larger one repeats a single number
+# Rows of the word embedding that the probe has, and how many of them it reads.
+_ROWS = 16
+_WORDS = 4
+# Most numbers that are drawn for a tensor. A larger tensor repeats a single number.
 _DRAWN = 10**7
 
 
-# Model types that only seem to read embeddings as words, and why.
+# Model types that fail in a way that cannot be measured, and why.
 _REFUSED = {
-    "fsmt": "where it reads embeddings, its decoder sees the words that are to come",
-    "prophetnet": "what its decoder says of a word depends on how many words are to come",
+    "fsmt": "with embeddings as input, its decoder attends to later tokens",
+    "prophetnet": "its predictions depend on the number of later tokens",
 }
 
 
-class _FirstLayer(Exception):  # no error: it ends a forward
-    """The first layer is about to be called, with `inputs`."""
+class _FirstLayer(Exception):
+    """Ends a forward pass at the first layer. inputs: the arguments of that layer."""
 
     def __init__(self, inputs: list[Any]) -> None:
         self.inputs = inputs
 
 
 def probe_of(llm: Any) -> Any:
-    """A model of the LLM's class and config on the meta device, for `word_scale`."""
+    """Return a model of the same class and config on the meta device, for `word_scale`."""
     with set_zero3_state(), torch.device("meta"), no_init_weights():
         return type(llm)(copy.deepcopy(llm.config))
 
 
 @torch.no_grad()
 def word_scale(probe: Any) -> float:
-    """What the model multiplies embedded words by, but not embeddings that it is given.
+    """Return the factor that a model applies to embedded words but not to given embeddings.
 
-    Families do so in the embedding, beside it, or not at all, and some scale embeddings
-    as well. So the model reads the same words in both ways, as far as its first layer. No
-    weights are needed, and no other rank.
+    Models scale words inside the embedding module, outside it, or not at all, and some also
+    scale given embeddings. Therefore the model reads the same words in both ways, up to its
+    first layer. This needs no weights and no other rank.
 
-    probe: on the meta device; it is of no other use afterwards. Raises UserError for a
-    model that reads embeddings in another way than words.
+    probe: a model on the meta device, which cannot be used afterwards. Raises UserError for
+    a model that reads embeddings in another way than words.
     """
     probe.eval()
-    with torch.device("cpu"):  # whatever the caller's default device is
+    # The default device of the caller may be another one.
+    with torch.device("cpu"):
         return _measured(probe)
 
 
 def _measured(probe: Any) -> float:
+    """Return the scale; see `word_scale`."""
     table = _materialize(probe)
     padding = getattr(probe.config.get_text_config(), "pad_token_id", None)
+    # Some models embed the padding id as zeros, so it is not read.
     ids = [i for i in range(_ROWS) if i != padding]
     ids_BS = torch.tensor([ids[-_WORDS:]])
     try:
         if probe.config.model_type in _REFUSED:
             raise ValueError(_REFUSED[probe.config.model_type])
         words = _inputs_of_first_layer(probe, input_ids=ids_BS)
-        _inputs_of_first_layer(probe, inputs_embeds=-table[ids_BS])  # of no word
+        # Embeddings of no word: a model that looks up their words raises an error.
+        _inputs_of_first_layer(probe, inputs_embeds=-table[ids_BS])
+        # The scale is right if the first layer gets the same inputs as from words.
         for scale in _candidates(probe):
             embeddings = _inputs_of_first_layer(probe, inputs_embeds=table[ids_BS] * scale)
             if _are_equal(embeddings, words):
                 return scale
-        reason = "its first layer is given something else"
-    except Exception as error:  # noqa: BLE001  # whatever a model of the hub does with embeddings
+        reason = "its first layer gets other inputs"
+    # A model of the hub may raise any exception.
+    except Exception as error:  # noqa: BLE001
         reason = (str(error) or type(error).__name__).splitlines()[0]
-    name = probe.config.name_or_path or "this one"
+    name = probe.config.name_or_path or "a model"
     raise UserError(
         "llm.name must be an LLM that reads embeddings as it reads words, because visual "
-        f"tokens are embeddings, got {name} ({probe.config.model_type}): {reason}. Choose "
-        "another LLM."
+        f"tokens are embeddings, got {name} ({probe.config.model_type}): "
+        f"{reason.rstrip('.')}. Choose another LLM."
     )
 
 
 def own_scale(embedding: Any) -> float:
-    """What a word embedding multiplies its rows by itself."""
+    """Return the factor that a word embedding module applies to its rows."""
     return float(getattr(embedding, "embed_scale", None) or 1.0)
 
 
 def _materialize(probe: Any) -> torch.Tensor:
-    """Give what runs ahead of the layers random weights on the host.
+    """Give all modules outside the layers random weights on the host.
 
-    Returns the word embedding's rows.
+    Returns the rows of the word embedding. All layers raise `_FirstLayer` when called.
     """
     in_layers: set[nn.Module] = set()
-    owners: dict[nn.Module, Any] = {}  # the model whose `_init_weights` knows a module
+    # The innermost model of transformers that contains a module: it initialises the
+    # buffers.
+    owners: dict[nn.Module, Any] = {}
+    # The layers keep no weights: the forward pass ends before them.
     for layer in _layers(probe):
         in_layers.update(layer.modules())
         layer.register_forward_pre_hook(_stop, with_kwargs=True)
@@ -105,13 +118,12 @@ def _materialize(probe: Any) -> torch.Tensor:
     for module in owners.keys() - in_layers:
         for name, parameter in module.named_parameters(recurse=False):
             numbers = _numbers(parameter, generator)
-            # Also the embedding of an encoder or decoder, which is tied when it is
-            # loaded.
+            # This includes the embeddings of encoder and decoder, which loading would tie.
             if type(module) is type(words) and parameter.shape == shape:
                 numbers = table
                 module.padding_idx = None  # it may be past the probe's rows
             setattr(module, name, nn.Parameter(numbers, requires_grad=False))
-            # So that `_init_weights` below fills buffers alone.
+            # With this mark `_init_weights` below fills only buffers.
             getattr(module, name)._is_hf_initialized = True
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             for name, buffer in module.named_buffers(recurse=False):
@@ -121,7 +133,10 @@ def _materialize(probe: Any) -> torch.Tensor:
 
 
 def _layers(probe: Any) -> list[nn.Module]:
-    """transformers' own layers; of a class without them (code of the hub), all in a list."""
+    """Return the layers: those of transformers' layer class, else the modules in all lists.
+
+    Code of the hub may not use that class.
+    """
     layers: list[nn.Module] = []
     in_lists: list[nn.Module] = []
     for module in probe.modules():
@@ -133,17 +148,21 @@ def _layers(probe: Any) -> list[nn.Module]:
 
 
 def _numbers(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Return random numbers of the same shape; one repeated number for a large tensor."""
     if like.numel() > _DRAWN:
         return torch.full((), 0.5).expand(like.shape)
     return torch.randn(like.shape, generator=generator)
 
 
 def _stop(layer: nn.Module, args: Any, kwargs: Any) -> None:
+    """End the forward pass: a pre-hook of the layers."""
     raise _FirstLayer(tree_leaves((args, kwargs)))
 
 
 def _inputs_of_first_layer(probe: Any, **inputs: torch.Tensor) -> list[Any]:
+    """Return the arguments of the first layer. Raises ValueError if there is none."""
     mask_BS = torch.ones(1, _WORDS, dtype=torch.long)
+    # The decoder needs an input as well, which is the same in both ways.
     if probe.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = torch.zeros(1, 1, dtype=torch.long)
     try:
@@ -154,10 +173,10 @@ def _inputs_of_first_layer(probe: Any, **inputs: torch.Tensor) -> list[Any]:
 
 
 def _candidates(probe: Any) -> list[float]:
-    """What the scale may be, likely ones first.
+    """Return the possible scales, likely ones first.
 
-    That of the embedding, 1, each number that a part of the model or its config holds,
-    sqrt(E).
+    They are the factor of the embedding module, 1, all positive numbers among the
+    attributes of the models and their configs, and sqrt(E).
     """
     embedding = probe.get_input_embeddings()
     found = [own_scale(embedding), 1.0]
@@ -172,11 +191,12 @@ def _candidates(probe: Any) -> list[float]:
 
 
 def _are_equal(found: list[Any], wanted: list[Any]) -> bool:
-    """Whether tensors are about equal, and all else is of the same types."""
+    """Return whether tensors are close, and all other values have the same types."""
     return len(found) == len(wanted) and all(map(_are_like, found, wanted))
 
 
 def _are_like(one: Any, other: Any) -> bool:
+    """Return whether two tensors are close, or two other values have the same type."""
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         return one.shape == other.shape and torch.allclose(one, other, rtol=1e-4, atol=1e-5)
     return type(one) is type(other)

@@ -1,3 +1,5 @@
+"""Loading of LLMs: options, code of a model's own, and errors."""
+
 import json
 import pickle
 import shutil
@@ -55,7 +57,8 @@ def codec_of(folder: Path, trim: bool = True, hub_code: bool = False) -> TextCod
 
 
 def inputs_of(llm, codec: TextCodec, rows) -> dict[str, torch.Tensor]:
-    """Visual tokens and a sentence; rows: what the codec's ids are called in this model."""
+    """Return the inputs for visual tokens and a sentence. rows: the model's id of each
+    codec id."""
     wording = codec.wording()
     read = (*wording.before, *wording.start, *codec.encode("regen morgen")[:-1])
     ids = torch.tensor([[rows[i] for i in read]])
@@ -80,7 +83,7 @@ def llama(tmp_path_factory) -> Path:
     return make_tiny_llm("llama3", tmp_path_factory.mktemp("llama"), SPOKEN)
 
 
-def test_dropouts_are_as_given_or_as_stored(tiny_corpus):
+def test_dropouts_come_from_the_options_or_the_config(tiny_corpus):
     given = load_llm(
         str(tiny_corpus / "llm"), LlmOptions(dropout=0.3, attention_dropout=0.05)
     ).config
@@ -97,14 +100,14 @@ def test_the_model_is_loaded_in_fp32(tiny_corpus, tmp_path):
     assert {p.dtype for p in llm.parameters()} == {torch.float32}
 
 
-def test_a_pickle_that_would_run_code_is_not_opened(llama, tmp_path):
+def test_a_pickle_that_would_run_code_is_not_loaded(llama, tmp_path):
     shutil.copytree(llama, tmp_path / "llm", ignore=lambda *_: ["model.safetensors"])
     (tmp_path / "llm" / "pytorch_model.bin").write_bytes(
         pickle.dumps(Touch(tmp_path / "touched"))
     )
-    with pytest.raises(UserError, match="must load"):
+    with pytest.raises(UserError, match="more than tensors, which could run code"):
         load_llm(str(tmp_path / "llm"))
-    with pytest.raises(UserError, match="must load"):
+    with pytest.raises(UserError, match="more than tensors, which could run code"):
         trim_llm(str(tmp_path / "llm"), codec_of(llama), tmp_path / "out")
     assert not (tmp_path / "touched").exists()
 
@@ -120,7 +123,7 @@ class Touch:
 # --- options
 
 
-def test_random_weights_are_others_than_the_stored_ones(llama):
+def test_random_weights_differ_from_the_stored_ones(llama):
     options = LlmOptions(pretrained=False)
     stored, drawn = load_llm(str(llama)), load_llm(str(llama), options)
     torch.manual_seed(1)
@@ -136,7 +139,7 @@ def test_random_weights_are_others_than_the_stored_ones(llama):
     ("kind", "dropout"),
     [("t5", "dropout_rate"), ("bloom", "hidden_dropout"), ("xglm", "dropout")],
 )
-def test_a_dropout_goes_by_the_name_that_the_model_has_for_it(tmp_path, kind, dropout):
+def test_the_dropout_is_set_by_the_name_in_the_config_of_the_model(tmp_path, kind, dropout):
     make_tiny_llm(kind, tmp_path, SPOKEN)
     llm = load_llm(str(tmp_path), LlmOptions(dropout=0.25, attention_dropout=0.125))
     assert getattr(llm.config, dropout) == 0.25
@@ -154,8 +157,8 @@ def test_a_dropout_goes_by_the_name_that_the_model_has_for_it(tmp_path, kind, dr
 
 
 def test_no_layer_is_skipped_at_random(tmp_path):
-    """M2M100's config asks for it; under ZeRO-3 a rank that skips a layer leaves the
-    others waiting."""
+    """The config of M2M100 sets a layer drop; under ZeRO-3 ranks would wait for each
+    other."""
     make_tiny_llm("m2m100", tmp_path, SPOKEN)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"encoder_layerdrop": 0.05}))
@@ -165,7 +168,7 @@ def test_no_layer_is_skipped_at_random(tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "expected"), [("llama3", "sdpa"), ("bloom", "eager")])
-def test_attention_is_scaled_dot_product_where_the_model_has_it(tmp_path, kind, expected):
+def test_attention_is_sdpa_if_the_model_has_it(tmp_path, kind, expected):
     make_tiny_llm(kind, tmp_path, SPOKEN)
     assert load_llm(str(tmp_path)).config._attn_implementation == expected
     assert (
@@ -174,10 +177,10 @@ def test_attention_is_scaled_dot_product_where_the_model_has_it(tmp_path, kind, 
     )
 
 
-@pytest.mark.skipif(is_flash_attn_2_available(), reason="flash-attn is here")
-def test_flash_attention_without_its_package_is_refused(llama):
+@pytest.mark.skipif(is_flash_attn_2_available(), reason="flash-attn is installed")
+def test_flash_attention_without_its_package_raises_an_error(llama):
     with pytest.raises(
-        UserError, match=r"llm\.attention=flash_attention_2 needs .*flash-attn"
+        UserError, match=r"llm\.attention must be .* flash-attn, got flash_attention_2"
     ):
         load_llm(str(llama), LlmOptions(attention="flash_attention_2"))
 
@@ -187,7 +190,7 @@ def test_sixteen_bits_are_bfloat16(llama):
     assert {p.dtype for p in llm.parameters()} == {torch.bfloat16}
 
 
-def test_embedding_scales_are_as_the_models_have_them(tmp_path):
+def test_the_embedding_scale_is_that_of_the_model(tmp_path):
     for kind, expected in (
         ("mbart", 32**0.5),
         ("gemma3", 32**0.5),
@@ -204,7 +207,7 @@ def test_embedding_scales_are_as_the_models_have_them(tmp_path):
         )
 
 
-# --- code of a model's own
+# --- code that comes with a model
 
 
 OWN_CONFIG = """
@@ -237,7 +240,7 @@ class OwnForCausalLM(LlamaForCausalLM):
 
 @pytest.fixture
 def own_code(llama, tmp_path) -> Path:
-    """An LLM with its code in its folder, and a test that it ran."""
+    """A folder with an LLM and its own code, which writes a file when it runs."""
     folder = Path(shutil.copytree(llama, tmp_path / "own"))
     (folder / "configuration_own.py").write_text(OWN_CONFIG)
     (folder / "tokenization_own.py").write_text(OWN_TOKENIZER)
@@ -260,7 +263,9 @@ def own_code(llama, tmp_path) -> Path:
     return folder
 
 
-def test_a_models_own_code_runs_only_when_asked_for(own_code, llama, tmp_path, monkeypatch):
+def test_the_code_of_a_model_runs_only_with_hub_code(
+    own_code, llama, tmp_path, monkeypatch
+):
     monkeypatch.setattr(
         "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache")
     )
@@ -285,7 +290,8 @@ def test_a_models_own_code_runs_only_when_asked_for(own_code, llama, tmp_path, m
         type(small).__name__ == "OwnForCausalLM"
         and small.config.vocab_size == codec.vocab_size
     )
-    (tmp_path / "saved").mkdir()  # as an export is
+    # Save the LLM as an export does.
+    (tmp_path / "saved").mkdir()
     save_configs(small, small.config, small.generation_config, tmp_path / "saved")
     shutil.copy(tmp_path / "trimmed" / "model.safetensors", tmp_path / "saved")
     shutil.rmtree(tmp_path / "trimmed")
@@ -295,23 +301,24 @@ def test_a_models_own_code_runs_only_when_asked_for(own_code, llama, tmp_path, m
     )
 
 
-# --- what is refused
+# --- errors
 
 
-def test_weights_that_lack_a_tensor_are_refused(llama, tmp_path):
+def test_a_missing_tensor_raises_an_error(llama, tmp_path):
     shutil.copytree(llama, tmp_path / "llm")
     path = tmp_path / "llm" / "model.safetensors"
     state = load_file(path)
     del state["model.layers.1.self_attn.q_proj.weight"]
     save_file(state, path, metadata={"format": "pt"})
     with pytest.raises(
-        UserError, match=r"lacks 1, model\.layers\.1\.self_attn\.q_proj\.weight"
+        UserError,
+        match=r"lacks 1 of its tensors \(model\.layers\.1\.self_attn\.q_proj",
     ):
         load_llm(str(tmp_path / "llm"))
 
 
 @pytest.mark.parametrize("content", ["nothing", "an encoder", "a broken config"])
-def test_a_folder_that_is_no_llm_is_refused(tmp_path, content):
+def test_a_folder_without_an_llm_raises_an_error(tmp_path, content):
     if content == "an encoder":
         BertModel(
             BertConfig(
@@ -324,24 +331,24 @@ def test_a_folder_that_is_no_llm_is_refused(tmp_path, content):
         ).save_pretrained(tmp_path)
     elif content == "a broken config":
         (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"(must load, but did not|neither).*--llm\.name"):
+    with pytest.raises(UserError, match=r"(Cannot load|decoder-only).*--llm\.name"):
         load_llm(str(tmp_path))
 
 
-def test_weights_that_were_cut_off_are_refused(tiny_corpus, tmp_path):
+def test_truncated_weights_raise_an_error(tiny_corpus, tmp_path):
     AutoModelForSeq2SeqLM.from_pretrained(tiny_corpus / "llm").save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(UserError, match="must load, but did not"):
+    with pytest.raises(UserError, match="the file is truncated or damaged"):
         load_llm(str(tmp_path))
 
 
 @pytest.mark.parametrize("trim", [False, True])
-def test_the_papers_model_is_built_of_its_real_config_and_tokenizer(
+def test_the_model_of_the_paper_is_built_from_its_config_and_tokenizer(
     shared_data, tmp_path, trim
 ):
-    """As --llm.pretrained=false does, on the meta device: facebook/mbart-large-cc25,
-    trimmed by others."""
+    """facebook/mbart-large-cc25 with a trimmed vocabulary, built as by
+    --llm.pretrained=false."""
     real = shared_data / "tokenizers" / "mbart_phoenix14t"
     texts = (
         (shared_data / "text_cc0" / "de_weather.txt")

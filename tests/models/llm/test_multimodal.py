@@ -1,4 +1,4 @@
-"""LLMs inside multimodal models: the text model is taken out, or the model is refused by name."""
+"""Text models of multimodal models: they are extracted, or an error names another LLM."""
 
 import json
 import re
@@ -14,13 +14,13 @@ from transformers import CONFIG_MAPPING, AutoModelForMultimodalLM, AutoModelForS
 from flallm_ds.data.text.codec import TextCodec
 from flallm_ds.errors import UserError
 from flallm_ds.models.llm.load import LlmOptions, load_llm
-from flallm_ds.models.llm.source import TAKEN_OUT, check_llm
+from flallm_ds.models.llm.source import EXTRACTABLE, check_llm
 from flallm_ds.models.llm.trim import trim_llm
 from tests.helpers.llms import make_tiny_llm
 from tests.helpers.tensors import num_parameters
 from tests.models.llm.test_load import SPOKEN, codec_of
 
-# What a size may be called in a config, and what it is at most in a tiny one.
+# The names of sizes in configs, and their largest values in a tiny config.
 SIZES = {
     32: (
         "hidden_size d_model embed_dim dim width encoder_hidden_size projection_dim "
@@ -54,7 +54,7 @@ VISION = {
     "num_attention_heads": 4,
 }
 VISION |= {"num_key_value_heads": 4, "head_dim": 8}
-# What else the parts of a type's config need.
+# Other settings that the parts of a config need, by model type.
 OWN: dict[str, dict[str, dict[str, Any]]] = {
     "gemma4": {
         "text_config": {"hidden_size_per_layer_input": 0, "final_logit_softcapping": 0.5},
@@ -77,7 +77,7 @@ OWN: dict[str, dict[str, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Whose tokenizer all the multimodal models have."""
+    """An LLM whose tokenizer all multimodal models of this file use."""
     return make_tiny_llm("llama3", tmp_path_factory.mktemp("llama"), SPOKEN)
 
 
@@ -87,7 +87,8 @@ def codec(llama: Path) -> TextCodec:
 
 
 def tiny(values: dict[Any, Any], rows: int) -> dict[Any, Any]:
-    """A config's values with small sizes, and special tokens that are the last row."""
+    """Return the values of a config with small sizes, and with special tokens below
+    `rows`."""
     found: dict[Any, Any] = {}
     for name, value in values.items():
         if name in ("id2label", "label2id", "per_layer_config", "num_kv_shared_layers"):
@@ -136,19 +137,19 @@ def logits_LV(llm: Any, ids: list[int]) -> torch.Tensor:
     return found[0]
 
 
-@pytest.mark.parametrize("model_type", sorted(TAKEN_OUT))
-def test_a_text_model_says_what_its_multimodal_model_says(
+@pytest.mark.parametrize("model_type", sorted(EXTRACTABLE))
+def test_an_extracted_text_model_gives_the_logits_of_the_multimodal_model(
     llama: Path, codec: TextCodec, tmp_path: Path, model_type: str
 ) -> None:
     folder = tmp_path / "llm"
     whole = make(model_type, llama, folder)
     ids = codec.encode("regen sonne morgen nebel")
     expected = logits_LV(whole, codec.kept_ids[ids].tolist())
-    taken_out = load_llm(str(folder))
-    assert num_parameters(taken_out) < num_parameters(whole)
-    for name, _ in taken_out.named_parameters():
+    extracted = load_llm(str(folder))
+    assert num_parameters(extracted) < num_parameters(whole)
+    for name, _ in extracted.named_parameters():
         assert "vision" not in name and "audio" not in name
-    found = logits_LV(taken_out, codec.kept_ids[ids].tolist())
+    found = logits_LV(extracted, codec.kept_ids[ids].tolist())
     assert expected.std() > 0.01
     assert torch.allclose(found, expected, atol=1e-5)
     trim_llm(str(folder), codec, tmp_path / "trimmed")
@@ -156,14 +157,14 @@ def test_a_text_model_says_what_its_multimodal_model_says(
     assert torch.allclose(found, expected[:, codec.kept_ids], atol=1e-5)
 
 
-# Models of the hub that people may try first, and the text-only model to name instead.
+# Well-known models of the hub, and the text-only model that the error names.
 REFUSED = {
-    # its text model alone gives other logits
+    # The text model alone gives other logits.
     "aya_vision": "such as CohereLabs/aya-expanse-8b",
     "blip-2": "such as facebook/opt-2.7b",
     "cohere2_vision": "such as CohereLabs/c4ai-command-r7b-12-2024",
     "gemma3n": "such as google/gemma-3-1b-pt",
-    "glm4v": "of its family",
+    "glm4v": "of the same family",
     "mllama": "such as meta-llama/Llama-3.1-8B",
     "qwen2_vl": "such as Qwen/Qwen2-7B",
     "qwen2_5_vl": "such as Qwen/Qwen2.5-7B",
@@ -175,18 +176,17 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("model_type", REFUSED)
-def test_a_multimodal_model_without_a_text_model_of_its_own_is_refused_by_name(
+def test_the_error_for_a_text_model_that_cannot_be_extracted_names_another_llm(
     llama: Path, codec: TextCodec, tmp_path: Path, model_type: str
 ) -> None:
-    """Before its weights are looked for, whole and trimmed, as a run's tokenizer is read
-    as well."""
+    """All functions that read a config raise it before they read weights."""
     folder = tmp_path / "llm"
     shutil.copytree(llama, folder)
     (folder / "config.json").unlink()
     CONFIG_MAPPING[model_type]().save_pretrained(folder)
     sentence = (
-        rf"but {re.escape(str(folder))} is a multimodal {model_type}, which is neither, and its text model "
-        rf"cannot be taken out\. Give as --llm\.name a text-only model,? {re.escape(REFUSED[model_type])}\."
+        rf"got {re.escape(str(folder))}, a multimodal {model_type} model whose text model "
+        rf"cannot be extracted\. Give a text-only model,? {re.escape(REFUSED[model_type])}\."
     )
     for read in (
         lambda: check_llm(str(folder)),
@@ -209,24 +209,24 @@ def test_a_multimodal_model_without_a_text_model_of_its_own_is_refused_by_name(
         ("gemma3", "gemma3_text", {"final_logit_softcapping": 30.0}),
     ],
 )
-def test_a_text_model_with_another_head_is_refused(
+def test_a_text_model_with_another_head_raises_an_error(
     tmp_path: Path, model_type: str, text: str, setting: dict[str, Any]
 ) -> None:
-    """What its multimodal model says leaves out a setting of its text model: which of the
-    two is right?"""
+    """The multimodal model ignores a setting of its text model, so the logits differ."""
     config = CONFIG_MAPPING[model_type](text_config={"model_type": text, **setting})
     config.save_pretrained(tmp_path)
     with pytest.raises(
-        UserError, match=rf"a multimodal {model_type}, .* text model cannot be taken out\."
+        UserError, match=rf"a multimodal {model_type} model whose .* cannot be extracted\."
     ):
         check_llm(str(tmp_path))
 
 
-def test_every_other_multimodal_model_of_transformers_is_refused(tmp_path: Path) -> None:
-    """Whatever transformers says of it: a model type that the next version adds is not
-    taken out unseen."""
+def test_every_other_multimodal_model_of_transformers_raises_an_error(
+    tmp_path: Path,
+) -> None:
+    """A model type of a later version of transformers is not extracted without a test."""
     seen = 0
-    for model_type in set(CONFIG_MAPPING) - TAKEN_OUT:
+    for model_type in set(CONFIG_MAPPING) - EXTRACTABLE:
         try:
             config = CONFIG_MAPPING[model_type]()
             text = config.get_text_config(decoder=True)
@@ -235,18 +235,18 @@ def test_every_other_multimodal_model_of_transformers_is_refused(tmp_path: Path)
         if text is config or config.is_encoder_decoder:
             continue
         config.save_pretrained(tmp_path / model_type)
-        with pytest.raises(
-            UserError, match=rf"is a (multimodal )?{re.escape(config.model_type)}, which is"
-        ):
+        name = re.escape(config.model_type)
+        with pytest.raises(UserError, match=rf"(multimodal|of the type) {name}[ .]"):
             check_llm(str(tmp_path / model_type), pretrained=False)
         seen += 1
     assert seen > 50
 
 
-def test_the_layout_of_old_checkpoints_is_read_as_well(
+def test_checkpoints_in_the_old_layout_are_read(
     llama: Path, codec: TextCodec, tmp_path: Path
 ) -> None:
-    """As llava-hf's: `language_model.model.layers.0...` and `language_model.lm_head.weight`."""
+    """llava-hf has `language_model.model.layers.0...` and
+    `language_model.lm_head.weight`."""
     whole = make("llava", llama, tmp_path / "llm")
     old = {}
     for name, tensor in whole.state_dict().items():
@@ -263,19 +263,19 @@ def test_the_layout_of_old_checkpoints_is_read_as_well(
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_head_is_tied_where_the_multimodal_models_is(
+def test_the_head_is_tied_if_that_of_the_multimodal_model_is(
     llama: Path, codec: TextCodec, tmp_path: Path, tied: bool
 ) -> None:
-    """Whatever the config of its text part says, which Mistral 3's contradicts."""
+    """The config of the text part of Mistral 3 contradicts it and must be ignored."""
     whole = make("mistral3", llama, tmp_path / "llm", tie_word_embeddings=tied)
-    taken_out = load_llm(str(tmp_path / "llm"))
-    assert (taken_out.lm_head.weight is taken_out.get_input_embeddings().weight) is tied
+    extracted = load_llm(str(tmp_path / "llm"))
+    assert (extracted.lm_head.weight is extracted.get_input_embeddings().weight) is tied
     ids = codec.kept_ids[codec.encode("regen sonne morgen")].tolist()
-    assert torch.equal(logits_LV(taken_out, ids), logits_LV(whole, ids))
+    assert torch.equal(logits_LV(extracted, ids), logits_LV(whole, ids))
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_integers_of_a_text_model_are_refused_where_nothing_was_trimmed(
+def test_8_and_4_bits_for_a_text_model_raise_an_error_unless_it_was_trimmed(
     llama: Path, codec: TextCodec, tmp_path: Path, bits: Any
 ) -> None:
     make("llava", llama, tmp_path / "llm")
@@ -285,7 +285,7 @@ def test_integers_of_a_text_model_are_refused_where_nothing_was_trimmed(
     ):
         with pytest.raises(
             UserError,
-            match=rf"llm\.bits must be 16 where .* got {bits} and a multimodal model",
+            match=rf"llm\.bits must be 16 .* which is a multimodal model, got {bits}",
         ):
             read()
     trim_llm(str(tmp_path / "llm"), codec, tmp_path / "trimmed")

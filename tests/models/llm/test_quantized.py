@@ -1,4 +1,5 @@
-"""LLMs with quantised weights: read in full, or refused by the name of the method."""
+"""LLMs with quantised weights: they are read as ordinary ones, or an error names the
+method."""
 
 import json
 import shutil
@@ -49,8 +50,8 @@ def is_linear(name: str, tensor: torch.Tensor) -> bool:
 def in_fp8(
     weight: torch.Tensor, block: tuple[int, int] | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(float8 weight, scales) as the hub holds them: one scale a block, those at the edge
-    smaller."""
+    """Return (float8 weight, scales) with one scale for each block, as models of the
+    hub."""
     rows, cols = weight.shape
     height, width = block or (rows, cols)
     scales = torch.empty(-(-rows // height), -(-cols // width))
@@ -67,8 +68,8 @@ def fp8(llama: Path, folder: Path, block: tuple[int, int] | None) -> Path:
     tensors = {}
     for name, tensor in load_file(llama / "model.safetensors").items():
         if is_linear(name, tensor):
-            # Scales of a thousandth or less: a reader without them is off by a factor of
-            # a thousand.
+            # The scales are at most a thousandth: without them the error is a factor of
+            # 1000.
             tensors[name], tensors[f"{name}_scale_inv"] = in_fp8(tensor, block)
             if block is None:
                 tensors[name.replace(".weight", ".activation_scale")] = torch.tensor(0.5)
@@ -87,8 +88,8 @@ def fp8(llama: Path, folder: Path, block: tuple[int, int] | None) -> Path:
     )
 
 
-# A block that divides the weights, one that does not (as 576 rows by 128 in DeepSeek),
-# one scale a weight.
+# A block that divides the weights, a block that does not (such as 128 for 576 rows in
+# DeepSeek), and one scale for each weight.
 BLOCKS = [(16, 16), (24, 20), None]
 
 
@@ -128,7 +129,8 @@ def test_an_fp8_checkpoint_is_read_as_transformers_reads_it(llama, tmp_path):
 
 
 def mxfp4(llama: Path, folder: Path) -> Path:
-    """As openai/gpt-oss-20b: experts in blocks of 32 numbers of 4 bits, with an exponent each."""
+    """Write experts as openai/gpt-oss-20b: blocks of 32 numbers of 4 bits and an
+    exponent."""
     config = GptOssConfig(
         vocab_size=json.loads((llama / "config.json").read_text())["vocab_size"], hidden_size=64,
         intermediate_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
@@ -178,7 +180,7 @@ def test_an_mxfp4_checkpoint_is_read_as_transformers_reads_it(llama, tmp_path):
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_integers_of_quantised_weights_are_refused_where_nothing_was_trimmed(
+def test_8_and_4_bits_for_quantised_weights_raise_an_error_unless_trimmed(
     llama, tmp_path, bits
 ):
     folder = fp8(llama, tmp_path / "fp8", (16, 16))
@@ -188,7 +190,7 @@ def test_integers_of_quantised_weights_are_refused_where_nothing_was_trimmed(
     ):
         with pytest.raises(
             UserError,
-            match=rf"got {bits} and quantised with fp8\. .*--llm\.trim_vocabulary=true",
+            match=rf"quantised with fp8, got {bits}\. .*--llm\.trim_vocabulary=true",
         ):
             read(str(folder))
     trim_llm(str(folder), codec_of(folder), tmp_path / "trimmed")
@@ -215,7 +217,7 @@ METHODS = {
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_another_method_is_refused_by_its_name(llama, tmp_path, method):
+def test_the_error_for_another_method_names_it(llama, tmp_path, method):
     tensors = load_file(llama / "model.safetensors")
     folder = rewritten(
         llama, tmp_path / "llm", tensors, {"quant_method": method, **METHODS[method]}
@@ -248,10 +250,10 @@ PARTS = {
 
 
 @pytest.mark.parametrize("method", PARTS)
-def test_parts_of_quantised_weights_are_refused_where_the_config_does_not_tell(
+def test_parts_of_quantised_weights_that_the_config_does_not_mention_raise_an_error(
     llama, tmp_path, method
 ):
-    """As of a checkpoint whose config.json was copied from the unquantised model."""
+    """For example, config.json was copied from the unquantised model."""
     tensors = load_file(llama / "model.safetensors")
     prefix = "model.layers.1.self_attn.q_proj"
     if "weight.absmax" not in PARTS[method]:
@@ -271,18 +273,19 @@ def test_parts_of_quantised_weights_are_refused_where_the_config_does_not_tell(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_fp8_weight_without_its_scale_is_refused(llama, tmp_path):
+def test_an_fp8_weight_without_scales_raises_an_error(llama, tmp_path):
     folder = fp8(llama, tmp_path / "fp8", (16, 16))
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.0.mlp.up_proj.weight_scale_inv"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
-        UserError, match=r"layers\.0\.mlp\.up_proj\.weight is torch\.float8_e4m3fn without"
+        UserError,
+        match=r"layers\.0\.mlp\.up_proj\.weight of .*: it is torch\.float8_e4m3fn without",
     ):
         load_llm(str(folder))
 
 
-def test_fp8_scales_of_another_block_are_refused(llama, tmp_path):
+def test_fp8_scales_of_another_block_size_raise_an_error(llama, tmp_path):
     folder = fp8(llama, tmp_path / "fp8", (16, 16))
     path = folder / "config.json"
     path.write_text(path.read_text().replace("[16, 16]", "[8, 8]"))
@@ -292,20 +295,20 @@ def test_fp8_scales_of_another_block_are_refused(llama, tmp_path):
         lambda: trim_llm(str(folder), codec, tmp_path / "out"),
     ):
         with pytest.raises(
-            UserError, match=r"must fit their weights, but of .*proj.weight \(.*\) they are"
+            UserError, match=r"Cannot read .*proj\.weight .* scales .* do not fit a weight"
         ):
             load()
     assert not (tmp_path / "out").exists()
 
 
-# --- tensors without a part, parts without a tensor
+# --- unexpected and missing tensors
 
 
 @pytest.mark.parametrize(
     "key", ["model.layers.2.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.bias"]
 )
-def test_a_tensor_that_belongs_to_no_part_is_refused(llama, tmp_path, key):
-    """As where config.json has fewer layers than the weights, or another attention."""
+def test_an_unexpected_tensor_raises_an_error(llama, tmp_path, key):
+    """For example, config.json has fewer layers than the weights, or another attention."""
     tensors = load_file(llama / "model.safetensors") | {key: torch.ones(32)}
     folder = rewritten(llama, tmp_path / "llm", tensors, None)
     codec = codec_of(folder)
@@ -314,17 +317,17 @@ def test_a_tensor_that_belongs_to_no_part_is_refused(llama, tmp_path, key):
         lambda: trim_llm(str(folder), codec, tmp_path / "out"),
     ):
         with pytest.raises(
-            UserError, match=rf"1 of its tensors belong to no part .*{key} being one"
+            UserError, match=rf"1 of its tensors belong to no part .*\({key} for example\)"
         ):
             load()
     assert not (tmp_path / "out").exists()
 
 
-def test_a_part_without_a_tensor_is_refused_before_trimming(llama, tmp_path):
+def test_a_missing_tensor_raises_an_error_before_trimming(llama, tmp_path):
     tensors = load_file(llama / "model.safetensors")
     del tensors["model.norm.weight"]
     folder = rewritten(llama, tmp_path / "llm", tensors, None)
-    with pytest.raises(UserError, match=r"lacks 1, model\.norm\.weight"):
+    with pytest.raises(UserError, match=r"lacks 1 of its tensors \(model\.norm\.weight"):
         trim_llm(str(folder), codec_of(folder), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -333,7 +336,7 @@ def test_a_part_without_a_tensor_is_refused_before_trimming(llama, tmp_path):
     "key",
     ["model.layers.0.self_attn.rotary_emb.inv_freq", "score.weight", "v_head.summary.bias"],
 )
-def test_tensors_that_no_llm_needs_are_left_out(llama, tmp_path, key):
+def test_optional_tensors_are_ignored(llama, tmp_path, key):
     tensors = load_file(llama / "model.safetensors") | {key: torch.ones(4)}
     folder = rewritten(llama, tmp_path / "llm", tensors, None)
     load_llm(str(folder))

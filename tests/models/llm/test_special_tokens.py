@@ -1,5 +1,5 @@
-"""Special tokens that were added to a tokenizer or a config without a row in the LLM's
-embedding."""
+"""Special tokens of a tokenizer or a config that have no row in the embedding of the
+LLM."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,7 @@ def codec_of(folder: Path, trim: bool, language: str = "German") -> TextCodec:
 
 
 def trains_and_generates(llm: object, codec: TextCodec, wording: Wording) -> None:
-    """Two clips of unequal texts, so that the shorter one is padded."""
+    """Train on and translate two clips; the shorter text is padded."""
     translator = SignTranslator(
         None, Adapter(8, llm.get_input_embeddings().embedding_dim), llm, codec
     )
@@ -50,7 +50,7 @@ def trains_and_generates(llm: object, codec: TextCodec, wording: Wording) -> Non
 
 
 def add(folder: Path, **tokens: str) -> dict[str, int]:
-    """Add special tokens to the tokenizer alone; their ids."""
+    """Add special tokens to the tokenizer, not to the LLM, and return their ids."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_special_tokens(tokens)
     tokenizer.save_pretrained(folder)
@@ -71,7 +71,9 @@ def configure(folder: Path, **values: object) -> None:
 @pytest.mark.parametrize("trim", [True, False])
 @pytest.mark.parametrize("in_config", [True, False])
 @pytest.mark.parametrize("family", ["llama", "llama3", "mbart", "mbart50", "xglm"])
-def test_padding_without_a_row_is_the_end_of_sentence(tmp_path, family, in_config, trim):
+def test_a_padding_token_without_a_row_is_replaced_by_the_end_of_sentence(
+    tmp_path, family, in_config, trim
+):
     make_tiny_llm(family, tmp_path / "llm", SPOKEN)
     pad = add(tmp_path / "llm", pad_token="[PAD]")["pad_token"]
     assert pad >= llm_config(str(tmp_path / "llm")).vocab_size
@@ -105,7 +107,7 @@ def test_padding_without_a_row_is_the_end_of_sentence(tmp_path, family, in_confi
         ),
     ],
 )
-def test_a_special_token_that_cannot_be_replaced_is_refused(
+def test_a_special_token_that_cannot_be_replaced_raises_an_error(
     tmp_path, kind, token, sentence, trim
 ):
     make_tiny_llm("mbart", tmp_path, SPOKEN)
@@ -114,7 +116,7 @@ def test_a_special_token_that_cannot_be_replaced_is_refused(
         codec_of(tmp_path, trim)
 
 
-def test_an_unknown_token_without_a_row_is_spelled_in_bytes(tmp_path):
+def test_unknown_characters_are_encoded_in_bytes_without_an_unknown_token(tmp_path):
     make_tiny_llm("llama3", tmp_path, SPOKEN)
     add(tmp_path, unk_token="[UNK]")
     codec = codec_of(tmp_path, trim=True)
@@ -122,7 +124,7 @@ def test_an_unknown_token_without_a_row_is_spelled_in_bytes(tmp_path):
 
 
 @pytest.mark.parametrize("trim", [True, False])
-def test_a_start_of_text_without_a_row_is_left_out(tmp_path, trim):
+def test_a_start_token_without_a_row_is_left_out(tmp_path, trim):
     make_tiny_llm("llama", tmp_path, SPOKEN)
     before = codec_of(tmp_path, trim=False).wording().before
     bos = add(tmp_path, bos_token="[BOS]")["bos_token"]
@@ -139,7 +141,7 @@ def test_a_start_of_text_without_a_row_is_left_out(tmp_path, trim):
 
 @pytest.mark.parametrize("trim", [True, False])
 @pytest.mark.parametrize("start", [-1, 10**6])
-def test_a_decoder_start_without_a_row_is_refused(tmp_path, start, trim):
+def test_a_decoder_start_without_a_row_raises_an_error(tmp_path, start, trim):
     make_tiny_llm("t5", tmp_path, SPOKEN)
     configure(tmp_path, decoder_start_token_id=start)
     with pytest.raises(
@@ -149,7 +151,7 @@ def test_a_decoder_start_without_a_row_is_refused(tmp_path, start, trim):
 
 
 @pytest.mark.parametrize("trim", [True, False])
-def test_a_language_token_without_a_row_is_refused(tmp_path, trim):
+def test_a_language_token_without_a_row_raises_an_error(tmp_path, trim):
     make_tiny_llm("mbart50", tmp_path, SPOKEN)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     rows = tokenizer.convert_tokens_to_ids("de_DE")

@@ -1,3 +1,5 @@
+"""The stand-in LLM: its tokenizer, its pretraining and the folder that it is written to."""
+
 import hashlib
 import random
 from collections import Counter
@@ -25,8 +27,8 @@ def weather(count, seed=0):
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """At this size a second thread saves nothing, and on a busy machine waiting for it
-    costs tenfold."""
+    """Use one thread: at this size more threads are no faster, and ten times slower under
+    load."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -44,7 +46,7 @@ def texts(tmp_path):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The folder that one run of the verb wrote, long enough to learn the toy language."""
+    """The folder of one run that is long enough to learn the toy language."""
     folder = tmp_path_factory.mktemp("standin")
     (folder / "texts.txt").write_text("\n".join(weather(400)), encoding="utf-8")
     standin_llm(str(folder / "texts.txt"), folder / "llm", steps=200, **TINY)
@@ -58,7 +60,7 @@ def digest(folder):
     return digests
 
 
-def test_loads_as_the_real_model_does(trained):
+def test_the_folder_loads_as_the_real_model_does(trained):
     tokenizer = AutoTokenizer.from_pretrained(trained)
     model = AutoModelForSeq2SeqLM.from_pretrained(trained)
     assert isinstance(model, MBartForConditionalGeneration)
@@ -92,7 +94,7 @@ def test_ids_are_in_mbarts_order(trained):
     assert ids == list(range(last - 25, last))
 
 
-def test_sentences_end_with_eos_and_language(trained):
+def test_sentences_end_with_eos_and_the_language_code(trained):
     tokenizer = AutoTokenizer.from_pretrained(trained, src_lang="de_DE", tgt_lang="de_DE")
     code = tokenizer.convert_tokens_to_ids("de_DE")
     for encoded in (
@@ -102,7 +104,7 @@ def test_sentences_end_with_eos_and_language(trained):
         assert encoded["input_ids"][-2:] == [tokenizer.eos_token_id, code]
 
 
-def test_tokenizer_round_trips_umlauts(trained):
+def test_the_tokenizer_encodes_and_decodes_umlauts(trained):
     tokenizer = AutoTokenizer.from_pretrained(trained, src_lang="de_DE")
     for sentence in ("übermorgen fällt weißer schnee an der küste", "in höheren lagen"):
         ids = tokenizer(sentence)["input_ids"]
@@ -110,7 +112,7 @@ def test_tokenizer_round_trips_umlauts(trained):
         assert tokenizer.decode(ids, skip_special_tokens=True) == sentence
 
 
-def test_restores_a_masked_word(trained):
+def test_the_model_restores_a_masked_word(trained):
     tokenizer = AutoTokenizer.from_pretrained(trained, src_lang="de_DE")
     model = AutoModelForSeq2SeqLM.from_pretrained(trained).eval()
     batch = tokenizer("morgen scheint die <mask> im süden", return_tensors="pt")
@@ -125,32 +127,32 @@ def test_restores_a_masked_word(trained):
     )
 
 
-def test_loss_falls():
+def test_the_loss_falls():
     torch.manual_seed(0)
-    sentences, said = weather(200), []
+    sentences, printed = weather(200), []
     tokenizer = module.train_tokenizer(sentences, 200, "de_DE")
     model = module.new_model(len(tokenizer), 64, 1)
     losses = module.pretrain(
-        model, tokenizer, sentences, "de_DE", 30, np.random.default_rng(0), said.append
+        model, tokenizer, sentences, "de_DE", 30, np.random.default_rng(0), printed.append
     )
     assert len(losses) == 30
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:3])
-    assert "step 30 of 30: loss" in said[-1] and "0 s left" in said[-1]
+    assert "step 30 of 30: loss" in printed[-1] and "0 s left" in printed[-1]
 
 
-def test_same_seed_same_files_and_another_seed_others(texts, tmp_path, capsys):
+def test_the_files_depend_on_the_seed_alone(texts, tmp_path, capsys):
     for name, seed in (("one", 0), ("two", 0), ("three", 1)):
-        torch.rand(1)  # the state of the caller's generator must not matter
+        torch.rand(1)  # the state of the caller's generator must have no effect
         standin_llm(texts, tmp_path / name, steps=3, seed=seed, **TINY)
     one, three = digest(tmp_path / "one"), digest(tmp_path / "three")
     assert one == digest(tmp_path / "two")
     assert one["model.safetensors"] != three["model.safetensors"]
-    # some are held out for the check
+    # Some sentences are held out for the evaluation.
     assert "300 sentences" not in capsys.readouterr().out
     assert not list(tmp_path.glob(".*"))
 
 
-def test_caller_generator_is_left_alone(texts, tmp_path):
+def test_the_generator_of_the_caller_does_not_change(texts, tmp_path):
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
@@ -173,7 +175,7 @@ def test_infilling_masks_about_a_third_and_keeps_the_order():
     assert 1 <= masks / 2000 < 1.5
 
 
-def test_batches_hold_every_sentence_once_a_pass():
+def test_each_pass_contains_every_sentence_once():
     lengths = [i % 7 for i in range(100)]
     drawn = []
     for chosen in module.batches(lengths, np.random.default_rng(0)):
@@ -183,7 +185,7 @@ def test_batches_hold_every_sentence_once_a_pass():
     assert sorted(drawn) == list(range(100))
 
 
-def test_collate_has_mbarts_shape():
+def test_collate_builds_the_inputs_and_labels_of_mbart():
     batch = module.collate([[7, 99], [7]], [[7, 8, 9], [7]], code=50)
     assert batch["input_ids"].tolist() == [[7, 99, 2, 50], [7, 2, 50, 1]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
@@ -191,7 +193,7 @@ def test_collate_has_mbarts_shape():
     assert batch["labels"].tolist() == [[7, 8, 9, 2], [7, 2, -100, -100]]
 
 
-def test_chinese_words_are_pieces_and_rare_characters_are_unknown():
+def test_chinese_tokens_count_as_words_and_rare_characters_are_unknown():
     draw = random.Random(0)
     sentences = []
     for _ in range(50):
@@ -208,7 +210,7 @@ def test_chinese_words_are_pieces_and_rare_characters_are_unknown():
     )
 
 
-def test_a_used_folder_is_refused_and_left_alone(texts, tmp_path):
+def test_a_folder_with_files_raises_an_error_and_is_not_changed(texts, tmp_path):
     used = tmp_path / "used"
     used.mkdir()
     (used / "mine").touch()
@@ -223,7 +225,7 @@ def test_an_empty_folder_is_accepted(texts, tmp_path):
     assert (tmp_path / "empty" / "model.safetensors").exists()
 
 
-def test_a_failed_write_leaves_nothing(texts, tmp_path, monkeypatch):
+def test_a_failed_write_leaves_no_files(texts, tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
@@ -233,8 +235,8 @@ def test_a_failed_write_leaves_nothing(texts, tmp_path, monkeypatch):
     assert sorted(f.name for f in tmp_path.iterdir()) == ["a.txt", "b.txt"]
 
 
-def test_texts_that_cannot_be_read_are_named(texts, tmp_path):
-    with pytest.raises(UserError, match=r"nowhere\.txt cannot be read \(No such file"):
+def test_the_error_for_a_text_file_names_the_file(texts, tmp_path):
+    with pytest.raises(UserError, match=r"Cannot read nowhere\.txt: No such file"):
         standin_llm(f"{texts},nowhere.txt", tmp_path / "llm")
     (tmp_path / "latin.txt").write_bytes("süden\n".encode("latin-1") * 20)
     with pytest.raises(UserError, match="is not UTF-8"):
@@ -253,6 +255,6 @@ def test_texts_that_cannot_be_read_are_named(texts, tmp_path):
         ("steps", 0, "at least 1"),
     ],
 )
-def test_options_that_cannot_be_are_named(texts, tmp_path, option, value, sentence):
+def test_the_error_for_a_wrong_option_names_it(texts, tmp_path, option, value, sentence):
     with pytest.raises(UserError, match=f"--{option} .*{sentence}"):
         standin_llm(texts, tmp_path / "llm", **{option: value})

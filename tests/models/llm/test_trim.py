@@ -1,3 +1,5 @@
+"""Trimming the vocabulary of LLMs of each family, and restoring it."""
+
 import json
 import shutil
 from pathlib import Path
@@ -43,9 +45,7 @@ def logits_of(model, memory_BSE, decoder_ids) -> torch.Tensor:
         ).logits[0]
 
 
-def test_a_trimmed_model_says_of_kept_pieces_what_the_whole_one_says(
-    tiny_corpus, codec, trimmed
-):
+def test_a_trimmed_model_gives_the_same_logits_for_kept_tokens(tiny_corpus, codec, trimmed):
     whole, small = load_llm(str(tiny_corpus / "llm")), load_llm(str(trimmed))
     assert small.config.vocab_size == codec.vocab_size < whole.config.vocab_size
     ids = [codec.wording().start[0], *codec.encode("regen sonne wind morgen")]
@@ -55,7 +55,7 @@ def test_a_trimmed_model_says_of_kept_pieces_what_the_whole_one_says(
     assert expected.std() > 0.1
 
 
-def test_a_trimmed_encoder_reads_kept_pieces_as_the_whole_one_does(
+def test_a_trimmed_encoder_gives_the_same_states_for_kept_tokens(
     tiny_corpus, codec, trimmed
 ):
     whole, small = load_llm(str(tiny_corpus / "llm")).eval(), load_llm(str(trimmed)).eval()
@@ -80,8 +80,8 @@ def test_tied_embeddings_stay_tied(trimmed):
     )
 
 
-def test_an_llm_whose_head_is_not_its_embedding_is_trimmed_in_both(codec, tmp_path):
-    """As mT5, whose config says that they are one."""
+def test_a_head_that_is_not_tied_is_trimmed_as_well(codec, tmp_path):
+    """The config of mT5 says that its head is tied, but it is not."""
     torch.manual_seed(0)
     config = MT5Config(
         vocab_size=len(codec.tokenizer),
@@ -104,7 +104,7 @@ def test_an_llm_whose_head_is_not_its_embedding_is_trimmed_in_both(codec, tmp_pa
     assert torch.allclose(logits_of(small, memory_BSE, ids), expected, atol=1e-5)
 
 
-def test_the_specials_of_a_trimmed_model_are_the_codecs(trimmed, codec):
+def test_the_special_tokens_of_a_trimmed_model_are_those_of_the_codec(trimmed, codec):
     model = load_llm(str(trimmed))
     for config in (model.config, model.generation_config):
         assert config.pad_token_id == codec.pad_id and config.eos_token_id == codec.eos_id
@@ -119,10 +119,8 @@ def test_a_trimmed_folder_holds_its_codec(trimmed, codec):
     assert TextCodec.load(trimmed).kept_ids.tolist() == codec.kept_ids.tolist()
 
 
-def test_a_forced_first_token_of_the_full_vocabulary_is_not_carried_over(
-    tiny_corpus, codec, tmp_path
-):
-    """As in mBART-50 and NLLB, whose language is forced after the start token."""
+def test_a_forced_first_token_is_removed(tiny_corpus, codec, tmp_path):
+    """mBART-50 and NLLB force the language after the start token, by its untrimmed id."""
     llm = AutoModelForSeq2SeqLM.from_pretrained(tiny_corpus / "llm")
     llm.generation_config.forced_bos_token_id = llm.config.vocab_size - 1
     llm.save_pretrained(tmp_path / "llm")
@@ -136,7 +134,7 @@ def test_a_forced_first_token_of_the_full_vocabulary_is_not_carried_over(
     assert best.ids and max(best.ids) < codec.vocab_size
 
 
-# --- every family
+# --- all families
 
 
 FAMILIES = (
@@ -147,7 +145,7 @@ FAMILIES = (
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request, tmp_path_factory) -> tuple[Path, Path, TextCodec]:
-    """(a tiny LLM, the same trimmed, the codec)."""
+    """(folder of a tiny LLM, folder of the trimmed LLM, codec)."""
     folder = tmp_path_factory.mktemp(request.param)
     make_tiny_llm(request.param, folder / "llm", SPOKEN)
     codec = codec_of(folder / "llm")
@@ -155,7 +153,7 @@ def family(request, tmp_path_factory) -> tuple[Path, Path, TextCodec]:
     return folder / "llm", folder / "trimmed", codec
 
 
-def test_each_family_says_of_kept_pieces_what_it_said_before(family):
+def test_each_trimmed_family_gives_the_same_logits_for_kept_tokens(family):
     whole, small, codec = family
     expected = logits_LV(whole, codec, codec.kept_ids)
     found = logits_LV(small, codec, range(codec.vocab_size))
@@ -165,7 +163,7 @@ def test_each_family_says_of_kept_pieces_what_it_said_before(family):
     assert expected.std() > 0.01
 
 
-def test_no_id_of_a_trimmed_family_points_past_its_words(family):
+def test_all_ids_of_a_trimmed_family_are_below_its_vocabulary_size(family):
     _, small, codec = family
     llm = load_llm(str(small))
     words = llm.get_input_embeddings().num_embeddings
@@ -178,7 +176,9 @@ def test_no_id_of_a_trimmed_family_points_past_its_words(family):
     assert codec.eos_id in (ends if isinstance(ends, list) else [ends])
 
 
-def test_an_untrimmed_family_is_the_whole_one_with_the_trained_rows(family, tmp_path):
+def test_an_untrimmed_family_has_the_trained_rows_and_those_of_the_base_model(
+    family, tmp_path
+):
     whole, small, codec = family
     trained = load_llm(str(small))
     with torch.no_grad():
@@ -205,8 +205,7 @@ def test_an_untrimmed_family_is_the_whole_one_with_the_trained_rows(family, tmp_
     )
 
 
-# What hubs have in generation configs, and worse: each of them changes a search that it
-# is in force in.
+# Settings of generation configs; each one would change a search.
 SEARCH = {
     "repetition_penalty": 3.0, "encoder_repetition_penalty": 2.0, "no_repeat_ngram_size": 1,
     "encoder_no_repeat_ngram_size": 2, "early_stopping": True, "min_length": 12, "min_new_tokens": 12,
@@ -231,9 +230,9 @@ def hypotheses(llm, codec: TextCodec, num_beams: int) -> list:
     return translator.generate(features, torch.tensor([4, 5]), [codec.wording()] * 2, beam)
 
 
-# the latter: an old checkpoint
+# Old checkpoints have these settings in config.json.
 @pytest.mark.parametrize("place", ["generation_config.json", "config.json"])
-def test_the_search_of_each_family_is_the_one_that_is_asked_for(family, place, tmp_path):
+def test_the_search_of_each_family_ignores_stored_settings(family, place, tmp_path):
     whole, small, codec = family
     folder = Path(shutil.copytree(whole, tmp_path / "llm"))
     if place == "config.json":
@@ -256,7 +255,7 @@ def test_the_search_of_each_family_is_the_one_that_is_asked_for(family, place, t
             )
 
 
-# --- files of other kinds
+# --- other formats of checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -264,7 +263,7 @@ def llama(tmp_path_factory) -> Path:
     return make_tiny_llm("llama3", tmp_path_factory.mktemp("llama"), SPOKEN)
 
 
-def test_pickled_and_sharded_checkpoints_are_trimmed_as_well(llama, tmp_path):
+def test_pickled_and_sharded_checkpoints_are_trimmed(llama, tmp_path):
     codec = codec_of(llama)
     llm = AutoModelForCausalLM.from_pretrained(llama)
     for folder in (tmp_path / "pickled", tmp_path / "sharded"):
@@ -281,8 +280,8 @@ def test_pickled_and_sharded_checkpoints_are_trimmed_as_well(llama, tmp_path):
         assert torch.allclose(found, expected, atol=1e-5)
 
 
-def test_a_checkpoint_of_the_body_alone_is_trimmed_as_well(tmp_path):
-    """As BLOOM's on the hub: names without their prefix, no head."""
+def test_a_checkpoint_without_head_and_prefix_is_trimmed(tmp_path):
+    """The checkpoints of BLOOM on the hub are such."""
     make_tiny_llm("bloom", tmp_path / "llm", SPOKEN)
     codec = codec_of(tmp_path / "llm")
     path = tmp_path / "llm" / "model.safetensors"
@@ -327,7 +326,7 @@ def test_the_text_part_of_a_multimodal_llm_is_trimmed(tmp_path):
     assert llm.generate(torch.tensor([[1, 2]]), max_new_tokens=2).max() < len(kept)
 
 
-def test_another_base_llm_is_refused(llama, tmp_path):
+def test_another_base_llm_raises_an_error(llama, tmp_path):
     codec = codec_of(llama)
     trim_llm(str(llama), codec, tmp_path / "trimmed")
     make_tiny_llm("mistral", tmp_path / "mistral", SPOKEN)
@@ -335,16 +334,15 @@ def test_another_base_llm_is_refused(llama, tmp_path):
         untrim_llm(tmp_path / "trimmed", str(tmp_path / "mistral"), codec, tmp_path / "out")
 
 
-@pytest.mark.skipif(is_bitsandbytes_available(), reason="bitsandbytes is here")
+@pytest.mark.skipif(is_bitsandbytes_available(), reason="bitsandbytes is installed")
 @pytest.mark.parametrize("bits", [4, 8])
-def test_integers_without_their_package_are_refused(llama, bits):
-    with pytest.raises(UserError, match=rf"llm\.bits={bits} needs .*bitsandbytes"):
+def test_8_and_4_bits_without_bitsandbytes_raise_an_error(llama, bits):
+    with pytest.raises(UserError, match=rf"llm\.bits must be .* bitsandbytes, got {bits}"):
         load_llm(str(llama), LlmOptions(bits=bits))
 
 
-def test_mbart_large_trimmed_to_2454_pieces_has_the_papers_parameters():
-    """357.3 M; 611 M untrimmed (FLa-LLM). Skeleton alone: nothing is downloaded, no
-    memory is used."""
+def test_mbart_large_with_2454_tokens_has_as_many_parameters_as_in_the_paper():
+    """FLa-LLM: 357.3 M parameters, and 611 M before trimming."""
     config = MBartConfig(
         vocab_size=250_027,
         d_model=1024,

@@ -1,5 +1,7 @@
-"""What of an LLM is trained, and what an export is made of; ZeRO is in
-tests/training/test_engine.py."""
+"""Which weights of an LLM are trained, and how adapters are merged and written.
+
+tests/training/test_engine.py tests the same under ZeRO.
+"""
 
 import json
 from pathlib import Path
@@ -98,7 +100,7 @@ def logits(llm: Any) -> torch.Tensor:
 
 
 def after_training(llm: Any) -> Any:
-    """Every trained parameter moved, as an optimizer would."""
+    """Change all trained parameters, as an optimizer would, and return the LLM."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in llm.parameters():
@@ -107,11 +109,11 @@ def after_training(llm: Any) -> Any:
     return llm
 
 
-def test_full_trains_everything():
+def test_full_trains_all_parameters():
     assert trained_names(tuned("mbart", how="full")) == names_of(make_llm("mbart"))
 
 
-def test_full_with_a_pattern_trains_what_it_matches():
+def test_full_with_a_pattern_trains_the_matching_parameters():
     llm = tuned("mbart", how="full", layers=r"decoder\.layers\.1\.|layernorm_embedding")
     trained, every = trained_names(llm), names_of(llm)
     assert trained and trained < every
@@ -120,7 +122,7 @@ def test_full_with_a_pattern_trains_what_it_matches():
         assert (name in trained) == is_named
 
 
-def test_frozen_trains_nothing_but_what_a_pattern_adds():
+def test_frozen_trains_only_the_parameters_that_a_pattern_matches():
     assert trained_names(tuned("llama", how="frozen")) == set()
     llm = tuned("llama", how="frozen", layers=r"^model\.norm")
     assert trained_names(llm) == {"model.norm.weight"}
@@ -128,9 +130,8 @@ def test_frozen_trains_nothing_but_what_a_pattern_adds():
 
 @KINDS
 @LOW_RANK
-def test_low_rank_trains_additions_to_all_linear_layers_but_the_head(kind, how):
-    """As many as peft's own all-linear, and the same logits as before, because B starts
-    at zero."""
+def test_adapters_are_added_to_all_linear_layers_except_the_head(kind, how):
+    """The logits stay the same at first, because B starts at zero."""
     llm = tuned(kind, how=how, rank=4)
     layers = low_rank_layers(llm)
     assert layers and "lm_head" not in " ".join(layers)
@@ -144,7 +145,7 @@ def test_low_rank_trains_additions_to_all_linear_layers_but_the_head(kind, how):
     torch.testing.assert_close(logits(llm), logits(make_llm(kind)), rtol=1e-4, atol=1e-5)
 
 
-def test_low_rank_targets_by_pattern_beside_whole_layers():
+def test_adapters_by_pattern_and_complete_layers_are_trained_together():
     llm = tuned(
         "mbart",
         how="lora",
@@ -188,7 +189,7 @@ def test_an_image_encoder_is_tuned_and_merged_in_the_same_way():
         tune(plain, Tuning(how="lora", targets="quarry", section="visual"))
 
 
-def test_additions_depend_on_the_seed_alone_and_leave_the_generator_as_it_was():
+def test_adapters_depend_on_the_seed_alone_and_do_not_change_the_generator():
     first = tuned("llama", how="lora")
     torch.manual_seed(0)
     make_llm("llama")
@@ -206,7 +207,7 @@ def test_additions_depend_on_the_seed_alone_and_leave_the_generator_as_it_was():
 @KINDS
 @LOW_RANK
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_merged_tensors_are_those_of_peft(kind, how, dtype):
+def test_merged_tensors_equal_those_of_peft(kind, how, dtype):
     llm = after_training(tuned(kind, how=how, rank=4, alpha=7, layers="norm|ln_f")).to(
         dtype
     )
@@ -240,7 +241,7 @@ def test_a_merged_llm_gives_the_logits_of_the_tuned_one(kind, how):
     assert not torch.allclose(logits(plain), before, atol=1e-3)
 
 
-def test_merging_takes_tensors_in_any_order_and_none_where_a_rank_only_gathers():
+def test_merging_accepts_any_order_and_none_on_ranks_that_only_gather():
     llm = after_training(tuned("mbart", how="dora"))
     backwards = dict(merged(reversed(list(llm.named_parameters())), llm))
     for name, tensor in merged(llm.named_parameters(), llm):
@@ -250,7 +251,7 @@ def test_merging_takes_tensors_in_any_order_and_none_where_a_rank_only_gathers()
     assert on_another_rank == dict.fromkeys(names_of(make_llm("mbart")))
 
 
-def test_an_llm_without_additions_passes_unchanged():
+def test_the_tensors_of_an_llm_without_adapters_are_not_changed():
     llm = make_llm("llama")
     found = list(merged(llm.named_parameters(), llm))
     assert len(found) == len(names_of(llm))
@@ -263,11 +264,11 @@ def test_an_llm_without_additions_passes_unchanged():
     ("how", "layers"),
     [("lora", ""), ("dora", ""), ("lora", "norm|ln_f|layers?.1.*(q_proj|Attention.q)")],
 )
-def test_peft_reads_the_folder_of_additions(kind, how, layers, tmp_path):
+def test_peft_reads_the_folder_of_an_adapter(kind, how, layers, tmp_path):
     llm = after_training(tuned(kind, how=how, rank=4, layers=layers))
     base = tmp_path / "base"
     make_llm(kind).save_pretrained(base)
-    folder = tmp_path / "additions"
+    folder = tmp_path / "adapter"
     folder.mkdir()
     write_additions(folder, llm.named_parameters(), llm, str(base))
     assert sorted(p.name for p in folder.iterdir()) == [
@@ -289,7 +290,7 @@ def test_peft_reads_the_folder_of_additions(kind, how, layers, tmp_path):
     [
         (
             {"how": "lora", "targets": "q_prj"},
-            r"llm\.lora_targets must match the name of a linear layer .*'q_prj' matches none: did you mean",
+            r"llm\.lora_targets must match the name of a linear layer .*got 'q_prj', which matches none: did you mean",
         ),
         ({"how": "dora", "targets": "lm_head"}, "matches none"),
         (
@@ -299,7 +300,7 @@ def test_peft_reads_the_folder_of_additions(kind, how, layers, tmp_path):
         ({"how": "frozen", "layers": "("}, r"llm\.layers must be a regular expression"),
     ],
 )
-def test_a_pattern_that_matches_nothing_is_refused_with_near_names(options, message):
+def test_the_error_for_a_pattern_without_a_match_lists_similar_names(options, message):
     with pytest.raises(UserError, match=message) as caught:
         tuned("mbart", **options)
     assert "\n" not in str(caught.value)
@@ -311,15 +312,22 @@ GPU = torch.device("cuda")
 @pytest.mark.parametrize(
     ("bits", "how", "stage", "device", "installed", "message"),
     [
-        (4, "full", 2, GPU, True, "integers have no gradient, but llm.tune is full"),
-        (8, "lora", 2, torch.device("cpu"), True, "llm.bits=8 needs a CUDA device"),
+        (4, "full", 2, GPU, True, "integers have no gradient, got full"),
+        (
+            8,
+            "lora",
+            2,
+            torch.device("cpu"),
+            True,
+            "must be 16 without a CUDA device, got 8",
+        ),
         (
             4,
             "lora",
             2,
             GPU,
             False,
-            "needs the package bitsandbytes, which is not installed",
+            "without the package bitsandbytes, got 4",
         ),
         (
             4,
@@ -327,14 +335,14 @@ GPU = torch.device("cuda")
             3,
             GPU,
             True,
-            "cannot be partitioned, but the DeepSpeed JSON is of stage 3",
+            "cannot be partitioned, got 3 in the DeepSpeed JSON",
         ),
         (4, "frozen", 2, GPU, True, None),
         (8, "lora", 1, GPU, True, None),
         (16, "full", 3, torch.device("cpu"), False, None),
     ],
 )
-def test_bits_that_cannot_be_are_refused(
+def test_bits_that_cannot_be_used_raise_an_error(
     bits, how, stage, device, installed, message, monkeypatch
 ):
     find = "flallm_ds.models.llm.tuning.importlib.util.find_spec"
@@ -349,7 +357,8 @@ def test_bits_that_cannot_be_are_refused(
 @pytest.mark.gpu
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_quantized_llm_loads_and_learns(bits: int, tmp_path: Path) -> None:
-    """On a GPU with bitsandbytes: LoRA on frozen integers, a few steps, and no merging."""
+    """On a GPU with bitsandbytes: train LoRA on frozen integers; merging raises an
+    error."""
     pytest.importorskip("bitsandbytes")
     from flallm_ds.models.llm.load import LlmOptions, load_llm
 
@@ -382,6 +391,6 @@ def test_a_quantized_llm_loads_and_learns(bits: int, tmp_path: Path) -> None:
     assert losses[-1] < 0.9 * losses[0]
     for name, before in frozen.items():
         assert torch.equal(llm.get_parameter(name), before), name
-    with pytest.raises(UserError, match="must not be quantized"):
+    with pytest.raises(UserError, match="its weight has 8 or 4 bits"):
         list(merged(llm.named_parameters(), llm))
     assert isinstance(llm, nn.Module)

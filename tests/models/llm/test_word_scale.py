@@ -1,8 +1,8 @@
-"""Each LLM of the installed transformers that has a tiny config: it reads embeddings as
-words or is refused.
+"""All LLMs of the installed transformers with a tiny config: they read embeddings as words,
+or raise an error.
 
-The measured scale is held against the whole model, and our loss against the model's own
-`labels=`.
+The measured scale is compared with the complete model, and the loss with the model's own
+loss from `labels=`.
 """
 
 from pathlib import Path
@@ -25,8 +25,9 @@ from flallm_ds.models.sign_translator import Beam, SignTranslator
 from tests.helpers.tensors import num_parameters
 
 WIDTH, WORDS = 32, 64
-MOST = 4_000_000  # parameters of a tiny model
-# Whatever of these a config class knows.
+# Most parameters of a tiny model.
+MOST = 4_000_000
+# Settings of a tiny model. A config class gets those that it knows.
 TINY = {
     "vocab_size": WORDS, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2,
     "decoder_start_token_id": 2, "d_model": WIDTH, "hidden_size": WIDTH, "n_embd": WIDTH,
@@ -49,22 +50,24 @@ OWN: dict[str, dict[str, Any]] = {
     ),
 }
 REFUSED = {
-    "fsmt": "its decoder sees the words that are to come",
-    "prophetnet": "depends on how many words are to come",
-    # looks each embedding up among its words
+    "fsmt": "its decoder attends to later tokens",
+    "prophetnet": "depend on the number of later tokens",
+    # It looks up the word of each embedding.
     "gemma4_text": "provide exact `inputs_embeds`",
-    "deepseek_v4": "its first layer is given something else",  # ids choose the experts
-    "cpmant": "index out of range",  # it knows no embeddings
-    "inkling": "its first layer is given something else",
+    # Ids choose the experts.
+    "deepseek_v4": "its first layer gets other inputs",
+    # It cannot read embeddings.
+    "cpmant": "index out of range",
+    "inkling": "its first layer gets other inputs",
 }
 
 
 def tiny_models(mapping: Any) -> dict[str, Any]:
-    """{model type: (class, config)} of those that have a small config, built on no memory."""
+    """Return {model type: (class, config)} of the models that have a small config."""
     found = {}
     for kind in mapping:
         if kind in MODEL_FOR_MASKED_LM_MAPPING and mapping is MODEL_FOR_CAUSAL_LM_MAPPING:
-            continue  # no LLM
+            continue  # an encoder, not an LLM
         model_class = mapping[kind]
         if isinstance(model_class, tuple):
             model_class = model_class[0]
@@ -78,7 +81,7 @@ def tiny_models(mapping: Any) -> dict[str, Any]:
             config = kind(**values)
             with torch.device("meta"):
                 size = num_parameters(model_class(config))
-        except Exception:  # noqa: BLE001  # no such config, or one that must be made in another way
+        except Exception:  # noqa: BLE001  # a config that needs other settings
             continue
         if size <= MOST:
             found[kind.model_type] = (model_class, config)
@@ -91,8 +94,8 @@ for _name in ENCODER_DECODERS:
     DECODERS.pop(_name, None)
 
 
-def test_what_is_checked() -> None:
-    """No family falls out of this file unseen."""
+def test_the_expected_model_types_have_a_tiny_config() -> None:
+    """Otherwise the tests below could skip a model type without notice."""
     assert ENCODER_DECODERS.keys() >= {
         "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "fsmt", "led", "longt5", "m2m_100",
         "marian", "mbart", "mt5", "mvp", "nllb-moe", "pegasus", "pegasus_x", "plbart", "prophetnet",
@@ -106,9 +109,7 @@ def test_what_is_checked() -> None:
     [("marian", WIDTH**0.5), ("pegasus", WIDTH**0.5), ("blenderbot-small", WIDTH**0.5), ("mvp", WIDTH**0.5),
      ("mbart", WIDTH**0.5), ("t5", 1.0)],
 )  # fmt: skip
-def test_the_scale_of_an_encoder_is_measured_wherever_it_is_applied(
-    name: str, scale: float
-) -> None:
+def test_the_scale_of_an_encoder_is_measured(name: str, scale: float) -> None:
     assert embedding_scale(built(*ENCODER_DECODERS[name])) == pytest.approx(scale)
 
 
@@ -116,10 +117,8 @@ def test_the_scale_of_an_encoder_is_measured_wherever_it_is_applied(
     ("name", "scale"),
     [("falcon_h1", 3.0), ("gemma2", WIDTH**0.5), ("granite", 1.0), ("xglm", WIDTH**0.5)],
 )
-def test_the_scale_of_a_decoder_is_measured_wherever_it_is_applied(
-    name: str, scale: float
-) -> None:
-    """Granite multiplies embeddings as well, so what is given to it must not be scaled."""
+def test_the_scale_of_a_decoder_is_measured(name: str, scale: float) -> None:
+    """Granite also scales given embeddings, so visual tokens must not be scaled before."""
     assert embedding_scale(built(*DECODERS[name])) == pytest.approx(scale)
 
 
@@ -133,7 +132,8 @@ def built(model_class: Any, config: Any) -> Any:
 
 
 def translator_of(llm: Any) -> SignTranslator:
-    """Its visual tokens are the features, as large as the adapter of a run makes them."""
+    """Return a translator whose visual tokens are the features times the embedding
+    scale."""
     width = llm.get_input_embeddings().embedding_dim
     adapter = nn.Linear(width, width, bias=False)
     adapter.weight.data = torch.eye(width) * embedding_scale(llm)
@@ -146,7 +146,7 @@ BEFORE, AFTER, START = (10, 11), (12,), (2,)
 
 
 def our_loss(llm: Any, translator: SignTranslator, wording: Wording) -> float:
-    """Words whose rows come as features must count as the same words."""
+    """Return the loss with rows of the word embedding as features instead of the words."""
     rows = llm.get_input_embeddings().weight[torch.tensor([*SIGNS[0], *SIGNS[1]])]
     targets_BL = torch.full((2, 4), -100)
     for row, target in zip(targets_BL, TARGETS, strict=True):
@@ -218,10 +218,10 @@ def test_a_decoder_only_llm_reads_embeddings_as_words(name: str) -> None:
     )
 
 
-def test_an_llm_that_cannot_read_embeddings_is_refused_before_its_weights_are_read(
+def test_an_llm_that_cannot_read_embeddings_raises_an_error_before_weights_are_read(
     tmp_path: Path,
 ) -> None:
-    """The folder holds no weights at all."""
+    """The folder holds no weights."""
     ENCODER_DECODERS["fsmt"][1].save_pretrained(tmp_path)
     with pytest.raises(
         UserError,
