@@ -1,4 +1,4 @@
-"""Activation checkpointing: drop the activations of a layer, compute them again for gradients."""
+"""Activation checkpointing: compute activations again in the backward pass."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -13,7 +13,7 @@ from flallm_ds.errors import UserError
 
 
 def checkpoint_llm(llm: Any) -> None:
-    """Keep only the input of each layer. Raises UserError if transformers cannot do this."""
+    """Keep only the input of each layer. Raises UserError if that is not possible."""
     if not llm.supports_gradient_checkpointing:
         raise UserError(
             f"llm.checkpointing must be false for a {llm.config.model_type} model, which "
@@ -22,6 +22,7 @@ def checkpoint_llm(llm: Any) -> None:
     # transformers 6 renames the method; up to 5.22 only the old name exists.
     enable = getattr(llm, "activation_checkpointing_enable", None)
     enable = enable or llm.gradient_checkpointing_enable
+    # The reentrant variant needs an input that requires gradients.
     enable({"use_reentrant": False})
 
 
@@ -48,6 +49,7 @@ def stages_of(backbone: nn.Module) -> list[nn.Module]:
         if name[-1:].isdigit():
             numbered.setdefault(name.rstrip("0123456789"), []).append(module)
     groups += numbered.values()
+    # The stages hold nearly all weights of an encoder.
     several = (group for group in groups if len(group) > 1)
     stages = max(several, key=_size, default=[])
     if _size(stages) == 0:
@@ -78,9 +80,11 @@ def _checkpoint_forward(module: nn.Module) -> None:
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        # The contexts of the first and of the second forward pass.
         return nullcontext(), _keep_statistics(norms)
 
     def checkpointed(*args: Any, **kwargs: Any) -> Any:
+        # Without a backward pass there is nothing to save.
         if not (module.training and torch.is_grad_enabled()):
             return forward(*args, **kwargs)
         # No early stop: hooks that ZeRO-3 has set behind the last modules must run.
@@ -105,8 +109,8 @@ def _keep_statistics(norms: Iterable[_BatchNorm]) -> Iterator[None]:
     before: list[tuple[_BatchNorm, float | None, torch.Tensor | None]] = []
     for norm in norms:
         before.append((norm, norm.momentum, norm.num_batches_tracked))
-        # A momentum of 0 leaves the statistics bit-identical. Without the counter nothing is
-        # counted.
+        # A momentum of 0 leaves the statistics bit-identical. Without the counter nothing
+        # is counted.
         norm.momentum, norm.num_batches_tracked = 0.0, None
     try:
         yield

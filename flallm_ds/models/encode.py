@@ -24,6 +24,7 @@ def encode(
     frozen in training. Pass False for an encoder that was trained, because the search on
     the dev split used full precision in its training.
     """
+    # With cached features the batch has no frames, and no encoder is needed.
     if isinstance(batch, FeatureBatch):
         return batch.features_ND.to(device, non_blocking=True).float()
     assert isinstance(batch, VideoBatch)
@@ -31,6 +32,7 @@ def encode(
         "an encoder in train mode would change its BatchNorm statistics"
     )
     pixels_NCHW = preprocess(batch, train, device)
+    # Only a GPU computes in bf16.
     with torch.autocast(
         device.type, torch.bfloat16, enabled=autocast and device.type == "cuda"
     ):

@@ -42,6 +42,7 @@ class FeatureExtractor(nn.Module):
     ) -> None:
         super().__init__()
         assert kind in get_args(Kind)
+        # Light-T needs its adapter and its encoder. The other kinds have neither.
         assert (
             (kind == "light_t") == (vl_adapter is not None) == (light_t_encoder is not None)
         )
@@ -76,10 +77,12 @@ class FeatureExtractor(nn.Module):
         return packed_ND
 
     def freeze(self, how: Frozen) -> "FeatureExtractor":
-        """Freeze parts: their weights, and their BatchNorm statistics by a permanent eval mode.
+        """Freeze the weights of parts, and their BatchNorm statistics by a permanent eval
+        mode.
 
-        how: "all", "backbone" or "none" of the visual encoder. The Light-T encoder is always
-        frozen, and so is the temporal module if kind is "frames", which does not use it.
+        how: "all", "backbone" or "none" of the visual encoder. The Light-T encoder is
+        always frozen, and so is the temporal module if kind is "frames", which does not use
+        it.
         """
         parts: list[nn.Module | None] = [self.vl_adapter, self.light_t_encoder]
         if how == "backbone":
@@ -88,6 +91,7 @@ class FeatureExtractor(nn.Module):
             parts.append(self.visual.temporal)
         if how == "all":
             parts = [self]
+        # Extractors without Light-T have None in the list.
         self.frozen_parts = tuple(part for part in parts if part is not None)
         for part in self.frozen_parts:
             part.requires_grad_(False)
@@ -125,6 +129,7 @@ class FeatureExtractor(nn.Module):
                 f"Cannot build a Light-T encoder from the stored settings: {error}. Install "
                 "the version of transformers that wrote them."
             ) from error
+        # The adapter has no settings: both widths follow from its neighbours.
         vl_adapter = Adapter(visual.feature_width, encoder.config.d_model)
         return cls(visual, "light_t", vl_adapter, encoder)
 
@@ -134,6 +139,7 @@ class FeatureExtractor(nn.Module):
         digest = hashlib.sha256(
             json.dumps(without_origin(settings), sort_keys=True).encode()
         )
+        # Sorted by name: the order of a state dict depends on how a module was built.
         for name, tensor in sorted(self.state_dict().items()):
             if name.endswith("num_batches_tracked"):
                 continue  # the features do not depend on it

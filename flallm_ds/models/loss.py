@@ -133,6 +133,7 @@ def token_loss(
         "liger": why_not_liger(head, hidden_NE.device),
     }
     if how == "auto":
+        # 4 bytes for each fp32 logit.
         are_small = 4 * len(targets_N) * head.vocab_size <= SMALL_BYTES
         if reasons["chunks"] is not None:
             how = "logits"
@@ -145,11 +146,13 @@ def token_loss(
         raise UserError(
             f"Cannot compute the loss with llm.loss={how}: {reason}. Give --llm.loss=auto."
         )
+    # A rank without tokens calls the embedding as well, for the gather of ZeRO-3.
     if how == "logits" or len(targets_N) == 0:
         logits_NV = head.logits(hidden_NE).float()
         return F.cross_entropy(
             logits_NV, targets_N, reduction="sum", label_smoothing=label_smoothing
         )
+    # Chunks and liger compute the matrix product with the weight themselves.
     loss = _liger if how == "liger" else _chunked
     embedding = head.embedding
     assert isinstance(embedding, nn.Linear)
@@ -295,7 +298,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, factor: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Return the gradients of the inputs, in their types. factor: gradient of the loss."""
+        """Return the gradients of the inputs. factor: the gradient of the loss."""
         gradients = []
         for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):
             scaled = None if gradient is None else gradient.mul_(factor).to(dtype)

@@ -25,7 +25,8 @@ CHECKPOINT_FILES = (
     "pytorch_model.bin.index.json",
 )
 # Errors of requests to the hub: no network, no such name, no access. The second class is
-# the base class of the errors of huggingface_hub's HTTP client, which depends on the version.
+# the base class of the errors of huggingface_hub's HTTP client, which depends on the
+# version.
 HUB_ERRORS: Any = (OSError, HfHubHTTPError.__mro__[1], HFValidationError)
 STANDIN = "Name a folder that holds one, or make a small one with flallm standin_llm."
 
@@ -86,7 +87,7 @@ def check_llm_source(name: str) -> None:
 
 
 def check_backbone_source(name: str, pretrained: bool = True) -> None:
-    """Raise UserError with the cause if a folder, file or URL cannot be loaded as a backbone.
+    """Raise UserError with the cause if a folder, file or URL is not a backbone.
 
     pretrained: check the weights as well; else only the config.
     """
@@ -141,6 +142,7 @@ def _gguf(path: Path) -> UserError:
 
 def _check_folder(folder: Path, kind: _Kind) -> None:
     """Raise UserError with the cause if a folder holds no model of this kind."""
+    # Hidden files, such as .gitattributes, do not count.
     files = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     if not files:
         raise UserError(
@@ -150,6 +152,7 @@ def _check_folder(folder: Path, kind: _Kind) -> None:
     for path in files:
         if path.suffix in _TEXT_FILES:
             check_no_lfs_pointer(path)
+    # Some tools write a config.json next to an adapter, so look for it first.
     if (folder / _ADAPTER).is_file():
         raise _adapter(str(folder), folder / _ADAPTER, kind)
     if (folder / "config.json").is_file():
@@ -160,6 +163,7 @@ def _check_folder(folder: Path, kind: _Kind) -> None:
         if path.suffix == ".gguf":
             raise _gguf(path)
     deeper = _models_below(folder)
+    # The folder of a model in the hub's cache holds its files two levels below.
     cached = re.fullmatch(r"models--(.+?)--(.+)", folder.name)
     if cached:
         hint = f"This is a folder of the hub's cache: give {cached[1]}/{cached[2]}"
@@ -186,7 +190,7 @@ def _models_below(folder: Path) -> list[Path]:
 
 
 def _adapter(name: str, config: Path, kind: _Kind) -> UserError:
-    """Return the error for an adapter without its base model. config: adapter_config.json."""
+    """Return the error for an adapter alone. config: its adapter_config.json."""
     try:
         base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError):
@@ -200,6 +204,7 @@ def _adapter(name: str, config: Path, kind: _Kind) -> UserError:
 
 def check_no_lfs_pointer(path: Path) -> None:
     """Raise UserError for a git-lfs pointer: git writes it if git-lfs is not installed."""
+    # Only small files are opened.
     if not path.is_file() or path.stat().st_size > _LFS_BYTES:
         return
     with path.open("rb") as file:
@@ -225,6 +230,7 @@ def _check_hub(name: str) -> None:
         try:
             if file_exists(name, "config.json"):
                 return
+            # An adapter on the hub has no config.json.
             if file_exists(name, _ADAPTER):
                 raise _adapter(name, Path(cached_file(name, _ADAPTER)), _LLM)
         except GatedRepoError as error:
@@ -275,6 +281,7 @@ def check_weights(name: str, section: str = "llm") -> None:
     found = next((file for file in CHECKPOINT_FILES if (folder / file).is_file()), None)
     if found is None:
         raise _no_weights(folder, section)
+    # Several files have an index, which names them.
     parts = [found]
     if found.endswith(".json"):
         try:

@@ -1,4 +1,4 @@
-"""SignTranslator: frames or visual features to sentences, by an adapter and a language model.
+"""SignTranslator: from frames or visual features to sentences, by a language model.
 
 B clips, N packed frames, S input tokens (visual tokens and the text around them), L target
 tokens, P start tokens, M text tokens around the visual tokens of a batch, D visual width, E
@@ -36,7 +36,10 @@ class Beam:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One hypothesis. ids: without the start tokens, with the end of sentence if there is one."""
+    """One hypothesis.
+
+    ids: without start tokens, up to the end of sentence if there is one.
+    """
 
     ids: tuple[int, ...]
     # Log probability / length ** length_penalty; None if one hypothesis is returned.
@@ -149,6 +152,7 @@ class SignTranslator(nn.Module):
             states = self._decoder_only_states
         states_NE = states(inputs, num_frames_B, wordings, target_ids_BL)
         targets_N = target_ids_BL[target_ids_BL != -100]
+        # The states are logits already.
         if self._head is None:
             logits_NV = states_NE.float()
             return F.cross_entropy(
@@ -203,6 +207,7 @@ class SignTranslator(nn.Module):
 
         # The decoder reads the start tokens and each target without its last token.
         start_BP = _start_ids(wordings, target_ids_BL.device)
+        # Targets are padded with -100, and the embedding has no such row.
         read_BL = target_ids_BL[:, :-1]
         read_BL = read_BL.masked_fill(read_BL == -100, self.pad_id)
         decoder_ids_BL = torch.cat([start_BP, read_BL], 1)

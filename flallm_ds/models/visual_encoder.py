@@ -23,6 +23,7 @@ def resnet_width(settings: dict[str, Any]) -> int | None:
     """
     if "backbone" not in settings:
         return int(settings["width"])
+    # The stem and the blocks of the first stage have this width.
     config = settings["backbone"]["config"]
     return int(config["embedding_size"]) if config.get("model_type") == "resnet" else None
 
@@ -94,6 +95,7 @@ class VisualEncoder(nn.Module):
         """Return frame-wise features_ND: those of the backbone alone."""
         is_trained = any(p.requires_grad for p in self.backbone.parameters())
         learns = torch.is_grad_enabled() and is_trained
+        # BatchNorm in train mode must see all frames of a batch at once.
         if learns or self.backbone.training:
             features_ND: torch.Tensor = self.backbone(two_at_least(pixels_NCHW))
             return features_ND[: len(pixels_NCHW)]
@@ -118,8 +120,8 @@ class VisualEncoder(nn.Module):
     def from_settings(cls, settings: dict[str, Any]) -> "VisualEncoder":
         """Build the same architecture with random weights, without files or a hub.
 
-        Settings with the keys "width" and "temporal_kernel" are those of a ResNet-18. Raises
-        UserError for unknown keys.
+        Settings with the keys "width" and "temporal_kernel" are those of a ResNet-18.
+        Raises UserError for unknown keys.
         """
         try:
             if "backbone" not in settings:

@@ -22,7 +22,7 @@ FILE_BYTES = 2 * 10**9
 
 
 class WeightsWriter:
-    """Write tensors as they arrive: `with WeightsWriter(folder) as writer: writer.add(...)`.
+    """Write tensors one by one: `with WeightsWriter(folder) as writer: writer.add(...)`.
 
     At most file_bytes are held in memory. The files get their final names at the end, so
     that an unfinished folder cannot be loaded.
@@ -40,6 +40,7 @@ class WeightsWriter:
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Add a tensor, which must not change until the writer is closed."""
         size = tensor.numel() * tensor.element_size()
+        # A single tensor may be larger than a file, and then gets its own.
         if self._waiting and self._waiting_bytes + size > self.file_bytes:
             self._flush()
         self._waiting[name] = tensor.detach().cpu().contiguous()
@@ -62,10 +63,12 @@ class WeightsWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        # After an error the files keep their temporary names.
         if error is not None:
             return
         if self._waiting or not self._files:
             self._flush()
+        # One file has no number and no index.
         if len(self._files) == 1:
             self._files[0][0].rename(self.folder / self.name)
             return
@@ -102,6 +105,7 @@ class Weights:
     def __init__(self, folder: Path, name: str = "model.safetensors") -> None:
         self.path = folder / name
         index = folder / f"{name}.index.json"
+        # Without an index the tensors are in one file.
         files = [name]
         if not self.path.is_file() and index.is_file():
             try:
@@ -155,8 +159,9 @@ def _unreadable(path: Path, error: Exception) -> UserError:
 
 
 def named_state(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the parameters, tied ones once by their first name, then the persistent buffers."""
+    """Yield the parameters (tied ones by their first name), then persistent buffers."""
     yield from module.named_parameters()
+    # Other buffers are computed and not stored.
     persistent = module.state_dict().keys()
     for name, buffer in module.named_buffers():
         if name in persistent:

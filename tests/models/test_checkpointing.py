@@ -1,4 +1,5 @@
-"""Activation checkpointing gives the same losses, gradients and statistics in less memory."""
+"""Activation checkpointing gives the same losses, gradients and statistics in less
+memory."""
 
 from collections.abc import Callable
 

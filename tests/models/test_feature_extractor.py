@@ -1,4 +1,5 @@
-"""FeatureExtractor: the three kinds of features, frozen parts, settings and fingerprints."""
+"""FeatureExtractor: the three kinds of features, frozen parts, settings and
+fingerprints."""
 
 import json
 

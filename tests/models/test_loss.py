@@ -1,4 +1,5 @@
-"""The loss of the target tokens: the logits of each model type, all at once or in chunks."""
+"""The loss of the target tokens: the logits of each model type, all at once or in
+chunks."""
 
 from typing import Any
 

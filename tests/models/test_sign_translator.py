@@ -26,7 +26,8 @@ def translator(codec):
 
 @pytest.fixture
 def batch(codec):
-    """Features of three clips of 7, 3 and 5 frames, the text around them, and the targets."""
+    """Features of three clips of 7, 3 and 5 frames, the text around them, and the
+    targets."""
     torch.manual_seed(1)
     ids = [codec.encode(t) for t in ("regen sonne wind morgen", "nebel", "wolken schnee")]
     target_ids_BL = torch.full((3, max(map(len, ids))), -100)
@@ -195,7 +196,8 @@ def decoder_only(codec, seed=0):
 
 
 def test_the_loss_of_a_decoder_only_llm_counts_the_target_tokens_alone(codec, batch):
-    """Expected value: for each target token, run the LLM on the prompt and the tokens before."""
+    """Expected value: for each target token, run the LLM on the prompt and the tokens
+    before."""
     translator, codec = decoder_only(codec)
     wording = codec.wording("de")
     assert wording.before and wording.after and not wording.start

@@ -1,4 +1,5 @@
-"""VisualEncoder: packed clips, chunks of frames, settings, ImageNet weights and freezing."""
+"""VisualEncoder: packed clips, chunks of frames, settings, ImageNet weights and
+freezing."""
 
 import copy
 import json

@@ -1,4 +1,5 @@
-"""Weights written tensor by tensor load as those of transformers; damaged ones raise errors."""
+"""Weights written tensor by tensor load as those of transformers; damaged ones raise
+errors."""
 
 import json
 from pathlib import Path

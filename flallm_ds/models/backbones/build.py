@@ -41,8 +41,10 @@ def build_backbone(
     if weights == "none":
         return resnet_18(width)
     _check_source(weights, pretrained)
+    # timm itself resolves its names, to a hub or a local file.
     if weights.startswith(TIMM):
         return build_timm(weights, pretrained, crop_size)
+    # A .pth file that does not exist is reported as a file, not as a hub id.
     path = Path(weights)
     if path.is_file() or weights.endswith(".pth"):
         return build_torchvision(path, width, pretrained)
@@ -75,6 +77,7 @@ def _read_config(weights: str) -> dict[str, Any]:
 
 def hub_id(weights: str) -> str:
     """Return the hub id of `weights`; `weights` itself if it is not on a hub."""
+    # A name with @FILE takes its weights from that file, not from a hub.
     if not weights.startswith(TIMM) or "@" in weights:
         return weights
     try:
@@ -101,6 +104,7 @@ def check_reachable(weights: str) -> None:
             if isinstance(try_to_load_from_cache(name, file), str):
                 read_cache_alone_if_unreachable(name)
                 return
+        # A private model looks like a missing one to a user without access.
         if file_exists(name, "config.json"):
             return
         reason = "the hub has no such model with a config.json, or you have no access"

@@ -56,7 +56,9 @@ def check_fit(
             f"Cannot load the weights {weights}: {lost[0]} is missing, so they are "
             "incomplete or of another model. Fetch them again."
         )
+    # A model with a head stores its backbone under this prefix, such as `vit.`.
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    # The first words of the model's names, such as `embeddings` and `encoder`.
     parts = {name.split(".")[0] for name in model.state_dict()}
     within = []
     for name in unexpected:
@@ -66,16 +68,16 @@ def check_fit(
 
 
 def check_no_surplus(weights: str, unexpected: Iterable[str]) -> None:
-    """Raise UserError for an unexpected tensor that is neither optional nor of a classifier."""
+    """Raise UserError for unexpected tensors, except optional ones and a classifier's."""
     surplus = []
     for name in needed(unexpected):
         if not _HEAD_TENSOR.match(name):
             surplus.append(name)
     if surplus:
         raise UserError(
-            f"Cannot load the weights {weights}: {len(surplus)} tensors belong to no part of "
-            f"the model ({surplus[0]} for example), so the config is of another model. "
-            "Fetch the weights and the config again."
+            f"Cannot load the weights {weights}: {len(surplus)} of their tensors belong to "
+            f"no part of the model ({surplus[0]} for example), so the config is of another "
+            "model. Fetch the weights and the config again."
         )
 
 
@@ -88,6 +90,7 @@ def check_patch(weights: str, patch: Any, crop_size: int) -> None:
     sides = patch if isinstance(patch, list | tuple) else [patch]
     for side in sides:
         if isinstance(side, int) and crop_size % side:
+            # The nearest multiples of the patch, for the error message.
             below = max(side, crop_size // side * side)
             raise UserError(
                 f"data.crop_size must be a multiple of {side}, the patch size of {weights}, "
@@ -105,6 +108,7 @@ def probe_output(
 
     Raises UserError if the model cannot read such frames, or if the two results differ.
     """
+    # A batch of two equal frames. Their features must be equal as well.
     draw = torch.Generator().manual_seed(0)
     frame_1CHW = torch.rand(1, 3, crop_size, crop_size, generator=draw)
     pixels_NCHW = frame_1CHW.repeat(2, 1, 1, 1)
@@ -115,6 +119,7 @@ def probe_output(
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             outputs = backbone.eval().outputs(pixels_NCHW)
         has_pooled = getattr(outputs, "pooler_output", None) is not None
+        # A spec starts with the pooled output, which this model does not have.
         if spec.library == "transformers" and not has_pooled:
             spec = replace(spec, output=token_output(model))
         features_ND = spec.features(outputs)
@@ -131,6 +136,7 @@ def probe_output(
         ) from error
     finally:
         model.train(was_training)
+    # The tolerance allows for another order of sums in the two rows of a batch.
     if not torch.allclose(features_ND[0], features_ND[1], atol=1e-4, rtol=1e-3):
         raise UserError(
             "visual.weights must name an encoder that always gives a frame the same "

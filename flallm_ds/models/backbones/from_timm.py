@@ -49,7 +49,9 @@ def build_timm(weights: str, pretrained: bool, crop_size: int) -> Backbone:
             f"visual.weights must name a model of timm, got {name}: "
             f"{nearest(name, tagged or timm.list_models())}"
         )
+    # timm reads the weights from this file instead of the hub.
     overlay = {"file": file} if file else None
+    # Without classes the model has no classifier and returns pooled features.
     arguments = {"num_classes": 0}
     return _build(name, architecture, arguments, overlay, weights, pretrained, crop_size)
 
@@ -60,7 +62,7 @@ def build_timm_folder(
     pretrained: bool,
     crop_size: int,
 ) -> Backbone:
-    """Build the backbone of a folder that timm wrote. config: the content of config.json."""
+    """Build the backbone of a folder that timm wrote. config: of its config.json."""
     arguments = {**config.get("model_args", {}), "num_classes": 0}
     name = f"local-dir:{folder}"
     return _build(
@@ -92,6 +94,7 @@ def _build(
                 **arguments,
                 **size,
             )
+        # timm loads the weights once, or not at all if pretrained is false.
         for missing, unexpected in loads:
             check_fit(weights, model, missing, unexpected)
         return model
@@ -125,6 +128,7 @@ def _create_for_size(
             return create(img_size=crop_size), {"img_size": crop_size}
         except TypeError:  # a model for frames of any size has no such argument
             return create(), {}
+    # The caller reports a hub that is not available.
     except OSError:
         raise
     except (*UNSUITED, *UNREADABLE) as error:
@@ -145,6 +149,7 @@ def _lenient_loads() -> Iterator[list[tuple[list[str], list[str]]]]:
     found: list[tuple[list[str], list[str]]] = []
     load = nn.Module.load_state_dict
 
+    # timm calls this method of the model, and discards its result.
     def recorded(module: nn.Module, *arguments: Any, **options: Any) -> Any:
         options["strict"] = False
         result = load(module, *arguments, **options)

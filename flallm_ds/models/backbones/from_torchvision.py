@@ -59,6 +59,7 @@ def build_torchvision(path: Path, width: int, pretrained: bool) -> Backbone:
                 "for another width."
             )
         needed[name] = stored[name]
+    # The remaining tensors may only be those of the classifier.
     check_no_surplus(str(path), stored.keys() - needed.keys())
     if pretrained:
         backbone.model.load_state_dict(needed, strict=False)
@@ -66,7 +67,7 @@ def build_torchvision(path: Path, width: int, pretrained: bool) -> Backbone:
 
 
 def _random_resnet(width: int, depths: list[int], layer_type: str) -> Backbone:
-    """Build a ResNet with random weights. depths: number of blocks of each of four stages."""
+    """Build a ResNet with random weights. depths: numbers of blocks in four stages."""
     # A bottleneck block widens its output by four.
     first = width if layer_type == "basic" else 4 * width
     config = ResNetConfig(
@@ -101,6 +102,7 @@ def _layout(state: dict[str, Any]) -> tuple[list[int], str]:
         found = re.match(r"layer([1-4])\.(\d+)\.conv(\d)\.weight", name)
         if found is None:
             continue
+        # Stages are numbered from 1, blocks from 0.
         stage, num_blocks = int(found[1]) - 1, int(found[2]) + 1
         depths[stage] = max(depths[stage], num_blocks)
         if found[3] == "3":  # only a bottleneck block has three convolutions

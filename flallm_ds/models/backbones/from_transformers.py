@@ -54,7 +54,7 @@ def build_transformers(
 
 
 def _image_config(weights: str) -> Any:
-    """Return the config of the model, or of its vision part. Raises UserError without one."""
+    """Return the config of the model or its vision part. Raises UserError without one."""
     try:
         config = AutoConfig.from_pretrained(weights, trust_remote_code=False)
     except (ValueError, KeyError) as error:
@@ -93,6 +93,7 @@ def _processor_norm(
             f"visual.weights must name an encoder of RGB images, got {weights}, which reads "
             "BGR. Choose another encoder."
         )
+    # Without normalisation the pixels are in [0, 1].
     if not processor.get("do_normalize", "image_mean" in processor):
         return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     mean = processor.get("image_mean") or IMAGENET_MEAN
@@ -122,6 +123,7 @@ def _load_weights(
     A pooler without stored weights is removed from the model; checkpoints with a classifier
     have none. Raises UserError if the weights cannot be read, or are of another model.
     """
+    # The errors of transformers do not name a file that is truncated or missing.
     check_weights(weights, "visual")
     try:
         source, info = type(model).from_pretrained(
@@ -143,6 +145,7 @@ def _load_weights(
         source.pooler = None
         model.pooler = None
         spec = replace(spec, output=token_output(model))
+    # `from_pretrained` has built another model; the drawn one gets its weights.
     model.load_state_dict(source.state_dict())
     return spec
 

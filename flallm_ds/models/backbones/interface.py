@@ -32,6 +32,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.model = model
         self.spec = spec
+        # `train` keeps the backbone, or its BatchNorm modules, in eval mode.
         self.frozen = self.freeze_batch_norm = False
         # Frames may have another size than those that the weights were trained on.
         parameters = inspect.signature(model.forward).parameters
@@ -58,6 +59,7 @@ class Backbone(nn.Module):
 
     def outputs(self, pixels_NCHW: torch.Tensor) -> Any:
         """Return the output of the model itself."""
+        # Convolutions on a GPU are faster with channels last as well.
         if pixels_NCHW.is_cuda or self._channels_last_on_cpu:
             pixels_NCHW = pixels_NCHW.contiguous(memory_format=torch.channels_last)
         if self.scale is not None and self.shift is not None:
@@ -87,6 +89,7 @@ class Backbone(nn.Module):
             self.frozen = True
             self.requires_grad_(False)
             self.train(self.training)
+        # Partly frozen: only the weights are fixed, the statistics still change.
         elif stages > 0:
             for parameter in self._first_parameters(stages):
                 parameter.requires_grad_(False)
@@ -103,6 +106,7 @@ class Backbone(nn.Module):
                 f"visual.frozen_stages must be at most {len(stages)}, the number of stages "
                 f"of this backbone, got {num_stages}."
             )
+        # By identity, because == compares the values of tensors.
         of_last_stage = set(map(id, stages[num_stages - 1].parameters()))
         parameters = list(self.model.parameters())
         end = 0

@@ -17,7 +17,7 @@ from flallm_ds.errors import UserError
 
 @dataclass(frozen=True)
 class BackboneSpec:
-    """All that is needed to build a backbone again without a file, in plain values for JSON.
+    """All that is needed to build a backbone again, in plain values for JSON.
 
     config: the complete config of a transformers model, or the name and the arguments of a
     timm model. output: the output of a transformers model that becomes the features. mean,
@@ -63,7 +63,7 @@ class BackboneSpec:
 
 
 def import_timm() -> Any:
-    """Return the module timm, which is optional. Raises UserError if it is not installed."""
+    """Return the optional module timm. Raises UserError if it is not installed."""
     try:
         # optional
         import timm
@@ -77,15 +77,17 @@ def import_timm() -> Any:
 
 def plain_config(config: Any) -> dict[str, Any]:
     """Return all values of a transformers config, without its origin."""
+    # Also values that equal the defaults of the class, because defaults may change.
     values = json.loads(config.to_json_string(use_diff=False))
     return dict(without_origin(values))
 
 
 def without_origin(values: Any) -> Any:
-    """Return a config without its origin: the version that wrote it and the folder it is from.
+    """Return a config without the version that wrote it and the folder that it is from.
 
     Parts of the config are cleaned in the same way. Other values are returned unchanged.
     """
+    # Configs are nested: a multimodal model has one for each part.
     if not isinstance(values, dict):
         return values
     kept = {}

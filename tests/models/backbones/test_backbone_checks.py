@@ -66,7 +66,7 @@ def test_unexpected_and_missing_tensors_raise_an_error(kind: str, tmp_path: Path
     whole = load_file(tmp_path / "model.safetensors")
     changed(tmp_path, {surplus: torch.ones(2)})
     refused(
-        r"1 tensors belong to no part of the model .*, so the config is of another model",
+        r"1 of their tensors belong to no part of the model .*, so the config is of another model",
         weights,
         width=16,
     )

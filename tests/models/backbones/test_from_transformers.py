@@ -25,8 +25,8 @@ from tests.helpers.backbones import (
 def test_the_class_token_replaces_a_pooler_without_weights(
     tmp_path: Path, pixels_NCHW: torch.Tensor
 ) -> None:
-    """A ViT that was saved with a classifier has no pooler; transformers would fill one with
-    random weights."""
+    """A ViT that was saved with a classifier has no pooler; transformers would fill one
+    with random weights."""
     torch.manual_seed(0)
     model = transformers.ViTForImageClassification(
         transformers.ViTConfig(**TOKENS, image_size=32)
@@ -182,7 +182,8 @@ def test_a_resnet_of_another_width_raises_an_error(tmp_path: Path) -> None:
 def test_unexpected_tensors_in_a_larger_model_raise_an_error(
     kind: str, whole: str, surplus: str, tmp_path: Path
 ) -> None:
-    """Most checkpoints of the hub hold a backbone with a prefix, and a head or a text model."""
+    """Most checkpoints of the hub hold a backbone with a prefix, and a head or a text
+    model."""
     getattr(transformers, whole)(KINDS[kind][0]()).save_pretrained(tmp_path)
     build_backbone(str(tmp_path), width=16, crop_size=CROP)
     changed(tmp_path, {surplus: torch.ones(2)})
