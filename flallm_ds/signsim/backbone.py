@@ -68,8 +68,8 @@ def _render_all(num_tasks: int, seed: int) -> tuple[NDArray[np.uint8], NDArray[n
         parts = list(results)
     finally:
         pool.shutdown(cancel_futures=True)
-    pixels = np.concatenate([frames for frames, _ in parts])
-    wanted = np.concatenate([targets for _, targets in parts])
+    frames, targets = zip(*parts, strict=True)
+    pixels, wanted = np.concatenate(frames), np.concatenate(targets)
     span_s = time.perf_counter() - begin
     print(f"backbone: {len(pixels):,} frames rendered in {span_s:.0f} s", flush=True)
     return pixels, wanted
@@ -93,6 +93,7 @@ def _train(
     loss_mean = 0.0
     begin = last_print = time.perf_counter()
     for step in range(steps):
+        # Frames are drawn with replacement: a step's batch depends on seed and step alone.
         rows = np.random.default_rng([seed, step]).integers(len(pixels), size=BATCH)
         found = head(encoder.frame_features(as_pixels(pixels[rows])))
         loss = torch.nn.functional.smooth_l1_loss(found, torch.from_numpy(wanted[rows]))
@@ -101,6 +102,7 @@ def _train(
         for group in optimizer.param_groups:
             group["lr"] = PEAK_RATE * rate_factor(step / steps, 0.05)
         optimizer.step()
+        # A running mean over about 50 steps; the first loss begins it.
         loss_mean = 0.98 * loss_mean + 0.02 * loss.item() if step else loss.item()
         if time.perf_counter() - last_print > 5 or step == steps - 1:
             last_print = time.perf_counter()

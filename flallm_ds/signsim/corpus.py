@@ -22,7 +22,7 @@ from flallm_ds.sharding.corpora import SIGNSIM_FILE
 from flallm_ds.sharding.pool import begin_worker, signals_held
 from flallm_ds.signsim.grammar import SPLITS, Sentence, draw_sentence
 from flallm_ds.signsim.render import render_clip
-from flallm_ds.signsim.signer import SIGNERS, UNSEEN, Signer, clip_poses
+from flallm_ds.signsim.signer import SEEN, SIGNERS, UNSEEN, Signer, clip_poses
 from flallm_ds.signsim.signs import SIGNS
 from flallm_ds.terminal import progress
 
@@ -69,7 +69,7 @@ def _signer(split: str, index: int) -> Signer:
     """
     if split == "test":
         return SIGNERS[(index - 1) % len(SIGNERS)]
-    return SIGNERS[index % (len(SIGNERS) - 1)]
+    return SEEN[index % len(SEEN)]
 
 
 def _locate(index: int, num_clips: int) -> tuple[str, int]:
@@ -97,9 +97,8 @@ def write_clip(index: int, num_clips: int, seed: int, root: Path) -> tuple[str, 
     clip, rng = plan_clip(index, num_clips, seed)
     folder = root / FRAMES / clip.split / clip.name
     folder.mkdir(parents=True)
-    poses_FP = clip_poses(
-        [SIGNS[gloss] for gloss in clip.sentence.glosses], clip.signer, rng
-    )
+    signs = [SIGNS[gloss] for gloss in clip.sentence.glosses]
+    poses_FP = clip_poses(signs, clip.signer, rng)
     for number, frame in enumerate(render_clip(poses_FP, clip.signer, rng), start=1):
         encoded, png = cv2.imencode(".png", frame, _PNG)
         assert encoded
@@ -110,6 +109,7 @@ def write_clip(index: int, num_clips: int, seed: int, root: Path) -> tuple[str, 
 def draw_monolingual(num_sentences: int, seed: int) -> list[str]:
     """Draw different sentences of the grammar, none of which a dev or test split may hold."""
     rng = np.random.default_rng([seed, _MONOLINGUAL_STREAM])
+    # A dict instead of a set: it keeps the order in which sentences were drawn.
     sentences: dict[str, None] = {}
     while len(sentences) < num_sentences:
         sentences[draw_sentence(rng, "train").text] = None
@@ -147,25 +147,37 @@ def write_corpus(
                 bar.update(1)
         _write_tables(root, rows)
         _write_lines(root / "monolingual.txt", draw_monolingual(num_monolingual, seed))
-        summary = {
-            "version": VERSION,
-            "options": {
-                "num_clips": num_clips,
-                "seed": seed,
-                "num_monolingual": num_monolingual,
-            },
-            "clips": {split: len(rows[split]) for split in SPLITS},
-            "frames": num_frames,
-            "signers": {signer.name: _splits_of(signer) for signer in SIGNERS},
-            "signs": [asdict(sign) for sign in SIGNS.values()],
+        options = {
+            "num_clips": num_clips,
+            "seed": seed,
+            "num_monolingual": num_monolingual,
         }
-        text = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
-        (root / SIGNSIM_FILE).write_text(text, "utf-8")
+        _write_summary(root / SIGNSIM_FILE, options, split_sizes(num_clips), num_frames)
     return out / RELEASE
 
 
-def _splits_of(signer: Signer) -> list[str]:
-    return ["test"] if signer is UNSEEN else list(SPLITS)
+def _write_summary(
+    path: Path,
+    options: dict[str, int],
+    num_clips: dict[str, int],
+    num_frames: dict[str, int],
+) -> None:
+    """Write signsim.json: the options, and what was made of them.
+
+    num_clips, num_frames: by split.
+    """
+    signers = {signer.name: list(SPLITS) for signer in SEEN}
+    signers[UNSEEN.name] = ["test"]
+    summary = {
+        "version": VERSION,
+        "options": options,
+        "clips": num_clips,
+        "frames": num_frames,
+        "signers": signers,
+        "signs": list(map(asdict, SIGNS.values())),
+    }
+    text = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
+    path.write_text(text, "utf-8")
 
 
 def _check_options(num_clips: int, seed: int, workers: int, num_monolingual: int) -> None:
@@ -188,7 +200,10 @@ def _check_place(out: Path, num_clips: int) -> None:
         raise UserError(
             f"the output folder must be new or empty, but {out} {what}. {remedy}"
         )
-    parent = next(folder for folder in out.parents if folder.exists())
+    # The disk is that of the nearest folder that exists.
+    parent = out.parent
+    while not parent.exists():
+        parent = parent.parent
     free, needed = shutil.disk_usage(parent).free, num_clips * _CLIP_BYTES
     if free < needed:
         raise UserError(
@@ -214,7 +229,8 @@ def _whole_or_nothing(out: Path) -> Iterator[Path]:
                 ) from error
             yield folder
     except OSError as error:
-        if error.filename2 is not None:  # of a rename, which has two names
+        # Only a rename has two names: the folder at its end is not empty any more.
+        if error.filename2 is not None:
             why = f"{out}: {error.strerror}"
             raise UserError(
                 f"the output folder must stay empty while the corpus is made, but {why}."
@@ -243,12 +259,11 @@ def _map(
 
 
 def _write_lines(path: Path, lines: list[str]) -> None:
-    path.write_text("".join(f"{line}\n" for line in lines), "utf-8")
+    path.write_text("\n".join([*lines, ""]), "utf-8")
 
 
 def _write_tables(root: Path, rows: dict[str, list[str]]) -> None:
     (root / ANNOTATIONS).mkdir(parents=True)
     for split, lines in rows.items():
-        _write_lines(
-            root / ANNOTATIONS / f"PHOENIX-2014-T.{split}.corpus.csv", [HEADER, *lines]
-        )
+        table = root / ANNOTATIONS / f"PHOENIX-2014-T.{split}.corpus.csv"
+        _write_lines(table, [HEADER, *lines])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,25 +34,29 @@ class Sentence:
 
 def draw_any(rng: np.random.Generator) -> Sentence:
     """Draw a sentence of any split."""
+    # The plan's number; rounding may leave the last share a little below 1.
     number = int(np.searchsorted(_SHARES, rng.random(), side="right"))
     plan, _ = PLANS[min(number, len(PLANS) - 1)]
     glosses, wordings = plan(Draw(rng))
     # A wording that begins with what is not said would move the verb from its second
     # place.
-    wordings = [wording for wording in wordings if wording[0] != NO_PHRASE]
-    usual, *others = wordings
+    usual, *others = [wording for wording in wordings if wording[0] != NO_PHRASE]
     wording = usual
     if others and rng.random() < FREE_ORDER:
         wording = others[int(rng.integers(len(others)))]
+    # The usual form of each phrase, or now and then another one.
     words = []
     for phrase in wording:
-        free = len(phrase) > 1 and rng.random() < FREE_PHRASE
-        words.append(phrase[1 + int(rng.integers(len(phrase) - 1))] if free else phrase[0])
-    return Sentence(glosses, _joined(words), _joined(phrase[0] for phrase in usual))
+        form = 0
+        if len(phrase) > 1 and rng.random() < FREE_PHRASE:
+            form = 1 + int(rng.integers(len(phrase) - 1))
+        words.append(phrase[form])
+    usual_words = [phrase[0] for phrase in usual]
+    return Sentence(glosses, _joined(words), _joined(usual_words))
 
 
-def _joined(words: Iterable[str]) -> str:
-    return " ".join(word for word in words if word)
+def _joined(words: list[str]) -> str:
+    return " ".join(filter(None, words))
 
 
 def draw_sentence(rng: np.random.Generator, split: str) -> Sentence:

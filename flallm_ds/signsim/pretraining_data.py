@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flallm_ds.signsim.render import render_clip
-from flallm_ds.signsim.signer import HAND, POINT, SIGNERS, UNSEEN, sign_poses
+from flallm_ds.signsim.signer import HAND, POINT, SEEN, sign_poses
 from flallm_ds.signsim.signs import HANDS, HANDSHAPES, LOCATIONS, MOVEMENTS, Sign
 
 FRAMES_A_TASK = 125
@@ -35,6 +35,7 @@ def random_poses(num: int, rng: np.random.Generator) -> NDArray[np.float64]:
     for _ in range(num):
         here = sign_poses(random_sign(rng), 9)[rng.integers(9)]
         there = sign_poses(random_sign(rng), 9)[rng.integers(9)]
+        # Three poses in ten are on the way, as in a clip's transitions.
         way = rng.uniform(0, 1) if rng.random() < 0.3 else 0.0
         poses.append((1 - way) * here + way * there)
     return np.stack(poses)
@@ -48,9 +49,10 @@ def targets(poses_FP: NDArray[np.float64], left_handed: bool) -> NDArray[np.floa
         point_F = np.deg2rad(hand_FP[:, POINT])
         x_F = hand_FP[:, 0] * own_side * (-1.0 if left_handed else 1.0) / 40
         y_F = (hand_FP[:, 1] - 150) / 80
-        hands.append(
-            np.stack([x_F, y_F, 1.4 * np.sin(point_F), 1.7 * np.cos(point_F)], axis=1)
-        )
+        # Sine and cosine: degrees would jump from 180 to -180.
+        sine_F, cosine_F = 1.4 * np.sin(point_F), 1.7 * np.cos(point_F)
+        hands.append(np.stack([x_F, y_F, sine_F, cosine_F], axis=1))
+    # The dominant hand of the left-handed is on the screen's right.
     if left_handed:
         hands.reverse()
     return np.concatenate(hands, axis=1).astype(np.float32)
@@ -63,11 +65,10 @@ def render(task: int, seed: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]
     """
     cv2.setNumThreads(1)
     rng = np.random.default_rng([seed, task])
-    signers = [signer for signer in SIGNERS if signer is not UNSEEN]
-    signer = signers[task % len(signers)]
+    signer = SEEN[task % len(SEEN)]
     poses_FP = random_poses(FRAMES_A_TASK, rng)
     frames = []
     for frame in render_clip(poses_FP, signer, rng):
         squashed = cv2.resize(frame, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
-        frames.append(squashed[..., ::-1])
+        frames.append(squashed[..., ::-1])  # OpenCV's blue, green, red to RGB
     return np.stack(frames), targets(poses_FP, signer.left_handed)

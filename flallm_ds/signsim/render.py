@@ -5,12 +5,12 @@ Array suffixes: F frames, P numbers of a pose, C colour channels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import lru_cache
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from flallm_ds.signsim.figure import (
     HEIGHT,
@@ -102,9 +102,9 @@ def draw_hand(frame: Frame, hand: HandGeometry, index: int, skin: Color) -> None
         line(frame, hand.ring_FK[index], skin, thick)
 
 
-def _mapped(camera: Camera, points: Sequence[tuple[float, float]]) -> Points:
+def _mapped(camera: Camera, points: ArrayLike) -> Points:
     """Project points of the standard signer to the frame."""
-    return fixed_point(camera.project(np.array(points, dtype=np.float64)))
+    return fixed_point(camera.project(np.asarray(points, dtype=np.float64)))
 
 
 def draw_torso(frame: Frame, person: Figure) -> None:
@@ -122,7 +122,8 @@ def draw_torso(frame: Frame, person: Figure) -> None:
         (44 * w, 240),
         (46 * w, 320),
     ]
-    outline = half + [(-x, y) for x, y in reversed(half)]
+    # Down on one side, and up on the other.
+    outline = np.concatenate([half, np.array(half)[::-1] * (-1, 1)])
     line(frame, _mapped(camera, outline), shade(cloth, 0.6), 3)
     polygon(frame, _mapped(camera, outline), cloth)
     flank = signer.light * camera.side  # the side away from the light lies in shade
@@ -137,7 +138,7 @@ def draw_torso(frame: Frame, person: Figure) -> None:
         (30 * w, 180),
         (38 * w, 150),
     ]
-    shadow = [(away * x, y) for x, y in side]
+    shadow = np.array(side) * (away, 1)
     polygon(frame, _mapped(camera, shadow), shade(cloth, 0.86))
     neck = [(-13, 92), (13, 92), (14, 124), (0, 134), (-14, 124)]
     convex(frame, _mapped(camera, neck), shade(skin, 0.80))
@@ -163,7 +164,7 @@ def _draw_collar(frame: Frame, person: Figure, cloth: Color, skin: Color) -> Non
 
 def make_background(signer: Signer, gain: float, rng: np.random.Generator) -> Frame:
     """Make the studio: a gradient, a soft glow on the light's side, and darker corners."""
-    top, bottom = (np.array(color, dtype=np.float64) * gain for color in signer.background)
+    top, bottom = np.array(signer.background, dtype=np.float64) * gain
     y = np.linspace(0, 1, HEIGHT)[:, None]
     x = np.linspace(-1, 1, WIDTH)[None, :]
     # One level of grey for each pixel.

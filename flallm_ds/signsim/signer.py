@@ -117,7 +117,7 @@ SIGNERS = (
         glasses=True,
     ),
 )  # fmt: skip
-UNSEEN = SIGNERS[-1]
+SEEN, UNSEEN = SIGNERS[:-1], SIGNERS[-1]
 
 # One hand of a pose: x, y, z, pointing (degrees), roll, 5 finger lengths, angles and
 # curls, ring.

@@ -250,6 +250,7 @@ class Draw:
 
     def state(self, but: str = "") -> tuple[str, str, str]:
         states = [state for state in STATES if state[0] != but]
+        # One draw, also with an exception: a loop would shift the draws that follow.
         return states[self.index(len(states))]
 
     def number(self) -> tuple[Glosses, str]:

@@ -24,7 +24,10 @@ from flallm_ds.errors import UserError
 
 SPLITS = ("train", "dev", "test")
 SIGNSIM_FILE = "signsim.json"  # marks the synthetic corpus, which has PHOENIX14T's layout
-SPLIT_NAMES = {name: name for name in SPLITS} | {
+SPLIT_NAMES = {
+    "train": "train",
+    "dev": "dev",
+    "test": "test",
     "val": "dev",
     "valid": "dev",
     "validation": "dev",
@@ -33,7 +36,10 @@ SPLIT_NAMES = {name: name for name in SPLITS} | {
 _DELIMITERS = {",": "commas", "\t": "TABs", "|": "|", ";": "semicolons"}
 _LINE_END = re.compile(r"\r\n|\r|\n")
 _NOT_IN_A_TEXT = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")
+# float alone would also take "1_000", "nan" and digits of other scripts.
 _NUMBER = re.compile(r"\s*\+?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?\s*", re.IGNORECASE)
+_MAX_S = 1e7  # 115 days: beyond it a time is a mistake
+# Unicode categories that are drawn as nothing: controls, spaces, combining marks.
 _UNSEEN = frozenset(("Cc", "Cf", "Zs", "Zl", "Zp", "Mn", "Mc", "Me"))
 # letters and symbols drawn as nothing
 _FILLERS = frozenset("\u115f\u1160\u2800\u3164\uffa0")
@@ -115,14 +121,14 @@ def read_table(
     """
     lines = read_lines(path)
     _check_delimiter(lines[0], delimiter, columns, quoted, path)
-    header = [
-        name.strip() for name in _fields(lines[0], delimiter, quoted, f"{path}, line 1:")
-    ]
+    names = _fields(lines[0], delimiter, quoted, f"{path}, line 1:")
+    header = list(map(str.strip, names))
     _check_header(header, delimiter, columns, path)
     for number, line in enumerate(lines[1:], 2):
         what = f"{path}, line {number}:"
         fields = _fields(line, delimiter, quoted, what)
-        if not any(field.strip() for field in fields):
+        # Blank lines, and the ",,," that spreadsheets write below the last row.
+        if not "".join(fields).strip():
             continue
         if len(fields) != len(header):
             wanted = f"a row must have {len(header)} fields"
@@ -151,11 +157,13 @@ def _check_delimiter(
     path: Path,
 ) -> None:
     """Raise UserError if a header has all columns, but by another delimiter or in quotes."""
+    # The delimiters by which the line has all columns.
     fits = []
     for one in _DELIMITERS:
         names = {field.strip(' "') for field in line.split(one)}
-        if set(columns) <= names:
+        if names.issuperset(columns):
             fits.append(one)
+    # None does: a column is missing, which _check_header reports.
     if not fits:
         return
     wanted, other = _DELIMITERS[delimiter], _DELIMITERS[fits[0]]
@@ -178,17 +186,20 @@ def _check_header(
     path: Path,
 ) -> None:
     """Raise UserError for a column that is missing or there twice."""
-    repeated = [name for name, count in Counter(header).items() if name and count > 1]
-    if repeated:
-        got = f"got {repeated[0]!r} twice. Rename one."
-        raise UserError(f"{path}, line 1: each column must have its own name, {got}")
-    missing = [name for name in columns if name not in header]
-    if missing:
-        raise UserError(
-            f"a table must have the column {missing[0]!r}, but its first line is "
-            f"{delimiter.join(header)[:200]!r}: {path}. Check that it is the corpus's own "
-            "table."
-        )
+    # Columns without a name may repeat: nothing reads them.
+    for name, count in Counter(header).items():
+        if name and count > 1:
+            raise UserError(
+                f"{path}, line 1: each column must have its own name, got {name!r} twice. "
+                "Rename one."
+            )
+    for name in columns:
+        if name not in header:
+            raise UserError(
+                f"a table must have the column {name!r}, but its first line is "
+                f"{delimiter.join(header)[:200]!r}: {path}. Check that it is the corpus's "
+                "own table."
+            )
 
 
 def check_text(text: str, what: str) -> None:
@@ -204,7 +215,10 @@ def check_text(text: str, what: str) -> None:
 def is_blank(text: str) -> bool:
     """Whether nothing of a text can be seen: spaces, zero-width and combining characters
     alone."""
-    return all(unicodedata.category(char) in _UNSEEN or char in _FILLERS for char in text)
+    for char in text:
+        if unicodedata.category(char) not in _UNSEEN and char not in _FILLERS:
+            return False
+    return True
 
 
 def first_line(path: Path) -> str:
@@ -225,15 +239,20 @@ def files_below(folder: Path) -> Iterator[Path]:
     """
     seen: set[str] = set()
     for place, folders, names in os.walk(folder, followlinks=True):
+        # A link to a folder above would otherwise be followed for ever.
         real = os.path.realpath(place)
         if real in seen:
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            if not name.startswith("."):
-                yield Path(place, name)
+        # os.walk descends into what is left in this list, in its order.
+        folders[:] = sorted(filter(_is_visible, folders))
+        for name in sorted(filter(_is_visible, names)):
+            yield Path(place, name)
+
+
+def _is_visible(name: str) -> bool:
+    return not name.startswith(".")
 
 
 def find_file(source: Path, usual: str, pattern: str) -> Path | None:
@@ -243,15 +262,18 @@ def find_file(source: Path, usual: str, pattern: str) -> Path | None:
     """
     if (source / usual).is_file():
         return source / usual
-    named = [path for path in files_below(source) if fnmatch(path.name, pattern)]
-    found = [path for path in named if path.is_file()]
-    for other in found[1:]:
-        if not same_content(found[0], other):
+    found: Path | None = None
+    for path in files_below(source):
+        if not fnmatch(path.name, pattern) or not path.is_file():
+            continue
+        if found is None:
+            found = path
+        elif not same_content(found, path):
             raise UserError(
-                f"--source must hold one {pattern}, got two that differ: {found[0]} and "
-                f"{other}. Move one of them away."
+                f"--source must hold one {pattern}, got two that differ: {found} and "
+                f"{path}. Move one of them away."
             )
-    return found[0] if found else None
+    return found
 
 
 def same_content(path: Path, other: Path) -> bool:
@@ -267,15 +289,17 @@ def read_seconds(value: str, what: str, required: bool = False) -> float | None:
     if not value.strip() and not required:
         return None
     fields = value.split(":")
-    # float alone would also take "1_000", "nan" and digits of other scripts.
-    parts = (
-        [float(part) for part in fields] if all(map(_NUMBER.fullmatch, fields)) else [-1.0]
-    )
-    seconds = sum(part * 60.0**place for place, part in enumerate(reversed(parts)))
-    if len(parts) > 3 or not all(0 <= part < 1e7 for part in parts) or seconds >= 1e7:
-        wanted = f"{what} must be seconds from 0 up, or h:m:s"
-        raise UserError(f"{wanted}, but is {value!r}. Correct the table.")
-    return seconds
+    if len(fields) <= 3 and all(map(_NUMBER.fullmatch, fields)):
+        seconds = clock_seconds(list(map(float, fields)))
+        if seconds < _MAX_S:
+            return seconds
+    wanted = f"{what} must be seconds from 0 up, or h:m:s"
+    raise UserError(f"{wanted}, but is {value!r}. Correct the table.")
+
+
+def clock_seconds(parts: Sequence[float]) -> float:
+    """Return the seconds of a clock's parts: s, m:s or h:m:s."""
+    return sum(part * 60.0**place for place, part in enumerate(reversed(parts)))
 
 
 def read_split(value: str, what: str) -> str:

@@ -8,9 +8,10 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+from flallm_ds.sharding.corpora import clock_seconds
 
 # The first of a video's files in this order is read; .json is a list of {text, start,
 # duration} or json3.
@@ -132,23 +133,34 @@ def _read_json3(content: dict[str, Any]) -> tuple[list[Cue], bool]:
     for event in events:
         if not isinstance(event, dict):
             raise ValueError("an event must be an object")
-        segments = event.get("segs")
-        if segments is None:  # it sets up a window
+        # An event without segments sets up a window.
+        if event.get("segs") is None:
             continue
-        if not isinstance(segments, list):
-            raise ValueError("the segments of an event must be a list of objects")
-        if not all(isinstance(segment, dict) for segment in segments):
-            raise ValueError("the segments of an event must be a list of objects")
-        automatic |= "aAppend" in event or any(
-            "tOffsetMs" in segment for segment in segments
-        )
-        texts = [segment.get("utf8", "") for segment in segments]
-        if not all(isinstance(text, str) for text in texts):
-            raise ValueError("the text of a segment must be a string")
-        if text := "".join(texts).strip():
+        text, timed_words = _segments(event["segs"])
+        # Speech recognition appends to a line, and gives each word its time.
+        automatic |= timed_words or "aAppend" in event
+        if text:
             start_s = _number(event.get("tStartMs")) / 1000
-            shown.append(_caption(start_s, _number(event.get("dDurationMs")) / 1000, text))
+            span_s = _number(event.get("dDurationMs")) / 1000
+            shown.append(_caption(start_s, span_s, text))
     return _unroll(shown, automatic)
+
+
+def _segments(segments: Any) -> tuple[str, bool]:
+    """Return (the text of a json3 event, whether its words have times of their own)."""
+    if not isinstance(segments, list):
+        raise ValueError("the segments of an event must be a list of objects")
+    texts = []
+    timed_words = False
+    for segment in segments:
+        if not isinstance(segment, dict):
+            raise ValueError("the segments of an event must be a list of objects")
+        text = segment.get("utf8", "")
+        if not isinstance(text, str):
+            raise ValueError("the text of a segment must be a string")
+        texts.append(text)
+        timed_words |= "tOffsetMs" in segment
+    return "".join(texts).strip(), timed_words
 
 
 def _entries(content: Any) -> list[_Shown]:
@@ -186,9 +198,11 @@ def _without_comments(text: str) -> list[str]:
     lines = []
     before, hidden = "", False
     for line in _lines(text)[1:]:
-        hidden = bool(line) and (
-            hidden or (not before and _NO_CUE.fullmatch(line) is not None)
-        )
+        # A hidden block begins after an empty line and reaches to the next one.
+        if not line:
+            hidden = False
+        elif not before and _NO_CUE.fullmatch(line):
+            hidden = True
         before = line
         if not hidden:
             lines.append(line)
@@ -196,7 +210,12 @@ def _without_comments(text: str) -> list[str]:
 
 
 def _num_unreadable(lines: Sequence[str]) -> int:
-    return sum("-->" in line and _span(line) is None for line in lines)
+    """Count the lines of times that cannot be read."""
+    num = 0
+    for line in lines:
+        if "-->" in line and _span(line) is None:
+            num += 1
+    return num
 
 
 def _span(line: str) -> tuple[float, float] | None:
@@ -209,8 +228,8 @@ def _span(line: str) -> tuple[float, float] | None:
 
 
 def _seconds(clock: str) -> float:
-    parts = reversed(clock.replace(",", ".").split(":"))
-    return sum(float(part) * 60.0**place for place, part in enumerate(parts))
+    parts = clock.replace(",", ".").split(":")
+    return clock_seconds(list(map(float, parts)))
 
 
 def _timed(lines: Sequence[str], blank_ends: bool) -> list[_Shown]:
@@ -219,6 +238,7 @@ def _timed(lines: Sequence[str], blank_ends: bool) -> list[_Shown]:
     blank_ends: an empty line ends a caption, else the next line of times does, with the
     number above it.
     """
+    # The spans, and the lines below each; the last list grows while lines are read.
     found: list[tuple[tuple[float, float], list[str]]] = []
     current: list[str] | None = None
     for line in lines:
@@ -232,7 +252,10 @@ def _timed(lines: Sequence[str], blank_ends: bool) -> list[_Shown]:
             current = None
         elif current is not None:
             current.append(line)
-    return [(*span, _clean("\n".join(below))) for span, below in found]
+    shown = []
+    for (start_s, end_s), below in found:
+        shown.append((start_s, end_s, _clean("\n".join(below))))
+    return shown
 
 
 def _unroll(shown: list[_Shown], automatic: bool = False) -> tuple[list[Cue], bool]:
@@ -246,21 +269,28 @@ def _unroll(shown: list[_Shown], automatic: bool = False) -> tuple[list[Cue], bo
     # shown too.
     repeats = [0] * len(shown)
     overlaps = [False] * len(shown)
-    for n, ((began_s, end_s, before), (start_s, _, lines)) in enumerate(pairwise(shown), 1):
+    for n in range(1, len(shown)):
+        began_s, end_s, before = shown[n - 1]
+        start_s, _, lines = shown[n]
         if began_s <= start_s < end_s + _AT_ONCE_S:
             repeats[n] = _num_repeated(before, lines)
             overlaps[n] = began_s < start_s < end_s - _AT_ONCE_S
     # Some tools drop the time of each word, by which automatic captions are known;
     # repeats stay.
-    mostly = len(repeats) > 3 and sum(map(bool, repeats)) > len(repeats) / 2
+    num_repeating = len(repeats) - repeats.count(0)
+    mostly = len(repeats) > 3 and num_repeating > len(repeats) / 2
     if not automatic and not mostly:
         # A line said twice is captioned twice, but not while the first is still shown.
         for n, overlap in enumerate(overlaps):
-            repeats[n] = repeats[n] if overlap else 0
+            if not overlap:
+                repeats[n] = 0
+    # Each caption without the lines that the one before has shown already. A caption of
+    # such lines alone is left out, but an empty one stays and is counted.
     cues = []
     for (start_s, end_s, lines), repeated in zip(shown, repeats, strict=True):
-        if not repeated or lines[repeated:]:
-            cues.append(Cue(start_s, end_s, " ".join(lines[repeated:])))
+        new = lines[repeated:]
+        if new or not repeated:
+            cues.append(Cue(start_s, end_s, " ".join(new)))
     return cues, automatic or any(repeats)
 
 
@@ -281,16 +311,20 @@ def separate(cues: Sequence[tuple[int, Cue]]) -> tuple[list[tuple[int, Cue]], in
     apart: list[tuple[int, Cue]] = []
     num_cut = num_joined = 0
     for number, cue in sorted(cues, key=lambda numbered: numbered[1].start_s):
-        if apart and cue.start_s < apart[-1][1].end_s:
-            first, last = apart.pop()
-            if last.text == cue.text or cue.start_s - last.start_s < _AT_ONCE_S:
-                text = last.text if last.text == cue.text else f"{last.text} {cue.text}"
-                num_joined += 1
-                apart.append((first, Cue(last.start_s, max(last.end_s, cue.end_s), text)))
-                continue
-            num_cut += 1
+        if not apart or cue.start_s >= apart[-1][1].end_s:
+            apart.append((number, cue))
+            continue
+        # The two overlap: join them, or cut the last one.
+        first, last = apart.pop()
+        repeated = last.text == cue.text
+        if repeated or cue.start_s - last.start_s < _AT_ONCE_S:
+            text = last.text if repeated else f"{last.text} {cue.text}"
+            apart.append((first, Cue(last.start_s, max(last.end_s, cue.end_s), text)))
+            num_joined += 1
+        else:
             apart.append((first, Cue(last.start_s, cue.start_s, last.text)))
-        apart.append((number, cue))
+            apart.append((number, cue))
+            num_cut += 1
     return apart, num_cut, num_joined
 
 
@@ -303,29 +337,40 @@ def _clean(text: str) -> list[str]:
     # Twice: transcripts are often escaped twice, tags with them.
     text = _TAG.sub("", html.unescape(html.unescape(text)))
     text = _CODE.sub("", text).replace("\\h", " ").translate(_INVISIBLE)
+    # Sounds: all that is in brackets, but only what names a sound in parentheses.
     sung = _NOTE_SIGNS.search(text) is not None
     text = _NOTE_SIGNS.sub(" ", _BRACKETS.sub(" ", text))
-    text = _PARENTHESES.sub(lambda found: " " if _is_sound(found[1]) else found[0], text)
+    text = _PARENTHESES.sub(_without_sound, text)
     text = _ARROWS.sub(_without_name, text)
+    # Nothing is said: "(birds singing)", but not a sentence said aside; "♪ soft music ♪";
+    # or signs without a letter or digit.
     whole = " ".join(text.split()).strip(".,!- ")
-    # (birds singing), but not a sentence said aside
     alone = _PARENTHESES.fullmatch(whole)
-    if (alone and not re.search("[.!?。！？]", alone[1])) or (sung and _is_sound(whole)):
+    if alone and not re.search("[.!?。！？]", alone[1]):
+        return []
+    if sung and _is_sound(whole):
         return []
     if not any(map(str.isalnum, whole)):
         return []
-    return list(_without_dashes([" ".join(line.split()) for line in text.split("\n")]))
+    lines = [" ".join(line.split()) for line in text.split("\n")]
+    return list(_without_dashes(lines))
 
 
 def _is_sound(words: str) -> bool:
     return len(words.split()) <= _SOUND_WORDS and _SOUND.search(words) is not None
 
 
+def _without_sound(parentheses: re.Match[str]) -> str:
+    """Return what stays of "(...)": nothing of a sound, else all."""
+    return " " if _is_sound(parentheses[1]) else parentheses[0]
+
+
 def _without_name(arrows: re.Match[str]) -> str:
     """Return what stays of ">> NAME:" or ">>": a name's words begin with no small letter."""
-    name = arrows[1]
-    is_name = name is None or not any(word[0].islower() for word in name.split())
-    return " " if is_name else f" {arrows[0].lstrip('>')}"
+    name = arrows[1] or ""
+    if any(word[0].islower() for word in name.split()):
+        return f" {arrows[0].lstrip('>')}"
+    return " "
 
 
 def _without_dashes(lines: Sequence[str]) -> Iterator[str]:

@@ -7,6 +7,7 @@ without its power to import anything. Where it is absent, video_map.txt says the
 
 import pickle
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -79,7 +80,8 @@ def read(source: Path, splits: tuple[str, ...], *, trim_margin: bool = True) -> 
     if absent:
         what = "clips of split_1.txt are not in this release"
         notes.append(f"{len(absent):,} {what} ({first_of(absent)})")
-    if unlisted := [name for name in labels if name not in listed]:
+    unlisted = [name for name in labels if name not in listed]
+    if unlisted:
         notes.append(
             f"{len(unlisted):,} labelled clips are in no split ({first_of(unlisted)})"
         )
@@ -96,9 +98,7 @@ def _find_frames(root: Path) -> Path:
         folder = root / name
         if not folder.is_dir() or not any(folder.iterdir()):
             continue
-        # sentence_frames-512x512 is no second folder where it only holds frames_512x512.
-        known = any(other.samefile(folder) or folder in other.parents for other in found)
-        if not known:
+        if not _is_known(folder, found):
             found.append(folder)
     if not found:
         raise UserError(
@@ -110,6 +110,12 @@ def _find_frames(root: Path) -> Path:
             f"the frames must be in one folder, got two: {two}. Move one of them away."
         )
     return found[0]
+
+
+def _is_known(folder: Path, found: list[Path]) -> bool:
+    """Whether a folder is one of those found, by a link, or only holds one of them."""
+    # sentence_frames-512x512 is no second folder where it only holds frames_512x512.
+    return any(other.samefile(folder) or folder in other.parents for other in found)
 
 
 def read_labels(folder: Path) -> tuple[dict[str, tuple[str, str]], Path]:
@@ -138,17 +144,20 @@ def read_labels(folder: Path) -> tuple[dict[str, tuple[str, str]], Path]:
 
 def _label(info: dict[str, Any], table: Path) -> tuple[str, str]:
     """Return (text, gloss) of one clip; either may be a list of strings or one string."""
-    words = []
-    for field in ("label_char", "label_gloss"):
-        value = info.get(field)
-        parts = value.split() if isinstance(value, str) else value
-        if not isinstance(parts, list | tuple) or not all(
-            isinstance(part, str) for part in parts
-        ):
-            wanted = f"{field} of {info['name']} must be text or a list of texts"
-            raise UserError(f"{wanted}, but is {value!r:.80}: {table}.")
-        words.append(parts)
-    return "".join(words[0]).strip(), " ".join(words[1]).strip()
+    text = "".join(_words(info, "label_char", table))
+    gloss = " ".join(_words(info, "label_gloss", table))
+    return text.strip(), gloss.strip()
+
+
+def _words(info: dict[str, Any], field: str, table: Path) -> Sequence[str]:
+    """Return the strings of one field of a clip."""
+    value = info.get(field)
+    if isinstance(value, str):
+        return value.split()
+    if isinstance(value, list | tuple) and set(map(type, value)) <= {str}:
+        return value
+    wanted = f"{field} of {info['name']} must be text or a list of texts"
+    raise UserError(f"{wanted}, but is {value!r:.80}: {table}.")
 
 
 class _PlainUnpickler(pickle.Unpickler):

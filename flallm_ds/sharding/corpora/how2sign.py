@@ -60,23 +60,7 @@ def read_rows(
     table = _find_table(source, split)
     delimiter = "\t" if "\t" in first_line(table) else ","
     lines = list(read_table(table, delimiter, _COLUMNS))
-    # Raw videos, or ready-made clips where more rows have one.
-    raw_names = {fields["VIDEO_NAME"]: (fields["VIDEO_NAME"],) for _, fields in lines}
-    ready_names = {
-        fields["SENTENCE_NAME"]: (fields["SENTENCE_NAME"],) for _, fields in lines
-    }
-    there = videos.found(raw_names), videos.found(ready_names)
-    num_raw = sum(fields["VIDEO_NAME"] in there[0] for _, fields in lines)
-    num_ready = sum(fields["SENTENCE_NAME"] in there[1] for _, fields in lines)
-    raw = num_raw > 0 and num_raw >= num_ready
-    if raw:
-        names, level, num_there = raw_names, "video_level", num_raw
-        kind = "cut from the raw videos by the re-aligned times"
-    else:
-        names, level, num_there = ready_names, "sentence_level", num_ready
-        kind = "ready-made, cut by the original times"
-    paths, said = videos.choose(names, f"{level}/{split}/rgb_front/raw_videos")
-    notes = [f"clips {kind} ({num_there:,} of {len(lines):,} rows have a video)", *said]
+    paths, raw, notes = _choose_videos(lines, split, videos)
     rows, num_garbled = [], 0
     for line, fields in lines:
         what = f"{table}, line {line}:"
@@ -86,6 +70,7 @@ def read_rows(
         # characters.
         check_text(mended.strip(), f"{what} a sentence")
         num_garbled += mended != text
+        # Ready-made clips are not cut again, but a time that is no time is an error.
         start_s = read_seconds(
             fields["START_REALIGNED"], f"{what} START_REALIGNED", required=raw
         )
@@ -105,11 +90,38 @@ def read_rows(
             )
         )
     if num_garbled:
-        done = (
-            "repaired" if repair else "kept as they are (--repair_mojibake=true mends them)"
-        )
+        done = "kept as they are (--repair_mojibake=true mends them)"
+        if repair:
+            done = "repaired"
         notes.append(f"{num_garbled:,} texts with garbled characters, {done}")
     return rows, notes
+
+
+def _choose_videos(
+    lines: list[tuple[int, dict[str, str]]], split: str, videos: Videos
+) -> tuple[dict[str, Path], bool, list[str]]:
+    """Choose raw videos, or ready-made clips where more rows have one.
+
+    Returns (the video by its name, whether it is a raw one, notes).
+    """
+    raw_names: dict[str, tuple[str]] = {}
+    ready_names: dict[str, tuple[str]] = {}
+    num_raw = num_ready = 0
+    for _, fields in lines:
+        video, sentence = fields["VIDEO_NAME"], fields["SENTENCE_NAME"]
+        raw_names[video], ready_names[sentence] = (video,), (sentence,)
+        num_raw += videos.have(raw_names[video])
+        num_ready += videos.have(ready_names[sentence])
+    raw = num_raw > 0 and num_raw >= num_ready
+    if raw:
+        names, level, num_there = raw_names, "video_level", num_raw
+        kind = "cut from the raw videos by the re-aligned times"
+    else:
+        names, level, num_there = ready_names, "sentence_level", num_ready
+        kind = "ready-made, cut by the original times"
+    paths, said = videos.choose(names, f"{level}/{split}/rgb_front/raw_videos")
+    note = f"clips {kind} ({num_there:,} of {len(lines):,} rows have a video)"
+    return paths, raw, [note, *said]
 
 
 _GARBLED = re.compile(r"[\u00c2-\u00f4][^\x00-\x7f]{1,3}")
@@ -122,6 +134,7 @@ def mend_mojibake(text: str) -> str:
     """
 
     def mend(match: re.Match[str]) -> str:
+        # The longest start of what was found that is UTF-8: the last letters may be right.
         for length in range(len(match[0]), 1, -1):
             garbled, rest = match[0][:length], match[0][length:]
             try:

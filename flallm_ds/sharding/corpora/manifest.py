@@ -11,7 +11,6 @@ splits, and the same on every machine.
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Iterator
 from difflib import get_close_matches
 from functools import cache
@@ -50,7 +49,7 @@ def read(source: Path, splits: tuple[str, ...], *, language: str = "") -> Corpus
     unused: set[str] = set()
     languages: set[str] = set()
     first_line_of: dict[Any, int] = {}
-    quoted: list[int] = []  # lines of a TSV whose text is in quotes
+    quoted: list[str] = []  # line numbers of a TSV's texts in quotes
     for line, fields in _read_lines(source):
         what = f"{source}, line {line}:"
         unused |= _unused(fields, what)
@@ -60,13 +59,14 @@ def read(source: Path, splits: tuple[str, ...], *, language: str = "") -> Corpus
         if split in rows:
             rows[split].append(row)
         if source.suffix.lower() == ".tsv" and re.fullmatch('".+"', row.text):
-            quoted.append(line)
-    notes = [f"columns that are not used: {', '.join(sorted(unused))}"] if unused else []
+            quoted.append(str(line))
+    notes = []
+    if unused:
+        notes.append(f"columns that are not used: {', '.join(sorted(unused))}")
     if quoted:
-        numbers = first_of([str(line) for line in quoted])
         notes.append(
             f"{len(quoted):,} texts begin and end with a double quote, which is kept: a "
-            f"TSV has no quoting (lines {numbers})"
+            f"TSV has no quoting (lines {first_of(quoted)})"
         )
     language = languages.pop() if len(languages) == 1 else "mixed"
     return Corpus(source.stem, language, rows, notes)
@@ -77,8 +77,8 @@ def _unused(fields: dict[str, str], what: str) -> set[str]:
 
     Raises UserError for one that means another column.
     """
-    unknown = fields.keys() - set(_COLUMNS)
-    for name in sorted(unknown):
+    unused = set()
+    for name in sorted(fields.keys() - set(_COLUMNS)):
         meant = _meant(name)
         if meant and meant not in fields:
             raise UserError(
@@ -86,18 +86,23 @@ def _unused(fields: dict[str, str], what: str) -> set[str]:
                 f"{meant!r}. Rename it to {meant}, or, if it is something else, to a name "
                 "less like it."
             )
-    return {name or "(without a name)" for name in unknown}
+        unused.add(name or "(without a name)")
+    return unused
 
 
 @cache
 def _meant(name: str) -> str | None:
     """Return the column that an unknown name is a misspelling or another name of, if any."""
     plain = name.strip().lower()
-    # A misspelt or renamed "start" would otherwise make each row the whole video.
-    if (first := re.split(r"[^a-z]", plain)[0]) in ("start", "end", "split"):
+    # "start_s", "end time": a renamed "start" would make each row the whole video.
+    first = re.split(r"[^a-z]", plain)[0]
+    if first in ("start", "end", "split"):
         return first
-    swapped = [column for column in _COLUMNS if sorted(column) == sorted(plain)]
-    near = swapped + get_close_matches(plain, _COLUMNS, 1, _LIKENESS)
+    # The letters of a column in another order, then names that are nearly one.
+    for column in _COLUMNS:
+        if sorted(column) == sorted(plain):
+            return column
+    near = get_close_matches(plain, _COLUMNS, 1, _LIKENESS)
     return near[0] if near else None
 
 
@@ -112,7 +117,9 @@ def _check_once(
             f"{what} a row must occur once, got the video, times and text of line {first} "
             "again. Remove one of the two."
         )
-    if own_id and (first := first_line_of.setdefault(own_id, line)) != line:
+    # Ids that the manifest gives; those made from the video differ by their times.
+    first = first_line_of.setdefault(own_id, line) if own_id else line
+    if first != line:
         got = f"got {own_id!r} of line {first} again. Correct the manifest."
         raise UserError(f"{what} id must be that of one row, {got}")
 
@@ -165,7 +172,7 @@ def _read_box(value: str, what: str) -> tuple[float, float, float, float] | None
     if not value.strip():
         return None
     try:
-        x0, y0, x1, y1 = (float(part) for part in value.strip("[]() ").split(","))
+        x0, y0, x1, y1 = map(float, value.strip("[]() ").split(","))
     except ValueError:
         x0, y0, x1, y1 = 0.0, 0.0, 0.0, 0.0
     if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
@@ -214,11 +221,13 @@ def _read_json_lines(source: Path) -> Iterator[tuple[int, dict[str, str]]]:
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Make a JSON object. Raises ValueError for a name that is there twice."""
-    counts = Counter(name for name, _ in pairs)
-    repeated = [name for name, count in counts.items() if count > 1]
-    if repeated:
-        raise ValueError(f"{repeated[0]!r} is there twice")
-    return dict(pairs)
+    # json.loads alone would silently keep the last of them.
+    fields: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in fields:
+            raise ValueError(f"{name!r} is there twice")
+        fields[name] = value
+    return fields
 
 
 def _plain(fields: Any) -> dict[str, str]:
@@ -229,22 +238,27 @@ def _plain(fields: Any) -> dict[str, str]:
     """
     if not isinstance(fields, dict):
         raise ValueError(f"an object must be there, got {json.dumps(fields)[:50]}")
-    if "text" not in fields and not any(_meant(name) == "text" for name in fields):
+    # A misspelt "text" is reported later, with its right name.
+    if "text" not in fields and "text" not in map(_meant, fields):
         raise ValueError(f"'text' must be there, got {', '.join(fields)[:50] or 'no name'}")
     plain = {}
     for name, value in fields.items():
-        is_empty = value is None and name not in _NEEDED
-        if name in _STRINGS and not isinstance(value, str) and not is_empty:
-            raise ValueError(f"{name} must be a string, got {json.dumps(value)[:50]}")
-        is_number = isinstance(value, str | int | float | None) and not isinstance(
-            value, bool
-        )
-        if name in _NUMBERS and not is_number:
-            raise ValueError(
-                f"{name} must be a number or a string, got {json.dumps(value)[:50]}"
-            )
+        _check_type(name, value)
         if isinstance(value, list):
             plain[name] = ",".join(map(str, value))
         else:
             plain[name] = "" if value is None else str(value)
     return plain
+
+
+def _check_type(name: str, value: Any) -> None:
+    """Raise ValueError for a JSON value of a type that its column cannot have."""
+    if value is None and name not in _NEEDED:
+        return
+    if name in _STRINGS and not isinstance(value, str):
+        raise ValueError(f"{name} must be a string, got {json.dumps(value)[:50]}")
+    # To Python, a bool is an int.
+    is_number = isinstance(value, str | int | float) and not isinstance(value, bool)
+    if name in _NUMBERS and not is_number:
+        got = json.dumps(value)[:50]
+        raise ValueError(f"{name} must be a number or a string, got {got}")

@@ -7,6 +7,7 @@ has cropped them already, so the boxes are not applied to them again.
 
 import json
 from pathlib import Path
+from typing import Any
 
 from flallm_ds.data.codecs.video import Box
 from flallm_ds.errors import UserError
@@ -53,21 +54,8 @@ def read_rows(
     source: Path,
 ) -> tuple[list[Row], list[str]]:
     """Read the rows of one split. Returns (the rows, notes on how they were read)."""
-    # Raw videos, or ready-made clips where more rows have one.
-    raw_names = {fields["yid"]: (fields["yid"],) for _, fields in lines}
-    ready_names = {fields["vid"]: _file_names(fields["vid"]) for _, fields in lines}
-    there = videos.found(raw_names), videos.found(ready_names)
-    num_raw = sum(fields["yid"] in there[0] for _, fields in lines)
-    num_ready = sum(fields["vid"] in there[1] for _, fields in lines)
-    raw = num_raw > 0 and num_raw >= num_ready
-    if raw:
-        kind, num_there = "cut from the raw videos by the table's times", num_raw
-        paths, said = videos.choose(raw_names, "raw-video")
-    else:
-        kind, num_there = "ready-made, cut and cropped already", num_ready
-        paths, said = videos.choose(ready_names, "video-clip")
-    notes = [f"clips {kind} ({num_there:,} of {len(lines):,} rows have a video)", *said]
-    rows = []
+    paths, raw, notes = _choose_videos(lines, videos)
+    rows, num_uncropped = [], 0
     for line, fields in lines:
         what = f"{table}, line {line}:"
         vid, yid = fields["vid"], fields["yid"]
@@ -76,6 +64,9 @@ def read_rows(
         check_text(text, f"{what} raw-text")
         start_s = read_seconds(fields["start"], f"{what} start", required=raw)
         end_s = read_seconds(fields["end"], f"{what} end", required=raw)
+        # Ready-made clips are cropped already.
+        box = boxes.get(vid) if raw else None
+        num_uncropped += box is None
         rows.append(
             Row(
                 id=vid,
@@ -86,15 +77,40 @@ def read_rows(
                 start_s=start_s if raw else None,
                 end_s=end_s if raw else None,
                 gloss=fields.get("gloss", "").strip(),
-                bbox=boxes.get(vid) if raw else None,
+                bbox=box,
             )
         )
-    num_whole = sum(row.bbox is None for row in rows)
-    if raw and num_whole:
+    if raw and num_uncropped:
         notes.append(
-            f"{num_whole:,} of {len(rows):,} rows have no box: the whole frame is kept"
+            f"{num_uncropped:,} of {len(rows):,} rows have no box: the whole frame is kept"
         )
     return rows, notes
+
+
+def _choose_videos(
+    lines: list[tuple[int, dict[str, str]]], videos: Videos
+) -> tuple[dict[str, Path], bool, list[str]]:
+    """Choose raw videos, or ready-made clips where more rows have one.
+
+    Returns (the video by its name, whether it is a raw one, notes).
+    """
+    raw_names: dict[str, tuple[str, ...]] = {}
+    ready_names: dict[str, tuple[str, ...]] = {}
+    num_raw = num_ready = 0
+    for _, fields in lines:
+        vid, yid = fields["vid"], fields["yid"]
+        raw_names[yid], ready_names[vid] = (yid,), _file_names(vid)
+        num_raw += videos.have(raw_names[yid])
+        num_ready += videos.have(ready_names[vid])
+    raw = num_raw > 0 and num_raw >= num_ready
+    if raw:
+        kind, num_there = "cut from the raw videos by the table's times", num_raw
+        paths, said = videos.choose(raw_names, "raw-video")
+    else:
+        kind, num_there = "ready-made, cut and cropped already", num_ready
+        paths, said = videos.choose(ready_names, "video-clip")
+    note = f"clips {kind} ({num_there:,} of {len(lines):,} rows have a video)"
+    return paths, raw, [note, *said]
 
 
 def read_boxes(path: Path | None) -> dict[str, Box]:
@@ -115,7 +131,7 @@ def read_boxes(path: Path | None) -> dict[str, Box]:
     boxes = {}
     for vid, corners in content.items():
         try:
-            x0, y0, x1, y1 = (min(max(float(value), 0.0), 1.0) for value in corners)
+            x0, y0, x1, y1 = map(_within_frame, corners)
         except (TypeError, ValueError) as error:
             raise UserError(
                 f"a box must be [x0, y0, x1, y1], but that of {vid} is {corners!r:.80}: "
@@ -124,6 +140,10 @@ def read_boxes(path: Path | None) -> dict[str, Box]:
         if x0 < x1 and y0 < y1:
             boxes[vid] = (x0, y0, x1, y1)
     return boxes
+
+
+def _within_frame(value: Any) -> float:
+    return min(max(float(value), 0.0), 1.0)
 
 
 def _file_names(vid: str) -> tuple[str, ...]:

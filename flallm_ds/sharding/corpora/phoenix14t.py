@@ -26,6 +26,7 @@ def read(source: Path, splits: tuple[str, ...], *, stretch: bool = False) -> Cor
     --stretch=true stores frames as they are meant to be seen, 210x300 instead of the squeezed
         210x260.
     """
+    # The synthetic corpus has the same layout, and must not pass for the real one.
     for folder in (source.resolve(), *source.resolve().parents[:2]):
         if (folder / SIGNSIM_FILE).is_file():
             raise UserError(
@@ -72,7 +73,7 @@ def read_rows(
     for line, fields in read_table(table, "|", _COLUMNS, quoted=False):
         text = fields["translation"].strip()
         check_text(text, f"{table}, line {line}: translation")
-        # the name without the clip's number
+        # A clip's name is its broadcast's with a number.
         broadcast = re.sub(r"-[0-9]+$", "", fields["name"])
         rows.append(
             Row(
@@ -95,10 +96,12 @@ def _frame_folder(frames: Path, pattern: str) -> Path:
 
     Raises UserError if both hold images.
     """
+    # Without the "*.png" at its end, and without the "1" before that.
     named = frames / re.sub(r"/[^/]*\*[^/]*$", "", pattern)
     clip = named.parent if named.name == "1" else named
     if not (clip / "1").is_dir():
         return clip
+    # Where images are decides, not the table: an empty "1" may be left over.
     below, above = image_paths(clip / "1"), image_paths(clip)
     if below and above and not (clip / "1").samefile(clip):
         two = f"{clip} and {clip / '1'}. Move one of them away."

@@ -21,6 +21,14 @@ def _stem(path: Path) -> str:
     return path.stem
 
 
+def _all_of(files: Mapping[str, list[Path]], names: Sequence[str]) -> list[Path]:
+    """Return the files of several names, in the order of the names."""
+    found: list[Path] = []
+    for name in names:
+        found += files.get(name, ())
+    return found
+
+
 class Videos:
     """The video files below a folder by their names.
 
@@ -37,13 +45,9 @@ class Videos:
                 kind = self._renderings if self._is_rendering(path) else self._files
                 kind.setdefault(name, []).append(path)
 
-    def found(self, clips: Mapping[str, Sequence[str]]) -> set[str]:
-        """Return the clips that have a video. clips: as for `choose`."""
-        return {
-            clip
-            for clip, names in clips.items()
-            if not self._files.keys().isdisjoint(names)
-        }
+    def have(self, names: Sequence[str]) -> bool:
+        """Whether there is a video under one of these names."""
+        return not self._files.keys().isdisjoint(names)
 
     def choose(
         self, clips: Mapping[str, Sequence[str]], own: str | None = None
@@ -61,20 +65,47 @@ class Videos:
         not_taken: list[Path] = []
         unseen: list[Path] = []  # renderings of clips without a video
         for clip, names in clips.items():
-            files = [path for name in names for path in self._files.get(name, ())]
-            renderings = [path for name in names for path in self._renderings.get(name, ())]
-            preferred = [
-                path for path in files if own and self._lies_in(path, own)
-            ] or files
-            if not preferred:
+            own_files, other_files = self._files_of(names, own)
+            renderings = _all_of(self._renderings, names)
+            candidates = own_files or other_files
+            if not candidates:
                 unseen += renderings[:1]
                 continue
-            chosen[clip] = preferred[0]
-            others = [
-                path for path in preferred[1:] if not same_content(preferred[0], path)
-            ]
-            clashes += [(preferred[0], other) for other in others[:1]]
-            not_taken += [path for path in files if path not in preferred] + renderings
+            chosen[clip] = candidates[0]
+            # Copies of one video are one: any of them will do.
+            for other in candidates[1:]:
+                if not same_content(candidates[0], other):
+                    clashes.append((candidates[0], other))
+                    break
+            if own_files:
+                not_taken += other_files
+            not_taken += renderings
+        self._check_choice(chosen, clashes, unseen)
+        notes = []
+        if not_taken:
+            what = "other files of the same names are not taken"
+            notes.append(f"{len(not_taken):,} {what} ({self._short(not_taken[0])})")
+        if unseen:
+            what = "clips have renderings or other views alone, which are not taken"
+            notes.append(f"{len(unseen):,} {what} ({self._short(unseen[0])})")
+        return chosen, notes
+
+    def _files_of(
+        self, names: Sequence[str], own: str | None
+    ) -> tuple[list[Path], list[Path]]:
+        """Return the files of one clip: those in the corpus's own folder, and the others."""
+        own_files, other_files = [], []
+        for path in _all_of(self._files, names):
+            if own and self._lies_in(path, own):
+                own_files.append(path)
+            else:
+                other_files.append(path)
+        return own_files, other_files
+
+    def _check_choice(
+        self, chosen: dict[str, Path], clashes: list[tuple[Path, Path]], unseen: list[Path]
+    ) -> None:
+        """Raise UserError for two videos of one clip, and if there are renderings alone."""
         if clashes:
             first, second = clashes[0]
             more = f" ({len(clashes):,} clips have two)" if len(clashes) > 1 else ""
@@ -88,14 +119,6 @@ class Videos:
                 f"{unseen[0]}. Put the clips themselves below {self._source}, in a folder "
                 "not named after poses, masks or views."
             )
-        notes = []
-        if not_taken:
-            what = "other files of the same names are not taken"
-            notes.append(f"{len(not_taken):,} {what} ({self._short(not_taken[0])})")
-        if unseen:
-            what = "clips have renderings or other views alone, which are not taken"
-            notes.append(f"{len(unseen):,} {what} ({self._short(unseen[0])})")
-        return chosen, notes
 
     def _is_rendering(self, path: Path) -> bool:
         folders = path.relative_to(self._source).parts[:-1]

@@ -34,6 +34,7 @@ from flallm_ds.sharding.corpora.videos import Videos
 _ID = r"[A-Za-z0-9_-]{11}"
 _STEM = re.compile(rf"(?:.*\[)?({_ID})\]?(?:\.([A-Za-z]{{2,3}}(?:[-_][A-Za-z0-9_-]*)?))?")
 _HEADERS = ("id", "video", "video_id")
+Numbered = tuple[int, Cue]  # a caption with its number in its file
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,11 @@ class Filter:
             )
 
     def keeps(self, cue: Cue) -> bool:
-        span_s = cue.end_s - cue.start_s
-        return (
-            0 < len(cue.text) <= self.max_characters and self.min_s <= span_s <= self.max_s
-        )
+        has_length = 0 < len(cue.text) <= self.max_characters
+        return has_length and self.min_s <= cue.end_s - cue.start_s <= self.max_s
+
+    def keep(self, numbered: list[Numbered]) -> list[Numbered]:
+        return [(number, cue) for number, cue in numbered if self.keeps(cue)]
 
 
 @dataclass
@@ -137,18 +139,22 @@ def _read(
     captions = find_captions(source)
     if language:
         language = written_language(language) or language_tag(language, "--language")
-    wanted = dict.fromkeys(sorted(captions), language) if wanted is None else wanted
+    if wanted is None:
+        wanted = dict.fromkeys(sorted(captions), language)
     rows: dict[str, list[Row]] = {split: [] for split in splits}
     tally = _Tally()
-    # Language and numbered captions by video.
-    spoken: dict[str, tuple[str, list[tuple[int, Cue]]]] = {}
+    # Captions first: only videos that have some are looked for.
+    spoken: dict[str, tuple[str, list[Numbered]]] = {}
+    names: dict[str, tuple[str]] = {}
     for video, code in wanted.items():
         if split_of(video) in rows:
             asked = written_language(code) or code
             chosen = _captions_of(video, captions.get(video, {}), asked, keep, tally)
             if chosen:
                 spoken[video] = chosen
-    paths, said = Videos(source, _video_id).choose({video: (video,) for video in spoken})
+                names[video] = (video,)
+    paths, said = Videos(source, _video_id).choose(names)
+    languages: set[str] = set()
     for video, (written, cues) in spoken.items():
         path = paths.get(video, source / f"{video}.mp4")
         for number, cue in cues:
@@ -162,6 +168,7 @@ def _read(
                 end_s=cue.end_s,
             )
             rows[split_of(video)].append(row)
+            languages.add(written)
     num_kept = sum(map(len, rows.values()))
     notes = [
         f"split by a hash of the video's id; {num_kept:,} of {tally.captions['read']:,} "
@@ -169,14 +176,13 @@ def _read(
         f"{keep.max_s:g} s)"
     ]
     notes += _notes(tally, find_other_captions(source)) + said
-    languages = {row.language for table in rows.values() for row in table}
     language = languages.pop() if len(languages) == 1 else "mixed"
     return Corpus(name, language, rows, notes)
 
 
 def _captions_of(
     video: str, tracks: dict[str, Path], language: str, keep: Filter, tally: _Tally
-) -> tuple[str, list[tuple[int, Cue]]] | None:
+) -> tuple[str, list[Numbered]] | None:
     """Return (language, captions with their numbers) of a video, and count them in the tally.
 
     Returns None where there are none. Raises UserError for captions without a language.
@@ -195,21 +201,25 @@ def _captions_of(
             f"captions must have a language, but {track[1]} names none. Give --language, "
             "or put the language after the video's id in the file of --ids."
         )
+    num_wordless = 0
+    for cue in found.cues:
+        num_wordless += not cue.text
     tally.captions["read"] += len(found.cues)
-    tally.captions["wordless"] += sum(not cue.text for cue in found.cues)
+    tally.captions["wordless"] += num_wordless
     if found.num_unreadable:
         tally.captions["without times"] += found.num_unreadable
         tally.videos["without times"].append(video)
-    if not any(cue.text for cue in found.cues):
+    if num_wordless == len(found.cues):
         tally.videos["empty"].append(video)
         return None
     if found.scrolls:
         tally.videos["automatic"].append(video)
-    numbered = [(number, cue) for number, cue in enumerate(found.cues) if keep.keeps(cue)]
-    apart, num_cut, num_joined = separate(numbered)
+    # Filtered twice: captions that are not kept must not cut others, and a caption that
+    # was cut or joined may no longer fit.
+    apart, num_cut, num_joined = separate(keep.keep(list(enumerate(found.cues))))
     tally.captions["cut"] += num_cut
     tally.captions["joined"] += num_joined
-    return track[0], [(number, cue) for number, cue in apart if keep.keeps(cue)]
+    return track[0], keep.keep(apart)
 
 
 _READ = ", ".join(SUFFIXES)
@@ -242,12 +252,14 @@ def _notes(tally: _Tally, others: dict[str, str]) -> list[str]:
         if count:
             examples = f" ({first_of(videos)})" if videos else ""
             notes.append(f"{count:,} captions {what}{examples}")
-    without = tally.videos["without"]
-    examples_of = {
-        **tally.videos,
-        "without": [video for video in without if video not in others],
-        "other": [others[video] for video in without if video in others],
-    }
+    # Videos without captions that can be read: some have a file of another format.
+    examples_of: defaultdict[str, list[str]] = defaultdict(list, tally.videos)
+    examples_of["without"] = []
+    for video in tally.videos["without"]:
+        if video in others:
+            examples_of["other"].append(others[video])
+        else:
+            examples_of["without"].append(video)
     for kind, what in _VIDEO_NOTES.items():
         if files := examples_of.get(kind):
             notes.append(f"{len(files):,} videos {what} ({first_of(files)})")
@@ -266,15 +278,17 @@ def read_ids(path: str) -> dict[str, str]:
         )
     for number, line in enumerate(read_lines(Path(path)), 1):
         fields = [field.strip("\"'") for field in re.split(r"[\t, ]+", line.strip())]
-        if not fields[0] or (number == 1 and fields[0].lower() in _HEADERS):
+        video, code = fields[0], fields[1] if len(fields) > 1 else ""
+        is_header = number == 1 and video.lower() in _HEADERS
+        if not video or is_header:
             continue
-        if not re.fullmatch(_ID, fields[0]):
+        if not re.fullmatch(_ID, video):
             raise UserError(
                 f"{path}, line {number}: a video id must be 11 letters, digits, - or _, "
-                f"but is {fields[0]!r:.40}."
+                f"but is {video!r:.40}."
             )
-        code = fields[1] if len(fields) > 1 else ""
-        ids.setdefault(fields[0], "" if "?" in code else code)
+        # ??? stands for an unknown language.
+        ids.setdefault(video, "" if "?" in code else code)
     return ids
 
 
@@ -282,7 +296,8 @@ def written_language(code: str) -> str:
     """Return de for de, de-AT, German and gsg; "" for an unknown language or sign language."""
     if code.lower() in WRITTEN_WITH:
         return WRITTEN_WITH[code.lower()]
-    # YouTube adds parts of its own: de-cvfXDfbeED0, en-orig.
+    # YouTube adds parts of its own (de-cvfXDfbeED0, en-orig): the longest start that is
+    # a language counts.
     parts = re.split("[-_]", code)
     for number in range(len(parts), 0, -1):
         found = find_language("-".join(parts[:number]))
@@ -309,6 +324,7 @@ def find_captions(source: Path) -> dict[str, dict[str, Path]]:
             match = _STEM.fullmatch(path.stem) if path.suffix.lower() == suffix else None
             if match is None or not path.is_file():
                 continue
+            # What an earlier suffix has found stays; two files of this one must agree.
             other = found.setdefault(match[1], {}).setdefault(match[2] or "", path)
             if other.suffix.lower() == suffix and not same_content(other, path):
                 raise UserError(
@@ -340,21 +356,28 @@ def choose_track(tracks: dict[str, Path], language: str) -> tuple[str, Path] | N
     header says another; the language returned may be "". Tags that name no known language
     are left out. Raises OSError for a file that cannot be read.
     """
-    tagged = [(written_language(tag), tag, path) for tag, path in tracks.items() if tag]
-    known = sorted(track for track in tagged if track[0])
+    # The first file of each written language, in the order of their tags.
+    by_language: dict[str, Path] = {}
+    known = []
+    for tag, path in tracks.items():
+        written = written_language(tag)
+        if tag and written:
+            known.append((written, tag, path))
+    for written, _, path in sorted(known):
+        by_language.setdefault(written, path)
+    # A file without a tag comes last.
     if "" in tracks:
         written = written_language(header_language(tracks[""])) or language
-        known += [(written, "", tracks[""])] if written or not known else []
-    fits = [(written, path) for written, _, path in known if written == language]
-    fits += [
-        (written, path) for written, _, path in known if written.split("-")[0] == language
-    ]
-    fits += [
-        (written, path) for written, _, path in known if (language, written) == ("no", "nn")
-    ]
-    if language:
-        return fits[0] if fits else None
-    if len({written for written, _, _ in known}) != 1:
-        return None
-    written, _, path = known[0]
-    return written, path
+        if written or not by_language:
+            by_language.setdefault(written, tracks[""])
+    if not language:
+        return by_language.popitem() if len(by_language) == 1 else None
+    # The language itself, then another script of it, then the other written Norwegian.
+    if language in by_language:
+        return language, by_language[language]
+    for written, path in by_language.items():
+        if written.split("-")[0] == language:
+            return written, path
+    if language == "no" and "nn" in by_language:
+        return "nn", by_language["nn"]
+    return None
