@@ -118,6 +118,7 @@ def _train(
 
 def as_pixels(frames_NHWC: NDArray[np.uint8]) -> torch.Tensor:
     """Cut the centre out and normalise it as the trainer's preprocess does it; pixels_NCHW."""
+    # The constants are those of ImageNet, by which users' frames are normalised as well.
     edge = (SIDE - CROP) // 2
     cut_NHWC = torch.from_numpy(frames_NHWC[:, edge : edge + CROP, edge : edge + CROP])
     pixels_NCHW = cut_NHWC.permute(0, 3, 1, 2).float() / 255

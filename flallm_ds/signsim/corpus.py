@@ -58,6 +58,7 @@ class Clip:
 
 def split_sizes(num_clips: int) -> dict[str, int]:
     """Return the number of clips of each split: 1,200 give 1,000 / 80 / 120."""
+    # At least 3 for test: the unseen signer and two others.
     num_dev, num_test = max(2, num_clips // 15), max(3, num_clips // 10)
     return {"train": num_clips - num_dev - num_test, "dev": num_dev, "test": num_test}
 
@@ -84,6 +85,7 @@ def _locate(index: int, num_clips: int) -> tuple[str, int]:
 def plan_clip(index: int, num_clips: int, seed: int) -> tuple[Clip, np.random.Generator]:
     """Draw clip `index` of a corpus; return it and the generator that its frames are
     drawn from."""
+    # A generator for each clip: its frames do not depend on which process renders it.
     rng = np.random.default_rng([seed, index])
     split, within = _locate(index, num_clips)
     name = f"signsim_{split}-{within:06d}"
@@ -140,6 +142,7 @@ def write_corpus(
         rows: dict[str, list[str]] = {split: [] for split in SPLITS}
         num_frames = dict.fromkeys(SPLITS, 0)
         render = partial(write_clip, num_clips=num_clips, seed=seed, root=root)
+        # _map yields clips in their order, so tables do not depend on the processes.
         with progress(num_clips, "signsim") as bar:
             for split, row, frames in _map(render, num_clips, workers):
                 rows[split].append(row)

@@ -52,6 +52,8 @@ _RING_CENTER, _RING_RADIUS = np.array([4.0, 20.0]), 10.5
 _WRIST = np.array([0.0, -15.0])
 
 
+# Body coordinates are px of the standard 210x300 canvas: x from the midline, positive to
+# the dominant hand's side; y down; z towards the camera.
 @dataclass
 class Camera:
     """How one clip sees its signer."""
@@ -64,6 +66,7 @@ class Camera:
 
     def project(self, points: Floats) -> Floats:
         """Map body coordinates (..., 2 or more) to frame coordinates (..., 2)."""
+        # Scaled around the chest (y 160), so that a larger signer stays in the frame.
         x = WIDTH / 2 + self.shift[0] + self.side * self.scale * points[..., 0]
         y = (160 + self.shift[1] + self.scale * (points[..., 1] - 160)) * SQUEEZE
         return np.stack([x, y], axis=-1)
@@ -115,6 +118,7 @@ def hand_geometry(
         points = across + along + hand_FP[:, None, 0:2]
         return (points * (side, 1)).reshape(local.shape)
 
+    # The same palm and wrist in every frame; the fingers change with the handshape.
     num_frames = len(hand_FP)
     palm = place(np.tile(_PALM, (num_frames, 1, 1)))
     wrist = place(np.tile(_WRIST, (num_frames, 1)))
@@ -130,6 +134,7 @@ def hand_geometry(
         ring_FK=fixed_point(camera.project(ring)),
         ring_F=hand_FP[:, RING],
         scale_F=scale_F * camera.scale,
+        # 4 px behind the palm.
         wrist_F=np.concatenate([wrist, hand_FP[:, 2:3] - 4], axis=1),
         thumb_near_F=roll_F < 0,
     )
@@ -137,6 +142,8 @@ def hand_geometry(
 
 def _fingers(hand_FP: Floats) -> Floats:
     """Return base, middle joint and tip of each finger on the hand's own axes: (F, 5, 3, 2)."""
+    # Two segments of equal length: the first at the finger's angle, the second bent
+    # further by its curl.
     half = hand_FP[:, LENGTHS] * _FINGER_PX / 2
     first = np.deg2rad(hand_FP[:, ANGLES])
     second = first + np.deg2rad(hand_FP[:, CURLS])
@@ -203,6 +210,7 @@ def limb(start_F: Floats, end_F: Floats, radii: tuple[float, float], light: floa
         ]
         return fixed_point(np.stack(corners, axis=1))
 
+    # The lit stripe runs between 15 and 75 % of the radius on the light's side.
     stripe = [
         start_F + lit_F * radii[0] * 0.75,
         end_F + lit_F * radii[1] * 0.75,
@@ -239,16 +247,20 @@ def figure(
     """Compute a clip's geometry. Without a generator the eyes stay open."""
     hands, arms = [], []
     for side, columns in ((1.0, slice(0, HAND)), (-1.0, slice(HAND, FACE))):
+        # The hand first: the arm reaches from the shoulder to where the wrist is.
         hand = hand_geometry(poses_FP[:, columns], 1.35 * signer.hands, side, camera)
         shoulder = np.array([side * 41.0 * signer.shoulders, 141.0, 0.0])
         elbow_F = elbows(shoulder, hand.wrist_F, signer.arms, side)
+        # Shoulder, elbow and wrist in the frame.
         joints = [np.broadcast_to(camera.project(shoulder), (len(poses_FP), 2))]
         joints += [camera.project(elbow_F), camera.project(hand.wrist_F)]
+        # Broad shoulders go with thicker arms, by half as much.
         thick = camera.scale * 0.5 * (1 + signer.shoulders)
         upper = limb(joints[0], joints[1], (13.0 * thick, 11.0 * thick), signer.light)
         fore = limb(joints[1], joints[2], (11.0 * thick, 7.4 * thick), signer.light)
         hands.append(hand)
         arms.append((upper, fore))
+    # Blinks of three frames, one in about 45 frames (1.8 s).
     num_frames = len(poses_FP)
     blink_F = np.zeros(num_frames, dtype=bool)
     if rng is not None:

@@ -24,14 +24,18 @@ def draw_head(frame: Frame, person: Figure, index: int) -> None:
     signer, scale = person.signer, person.camera.scale
     skin, hair = lit(person, signer.skin), lit(person, signer.hair)
     center, shift = _head_center(person, index)
+    # Half the head's width and height in px.
     rx, ry = 23.5 * signer.head[0] * scale, 31 * signer.head[1] * scale * SQUEEZE
     _hair_behind(frame, person, center, (rx, ry), hair)
+    # Ears, then the head as three ellipses: a dark rim, the shaded skin, and the lit part
+    # on the light's side.
     ear = (3.6 * scale, 6 * scale)
     for side in (-1, 1):
         ellipse(frame, moved(center, side * rx * 0.98, 2), ear, shade(skin, 0.82))
     ellipse(frame, center, (rx + 1, ry + 1), shade(skin, 0.62))
     ellipse(frame, center, (rx, ry), shade(skin, 0.88))
     ellipse(frame, moved(center, signer.light * 2.2, -0.8), (rx - 2.6, ry - 1.6), skin)
+    # A full beard below, with skin again around the mouth.
     face = center + shift
     if signer.beard:
         ellipse(frame, moved(face, 0, ry * 0.62), (rx * 0.72, ry * 0.42), shade(hair, 1.15))
@@ -42,6 +46,7 @@ def draw_head(frame: Frame, person: Figure, index: int) -> None:
 
 def _head_center(person: Figure, index: int) -> tuple[Floats, Floats]:
     """Return the centre of the head and the shift of the face on the head, both in frame px."""
+    # The face moves further than the head: so a flat drawing seems to turn.
     nod, turn = person.face_FP[index, 3], person.face_FP[index, 4]
     center = person.camera.project(np.array([turn * 1.5, 76 + nod * 2.0]))
     return center, np.array([person.camera.side * turn * 2.5, nod * 2.5])
@@ -59,6 +64,7 @@ def _hair_behind(
     style = person.signer.hair_style
     if style == "bun":
         ellipse(frame, moved(center, 0, -ry * 1.18), (rx * 0.5, ry * 0.34), hair)
+    # A round top, and a curtain that falls to the shoulders or to the chin.
     if style in ("long", "bob"):
         drop = 1.55 if style == "long" else 0.72
         ellipse(
@@ -84,6 +90,7 @@ def _hair_above(
 ) -> None:
     """Draw a cap of hair that leaves the forehead free, in units of the head's half axes."""
     rx, ry = axes
+    # Hair at the temples alone.
     if person.signer.hair_style == "bald":
         for side in (-1, 1):
             at = moved(center, side * rx * 0.93, -ry * 0.12)
@@ -103,6 +110,7 @@ def _hair_above(
     ]
     outline = np.concatenate([top, np.array(forehead)])
     polygon(frame, fixed_point(center + outline * (rx, ry)), hair)
+    # A lighter line follows the top of the head.
     shine = np.stack([np.cos(turn[3:10]) * 0.8, np.sin(turn[3:10]) * 0.96], axis=1)
     line(frame, fixed_point(center + shine * (rx, ry)), shade(hair, 1.35), 2)
 
@@ -116,6 +124,7 @@ def _face(frame: Frame, person: Figure, index: int, center: Floats) -> None:
         bridge = center + np.array([(-2.0, -3.4), (2.0, -3.4)])
         line(frame, fixed_point(bridge), lit(person, _DARK), 1)
     line(frame, fixed_point(center + _NOSE * scale), shade(skin, 0.72), 1)
+    # The lips, and the dark of the mouth within them once it is open.
     opening, wide = float(person.face_FP[index, 0]), float(person.face_FP[index, 1])
     mouth = moved(center, 0, 14.5 * scale)
     half = (5.0 + 3.6 * wide) * scale
@@ -134,9 +143,10 @@ def _eye(frame: Frame, person: Figure, index: int, eye: Floats, side: int) -> No
     else:
         ellipse(frame, eye, (4.4 * scale, 2.9 * scale), lit(person, _EYE))
         disc(frame, fixed_point(eye), 2.3 * scale, dark)
+    # The brow, higher when raised.
     brow = float(person.face_FP[index, 2])
     bow = moved(_BROW, 0, (-8.2 - 2.4 * brow) * scale)
-    # knit brows slant towards the nose
+    # Knit brows slant towards the nose.
     bow[0 if side > 0 else 2, 1] -= 1.6 * min(brow, 0)
     line(frame, fixed_point(eye + bow), shade(lit(person, person.signer.hair), 0.8), 2)
     if person.signer.glasses:

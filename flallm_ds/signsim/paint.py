@@ -16,6 +16,8 @@ Frame = NDArray[np.uint8]
 """(HEIGHT, WIDTH, 3); blue, green, red."""
 
 
+# OpenCV takes coordinates as integers with SHIFT fractional bits, so that shapes move by
+# less than a pixel from frame to frame.
 @lru_cache(maxsize=4096)
 def shade(color: Color, factor: float) -> Color:
     """Make a colour darker (factor < 1) or lighter. Cached: a frame asks some thirty times."""

@@ -15,6 +15,8 @@ Wording = list[Phrase]
 Plan = Callable[[Draw], tuple[Glosses, list[Wording]]]
 
 
+# A wording names the phrases in order. Some phrases have several forms, of which one is
+# drawn later; _fixed makes a phrase with a single form.
 def _fixed(text: str) -> Phrase:
     return (text,)
 
@@ -106,6 +108,7 @@ def vanishing(draw: Draw) -> tuple[Glosses, list[Wording]]:
     (time, when), (place, where) = draw.setting()
     noun, _, entry = draw.noun(but="SONNE", quality=0)
     subject = _fixed(f"{entry.article} {entry.word}")
+    # The verb in second place, its particle at the end: "der regen lässt ... nach".
     finite, particle = _fixed(entry.vanish[0]), _fixed(entry.vanish[1])
     glosses = noun + place + time + ("VERSCHWINDEN",)
     return glosses, [
@@ -127,6 +130,7 @@ def changing(draw: Draw) -> tuple[Glosses, list[Wording]]:
 def staying(draw: Draw) -> tuple[Glosses, list[Wording]]:
     """The weather stays as it is."""
     (time, when), (place, where) = draw.setting()
+    # The second state is drawn even where it is not said.
     state1 = draw.state()
     state2 = draw.state(but=state1[0])
     both = draw.chance(0.5)
@@ -175,6 +179,7 @@ def alike(draw: Draw) -> tuple[Glosses, list[Wording]]:
     """The next day resembles the first."""
     time1, when1 = draw.time()
     time2, when2 = draw.time()
+    # Two times that share a sign would be no comparison.
     while set(time1) & set(time2):
         time2, when2 = draw.time()
     noun, what, _ = draw.noun(quality=0.5)

@@ -37,6 +37,8 @@ def render_clip(
     poses_FP: Floats, signer: Signer, rng: np.random.Generator
 ) -> Iterator[Frame]:
     """Yield the frames (HEIGHT, WIDTH, 3; blue green red) of a clip, one by one."""
+    # What differs from clip to clip of one signer: light, distance and place. The order of
+    # the draws is part of the corpus's version.
     gain = rng.uniform(0.93, 1.06)
     camera = Camera(
         side=1.0 if signer.left_handed else -1.0,
@@ -44,6 +46,7 @@ def render_clip(
         shift=(rng.normal(0, 2.5), rng.normal(0, 2.0)),
     )
     person = figure(poses_FP, signer, camera, gain, rng)
+    # Background and torso keep still: they are drawn once a clip.
     stage = make_background(signer, gain, rng)
     draw_torso(stage, person)
     for index in range(len(poses_FP)):
@@ -57,6 +60,7 @@ def draw_frame(person: Figure, index: int, stage: Frame) -> Frame:
     signer = person.signer
     cloth, skin = lit(person, signer.clothes), lit(person, signer.skin)
     sleeve = skin if signer.short_sleeves else shade(cloth, 1.06)
+    # The dominant arm last: it is nearer to the camera.
     for which in (1, 0):
         upper, fore = person.arms[which]
         draw_limb(frame, upper, index, cloth)
@@ -67,6 +71,7 @@ def draw_frame(person: Figure, index: int, stage: Frame) -> Frame:
 
 def draw_limb(frame: Frame, shape: Limb, index: int, color: Color) -> None:
     """Draw one limb of frame `index` with a dark rim and a lit stripe."""
+    # A little larger in dark, then in its own colour: the rim separates arm and torso.
     rim = shade(color, 0.62)
     for extra, quad_FK, paint in (
         (0.9, shape.outline_FK, rim),
@@ -88,6 +93,7 @@ def draw_hand(frame: Frame, hand: HandGeometry, index: int, skin: Color) -> None
     wide, thick = max(3, round(8.2 * size)), max(2, round(6.0 * size))
     palm = hand.palm_FK[index]
     line(frame, np.concatenate([palm, palm[:1]]), rim, 2)
+    # From the far side to the near one: what is drawn later covers what was drawn before.
     fingers = hand.fingers_F[index]
     order = (1, 2, 3, 4, 0) if hand.thumb_near_F[index] else (0, 4, 3, 2, 1)
     for finger in order[:-1]:
@@ -97,6 +103,7 @@ def draw_hand(frame: Frame, hand: HandGeometry, index: int, skin: Color) -> None
     last = order[-1]
     line(frame, fingers[last], rim, wide)
     line(frame, fingers[last], skin, thick)
+    # Thumb and index close a ring, which their straight lines cannot show.
     if hand.ring_F[index] > 0.3:
         line(frame, hand.ring_FK[index], rim, wide)
         line(frame, hand.ring_FK[index], skin, thick)
@@ -110,6 +117,7 @@ def _mapped(camera: Camera, points: ArrayLike) -> Points:
 def draw_torso(frame: Frame, person: Figure) -> None:
     """Draw neck, torso and collar; they keep still, so a clip draws them onto its background."""
     camera, signer = person.camera, person.signer
+    # One half of the outline, from the neck down to below the frame.
     w = signer.shoulders
     cloth, skin = lit(person, signer.clothes), lit(person, signer.skin)
     half = [
@@ -140,6 +148,7 @@ def draw_torso(frame: Frame, person: Figure) -> None:
     ]
     shadow = np.array(side) * (away, 1)
     polygon(frame, _mapped(camera, shadow), shade(cloth, 0.86))
+    # The neck, the collar over it, and the seam down the front.
     neck = [(-13, 92), (13, 92), (14, 124), (0, 134), (-14, 124)]
     convex(frame, _mapped(camera, neck), shade(skin, 0.80))
     _draw_collar(frame, person, cloth, skin)
@@ -172,7 +181,7 @@ def make_background(signer: Signer, gain: float, rng: np.random.Generator) -> Fr
     distance = (x - glow_x) ** 2 + 2.5 * (y - glow_y) ** 2
     glow = 14 * np.exp(-distance / 0.5) - 16 * x**2 * (y - 0.5) ** 2
     level = top.mean() + (bottom - top).mean() * y + glow
-    # a desk's edge, as the studio has one
+    # The edge of a desk.
     level = np.where(y > 0.945, level * 0.72, level)
     # Colour is a constant whole offset: channels that move together make PNG files a
     # third smaller.
@@ -188,6 +197,7 @@ def _noise_tiles() -> list[tuple[Frame, Frame]]:
     All channels are alike. The grain is 2x2 px, as compressed video has it; single pixels
     would make PNG files a half larger.
     """
+    # A seed of its own: all corpora share the tiles, and clips draw only where to cut.
     rng = np.random.default_rng(20140)
     shape = ((HEIGHT + _NOISE_MARGIN) // 2, (WIDTH + _NOISE_MARGIN) // 2)
     tiles: list[tuple[Frame, Frame]] = []
@@ -202,6 +212,7 @@ def _noise_tiles() -> list[tuple[Frame, Frame]]:
 
 def add_noise(frame: Frame, rng: np.random.Generator) -> Frame:
     """Lay a random stretch of a noise tile over the frame, in place."""
+    # Two saturated uint8 operations are cheaper than drawing noise for every pixel.
     more, less = _noise_tiles()[int(rng.integers(_NOISE_TILES))]
     y, x = rng.integers(0, _NOISE_MARGIN, 2)
     window = (slice(y, y + HEIGHT), slice(x, x + WIDTH))

@@ -14,7 +14,7 @@ from flallm_ds.signsim.render import draw_frame, draw_torso, make_background
 from flallm_ds.signsim.signer import SIGNERS, Signer, sign_poses
 from flallm_ds.signsim.signs import SIGNS, Sign
 
-_COLUMNS = 6
+_COLUMNS = 6  # also the number of signers that are shown
 _CELL = (84, 104)  # width and height of one keyframe
 _LABEL_PX = 18
 _PHASES = 9
@@ -33,6 +33,7 @@ def keyframes(sign: Sign, signer: Signer) -> list[Frame]:
 
 def _cell(sign: Sign, signer: Signer) -> Frame:
     """Return the three phases of a sign side by side, below its gloss."""
+    # The phases in a row, the label above, and a white margin around.
     shrunk = []
     for frame in keyframes(sign, signer):
         shrunk.append(cv2.resize(frame, _CELL, interpolation=cv2.INTER_AREA))
@@ -53,6 +54,7 @@ def write_sheet(path: Path) -> Path:
         cells.append(_cell(sign, SIGNERS[index % _COLUMNS]))
     # White cells fill the last row.
     cells += [np.full_like(cells[0], 255)] * (-len(cells) % _COLUMNS)
+    # Rows of cells, one below the other.
     rows = []
     for start in range(0, len(cells), _COLUMNS):
         rows.append(np.hstack(cells[start : start + _COLUMNS]))

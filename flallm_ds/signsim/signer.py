@@ -159,6 +159,8 @@ _BROWS |= {
 }
 
 
+# Fingers that point up or away from the body show the palm to the camera; fingers that
+# point down or across the body show the back of the hand.
 def _roll_for(point_deg: float) -> float:
     """Return the wrist's natural turn: the thumb's side (1 or -1) for fingers that point so."""
     return -1.0 if -45 < point_deg < 135 else 1.0
@@ -174,6 +176,7 @@ def _hand(x: float, y: float, z: float, point_deg: float, shape: str) -> Floats:
     return np.concatenate([[x, y, z, point_deg, _roll_for(point_deg)], _shape(shape)])
 
 
+# At rest, the hands are at the lower edge of the frame.
 REST_HAND = _hand(34, 292, 30, -60, "flat")
 REST_HAND[LENGTHS] *= 0.8
 
@@ -198,6 +201,7 @@ def sign_poses(sign: Sign, num_frames: int, space: float = 1.0) -> Floats:
     main_NP[:] = _hand(x, y, _DEPTH, sign.point_deg, sign.handshape)
     main_NP[:, XYZ] += offset_N3
     if sign.end_handshape:
+        # The change takes the middle half of the stroke.
         ease_N = np.clip(phase_N * 2 - 0.5, 0, 1)[:, None]
         main_NP[:, 5:] += ease_N * (_shape(sign.end_handshape) - _shape(sign.handshape))
     # The other hand: still below the dominant one, or moving with it.
@@ -208,10 +212,11 @@ def sign_poses(sign: Sign, num_frames: int, space: float = 1.0) -> Floats:
             other_NP[:, 0:4] = (52, 172, _DEPTH, 0)
             other_NP[:, ROLL] = _roll_for(0)
     elif sign.hands != "one":
+        # Its x counts to its own side, so equal numbers are mirror images.
         other_NP[:] = main_NP
         if sign.hands == "alternate":
             other_NP[:, XYZ] -= 2 * offset_N3 * _ALTERNATE
-            # both hands fall, one after the other
+            # These movements go down, and so must both hands: undo the reversed drift.
             if sign.movement in ("zigzag", "beat"):
                 other_NP[:, 1] += 2 * phase_N * (118 if sign.movement == "zigzag" else 36)
         elif sign.hands == "parallel":
@@ -238,9 +243,11 @@ def _face(gloss: str) -> Floats:
 
 def _transition(before_P: Floats, after_P: Floats, num_frames: int) -> Floats:
     """Return poses strictly between two poses, (num_frames, POSE), on a smooth and bowed way."""
+    # Smoothstep: no speed at either end.
     phase_N = np.arange(1, num_frames + 1) / (num_frames + 1)
     ease_N1 = (phase_N * phase_N * (3 - 2 * phase_N))[:, None]
     poses_NP = before_P + ease_N1 * (after_P - before_P)
+    # The longer the way, the more the hand rises and comes forward half-way.
     for start in (0, HAND):
         travel = float(np.hypot(*(after_P - before_P)[start : start + 2]))
         bow_N = np.sin(np.pi * phase_N) * min(travel, 80) * 0.12
@@ -255,8 +262,10 @@ def _coarticulate(strokes: list[Floats], undershoot: float) -> None:
     Hands do not quite reach their targets. undershoot: the share of the way that is cut
     short.
     """
+    # Copies: the strokes change below, and each must see its neighbours as they were.
     ends = [(stroke[0].copy(), stroke[-1].copy()) for stroke in strokes]
     for index, stroke in enumerate(strokes):
+        # The pull is largest at the end next to the neighbour, and zero at the other one.
         phase_N1 = np.linspace(0, 1, len(stroke))[:, None]
         for start in (0, HAND):
             xyz = slice(start, start + 3)
@@ -294,6 +303,7 @@ def clip_poses(signs: list[Sign], signer: Signer, rng: np.random.Generator) -> F
     # A hand has mass: the mean of three frames rounds the corners.
     padded = np.concatenate([poses_FP[:1], poses_FP, poses_FP[-1:]])
     poses_FP = 0.2 * padded[:-2] + 0.6 * padded[1:-1] + 0.2 * padded[2:]
+    # Nod and turn of the head.
     poses_FP[:, -2:] += _wander(rng, len(poses_FP), 0.5)
     return poses_FP
 

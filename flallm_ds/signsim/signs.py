@@ -73,6 +73,7 @@ def _path(dx: float, dy: float, dz: float = 0.0) -> Path:
     """A straight movement by (dx, dy, dz) px; the hand holds still over the last fifth."""
 
     def path(phase_N: Floats) -> Floats:
+        # Fast first, then slower: a quarter of a sine.
         eased_N = np.sin(np.clip(phase_N / 0.8, 0, 1) * np.pi / 2)
         return np.outer(eased_N, (dx, dy, dz))
 
@@ -172,6 +173,8 @@ class Sign:
         assert self.hands in HANDS, self
 
 
+# Signs that look alike would set a limit to every translator: a test holds the distance
+# between any two of them.
 _ALL_SIGNS = (
     # days
     Sign("MONTAG", "one", "fist", "mouth", "tap", -30),

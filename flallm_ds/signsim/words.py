@@ -32,6 +32,7 @@ class Noun:
         return {"m": "der", "f": "die", "p": "die"}[self.gender]
 
 
+# What becomes of weather in VERSCHWINDEN: finite verb and particle, with the words between.
 _FADES = ("lässt", "nach")
 _LIFTS = ("löst sich", "auf")
 _LEAVE = ("ziehen", "ab")
@@ -117,12 +118,14 @@ NOUNS = (
         _FADES,
     ),
 )
+# Endings of adjectives without an article, by case and gender.
 _ENDINGS = {
     "nom": {"m": "er", "f": "e", "p": "e"},
     "acc": {"m": "en", "f": "e", "p": "e"},
 }
 DATIVE_PLURAL = {"gewitter": "gewittern", "schauer": "schauern", "wolken": "wolken"}
 
+# When: signs and phrases.
 DAYS = (
     ("MONTAG", "am montag"),
     ("DIENSTAG", "am dienstag"),
@@ -141,6 +144,7 @@ PARTS: tuple[tuple[str, Phrase], ...] = (
 NEAR = (("HEUTE", "heute"), ("MORGEN", "morgen"))
 NEAR_PARTS = {"NACHT": "nacht", "FRUEH": "früh", "MITTAG": "mittag", "ABEND": "abend"}
 
+# Where.
 CARDINALS = (("NORD", "nord"), ("SUED", "süd"), ("WEST", "west"), ("OST", "ost"))
 PLACES: tuple[tuple[str, Phrase], ...] = (
     ("MITTE", ("in der mitte",)),
@@ -149,6 +153,7 @@ PLACES: tuple[tuple[str, Phrase], ...] = (
     ("BERG", ("in den bergen", "im bergland")),
     ("RHEIN", ("am rhein",)),
 )
+# Sign, adjective, comparative.
 STATES = (
     ("KLAR", "klar", "klarer"),
     ("WARM", "warm", "wärmer"),
@@ -158,6 +163,7 @@ STATES = (
     ("TROCKEN", "trocken", "trockener"),
     ("FREUNDLICH", "freundlich", "freundlicher"),
 )
+# Temperatures in ascending order, as two_numbers needs them.
 NUMBERS = (
     ("FUENF", "fünf"),
     ("ACHT", "acht"),
@@ -182,6 +188,8 @@ class Draw:
 
     def time(self) -> tuple[Glosses, Phrase]:
         """Draw when: a day, a part of the day, or `heute abend`."""
+        # 42 % days of the week, 26 % parts of the day, 8 % weekend, 24 % today or tomorrow,
+        # half of these with a part of the day.
         kind = self.rng.random()
         if kind < 0.42:
             gloss, text = DAYS[self.index(len(DAYS))]
@@ -199,6 +207,8 @@ class Draw:
 
     def place(self) -> tuple[Glosses, Phrase]:
         """Draw where: a direction, a half of the country, or a landscape."""
+        # 30 % directions, 12 % halves, 12 % directions between two, 6 % the whole country,
+        # 40 % landscapes.
         kind = self.rng.random()
         gloss, word = CARDINALS[self.index(4)]
         if kind < 0.30:
@@ -206,6 +216,7 @@ class Draw:
         if kind < 0.42:
             return (gloss, "HAELFTE"), (f"in der {word}hälfte",)
         if kind < 0.54:
+            # North or south, then west or east.
             first, second = self.index(2), 2 + self.index(2)
             glosses = (CARDINALS[first][0], CARDINALS[second][0])
             return glosses, (f"im {CARDINALS[first][1]}{CARDINALS[second][1]}en",)
@@ -222,6 +233,7 @@ class Draw:
 
     def setting(self) -> tuple[tuple[Glosses, Phrase], tuple[Glosses, Phrase]]:
         """Draw when and where; most often only one of the two, and the other is empty."""
+        # Both are drawn; 45 % keep the time alone, 45 % the place alone, 10 % both.
         time, place = self.time(), self.place()
         kind = self.rng.random()
         nothing: tuple[Glosses, Phrase] = ((), NO_PHRASE)
@@ -256,6 +268,7 @@ class Draw:
     def number(self) -> tuple[Glosses, str]:
         """Draw a temperature in degrees; one in six lies below zero."""
         if self.chance(1 / 6):
+            # At most -15 degrees: the first four numbers.
             gloss, word = NUMBERS[self.index(4)]
             return ("MINUS", gloss), f"minus {word}"
         gloss, word = NUMBERS[self.index(len(NUMBERS))]

@@ -1,6 +1,7 @@
 """Tables and manifests as people write them: a row is a line, and a text what the line says."""
 
 import json
+from itertools import chain
 
 import pytest
 
@@ -30,7 +31,7 @@ ALL = ("train", "dev", "test")
 def rows_of(path, content, encoding="utf-8"):
     path.write_bytes(content if isinstance(content, bytes) else content.encode(encoding))
     corpus = manifest.read(path, ALL, language="en")
-    return [row for table in corpus.rows.values() for row in table], corpus.notes
+    return list(chain.from_iterable(corpus.rows.values())), corpus.notes
 
 
 def refused(path, content, message):

@@ -225,9 +225,10 @@ def test_openasl_s_raw_videos_are_not_taken_from_a_rendering(tmp_path):
 
 
 def make_youtube(root: Path) -> str:
-    video = next(
-        name for name in (f"abcdefg{n:04d}" for n in range(99)) if split_of(name) == "train"
-    )
+    number = 0
+    while split_of(f"abcdefg{number:04d}") != "train":
+        number += 1
+    video = f"abcdefg{number:04d}"
     write_vtt(root / f"{video}.en.vtt", [("00:00.000", "00:01.000", "Hello.")])
     return video
 

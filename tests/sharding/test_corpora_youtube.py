@@ -1,6 +1,6 @@
 import json
 import re
-from itertools import islice
+from itertools import chain
 
 import pytest
 
@@ -142,8 +142,14 @@ def test_a_broken_caption_file_is_a_value_error(tmp_path, name, content):
 
 def ids_in(split: str, count: int) -> list[str]:
     """Video ids that begin with a hyphen, of one split."""
-    names = (f"-_{split[:2]}{number:07d}" for number in range(10_000))
-    return list(islice((name for name in names if split_of(name) == split), count))
+    found: list[str] = []
+    number = 0
+    while len(found) < count:
+        name = f"-_{split[:2]}{number:07d}"
+        if split_of(name) == split:
+            found.append(name)
+        number += 1
+    return found
 
 
 TRAIN, DEV, TEST = ids_in("train", 4), ids_in("dev", 1), ids_in("test", 1)
@@ -201,10 +207,8 @@ def test_captions_become_clips_and_a_video_stays_in_one_split(tmp_path):
     assert {row.video for row in corpus.rows["dev"]} == set(DEV) and len(
         corpus.rows["test"]
     ) == 2
-    assert any(
-        "8 of 17 captions kept (1 to 300 characters, 0.2 to 60 s)" in note
-        for note in corpus.notes
-    )
+    notes = "\n".join(corpus.notes)
+    assert "8 of 17 captions kept (1 to 300 characters, 0.2 to 60 s)" in notes
     missing = f"1 videos have no captions, or none in their language, and are left out ({TRAIN[2]})"
     assert missing in corpus.notes
     assert split_of is manifest.split_of
@@ -212,11 +216,8 @@ def test_captions_become_clips_and_a_video_stays_in_one_split(tmp_path):
 
 def test_the_filter_is_set_by_options(tmp_path):
     root = make_youtube(tmp_path)
-    texts = [
-        row.text
-        for row in youtube_asl.read(root, ("dev",), min_s=0.05, max_s=1.2).rows["dev"]
-    ]
-    assert texts == [f"One of {DEV[0]}.", "Too short."]
+    corpus = youtube_asl.read(root, ("dev",), min_s=0.05, max_s=1.2)
+    assert [row.text for row in corpus.rows["dev"]] == [f"One of {DEV[0]}.", "Too short."]
     with pytest.raises(UserError, match="--min_s below --max_s"):
         youtube_asl.read(root, ALL, min_s=2, max_s=1)
 
@@ -229,15 +230,9 @@ def test_ids_choose_the_videos_and_their_order(tmp_path):
         + "\r\n".join([TRAIN[3], TRAIN[0], TRAIN[3], "-_unknown-1", ""])
     )
     corpus = youtube_asl.read(root, ALL, ids=str(ids))
-    assert [row.video for table in corpus.rows.values() for row in table] == [
-        TRAIN[3],
-        TRAIN[0],
-        TRAIN[0],
-    ]
-    assert any(
-        "1 videos have no captions" in note and "-_unknown-1" in note
-        for note in corpus.notes
-    )
+    rows = list(chain.from_iterable(corpus.rows.values()))
+    assert [row.video for row in rows] == [TRAIN[3], TRAIN[0], TRAIN[0]]
+    assert re.search("1 videos have no captions.*-_unknown-1", "\n".join(corpus.notes))
 
 
 @pytest.mark.parametrize(
@@ -261,7 +256,7 @@ def test_broken_and_automatic_captions_are_counted(tmp_path):
         f"1 videos have captions that cannot be read, and are left out ({TRAIN[0]})"
         in corpus.notes
     )
-    assert any("1 videos have automatic captions" in note for note in corpus.notes)
+    assert "1 videos have automatic captions" in "\n".join(corpus.notes)
     assert [row.text for row in corpus.rows["train"]][:2] == [
         "Among other things",
         "we sign",
@@ -316,16 +311,11 @@ def test_sl25_takes_captions_in_the_language_of_each_video(tmp_path, separator):
             write_vtt(tmp_path / f"{video}.{tag}.vtt", cues)
     codes = ["gsg", "ja", "ase", "???"]
     ids = tmp_path / "ids"
-    ids.write_text(
-        "".join(
-            f"{video}{separator}{code}\n" for video, code in zip(TRAIN, codes, strict=True)
-        )
-    )
+    lines = map(separator.join, zip(TRAIN, codes, strict=True))
+    ids.write_text("\n".join(lines))
     corpus = youtube_asl.read_sl25(tmp_path, ALL, ids=str(ids))
     assert [row.language for row in corpus.rows["train"]] == ["de", "ja", "en"]
-    assert corpus.language == "mixed" and any(
-        f"({TRAIN[3]})" in note for note in corpus.notes
-    )
+    assert corpus.language == "mixed" and f"({TRAIN[3]})" in "\n".join(corpus.notes)
     corpus = youtube_asl.read_sl25(tmp_path, ALL, ids=str(ids), language="de-DE")
     assert corpus.language == "de" and len(corpus.rows["train"]) == 4
 

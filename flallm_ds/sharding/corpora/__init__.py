@@ -33,6 +33,7 @@ SPLIT_NAMES = {
     "validation": "dev",
 }
 
+# The characters that tables are separated by, with their names in messages.
 _DELIMITERS = {",": "commas", "\t": "TABs", "|": "|", ";": "semicolons"}
 _LINE_END = re.compile(r"\r\n|\r|\n")
 _NOT_IN_A_TEXT = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")
@@ -88,12 +89,14 @@ def read_lines(path: Path) -> list[str]:
         raise UserError(
             f"a table must be readable, but {error.strerror}: {path}."
         ) from error
+    # Excel's "Unicode text" is UTF-16, which UTF-8 would report as a wrong byte.
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         got = f"got UTF-16: {path}. Save it as UTF-8."
         raise UserError(f"a table must be readable text in UTF-8, {got}")
     try:
         lines = _LINE_END.split(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
+        # What is before the wrong byte can be decoded, and gives its line.
         before = error.object[: error.start].decode("utf-8")
         number = len(_LINE_END.split(before))
         byte = error.object[error.start]
@@ -101,6 +104,7 @@ def read_lines(path: Path) -> list[str]:
             f"{path}, line {number}: a table must be readable text in UTF-8, got "
             f"byte 0x{byte:02x} ({error.reason}). Save it as UTF-8."
         ) from error
+    # UTF-16 without a mark at its start is valid UTF-8 with a NUL after each letter.
     for number, line in enumerate(lines, 1):
         if "\0" in line:
             raise UserError(
@@ -119,6 +123,7 @@ def read_table(
     unquoted (csv's minimal quoting), else quotes are ordinary characters. Raises
     UserError that names the file and line of what does not fit.
     """
+    # A wrong delimiter first: without it, every column would be missing.
     lines = read_lines(path)
     _check_delimiter(lines[0], delimiter, columns, quoted, path)
     names = _fields(lines[0], delimiter, quoted, f"{path}, line 1:")
@@ -239,7 +244,7 @@ def files_below(folder: Path) -> Iterator[Path]:
     """
     seen: set[str] = set()
     for place, folders, names in os.walk(folder, followlinks=True):
-        # A link to a folder above would otherwise be followed for ever.
+        # Without this, a link to a folder above it would never end.
         real = os.path.realpath(place)
         if real in seen:
             folders.clear()
@@ -317,6 +322,7 @@ def read_split(value: str, what: str) -> str:
 def split_of(video: str) -> str:
     """Draw train, dev or test (80, 10 and 10 %) for a source video, by its name: never by
     clip."""
+    # A hash instead of a draw: the same on every machine, and for a corpus that grows.
     percent = int.from_bytes(hashlib.sha256(video.encode()).digest()[:8], "big") % 100
     if percent < 80:
         return "train"

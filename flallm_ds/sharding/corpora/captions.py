@@ -25,7 +25,7 @@ _TIMES = re.compile(rf"\s*{_CLOCK}\s*-->\s*{_CLOCK}(?:\s.*)?")
 # The first line of a WebVTT block that is not shown.
 _NO_CUE = re.compile(r"NOTE\b.*|(STYLE|REGION)\s*")
 _MAX_S = 1e7
-_AT_ONCE_S = 0.1
+_AT_ONCE_S = 0.1  # captions that begin or end so close together do so at once
 
 _LINE_BREAK = re.compile(r"(?i:<br\s*/?>)|\\N")
 # Only what begins like a tag: JSON texts escape nothing and may hold "<3". It may
@@ -33,11 +33,14 @@ _LINE_BREAK = re.compile(r"(?i:<br\s*/?>)|\\N")
 _TAG = re.compile(r"</?(?:[a-z][^<>]*|[0-9]+(?::[0-9]+)+[.,][0-9]+)>|</>", re.IGNORECASE)
 _TIME_TAG = re.compile(r"<[0-9]+(?::[0-9]+)+[.,][0-9]+>")
 _CODE = re.compile(r"\{\\[^{}]*\}")  # {\an8}
+# Control characters except TABs and line ends, zero-width spaces, marks of direction.
 _INVISIBLE = dict.fromkeys((*range(9), *range(14, 28), 0x7F))
 _INVISIBLE |= dict.fromkeys(map(ord, "\u200b\u200e\u200f\u2060\ufeff"))
+# Brackets of three kinds, and parentheses; full-width ones are usual in Chinese.
 _BRACKETS = re.compile(r"\[[^][]*\]|［[^［］]*］|【[^【】]*】")
 _PARENTHESES = re.compile(r"[(（]([^()（）]*)[)）]")
 _NOTE_SIGNS = re.compile("[♩♪♫♬🎵🎶🎼]\ufe0f?")
+# Words that name a sound: English, Spanish, German, Chinese, Japanese, Korean.
 _SOUND = re.compile(
     r"music|musi[qk]|música|instrumental|appla|aplau|clap|cheer|laugh|chuckl|giggl|lach|gelächter|"
     r"\brires?\b|\brisas?\b|sigh|cough|whistl|inaudible|silence|noise|crosstalk|"
@@ -45,6 +48,7 @@ _SOUND = re.compile(
     re.IGNORECASE,
 )
 _SOUND_WORDS = 4  # more words are a sentence about music
+# ">> NAME:" before another speaker's words, and the dashes that stand for it.
 _ARROWS = re.compile(r"(?<!\S)>{2,}[ \t]*(?:([^\s:：>][^:：>\n]{0,40})(?::(?!\S)|：))?")
 _DASH = re.compile(r"[-–—]+\s*(?![\s\d])")
 _NEXT_DASH = re.compile(r"(?<=[.!?…]) [-–—]+ ?(?=[^\s\d])")
@@ -94,7 +98,7 @@ def header_language(path: Path) -> str:
     if path.suffix.lower() != ".vtt":
         return ""
     with path.open("rb") as file:
-        head = file.read(500)
+        head = file.read(500)  # the header is within the first lines
     match = re.search(
         rb"^Language:[ \t]*([A-Za-z]{2,3}(?:-[A-Za-z0-9]+)*)", head, re.MULTILINE
     )
@@ -243,8 +247,9 @@ def _timed(lines: Sequence[str], blank_ends: bool) -> list[_Shown]:
     current: list[str] | None = None
     for line in lines:
         if "-->" in line:
+            # SubRip writes a number above each line of times.
             if current and current[-1].strip().isdigit():
-                current.pop()  # the number of this caption
+                current.pop()
             current = []
             if span := _span(line):
                 found.append((span, current))
@@ -296,6 +301,7 @@ def _unroll(shown: list[_Shown], automatic: bool = False) -> tuple[list[Cue], bo
 
 def _num_repeated(before: list[str], now: list[str]) -> int:
     """Return how many of a caption's first lines are the last ones of the caption before."""
+    # The longest overlap first: two equal lines that are shown again count as two.
     for num in range(min(len(before), len(now)), 0, -1):
         if before[-num:] == now[:num]:
             return num

@@ -46,6 +46,7 @@ def read(source: Path, splits: tuple[str, ...], *, trim_margin: bool = True) -> 
     labels, table = read_labels(root / "sentence_label")
     rows: dict[str, list[Row]] = {split: [] for split in splits}
     absent: list[str] = []
+    # The split file decides which clips there are; labels give their texts.
     split_table = root / "sentence_label" / "split_1.txt"
     listed = set()
     for line, fields in read_table(split_table, "|", ("name", "split"), quoted=False):
@@ -133,6 +134,7 @@ def read_labels(folder: Path) -> tuple[dict[str, tuple[str, str]], Path]:
         for _, fields in read_table(table, "|", ("name", "gloss", "char"), quoted=False):
             text, gloss = "".join(fields["char"].split()), " ".join(fields["gloss"].split())
             found.append((fields["name"].strip(), (text, gloss)))
+    # A clip may be listed twice, but with one label.
     labels: dict[str, tuple[str, str]] = {}
     for name, label in found:
         if labels.setdefault(name, label) != label:

@@ -28,6 +28,7 @@ _COLUMNS = (
     "END_REALIGNED",
     "SENTENCE",
 )
+# The corpus's own names of the splits, in folders and files.
 _OWN_SPLITS = {"train": "train", "dev": "val", "test": "test"}
 
 
@@ -124,6 +125,7 @@ def _choose_videos(
     return paths, raw, [note, *said]
 
 
+# The first byte of a UTF-8 letter shown as Latin-1, and up to three bytes that follow it.
 _GARBLED = re.compile(r"[\u00c2-\u00f4][^\x00-\x7f]{1,3}")
 
 

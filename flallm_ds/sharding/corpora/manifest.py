@@ -31,6 +31,7 @@ from flallm_ds.sharding.corpora import (
     split_of,
 )
 
+# Columns by the JSON type of their values.
 _NEEDED = ("video", "text")
 _STRINGS = (*_NEEDED, "split", "signer", "language", "id")
 _NUMBERS = ("start", "end", "fps")
@@ -110,6 +111,7 @@ def _check_once(
     row: Row, own_id: str, line: int, first_line_of: dict[Any, int], what: str
 ) -> None:
     """Raise UserError if an earlier row has the same id, or the same text, video and times."""
+    # "./a.mp4" is a.mp4, and a clip without a start begins at 0.
     place = (os.path.normpath(row.path), row.start_s or 0.0, row.end_s, row.bbox)
     first = first_line_of.setdefault((place, row.text, row.language), line)
     if first != line:
@@ -134,6 +136,7 @@ def _read_row(
         raise UserError(f"{what} {wanted}, but is empty. Correct the manifest.")
     for name in ("text", "signer", "id"):
         check_text(fields.get(name, "").strip(), f"{what} {name}")
+    # The row's language goes before that of the command.
     named = fields.get("language", "").strip()
     language = language_tag(named, f"{what} language") if named else language
     if not language:
@@ -174,6 +177,7 @@ def _read_box(value: str, what: str) -> tuple[float, float, float, float] | None
     try:
         x0, y0, x1, y1 = map(float, value.strip("[]() ").split(","))
     except ValueError:
+        # Not four numbers: an empty box, which is refused below.
         x0, y0, x1, y1 = 0.0, 0.0, 0.0, 0.0
     if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
         wanted = f"{what} bbox must be x0,y0,x1,y1 with each from 0 to 1"

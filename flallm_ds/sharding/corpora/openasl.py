@@ -32,6 +32,7 @@ def read(source: Path, splits: tuple[str, ...]) -> Corpus:
     if table is None:
         wanted = "--source must hold data/openasl-v1.0.tsv"
         raise UserError(f"{wanted}, but there is none below {source}. Check --source.")
+    # One table holds all splits: its lines by split.
     lines: dict[str, list[tuple[int, dict[str, str]]]] = {split: [] for split in splits}
     for line, fields in read_table(table, "\t", _COLUMNS, quoted=False):
         split = read_split(fields["split"], f"{table}, line {line}:")
@@ -128,6 +129,7 @@ def read_boxes(path: Path | None) -> dict[str, Box]:
     if not isinstance(content, dict):
         why = f"are not: {path}. Fetch them again."
         raise UserError(f"the boxes must be a JSON object by clip, but {why}")
+    # Some boxes reach beyond the frame.
     boxes = {}
     for vid, corners in content.items():
         try:

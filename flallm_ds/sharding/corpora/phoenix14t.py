@@ -17,6 +17,7 @@ FPS = 25.0
 # "to undistort stretch images to 210x300", says the release's README
 SEEN_HW = (300, 210)
 _COLUMNS = ("name", "video", "speaker", "orth", "translation")
+# Where the folder PHOENIX-2014-T may be below the source.
 _ROOTS = ("", "PHOENIX-2014-T", "PHOENIX-2014-T-release-v3/PHOENIX-2014-T")
 
 

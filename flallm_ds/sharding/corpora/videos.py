@@ -39,6 +39,7 @@ class Videos:
         self._source = source
         self._files: dict[str, list[Path]] = {}
         self._renderings: dict[str, list[Path]] = {}
+        # Renderings have the names of the clips: they are kept apart, for the notes.
         for path in files_below(source):
             name = name_of(path) if path.suffix.lower() in VIDEO_SUFFIXES else ""
             if name and path.is_file():
@@ -65,6 +66,7 @@ class Videos:
         not_taken: list[Path] = []
         unseen: list[Path] = []  # renderings of clips without a video
         for clip, names in clips.items():
+            # The corpus's own folder goes first; without a file there, any folder will do.
             own_files, other_files = self._files_of(names, own)
             renderings = _all_of(self._renderings, names)
             candidates = own_files or other_files

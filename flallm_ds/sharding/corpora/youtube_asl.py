@@ -31,6 +31,7 @@ from flallm_ds.sharding.corpora.captions import (
 )
 from flallm_ds.sharding.corpora.videos import Videos
 
+# "ID", "ID.en", "Title [ID]" or "Title [ID].en-US".
 _ID = r"[A-Za-z0-9_-]{11}"
 _STEM = re.compile(rf"(?:.*\[)?({_ID})\]?(?:\.([A-Za-z]{{2,3}}(?:[-_][A-Za-z0-9_-]*)?))?")
 _HEADERS = ("id", "video", "video_id")
@@ -187,6 +188,7 @@ def _captions_of(
 
     Returns None where there are none. Raises UserError for captions without a language.
     """
+    # A file that cannot be read costs its video, not the build.
     try:
         track = choose_track(tracks, language)
         if track is None:
@@ -246,6 +248,7 @@ def _notes(tally: _Tally, others: dict[str, str]) -> list[str]:
 
     others: the name of a caption file of another format, by video.
     """
+    # Captions by what became of them, with examples of their videos where there are some.
     notes = []
     for kind, what in _CAPTION_NOTES.items():
         count, videos = tally.captions[kind], tally.videos[kind]
