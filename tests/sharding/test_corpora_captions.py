@@ -1,4 +1,4 @@
-"""Caption files of every kind that is fetched, and what becomes of their captions."""
+"""Tests of caption files in every format, and of the clips that captions become."""
 
 import json
 import re
@@ -48,7 +48,7 @@ def spans(track):
 )
 @pytest.mark.parametrize("kind", [".vtt", ".srt"])
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
-def test_times_are_read_as_tools_write_them(tmp_path, times, span, kind, newline):
+def test_times_are_read_in_the_formats_of_all_tools(tmp_path, times, span, kind, newline):
     head = "WEBVTT\n\n" if kind == ".vtt" else "\ufeff1\n"
     track = track_of(
         tmp_path, f"a{kind}", f"{head}{times}\nHello\nyou\n\n".replace("\n", newline)
@@ -77,7 +77,7 @@ def test_times_that_cannot_be_read_are_counted(tmp_path, times, kind):
     assert spans(track) == [(3, 4, "Hello")] and track.num_unreadable == 1
 
 
-def test_subrip_is_read_with_blank_lines_numbers_and_none_between(tmp_path):
+def test_subrip_is_read_with_and_without_blank_lines_and_numbers(tmp_path):
     content = (
         "1\n00:00:01,000 --> 00:00:02,000\nOne\n\nand a half\n\n2\n00:00:03,000 --> 00:00:04,000\n1984\n"
         '3\n00:00:05,000 --> 00:00:06,000\n{\\an8}<font color="#fff">Three</font>\n\n\n'
@@ -92,7 +92,7 @@ def test_subrip_is_read_with_blank_lines_numbers_and_none_between(tmp_path):
     ]
 
 
-def test_comments_styles_and_regions_are_not_shown(tmp_path):
+def test_comments_styles_and_regions_are_left_out(tmp_path):
     blocks = [
         "WEBVTT",
         "NOTE\nmore\n00:09.000 --> 00:10.000\nof it",
@@ -141,7 +141,7 @@ AUTOMATIC = {
 
 
 @pytest.mark.parametrize("name", ["a.json3", "a.json"])
-def test_json3_is_read_under_either_name(tmp_path, name):
+def test_json3_is_read_with_either_suffix(tmp_path, name):
     track = track_of(tmp_path, name, AUTOMATIC)
     assert (
         spans(track) == [(1, 5, "among other things"), (2.51, 6.51, "we sign"), (6, 7, "")]
@@ -181,7 +181,7 @@ def test_json3_is_read_under_either_name(tmp_path, name):
         None,
     ],
 )
-def test_json_that_is_no_captions_is_a_value_error(tmp_path, content):
+def test_json_without_captions_is_a_value_error(tmp_path, content):
     with pytest.raises(ValueError):
         track_of(tmp_path, "a.json", content)
 
@@ -190,7 +190,7 @@ def test_json_that_is_no_captions_is_a_value_error(tmp_path, content):
     ("shown", "said"),
     [
         ("[Music]", ""),
-        ("[Music\nplaying] Go on.", "Go on."),
+        ("[Music\nplaying] Continue.", "Continue."),
         ("[ __ ] you", "you"),
         ("［音楽］ はい", "はい"),
         ("【掌声】谢谢", "谢谢"),
@@ -242,7 +242,7 @@ def test_json_that_is_no_captions_is_a_value_error(tmp_path, content):
     ],
 )
 @pytest.mark.parametrize("kind", [".vtt", ".srt", ".json", ".json3"])
-def test_a_text_is_what_is_said(tmp_path, shown, said, kind):
+def test_a_text_contains_only_spoken_words(tmp_path, shown, said, kind):
     content = {
         ".vtt": f"WEBVTT\n\n00:01.000 --> 00:02.000\n{shown}\n",
         ".srt": f"1\n00:00:01,000 --> 00:00:02,000\n{shown}\n",
@@ -287,7 +287,7 @@ def as_file(kind, cues):
 
 @pytest.mark.parametrize("kind", [".vtt", ".srt", ".json"])
 @pytest.mark.parametrize("count", [2, 3, 4])
-def test_lines_that_are_shown_again_are_taken_once(tmp_path, kind, count):
+def test_lines_that_are_displayed_again_are_used_once(tmp_path, kind, count):
     track = track_of(tmp_path, f"a{kind}", as_file(kind, ROLLING[:count]))
     assert [cue.text for cue in track.cues] == ["hello there", "how are you", "we sign"][
         :count
@@ -335,7 +335,7 @@ def youtube(tmp_path, kind, cues, suffix=""):
         ),
     ],
 )
-def test_clips_of_a_video_do_not_overlap_and_what_was_done_is_counted(
+def test_clips_of_a_video_do_not_overlap_and_changes_are_counted(
     tmp_path, kind, cues, clips, note
 ):
     found, notes = youtube(tmp_path, kind, cues)
@@ -345,7 +345,7 @@ def test_clips_of_a_video_do_not_overlap_and_what_was_done_is_counted(
         assert one[1] <= other[0]
 
 
-def test_automatic_json3_gives_clips_that_do_not_overlap(tmp_path):
+def test_automatic_json3_captions_become_clips_that_do_not_overlap(tmp_path):
     found, notes = youtube(tmp_path, ".json3", json.dumps(AUTOMATIC), ".en")
     assert found == [(1, 2.51, "among other things"), (2.51, 6.51, "we sign")]
     assert "2 of 3 captions kept" in notes[
@@ -353,7 +353,7 @@ def test_automatic_json3_gives_clips_that_do_not_overlap(tmp_path):
     ] and "1 videos have automatic captions" in "\n".join(notes)
 
 
-def test_counts_are_true_where_captions_cannot_be_read(tmp_path):
+def test_counts_are_correct_if_captions_cannot_be_read(tmp_path):
     files = {
         f"{VIDEOS[0]}.en.vtt": "WEBVTT\n\n00:00:01,000 --> 00:00:02,000\nHello\n\nx --> y\nlost\n",
         f"{VIDEOS[1]}.en.srt": as_file(".srt", [(1, 2, "You"), (3, 4, "[Music]")]),
@@ -390,7 +390,7 @@ def test_counts_are_true_where_captions_cannot_be_read(tmp_path):
     assert re.search("^1 videos have no captions.*-unknown-00", listed, re.MULTILINE)
 
 
-def test_a_build_without_one_readable_caption_says_why(tmp_path):
+def test_the_error_of_a_build_without_readable_captions_has_the_reason(tmp_path):
     (tmp_path / f"{VIDEOS[0]}.en.vtt").write_text("WEBVTT\n\nx --> y\nlost\n")
     with pytest.raises(
         UserError,

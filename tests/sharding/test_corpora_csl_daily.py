@@ -15,7 +15,7 @@ ALL = ("train", "dev", "test")
 
 @pytest.mark.parametrize("annotation", ["pickle", "map", "both"])
 @pytest.mark.parametrize("gloss", [list, str])
-def test_labels_come_from_either_file_and_either_kind_of_gloss(tmp_path, annotation, gloss):
+def test_labels_are_read_from_either_file_and_either_type(tmp_path, annotation, gloss):
     corpus = csl_daily.read(
         make_csl_daily(tmp_path, annotation=annotation, gloss=gloss), ALL
     )
@@ -37,14 +37,14 @@ def test_labels_come_from_either_file_and_either_kind_of_gloss(tmp_path, annotat
         "sentence_frames-512x512/frames_512x512",
     ],
 )
-def test_frames_are_found_under_each_name_and_from_the_folder_above(tmp_path, frames):
+def test_frames_are_found_in_each_folder_and_from_the_parent_folder(tmp_path, frames):
     root = make_csl_daily(tmp_path / "CSL-Daily", frames=frames)
     for source in (root, tmp_path):
         rows = csl_daily.read(source, ("train",)).rows["train"]
         assert [len(list(row.path.glob("*.jpg"))) for row in rows] == [3, 4]
 
 
-def test_a_clip_that_this_release_lacks_is_left_out_and_counted(tmp_path):
+def test_a_clip_that_is_not_in_the_release_is_left_out_and_counted(tmp_path):
     notes = csl_daily.read(make_csl_daily(tmp_path / "a"), ALL).notes
     assert f"1 clips of split_1.txt are not in this release ({CSL_MISSING})" in notes
     whole = csl_daily.read(make_csl_daily(tmp_path / "b", missing=""), ALL)
@@ -54,7 +54,7 @@ def test_a_clip_that_this_release_lacks_is_left_out_and_counted(tmp_path):
     assert len(csl_daily.read(tmp_path / "b", ALL).rows["train"]) == 2
 
 
-def test_other_missing_frames_are_the_build_s_to_report(tmp_path):
+def test_the_build_reports_other_missing_frames(tmp_path):
     root = make_csl_daily(tmp_path / "csl")
     shutil.rmtree(root / "sentence" / "frames_512x512" / "S000030_P0009_T00")
     with pytest.raises(UserError, match="1 without video: test S000030_P0009_T00"):
@@ -74,9 +74,7 @@ class Trap:
         return os.system, ("echo trapped > trapped",)
 
 
-def test_a_pickle_that_would_run_something_is_refused_and_does_not_run(
-    tmp_path, monkeypatch
-):
+def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, monkeypatch):
     root = make_csl_daily(tmp_path)
     monkeypatch.chdir(tmp_path)
     trap = pickle.dumps({"info": [Trap()]})
@@ -84,7 +82,7 @@ def test_a_pickle_that_would_run_something_is_refused_and_does_not_run(
     assert (tmp_path / "trapped").exists()  # the trap works
     (tmp_path / "trapped").unlink()
     (root / "sentence_label" / "csl2020ct_v2.pkl").write_bytes(trap)
-    with pytest.raises(UserError, match=r"plain values, but it asks for \w+\.system"):
+    with pytest.raises(UserError, match=r"plain values: it imports \w+\.system"):
         csl_daily.read(root, ALL)
     assert not (tmp_path / "trapped").exists()
 
@@ -104,17 +102,17 @@ def test_a_pickle_that_would_run_something_is_refused_and_does_not_run(
         (pickle.dumps({"info": [{"name": "a", "label_char": ["x"]}]}), "label_gloss of a"),
     ],
 )
-def test_a_broken_annotation_is_one_sentence(tmp_path, content, message):
+def test_a_broken_annotation_is_a_user_error(tmp_path, content, message):
     root = make_csl_daily(tmp_path)
     (root / "sentence_label" / "csl2020ct_v2.pkl").write_bytes(content)
     with pytest.raises(UserError, match=message):
         csl_daily.read(root, ALL)
 
 
-def test_missing_folders_are_named(tmp_path):
-    with pytest.raises(UserError, match="holds no sentence_label"):
+def test_the_messages_for_missing_folders_name_them(tmp_path):
+    with pytest.raises(UserError, match=r"--source must be .* with sentence_label in it"):
         csl_daily.read(tmp_path, ALL)
-    with pytest.raises(UserError, match=r"sentence/frames_512x512, .*are not"):
+    with pytest.raises(UserError, match=r"sentence/frames_512x512, .* missing or empty"):
         csl_daily.read(make_csl_daily(tmp_path / "csl", frames="elsewhere"), ALL)
 
 

@@ -1,4 +1,4 @@
-"""Tables and manifests as people write them: a row is a line, and a text what the line says."""
+"""Tests of tables and manifests as people write them: one row per line."""
 
 import json
 from itertools import chain
@@ -89,7 +89,7 @@ def test_a_csv_unquotes_what_is_quoted(tmp_path):
         ('"two\nlines"', 3),
     ],
 )
-def test_a_quote_of_a_csv_that_does_not_close_is_refused_by_its_line(tmp_path, cell, line):
+def test_an_open_quote_of_a_csv_is_refused_with_its_line(tmp_path, cell, line):
     content = f'video,text\na.mp4,x\nb.mp4,{cell}\nc.mp4,"y"\nd.mp4,z\n'
     refused(
         tmp_path / "m.csv",
@@ -102,7 +102,7 @@ def test_a_quote_of_a_csv_that_does_not_close_is_refused_by_its_line(tmp_path, c
 @pytest.mark.parametrize(
     ("fields", "count"), [("c.mp4", 1), ("c.mp4/x/y", 3), ("c.mp4/x/", 3)]
 )
-def test_a_row_with_more_or_fewer_fields_is_refused_by_its_line(
+def test_a_row_with_more_or_fewer_fields_is_refused_with_its_line(
     tmp_path, suffix, fields, count
 ):
     content = f"video/text\na.mp4/x\n\n{fields}\n".replace(
@@ -132,7 +132,7 @@ def test_a_row_with_more_or_fewer_fields_is_refused_by_its_line(
         (".csv", "video,Text", "must have the column 'text'"),
     ],
 )
-def test_another_delimiter_and_a_wrong_header_are_named(tmp_path, suffix, line, message):
+def test_another_delimiter_and_a_wrong_header_are_refused(tmp_path, suffix, line, message):
     refused(tmp_path / f"m{suffix}", f"{line}\n{line}\n", message)
 
 
@@ -144,7 +144,7 @@ def test_another_delimiter_and_a_wrong_header_are_named(tmp_path, suffix, line, 
         ("video_id", None), ("sign", None), ("notes", None), ("mood", None), ("", None),
     ],
 )  # fmt: skip
-def test_a_misspelt_column_is_refused_and_another_is_noted(tmp_path, name, meant):
+def test_a_misspelt_column_is_refused_and_an_unknown_one_is_noted(tmp_path, name, meant):
     content = f"video,text,{name}\na.mp4,x,1\n"
     if meant:
         refused(tmp_path / "m.csv", content, f"got {name!r} and no {meant!r}")
@@ -158,7 +158,7 @@ def test_a_misspelt_column_is_refused_and_another_is_noted(tmp_path, name, meant
         assert notes == [f"columns that are not used: {name or '(without a name)'}"]
 
 
-def test_a_column_like_one_that_is_there_is_noted(tmp_path):
+def test_a_column_similar_to_an_existing_one_is_noted(tmp_path):
     _, notes = rows_of(tmp_path / "m.csv", "video,text,start,start_s\na.mp4,x,1,1.5\n")
     assert notes == ["columns that are not used: start_s"]
 
@@ -172,7 +172,9 @@ def test_a_column_like_one_that_is_there_is_noted(tmp_path):
         ("a.mp4/x\n".encode("utf-16-le"), "line 3: .*NUL byte"),
     ],
 )
-def test_what_is_no_utf8_text_is_named_by_its_line(tmp_path, suffix, content, message):
+def test_text_in_another_encoding_is_refused_with_its_line(
+    tmp_path, suffix, content, message
+):
     delimiter = b"\t" if suffix == ".tsv" else b","
     head = (
         b'{"video": "b", "text": "x"}\n\n'
@@ -182,11 +184,11 @@ def test_what_is_no_utf8_text_is_named_by_its_line(tmp_path, suffix, content, me
     refused(tmp_path / f"m{suffix}", (head + content).replace(b"/", delimiter), message)
 
 
-def test_utf16_is_named(tmp_path):
+def test_the_message_for_utf16_names_the_encoding(tmp_path):
     refused(
         tmp_path / "m.tsv",
         "video\ttext\na\tx\n".encode("utf-16"),
-        "got UTF-16: .* Save it as UTF-8",
+        r"m\.tsv must be a text file in UTF-8, got UTF-16\. Save it as UTF-8",
     )
 
 
@@ -195,7 +197,7 @@ BREAKS = ["\n", "\t", "\r", "\v", "\f", "\x00", "\x1c", "\x85", "\u2028", "\u202
 
 @pytest.mark.parametrize("mark", BREAKS)
 @pytest.mark.parametrize("column", ["text", "id", "signer"])
-def test_a_line_break_or_a_tab_in_json_is_refused_by_its_line(tmp_path, mark, column):
+def test_a_line_break_or_a_tab_in_json_is_refused_with_its_line(tmp_path, mark, column):
     row = {"video": "a", "text": "x", column: f"a{mark}b"}
     content = '{"video": "b", "text": "x"}\n' + json.dumps(row)
     refused(
@@ -205,7 +207,7 @@ def test_a_line_break_or_a_tab_in_json_is_refused_by_its_line(tmp_path, mark, co
 
 @pytest.mark.parametrize("mark", ["\v", "\f", "\x85", "\u2028", "\u2029"])
 @pytest.mark.parametrize("suffix", [".csv", ".tsv"])
-def test_other_line_breaks_split_no_row_and_are_refused(tmp_path, mark, suffix):
+def test_other_line_breaks_do_not_split_rows_and_are_refused(tmp_path, mark, suffix):
     content = f"video/text\na/x\nb/x{mark}y\n".replace(
         "/", "," if suffix == ".csv" else "\t"
     )
@@ -241,7 +243,7 @@ def test_other_line_breaks_split_no_row_and_are_refused(tmp_path, mark, suffix):
         ({"bbox": 1}, "bbox must be"),
     ],
 )  # fmt: skip
-def test_a_json_value_of_another_kind_is_refused_by_its_line(tmp_path, fields, message):
+def test_a_json_value_of_another_type_is_refused_with_its_line(tmp_path, fields, message):
     content = '{"video": "b", "text": "x"}\n' + json.dumps(
         {"video": "a", "text": "x"} | fields
     )
@@ -251,18 +253,21 @@ def test_a_json_value_of_another_kind_is_refused_by_its_line(tmp_path, fields, m
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"video": "a"}', "'text' must be there, got video"),
-        ("{}", "'text' must be there, got no name"),
-        ('{"text": "x"}', "video must name"),
-        ('{"video": "a", "text": "x", "text": "y"}', "'text' is there twice"),
-        ('[{"video": "a", "text": "x"}]', "an object must be there"),
-        ('{"video": "a", "text": "x"', "one object a line, but"),
+        ('{"video": "a"}', "the object must have 'text', got video"),
+        ("{}", "the object must have 'text', got no name"),
+        ('{"text": "x"}', "video must be a file or folder"),
+        (
+            '{"video": "a", "text": "x", "text": "y"}',
+            "each name must occur once, got 'text' twice",
+        ),
+        ('[{"video": "a", "text": "x"}]', "a line must be a JSON object"),
+        ('{"video": "a", "text": "x"', "Expecting .*: one JSON object per line"),
         ('{"video": "a", "txt": "x"}', "got 'txt' and no 'text'"),
-        ('"x"', "an object must be there"),
-        ("null", "an object must be there"),
+        ('"x"', "a line must be a JSON object"),
+        ("null", "a line must be a JSON object"),
     ],
 )
-def test_a_json_line_that_is_no_row_is_refused_by_its_line(tmp_path, line, message):
+def test_a_json_line_that_is_not_a_row_is_refused_with_its_line(tmp_path, line, message):
     refused(
         tmp_path / "m.jsonl",
         f'\ufeff{{"video": "b", "text": "x"}}\n\n{line}\n',
@@ -270,7 +275,7 @@ def test_a_json_line_that_is_no_row_is_refused_by_its_line(tmp_path, line, messa
     )
 
 
-def test_null_is_an_empty_cell_where_a_column_is_optional(tmp_path):
+def test_null_is_an_empty_field_in_an_optional_column(tmp_path):
     row = {"video": "a", "text": "x", "mood": [1]} | dict.fromkeys(
         ("start", "end", "split", "signer", "language", "id", "bbox", "fps")
     )
@@ -295,11 +300,11 @@ def test_null_is_an_empty_cell_where_a_column_is_optional(tmp_path):
         (("a.mp4,x,,,", "a.mp4,x,0,,"), "line 3: a row must occur once"),
         (
             ("a.mp4,x,,,1", "b.mp4,y,,,1"),
-            "line 3: id must be that of one row, got '1' of line 2 again",
+            "line 3: id must be unique, got '1' of line 2 again",
         ),
     ],
 )
-def test_rows_that_are_there_twice_are_named(tmp_path, rows, message):
+def test_rows_that_occur_twice_are_refused(tmp_path, rows, message):
     content = "\n".join(["video,text,start,end,id", *rows, "c.mp4,z,,,"])
     refused(tmp_path / "m.csv", content, message)
 
@@ -330,7 +335,7 @@ def test_rows_that_differ_in_one_thing_are_all_kept(tmp_path):
         "\u2800",
     ],
 )
-def test_a_text_that_cannot_be_seen_is_named_and_skipped_like_an_empty_one(tmp_path, text):
+def test_an_invisible_text_is_reported_and_skipped_like_an_empty_one(tmp_path, text):
     for name in ("a", "b"):
         write_frames(tmp_path / name, 2)
     lines = ["video\ttext\tsplit", "a\tx\ttrain", f"b\t{text}\ttrain", ""]
@@ -361,12 +366,12 @@ def test_a_text_that_cannot_be_seen_is_named_and_skipped_like_an_empty_one(tmp_p
     "value",
     ["1_0", "nan", "inf", "１", "-0.5", "1,5", "1.5s", "0x1", "1:2:3:4", "1e9", "::", "-"],
 )
-def test_what_is_no_time_is_refused(value):
+def test_a_wrong_time_is_refused(value):
     with pytest.raises(UserError, match=r"^line 2: start must be seconds"):
         read_seconds(value, "line 2: start")
 
 
-def test_what_is_a_time_is_read():
+def test_all_forms_of_a_time_are_read():
     values = {
         "1": 1,
         " 2.5 ": 2.5,
@@ -380,7 +385,7 @@ def test_what_is_a_time_is_read():
     assert {value: read_seconds(value, "") for value in values} == values
 
 
-def test_the_tables_of_corpora_are_read_line_by_line_as_well(tmp_path):
+def test_the_tables_of_corpora_are_read_line_by_line(tmp_path):
     release = make_phoenix(tmp_path / "p", counts=(3, 0, 0))
     table = next(release.rglob("*.train.corpus.csv"))
     table.write_text(table.read_text().replace("am tag 1", '"am tag 1'))

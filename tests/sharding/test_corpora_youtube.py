@@ -81,7 +81,7 @@ def test_webvtt_without_tags_entities_settings_comments_and_styles(newline):
     ]
 
 
-def test_a_caption_may_follow_the_header_at_once():
+def test_a_caption_may_follow_the_header_without_a_blank_line():
     text = "WEBVTT - a --> b\nKind: captions\n00:01.000 --> 00:02.000\nhello\n\n00:03.000 --> 00:04.000\nyou\n"
     assert cues_of(text.replace(" - a --> b", "")) == [
         (1.0, 2.0, "hello"),
@@ -92,7 +92,7 @@ def test_a_caption_may_follow_the_header_at_once():
     ]
 
 
-def test_automatic_captions_that_scroll_give_each_line_once():
+def test_each_line_of_automatic_captions_is_used_once():
     cues, scroll = read_vtt(SCROLLING)
     assert scroll and [(cue.start_s, cue.text) for cue in cues] == [
         (15.281, "Among other things"),
@@ -100,10 +100,10 @@ def test_automatic_captions_that_scroll_give_each_line_once():
         (20.596, "every day"),
     ]
     plain = read_vtt(re.sub(r"<[^>]*>", "", SCROLLING))
-    assert plain == (cues, True)  # known by its repeats alone
+    assert plain == (cues, True)  # recognised by the repeated lines only
 
 
-def test_captions_by_hand_may_repeat_themselves():
+def test_manual_captions_may_repeat_a_text():
     spans = (
         "00:01.000 --> 00:02.000",
         "00:02.000 --> 00:03.000",
@@ -116,7 +116,7 @@ def test_captions_by_hand_may_repeat_themselves():
     assert read_vtt(text)[1] is False
 
 
-def test_json_captions_are_cleaned_the_same_way():
+def test_json_captions_are_cleaned_in_the_same_way():
     content = [{"text": "I &#39;love&#39;\n<i>you</i> <3", "start": 1.5, "duration": "2"}]
     assert read_json(content) == [Cue(1.5, 3.5, "I 'love' you <3")]
 
@@ -141,7 +141,7 @@ def test_a_broken_caption_file_is_a_value_error(tmp_path, name, content):
 
 
 def ids_in(split: str, count: int) -> list[str]:
-    """Video ids that begin with a hyphen, of one split."""
+    """Return video ids of one split that begin with a hyphen."""
     found: list[str] = []
     number = 0
     while len(found) < count:
@@ -156,8 +156,10 @@ TRAIN, DEV, TEST = ids_in("train", 4), ids_in("dev", 1), ids_in("test", 1)
 
 
 def make_youtube(root):
-    """Four training videos and one each of dev and test, 3 s at 10 fps, with captions of
-    every kind."""
+    """Write four training videos, one of dev and one of test, with captions of every kind.
+
+    Each video has 3 s at 10 fps.
+    """
     for video in (*TRAIN[:3], *DEV, *TEST):
         write_video(root / "videos" / video[-1] / f"{video}.mp4", 30)
     write_video(root / "videos" / f"A title. With dots [{TRAIN[3]}].mp4", 30)
@@ -187,7 +189,7 @@ def make_youtube(root):
     return root
 
 
-def test_captions_become_clips_and_a_video_stays_in_one_split(tmp_path):
+def test_captions_become_clips_and_each_video_is_in_one_split(tmp_path):
     corpus = youtube_asl.read(make_youtube(tmp_path), ALL)
     train = corpus.rows["train"]
     assert [row.id for row in train] == [
@@ -218,8 +220,10 @@ def test_the_filter_is_set_by_options(tmp_path):
     root = make_youtube(tmp_path)
     corpus = youtube_asl.read(root, ("dev",), min_s=0.05, max_s=1.2)
     assert [row.text for row in corpus.rows["dev"]] == [f"One of {DEV[0]}.", "Too short."]
-    with pytest.raises(UserError, match="--min_s below --max_s"):
+    with pytest.raises(UserError, match=r"--min_s must be .* below --max_s \(1\), got 2"):
         youtube_asl.read(root, ALL, min_s=2, max_s=1)
+    with pytest.raises(UserError, match="--max_characters must be at least 1, got 0"):
+        youtube_asl.read(root, ALL, max_characters=0)
 
 
 def test_ids_choose_the_videos_and_their_order(tmp_path):
@@ -237,9 +241,9 @@ def test_ids_choose_the_videos_and_their_order(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"abc\nnot an id\n", "line 1"), (b"\xff\xfe", "readable text"), (None, "readable")],
+    [(b"abc\nnot an id\n", "line 1"), (b"\xff\xfe", "got UTF-16"), (None, "readable")],
 )
-def test_a_wrong_ids_file_is_one_sentence(tmp_path, content, message):
+def test_a_wrong_ids_file_is_a_user_error(tmp_path, content, message):
     if content is not None:
         (tmp_path / "ids.txt").write_bytes(content)
     with pytest.raises(UserError, match=message):
@@ -294,7 +298,7 @@ def test_captions_are_chosen_by_language(tmp_path, tags, language, chosen):
     assert youtube_asl.choose_track(tracks, language) == expected
 
 
-def test_captions_without_a_language_in_their_name_may_name_it_inside(tmp_path):
+def test_the_header_of_captions_may_have_the_language(tmp_path):
     path = tmp_path / "a.vtt"
     write_vtt(path, [], header="\nKind: captions\nLanguage: fr-CA")
     assert youtube_asl.choose_track({"": path}, "") == ("fr", path)
@@ -304,7 +308,7 @@ def test_captions_without_a_language_in_their_name_may_name_it_inside(tmp_path):
 
 
 @pytest.mark.parametrize("separator", ["\t", ","])
-def test_sl25_takes_captions_in_the_language_of_each_video(tmp_path, separator):
+def test_sl25_uses_captions_in_the_language_of_each_video(tmp_path, separator):
     cues = [("00:00.000", "00:01.000", "A text.")]
     for video in TRAIN:
         for tag in ("de", "en", "ja"):
@@ -320,7 +324,7 @@ def test_sl25_takes_captions_in_the_language_of_each_video(tmp_path, separator):
     assert corpus.language == "de" and len(corpus.rows["train"]) == 4
 
 
-def test_sl25_captions_that_name_no_language_are_refused(tmp_path):
+def test_sl25_captions_without_a_language_are_refused(tmp_path):
     write_vtt(tmp_path / f"{TRAIN[0]}.vtt", [("00:00.000", "00:01.000", "A text.")])
     with pytest.raises(UserError, match=r"must have a language.*--language"):
         youtube_asl.read_sl25(tmp_path, ALL)

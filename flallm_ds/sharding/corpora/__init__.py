@@ -1,9 +1,9 @@
-"""What every importer yields, and how tables are read.
+"""Define Row and Corpus, which every importer returns, and read tables.
 
-There is one module per corpus; nothing else knows a corpus. An importer is `read(source,
-splits, **its own options) -> Corpus`, and `sharding/rows.py` lists them. It reads tables
-only: whether videos are there and decode is the business of the build, the same for every
-corpus.
+There is one module per corpus; no other code depends on a corpus. An importer is
+`read(source, splits, **own_options) -> Corpus`; `sharding/rows.py` lists the importers.
+An importer reads tables only. The build checks that videos exist and decode, in the same
+way for every corpus.
 """
 
 import codecs
@@ -39,19 +39,19 @@ _LINE_END = re.compile(r"\r\n|\r|\n")
 _NOT_IN_A_TEXT = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")
 # float alone would also take "1_000", "nan" and digits of other scripts.
 _NUMBER = re.compile(r"\s*\+?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?\s*", re.IGNORECASE)
-_MAX_S = 1e7  # 115 days: beyond it a time is a mistake
-# Unicode categories that are drawn as nothing: controls, spaces, combining marks.
-_UNSEEN = frozenset(("Cc", "Cf", "Zs", "Zl", "Zp", "Mn", "Mc", "Me"))
-# letters and symbols drawn as nothing
+_MAX_S = 1e7  # 115 days; a larger time is a mistake
+# Unicode categories that are invisible on their own: controls, spaces, combining marks.
+_INVISIBLE = frozenset(("Cc", "Cf", "Zs", "Zl", "Zp", "Mn", "Mc", "Me"))
+# Letters and symbols without a visible shape.
 _FILLERS = frozenset("\u115f\u1160\u2800\u3164\uffa0")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One clip of a corpus as its table has it."""
+    """One clip as it is listed in the table of a corpus."""
 
-    id: str  # the corpus's own
-    # a video file or a folder of frame images; may be absent, which the build reports
+    id: str  # from the corpus
+    # A video file or a folder of frame images. The build reports a missing one.
     path: Path
     text: str
     language: str
@@ -60,15 +60,15 @@ class Row:
     start_s: float | None = None
     end_s: float | None = None
     gloss: str = ""
-    bbox: Box | None = None  # x0, y0, x1, y1 from 0 to 1: the part to keep
-    image_fps: float = 25.0  # of a folder of frame images
-    # The size that a frame is meant to be seen at, before short_side.
+    bbox: Box | None = None  # x0, y0, x1, y1 from 0 to 1: the part of the frame to keep
+    image_fps: float = 25.0  # frame rate of a folder of frame images
+    # Height and width that frames are stretched to before they are scaled to short_side.
     stretch_hw: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The rows of each split in table order, and notes for the user on how they were read."""
+    """Hold the rows of each split in table order, and notes for the user about reading."""
 
     name: str
     language: str
@@ -77,39 +77,40 @@ class Corpus:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Read the lines of a UTF-8 text file without their ends (LF, CRLF or CR).
+    """Read the lines of a UTF-8 text file without their line ends (LF, CRLF or CR).
 
-    Raises UserError that names the file, and the line of what is no UTF-8 text.
+    Raises UserError that names the file, and the line that is not UTF-8.
     """
     if not path.is_file():
-        raise UserError(f"a table must be there, but is not: {path}.")
+        raise UserError(f"Cannot read table {path}: it does not exist. Check --source.")
     try:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(
-            f"a table must be readable, but {error.strerror}: {path}."
+            f"Cannot read table {path}: {error.strerror}. Check the file."
         ) from error
     # Excel's "Unicode text" is UTF-16, which UTF-8 would report as a wrong byte.
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        got = f"got UTF-16: {path}. Save it as UTF-8."
-        raise UserError(f"a table must be readable text in UTF-8, {got}")
+        raise UserError(
+            f"{path} must be a text file in UTF-8, got UTF-16. Save it as UTF-8."
+        )
     try:
         lines = _LINE_END.split(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        # What is before the wrong byte can be decoded, and gives its line.
+        # The bytes before the wrong one can be decoded; they give the line number.
         before = error.object[: error.start].decode("utf-8")
         number = len(_LINE_END.split(before))
         byte = error.object[error.start]
         raise UserError(
-            f"{path}, line {number}: a table must be readable text in UTF-8, got "
-            f"byte 0x{byte:02x} ({error.reason}). Save it as UTF-8."
+            f"{path}, line {number}: the text must be UTF-8, got byte 0x{byte:02x} "
+            f"({error.reason}). Save the file as UTF-8."
         ) from error
-    # UTF-16 without a mark at its start is valid UTF-8 with a NUL after each letter.
+    # UTF-16 without a byte order mark is valid UTF-8 with a NUL after each letter.
     for number, line in enumerate(lines, 1):
         if "\0" in line:
             raise UserError(
-                f"{path}, line {number}: a table must be readable text in UTF-8, got a NUL "
-                "byte. Save it as UTF-8."
+                f"{path}, line {number}: the text must be UTF-8, got a NUL byte. Save the "
+                "file as UTF-8."
             )
     return lines
 
@@ -117,13 +118,13 @@ def read_lines(path: Path) -> list[str]:
 def read_table(
     path: Path, delimiter: str, columns: Sequence[str], quoted: bool = True
 ) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yield (line number, row) of a table with one row a line.
+    """Yield (line number, row) of a table with one row per line.
 
-    columns: those that its header line must have. quoted: fields in double quotes are
-    unquoted (csv's minimal quoting), else quotes are ordinary characters. Raises
-    UserError that names the file and line of what does not fit.
+    columns: the columns that the header must have. quoted: whether fields in double quotes
+    are unquoted (csv's minimal quoting); otherwise quotes are ordinary characters. Raises
+    UserError that names the file and the line.
     """
-    # A wrong delimiter first: without it, every column would be missing.
+    # Check the delimiter first: with a wrong one, every column seems to be missing.
     lines = read_lines(path)
     _check_delimiter(lines[0], delimiter, columns, quoted, path)
     names = _fields(lines[0], delimiter, quoted, f"{path}, line 1:")
@@ -136,21 +137,23 @@ def read_table(
         if not "".join(fields).strip():
             continue
         if len(fields) != len(header):
-            wanted = f"a row must have {len(header)} fields"
-            raise UserError(f"{what} {wanted}, got {len(fields)}. Correct the table.")
+            raise UserError(
+                f"{what} a row must have {len(header)} fields, got {len(fields)}. Correct "
+                "the table."
+            )
         yield number, dict(zip(header, fields, strict=True))
 
 
 def _fields(line: str, delimiter: str, quoted: bool, what: str) -> list[str]:
-    """Split one line into its fields, alone: an open quote cannot swallow the next rows."""
+    """Split one line into fields. An open quote cannot extend to the next rows."""
     if not quoted:
         return line.split(delimiter)
     try:
         return next(csv.reader([line], delimiter=delimiter, strict=True), [])
     except csv.Error as error:
         raise UserError(
-            f"{what} a field in double quotes must close on its line and have each quote "
-            f"within it doubled, got {line!r:.80} ({error}). Correct the quotes."
+            f"{what} a field in double quotes must close on its line and double each quote "
+            f"inside, got {line!r:.80} ({error}). Correct the quotes."
         ) from error
 
 
@@ -161,14 +164,14 @@ def _check_delimiter(
     quoted: bool,
     path: Path,
 ) -> None:
-    """Raise UserError if a header has all columns, but by another delimiter or in quotes."""
-    # The delimiters by which the line has all columns.
+    """Raise UserError if the header has all columns with another delimiter or in quotes."""
+    # Find the delimiters with which the line has all columns.
     fits = []
     for one in _DELIMITERS:
         names = {field.strip(' "') for field in line.split(one)}
         if names.issuperset(columns):
             fits.append(one)
-    # None does: a column is missing, which _check_header reports.
+    # With none: a column is missing, which _check_header reports.
     if not fits:
         return
     wanted, other = _DELIMITERS[delimiter], _DELIMITERS[fits[0]]
@@ -190,7 +193,7 @@ def _check_header(
     columns: Sequence[str],
     path: Path,
 ) -> None:
-    """Raise UserError for a column that is missing or there twice."""
+    """Raise UserError for a column that is missing or occurs twice."""
     # Columns without a name may repeat: nothing reads them.
     for name, count in Counter(header).items():
         if name and count > 1:
@@ -201,15 +204,17 @@ def _check_header(
     for name in columns:
         if name not in header:
             raise UserError(
-                f"a table must have the column {name!r}, but its first line is "
-                f"{delimiter.join(header)[:200]!r}: {path}. Check that it is the corpus's "
-                "own table."
+                f"{path}, line 1: the header must have the column {name!r}, got "
+                f"{delimiter.join(header)[:200]!r}. Check that the file is the table of "
+                "the corpus."
             )
 
 
 def check_text(text: str, what: str) -> None:
-    """Raise UserError that begins with `what` for a text with a line break or control
-    character."""
+    """Raise UserError for a text with a line break or a control character.
+
+    what: the start of the message.
+    """
     if found := _NOT_IN_A_TEXT.search(text):
         raise UserError(
             f"{what} must be one line without TABs and control characters, got "
@@ -218,39 +223,38 @@ def check_text(text: str, what: str) -> None:
 
 
 def is_blank(text: str) -> bool:
-    """Whether nothing of a text can be seen: spaces, zero-width and combining characters
-    alone."""
+    """Return whether a text has no visible character."""
     for char in text:
-        if unicodedata.category(char) not in _UNSEEN and char not in _FILLERS:
+        if unicodedata.category(char) not in _INVISIBLE and char not in _FILLERS:
             return False
     return True
 
 
 def first_line(path: Path) -> str:
-    """Read the first line of a text file, to tell by which character it is separated."""
+    """Read the first line of a text file, which shows the delimiter of its columns."""
     try:
         with path.open(encoding="utf-8-sig", errors="replace") as file:
             return file.readline(100_000)
     except OSError as error:
         raise UserError(
-            f"a table must be readable, but {error.strerror}: {path}."
+            f"Cannot read table {path}: {error.strerror}. Check the file."
         ) from error
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """Yield every file below a folder in a fixed order; links to folders are followed.
+    """Yield every file below a folder in a fixed order. Links to folders are followed.
 
-    Hidden files and folders are left out: macOS writes "._clip.mp4" next to clip.mp4.
+    Hidden files and folders are skipped: macOS writes "._clip.mp4" next to clip.mp4.
     """
     seen: set[str] = set()
     for place, folders, names in os.walk(folder, followlinks=True):
-        # Without this, a link to a folder above it would never end.
+        # Without this, a link to one of its parent folders would never end.
         real = os.path.realpath(place)
         if real in seen:
             folders.clear()
             continue
         seen.add(real)
-        # os.walk descends into what is left in this list, in its order.
+        # os.walk descends into the folders that remain in this list, in this order.
         folders[:] = sorted(filter(_is_visible, folders))
         for name in sorted(filter(_is_visible, names)):
             yield Path(place, name)
@@ -261,9 +265,9 @@ def _is_visible(name: str) -> bool:
 
 
 def find_file(source: Path, usual: str, pattern: str) -> Path | None:
-    """Find source/usual, or else the one file below whose name matches the pattern.
+    """Find source/usual, or else the one file below the source that matches the pattern.
 
-    Returns None without one. Raises UserError if there are several that differ.
+    Returns None if there is none. Raises UserError if two matching files differ.
     """
     if (source / usual).is_file():
         return source / usual
@@ -282,14 +286,14 @@ def find_file(source: Path, usual: str, pattern: str) -> Path | None:
 
 
 def same_content(path: Path, other: Path) -> bool:
-    """Whether two files are one, or byte by byte alike."""
+    """Return whether two paths are the same file or have the same bytes."""
     return path.samefile(other) or filecmp.cmp(path, other, shallow=False)
 
 
 def read_seconds(value: str, what: str, required: bool = False) -> float | None:
-    """Read a time given as seconds or as h:m:s, None for an empty one unless it is required.
+    """Read a time in seconds or as h:m:s. An empty one is None unless it is required.
 
-    Raises UserError that begins with `what`.
+    Raises UserError. what: the start of the message.
     """
     if not value.strip() and not required:
         return None
@@ -298,31 +302,37 @@ def read_seconds(value: str, what: str, required: bool = False) -> float | None:
         seconds = clock_seconds(list(map(float, fields)))
         if seconds < _MAX_S:
             return seconds
-    wanted = f"{what} must be seconds from 0 up, or h:m:s"
-    raise UserError(f"{wanted}, but is {value!r}. Correct the table.")
+    raise UserError(
+        f"{what} must be seconds (at least 0) or h:m:s, got {value!r}. Correct the table."
+    )
 
 
 def clock_seconds(parts: Sequence[float]) -> float:
-    """Return the seconds of a clock's parts: s, m:s or h:m:s."""
+    """Return the seconds of a time that is given as [s], [m, s] or [h, m, s]."""
     return sum(part * 60.0**place for place, part in enumerate(reversed(parts)))
 
 
 def read_split(value: str, what: str) -> str:
-    """Return train, dev or test for any of its names.
+    """Return train, dev or test for any name of the split.
 
-    Raises UserError that begins with `what`.
+    Raises UserError. what: the start of the message.
     """
     split = SPLIT_NAMES.get(value.strip().lower())
     if split is None:
         names = ", ".join(SPLIT_NAMES)
-        raise UserError(f"{what} split must be one of {names}, but is {value!r}.")
+        raise UserError(
+            f"{what} split must be one of {names}, got {value!r}. Correct the table."
+        )
     return split
 
 
 def split_of(video: str) -> str:
-    """Draw train, dev or test (80, 10 and 10 %) for a source video, by its name: never by
-    clip."""
-    # A hash instead of a draw: the same on every machine, and for a corpus that grows.
+    """Return train, dev or test (80, 10 and 10 %) for a source video, by its name.
+
+    All clips of a source video are in one split.
+    """
+    # A hash, not a random draw: a video keeps its split on every machine, and when the
+    # corpus grows.
     percent = int.from_bytes(hashlib.sha256(video.encode()).digest()[:8], "big") % 100
     if percent < 80:
         return "train"
@@ -330,5 +340,5 @@ def split_of(video: str) -> str:
 
 
 def first_of(names: Sequence[str]) -> str:
-    """Return the first three, for a note."""
+    """Return the first three names, for a note."""
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

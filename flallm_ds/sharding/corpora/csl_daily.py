@@ -1,8 +1,8 @@
-"""CSL-Daily: Chinese sign language of daily life, folders of 512x512 JPEG frames.
+"""Read CSL-Daily: Chinese sign language of daily life, folders of 512x512 JPEG frames.
 
-The corpus is given out by signed agreement. Texts are the annotated characters put
-together; their punctuation is full-width and kept. The annotation is a pickle: it is read
-without its power to import anything. Where it is absent, video_map.txt says the same.
+The corpus needs a signed agreement. A text is the annotated characters joined together,
+with their full-width punctuation. The annotation is a pickle; it is read by an unpickler
+that cannot import anything. video_map.txt replaces the pickle where that is missing.
 """
 
 import pickle
@@ -22,31 +22,32 @@ from flallm_ds.sharding.corpora import (
     read_table,
 )
 
-# Of the recordings, says the corpus's paper (arXiv 2105.12397); the frames have no times.
+# Frame rate of the recordings (arXiv 2105.12397); the frames have no times.
 FPS = 30.0
-# what is left of a frame without the black rows at its top
+# The part of a frame below the black rows.
 MARGIN: Box = (0.0, 80 / 512, 1.0, 1.0)
 _FRAMES = (
     "sentence/frames_512x512",
     "sentences/frames_512x512",
-    "sentence_frames-512x512/frames_512x512",  # before the next, which holds it
+    "sentence_frames-512x512/frames_512x512",  # before its parent folder
     "sentence_frames-512x512",
 )
-# In the split file of every release, in the frames and labels of some.
+# A clip in the split file of every release, but in the frames and labels of some only.
 _MISSING = "S000005_P0004_T00"
 
 
 def read(source: Path, splits: tuple[str, ...], *, trim_margin: bool = True) -> Corpus:
-    """CSL-Daily. --source: the folder that holds sentence_label and the frames.
+    """CSL-Daily. --source: the folder that contains sentence_label and the frames.
 
-    --trim_margin=false keeps the black margin at the top of each frame (rows 0 to 80 of 512).
+    --trim_margin=false keeps the black margin at the top of each frame (rows 0 to 80 of
+        512).
     """
     root = _find_root(source)
     frames = _find_frames(root)
     labels, table = read_labels(root / "sentence_label")
     rows: dict[str, list[Row]] = {split: [] for split in splits}
     absent: list[str] = []
-    # The split file decides which clips there are; labels give their texts.
+    # The split file lists the clips; the labels contain their texts.
     split_table = root / "sentence_label" / "split_1.txt"
     listed = set()
     for line, fields in read_table(split_table, "|", ("name", "split"), quoted=False):
@@ -90,9 +91,9 @@ def read(source: Path, splits: tuple[str, ...], *, trim_margin: bool = True) -> 
 
 
 def _find_frames(root: Path) -> Path:
-    """Find the folder that holds a folder of frames for each clip.
+    """Find the folder with a folder of frames for each clip.
 
-    Raises UserError without one, and for two.
+    Raises UserError if there is none, or more than one.
     """
     found: list[Path] = []
     for name in _FRAMES:
@@ -103,26 +104,27 @@ def _find_frames(root: Path) -> Path:
             found.append(folder)
     if not found:
         raise UserError(
-            f"the frames must be in one of {', '.join(_FRAMES)}, but are not: {root}."
+            f"Cannot find frames in {root}: {', '.join(_FRAMES)} are missing or empty. "
+            "Move the frames to one of them."
         )
     if len(found) > 1:
-        two = f"{found[0]} and {found[1]}"
         raise UserError(
-            f"the frames must be in one folder, got two: {two}. Move one of them away."
+            f"The frames must be in one folder, got two: {found[0]} and {found[1]}. Move "
+            "one of them away."
         )
     return found[0]
 
 
 def _is_known(folder: Path, found: list[Path]) -> bool:
-    """Whether a folder is one of those found, by a link, or only holds one of them."""
-    # sentence_frames-512x512 is no second folder where it only holds frames_512x512.
+    """Return whether a folder is a link to a found folder, or its parent."""
+    # sentence_frames-512x512 is not a second folder if frames_512x512 is in it.
     return any(other.samefile(folder) or folder in other.parents for other in found)
 
 
 def read_labels(folder: Path) -> tuple[dict[str, tuple[str, str]], Path]:
-    """Read csl2020ct_v2.pkl, or video_map.txt where that is absent.
+    """Read csl2020ct_v2.pkl, or video_map.txt if the pickle is missing.
 
-    Returns (text and gloss by clip name, the file that they are from).
+    Returns (text and gloss by clip name, the file that was read).
     """
     found: list[tuple[str, tuple[str, str]]] = []
     table = folder / "csl2020ct_v2.pkl"
@@ -134,18 +136,20 @@ def read_labels(folder: Path) -> tuple[dict[str, tuple[str, str]], Path]:
         for _, fields in read_table(table, "|", ("name", "gloss", "char"), quoted=False):
             text, gloss = "".join(fields["char"].split()), " ".join(fields["gloss"].split())
             found.append((fields["name"].strip(), (text, gloss)))
-    # A clip may be listed twice, but with one label.
+    # A clip may be listed twice, with the same label.
     labels: dict[str, tuple[str, str]] = {}
     for name, label in found:
         if labels.setdefault(name, label) != label:
-            got = f"got two that differ for {name}: {table}"
-            raise UserError(f"a clip must have one label, {got}. Correct the table.")
+            raise UserError(
+                f"{table}: a clip must have one label, got two that differ for {name}. "
+                "Correct the table."
+            )
         check_text(label[0], f"{table}: the text of {name}")
     return labels, table
 
 
 def _label(info: dict[str, Any], table: Path) -> tuple[str, str]:
-    """Return (text, gloss) of one clip; either may be a list of strings or one string."""
+    """Return (text, gloss) of one clip. Each is stored as a string or a list of strings."""
     text = "".join(_words(info, "label_char", table))
     gloss = " ".join(_words(info, "label_gloss", table))
     return text.strip(), gloss.strip()
@@ -158,19 +162,20 @@ def _words(info: dict[str, Any], field: str, table: Path) -> Sequence[str]:
         return value.split()
     if isinstance(value, list | tuple) and set(map(type, value)) <= {str}:
         return value
-    wanted = f"{field} of {info['name']} must be text or a list of texts"
-    raise UserError(f"{wanted}, but is {value!r:.80}: {table}.")
+    raise UserError(
+        f"{table}: {field} of {info['name']} must be a string or a list of strings, got "
+        f"{value!r:.80}. Download the file again."
+    )
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Reads dicts, lists, texts and numbers. Whatever would import or call anything is
-    refused."""
+    """Read dicts, lists, strings and numbers. A pickle that imports anything is refused."""
 
     def find_class(self, module: str, name: str) -> NoReturn:
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        raise pickle.UnpicklingError(f"it imports {module}.{name}")
 
 
-# What a damaged pickle raises.
+# Exceptions that a damaged pickle raises.
 _DAMAGED = (
     pickle.UnpicklingError,
     EOFError,
@@ -180,28 +185,31 @@ _DAMAGED = (
     ValueError,
     OverflowError,
     RecursionError,
-    MemoryError,  # a damaged length asks for any number of bytes
+    MemoryError,  # a damaged length may be any number of bytes
 )
 
 
 def _read_infos(table: Path) -> list[dict[str, Any]]:
-    """Read the entries of the clips from the pickle, without its power to import anything."""
+    """Read the entries of the clips from the pickle, without importing anything."""
     try:
         with table.open("rb") as file:
             content = _PlainUnpickler(file).load()
     except OSError as error:
-        why = f"{error.strerror}: {table}"
-        raise UserError(f"the annotation must be readable, but {why}.") from error
+        raise UserError(
+            f"Cannot read {table}: {error.strerror}. Check the file."
+        ) from error
     except _DAMAGED as error:
         why = str(error) or "it is damaged"
         raise UserError(
-            f"the annotation must be a pickle of plain values, but {why}: {table}. "
-            "Fetch it again, or take it away: video_map.txt beside it will do."
+            f"Cannot read {table} as a pickle of plain values: {why}. Download it again, "
+            "or move it away: then video_map.txt is read."
         ) from error
     infos = content.get("info") if isinstance(content, dict) else None
     if not isinstance(infos, list) or not all(map(_has_name, infos)):
-        wanted = "the annotation must hold a list 'info' of clips with names"
-        raise UserError(f"{wanted}, but does not: {table}.")
+        raise UserError(
+            f"{table} must have a list 'info' of clips with names, got {content!r:.80}. "
+            "Download it again."
+        )
     return infos
 
 
@@ -210,10 +218,12 @@ def _has_name(info: Any) -> bool:
 
 
 def _find_root(source: Path) -> Path:
-    """Find the folder that holds sentence_label: the source itself or one below it."""
+    """Find the folder that contains sentence_label: the source or a folder in it."""
     below = sorted(source.glob("*/sentence_label")) if source.is_dir() else []
     for place in (source / "sentence_label", *below):
         if place.is_dir():
             return place.parent
-    wanted = "--source must be the CSL-Daily folder"
-    raise UserError(f"{wanted}, but holds no sentence_label: {source}. Check --source.")
+    raise UserError(
+        f"--source must be the CSL-Daily folder with sentence_label in it, got {source}. "
+        "Check the path."
+    )

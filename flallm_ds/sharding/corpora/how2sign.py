@@ -1,8 +1,8 @@
-"""How2Sign: American sign language, instructional speech, front camera.
+"""Read How2Sign: American sign language, instructional speech, front camera.
 
-The right clips are cut from the raw videos by the re-aligned times. The ready-made
-sentence clips were cut with the original, misaligned times: they are used where they
-cover more rows of a split, and a note says so.
+Clips are cut from the raw videos by the re-aligned times. The ready-made sentence clips
+were cut by the original times, which are misaligned. They are used if they cover more rows
+of a split than the raw videos; a note reports it.
 """
 
 import re
@@ -28,23 +28,27 @@ _COLUMNS = (
     "END_REALIGNED",
     "SENTENCE",
 )
-# The corpus's own names of the splits, in folders and files.
+# Names of the splits in the folders and files of the corpus.
 _OWN_SPLITS = {"train": "train", "dev": "val", "test": "test"}
 
 
 def read(source: Path, splits: tuple[str, ...], *, repair_mojibake: bool = False) -> Corpus:
-    """How2Sign. --source: the folder that holds sentence_level (and video_level for raw videos).
+    """How2Sign. --source: the folder with sentence_level (and video_level for raw videos).
 
-    --repair_mojibake=true mends texts such as "horseâ€™s" (163 sentences of train, 23 of test).
+    --repair_mojibake=true fixes texts such as "horseâ€™s" (163 sentences of train, 23 of
+        test).
     """
     if not source.is_dir():
-        wanted = "--source must be the How2Sign folder"
-        raise UserError(f"{wanted}, but is no folder: {source}. Check --source.")
+        raise UserError(
+            f"--source must be the How2Sign folder, got {source}, which is not a folder. "
+            "Check the path."
+        )
     videos = Videos(source)
     rows, notes = {}, []
     for split in splits:
-        rows[split], said = read_rows(source, _OWN_SPLITS[split], videos, repair_mojibake)
-        notes += [f"{split}: {note}" for note in said]
+        own_split = _OWN_SPLITS[split]
+        rows[split], split_notes = read_rows(source, own_split, videos, repair_mojibake)
+        notes += [f"{split}: {note}" for note in split_notes]
     return Corpus("how2sign", "en", rows, notes)
 
 
@@ -54,9 +58,9 @@ def read_rows(
     videos: Videos,
     repair: bool,
 ) -> tuple[list[Row], list[str]]:
-    """Read the rows of a split's re-aligned table, separated by TABs or commas.
+    """Read the rows of the re-aligned table of a split, separated by TABs or commas.
 
-    Returns (the rows, notes on how they were read).
+    Returns (rows, notes for the user).
     """
     table = _find_table(source, split)
     delimiter = "\t" if "\t" in first_line(table) else ","
@@ -66,12 +70,11 @@ def read_rows(
     for line, fields in lines:
         what = f"{table}, line {line}:"
         text = fields["SENTENCE"]
-        mended = mend_mojibake(text)
-        # The mended text: the bytes of a garbled letter may be shown as control
-        # characters.
-        check_text(mended.strip(), f"{what} a sentence")
-        num_garbled += mended != text
-        # Ready-made clips are not cut again, but a time that is no time is an error.
+        fixed = fix_mojibake(text)
+        # Check the fixed text: the bytes of a garbled letter may be control characters.
+        check_text(fixed.strip(), f"{what} SENTENCE")
+        num_garbled += fixed != text
+        # Ready-made clips are not cut again, but a wrong time is still an error.
         start_s = read_seconds(
             fields["START_REALIGNED"], f"{what} START_REALIGNED", required=raw
         )
@@ -82,7 +85,7 @@ def read_rows(
             Row(
                 id=fields["SENTENCE_NAME"],
                 path=paths.get(name, source / f"{name}.mp4"),
-                text=(mended if repair else text).strip(),
+                text=(fixed if repair else text).strip(),
                 language="en",
                 signer=signer[1] if signer else "",
                 video=fields["VIDEO_ID"],
@@ -91,7 +94,7 @@ def read_rows(
             )
         )
     if num_garbled:
-        done = "kept as they are (--repair_mojibake=true mends them)"
+        done = "kept as they are (--repair_mojibake=true fixes them)"
         if repair:
             done = "repaired"
         notes.append(f"{num_garbled:,} texts with garbled characters, {done}")
@@ -101,9 +104,9 @@ def read_rows(
 def _choose_videos(
     lines: list[tuple[int, dict[str, str]]], split: str, videos: Videos
 ) -> tuple[dict[str, Path], bool, list[str]]:
-    """Choose raw videos, or ready-made clips where more rows have one.
+    """Choose raw videos, or ready-made clips if more rows have one.
 
-    Returns (the video by its name, whether it is a raw one, notes).
+    Returns (path by video name, whether they are raw videos, notes for the user).
     """
     raw_names: dict[str, tuple[str]] = {}
     ready_names: dict[str, tuple[str]] = {}
@@ -115,28 +118,28 @@ def _choose_videos(
         num_ready += videos.have(ready_names[sentence])
     raw = num_raw > 0 and num_raw >= num_ready
     if raw:
-        names, level, num_there = raw_names, "video_level", num_raw
+        names, level, num_found = raw_names, "video_level", num_raw
         kind = "cut from the raw videos by the re-aligned times"
     else:
-        names, level, num_there = ready_names, "sentence_level", num_ready
+        names, level, num_found = ready_names, "sentence_level", num_ready
         kind = "ready-made, cut by the original times"
-    paths, said = videos.choose(names, f"{level}/{split}/rgb_front/raw_videos")
-    note = f"clips {kind} ({num_there:,} of {len(lines):,} rows have a video)"
-    return paths, raw, [note, *said]
+    paths, notes = videos.choose(names, f"{level}/{split}/rgb_front/raw_videos")
+    note = f"clips {kind} ({num_found:,} of {len(lines):,} rows have a video)"
+    return paths, raw, [note, *notes]
 
 
-# The first byte of a UTF-8 letter shown as Latin-1, and up to three bytes that follow it.
+# The first byte of a letter in UTF-8, decoded as Latin-1, and up to three bytes after it.
 _GARBLED = re.compile(r"[\u00c2-\u00f4][^\x00-\x7f]{1,3}")
 
 
-def mend_mojibake(text: str) -> str:
+def fix_mojibake(text: str) -> str:
     """Correct UTF-8 that was read as Windows-1252 or Latin-1 ("horseâ€™s").
 
     Any other text is returned unchanged.
     """
 
-    def mend(match: re.Match[str]) -> str:
-        # The longest start of what was found that is UTF-8: the last letters may be right.
+    def fix(match: re.Match[str]) -> str:
+        # Decode the longest prefix that is UTF-8: the last letters may be correct already.
         for length in range(len(match[0]), 1, -1):
             garbled, rest = match[0][:length], match[0][length:]
             try:
@@ -145,13 +148,13 @@ def mend_mojibake(text: str) -> str:
                 continue
         return match[0]
 
-    return _GARBLED.sub(mend, text)
+    return _GARBLED.sub(fix, text)
 
 
 def _byte(character: str) -> bytes:
-    """Return the byte that was shown as this character.
+    """Return the byte that was decoded as this character.
 
-    Windows-1252 has five holes, which Latin-1 fills.
+    Windows-1252 leaves five bytes undefined; these are decoded as Latin-1.
     """
     try:
         return character.encode("cp1252")
@@ -166,7 +169,7 @@ def _find_table(source: Path, split: str) -> Path:
     )
     if found is None:
         raise UserError(
-            f"the re-aligned table of every split must be there, but {name} is not below "
-            f"{source}. Fetch it, or name the splits that you have with --splits."
+            f"Cannot find {name} below {source}: each split needs its re-aligned table. "
+            "Download it, or set --splits to the splits that you have."
         )
     return found

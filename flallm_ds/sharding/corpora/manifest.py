@@ -1,11 +1,11 @@
-"""Any sign corpus by a manifest: CSV, TSV or JSON lines with a video and a text a row.
+"""Read any corpus from a manifest: CSV, TSV or JSON lines with a video and a text per row.
 
-Columns: video, text; optionally start, end (seconds or h:m:s within the video), split,
-signer, language, id, bbox ("x0,y0,x1,y1", each 0 to 1: the part of the picture to keep)
-and fps (of a folder of frame images; 25). A video is a file or a folder of frame images;
-its path is relative to the manifest's folder. Without a split column, a video's clips go
-to train, dev or test (80, 10 and 10 %) by a hash of its path: never one video to two
-splits, and the same on every machine.
+Required columns: video, text. Optional columns: start, end (seconds or h:m:s within the
+video), split, signer, language, id, bbox ("x0,y0,x1,y1", each 0 to 1: the part of the frame
+to keep) and fps (frame rate of a folder of frame images; default 25). A video is a file or
+a folder of frame images; its path is relative to the folder of the manifest. Without a
+split column, a hash of the path assigns each video to train, dev or test (80, 10 and
+10 %): all clips of a video are in one split, which is the same on every machine.
 """
 
 import json
@@ -31,26 +31,27 @@ from flallm_ds.sharding.corpora import (
     split_of,
 )
 
-# Columns by the JSON type of their values.
+# Columns by the type of their values in JSON.
 _NEEDED = ("video", "text")
 _STRINGS = (*_NEEDED, "split", "signer", "language", "id")
 _NUMBERS = ("start", "end", "fps")
 _COLUMNS = (*_NEEDED, "start", "end", "split", "signer", "language", "id", "bbox", "fps")
-# difflib's, of a misspelt name: "langage" is language, "sign" is not signer
-_LIKENESS = 0.82
+# Minimum difflib ratio of a misspelt name: "langage" is language, "sign" is not signer.
+_MIN_RATIO = 0.82
 
 
 def read(source: Path, splits: tuple[str, ...], *, language: str = "") -> Corpus:
-    """Any corpus by a manifest. --source: a CSV, TSV or JSON lines file (columns: docs/data.md).
+    """Any corpus with a manifest. --source: a CSV, TSV or JSON lines file (docs/data.md).
 
-    --language: of the texts (de, German, zh-Hant, ...), where the manifest has no such column.
+    --language: language of the texts (de, German, zh-Hant, ...) if the manifest has no
+        such column.
     """
     language = language_tag(language, "--language") if language else ""
     rows: dict[str, list[Row]] = {split: [] for split in splits}
     unused: set[str] = set()
     languages: set[str] = set()
     first_line_of: dict[Any, int] = {}
-    quoted: list[str] = []  # line numbers of a TSV's texts in quotes
+    quoted: list[str] = []  # numbers of the TSV lines whose text is in quotes
     for line, fields in _read_lines(source):
         what = f"{source}, line {line}:"
         unused |= _unused(fields, what)
@@ -74,9 +75,9 @@ def read(source: Path, splits: tuple[str, ...], *, language: str = "") -> Corpus
 
 
 def _unused(fields: dict[str, str], what: str) -> set[str]:
-    """Return the names of columns that are not read.
+    """Return the names of the columns that are not read.
 
-    Raises UserError for one that means another column.
+    Raises UserError for a name that is probably a misspelt column.
     """
     unused = set()
     for name in sorted(fields.keys() - set(_COLUMNS)):
@@ -84,8 +85,8 @@ def _unused(fields: dict[str, str], what: str) -> set[str]:
         if meant and meant not in fields:
             raise UserError(
                 f"{what} columns must be named {', '.join(_COLUMNS)}, got {name!r} and no "
-                f"{meant!r}. Rename it to {meant}, or, if it is something else, to a name "
-                "less like it."
+                f"{meant!r}. Rename it to {meant}; if it is another column, use a name that "
+                "is less similar."
             )
         unused.add(name or "(without a name)")
     return unused
@@ -93,61 +94,67 @@ def _unused(fields: dict[str, str], what: str) -> set[str]:
 
 @cache
 def _meant(name: str) -> str | None:
-    """Return the column that an unknown name is a misspelling or another name of, if any."""
+    """Return the column that an unknown name probably stands for, None for no column."""
     plain = name.strip().lower()
-    # "start_s", "end time": a renamed "start" would make each row the whole video.
+    # "start_s", "end time": without "start", each row would be the whole video.
     first = re.split(r"[^a-z]", plain)[0]
     if first in ("start", "end", "split"):
         return first
-    # The letters of a column in another order, then names that are nearly one.
+    # The same letters in another order, then similar names.
     for column in _COLUMNS:
         if sorted(column) == sorted(plain):
             return column
-    near = get_close_matches(plain, _COLUMNS, 1, _LIKENESS)
+    near = get_close_matches(plain, _COLUMNS, 1, _MIN_RATIO)
     return near[0] if near else None
 
 
 def _check_once(
     row: Row, own_id: str, line: int, first_line_of: dict[Any, int], what: str
 ) -> None:
-    """Raise UserError if an earlier row has the same id, or the same text, video and times."""
-    # "./a.mp4" is a.mp4, and a clip without a start begins at 0.
+    """Raise UserError if an earlier row has the same id, or the same text, video and times.
+
+    first_line_of: the line of each id and clip so far; this row is added to it.
+    """
+    # "./a.mp4" and "a.mp4" are the same file. A clip without a start begins at 0.
     place = (os.path.normpath(row.path), row.start_s or 0.0, row.end_s, row.bbox)
     first = first_line_of.setdefault((place, row.text, row.language), line)
     if first != line:
         raise UserError(
             f"{what} a row must occur once, got the video, times and text of line {first} "
-            "again. Remove one of the two."
+            "again. Remove one of the two rows."
         )
-    # Ids that the manifest gives; those made from the video differ by their times.
+    # Only ids from the manifest: an id that is made from the video also contains its times.
     first = first_line_of.setdefault(own_id, line) if own_id else line
     if first != line:
-        got = f"got {own_id!r} of line {first} again. Correct the manifest."
-        raise UserError(f"{what} id must be that of one row, {got}")
+        raise UserError(
+            f"{what} id must be unique, got {own_id!r} of line {first} again. Correct the "
+            "manifest."
+        )
 
 
 def _read_row(
     fields: dict[str, str], folder: Path, language: str, what: str
 ) -> tuple[str, Row]:
-    """Return (split, row) of one line. Raises UserError that begins with `what`."""
+    """Return (split, row) of one line. Raises UserError. what: the start of the message."""
     video = fields.get("video", "").strip()
     if not video:
-        wanted = "video must name a file or folder"
-        raise UserError(f"{what} {wanted}, but is empty. Correct the manifest.")
+        raise UserError(
+            f"{what} video must be a file or folder, got an empty field. Correct the "
+            "manifest."
+        )
     for name in ("text", "signer", "id"):
         check_text(fields.get(name, "").strip(), f"{what} {name}")
-    # The row's language goes before that of the command.
+    # The language of the row has priority over --language.
     named = fields.get("language", "").strip()
     language = language_tag(named, f"{what} language") if named else language
     if not language:
-        raise UserError(
-            f"{what} a text must have a language, but has none. Give --language."
-        )
+        raise UserError(f"{what} a text must have a language, got none. Set --language.")
     start_s = read_seconds(fields.get("start", ""), f"{what} start")
     end_s = read_seconds(fields.get("end", ""), f"{what} end")
     if end_s is not None and end_s <= (start_s or 0.0):
         raise UserError(
-            f"{what} end must be above start, but is {end_s:g}. Correct the manifest."
+            f"{what} end must be above start ({start_s or 0:g}), got {end_s:g}. Correct "
+            "the manifest."
         )
     split = fields.get("split", "").strip()
     row = Row(
@@ -166,6 +173,7 @@ def _read_row(
 
 
 def _made_id(video: str, start_s: float | None, end_s: float | None) -> str:
+    """Return an id for a row without one: the video, with its times if it has some."""
     if start_s is None and end_s is None:
         return video
     return f"{video}:{start_s or 0:g}-{end_s or 'end'}"
@@ -177,11 +185,13 @@ def _read_box(value: str, what: str) -> tuple[float, float, float, float] | None
     try:
         x0, y0, x1, y1 = map(float, value.strip("[]() ").split(","))
     except ValueError:
-        # Not four numbers: an empty box, which is refused below.
+        # Not four numbers: use an empty box, which is refused below.
         x0, y0, x1, y1 = 0.0, 0.0, 0.0, 0.0
     if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
-        wanted = f"{what} bbox must be x0,y0,x1,y1 with each from 0 to 1"
-        raise UserError(f"{wanted}, but is {value!r}.")
+        raise UserError(
+            f"{what} bbox must be x0,y0,x1,y1, each from 0 to 1, with x0 below x1 and y0 "
+            f"below y1, got {value!r}. Correct the manifest."
+        )
     return x0, y0, x1, y1
 
 
@@ -193,8 +203,9 @@ def _read_fps(value: str, what: str) -> float:
     except ValueError:
         fps = 0.0
     if not 1 <= fps <= 480:
-        wanted = f"{what} fps must be from 1 to 480"
-        raise UserError(f"{wanted}, but is {value!r}. Correct the manifest.")
+        raise UserError(
+            f"{what} fps must be from 1 to 480, got {value!r}. Correct the manifest."
+        )
     return fps
 
 
@@ -206,7 +217,10 @@ def _read_lines(source: Path) -> Iterator[tuple[int, dict[str, str]]]:
         return read_table(source, "\t", _NEEDED, quoted=False)
     if suffix in (".jsonl", ".ndjson", ".json"):
         return _read_json_lines(source)
-    raise UserError(f"--source must be a .csv, .tsv or .jsonl manifest, but is {source}.")
+    raise UserError(
+        f"--source must be a .csv, .tsv or .jsonl manifest, got {source}. Save it as one of "
+        "these."
+    )
 
 
 def _read_json_lines(source: Path) -> Iterator[tuple[int, dict[str, str]]]:
@@ -218,33 +232,34 @@ def _read_json_lines(source: Path) -> Iterator[tuple[int, dict[str, str]]]:
         except (ValueError, RecursionError) as error:
             why = error.msg if isinstance(error, json.JSONDecodeError) else error
             raise UserError(
-                f"{source}, line {number}: a manifest must be JSON lines, one object a "
-                f"line, but {why}. Correct the manifest."
+                f"Cannot read {source}, line {number}: {why}. Correct the manifest: one JSON "
+                "object per line."
             ) from error
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make a JSON object. Raises ValueError for a name that is there twice."""
-    # json.loads alone would silently keep the last of them.
+    """Return a JSON object as a dict. Raises ValueError for a name that occurs twice."""
+    # json.loads alone would silently keep the last value.
     fields: dict[str, Any] = {}
     for name, value in pairs:
         if name in fields:
-            raise ValueError(f"{name!r} is there twice")
+            raise ValueError(f"each name must occur once, got {name!r} twice")
         fields[name] = value
     return fields
 
 
 def _plain(fields: Any) -> dict[str, str]:
-    """Return a JSON object's values as the strings that a CSV would hold.
+    """Return the values of a JSON object as strings, as they would be in a CSV.
 
-    null is an empty cell, but not for video and text. Raises ValueError for a value of
-    another kind.
+    null is an empty field, except for video and text. Raises ValueError for a value of
+    another type.
     """
     if not isinstance(fields, dict):
-        raise ValueError(f"an object must be there, got {json.dumps(fields)[:50]}")
-    # A misspelt "text" is reported later, with its right name.
+        raise ValueError(f"a line must be a JSON object, got {json.dumps(fields)[:50]}")
+    # A misspelt "text" is reported later, with the correct name.
     if "text" not in fields and "text" not in map(_meant, fields):
-        raise ValueError(f"'text' must be there, got {', '.join(fields)[:50] or 'no name'}")
+        names = ", ".join(fields)[:50] or "no name"
+        raise ValueError(f"the object must have 'text', got {names}")
     plain = {}
     for name, value in fields.items():
         _check_type(name, value)
@@ -256,12 +271,12 @@ def _plain(fields: Any) -> dict[str, str]:
 
 
 def _check_type(name: str, value: Any) -> None:
-    """Raise ValueError for a JSON value of a type that its column cannot have."""
+    """Raise ValueError for a JSON value whose type is wrong for its column."""
     if value is None and name not in _NEEDED:
         return
     if name in _STRINGS and not isinstance(value, str):
         raise ValueError(f"{name} must be a string, got {json.dumps(value)[:50]}")
-    # To Python, a bool is an int.
+    # In Python, a bool is an int.
     is_number = isinstance(value, str | int | float) and not isinstance(value, bool)
     if name in _NUMBERS and not is_number:
         got = json.dumps(value)[:50]

@@ -1,8 +1,8 @@
-"""OpenASL: American sign language from the web; the user fetches the videos.
+"""Read OpenASL: American sign language from the web; the user downloads the videos.
 
-Clips are cut from the raw videos by the table's times and cropped by the corpus's boxes.
-Ready-made clips are used where they cover more rows of a split; the corpus's own script
-has cropped them already, so the boxes are not applied to them again.
+Clips are cut from the raw videos by the times in the table, and cropped by the boxes of
+the corpus. Ready-made clips are used if they cover more rows of a split than the raw
+videos. The script of the corpus has already cropped them, so they are not cropped again.
 """
 
 import json
@@ -26,13 +26,14 @@ _COLUMNS = ("vid", "yid", "start", "end", "raw-text", "split")
 
 
 def read(source: Path, splits: tuple[str, ...]) -> Corpus:
-    """OpenASL. --source: the folder that holds openasl-v1.0.tsv, bbox-v1.0.json and the
-    videos."""
+    """OpenASL. --source: the folder with openasl-v1.0.tsv, bbox-v1.0.json and the videos."""
     table = find_file(source, "data/openasl-v1.0.tsv", "openasl-v*.tsv")
     if table is None:
-        wanted = "--source must hold data/openasl-v1.0.tsv"
-        raise UserError(f"{wanted}, but there is none below {source}. Check --source.")
-    # One table holds all splits: its lines by split.
+        raise UserError(
+            "--source must be the OpenASL folder with data/openasl-v1.0.tsv in it, got "
+            f"{source}. Check the path."
+        )
+    # One table lists all splits: sort its lines by split.
     lines: dict[str, list[tuple[int, dict[str, str]]]] = {split: [] for split in splits}
     for line, fields in read_table(table, "\t", _COLUMNS, quoted=False):
         split = read_split(fields["split"], f"{table}, line {line}:")
@@ -42,8 +43,8 @@ def read(source: Path, splits: tuple[str, ...]) -> Corpus:
     boxes = read_boxes(find_file(source, "data/bbox-v1.0.json", "bbox-v*.json"))
     rows, notes = {}, []
     for split in splits:
-        rows[split], said = read_rows(lines[split], table, videos, boxes, source)
-        notes += [f"{split}: {note}" for note in said]
+        rows[split], split_notes = read_rows(lines[split], table, videos, boxes, source)
+        notes += [f"{split}: {note}" for note in split_notes]
     return Corpus("openasl", "en", rows, notes)
 
 
@@ -54,7 +55,7 @@ def read_rows(
     boxes: dict[str, Box],
     source: Path,
 ) -> tuple[list[Row], list[str]]:
-    """Read the rows of one split. Returns (the rows, notes on how they were read)."""
+    """Read the rows of one split. Returns (rows, notes for the user)."""
     paths, raw, notes = _choose_videos(lines, videos)
     rows, num_uncropped = [], 0
     for line, fields in lines:
@@ -65,7 +66,7 @@ def read_rows(
         check_text(text, f"{what} raw-text")
         start_s = read_seconds(fields["start"], f"{what} start", required=raw)
         end_s = read_seconds(fields["end"], f"{what} end", required=raw)
-        # Ready-made clips are cropped already.
+        # Ready-made clips are already cropped.
         box = boxes.get(vid) if raw else None
         num_uncropped += box is None
         rows.append(
@@ -91,9 +92,9 @@ def read_rows(
 def _choose_videos(
     lines: list[tuple[int, dict[str, str]]], videos: Videos
 ) -> tuple[dict[str, Path], bool, list[str]]:
-    """Choose raw videos, or ready-made clips where more rows have one.
+    """Choose raw videos, or ready-made clips if more rows have one.
 
-    Returns (the video by its name, whether it is a raw one, notes).
+    Returns (path by video name, whether they are raw videos, notes for the user).
     """
     raw_names: dict[str, tuple[str, ...]] = {}
     ready_names: dict[str, tuple[str, ...]] = {}
@@ -105,17 +106,17 @@ def _choose_videos(
         num_ready += videos.have(ready_names[vid])
     raw = num_raw > 0 and num_raw >= num_ready
     if raw:
-        kind, num_there = "cut from the raw videos by the table's times", num_raw
-        paths, said = videos.choose(raw_names, "raw-video")
+        kind, num_found = "cut from the raw videos by the times in the table", num_raw
+        paths, notes = videos.choose(raw_names, "raw-video")
     else:
-        kind, num_there = "ready-made, cut and cropped already", num_ready
-        paths, said = videos.choose(ready_names, "video-clip")
-    note = f"clips {kind} ({num_there:,} of {len(lines):,} rows have a video)"
-    return paths, raw, [note, *said]
+        kind, num_found = "ready-made, already cut and cropped", num_ready
+        paths, notes = videos.choose(ready_names, "video-clip")
+    note = f"clips {kind} ({num_found:,} of {len(lines):,} rows have a video)"
+    return paths, raw, [note, *notes]
 
 
 def read_boxes(path: Path | None) -> dict[str, Box]:
-    """Read the boxes by clip, cut to the frame; those that are empty then are left out.
+    """Read the boxes by clip, clipped to the frame. Empty boxes are dropped.
 
     Returns {} without a file.
     """
@@ -124,20 +125,23 @@ def read_boxes(path: Path | None) -> dict[str, Box]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        why = f"{error}: {path}. Fetch them again."
-        raise UserError(f"the boxes must be readable JSON, but {why}") from error
+        raise UserError(
+            f"Cannot read boxes {path}: {error}. Download the file again."
+        ) from error
     if not isinstance(content, dict):
-        why = f"are not: {path}. Fetch them again."
-        raise UserError(f"the boxes must be a JSON object by clip, but {why}")
-    # Some boxes reach beyond the frame.
+        raise UserError(
+            f"{path} must be a JSON object with a box for each clip, got {content!r:.50}. "
+            "Download the file again."
+        )
+    # Some boxes extend beyond the frame.
     boxes = {}
     for vid, corners in content.items():
         try:
             x0, y0, x1, y1 = map(_within_frame, corners)
         except (TypeError, ValueError) as error:
             raise UserError(
-                f"a box must be [x0, y0, x1, y1], but that of {vid} is {corners!r:.80}: "
-                f"{path}."
+                f"{path}: the box of {vid} must be [x0, y0, x1, y1], got {corners!r:.80}. "
+                "Download the file again."
             ) from error
         if x0 < x1 and y0 < y1:
             boxes[vid] = (x0, y0, x1, y1)
@@ -149,6 +153,6 @@ def _within_frame(value: Any) -> float:
 
 
 def _file_names(vid: str) -> tuple[str, ...]:
-    """Return the names that a ready-made clip's file may have: some disks refuse its colon."""
-    letters = (":", "_", "-", "%")  # the corpus's own script writes %
+    """Return the possible file names of a ready-made clip: some disks refuse the colon."""
+    letters = (":", "_", "-", "%")  # the script of the corpus writes %
     return tuple(vid.replace(":", letter) for letter in letters)

@@ -1,9 +1,9 @@
-"""RWTH-PHOENIX-Weather 2014 T: German weather forecasts in sign language.
+"""Read RWTH-PHOENIX-Weather 2014 T: German weather forecasts in sign language.
 
-The frames are PNG at 25 fps, 210x260, squeezed from 210x300, and stored so unless asked
-otherwise: training scales them to a square anyway. Texts are kept as the tables have them
-(lower case, no final period); tables that end every sentence in " ." score about 1.1
-BLEU-4 higher, which the metric's rule must say, not the shards hide.
+The frames are PNG at 25 fps, 210x260, squeezed from 210x300. By default they are stored at
+210x260, because training scales them to a square anyway. Texts are kept as they are in the
+tables (lower case, no final period). Tables in which every sentence ends in " ." score
+about 1.1 BLEU-4 higher; this is a matter of the metric, so the shards do not hide it.
 """
 
 import re
@@ -14,20 +14,19 @@ from flallm_ds.errors import UserError
 from flallm_ds.sharding.corpora import SIGNSIM_FILE, Corpus, Row, check_text, read_table
 
 FPS = 25.0
-# "to undistort stretch images to 210x300", says the release's README
-SEEN_HW = (300, 210)
+# The README of the release: "to undistort stretch images to 210x300".
+UNDISTORTED_HW = (300, 210)
 _COLUMNS = ("name", "video", "speaker", "orth", "translation")
-# Where the folder PHOENIX-2014-T may be below the source.
+# Possible places of the folder PHOENIX-2014-T below the source.
 _ROOTS = ("", "PHOENIX-2014-T", "PHOENIX-2014-T-release-v3/PHOENIX-2014-T")
 
 
 def read(source: Path, splits: tuple[str, ...], *, stretch: bool = False) -> Corpus:
-    """PHOENIX14T. --source: the release, its PHOENIX-2014-T folder, or the folder that holds it.
+    """PHOENIX14T. --source: the release, its PHOENIX-2014-T folder, or the folder above it.
 
-    --stretch=true stores frames as they are meant to be seen, 210x300 instead of the squeezed
-        210x260.
+    --stretch=true stores undistorted frames, 210x300 instead of the squeezed 210x260.
     """
-    # The synthetic corpus has the same layout, and must not pass for the real one.
+    # The synthetic corpus has the same layout, and must not be mistaken for the real one.
     for folder in (source.resolve(), *source.resolve().parents[:2]):
         if (folder / SIGNSIM_FILE).is_file():
             raise UserError(
@@ -44,7 +43,7 @@ def read_release(source: Path, splits: tuple[str, ...], stretch: bool = False) -
     rows, notes = {}, []
     for split in splits:
         table = root / "annotations" / "manual" / f"PHOENIX-2014-T.{split}.corpus.csv"
-        rows[split] = read_rows(table, frames / split, SEEN_HW if stretch else None)
+        rows[split] = read_rows(table, frames / split, UNDISTORTED_HW if stretch else None)
         num_dots = sum(row.text.endswith(" .") for row in rows[split])
         if num_dots:
             what = f'{num_dots:,} texts end in " ." and are kept so'
@@ -53,13 +52,13 @@ def read_release(source: Path, splits: tuple[str, ...], stretch: bool = False) -
 
 
 def find_root(source: Path) -> Path:
-    """Find the folder PHOENIX-2014-T, from itself or one or two levels above it."""
+    """Find the folder PHOENIX-2014-T: the source, or one or two levels below it."""
     for name in _ROOTS:
         if (source / name / "annotations" / "manual").is_dir():
             return source / name
     raise UserError(
-        "--source must be the PHOENIX14T release, but there is no annotations/manual in "
-        f"{source} or in {_ROOTS[-1]} below it. Name the folder PHOENIX-2014-T-release-v3."
+        "--source must be the PHOENIX14T release with annotations/manual in it or in "
+        f"{_ROOTS[-1]} below it, got {source}. Set it to PHOENIX-2014-T-release-v3."
     )
 
 
@@ -68,13 +67,13 @@ def read_rows(
 ) -> list[Row]:
     """Read the rows of one table, with `|` between fields and no quoting.
 
-    frames: the folder that holds a folder of frames for each clip.
+    frames: the folder with a folder of frames for each clip.
     """
     rows = []
     for line, fields in read_table(table, "|", _COLUMNS, quoted=False):
         text = fields["translation"].strip()
         check_text(text, f"{table}, line {line}: translation")
-        # A clip's name is its broadcast's with a number.
+        # The name of a clip is the name of its broadcast with a number.
         broadcast = re.sub(r"-[0-9]+$", "", fields["name"])
         rows.append(
             Row(
@@ -95,16 +94,18 @@ def read_rows(
 def _frame_folder(frames: Path, pattern: str) -> Path:
     """Find the folder of `<name>/1/*.png`; most copies have no `/1`.
 
-    Raises UserError if both hold images.
+    Raises UserError if both folders contain images.
     """
-    # Without the "*.png" at its end, and without the "1" before that.
+    # Remove the "*.png" at the end, and the "1" before it.
     named = frames / re.sub(r"/[^/]*\*[^/]*$", "", pattern)
     clip = named.parent if named.name == "1" else named
     if not (clip / "1").is_dir():
         return clip
-    # Where images are decides, not the table: an empty "1" may be left over.
+    # The images decide, not the table: an empty "1" may be left over.
     below, above = image_paths(clip / "1"), image_paths(clip)
     if below and above and not (clip / "1").samefile(clip):
-        two = f"{clip} and {clip / '1'}. Move one of them away."
-        raise UserError(f"a clip must have one folder of frames, got two: {two}")
+        raise UserError(
+            f"A clip must have one folder of frames, got two: {clip} and {clip / '1'}. Move "
+            "one of them away."
+        )
     return clip if above else clip / "1"

@@ -1,4 +1,4 @@
-"""signsim, the synthetic signed language: the layout of PHOENIX14T under its own name."""
+"""Read signsim, the synthetic sign language, which has the layout of PHOENIX14T."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +11,7 @@ def read(source: Path, splits: tuple[str, ...]) -> Corpus:
     """signsim. --source: the folder that flallm signsim corpus wrote."""
     if not (source / SIGNSIM_FILE).is_file():
         raise UserError(
-            f"--source must be a folder that flallm signsim corpus wrote, got {source}: it "
-            f"has no {SIGNSIM_FILE}."
+            "--source must be a folder that flallm signsim corpus wrote, with "
+            f"{SIGNSIM_FILE} in it, got {source}. Check the path."
         )
     return replace(phoenix14t.read_release(source, splits), name="signsim")

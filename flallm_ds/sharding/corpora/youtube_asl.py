@@ -1,8 +1,8 @@
-"""YouTube-ASL and YouTube-SL-25: video ids; the user fetches videos and captions.
+"""Read YouTube-ASL and YouTube-SL-25: lists of video ids; the user downloads the videos.
 
-A clip is a caption. There are no splits: a video's clips go to train, dev or test by a
-hash of its id. Videos and captions are found below the source by id: ID.mp4, ID.en.vtt,
-ID.en.srt, ID.en.json3, or yt-dlp's "Title [ID].en.vtt".
+A clip is a caption. The corpora have no splits: a hash of the id assigns each video, with
+all its clips, to train, dev or test. Videos and captions are found below the source by id:
+ID.mp4, ID.en.vtt, ID.en.srt, ID.en.json3, or "Title [ID].en.vtt" as yt-dlp writes it.
 """
 
 import re
@@ -40,30 +40,35 @@ Numbered = tuple[int, Cue]  # a caption with its number in its file
 
 @dataclass(frozen=True)
 class Filter:
-    """Which captions become clips."""
+    """Decide which captions become clips."""
 
     max_characters: int
     min_s: float
     max_s: float
 
     def __post_init__(self) -> None:
-        if self.max_characters < 1 or not 0 <= self.min_s < self.max_s:
+        if self.max_characters < 1:
             raise UserError(
-                "--max_characters must be from 1 and --min_s below --max_s, but they are "
-                f"{self.max_characters}, {self.min_s:g} and {self.max_s:g}."
+                f"--max_characters must be at least 1, got {self.max_characters}."
+            )
+        if not 0 <= self.min_s < self.max_s:
+            raise UserError(
+                f"--min_s must be at least 0 and below --max_s ({self.max_s:g}), got "
+                f"{self.min_s:g}."
             )
 
-    def keeps(self, cue: Cue) -> bool:
+    def apply(self, numbered: list[Numbered]) -> list[Numbered]:
+        """Return the captions whose text length and duration are in range."""
+        return [(number, cue) for number, cue in numbered if self._fits(cue)]
+
+    def _fits(self, cue: Cue) -> bool:
         has_length = 0 < len(cue.text) <= self.max_characters
         return has_length and self.min_s <= cue.end_s - cue.start_s <= self.max_s
-
-    def keep(self, numbered: list[Numbered]) -> list[Numbered]:
-        return [(number, cue) for number, cue in numbered if self.keeps(cue)]
 
 
 @dataclass
 class _Tally:
-    """Captions and videos by what became of them, for the notes."""
+    """Count captions and list videos by what happened to them, for the notes."""
 
     captions: Counter[str] = field(default_factory=Counter)
     videos: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
@@ -79,12 +84,12 @@ def read(
     min_s: float = 0.2,
     max_s: float = 60.0,
 ) -> Corpus:
-    """YouTube-ASL. --source: the folder of the videos and captions that you fetched.
+    """YouTube-ASL. --source: the folder of the videos and captions that you downloaded.
 
-    --ids: the file of video ids, one a line; without it every video with captions is taken.
-    --language: of the captions to take.
-    --max_characters, --min_s, --max_s: longer texts, shorter and longer captions are left out and
-        counted.
+    --ids: file with one video id per line; without it, all videos with captions are used.
+    --language: language of the captions.
+    --max_characters, --min_s, --max_s: longer texts, shorter and longer captions are left
+        out and counted.
     """
     wanted = dict.fromkeys(read_ids(ids), language) if ids else None
     keep = Filter(max_characters, min_s, max_s)
@@ -101,15 +106,15 @@ def read_sl25(
     min_s: float = 0.2,
     max_s: float = 60.0,
 ) -> Corpus:
-    """YouTube-SL-25. --source: the folder of the videos and captions that you fetched.
+    """YouTube-SL-25. --source: the folder of the videos and captions that you downloaded.
 
-    --ids: the file of video ids and languages, such as youtube-sl-25-metadata.csv; without it every
-        video with captions is taken. Captions are taken in the written language on a video's line
-        (de), or in that which goes with its sign language (gsg); with neither, a video's only
-        captions.
-    --language: of the captions to take, of every video.
-    --max_characters, --min_s, --max_s: longer texts, shorter and longer captions are left out and
-        counted.
+    --ids: file with a video id and a language per line, such as
+        youtube-sl-25-metadata.csv; without it, all videos with captions are used. The
+        language is a written one (de) or a sign language (gsg), whose written language is
+        used. Without a language, a video must have captions in one language only.
+    --language: language of the captions of all videos.
+    --max_characters, --min_s, --max_s: longer texts, shorter and longer captions are left
+        out and counted.
     """
     wanted: dict[str, str] | None = None
     if ids:
@@ -130,13 +135,15 @@ def _read(
 ) -> Corpus:
     """Read a corpus of videos and captions.
 
-    wanted: the caption language by video id ("" for its only one), None for all videos in
-        `language`.
+    wanted: the caption language by video id ("" for the only language of the video), or
+        None for all videos in `language`.
     keep: which captions become clips.
     """
     if not source.is_dir():
-        folder = "the folder of videos and captions"
-        raise UserError(f"--source must be {folder}, but is none: {source}.")
+        raise UserError(
+            "--source must be the folder of the videos and captions, got "
+            f"{source}, which is not a folder. Check the path."
+        )
     captions = find_captions(source)
     if language:
         language = written_language(language) or language_tag(language, "--language")
@@ -144,7 +151,7 @@ def _read(
         wanted = dict.fromkeys(sorted(captions), language)
     rows: dict[str, list[Row]] = {split: [] for split in splits}
     tally = _Tally()
-    # Captions first: only videos that have some are looked for.
+    # Read the captions first: only videos with captions are needed.
     spoken: dict[str, tuple[str, list[Numbered]]] = {}
     names: dict[str, tuple[str]] = {}
     for video, code in wanted.items():
@@ -154,7 +161,7 @@ def _read(
             if chosen:
                 spoken[video] = chosen
                 names[video] = (video,)
-    paths, said = Videos(source, _video_id).choose(names)
+    paths, video_notes = Videos(source, _video_id).choose(names)
     languages: set[str] = set()
     for video, (written, cues) in spoken.items():
         path = paths.get(video, source / f"{video}.mp4")
@@ -176,7 +183,7 @@ def _read(
         f"captions kept (1 to {keep.max_characters} characters, {keep.min_s:g} to "
         f"{keep.max_s:g} s)"
     ]
-    notes += _notes(tally, find_other_captions(source)) + said
+    notes += _notes(tally, find_other_captions(source)) + video_notes
     language = languages.pop() if len(languages) == 1 else "mixed"
     return Corpus(name, language, rows, notes)
 
@@ -184,11 +191,12 @@ def _read(
 def _captions_of(
     video: str, tracks: dict[str, Path], language: str, keep: Filter, tally: _Tally
 ) -> tuple[str, list[Numbered]] | None:
-    """Return (language, captions with their numbers) of a video, and count them in the tally.
+    """Return (language, numbered captions) of a video, and count them in the tally.
 
-    Returns None where there are none. Raises UserError for captions without a language.
+    Returns None for a video without captions. Raises UserError for captions without a
+    language.
     """
-    # A file that cannot be read costs its video, not the build.
+    # If a file cannot be read, skip the video instead of stopping the build.
     try:
         track = choose_track(tracks, language)
         if track is None:
@@ -200,8 +208,8 @@ def _captions_of(
         return None
     if not track[0]:
         raise UserError(
-            f"captions must have a language, but {track[1]} names none. Give --language, "
-            "or put the language after the video's id in the file of --ids."
+            f"Captions must have a language, got none in {track[1]}. Set --language, or "
+            "write the language after the video id in the file of --ids."
         )
     num_wordless = 0
     for cue in found.cues:
@@ -216,17 +224,17 @@ def _captions_of(
         return None
     if found.scrolls:
         tally.videos["automatic"].append(video)
-    # Filtered twice: captions that are not kept must not cut others, and a caption that
-    # was cut or joined may no longer fit.
-    apart, num_cut, num_joined = separate(keep.keep(list(enumerate(found.cues))))
+    # Filter twice: captions that are left out must not cut others, and a caption that was
+    # cut or joined may no longer be in range.
+    apart, num_cut, num_joined = separate(keep.apply(list(enumerate(found.cues))))
     tally.captions["cut"] += num_cut
     tally.captions["joined"] += num_joined
-    return track[0], keep.keep(apart)
+    return track[0], keep.apply(apart)
 
 
 _READ = ", ".join(SUFFIXES)
 _JOINED = (
-    "begin together with another one, or repeat it while it is shown, and are one with it"
+    "begin together with another one, or repeat it during its span, and are joined with it"
 )
 _CAPTION_NOTES = {
     "wordless": "have no words without sounds, note signs and names, and are left out",
@@ -239,23 +247,23 @@ _VIDEO_NOTES = {
     "other": f"have captions in none of the formats that are read ({_READ}), and are left out",
     "unreadable": "have captions that cannot be read, and are left out",
     "empty": "have caption files without a readable caption, and are left out",
-    "automatic": "have automatic captions, which scroll: each of their lines is taken once",
+    "automatic": "have automatic captions, which scroll: each line is used once",
 }
 
 
 def _notes(tally: _Tally, others: dict[str, str]) -> list[str]:
-    """Say what became of captions and videos.
+    """Return notes on what happened to captions and videos.
 
-    others: the name of a caption file of another format, by video.
+    others: the name of a caption file in another format, by video.
     """
-    # Captions by what became of them, with examples of their videos where there are some.
+    # Numbers of captions, with examples of videos for those that are known.
     notes = []
     for kind, what in _CAPTION_NOTES.items():
         count, videos = tally.captions[kind], tally.videos[kind]
         if count:
             examples = f" ({first_of(videos)})" if videos else ""
             notes.append(f"{count:,} captions {what}{examples}")
-    # Videos without captions that can be read: some have a file of another format.
+    # Of the videos without captions, some have a file in another format.
     examples_of: defaultdict[str, list[str]] = defaultdict(list, tally.videos)
     examples_of["without"] = []
     for video in tally.videos["without"]:
@@ -270,9 +278,9 @@ def _notes(tally: _Tally, others: dict[str, str]) -> list[str]:
 
 
 def read_ids(path: str) -> dict[str, str]:
-    """Read the language column ("" for none or ???) by video id.
+    """Read the language ("" for none or ???) of each video id.
 
-    TABs, commas or spaces separate the two.
+    Id and language are separated by TABs, commas or spaces.
     """
     ids: dict[str, str] = {}
     if not Path(path).is_file():
@@ -288,19 +296,19 @@ def read_ids(path: str) -> dict[str, str]:
         if not re.fullmatch(_ID, video):
             raise UserError(
                 f"{path}, line {number}: a video id must be 11 letters, digits, - or _, "
-                f"but is {video!r:.40}."
+                f"got {video!r:.40}. Correct the file."
             )
-        # ??? stands for an unknown language.
+        # ??? means that the language is unknown.
         ids.setdefault(video, "" if "?" in code else code)
     return ids
 
 
 def written_language(code: str) -> str:
-    """Return de for de, de-AT, German and gsg; "" for an unknown language or sign language."""
+    """Return de for de, de-AT, German and gsg; "" for an unknown language."""
     if code.lower() in WRITTEN_WITH:
         return WRITTEN_WITH[code.lower()]
-    # YouTube adds parts of its own (de-cvfXDfbeED0, en-orig): the longest start that is
-    # a language counts.
+    # YouTube adds parts to the tag (de-cvfXDfbeED0, en-orig): use the longest prefix that
+    # is a language.
     parts = re.split("[-_]", code)
     for number in range(len(parts), 0, -1):
         found = find_language("-".join(parts[:number]))
@@ -310,16 +318,16 @@ def written_language(code: str) -> str:
 
 
 def _video_id(path: Path) -> str:
-    """Return the id that a video file is named after; "" for another name."""
+    """Return the video id in the name of a file; "" for another name."""
     match = _STEM.fullmatch(path.stem)
     return match[1] if match and not match[2] else ""
 
 
 def find_captions(source: Path) -> dict[str, dict[str, Path]]:
-    """Find the caption files below a folder by id and language tag; "" where the name has none.
+    """Find the caption files below a folder by id and language tag ("" for no tag).
 
-    Of several formats the first of SUFFIXES is taken. Raises UserError if two files of
-    one differ.
+    Of several formats, the first in SUFFIXES is used. Raises UserError if two files in this
+    format differ.
     """
     found: dict[str, dict[str, Path]] = {}
     for suffix in SUFFIXES:
@@ -327,19 +335,18 @@ def find_captions(source: Path) -> dict[str, dict[str, Path]]:
             match = _STEM.fullmatch(path.stem) if path.suffix.lower() == suffix else None
             if match is None or not path.is_file():
                 continue
-            # What an earlier suffix has found stays; two files of this one must agree.
+            # A file with an earlier suffix has priority; two with this suffix must agree.
             other = found.setdefault(match[1], {}).setdefault(match[2] or "", path)
             if other.suffix.lower() == suffix and not same_content(other, path):
                 raise UserError(
-                    "a video must have one caption file in a language, got two that "
-                    f"differ: {other} and {path}. Move the one that is not meant out of "
-                    f"{source}."
+                    "A video must have one caption file per language, got two that differ: "
+                    f"{other} and {path}. Move the wrong one out of {source}."
                 )
     return found
 
 
 def find_other_captions(source: Path) -> dict[str, str]:
-    """Find the name of a caption file by id, of the formats that are not read."""
+    """Find the name of a caption file in a format that is not read, by video id."""
     found: dict[str, str] = {}
     for path in files_below(source):
         match = (
@@ -351,15 +358,15 @@ def find_other_captions(source: Path) -> dict[str, str]:
 
 
 def choose_track(tracks: dict[str, Path], language: str) -> tuple[str, Path] | None:
-    """Choose the captions of a video in a language; its only captions where the language is "".
+    """Choose the captions of a video in a language, or its only captions for language "".
 
-    Returns (language, file). `en` also takes `en-US`, after `en` itself. `zh` takes
-    zh-Hant where there is no other Chinese, `no` takes nn, and the language returned says
-    so. A file without a language in its name is taken as the one asked for unless its own
-    header says another; the language returned may be "". Tags that name no known language
-    are left out. Raises OSError for a file that cannot be read.
+    Returns (language, file), None without a match. `en` also matches `en-US`, after `en`
+    itself. `zh` matches zh-Hant if there is no other Chinese, and `no` matches nn; the
+    returned language is then zh-Hant or nn. A file without a language in its name has the
+    language in its header, otherwise the requested one, which may be "". Tags of unknown
+    languages are ignored. Raises OSError for a file that cannot be read.
     """
-    # The first file of each written language, in the order of their tags.
+    # Take the first file of each written language, in the order of the tags.
     by_language: dict[str, Path] = {}
     known = []
     for tag, path in tracks.items():
@@ -368,14 +375,14 @@ def choose_track(tracks: dict[str, Path], language: str) -> tuple[str, Path] | N
             known.append((written, tag, path))
     for written, _, path in sorted(known):
         by_language.setdefault(written, path)
-    # A file without a tag comes last.
+    # A file without a tag is last.
     if "" in tracks:
         written = written_language(header_language(tracks[""])) or language
         if written or not by_language:
             by_language.setdefault(written, tracks[""])
     if not language:
         return by_language.popitem() if len(by_language) == 1 else None
-    # The language itself, then another script of it, then the other written Norwegian.
+    # First the language itself, then another script of it, then the other Norwegian.
     if language in by_language:
         return language, by_language[language]
     for written, path in by_language.items():
