@@ -1,18 +1,18 @@
-"""signsim: a synthetic signed language, its signers and corpora, for machines without a corpus.
+"""signsim: generate videos of a synthetic sign language, for machines without a corpus.
 
-signs.py             the lexicon: handshapes, locations, movements, and the signs made of them
+signs.py             the lexicon: handshapes, locations, movements, and the signs
 words.py             the German words of the signs, and random draws of meanings
-plans.py             the kinds of sentences: signs in order, and German wordings
-grammar.py           sentences, and the split that owns each
+plans.py             the kinds of sentences: the order of signs, and German wordings
+grammar.py           random sentences, and the split of each sentence
 signer.py            the seven signers, and the poses of a sequence of signs
-figure.py            where body, arms and hands lie in the frame
-paint.py             shapes painted onto a frame
-head.py              a signer's head
-render.py            the frames of a clip
-corpus.py            a release in the PHOENIX14T layout, whole or not at all
+figure.py            the positions of body, arms and hands in the frame
+paint.py             drawing of shapes with OpenCV
+head.py              drawing of the head
+render.py            drawing of the frames of a clip
+corpus.py            writing of a release in the PHOENIX14T layout
 sheet.py             a contact sheet of all signs
-pretraining_data.py  frames of random signs, and where each hand is
-backbone.py          a small ResNet-18 that stands in for ImageNet weights
+pretraining_data.py  frames of random signs with the positions of the hands
+backbone.py          a small ResNet-18 that replaces ImageNet weights
 """
 
 from flallm_ds.signsim.corpus import write_corpus

@@ -1,10 +1,9 @@
-"""A stand-in for ImageNet weights, where no hub can be reached: flallm signsim backbone
---out=DIR.
+"""Pretrain a small backbone that replaces ImageNet weights where no hub is available:
+flallm signsim backbone --out=DIR.
 
-A small ResNet-18 learns to see signers as such: where each hand is and where it points,
-in random signs of the training signers, most of which mean nothing. It sees no sentence
-and no gloss. The folder loads by the same path as microsoft/resnet-18
-(`--visual.weights=DIR`).
+A small ResNet-18 learns to find the hands of a signer and their directions in random signs
+of the training signers. Most of these signs have no meaning, and no sentence or gloss is
+used. The folder is loaded in the same way as microsoft/resnet-18 (`--visual.weights=DIR`).
 """
 
 import time
@@ -38,17 +37,20 @@ def backbone(
     epochs: int = 4,
     seed: int = 0,
 ) -> None:
-    """Pretrain a backbone on random signs of synthetic signers and write a Hugging Face folder.
+    """Pretrain a backbone on random signs and write it as a Hugging Face folder.
 
-    width: channels of its first stage, as visual.width. frames: rendered once, seen
-    `epochs` times.
+    width: channels of the first stage, as visual.width. frames: number of frames, which are
+    rendered once. epochs: passes over the frames.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        got = f"but {out} holds something. Name another."
-        raise UserError(f"--out must be a new or an empty folder, {got}")
-    if frames < FRAMES_A_TASK or epochs < 1 or width < 1:
-        least = f"--frames must be at least {FRAMES_A_TASK}"
-        raise UserError(f"{least}, --epochs and --width at least 1.")
+        raise UserError(
+            f"--out must be a new or empty folder, got {out}, which is not empty. Choose "
+            "another folder."
+        )
+    least = {"frames": FRAMES_A_TASK, "epochs": 1, "width": 1}
+    for option, value in (("frames", frames), ("epochs", epochs), ("width", width)):
+        if value < least[option]:
+            raise UserError(f"--{option} must be at least {least[option]}, got {value}.")
     pixels, wanted = _render_all(frames // FRAMES_A_TASK, seed)
     encoder = _train(pixels, wanted, width, epochs, seed)
     with new_folder(out) as folder:
@@ -57,9 +59,12 @@ def backbone(
 
 
 def _render_all(num_tasks: int, seed: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """Render all frames on all cores: (N, SIDE, SIDE, 3) and their targets (N, NUM_TARGETS)."""
+    """Render all frames on all cores.
+
+    Returns (frames (N, SIDE, SIDE, 3), targets (N, NUM_TARGETS)).
+    """
     begin = time.perf_counter()
-    with signals_held():  # workers start now
+    with signals_held():  # the workers start here
         pool = ProcessPoolExecutor(
             mp_context=get_context("spawn"), initializer=begin_worker
         )
@@ -102,7 +107,7 @@ def _train(
         for group in optimizer.param_groups:
             group["lr"] = PEAK_RATE * rate_factor(step / steps, 0.05)
         optimizer.step()
-        # A running mean over about 50 steps; the first loss begins it.
+        # A moving average over about 50 steps, which starts with the first loss.
         loss_mean = 0.98 * loss_mean + 0.02 * loss.item() if step else loss.item()
         if time.perf_counter() - last_print > 5 or step == steps - 1:
             last_print = time.perf_counter()
@@ -117,8 +122,7 @@ def _train(
 
 
 def as_pixels(frames_NHWC: NDArray[np.uint8]) -> torch.Tensor:
-    """Cut the centre out and normalise it as the trainer's preprocess does it; pixels_NCHW."""
-    # The constants are those of ImageNet, by which users' frames are normalised as well.
+    """Return the centre crop, normalised as in data/preprocess.py: pixels_NCHW."""
     edge = (SIDE - CROP) // 2
     cut_NHWC = torch.from_numpy(frames_NHWC[:, edge : edge + CROP, edge : edge + CROP])
     pixels_NCHW = cut_NHWC.permute(0, 3, 1, 2).float() / 255

@@ -27,21 +27,22 @@ from flallm_ds.signsim.signs import SIGNS
 from flallm_ds.terminal import progress
 
 VERSION = 6
-"""Rises with every change of what the same options write."""
+"""Increase this whenever the same options write other bytes."""
 
 RELEASE = Path("PHOENIX-2014-T-release-v3/PHOENIX-2014-T")
 FRAMES = RELEASE / "features/fullFrame-210x260px"
 ANNOTATIONS = RELEASE / "annotations/manual"
 HEADER = "name|video|start|end|speaker|orth|translation"
-MIN_CLIPS = 12  # fewer leave a split without a clip of each kind
+MIN_CLIPS = 12  # fewer clips would make splits too small
 _PNG = (cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_NONE)
 _CLIP_BYTES = 2_000_000  # measured mean
-_MONOLINGUAL_STREAM = 2**32  # keeps the monolingual text's draws apart from every clip's
+# Seed of the monolingual text: above the index of every clip.
+_MONOLINGUAL_STREAM = 2**32
 
 
 @dataclass(frozen=True)
 class Clip:
-    """What one clip shows; its frames follow from (seed, index)."""
+    """Hold the contents of one clip. Its frames depend on (seed, index) only."""
 
     index: int
     name: str
@@ -51,7 +52,7 @@ class Clip:
 
     @property
     def row(self) -> str:
-        """The clip's line of the annotation table."""
+        """Return the line of the clip in the annotation table."""
         orth, text = " ".join(self.sentence.glosses), self.sentence.text
         return f"{self.name}|{self.name}/1/*.png|-1|-1|{self.signer.name}|{orth}|{text}"
 
@@ -66,7 +67,7 @@ def split_sizes(num_clips: int) -> dict[str, int]:
 def _signer(split: str, index: int) -> Signer:
     """Return the signer of clip `index` of a split.
 
-    Signers take turns; the last one only in test, where it begins.
+    Signers take turns. The last signer occurs in test only, in its first clip.
     """
     if split == "test":
         return SIGNERS[(index - 1) % len(SIGNERS)]
@@ -74,7 +75,7 @@ def _signer(split: str, index: int) -> Signer:
 
 
 def _locate(index: int, num_clips: int) -> tuple[str, int]:
-    """Return the split of clip `index`, and its place within the split."""
+    """Return (split of clip `index`, its index within the split)."""
     for split, size in split_sizes(num_clips).items():
         if index < size:
             return split, index
@@ -83,9 +84,8 @@ def _locate(index: int, num_clips: int) -> tuple[str, int]:
 
 
 def plan_clip(index: int, num_clips: int, seed: int) -> tuple[Clip, np.random.Generator]:
-    """Draw clip `index` of a corpus; return it and the generator that its frames are
-    drawn from."""
-    # A generator for each clip: its frames do not depend on which process renders it.
+    """Draw clip `index` of a corpus. Returns (clip, random generator of its frames)."""
+    # Each clip has its own generator, so frames do not depend on the number of processes.
     rng = np.random.default_rng([seed, index])
     split, within = _locate(index, num_clips)
     name = f"signsim_{split}-{within:06d}"
@@ -94,8 +94,8 @@ def plan_clip(index: int, num_clips: int, seed: int) -> tuple[Clip, np.random.Ge
 
 
 def write_clip(index: int, num_clips: int, seed: int, root: Path) -> tuple[str, str, int]:
-    """Render one clip into `root`. Returns its split, its table row, and its number of frames."""
-    cv2.setNumThreads(1)  # the pool already has a process per core
+    """Render one clip into `root`. Returns (split, table row, number of frames)."""
+    cv2.setNumThreads(1)  # the pool already has one process per core
     clip, rng = plan_clip(index, num_clips, seed)
     folder = root / FRAMES / clip.split / clip.name
     folder.mkdir(parents=True)
@@ -109,9 +109,9 @@ def write_clip(index: int, num_clips: int, seed: int, root: Path) -> tuple[str, 
 
 
 def draw_monolingual(num_sentences: int, seed: int) -> list[str]:
-    """Draw different sentences of the grammar, none of which a dev or test split may hold."""
+    """Draw distinct sentences of the grammar that belong to the train split."""
     rng = np.random.default_rng([seed, _MONOLINGUAL_STREAM])
-    # A dict instead of a set: it keeps the order in which sentences were drawn.
+    # A dict, not a set: it keeps the order of the draws.
     sentences: dict[str, None] = {}
     while len(sentences) < num_sentences:
         sentences[draw_sentence(rng, "train").text] = None
@@ -125,14 +125,14 @@ def write_corpus(
     workers: int | None = None,
     num_monolingual: int = 20000,
 ) -> Path:
-    """Write a corpus into `out`, which appears whole or not at all.
+    """Write a corpus into `out`, which appears complete or not at all.
 
-    The bytes depend on num_clips, seed and num_monolingual alone. workers: processes, by
-    default one per usable core. Besides the release, `out` receives monolingual.txt (text
-    for a language model, free of dev and test sentences) and signsim.json (the options,
-    and what was made). Returns the release's root,
-    `out`/PHOENIX-2014-T-release-v3/PHOENIX-2014-T. Raises UserError when an option is out
-    of range, `out` is not empty, or the disk is too small.
+    The bytes depend on num_clips, seed and num_monolingual only. workers: processes, by
+    default one per usable core. `out` contains the release, monolingual.txt (text for a
+    language model, without dev and test sentences) and signsim.json (the options, and
+    counts of clips and frames). Returns the root of the release,
+    `out`/PHOENIX-2014-T-release-v3/PHOENIX-2014-T. Raises UserError if an option is out of
+    range, `out` is not empty, or the disk is too small.
     """
     out = Path(out).absolute()
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
@@ -142,7 +142,7 @@ def write_corpus(
         rows: dict[str, list[str]] = {split: [] for split in SPLITS}
         num_frames = dict.fromkeys(SPLITS, 0)
         render = partial(write_clip, num_clips=num_clips, seed=seed, root=root)
-        # _map yields clips in their order, so tables do not depend on the processes.
+        # _map yields the clips in order, so tables do not depend on the processes.
         with progress(num_clips, "signsim") as bar:
             for split, row, frames in _map(render, num_clips, workers):
                 rows[split].append(row)
@@ -165,10 +165,7 @@ def _write_summary(
     num_clips: dict[str, int],
     num_frames: dict[str, int],
 ) -> None:
-    """Write signsim.json: the options, and what was made of them.
-
-    num_clips, num_frames: by split.
-    """
+    """Write signsim.json. num_clips, num_frames: counts by split."""
     signers = {signer.name: list(SPLITS) for signer in SEEN}
     signers[UNSEEN.name] = ["test"]
     summary = {
@@ -184,42 +181,44 @@ def _write_summary(
 
 
 def _check_options(num_clips: int, seed: int, workers: int, num_monolingual: int) -> None:
+    """Raise UserError for an option out of range."""
     if not MIN_CLIPS <= num_clips < 1_000_000:
-        raise UserError(f"clips must be from {MIN_CLIPS} to 999999, but is {num_clips}.")
+        raise UserError(f"--clips must be from {MIN_CLIPS} to 999999, got {num_clips}.")
     if not 0 <= seed < 2**32:
-        raise UserError(f"seed must be from 0 to {2**32 - 1}, but is {seed}.")
+        raise UserError(f"--seed must be from 0 to {2**32 - 1}, got {seed}.")
     if workers < 1:
-        raise UserError(f"workers must be at least 1, but is {workers}.")
+        raise UserError(f"--workers must be at least 1, got {workers}.")
     # The grammar has millions of sentences, but the last ones would take long to find.
     if not 0 <= num_monolingual <= 500_000:
-        bounds = "from 0 to 500000 sentences"
-        raise UserError(f"monolingual must be {bounds}, but is {num_monolingual}.")
+        raise UserError(f"--monolingual must be from 0 to 500000, got {num_monolingual}.")
 
 
 def _check_place(out: Path, num_clips: int) -> None:
+    """Raise UserError if `out` contains files or its disk is too small."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        what = "holds files" if out.is_dir() else "is a file"
-        remedy = "Choose another --out, or delete it."
+        what = "contains files" if out.is_dir() else "is a file"
         raise UserError(
-            f"the output folder must be new or empty, but {out} {what}. {remedy}"
+            f"--out must be a new or empty folder, got {out}, which {what}. Choose another "
+            "--out, or delete it."
         )
-    # The disk is that of the nearest folder that exists.
+    # The disk of the nearest folder that exists.
     parent = out.parent
     while not parent.exists():
         parent = parent.parent
     free, needed = shutil.disk_usage(parent).free, num_clips * _CLIP_BYTES
     if free < needed:
         raise UserError(
-            f"{num_clips} clips need about {needed / 1e9:.1f} GB, but {parent} has "
-            f"{free / 1e9:.1f} GB free. Ask for fewer --clips, or choose another --out."
+            f"Cannot write {num_clips} clips to {parent}: they need about "
+            f"{needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free. Use fewer --clips, or "
+            "another --out."
         )
 
 
 @contextmanager
 def _whole_or_nothing(out: Path) -> Iterator[Path]:
-    """Yield a folder that becomes `out`, as `new_folder` does.
+    """Yield a folder that becomes `out`, with `new_folder`.
 
-    Raises UserError where the disk refuses.
+    Raises UserError if the disk cannot be written.
     """
     try:
         with ExitStack() as stack:
@@ -227,32 +226,31 @@ def _whole_or_nothing(out: Path) -> Iterator[Path]:
                 folder = stack.enter_context(new_folder(out))
             except OSError as error:
                 raise UserError(
-                    f"the output must go where folders can be made, but {out.parent}: "
-                    f"{error.strerror}. Choose another --out."
+                    f"Cannot create a folder in {out.parent}: {error.strerror}. Choose "
+                    "another --out."
                 ) from error
             yield folder
     except OSError as error:
-        # Only a rename has two names: the folder at its end is not empty any more.
+        # Only the final rename has two names. It fails if the target is no longer empty.
         if error.filename2 is not None:
-            why = f"{out}: {error.strerror}"
             raise UserError(
-                f"the output folder must stay empty while the corpus is made, but {why}."
+                f"Cannot move the corpus to {out}: {error.strerror}. Keep the folder empty "
+                "while the corpus is written."
             ) from error
         raise UserError(
-            f"the corpus must fit on a disk that can be written, but {error}. "
-            "Nothing was left behind; choose another --out."
+            f"Cannot write the corpus: {error}. All files were removed; choose another --out."
         ) from error
 
 
 def _map(
     render: Callable[[int], tuple[str, str, int]], num_clips: int, workers: int
 ) -> Iterator[tuple[str, str, int]]:
-    """Yield results in the order of the clips, whichever process made them."""
+    """Yield the results of all processes in the order of the clips."""
     if workers == 1:
         yield from map(render, range(num_clips))
         return
     context = multiprocessing.get_context("spawn")
-    with signals_held():  # workers start now
+    with signals_held():  # the workers start here
         pool = ProcessPoolExecutor(workers, context, begin_worker)
         results = pool.map(render, range(num_clips), chunksize=4)
     try:

@@ -1,4 +1,4 @@
-"""Sentences of the synthetic language: drawn from its plans, each owned by one split."""
+"""Draw random sentences of the synthetic language; each belongs to one split."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flallm_ds.signsim.words import NO_PHRASE, Draw, Glosses
 
 SPLITS = ("train", "dev", "test")
 
-# Shares of phrases and of sentences whose wording is not the usual one: what no system
+# Shares of phrases and sentences with another wording than the usual one, which no system
 # can predict.
 FREE_PHRASE = 0.08
 FREE_ORDER = 0.08
@@ -23,28 +23,27 @@ assert abs(_SHARES[-1] - 1) < 1e-9, "the plans' shares must add up to 1"
 
 @dataclass(frozen=True)
 class Sentence:
-    """One sentence of the language."""
+    """Hold one sentence of the language."""
 
     glosses: Glosses
-    """Signs in the order in which they are made."""
+    """Signs in signing order."""
     text: str
     usual: str
-    """The most frequent wording of these signs: what an ideal translator would say."""
+    """The most frequent wording of these signs: the output of an ideal translator."""
 
 
 def draw_any(rng: np.random.Generator) -> Sentence:
     """Draw a sentence of any split."""
-    # The plan's number; rounding may leave the last share a little below 1.
+    # Draw the plan. Because of rounding, the last share may be a little below 1.
     number = int(np.searchsorted(_SHARES, rng.random(), side="right"))
     plan, _ = PLANS[min(number, len(PLANS) - 1)]
     glosses, wordings = plan(Draw(rng))
-    # A wording that begins with what is not said would move the verb from its second
-    # place.
+    # Skip wordings with an empty first phrase: their verb would not be in second place.
     usual, *others = [wording for wording in wordings if wording[0] != NO_PHRASE]
     wording = usual
     if others and rng.random() < FREE_ORDER:
         wording = others[int(rng.integers(len(others)))]
-    # The usual form of each phrase, or now and then another one.
+    # Draw the form of each phrase: the usual form, or rarely another one.
     words = []
     for phrase in wording:
         form = 0
@@ -60,10 +59,10 @@ def _joined(words: list[str]) -> str:
 
 
 def draw_sentence(rng: np.random.Generator, split: str) -> Sentence:
-    """Draw a sentence that only `split` may hold.
+    """Draw a sentence of a split.
 
-    Sentences and sign sequences belong to splits by their hash, so neither is shared
-    between splits, in no corpus of any size or seed.
+    The hash of a sentence and the hash of its sign sequence determine the split. Splits
+    share no sentence and no sign sequence, for any size and seed of the corpus.
     """
     assert split in SPLITS, split
     while True:

@@ -1,4 +1,4 @@
-"""Draw a signer's head: hair, face, eyes and mouth.
+"""Draw the head of a signer: hair, face, eyes and mouth.
 
 Array suffixes: F frames, P numbers of a pose.
 """
@@ -13,7 +13,7 @@ from flallm_ds.signsim.signer import Color
 from flallm_ds.signsim.signs import Floats
 
 _DARK, _EYE, _MOUTH = (34, 30, 34), (236, 238, 240), (40, 34, 70)
-# Around the eye's centre, and around the face's.
+# Points relative to the centre of the eye (brow, shut eye) or of the face (nose).
 _BROW = np.array([(-5.2, 0.9), (0.0, -0.9), (5.2, 0.9)])
 _SHUT_EYE = np.array([(-4.0, 0.5), (0.0, 1.4), (4.0, 0.5)])
 _NOSE = np.array([(0.6, -1.0), (2.6, 6.5), (-1.2, 7.2)])
@@ -24,18 +24,18 @@ def draw_head(frame: Frame, person: Figure, index: int) -> None:
     signer, scale = person.signer, person.camera.scale
     skin, hair = lit(person, signer.skin), lit(person, signer.hair)
     center, shift = _head_center(person, index)
-    # Half the head's width and height in px.
+    # Half of the width and height of the head, in px.
     rx, ry = 23.5 * signer.head[0] * scale, 31 * signer.head[1] * scale * SQUEEZE
     _hair_behind(frame, person, center, (rx, ry), hair)
-    # Ears, then the head as three ellipses: a dark rim, the shaded skin, and the lit part
-    # on the light's side.
+    # Ears, then three ellipses of the head: a dark rim, shaded skin, and lit skin on the
+    # side of the light.
     ear = (3.6 * scale, 6 * scale)
     for side in (-1, 1):
         ellipse(frame, moved(center, side * rx * 0.98, 2), ear, shade(skin, 0.82))
     ellipse(frame, center, (rx + 1, ry + 1), shade(skin, 0.62))
     ellipse(frame, center, (rx, ry), shade(skin, 0.88))
     ellipse(frame, moved(center, signer.light * 2.2, -0.8), (rx - 2.6, ry - 1.6), skin)
-    # A full beard below, with skin again around the mouth.
+    # A full beard, with skin around the mouth.
     face = center + shift
     if signer.beard:
         ellipse(frame, moved(face, 0, ry * 0.62), (rx * 0.72, ry * 0.42), shade(hair, 1.15))
@@ -45,8 +45,8 @@ def draw_head(frame: Frame, person: Figure, index: int) -> None:
 
 
 def _head_center(person: Figure, index: int) -> tuple[Floats, Floats]:
-    """Return the centre of the head and the shift of the face on the head, both in frame px."""
-    # The face moves further than the head: so a flat drawing seems to turn.
+    """Return (centre of the head, shift of the face on the head), both in frame px."""
+    # The face moves further than the head: this makes a flat drawing look as if it turns.
     nod, turn = person.face_FP[index, 3], person.face_FP[index, 4]
     center = person.camera.project(np.array([turn * 1.5, 76 + nod * 2.0]))
     return center, np.array([person.camera.side * turn * 2.5, nod * 2.5])
@@ -59,12 +59,12 @@ def _hair_behind(
     axes: tuple[float, float],
     hair: Color,
 ) -> None:
-    """Draw the hair behind the head. axes: half the head's width and height, px."""
+    """Draw the hair behind the head. axes: half of the head's width and height, in px."""
     rx, ry = axes
     style = person.signer.hair_style
     if style == "bun":
         ellipse(frame, moved(center, 0, -ry * 1.18), (rx * 0.5, ry * 0.34), hair)
-    # A round top, and a curtain that falls to the shoulders or to the chin.
+    # A round top, and hair down to the shoulders or to the chin.
     if style in ("long", "bob"):
         drop = 1.55 if style == "long" else 0.72
         ellipse(
@@ -88,15 +88,19 @@ def _hair_above(
     axes: tuple[float, float],
     hair: Color,
 ) -> None:
-    """Draw a cap of hair that leaves the forehead free, in units of the head's half axes."""
+    """Draw the hair above the forehead, or at the temples only.
+
+    axes: half of the head's width and height, in px.
+    """
     rx, ry = axes
-    # Hair at the temples alone.
+    # Hair at the temples only.
     if person.signer.hair_style == "bald":
         for side in (-1, 1):
             at = moved(center, side * rx * 0.93, -ry * 0.12)
             ellipse(frame, at, (rx * 0.12, ry * 0.3), hair)
         return
-    # The outline: over the top of the head, then back along the forehead with a parting.
+    # The outline: over the top of the head, then back along the forehead, with a parting.
+    # Its points are multiples of the axes.
     turn = np.linspace(np.pi * 1.06, np.pi * 1.94, 13)
     top = np.stack([np.cos(turn) * 1.1, np.sin(turn) * 1.14], axis=1)
     part = 0.25 * person.camera.side
@@ -116,7 +120,7 @@ def _hair_above(
 
 
 def _face(frame: Frame, person: Figure, index: int, center: Floats) -> None:
-    """Draw eyes, glasses, nose and mouth around the face's centre."""
+    """Draw eyes, glasses, nose and mouth. center: centre of the face."""
     scale, skin = person.camera.scale, lit(person, person.signer.skin)
     for side in (-1, 1):
         _eye(frame, person, index, moved(center, side * 9.0 * scale, -3.0 * scale), side)
@@ -124,7 +128,7 @@ def _face(frame: Frame, person: Figure, index: int, center: Floats) -> None:
         bridge = center + np.array([(-2.0, -3.4), (2.0, -3.4)])
         line(frame, fixed_point(bridge), lit(person, _DARK), 1)
     line(frame, fixed_point(center + _NOSE * scale), shade(skin, 0.72), 1)
-    # The lips, and the dark of the mouth within them once it is open.
+    # The lips, and the dark opening of the mouth if it is open.
     opening, wide = float(person.face_FP[index, 0]), float(person.face_FP[index, 1])
     mouth = moved(center, 0, 14.5 * scale)
     half = (5.0 + 3.6 * wide) * scale
@@ -135,7 +139,7 @@ def _face(frame: Frame, person: Figure, index: int, center: Floats) -> None:
 
 
 def _eye(frame: Frame, person: Figure, index: int, eye: Floats, side: int) -> None:
-    """Draw an eye with its brow and glass; side: -1 for the one at the frame's left."""
+    """Draw an eye with brow and glasses. side: -1 for the eye in the left half."""
     scale, dark = person.camera.scale, lit(person, _DARK)
     if person.blink_F[index]:
         lid = shade(lit(person, person.signer.skin), 0.5)
@@ -143,7 +147,7 @@ def _eye(frame: Frame, person: Figure, index: int, eye: Floats, side: int) -> No
     else:
         ellipse(frame, eye, (4.4 * scale, 2.9 * scale), lit(person, _EYE))
         disc(frame, fixed_point(eye), 2.3 * scale, dark)
-    # The brow, higher when raised.
+    # A raised brow is drawn higher.
     brow = float(person.face_FP[index, 2])
     bow = moved(_BROW, 0, (-8.2 - 2.4 * brow) * scale)
     # Knit brows slant towards the nose.

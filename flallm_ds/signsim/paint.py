@@ -1,4 +1,4 @@
-"""Paint shapes onto a frame with OpenCV, anti-aliased, at fractions of a pixel."""
+"""Draw shapes into a frame with OpenCV: anti-aliased, with sub-pixel positions."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ Frame = NDArray[np.uint8]
 """(HEIGHT, WIDTH, 3); blue, green, red."""
 
 
-# OpenCV takes coordinates as integers with SHIFT fractional bits, so that shapes move by
-# less than a pixel from frame to frame.
+# Coordinates are integers with SHIFT fractional bits (`fixed_point`), so that shapes can
+# move by less than a pixel between frames.
 @lru_cache(maxsize=4096)
 def shade(color: Color, factor: float) -> Color:
-    """Make a colour darker (factor < 1) or lighter. Cached: a frame asks some thirty times."""
+    """Make a colour darker (factor < 1) or lighter. Cached: a frame calls it 30 times."""
     blue, green, red = (int(min(255, max(0, channel * factor))) for channel in color)
     return blue, green, red
 
 
 def lit(person: Figure, color: Color) -> Color:
-    """Return a colour in the clip's light."""
+    """Return a colour in the light of the clip."""
     return shade(color, person.light)
 
 
@@ -60,7 +60,7 @@ def ellipse(
     color: Color,
     thickness: int = -1,
 ) -> None:
-    """Paint an ellipse. axes: half its width and height, px. thickness: -1 fills it."""
+    """Draw an ellipse. axes: half of the width and height, in px. thickness: -1 to fill."""
     at = (int(center[0] * ONE), int(center[1] * ONE))
     size = (max(1, int(axes[0] * ONE)), max(1, int(axes[1] * ONE)))
     cv2.ellipse(frame, at, size, 0, 0, 360, color, thickness, cv2.LINE_AA, SHIFT)

@@ -1,8 +1,8 @@
-"""The kinds of sentences: how meanings become signs in order, and German wordings.
+"""Define the kinds of sentences (plans): the order of signs, and the German wordings.
 
-Text follows PHOENIX14T: lower case, umlauts, no punctuation. Signs put the time first,
-qualities after what they qualify, and verbs last, so their order differs from the words'.
-A plan returns the signs and two wordings, the usual one first.
+Texts follow PHOENIX14T: lower case, umlauts, no punctuation. In signing order, the time is
+often first, a quality follows its noun, and the verb is last, so that signs and words
+differ in their order. A plan returns (signs, two wordings with the usual one first).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ Wording = list[Phrase]
 Plan = Callable[[Draw], tuple[Glosses, list[Wording]]]
 
 
-# A wording names the phrases in order. Some phrases have several forms, of which one is
-# drawn later; _fixed makes a phrase with a single form.
+# A wording is a list of phrases. A phrase may have several forms: grammar.py draws one.
+# _fixed makes a phrase with a single form.
 def _fixed(text: str) -> Phrase:
     return (text,)
 
@@ -25,7 +25,7 @@ _THERE_IS = _fixed("gibt es")  # takes the accusative
 
 
 def outlook(draw: Draw) -> tuple[Glosses, list[Wording]]:
-    """Time, place, phenomenon, state."""
+    """Return a sentence about time, place, phenomenon and state."""
     (time, when), (place, where) = draw.setting()
     noun, what, _ = draw.noun(quality=0.6, case="acc")
     state = draw.state()
@@ -38,7 +38,7 @@ def outlook(draw: Draw) -> tuple[Glosses, list[Wording]]:
 
 
 def contrast(draw: Draw) -> tuple[Glosses, list[Wording]]:
-    """Two places with different weather."""
+    """Return a sentence about two places with different weather."""
     (place1, where1), (place2, where2) = draw.two_places()
     noun1, what1, first = draw.noun(quality=0.3)
     noun2, what2, _ = draw.noun(but=first.gloss, quality=0.4)
@@ -51,7 +51,7 @@ def contrast(draw: Draw) -> tuple[Glosses, list[Wording]]:
 
 
 def temperatures(draw: Draw) -> tuple[Glosses, list[Wording]]:
-    """Two places with their temperatures."""
+    """Return a sentence about the temperatures of two places."""
     (place1, where1), (place2, where2) = draw.two_places()
     number1, degrees1 = draw.number()
     number2, degrees2 = draw.number()
@@ -63,7 +63,7 @@ def temperatures(draw: Draw) -> tuple[Glosses, list[Wording]]:
 
 
 def span(draw: Draw) -> tuple[Glosses, list[Wording]]:
-    """A span of temperatures."""
+    """Return a sentence about a range of temperatures."""
     (time, when), (place, where) = draw.setting()
     (low, low_word), (high, high_word) = draw.two_numbers()
     glosses = time + place + (low, high, "BIS", "GRAD")
@@ -75,7 +75,7 @@ def span(draw: Draw) -> tuple[Glosses, list[Wording]]:
 
 
 def trend(draw: Draw) -> tuple[Glosses, list[Wording]]:
-    """Temperatures rise or sink to a value."""
+    """Return a sentence about a temperature that rises or falls to a value."""
     (time, when), (place, where) = draw.setting()
     number, degrees = draw.number()
     verb, word = (("STEIGEN", "steigt"), ("SINKEN", "sinkt"))[draw.index(2)]
@@ -90,7 +90,7 @@ def trend(draw: Draw) -> tuple[Glosses, list[Wording]]:
 
 
 def system(draw: Draw) -> tuple[Glosses, list[Wording]]:
-    """A high or a low comes and brings weather."""
+    """Return a sentence about a high or a low that brings weather."""
     time, when = draw.time()
     kind, word = (("HOCH", "ein hoch"), ("TIEF", "ein tief"))[draw.index(2)]
     origin, direction = draw.cardinal()
@@ -104,11 +104,11 @@ def system(draw: Draw) -> tuple[Glosses, list[Wording]]:
 
 
 def vanishing(draw: Draw) -> tuple[Glosses, list[Wording]]:
-    """Weather goes away."""
+    """Return a sentence about weather that ends."""
     (time, when), (place, where) = draw.setting()
     noun, _, entry = draw.noun(but="SONNE", quality=0)
     subject = _fixed(f"{entry.article} {entry.word}")
-    # The verb in second place, its particle at the end: "der regen lässt ... nach".
+    # The verb is in second place, its particle at the end: "der regen lässt ... nach".
     finite, particle = _fixed(entry.vanish[0]), _fixed(entry.vanish[1])
     glosses = noun + place + time + ("VERSCHWINDEN",)
     return glosses, [
@@ -118,7 +118,7 @@ def vanishing(draw: Draw) -> tuple[Glosses, list[Wording]]:
 
 
 def changing(draw: Draw) -> tuple[Glosses, list[Wording]]:
-    """Two kinds of weather in turn."""
+    """Return a sentence about two kinds of weather in turn."""
     (time, when), (place, where) = draw.setting()
     noun1, what1, first = draw.noun(quality=0)
     noun2, what2, _ = draw.noun(but=first.gloss, quality=0)
@@ -128,9 +128,9 @@ def changing(draw: Draw) -> tuple[Glosses, list[Wording]]:
 
 
 def staying(draw: Draw) -> tuple[Glosses, list[Wording]]:
-    """The weather stays as it is."""
+    """Return a sentence about weather that does not change."""
     (time, when), (place, where) = draw.setting()
-    # The second state is drawn even where it is not said.
+    # The second state is drawn even if it is not used: the number of draws is fixed.
     state1 = draw.state()
     state2 = draw.state(but=state1[0])
     both = draw.chance(0.5)
@@ -141,7 +141,7 @@ def staying(draw: Draw) -> tuple[Glosses, list[Wording]]:
 
 
 def becoming(draw: Draw) -> tuple[Glosses, list[Wording]]:
-    """More of a state, with a phenomenon."""
+    """Return a sentence about a state that increases, with a phenomenon."""
     (time, when), (place, where) = draw.setting()
     state = draw.state()
     noun, what, _ = draw.noun(quality=0, case="dat")
@@ -155,7 +155,7 @@ def becoming(draw: Draw) -> tuple[Glosses, list[Wording]]:
 
 
 def possible(draw: Draw) -> tuple[Glosses, list[Wording]]:
-    """Weather that may come."""
+    """Return a sentence about weather that is possible."""
     (time, when), (place, where) = draw.setting()
     noun, what, entry = draw.noun(quality=0.6)
     finite = _fixed("sind" if entry.gender == "p" else "ist")
@@ -165,7 +165,7 @@ def possible(draw: Draw) -> tuple[Glosses, list[Wording]]:
 
 
 def sequence(draw: Draw) -> tuple[Glosses, list[Wording]]:
-    """First one kind of weather, then another."""
+    """Return a sentence about one kind of weather after another."""
     (time, when), (place, where) = draw.setting()
     noun1, what1, first = draw.noun(quality=0.3, case="acc")
     noun2, what2, _ = draw.noun(but=first.gloss, quality=0.4, case="acc")
@@ -176,10 +176,10 @@ def sequence(draw: Draw) -> tuple[Glosses, list[Wording]]:
 
 
 def alike(draw: Draw) -> tuple[Glosses, list[Wording]]:
-    """The next day resembles the first."""
+    """Return a sentence about similar weather at two times."""
     time1, when1 = draw.time()
     time2, when2 = draw.time()
-    # Two times that share a sign would be no comparison.
+    # Two times that share a sign cannot be compared.
     while set(time1) & set(time2):
         time2, when2 = draw.time()
     noun, what, _ = draw.noun(quality=0.5)
@@ -190,7 +190,7 @@ def alike(draw: Draw) -> tuple[Glosses, list[Wording]]:
 
 
 def blowing(draw: Draw) -> tuple[Glosses, list[Wording]]:
-    """Wind with its origin and force."""
+    """Return a sentence about wind, its origin and its force."""
     (time, when), (place, where) = draw.setting()
     origin, direction = draw.cardinal()
     force, word = (("STARK", "stark"), ("SCHWACH", "schwach"))[draw.index(2)]
@@ -205,7 +205,7 @@ def blowing(draw: Draw) -> tuple[Glosses, list[Wording]]:
 
 
 def headline(draw: Draw) -> tuple[Glosses, list[Wording]]:
-    """A phenomenon, where and when: the shortest full report."""
+    """Return a sentence about a phenomenon, its place and its time."""
     time, when = draw.time()
     place, where = draw.place()
     noun, what, _ = draw.noun(quality=0.25, case="acc")
@@ -216,7 +216,7 @@ def headline(draw: Draw) -> tuple[Glosses, list[Wording]]:
 
 
 def brief(draw: Draw) -> tuple[Glosses, list[Wording]]:
-    """A phenomenon with its force, and either where or when."""
+    """Return a sentence about a phenomenon and either its place or its time."""
     about, about_words = draw.time() if draw.chance(0.5) else draw.place()
     noun, what, entry = draw.noun(quality=0.5)
     comes = _fixed("kommen" if entry.gender == "p" else "kommt")
@@ -224,7 +224,7 @@ def brief(draw: Draw) -> tuple[Glosses, list[Wording]]:
 
 
 def mood(draw: Draw) -> tuple[Glosses, list[Wording]]:
-    """How it is, and either where or when."""
+    """Return a sentence about a state and either its place or its time."""
     about, about_words = draw.time() if draw.chance(0.5) else draw.place()
     state = draw.state()
     return (state[0], *about), [
@@ -234,7 +234,7 @@ def mood(draw: Draw) -> tuple[Glosses, list[Wording]]:
 
 
 def reading(draw: Draw) -> tuple[Glosses, list[Wording]]:
-    """One temperature, and either where or when."""
+    """Return a sentence about a temperature and either its place or its time."""
     about, about_words = draw.time() if draw.chance(0.5) else draw.place()
     number, degrees = draw.number()
     value = _fixed(f"bei {degrees} grad")
@@ -244,8 +244,8 @@ def reading(draw: Draw) -> tuple[Glosses, list[Wording]]:
     ]
 
 
-# plan -> share of sentences. Most are short: with two or three signs a clip, a small
-# corpus shows sooner which word goes with which sign.
+# Plans with their shares of all sentences. Most sentences are short: with two or three
+# signs per clip, a model learns the meaning of each sign from a smaller corpus.
 PLANS: tuple[tuple[Plan, float], ...] = (
     (headline, 0.07),
     (brief, 0.19),

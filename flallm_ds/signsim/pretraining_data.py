@@ -1,6 +1,6 @@
-"""What the stand-in backbone learns from: frames of random signs, and where each hand is.
+"""Render frames of random signs with the positions of the hands, to pretrain a backbone.
 
-Worker processes render the frames; torch is not loaded here.
+Worker processes render the frames, so this module does not import torch.
 """
 
 import cv2
@@ -12,15 +12,16 @@ from flallm_ds.signsim.signer import HAND, POINT, SEEN, sign_poses
 from flallm_ds.signsim.signs import HANDS, HANDSHAPES, LOCATIONS, MOVEMENTS, Sign
 
 FRAMES_A_TASK = 125
-SIDE = 64  # px of the squashed frames
-# Per hand on the screen's left, then right: x, y, sine and cosine of where it points.
+SIDE = 64  # width and height of the squashed frames, in px
+# For the hand in the left half of the frame, then in the right half: x, y, and sine and
+# cosine of its direction.
 NUM_TARGETS = 8
 
 
 def random_sign(rng: np.random.Generator) -> Sign:
-    """Draw any handshape at any location with any movement: most such signs mean nothing."""
+    """Draw a random handshape, location and movement. Most such signs have no meaning."""
     return Sign(
-        gloss=str(rng.choice(list("AEIOU"))),  # what the mouth does
+        gloss=str(rng.choice(list("AEIOU"))),  # the shape of the mouth
         hands=str(rng.choice(HANDS, p=(0.4, 0.3, 0.1, 0.1, 0.1))),
         handshape=str(rng.choice(list(HANDSHAPES))),
         location=str(rng.choice(list(LOCATIONS))),
@@ -30,29 +31,29 @@ def random_sign(rng: np.random.Generator) -> Sign:
 
 
 def random_poses(num: int, rng: np.random.Generator) -> NDArray[np.float64]:
-    """Draw poses (num, POSE) from anywhere within random signs, or on the way between two."""
+    """Draw poses (num, POSE) within random signs, or between two of them."""
     poses = []
     for _ in range(num):
         here = sign_poses(random_sign(rng), 9)[rng.integers(9)]
         there = sign_poses(random_sign(rng), 9)[rng.integers(9)]
-        # Three poses in ten are on the way, as in a clip's transitions.
+        # 30 % of the poses are between two signs, as in the transitions of a clip.
         way = rng.uniform(0, 1) if rng.random() < 0.3 else 0.0
         poses.append((1 - way) * here + way * there)
     return np.stack(poses)
 
 
 def targets(poses_FP: NDArray[np.float64], left_handed: bool) -> NDArray[np.float32]:
-    """Return what is to be seen, (F, NUM_TARGETS), each number of about unit spread."""
+    """Return the targets (F, NUM_TARGETS), each scaled to about unit variance."""
     hands = []
     for start, own_side in ((0, 1.0), (HAND, -1.0)):
         hand_FP = poses_FP[:, start : start + HAND]
         point_F = np.deg2rad(hand_FP[:, POINT])
         x_F = hand_FP[:, 0] * own_side * (-1.0 if left_handed else 1.0) / 40
         y_F = (hand_FP[:, 1] - 150) / 80
-        # Sine and cosine: degrees would jump from 180 to -180.
+        # Sine and cosine, because degrees would jump from 180 to -180.
         sine_F, cosine_F = 1.4 * np.sin(point_F), 1.7 * np.cos(point_F)
         hands.append(np.stack([x_F, y_F, sine_F, cosine_F], axis=1))
-    # The dominant hand of the left-handed is on the screen's right.
+    # The dominant hand of a left-handed signer is in the right half of the frame.
     if left_handed:
         hands.reverse()
     return np.concatenate(hands, axis=1).astype(np.float32)

@@ -36,9 +36,9 @@ _SHIRT = (226, 226, 228)
 def render_clip(
     poses_FP: Floats, signer: Signer, rng: np.random.Generator
 ) -> Iterator[Frame]:
-    """Yield the frames (HEIGHT, WIDTH, 3; blue green red) of a clip, one by one."""
-    # What differs from clip to clip of one signer: light, distance and place. The order of
-    # the draws is part of the corpus's version.
+    """Yield the frames (HEIGHT, WIDTH, 3) of a clip in OpenCV's order: blue, green, red."""
+    # Light, scale and position vary between the clips of a signer. Another order of the
+    # draws would change the corpus.
     gain = rng.uniform(0.93, 1.06)
     camera = Camera(
         side=1.0 if signer.left_handed else -1.0,
@@ -46,7 +46,7 @@ def render_clip(
         shift=(rng.normal(0, 2.5), rng.normal(0, 2.0)),
     )
     person = figure(poses_FP, signer, camera, gain, rng)
-    # Background and torso keep still: they are drawn once a clip.
+    # Background and torso do not move: draw them once per clip.
     stage = make_background(signer, gain, rng)
     draw_torso(stage, person)
     for index in range(len(poses_FP)):
@@ -60,7 +60,7 @@ def draw_frame(person: Figure, index: int, stage: Frame) -> Frame:
     signer = person.signer
     cloth, skin = lit(person, signer.clothes), lit(person, signer.skin)
     sleeve = skin if signer.short_sleeves else shade(cloth, 1.06)
-    # The dominant arm last: it is nearer to the camera.
+    # Draw the dominant arm last: it covers the other one.
     for which in (1, 0):
         upper, fore = person.arms[which]
         draw_limb(frame, upper, index, cloth)
@@ -71,7 +71,7 @@ def draw_frame(person: Figure, index: int, stage: Frame) -> Frame:
 
 def draw_limb(frame: Frame, shape: Limb, index: int, color: Color) -> None:
     """Draw one limb of frame `index` with a dark rim and a lit stripe."""
-    # A little larger in dark, then in its own colour: the rim separates arm and torso.
+    # The rim separates the arm from the torso.
     rim = shade(color, 0.62)
     for extra, quad_FK, paint in (
         (0.9, shape.outline_FK, rim),
@@ -86,14 +86,14 @@ def draw_limb(frame: Frame, shape: Limb, index: int, color: Color) -> None:
 def draw_hand(frame: Frame, hand: HandGeometry, index: int, skin: Color) -> None:
     """Draw one hand of frame `index`: palm, then each finger with its rim.
 
-    The thumb comes last where it lies on the camera's side.
+    The thumb is drawn last if it is in front of the palm.
     """
     rim = shade(skin, 0.55)
     size = float(hand.scale_F[index])
     wide, thick = max(3, round(8.2 * size)), max(2, round(6.0 * size))
     palm = hand.palm_FK[index]
     line(frame, np.concatenate([palm, palm[:1]]), rim, 2)
-    # From the far side to the near one: what is drawn later covers what was drawn before.
+    # Draw from back to front: later shapes cover earlier ones.
     fingers = hand.fingers_F[index]
     order = (1, 2, 3, 4, 0) if hand.thumb_near_F[index] else (0, 4, 3, 2, 1)
     for finger in order[:-1]:
@@ -103,7 +103,7 @@ def draw_hand(frame: Frame, hand: HandGeometry, index: int, skin: Color) -> None
     last = order[-1]
     line(frame, fingers[last], rim, wide)
     line(frame, fingers[last], skin, thick)
-    # Thumb and index close a ring, which their straight lines cannot show.
+    # The ring of thumb and index finger, which straight fingers cannot show.
     if hand.ring_F[index] > 0.3:
         line(frame, hand.ring_FK[index], rim, wide)
         line(frame, hand.ring_FK[index], skin, thick)
@@ -115,9 +115,9 @@ def _mapped(camera: Camera, points: ArrayLike) -> Points:
 
 
 def draw_torso(frame: Frame, person: Figure) -> None:
-    """Draw neck, torso and collar; they keep still, so a clip draws them onto its background."""
+    """Draw neck, torso and collar, which do not move during a clip."""
     camera, signer = person.camera, person.signer
-    # One half of the outline, from the neck down to below the frame.
+    # One half of the outline, from the neck to below the frame.
     w = signer.shoulders
     cloth, skin = lit(person, signer.clothes), lit(person, signer.skin)
     half = [
@@ -134,7 +134,7 @@ def draw_torso(frame: Frame, person: Figure) -> None:
     outline = np.concatenate([half, np.array(half)[::-1] * (-1, 1)])
     line(frame, _mapped(camera, outline), shade(cloth, 0.6), 3)
     polygon(frame, _mapped(camera, outline), cloth)
-    flank = signer.light * camera.side  # the side away from the light lies in shade
+    flank = signer.light * camera.side  # the side away from the light is in shade
     away = -1.0 if flank > 0 else 1.0
     side = [
         (50 * w, 150),
@@ -156,7 +156,7 @@ def draw_torso(frame: Frame, person: Figure) -> None:
 
 
 def _draw_collar(frame: Frame, person: Figure, cloth: Color, skin: Color) -> None:
-    """Draw the neckline: skin in a vee or a round, or lapels over a shirt."""
+    """Draw the neckline: a vee, a round, or lapels over a shirt."""
     camera, neckline = person.camera, person.signer.neckline
     if neckline == "vee":
         convex(frame, _mapped(camera, [(-15, 119), (15, 119), (0, 152)]), shade(skin, 0.93))
@@ -172,7 +172,7 @@ def _draw_collar(frame: Frame, person: Figure, cloth: Color, skin: Color) -> Non
 
 
 def make_background(signer: Signer, gain: float, rng: np.random.Generator) -> Frame:
-    """Make the studio: a gradient, a soft glow on the light's side, and darker corners."""
+    """Draw the background: a gradient, a soft glow on the lit side, and darker corners."""
     top, bottom = np.array(signer.background, dtype=np.float64) * gain
     y = np.linspace(0, 1, HEIGHT)[:, None]
     x = np.linspace(-1, 1, WIDTH)[None, :]
@@ -183,8 +183,8 @@ def make_background(signer: Signer, gain: float, rng: np.random.Generator) -> Fr
     level = top.mean() + (bottom - top).mean() * y + glow
     # The edge of a desk.
     level = np.where(y > 0.945, level * 0.72, level)
-    # Colour is a constant whole offset: channels that move together make PNG files a
-    # third smaller.
+    # The colour is a constant integer offset: equal changes in all channels make PNG files
+    # a third smaller.
     tint_C = np.rint((top + bottom) / 2 - (top + bottom).mean() / 2 + rng.normal(0, 2.5, 3))
     image: Frame = np.clip(np.rint(level)[..., None] + tint_C, 0, 255).astype(np.uint8)
     return image
@@ -192,12 +192,12 @@ def make_background(signer: Signer, gain: float, rng: np.random.Generator) -> Fr
 
 @lru_cache(maxsize=1)
 def _noise_tiles() -> list[tuple[Frame, Frame]]:
-    """Make camera noise in tiles larger than a frame, each as what it adds and what it takes.
+    """Return tiles of camera noise, larger than a frame: (values to add, to subtract).
 
-    All channels are alike. The grain is 2x2 px, as compressed video has it; single pixels
-    would make PNG files a half larger.
+    All channels are equal. The grain has 2x2 px, as in compressed video; single pixels
+    would make PNG files larger by half.
     """
-    # A seed of its own: all corpora share the tiles, and clips draw only where to cut.
+    # A fixed seed: all corpora share the tiles. Clips draw only the position of a window.
     rng = np.random.default_rng(20140)
     shape = ((HEIGHT + _NOISE_MARGIN) // 2, (WIDTH + _NOISE_MARGIN) // 2)
     tiles: list[tuple[Frame, Frame]] = []
@@ -211,7 +211,7 @@ def _noise_tiles() -> list[tuple[Frame, Frame]]:
 
 
 def add_noise(frame: Frame, rng: np.random.Generator) -> Frame:
-    """Lay a random stretch of a noise tile over the frame, in place."""
+    """Add a random window of a noise tile to the frame, in place."""
     # Two saturated uint8 operations are cheaper than drawing noise for every pixel.
     more, less = _noise_tiles()[int(rng.integers(_NOISE_TILES))]
     y, x = rng.integers(0, _NOISE_MARGIN, 2)

@@ -1,4 +1,4 @@
-"""A labelled contact sheet of all signs."""
+"""Draw a labelled contact sheet of all signs."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from flallm_ds.signsim.render import draw_frame, draw_torso, make_background
 from flallm_ds.signsim.signer import SIGNERS, Signer, sign_poses
 from flallm_ds.signsim.signs import SIGNS, Sign
 
-_COLUMNS = 6  # also the number of signers that are shown
+_COLUMNS = 6  # also the number of signers
 _CELL = (84, 104)  # width and height of one keyframe
 _LABEL_PX = 18
 _PHASES = 9
-# of a stroke of _PHASES poses; a swing is at its extremes in the outer two
+# Indices into a stroke of _PHASES poses. The outer two are the extremes of a swing.
 _KEYFRAMES = (1, 4, 7)
 
 
 def keyframes(sign: Sign, signer: Signer) -> list[Frame]:
-    """Draw three phases of a sign, (HEIGHT, WIDTH, 3) each, without jitter or camera noise."""
+    """Draw three phases of a sign, (HEIGHT, WIDTH, 3) each, without jitter and noise."""
     poses_FP = sign_poses(sign, _PHASES, signer.space)
     person = figure(poses_FP, signer, Camera(side=1.0 if signer.left_handed else -1.0))
     stage = make_background(signer, 1.0, np.random.default_rng(0))
@@ -32,8 +32,7 @@ def keyframes(sign: Sign, signer: Signer) -> list[Frame]:
 
 
 def _cell(sign: Sign, signer: Signer) -> Frame:
-    """Return the three phases of a sign side by side, below its gloss."""
-    # The phases in a row, the label above, and a white margin around.
+    """Return the three phases of a sign in a row, below the gloss."""
     shrunk = []
     for frame in keyframes(sign, signer):
         shrunk.append(cv2.resize(frame, _CELL, interpolation=cv2.INTER_AREA))
@@ -45,16 +44,16 @@ def _cell(sign: Sign, signer: Signer) -> Frame:
 
 
 def write_sheet(path: Path) -> Path:
-    """Write the contact sheet of all signs as a PNG; each column has another signer.
+    """Write the contact sheet of all signs as a PNG. Each column has another signer.
 
-    Raises UserError when the file cannot be written.
+    Raises UserError if the file cannot be written.
     """
     cells = []
     for index, sign in enumerate(SIGNS.values()):
         cells.append(_cell(sign, SIGNERS[index % _COLUMNS]))
-    # White cells fill the last row.
+    # Fill the last row with white cells.
     cells += [np.full_like(cells[0], 255)] * (-len(cells) % _COLUMNS)
-    # Rows of cells, one below the other.
+    # Join the cells of each row.
     rows = []
     for start in range(0, len(cells), _COLUMNS):
         rows.append(np.hstack(cells[start : start + _COLUMNS]))
@@ -64,7 +63,7 @@ def write_sheet(path: Path) -> Path:
         path.write_bytes(png.tobytes())
     except OSError as error:
         raise UserError(
-            f"the sheet must go to a file in an existing folder, but {path}: "
-            f"{error.strerror}."
+            f"Cannot write {path}: {error.strerror}. Set --out to a file in an existing "
+            "folder."
         ) from error
     return path

@@ -1,4 +1,4 @@
-"""The seven signers, and how a sequence of signs becomes a moving body.
+"""Define the seven signers, and compute the poses of a sequence of signs.
 
 Array suffixes: F frames of a clip, P numbers of a pose, N phases of one sign.
 """
@@ -19,12 +19,12 @@ from flallm_ds.signsim.signs import (
 )
 
 Color = tuple[int, int, int]
-"""Blue, green, red, as OpenCV draws."""
+"""Blue, green, red: the order of OpenCV."""
 
 
 @dataclass(frozen=True)
 class Signer:
-    """A person: proportions relative to the standard signer, tempo, manner and looks."""
+    """Hold proportions (relative to the standard signer), tempo and looks of a person."""
 
     name: str
     left_handed: bool
@@ -38,7 +38,7 @@ class Signer:
     tempo: float
     """Signs per second relative to the mean."""
     undershoot: float
-    """Share of the way to a sign's ends that is cut short by its neighbours."""
+    """Share of the distance to the neighbouring signs by which a stroke is shortened."""
     skin: Color
     hair: Color
     hair_style: str
@@ -48,9 +48,9 @@ class Signer:
     """vee, round, or lapel."""
     short_sleeves: bool
     background: tuple[Color, Color]
-    """Colours at the frame's top and bottom."""
+    """Colours at the top and the bottom of the frame."""
     light: float
-    """Where the light comes from: -1 left to 1 right of the frame."""
+    """Direction of the light: from -1 (left of the frame) to 1 (right)."""
     glasses: bool = False
     beard: bool = False
 
@@ -106,7 +106,7 @@ SIGNERS = (
         background=((166, 184, 170), (206, 214, 206)), light=-0.6,
         glasses=False, beard=True,
     ),
-    # The seventh occurs in test alone.
+    # The seventh signer occurs in test only.
     Signer(
         "Signer07", left_handed=False,
         shoulders=0.97, arms=1.02, hands=1.02, head=(0.99, 1.03),
@@ -132,7 +132,7 @@ POSE = FACE + 5
 _FRAME_EDGE = 78.0  # px from the midline beyond which a hand would leave the frame
 _DEPTH = 52.0  # px between the body and a hand in signing space
 
-# Mouthing follows the word's first vowel: (opening, width), both 0 to 1.
+# The mouth has the shape of the first vowel of the gloss: (opening, width), both 0 to 1.
 _MOUTHS = {
     "A": (1.0, 0.6),
     "E": (0.45, 0.9),
@@ -162,7 +162,7 @@ _BROWS |= {
 # Fingers that point up or away from the body show the palm to the camera; fingers that
 # point down or across the body show the back of the hand.
 def _roll_for(point_deg: float) -> float:
-    """Return the wrist's natural turn: the thumb's side (1 or -1) for fingers that point so."""
+    """Return the natural roll of the wrist (1 or -1) for a direction of the fingers."""
     return -1.0 if -45 < point_deg < 135 else 1.0
 
 
@@ -182,29 +182,29 @@ REST_HAND[LENGTHS] *= 0.8
 
 
 def rest_pose() -> Floats:
-    """Return the pose (POSE,) of hands low in front of the body and a face at ease."""
+    """Return the pose (POSE,) with low hands and a neutral face."""
     return np.concatenate([REST_HAND, REST_HAND, [0.0, 0.5, 0.0, 0.0, 0.0]])
 
 
 def sign_poses(sign: Sign, num_frames: int, space: float = 1.0) -> Floats:
-    """Return the poses of a sign's stroke, (num_frames, POSE).
+    """Return the poses of the stroke of a sign, (num_frames, POSE).
 
-    The other hand's x counts positive to its own side, so a mirrored sign has equal
-    hands.
+    The x of the other hand is positive on its own side, so both hands are equal in a
+    mirrored sign.
     """
     phase_N = np.linspace(0, 1, num_frames) if num_frames > 1 else np.array([1.0])
     offset_N3 = MOVEMENTS[sign.movement](phase_N)
     x, y = LOCATIONS[sign.location]
     poses_NP = np.tile(rest_pose(), (num_frames, 1))
-    # The dominant hand: its movement, and its handshape, which may change on the way.
+    # The dominant hand: its movement, and its handshape, which may change.
     main_NP, other_NP = poses_NP[:, :HAND], poses_NP[:, HAND:FACE]
     main_NP[:] = _hand(x, y, _DEPTH, sign.point_deg, sign.handshape)
     main_NP[:, XYZ] += offset_N3
     if sign.end_handshape:
-        # The change takes the middle half of the stroke.
+        # The handshape changes during the middle half of the stroke.
         ease_N = np.clip(phase_N * 2 - 0.5, 0, 1)[:, None]
         main_NP[:, 5:] += ease_N * (_shape(sign.end_handshape) - _shape(sign.handshape))
-    # The other hand: still below the dominant one, or moving with it.
+    # The other hand: at rest, still below the dominant one, or moving with it.
     if sign.hands == "base":
         shape = sign.other_handshape or "flat"
         other_NP[:] = _hand(-BASE_PALM[0] + 6, BASE_PALM[1], _DEPTH - 14, -80, shape)
@@ -212,18 +212,18 @@ def sign_poses(sign: Sign, num_frames: int, space: float = 1.0) -> Floats:
             other_NP[:, 0:4] = (52, 172, _DEPTH, 0)
             other_NP[:, ROLL] = _roll_for(0)
     elif sign.hands != "one":
-        # Its x counts to its own side, so equal numbers are mirror images.
+        # x is positive on the own side of each hand: equal values are mirror images.
         other_NP[:] = main_NP
         if sign.hands == "alternate":
             other_NP[:, XYZ] -= 2 * offset_N3 * _ALTERNATE
-            # These movements go down, and so must both hands: undo the reversed drift.
+            # Both hands go down in these movements: correct the reversed drift.
             if sign.movement in ("zigzag", "beat"):
                 other_NP[:, 1] += 2 * phase_N * (118 if sign.movement == "zigzag" else 36)
         elif sign.hands == "parallel":
             other_NP[:, 0] -= 2 * offset_N3[:, 0]
         if sign.other_handshape:
             other_NP[:, 5:] = _shape(sign.other_handshape)
-    # The signer's own signing space, within the frame.
+    # Scale to the signing space of the signer, within the frame.
     for hand_NP in (main_NP, other_NP):
         hand_NP[:, 0] = np.clip(hand_NP[:, 0] * space, -_FRAME_EDGE, _FRAME_EDGE)
         hand_NP[:, 1] = 150 + (hand_NP[:, 1] - 150) * space
@@ -235,19 +235,19 @@ _ALTERNATE = np.array([0.0, 1.0, 1.0])
 
 
 def _face(gloss: str) -> Floats:
-    """Return mouth, brows, nod and turn of a sign."""
+    """Return mouth (opening and width), brows, nod and turn of a sign."""
     vowel = next((letter for letter in gloss if letter in _MOUTHS), "E")
     brow = _BROWS.get(gloss, 0.0)
     return np.array([*_MOUTHS[vowel], brow, max(-brow, 0) * 0.8, 0.0])
 
 
 def _transition(before_P: Floats, after_P: Floats, num_frames: int) -> Floats:
-    """Return poses strictly between two poses, (num_frames, POSE), on a smooth and bowed way."""
-    # Smoothstep: no speed at either end.
+    """Return poses between two poses, (num_frames, POSE), on a smooth and curved path."""
+    # Smoothstep: the speed is zero at both ends.
     phase_N = np.arange(1, num_frames + 1) / (num_frames + 1)
     ease_N1 = (phase_N * phase_N * (3 - 2 * phase_N))[:, None]
     poses_NP = before_P + ease_N1 * (after_P - before_P)
-    # The longer the way, the more the hand rises and comes forward half-way.
+    # On a longer path, the hand rises more and comes closer to the camera half-way.
     for start in (0, HAND):
         travel = float(np.hypot(*(after_P - before_P)[start : start + 2]))
         bow_N = np.sin(np.pi * phase_N) * min(travel, 80) * 0.12
@@ -257,15 +257,15 @@ def _transition(before_P: Floats, after_P: Floats, num_frames: int) -> Floats:
 
 
 def _coarticulate(strokes: list[Floats], undershoot: float) -> None:
-    """Draw each stroke's ends towards its neighbours, in place.
+    """Move the ends of each stroke towards its neighbours, in place.
 
-    Hands do not quite reach their targets. undershoot: the share of the way that is cut
-    short.
+    Hands do not quite reach their targets. undershoot: the share of the distance to the
+    neighbour.
     """
-    # Copies: the strokes change below, and each must see its neighbours as they were.
+    # Copy the ends: the strokes change below, but each needs its unchanged neighbours.
     ends = [(stroke[0].copy(), stroke[-1].copy()) for stroke in strokes]
     for index, stroke in enumerate(strokes):
-        # The pull is largest at the end next to the neighbour, and zero at the other one.
+        # The shift is largest at the end next to the neighbour and zero at the other end.
         phase_N1 = np.linspace(0, 1, len(stroke))[:, None]
         for start in (0, HAND):
             xyz = slice(start, start + 3)
@@ -278,14 +278,14 @@ def _coarticulate(strokes: list[Floats], undershoot: float) -> None:
 
 
 def _frames(rng: np.random.Generator, mean: float, tempo: float, least: int) -> int:
-    """Draw a whole number of frames around mean / tempo; the rounding is drawn."""
+    """Draw a number of frames around mean / tempo, with random rounding."""
     return max(least, int(mean / tempo * rng.uniform(0.85, 1.15) + rng.random()))
 
 
 def clip_poses(signs: list[Sign], signer: Signer, rng: np.random.Generator) -> Floats:
-    """Return the poses of a clip, (F, POSE): rise from rest, the signs, return to rest."""
+    """Return the poses of a clip, (F, POSE): from rest to the signs, and back to rest."""
     tempo = signer.tempo * rng.uniform(0.92, 1.08)
-    # Each sign by itself, a little off its place.
+    # Compute each sign separately, with a small random shift.
     strokes = []
     for sign in signs:
         stroke_NP = sign_poses(sign, _frames(rng, 8.0, tempo, 5), signer.space)
@@ -293,23 +293,23 @@ def clip_poses(signs: list[Sign], signer: Signer, rng: np.random.Generator) -> F
         stroke_NP[:, HAND : HAND + 2] += rng.normal(0, 2.5, 2)
         stroke_NP[:, [POINT, HAND + POINT]] += rng.normal(0, 5, 2)
         strokes.append(stroke_NP)
-    # The signs run together, with transitions between them.
+    # Join the signs, with transitions between them.
     _coarticulate(strokes, signer.undershoot)
     parts = [rest_pose()[None]]
     for stroke_NP in [*strokes, rest_pose()[None]]:
         parts.append(_transition(parts[-1][-1], stroke_NP[0], _frames(rng, 3.5, tempo, 2)))
         parts.append(stroke_NP)
     poses_FP = np.concatenate(parts)
-    # A hand has mass: the mean of three frames rounds the corners.
+    # A weighted mean of three frames smooths corners, as the mass of a hand does.
     padded = np.concatenate([poses_FP[:1], poses_FP, poses_FP[-1:]])
     poses_FP = 0.2 * padded[:-2] + 0.6 * padded[1:-1] + 0.2 * padded[2:]
-    # Nod and turn of the head.
+    # Move the head: nod and turn.
     poses_FP[:, -2:] += _wander(rng, len(poses_FP), 0.5)
     return poses_FP
 
 
 def _wander(rng: np.random.Generator, num_frames: int, size: float) -> Floats:
-    """Return slow aimless movement in two coordinates, (num_frames, 2), within about +-size."""
+    """Return a slow random movement in two coordinates, (num_frames, 2), within +-size."""
     time_F1 = np.arange(num_frames)[:, None]
     return size * np.sin(
         time_F1 * rng.uniform(0.05, 0.16, 2) + rng.uniform(0, 2 * np.pi, 2)

@@ -1,10 +1,9 @@
-"""The lexicon of the synthetic language: handshapes, locations, movements, and signs made
-of them.
+"""Define the lexicon of the synthetic language: handshapes, locations, movements and signs.
 
-Signing space is measured on a standard signer facing the camera, in pixels of a 210x300
-frame that PHOENIX14T later squeezes to 210x260: x from the body's midline, positive
-towards the dominant hand; y down from the frame's top. The face spans y 45 to 107, the
-shoulders lie at y 135.
+Coordinates are in px of a 210x300 frame, for a standard signer who faces the camera: x from
+the midline of the body, positive towards the dominant hand; y down from the top of the
+frame. The face spans y 45 to 107; the shoulders are at y 135. Frames are squeezed to
+210x260 later, as in PHOENIX14T.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
-# Per handshape: five lengths (1 = stretched), five angles (degrees towards the thumb),
-# five curls (degrees by which the outer half bends away from the thumb), and how far
-# thumb and index close a ring (0 to 1).
+# For each handshape: five lengths (1 = stretched), five angles (degrees towards the
+# thumb), five curls (degrees by which the outer half bends away from the thumb), and how
+# far thumb and index finger close a ring (0 to 1).
 _FLAT_ANGLES = (24, 3, 1, -1, -4)
 _FIST = (0.45, 0.30, 0.32, 0.30, 0.26)
 HANDSHAPES: dict[
@@ -44,8 +43,7 @@ HANDSHAPES: dict[
     "ring": ((0.2, 0.2, 0.30, 0.28, 0.24), (30, 10, 0, 0, 0), (0,) * 5, 1.0),
 }
 
-# name -> (x, y) of the dominant palm; in a two-handed sign the other hand lies at (-x,
-# y).
+# Position (x, y) of the dominant palm; in a two-handed sign, the other palm is at (-x, y).
 LOCATIONS: dict[str, tuple[float, float]] = {
     "crown": (10, 38),
     "forehead": (-4, 54),
@@ -61,7 +59,7 @@ LOCATIONS: dict[str, tuple[float, float]] = {
     "across": (-54, 200),
     "belly": (10, 228),
     "waist": (50, 222),
-    # on the palm of the other hand, which lies at BASE_PALM
+    # On the palm of the other hand, which is at BASE_PALM.
     "palm": (-12, 182),
 }
 BASE_PALM = (-18.0, 202.0)
@@ -70,10 +68,10 @@ Path = Callable[[Floats], Floats]
 
 
 def _path(dx: float, dy: float, dz: float = 0.0) -> Path:
-    """A straight movement by (dx, dy, dz) px; the hand holds still over the last fifth."""
+    """Return a straight movement by (dx, dy, dz) px that stops for the last fifth."""
 
     def path(phase_N: Floats) -> Floats:
-        # Fast first, then slower: a quarter of a sine.
+        # A quarter of a sine: fast first, then slower.
         eased_N = np.sin(np.clip(phase_N / 0.8, 0, 1) * np.pi / 2)
         return np.outer(eased_N, (dx, dy, dz))
 
@@ -81,7 +79,7 @@ def _path(dx: float, dy: float, dz: float = 0.0) -> Path:
 
 
 def _wave(ax: float, ay: float, cycles: float, dx: float = 0.0, dy: float = 0.0) -> Path:
-    """A swing of amplitude (ax, ay) px that drifts by (dx, dy) px over the sign."""
+    """Return a swing with amplitude (ax, ay) px that drifts by (dx, dy) px."""
 
     def path(phase_N: Floats) -> Floats:
         swing_N = np.sin(2 * np.pi * cycles * phase_N)
@@ -92,7 +90,7 @@ def _wave(ax: float, ay: float, cycles: float, dx: float = 0.0, dy: float = 0.0)
 
 
 def _circle(radius: float, turns: float = 1.0) -> Path:
-    """A circle of `radius` px around the location."""
+    """Return a circle of `radius` px around the location."""
 
     def path(phase_N: Floats) -> Floats:
         angle_N = 2 * np.pi * turns * phase_N
@@ -104,7 +102,7 @@ def _circle(radius: float, turns: float = 1.0) -> Path:
 
 
 def _arc(dx: float, rise: float) -> Path:
-    """A bow by dx px sideways that rises by `rise` px half-way."""
+    """Return an arc by dx px sideways that rises by `rise` px half-way."""
 
     def path(phase_N: Floats) -> Floats:
         bow_N = np.sin(np.pi * phase_N)
@@ -113,8 +111,7 @@ def _arc(dx: float, rise: float) -> Path:
     return path
 
 
-# name -> offset (x, y, z) in px from the location at phases 0 to 1. z points at the
-# camera.
+# Offset (x, y, z) in px from the location at phases 0 to 1; z points to the camera.
 MOVEMENTS: dict[str, Path] = {
     "hold": _path(0, 0),
     "up": _path(0, -62),
@@ -145,22 +142,22 @@ HANDS = ("one", "mirror", "alternate", "parallel", "base")
 
 @dataclass(frozen=True)
 class Sign:
-    """One sign of the language."""
+    """Hold one sign of the language."""
 
     gloss: str
     """Upper case, as in the `orth` column."""
     hands: str
-    """One of HANDS: one hand; both as mirror images; mirrored with opposite movement; both moving
-    the same way; or the dominant hand acting on the still palm of the other."""
+    """One of HANDS: one hand; mirror images; mirror images with opposite movement; both
+    hands in the same direction; the dominant hand on the still palm of the other."""
     handshape: str
     location: str
     movement: str
     point_deg: float = 0.0
-    """Where the fingers point: 0 up, 90 away from the body, 180 down, -90 across the body."""
+    """Direction of the fingers: 0 up, 90 away from the body, 180 down, -90 across it."""
     end_handshape: str | None = None
-    """Handshape at the end when the hand opens or closes during the sign."""
+    """Handshape at the end, if the hand opens or closes during the sign."""
     other_handshape: str | None = None
-    """Handshape of the other hand when it differs."""
+    """Handshape of the other hand, if it differs."""
 
     def __post_init__(self) -> None:
         shapes = {
@@ -173,8 +170,8 @@ class Sign:
         assert self.hands in HANDS, self
 
 
-# Signs that look alike would set a limit to every translator: a test holds the distance
-# between any two of them.
+# Similar signs would limit the score of every translator. A test checks the distance
+# between any two signs.
 _ALL_SIGNS = (
     # days
     Sign("MONTAG", "one", "fist", "mouth", "tap", -30),

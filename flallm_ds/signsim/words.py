@@ -1,4 +1,4 @@
-"""The German words of the signs, and random draws of what they mean."""
+"""Define the German words of the signs, and draw random meanings."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ import numpy as np
 Phrase = tuple[str, ...]
 """Equivalent forms, the usual one first."""
 Glosses = tuple[str, ...]
-"""Signs in the order in which they are made."""
+"""Signs in signing order."""
 
-NO_PHRASE: Phrase = ("",)  # stands where a wording has a place for what is not said
+NO_PHRASE: Phrase = ("",)  # for an optional part that a sentence does not have
 
 
 @dataclass(frozen=True)
 class Noun:
-    """A weather phenomenon with its German forms."""
+    """Hold a weather phenomenon with its German forms."""
 
     gloss: str
     word: str
     gender: str
     """m, f, or p for a plural."""
     qualities: tuple[tuple[str, str], ...]
-    """Pairs of an intensity sign and a word; a trailing `-` is the ending of case and gender."""
+    """Pairs of an intensity sign and a word; `-` is replaced by the ending."""
     vanish: tuple[str, str]
-    """The two halves of the predicate for VERSCHWINDEN."""
+    """Finite verb and particle for VERSCHWINDEN."""
 
     @property
     def article(self) -> str:
         return {"m": "der", "f": "die", "p": "die"}[self.gender]
 
 
-# What becomes of weather in VERSCHWINDEN: finite verb and particle, with the words between.
+# Predicates for VERSCHWINDEN: finite verb and particle.
 _FADES = ("lässt", "nach")
 _LIFTS = ("löst sich", "auf")
 _LEAVE = ("ziehen", "ab")
@@ -125,7 +125,7 @@ _ENDINGS = {
 }
 DATIVE_PLURAL = {"gewitter": "gewittern", "schauer": "schauern", "wolken": "wolken"}
 
-# When: signs and phrases.
+# Times: signs and phrases.
 DAYS = (
     ("MONTAG", "am montag"),
     ("DIENSTAG", "am dienstag"),
@@ -144,7 +144,7 @@ PARTS: tuple[tuple[str, Phrase], ...] = (
 NEAR = (("HEUTE", "heute"), ("MORGEN", "morgen"))
 NEAR_PARTS = {"NACHT": "nacht", "FRUEH": "früh", "MITTAG": "mittag", "ABEND": "abend"}
 
-# Where.
+# Places: signs, and stems or phrases.
 CARDINALS = (("NORD", "nord"), ("SUED", "süd"), ("WEST", "west"), ("OST", "ost"))
 PLACES: tuple[tuple[str, Phrase], ...] = (
     ("MITTE", ("in der mitte",)),
@@ -163,7 +163,7 @@ STATES = (
     ("TROCKEN", "trocken", "trockener"),
     ("FREUNDLICH", "freundlich", "freundlicher"),
 )
-# Temperatures in ascending order, as two_numbers needs them.
+# Temperatures, in ascending order for two_numbers.
 NUMBERS = (
     ("FUENF", "fünf"),
     ("ACHT", "acht"),
@@ -175,7 +175,7 @@ NUMBERS = (
 
 
 class Draw:
-    """Random choices of meaning; every method returns signs and their phrase."""
+    """Draw random meanings. Most methods return (signs, phrase)."""
 
     def __init__(self, rng: np.random.Generator) -> None:
         self.rng = rng
@@ -187,9 +187,9 @@ class Draw:
         return int(self.rng.integers(num))
 
     def time(self) -> tuple[Glosses, Phrase]:
-        """Draw when: a day, a part of the day, or `heute abend`."""
-        # 42 % days of the week, 26 % parts of the day, 8 % weekend, 24 % today or tomorrow,
-        # half of these with a part of the day.
+        """Draw a time: a day, a part of the day, or both as in `heute abend`."""
+        # 42 % days of the week, 26 % parts of the day, 8 % weekend, 24 % today or tomorrow
+        # (half of them with a part of the day).
         kind = self.rng.random()
         if kind < 0.42:
             gloss, text = DAYS[self.index(len(DAYS))]
@@ -206,7 +206,7 @@ class Draw:
         return (gloss, part), (f"{text} {word}",)
 
     def place(self) -> tuple[Glosses, Phrase]:
-        """Draw where: a direction, a half of the country, or a landscape."""
+        """Draw a place: a direction, a half of the country, or a landscape."""
         # 30 % directions, 12 % halves, 12 % directions between two, 6 % the whole country,
         # 40 % landscapes.
         kind = self.rng.random()
@@ -232,8 +232,8 @@ class Draw:
         return first, second
 
     def setting(self) -> tuple[tuple[Glosses, Phrase], tuple[Glosses, Phrase]]:
-        """Draw when and where; most often only one of the two, and the other is empty."""
-        # Both are drawn; 45 % keep the time alone, 45 % the place alone, 10 % both.
+        """Draw a time and a place. In 90 % of the cases, one of the two is empty."""
+        # Both are drawn; 45 % keep only the time, 45 % only the place, 10 % both.
         time, place = self.time(), self.place()
         kind = self.rng.random()
         nothing: tuple[Glosses, Phrase] = ((), NO_PHRASE)
@@ -248,7 +248,10 @@ class Draw:
         quality: float = 0.5,
         case: str = "nom",
     ) -> tuple[Glosses, Phrase, Noun]:
-        """Draw a phenomenon other than `but`, with a quality in that share of cases."""
+        """Draw a phenomenon other than `but`.
+
+        quality: the probability of an adjective. case: nom, acc, or dat (no adjective).
+        """
         noun = NOUNS[self.index(len(NOUNS))]
         while noun.gloss == but:
             noun = NOUNS[self.index(len(NOUNS))]
@@ -262,11 +265,11 @@ class Draw:
 
     def state(self, but: str = "") -> tuple[str, str, str]:
         states = [state for state in STATES if state[0] != but]
-        # One draw, also with an exception: a loop would shift the draws that follow.
+        # Always one draw, so that the number of draws does not depend on `but`.
         return states[self.index(len(states))]
 
     def number(self) -> tuple[Glosses, str]:
-        """Draw a temperature in degrees; one in six lies below zero."""
+        """Draw a temperature in degrees; one in six is below zero."""
         if self.chance(1 / 6):
             # At most -15 degrees: the first four numbers.
             gloss, word = NUMBERS[self.index(4)]

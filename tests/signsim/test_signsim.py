@@ -1,5 +1,4 @@
-"""The synthetic language: a release that the real importer can read, the same for the
-same seed."""
+"""Tests of the synthetic sign language: sentences, poses, frames and the written corpus."""
 
 import itertools
 import json
@@ -33,7 +32,7 @@ MAKE = [sys.executable, "-m", "flallm_ds", "signsim", "corpus"]
 
 @pytest.fixture(scope="module")
 def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A release of NUM_CLIPS clips made by one process."""
+    """Write a release of NUM_CLIPS clips with one process."""
     out = tmp_path_factory.mktemp("signsim") / "corpus"
     return write_corpus(out, num_clips=NUM_CLIPS, seed=3, workers=1, num_monolingual=300)
 
@@ -112,7 +111,7 @@ def test_frames_are_210_by_260_colour_images_with_noise(release: Path) -> None:
     second = cv2.imread(str(folder / "images0002.png"))
     assert first is not None and second is not None
     assert first.shape == (HEIGHT, WIDTH, 3) == (260, 210, 3)
-    # no hand is here in the first frames: only noise differs
+    # There is no hand in this corner of the first frames: only the noise differs.
     corner = (slice(0, 40), slice(0, 40))
     assert 0 < np.abs(first[corner].astype(int) - second[corner]).mean() < 4
 
@@ -127,10 +126,10 @@ def test_clips_are_short_enough_for_cpu_training() -> None:
     assert 42 <= np.mean(lengths) <= 50 and min(lengths) >= 16 and max(lengths) <= 110
 
 
-def test_there_are_sixty_signs_and_no_two_look_alike() -> None:
+def test_there_are_sixty_signs_and_no_two_are_similar() -> None:
     assert len(SIGNS) >= 60
-    # Both hands: x and y in px; depth, pointing and roll do not count; a finger's length
-    # counts 20 px.
+    # For both hands: x and y in px, without depth, direction and roll; the length of a
+    # finger counts as 20 px.
     weights = np.array([1, 1, 0, 0, 0, *[20] * 5, *[0.3] * 5, *[0.1] * 5, 20] * 2)
     looks = {}
     for gloss, sign in SIGNS.items():
@@ -150,14 +149,14 @@ def test_splits_share_no_sentence_and_no_sign_sequence(
             assert owners.setdefault(sentence.glosses, split) == split
 
 
-def test_monolingual_text_holds_no_dev_or_test_sentence(release: Path) -> None:
+def test_monolingual_text_contains_no_dev_or_test_sentence(release: Path) -> None:
     lines = (release.parents[1] / "monolingual.txt").read_text("utf-8").splitlines()
     assert len(lines) == len(set(lines)) == 300
     for split in ("dev", "test"):
         assert not set(lines) & {row["translation"] for row in read_table(release, split)}
 
 
-def test_one_signer_occurs_in_test_alone(release: Path) -> None:
+def test_one_signer_occurs_in_test_only(release: Path) -> None:
     assert len(SIGNERS) == 7 and len({signer.name for signer in SIGNERS}) == 7
     speakers: dict[str, set[str]] = {}
     for split in SPLITS:
@@ -176,7 +175,7 @@ def test_every_sign_occurs_often_in_a_thousand_clips(
     assert min(counts.values()) >= 16, min(counts, key=counts.__getitem__)
 
 
-def test_words_come_in_another_order_than_signs() -> None:
+def test_words_have_another_order_than_signs() -> None:
     draw = Draw(np.random.default_rng(2))
     plan = {plan.__name__: plan for plan, _ in PLANS}["staying"]
     for _ in range(20):
@@ -227,15 +226,16 @@ def test_left_handed_signers_mirror_their_hands() -> None:
     np.testing.assert_allclose(right[..., 0] + left[..., 0], WIDTH * 16, atol=1)
 
 
-def test_signs_run_together_without_rest() -> None:
+def test_hands_do_not_rest_between_signs() -> None:
     signs = [SIGNS[gloss] for gloss in ("NORD", "SUED", "NORD", "SUED")]
     poses = clip_poses(signs, SIGNERS[0], np.random.default_rng(0))
     assert poses[8:-8, 1].max() < 270 < poses[0, 1]
 
 
-def test_a_folder_with_files_is_refused_and_left_alone(tmp_path: Path) -> None:
+def test_a_folder_with_files_is_refused_and_not_changed(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("keep")
-    with pytest.raises(UserError, match=r"must be new or empty, but .* holds files"):
+    message = r"--out must be a new or empty folder, got .*, which contains files"
+    with pytest.raises(UserError, match=message):
         write_corpus(tmp_path, num_clips=NUM_CLIPS)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
@@ -276,7 +276,7 @@ def test_the_contact_sheet_shows_all_signs(tmp_path: Path) -> None:
 @pytest.mark.skipif(
     not Path("/proc/self/task").exists(), reason="the processes are found through /proc"
 )
-def test_workers_of_a_killed_program_leave(tmp_path: Path) -> None:
+def test_workers_of_a_killed_program_end(tmp_path: Path) -> None:
     command = [*MAKE, f"--out={tmp_path / 'corpus'}", "--clips=400", "--workers=2"]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as program:
         _wait_until(lambda: any(tmp_path.rglob("*.png")))
@@ -302,7 +302,9 @@ def _wait_until(condition: Callable[[], bool], limit_s: float = 60.0) -> None:
         time.sleep(0.1)
 
 
-def test_shards_of_signsim_have_its_name(release: Path, tmp_path: Path) -> None:
+def test_shards_of_signsim_have_the_name_of_the_corpus(
+    release: Path, tmp_path: Path
+) -> None:
     folder = release.parents[1]
     options = Options(short_side=16, splits=("dev",), workers=1)
     build("signsim", folder, tmp_path / "shards", options)
@@ -313,5 +315,5 @@ def test_shards_of_signsim_have_its_name(release: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=sentence):
             build("phoenix14t", source, tmp_path / "others", options)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"it has no signsim\.json"):
+    with pytest.raises(UserError, match=r"with signsim\.json in it, got .*empty"):
         build("signsim", tmp_path / "empty", tmp_path / "others", options)
