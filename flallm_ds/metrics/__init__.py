@@ -36,8 +36,9 @@ class Scores:
 
     def as_dict(self) -> dict[str, float | int | str]:
         """Return plain values by name, for a JSON file."""
+        values = {column.key: self.values[column.key] for column in COLUMNS}
         return {
-            **{column.key: self.values[column.key] for column in COLUMNS},
+            **values,
             "length_ratio": self.length_ratio,
             "num_sentences": self.num_sentences,
             **self.signatures,
@@ -45,7 +46,11 @@ class Scores:
 
     def logged(self) -> dict[str, float]:
         """Return the values that each scoring of training logs, by key."""
-        return {column.key: self.values[column.key] for column in COLUMNS if column.logged}
+        values = {}
+        for column in COLUMNS:
+            if column.logged:
+                values[column.key] = self.values[column.key]
+        return values
 
 
 def score(hypotheses: Sequence[str], references: Sequence[str], language: str) -> Scores:
@@ -64,14 +69,18 @@ def score(hypotheses: Sequence[str], references: Sequence[str], language: str) -
     if not references:
         raise UserError("there must be at least one sentence to score, but there is none.")
     rule = word_rule(language)
-    characters = rule != "13a"
     bleu = corpus_bleu(hypotheses, references, tokenize=rule)
     chrf, chrf_signature = corpus_chrf(hypotheses, references)
-    values = {f"bleu{n}": value for n, value in enumerate(bleu.orders, start=1)}
-    values["rouge_l"] = rouge_l(
-        [rouge_tokens(h, characters) for h in hypotheses],
-        [rouge_tokens(r, characters) for r in references],
-    )
+
+    # ROUGE follows BLEU: characters where the language has no spaces between words.
+    characters = rule != "13a"
+    hypothesis_tokens = [rouge_tokens(sentence, characters) for sentence in hypotheses]
+    reference_tokens = [rouge_tokens(sentence, characters) for sentence in references]
+
+    values: dict[str, float] = {}
+    for order, value in enumerate(bleu.orders, start=1):
+        values[f"bleu{order}"] = value
+    values["rouge_l"] = rouge_l(hypothesis_tokens, reference_tokens)
     values["chrf"] = chrf
     rouge_tokenizer = "char" if characters else "whitespace"
     return Scores(
@@ -95,30 +104,36 @@ def score_by_language(
     languages: of each pair. Every language weighs the same, however many sentences it
     has; the numbers of one language alone are those of `score`.
     """
-    rows = defaultdict(list)
+    # Group by tag: "de" and "German" name one language.
+    rows_by_tag = defaultdict(list)
     for row, language in enumerate(languages):
-        rows[tag_of(language)].append(row)
-    found = {
-        language: score(
-            [hypotheses[r] for r in part], [references[r] for r in part], language
-        )
-        for language, part in sorted(rows.items())
-    }
-    if len(found) <= 1:
-        return next(iter(found.values())) if found else score(hypotheses, references, "")
-    return _mean(found)
+        rows_by_tag[tag_of(language)].append(row)
+
+    scores = {}
+    for tag, rows in sorted(rows_by_tag.items()):
+        said = [hypotheses[row] for row in rows]
+        meant = [references[row] for row in rows]
+        scores[tag] = score(said, meant, tag)
+
+    if not scores:
+        return score(hypotheses, references, "")  # raises: there is no sentence
+    if len(scores) == 1:
+        return next(iter(scores.values()))
+    return _mean(scores)
 
 
-def _mean(found: Mapping[str, Scores]) -> Scores:
-    """Average the scores of languages. found: {language: its scores}, at least two."""
-    parts = list(found.values())
-    columns = {key: [part.values[key] for part in parts] for key in parts[0].values}
+def _mean(scores: Mapping[str, Scores]) -> Scores:
+    """Average the scores of languages. scores: {language: its scores}, at least two."""
+    parts = list(scores.values())
+    values = {}
+    for key in parts[0].values:
+        values[key] = sum(part.values[key] for part in parts) / len(parts)
     signatures = {}
     for key in parts[0].signatures:
-        rules = [f"{language}: {part.signatures[key]}" for language, part in found.items()]
+        rules = [f"{language}: {part.signatures[key]}" for language, part in scores.items()]
         signatures[key] = f"mean over languages ({'; '.join(rules)})"
     return Scores(
-        {key: sum(column) / len(column) for key, column in columns.items()},
+        values,
         length_ratio=sum(part.length_ratio for part in parts) / len(parts),
         num_sentences=sum(part.num_sentences for part in parts),
         signatures=signatures,

@@ -50,8 +50,9 @@ def corpus_bleu(
     whole = metric.corpus_score(list(hypotheses), [list(references)])
     # The n-gram counts of lower orders are the first of those of order 4: no need to
     # count four times.
-    one, two, three, four = (
-        BLEU.compute_bleu(
+    scores = []
+    for order in range(1, MAX_ORDER + 1):
+        bleu = BLEU.compute_bleu(
             correct=whole.counts[:order],
             total=whole.totals[:order],
             sys_len=whole.sys_len,
@@ -60,9 +61,9 @@ def corpus_bleu(
             smooth_value=smooth_value,
             effective_order=effective_order,
             max_ngram_order=order,
-        ).score
-        for order in range(1, MAX_ORDER + 1)
-    )
+        )
+        scores.append(bleu.score)
+    one, two, three, four = scores
     return Bleu((one, two, three, four), whole.ratio, str(metric.get_signature()))
 
 
@@ -71,6 +72,5 @@ def corpus_chrf(hypotheses: Sequence[str], references: Sequence[str]) -> tuple[f
     word n-grams."""
     assert len(hypotheses) == len(references) > 0
     metric = CHRF()
-    return metric.corpus_score(list(hypotheses), [list(references)]).score, str(
-        metric.get_signature()
-    )
+    chrf = metric.corpus_score(list(hypotheses), [list(references)])
+    return chrf.score, str(metric.get_signature())

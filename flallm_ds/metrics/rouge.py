@@ -17,13 +17,15 @@ def lcs_length(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
     the row grows by one (Hyyrö 2004, after Allison and Dix 1986). Twenty times faster
     than cell by cell at 30 x 30 tokens.
     """
-    where: dict[Hashable, int] = {}
+    # positions[token]: bit i is set where a[i] is this token
+    positions: dict[Hashable, int] = {}
     for position, token in enumerate(a):
-        where[token] = where.get(token, 0) | 1 << position
+        positions[token] = positions.get(token, 0) | 1 << position
+
     full = (1 << len(a)) - 1
     row = full
     for token in b:
-        matches = row & where.get(token, 0)
+        matches = row & positions.get(token, 0)
         row = ((row + matches) | (row - matches)) & full
     return len(a) - row.bit_count()
 
@@ -47,7 +49,6 @@ def rouge_l(
 ) -> float:
     """Mean of the sentences' F in percent; each sentence is a sequence of tokens."""
     assert len(hypotheses) == len(references) > 0
-    total = sum(
-        sentence_rouge_l(h, r, beta) for h, r in zip(hypotheses, references, strict=True)
-    )
+    pairs = zip(hypotheses, references, strict=True)
+    total = sum(sentence_rouge_l(h, r, beta) for h, r in pairs)
     return 100 * total / len(hypotheses)

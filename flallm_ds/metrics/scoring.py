@@ -19,11 +19,7 @@ def scores_of(hypotheses: Sequence[Hypothesis]) -> Scores:
 
     Raises UserError where there are none.
     """
-    return score_by_language(
-        [h.hypothesis for h in hypotheses],
-        [h.reference for h in hypotheses],
-        [h.language for h in hypotheses],
-    )
+    return score_by_language(*_columns(hypotheses))
 
 
 def scores_by(hypotheses: Sequence[Hypothesis], part: Part) -> dict[str, Scores]:
@@ -41,32 +37,39 @@ def blind_scores(hypotheses: Sequence[Hypothesis], seed: int = 0) -> Scores:
     with the hypothesis of another clip of its language. No clip keeps its own, unless it
     is the only one of its language.
     """
-    order = np.random.default_rng(seed).permutation(len(hypotheses))
-    rows: dict[str, list[int]] = {}
-    for row in order.tolist():
-        rows.setdefault(hypotheses[row].language, []).append(row)
-    other = np.empty_like(order)
-    for part in rows.values():
-        other[part] = np.roll(part, 1)
-    said = [hypotheses[i].hypothesis for i in other]
-    shuffled = [
-        replace(h, hypothesis=text) for h, text in zip(hypotheses, said, strict=True)
-    ]
+    rows_by_language: dict[str, list[int]] = {}
+    for row in np.random.default_rng(seed).permutation(len(hypotheses)).tolist():
+        rows_by_language.setdefault(hypotheses[row].language, []).append(row)
+
+    # A rotation of a random order, because a random order alone leaves one clip, on
+    # average, with its own hypothesis.
+    source = np.empty(len(hypotheses), int)
+    for rows in rows_by_language.values():
+        source[rows] = np.roll(rows, 1)
+
+    shuffled = []
+    for clip, row in zip(hypotheses, source.tolist(), strict=True):
+        shuffled.append(replace(clip, hypothesis=hypotheses[row].hypothesis))
     return scores_of(shuffled)
 
 
 def perfect(hypotheses: Sequence[Hypothesis], codec: TextCodec) -> list[Hypothesis]:
     """Return what a perfect model would say: each reference as its tokenizer writes it."""
-    written = [codec.decode(codec.encode(h.reference)) for h in hypotheses]
-    return [
-        replace(h, hypothesis=w, nbest=()) for h, w in zip(hypotheses, written, strict=True)
-    ]
+    written = []
+    for clip in hypotheses:
+        text = codec.decode(codec.encode(clip.reference))
+        written.append(replace(clip, hypothesis=text, nbest=()))
+    return written
 
 
 def ceiling_of(written: Sequence[Hypothesis]) -> Ceiling:
     """Return the ceiling of BLEU-4. written: what `perfect` made of hypotheses."""
-    return ceiling(
-        [h.hypothesis for h in written],
-        [h.reference for h in written],
-        [h.language for h in written],
-    )
+    return ceiling(*_columns(written))
+
+
+def _columns(clips: Sequence[Hypothesis]) -> tuple[list[str], list[str], list[str]]:
+    """Return the hypotheses, the references and the languages of clips."""
+    hypotheses = [clip.hypothesis for clip in clips]
+    references = [clip.reference for clip in clips]
+    languages = [clip.language for clip in clips]
+    return hypotheses, references, languages

@@ -60,15 +60,6 @@ def paired_bootstrap(
     for lists of other lengths.
     """
     n = len(references)
-    picks_RN = (
-        np.random.default_rng(seed).integers(0, n, (resamples, n))
-        if n
-        else np.zeros((0, 0), int)
-    )
-    times_RN = np.stack(
-        [np.ones(n, int), *(np.bincount(picks, minlength=n) for picks in picks_RN)]
-    )
-    means = {}
     for name, runs in systems.items():
         for hypotheses in runs:
             if len(hypotheses) != n or not n:
@@ -76,10 +67,21 @@ def paired_bootstrap(
                     f"{name} must have a hypothesis for each of {n} references (one at "
                     f"least), but has {len(hypotheses)}."
                 )
-        counts = [_counts(hypotheses, references, tokenize) for hypotheses in runs]
-        means[name] = np.mean(
-            [[_bleu(sums) for sums in times_RN @ of_run] for of_run in counts], axis=0
-        )
+
+    # How often each resampled test set contains each sentence. Row 0 is the whole test set.
+    times_RN = np.ones((resamples + 1, n), int)
+    picks_RN = np.random.default_rng(seed).integers(0, n, (resamples, n))
+    for times_N, picks_N in zip(times_RN[1:], picks_RN, strict=True):
+        times_N[:] = np.bincount(picks_N, minlength=n)
+
+    means = {}
+    for name, runs in systems.items():
+        scores = []
+        for hypotheses in runs:
+            # BLEU needs sums over sentences only, so one matrix product scores all sets.
+            sums_RC = times_RN @ _counts(hypotheses, references, tokenize)
+            scores.append([_bleu(sums_C) for sums_C in sums_RC])
+        means[name] = np.mean(scores, axis=0)
     return Bootstrap(means)
 
 
@@ -89,23 +91,23 @@ def _counts(
     """(N, 10): matching and all n-grams of orders 1 to 4, length of hypothesis and of
     reference."""
     metric = BLEU(tokenize=tokenize, effective_order=True, force=True)
-    scores = [
-        metric.sentence_score(h, [r]) for h, r in zip(hypotheses, references, strict=True)
-    ]
-    return np.array([[*s.counts, *s.totals, s.sys_len, s.ref_len] for s in scores])
+    counts = []
+    for hypothesis, reference in zip(hypotheses, references, strict=True):
+        bleu = metric.sentence_score(hypothesis, [reference])
+        counts.append([*bleu.counts, *bleu.totals, bleu.sys_len, bleu.ref_len])
+    return np.array(counts)
 
 
 def _bleu(sums: np.ndarray) -> float:
-    values = [int(value) for value in sums]
-    return float(
-        BLEU.compute_bleu(
-            correct=values[:4],
-            total=values[4:8],
-            sys_len=values[8],
-            ref_len=values[9],
-            smooth_method="exp",
-        ).score
+    values = sums.tolist()
+    bleu = BLEU.compute_bleu(
+        correct=values[:4],
+        total=values[4:8],
+        sys_len=values[8],
+        ref_len=values[9],
+        smooth_method="exp",
     )
+    return float(bleu.score)
 
 
 def _interval(values: np.ndarray) -> Interval:
