@@ -29,10 +29,8 @@ from flallm_ds.files import file_sha256
 
 FORMAT = "flallm_ds export 2"
 SETTINGS_FILE = "flallm.json"
-EVALUATION = (
-    # what launch/evaluate.py writes: a corpus's texts, so it never leaves with an export
-    "evaluation"
-)
+# What launch/evaluate.py writes: a corpus's texts, so it never leaves with an export.
+EVALUATION = "evaluation"
 CARD_FILE = "README.md"
 VISUAL_FILE = "visual_encoder.safetensors"
 FEATURES_FILE = "feature_extractor.safetensors"
@@ -79,11 +77,16 @@ def settings_of(
     does. short_side: of the stored frames, px. fps: to which their build resampled them,
     if it did.
     """
+    if visual is None:
+        visual = {
+            "width": config.visual.width,
+            "temporal_kernel": config.visual.temporal_kernel,
+        }
+    quantized = config.stage != "visual" and config.llm.bits < 16
     return {
         "format": FORMAT,
         "stage": config.stage,
-        "visual": visual
-        or {"width": config.visual.width, "temporal_kernel": config.visual.temporal_kernel},
+        "visual": visual,
         "features": features or {"kind": "signs"},
         "frames": {
             "short_side": min(index.frame_hw),
@@ -100,9 +103,7 @@ def settings_of(
             "max_new_tokens": config.eval.max_new_tokens,
         },
         "base": base_of(config),
-        "bits": config.llm.bits
-        if config.stage != "visual" and config.llm.bits < 16
-        else None,
+        "bits": config.llm.bits if quantized else None,
         "visual_autocast": not config.trains_visual,
         "scores": scores,
         "training": training_facts(config, index),
@@ -198,9 +199,8 @@ def digest(folder: Path) -> str:
     sha256 = hashlib.sha256()
     for name in (SETTINGS_FILE, ADAPTER_FILE, VISUAL_FILE, FEATURES_FILE):
         path = folder / name
-        sha256.update(
-            f"{name} {file_sha256(path) if path.is_file() else 'none'}\n".encode()
-        )
+        of_file = file_sha256(path) if path.is_file() else "none"
+        sha256.update(f"{name} {of_file}\n".encode())
     return sha256.hexdigest()[:16]
 
 
@@ -212,10 +212,8 @@ def evaluated(source: Path, shards: Sequence[str] = ()) -> dict[str, Any]:
     config = source.parent / "config.json"
     if not config.is_file():
         return {}
-    wanted = {
-        "export": digest(source),
-        "shards": list(shards or RunConfig.load(config).data.shards),
-    }
+    wanted_export = digest(source)
+    wanted_shards = list(shards or RunConfig.load(config).data.shards)
     found = {}
     for path in sorted((source.parent / EVALUATION).glob("*.json")):
         try:
@@ -226,6 +224,10 @@ def evaluated(source: Path, shards: Sequence[str] = ()) -> dict[str, Any]:
                 f"Cannot read {path}: it is no result of launch/evaluate.py ({error!r}). "
                 "Remove it."
             ) from error
-        if all(content.get(name) == value for name, value in wanted.items()):
+        # An older result is of another export of the run.
+        if (
+            content.get("export") == wanted_export
+            and content.get("shards") == wanted_shards
+        ):
             found[split] = scores
     return found

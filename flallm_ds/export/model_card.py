@@ -44,22 +44,29 @@ def command(config: RunConfig) -> str:
     An absolute path becomes /path/to/ and its last part.
     """
 
-    def differences(name: str) -> dict[str, Any]:
-        base = config_of(name).options()
-        mine = config.options()
-        # Another visual run or other shards change every number, wherever they lie.
-        counts = [
-            o for o in mine if o in ("visual_run", "data.shards") or o not in FREE_TO_CHANGE
-        ]
-        return {o: mine[o] for o in counts if mine[o] != base[o]}
+    of_stage = [name for name in RECIPES if config_of(name).stage == config.stage]
+    differences = {}
+    for name in of_stage or RECIPES:
+        differences[name] = _differences(config, config_of(name))
 
-    names = [name for name in RECIPES if config_of(name).stage == config.stage]
-    if not names:
-        names = list(RECIPES)
-    nearest = min(names, key=lambda name: len(differences(name)))
-    flags = [f"--{option}={_flag(value)}" for option, value in differences(nearest).items()]
-    words = ["deepspeed", "launch/train.py", f"--recipe={nearest}", *flags]
+    nearest = min(differences, key=lambda name: len(differences[name]))
+    words = ["deepspeed", "launch/train.py", f"--recipe={nearest}"]
+    for option, value in differences[nearest].items():
+        words.append(f"--{option}={_flag(value)}")
     return " ".join(map(_quoted, words))
+
+
+def _differences(config: RunConfig, recipe: RunConfig) -> dict[str, Any]:
+    """Return the options of `config` that change numbers and that `recipe` sets otherwise."""
+    # Free to change for a resumed run, but another visual run or other shards change every
+    # number of a new one.
+    free = set(FREE_TO_CHANGE) - {"visual_run", "data.shards"}
+    base = recipe.options()
+    differences = {}
+    for option, value in config.options().items():
+        if option not in free and value != base[option]:
+            differences[option] = value
+    return differences
 
 
 def _quoted(word: str) -> str:
@@ -76,7 +83,7 @@ def _quoted(word: str) -> str:
 
 def _flag(value: Any) -> str:
     if isinstance(value, tuple):
-        return ",".join(_flag(part) for part in value)
+        return ",".join(map(_flag, value))
     if isinstance(value, str) and value.startswith("/"):
         return f"/path/to/{Path(value).name}"
     return str(value)
@@ -89,22 +96,28 @@ def _without_folders(value: str | None) -> str | None:
 def plain(text: str) -> str:
     """Return text from a corpus or a config as Markdown shows it: no markup, no HTML, one
     line."""
-    visible = "".join(c if c.isprintable() else " " for c in text)
+    visible = ""
+    for character in text:
+        visible += character if character.isprintable() else " "
     return re.sub(r"([\\`*_\[\]<>&|#])", r"\\\1", visible)
 
 
 def _code_block(text: str) -> str:
     """Return a fenced block that the text cannot close, whatever backticks it holds."""
-    longest = max((len(run) for run in re.findall("`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
+    fence = "`" * max(3, _longest_backticks(text) + 1)
     return f"{fence}\n{text}\n{fence}"
 
 
 def _code(text: str) -> str:
     """Return an inline code span that the text cannot close; a pipe would end a table's cell."""
-    longest = max((len(run) for run in re.findall("`+", text)), default=0)
-    fence, space = "`" * (longest + 1), " " if "`" in text else ""
+    fence = "`" * (_longest_backticks(text) + 1)
+    space = " " if "`" in text else ""
     return f"{fence}{space}{text}{space}{fence}"
+
+
+def _longest_backticks(text: str) -> int:
+    """Return the length of the longest run of backticks in a text."""
+    return max(map(len, re.findall("`+", text)), default=0)
 
 
 def model_card(settings: dict[str, Any], codec: TextCodec) -> str:
@@ -114,12 +127,11 @@ def model_card(settings: dict[str, Any], codec: TextCodec) -> str:
     came from.
     """
     training = settings["training"]
-    codes = [tag_of(language) for language in spoken(codec)]
-    languages = [find_language(code) for code in codes]
-    names = [
-        one.name if one and one.name else code
-        for one, code in zip(languages, codes, strict=True)
-    ]
+    codes = list(map(tag_of, spoken(codec)))
+    names = []
+    for code in codes:
+        language = find_language(code)
+        names.append(language.name if language and language.name else code)
     front: dict[str, Any] = {
         "language": codes,
         "tags": ["sign-language-translation", "gloss-free", "flallm_ds"],
@@ -146,27 +158,27 @@ def model_card(settings: dict[str, Any], codec: TextCodec) -> str:
 def spoken(codec: TextCodec) -> list[str]:
     """The languages that a codec's model was trained to say."""
     instruction = codec.instruction
-    return (
-        [instruction.language]
-        if instruction.language
-        else [one for one in instruction.languages if one]
-    )
+    if instruction.language:
+        return [instruction.language]
+    return list(filter(None, instruction.languages))
 
 
 def _front_matter(front: dict[str, Any]) -> str:
-    lines = [
-        f"{name}: {json.dumps(value, ensure_ascii=False)}"
-        for name, value in front.items()
-        if value
-    ]
+    lines = ["---"]
+    for name, value in front.items():
+        if value:
+            lines.append(f"{name}: {json.dumps(value, ensure_ascii=False)}")
     lines.append(
         "# license: yours to say; those of the corpora and of the base model bind it"
     )
-    return "\n".join(["---", *lines, "---"])
+    lines.append("---")
+    return "\n".join(lines)
 
 
 def _listed(words: list[str]) -> str:
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+    if len(words) < 2:
+        return "".join(words)
+    return f"{', '.join(words[:-1])} and {words[-1]}"
 
 
 def _what_it_is(settings: dict[str, Any], codec: TextCodec) -> str:
@@ -185,38 +197,38 @@ def _what_it_is(settings: dict[str, Any], codec: TextCodec) -> str:
 
 
 def _scores(scores: dict[str, Any]) -> str:
-    splits = {name: values for name, values in scores.items() if has_scores(values)}
-    if not splits:
-        return ""
     titles = " | ".join(column.title for column in COLUMNS)
-    lines = [f"| split | {titles} |", "|---" * (len(COLUMNS) + 1) + "|"]
-    for name, values in splits.items():
+    table = [f"| split | {titles} |", "|---" * (len(COLUMNS) + 1) + "|"]
+    text = "In percent."
+    signatures = []
+    for split, values in scores.items():
+        if not has_scores(values):
+            continue
         cells = " | ".join(column.text(values) for column in COLUMNS)
-        lines.append(f"| {plain(name)} | {cells} |")
-    signatures = [
-        f"- {plain(split)}, {metric}: {_code(values[key])}"
-        for split, values in splits.items()
-        for key, metric in SIGNATURES.items()
-        if key in values
-    ]
-    ceilings = [
-        f" A perfect model would score BLEU-4 {CEILING.text(values)} on {name}: the "
-        "tokenizer cannot write all of its references."
-        for name, values in splits.items()
-        if is_low(values)
-    ]
-    text = f"In percent.{''.join(ceilings)} How they were computed:"
-    return "\n".join(["## Scores", "", *lines, "", text, "", *signatures])
+        table.append(f"| {plain(split)} | {cells} |")
+        if is_low(values):
+            text += (
+                f" A perfect model would score BLEU-4 {CEILING.text(values)} on {split}: the "
+                "tokenizer cannot write all of its references."
+            )
+        for key, metric in SIGNATURES.items():
+            if key in values:
+                signatures.append(f"- {plain(split)}, {metric}: {_code(values[key])}")
+    if len(table) == 2:  # titles alone
+        return ""
+    text += " How they were computed:"
+    return "\n".join(["## Scores", "", *table, "", text, "", *signatures])
 
 
 def _training(training: dict[str, Any]) -> str:
-    versions = ", ".join(
-        f"{name} {version}" for name, version in training["versions"].items()
-    )
-    corpora = _listed([plain(name) for name in training["corpora"]])
+    versions = []
+    for package, version in training["versions"].items():
+        versions.append(f"{package} {version}")
+    corpora = _listed(list(map(plain, training["corpora"])))
     return (
         f"## Training\n\n{training['num_clips']} clips of {corpora}, {training['epochs']} "
-        f"epochs.\n\n{_code_block(training['command'])}\n\n{versions}."
+        f"epochs.\n\n{_code_block(training['command'])}\n\n"
+        f"{', '.join(versions)}."
     )
 
 
@@ -226,35 +238,33 @@ def _began_with(weights: dict[str, Any]) -> str:
     lines = []
     for option, entry in weights.items():
         commit = f" at commit {entry['revision']}" if entry["revision"] else ""
-        files = [
-            f
-            for f in entry["files"]
-            if not f["file"].endswith((".json", ".txt", ".py", ".model"))
-        ]
-        digests = [f"{_code(f['file'])} sha256 {f['sha256'][:16]}" for f in files] or [
-            "no weights"
-        ]
+        digests = []
+        for file in entry["files"]:
+            # Configurations and tokenizers are recorded too, but they hold no weights.
+            if not file["file"].endswith((".json", ".txt", ".py", ".model")):
+                digests.append(f"{_code(file['file'])} sha256 {file['sha256'][:16]}")
+        digests = digests or ["no weights"]
         lines.append(f"- {option}: {plain(entry['name'])}{commit} ({', '.join(digests)})")
     return "\n".join(["It began with:", "", *lines]) if lines else ""
 
 
 def _limits(settings: dict[str, Any], codec: TextCodec) -> str:
     frames, generation = settings["frames"], settings["generation"]
-    pace = (
-        f"{frames['target_fps']:g} frames a second are kept"
-        if frames["target_fps"]
-        else f"one frame of {frames['keep_every']} is kept"
-    )
+    if frames["target_fps"]:
+        pace = f"{frames['target_fps']:g} frames a second are kept"
+    else:
+        pace = f"one frame of {frames['keep_every']} is kept"
     lines = [
+        "## Limits",
+        "",
         f"- At most {frames['max_frames']} frames of a video are seen: {pace}.",
         f"- A sentence has at most {generation['max_new_tokens']} pieces.",
-        "- Other corpora, signers and topics than those above were not measured.",
     ]
     if codec.vocab_size < len(codec.tokenizer):
-        lines.insert(
-            2,
+        lines.append(
             f"- The vocabulary is trimmed to the {codec.vocab_size} pieces that the "
             f"training text needs (of {len(codec.tokenizer)}): what is spelled with "
-            "others cannot be said.",
+            "others cannot be said."
         )
-    return "\n".join(["## Limits", "", *lines])
+    lines.append("- Other corpora, signers and topics than those above were not measured.")
+    return "\n".join(lines)

@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from safetensors import SafetensorError
 
 from flallm_ds import export
@@ -145,10 +147,17 @@ def _merge(
     lm_folder = folder / export.LANGUAGE_MODEL
     for old in lm_folder.glob("adapter_*"):
         old.unlink()
-    tensors = ((name, t) for name, t in merged(named_state(llm), llm) if t is not None)
-    write_weights(lm_folder, tensors)
+    write_weights(lm_folder, _present(merged(named_state(llm), llm)))
     # merged weights are no quantized ones
     return {**settings, "base": None, "bits": None}
+
+
+def _present(
+    tensors: Iterable[tuple[str, torch.Tensor | None]],
+) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in tensors:
+        if tensor is not None:
+            yield name, tensor
 
 
 def _copy_base(source: Path, folder: Path, settings: dict[str, Any]) -> dict[str, Any]:

@@ -69,9 +69,9 @@ def read_features(folder: Path, kind: Kind | None = None) -> FeatureExtractor:
         return FeatureExtractor(visual, kind).eval()
     if own["kind"] == "light_t":
         extractor = FeatureExtractor.from_settings(visual, own)
-        parts = {
-            name: part for name, part in extractor.named_children() if name != "visual"
-        }
+        # The visual encoder has a file of its own.
+        parts = dict(extractor.named_children())
+        del parts["visual"]
         load_weights(nn.ModuleDict(parts), Weights(folder, FEATURES_FILE))
         return extractor.eval()
     if settings["stage"] != "visual":
