@@ -110,9 +110,8 @@ def split_loader(
     frames = translator.export.settings["frames"]
     if isinstance(index, FeatureIndex):
         options = {name: frames[name] for name in OPTIONS if name != "augment"}
-        check_features(
-            index, options, translator.export.visual.fingerprint(), f"--run={run}"
-        )
+        encoder = translator.export.visual.fingerprint()
+        check_features(index, options, encoder, f"--run={run}")
         check_evaluation(index)
     elif frames["feature_fps"] is not None:
         raise UserError(
@@ -141,30 +140,41 @@ def write_results(
     """SPLIT.json, SPLIT.hypotheses.jsonl, and the table on the screen."""
     written = perfect(hypotheses, codec)
     ceiling = ceiling_of(written)
-    scores, blind = scores_of(hypotheses), blind_scores(hypotheses)
-    rows = {"scores": scores.as_dict(), "blind": blind.as_dict()}
-    for row in rows.values():
-        row[CEILING.key] = ceiling.bleu4
-    for part in ("corpus", "language"):
-        found, highest = scores_by(hypotheses, part), scores_by(written, part)
-        if len(found) < 2:
-            continue
-        for name, alone in found.items():
-            rows[f"{name} alone"] = alone.as_dict() | {CEILING.key: highest[name].bleu4}
+    highest = {CEILING.key: ceiling.bleu4}
+    scores = scores_of(hypotheses).as_dict() | highest
+    blind = blind_scores(hypotheses).as_dict() | highest
+    parts = _scores_of_parts(hypotheses, written)
     folder.mkdir(exist_ok=True)
     split = search["split"]
     path = folder / f"{split}.hypotheses.jsonl"
     report.write_hypotheses(path, hypotheses)
     content = {
         **search,
-        **rows,
+        "scores": scores,
+        "blind": blind,
+        **parts,
         "ceiling": {"bleu4": ceiling.bleu4, "changes": ceiling.changes},
     }
-    replace_file(
-        folder / f"{split}.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    )
-    names = {"scores": "model", "blind": "blind control"}
-    print(report.table({names.get(name, name): row for name, row in rows.items()}))
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    replace_file(folder / f"{split}.json", text)
+    print(report.table({"model": scores, "blind control": blind, **parts}))
     if str(ceiling):
         print(ceiling)
-    print(f"signature: {rows['scores']['bleu_signature']}\nhypotheses: {path}")
+    print(f"signature: {scores['bleu_signature']}\nhypotheses: {path}")
+
+
+def _scores_of_parts(
+    hypotheses: Sequence[Hypothesis], written: Sequence[Hypothesis]
+) -> dict[str, dict[str, float | int | str]]:
+    """Score each corpus and each language alone, where there are several.
+
+    written: what `perfect` made of the hypotheses.
+    """
+    rows = {}
+    for part in ("corpus", "language"):
+        found, highest = scores_by(hypotheses, part), scores_by(written, part)
+        if len(found) < 2:
+            continue
+        for name, alone in found.items():
+            rows[f"{name} alone"] = alone.as_dict() | {CEILING.key: highest[name].bleu4}
+    return rows

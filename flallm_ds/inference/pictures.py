@@ -40,26 +40,30 @@ def strip_of_run(run: Path, out: Path, split: str, num_clips: int) -> None:
             f"{split} must have been evaluated, but there is no {path}. "
             f"Run deepspeed launch/evaluate.py --run {run} --split {split} first."
         )
-    hypotheses = {h.key: h for h in read_hypotheses(path)}
+    hypotheses = {clip.key: clip for clip in read_hypotheses(path)}
     data = RunConfig.load(run / "config.json").data
     cache = CacheOptions.of_run(data)
     index = open_indexes(data.shards, split, cache)
-    if isinstance(index, FeatureIndex):  # of clips with the same keys
-        index = open_indexes([facts.source for facts in index.features], split, cache)
+    if isinstance(index, FeatureIndex):
+        # Cached features have no frames: open the shards of videos that they were made of.
+        # Their clips have the same keys.
+        sources = [facts.source for facts in index.features]
+        index = open_indexes(sources, split, cache)
     reader = VideoReader(index, FrameSampling(max_frames=10**9), seed=0, train=False)
-    if missing := set(index.strings("key")) - set(hypotheses):
+    keys = index.strings("key")
+    if missing := set(keys) - set(hypotheses):
         raise UserError(
             f"{path} must hold a hypothesis for each clip of the run's own shards, but has "
             f"none for {len(missing)} ({min(missing)} for one). Run deepspeed "
             f"launch/evaluate.py --run {run} --split {split} again, without --shards."
         )
     clips = []
-    for row in np.linspace(0, len(index) - 1, num_clips).round().astype(int).tolist():
-        columns = ("num_frames", "height", "width")
-        num_frames, height, width = (int(index.arrays[column][row]) for column in columns)
+    for row in _evenly_spaced(num_clips, len(index)):
+        num_frames = int(index.arrays["num_frames"][row])
+        height, width = int(index.arrays["height"][row]), int(index.arrays["width"][row])
         frames = np.empty((num_frames, height, width, 3), np.uint8)
         reader.read_into(frames, row, np.arange(num_frames))
-        clips.append((list(frames), hypotheses[index.strings("key")[row]]))
+        clips.append((list(frames), hypotheses[keys[row]]))
     draw_strip(out, clips)
 
 
@@ -78,8 +82,8 @@ def draw_strip(
         len(clips), 1, figsize=(11, 2.35 * len(clips)), squeeze=False
     )
     for axis, (frames, said) in zip(axes[:, 0], clips, strict=True):
-        picks = np.linspace(0, len(frames) - 1, frames_a_clip).round().astype(int)
-        axis.imshow(np.concatenate([frames[i] for i in picks], axis=1))
+        picked = [frames[i] for i in _evenly_spaced(frames_a_clip, len(frames))]
+        axis.imshow(np.concatenate(picked, axis=1))
         axis.set_axis_off()
         axis.set_title(
             f"hypothesis   {said.hypothesis}\nreference    {said.reference}",
@@ -91,6 +95,12 @@ def draw_strip(
             parse_math=False,  # a dollar sign in a sentence is no formula
         )
     _save(figure, path)
+
+
+def _evenly_spaced(count: int, length: int) -> list[int]:
+    """Return `count` indices from 0 to `length` - 1, repeated where there are fewer."""
+    picks: list[int] = np.linspace(0, length - 1, count).round().astype(int).tolist()
+    return picks
 
 
 # --- curves of training
@@ -121,18 +131,20 @@ def by_epoch(run: Path) -> tuple[dict[int, float], dict[int, float]]:
 
     Raises UserError where it holds no finished step.
     """
-    records = _records(run)
     losses: dict[int, list[float]] = {}
-    for record in records:
+    bleus: dict[int, float] = {}
+    for record in _records(run):
+        # A step counts epochs from 0; dev scores count the epochs that are done.
         if "loss" in record:
             losses.setdefault(record["epoch"] + 1, []).append(record["loss"])
+        if "bleu4" in record:
+            bleus[record["epoch"]] = record["bleu4"]
     if not losses:
         raise UserError(
             f"a run must have finished a step before its curves are drawn, but {run} has "
             "none."
         )
     means = {epoch: float(np.mean(values)) for epoch, values in losses.items()}
-    bleus = {record["epoch"]: record["bleu4"] for record in records if "bleu4" in record}
     return means, bleus
 
 
@@ -145,12 +157,12 @@ def draw_probe(path: Path, runs: Sequence[Path]) -> None:
     It shows whose gradient is larger, the visual encoder's or the language model's.
     Raises UserError where a run has not logged them.
     """
-    found = [read_probe(run) for run in runs]
+    norms_of_runs = list(map(read_probe, runs))
     pyplot = _pyplot()
     size = (4.6 * len(runs), 3.4)
     figure, axes = pyplot.subplots(1, len(runs), figsize=size, sharey=True, squeeze=False)
-    for axis, run, series in zip(axes[0], runs, found, strict=True):
-        for name, (steps, norms) in series.items():
+    for axis, run, norms_of_layers in zip(axes[0], runs, norms_of_runs, strict=True):
+        for name, (steps, norms) in norms_of_layers.items():
             axis.plot(steps, _smoothed(norms), label=PROBED[name])
         axis.set_title(run.name, parse_math=False)
         axis.set(xlabel="step", yscale="log")
@@ -165,26 +177,32 @@ def read_probe(run: Path) -> dict[str, tuple[list[int], list[float]]]:
 
     A part that was not trained is left out. Raises UserError where the run has no norms.
     """
-    records = [record for record in _records(run) if record["kind"] == "probe"]
-    if not records:
+    records = _records(run)
+    found: dict[str, tuple[list[int], list[float]]] = {}
+    for name in PROBED:
+        steps, norms = [], []
+        for record in records:
+            if record["kind"] == "probe" and name in record:
+                steps.append(record["global_step"])
+                norms.append(record[name])
+        if steps:
+            found[name] = (steps, norms)
+    if not found:
         raise UserError(
             f"a run must have looked at its gradients before they are drawn, but {run} has "
             "none. Train it with --train.probe_every=10."
         )
-    found = {}
-    for name in PROBED:
-        of_layer = [record for record in records if name in record]
-        if of_layer:
-            steps = [record["global_step"] for record in of_layer]
-            found[name] = (steps, [record[name] for record in of_layer])
     return found
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:
     """Compute running medians: single batches are a hundred times apart."""
     half = SMOOTHED_OVER // 2
-    windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
-    return [float(np.median(window)) for window in windows]
+    medians = []
+    for i in range(len(values)):
+        window = values[max(0, i - half) : i + half + 1]
+        medians.append(float(np.median(window)))
+    return medians
 
 
 # --- what they share

@@ -26,11 +26,12 @@ def write_hypotheses(path: Path, hypotheses: Sequence[Hypothesis]) -> None:
 
 def read_hypotheses(path: Path) -> list[Hypothesis]:
     """Read what `write_hypotheses` wrote."""
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    nbest = [
-        tuple((said, score) for said, score in line.pop("nbest", ())) for line in lines
-    ]
-    return [Hypothesis(**line, nbest=best) for line, best in zip(lines, nbest, strict=True)]
+    hypotheses = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        nbest = tuple(map(tuple, record.pop("nbest", ())))
+        hypotheses.append(Hypothesis(**record, nbest=nbest))
+    return hypotheses
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
@@ -39,12 +40,13 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     The last column is BLEU-4 of a perfect model, where that of any row is low.
     """
     columns = list(COLUMNS)
-    if any(is_low(scores) for scores in rows.values()):
+    if any(map(is_low, rows.values())):
         columns.append(CEILING)
     width = max(map(len, rows))
     titles = " | ".join(f"{column.title:>7}" for column in columns)
     lines = [f"| {'':{width}} | {titles} |"]
-    lines.append(f"|{'-' * (width + 2)}|" + "|".join("-" * 8 + ":" for _ in columns) + "|")
+    # A colon aligns the numbers to the right.
+    lines.append(f"|{'-' * (width + 2)}|" + f"{'-' * 8}:|" * len(columns))
     for name, scores in rows.items():
         cells = " | ".join(f"{column.text(scores):>7}" for column in columns)
         lines.append(f"| {name:{width}} | {cells} |")

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
-from typing import Any
 
 import numpy as np
 import torch
@@ -74,11 +73,13 @@ class Translator:
         length_penalty: float | None = None,
     ) -> "Translator":
         """The same with another search. Raises UserError for one that cannot be."""
-        given = {"num_beams": beams, "num_return": nbest, "length_penalty": length_penalty}
-        changed: dict[str, Any] = {
-            name: value for name, value in given.items() if value is not None
-        }
-        beam = replace(self.beam, **changed)
+        beam = self.beam
+        if beams is not None:
+            beam = replace(beam, num_beams=beams)
+        if nbest is not None:
+            beam = replace(beam, num_return=nbest)
+        if length_penalty is not None:
+            beam = replace(beam, length_penalty=length_penalty)
         if not 1 <= beam.num_return <= beam.num_beams:
             raise UserError(
                 "the sentences of a clip must be 1 to as many as there are beams, but are "
@@ -103,11 +104,11 @@ class Translator:
         score: log probability over length ** length_penalty; None where only one is asked
         for.
         """
-        candidates = self.generate(*self._read(Path(video), self.language(language)))[0]
-        return [
-            (self.export.codec.decode(candidate.ids), candidate.score)
-            for candidate in candidates
-        ]
+        batch, rate = self._read(Path(video), self.language(language))
+        found = []
+        for candidate in self.generate(batch, rate)[0]:
+            found.append((self.export.codec.decode(candidate.ids), candidate.score))
+        return found
 
     def stream(self, video: str | Path, language: str = "") -> Iterator[str]:
         """The sentence as `translate` with one beam says it, word by word."""
@@ -139,16 +140,16 @@ class Translator:
         asked for.
         """
         known = spoken(self.export.codec)
-        same = [k for k in known if not asked or tag_of(asked) == tag_of(k)]
+        same = known
+        if asked:
+            same = [language for language in known if tag_of(language) == tag_of(asked)]
         if len(same) == 1:
             return same[0]
         if not known and not asked:
             return ""
-        must = (
-            "be one of those the model speaks"
-            if asked
-            else "be given where the model speaks several"
-        )
+        must = "be given where the model speaks several"
+        if asked:
+            must = "be one of those the model speaks"
         raise UserError(
             f"--language must {must} ({', '.join(known) or 'which are not recorded'}), but "
             f"is {asked!r}."
@@ -193,7 +194,8 @@ class Translator:
                 kept.append(frame)
             num_frames += 1
         (rate,) = sampling.rates(np.array([num_frames]), np.array([fps or video.fps]))
-        return np.stack([kept[i] for i in sampling.thin(len(kept))]), float(rate)
+        thinned = [kept[i] for i in sampling.thin(len(kept))]
+        return np.stack(thinned), float(rate)
 
     @torch.no_grad()
     def generate(
@@ -242,12 +244,9 @@ class Translator:
 
     def _wordings(self, batch: Batch) -> list[Wording]:
         codec = self.export.codec
-        wording = (
-            codec.light_wording
-            if self.export.settings["stage"] == "visual"
-            else codec.wording
-        )
-        return [wording(*of) for of in zip(batch.languages, batch.corpora, strict=True)]
+        light_t = self.export.settings["stage"] == "visual"
+        wording = codec.light_wording if light_t else codec.wording
+        return list(map(wording, batch.languages, batch.corpora))
 
 
 class _Pieces(TextStreamer):  # type: ignore[misc]  # transformers is untyped
