@@ -17,6 +17,7 @@ import torch.distributed as dist
 from flallm_ds.errors import UserError, file_problem
 from flallm_ds.files import locked
 
+RANK_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 START_WITH = (
     "Start with deepspeed, torchrun, Open MPI's mpirun, or launch/slurm/train.sbatch."
 )
@@ -56,29 +57,24 @@ def rank_environment(env: Mapping[str, str]) -> dict[str, str]:
     launcher told only half of it.
     """
     if "RANK" in env or "WORLD_SIZE" in env:
-        found = {
-            name: _told(env, name, "RANK or WORLD_SIZE")
-            for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        }
+        found = {}
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            found[name] = _told(env, name, "RANK or WORLD_SIZE")
         found["LOCAL_WORLD_SIZE"] = (
             env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or found["WORLD_SIZE"]
         )
     # under SLURM, too: srun started mpirun's daemons
     elif int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
-        found = {
-            name: _told(
-                env, f"OMPI_COMM_WORLD_{name.replace('WORLD_', '')}", "OMPI_COMM_WORLD_SIZE"
-            )
-            for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        }
+        found = {}
+        for name in RANK_NAMES:
+            theirs = f"OMPI_COMM_WORLD_{name.replace('WORLD_', '')}"
+            found[name] = _told(env, theirs, "OMPI_COMM_WORLD_SIZE")
     elif "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         found = {
             "RANK": env["SLURM_PROCID"],
             "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"],
             "LOCAL_RANK": _told(env, "SLURM_LOCALID", "SLURM_PROCID"),
-            "LOCAL_WORLD_SIZE": env.get("SLURM_STEP_TASKS_PER_NODE", "1")
-            .split("(")[0]
-            .split(",")[0],
+            "LOCAL_WORLD_SIZE": _tasks_per_node(env) or "1",
         }
     elif int(env.get("PMI_SIZE", "1")) > 1:
         raise UserError(
@@ -86,7 +82,7 @@ def rank_environment(env: Mapping[str, str]) -> dict[str, str]:
             f"processes, but are not. {START_WITH}"
         )
     else:
-        port = str(free_port()) if "MASTER_PORT" not in env else env["MASTER_PORT"]
+        port = env["MASTER_PORT"] if "MASTER_PORT" in env else str(free_port())
         return {
             "RANK": "0",
             "WORLD_SIZE": "1",
@@ -113,14 +109,18 @@ def _told(env: Mapping[str, str], name: str, because: str) -> str:
     return env[name]
 
 
+def _tasks_per_node(env: Mapping[str, str]) -> str:
+    """Return the tasks of this step on its first node, of SLURM's "4(x2),3"; empty if unset."""
+    return env.get("SLURM_STEP_TASKS_PER_NODE", "").split("(")[0].split(",")[0]
+
+
 def start(timeout: timedelta = timedelta(minutes=30)) -> World:
     """Join the process group (nccl where there are GPUs, gloo elsewhere) and return this
     process's World."""
     told = rank_environment(os.environ)
     _told_by_start.update(told.keys() - os.environ.keys())
     os.environ.update(told)
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    rank, size, local_rank, local_size = (int(os.environ[name]) for name in names)
+    rank, size, local_rank, local_size = (int(told[name]) for name in RANK_NAMES)
     world = World(rank, size, local_rank, local_size)
     if world.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         # Threads that wait for one another spin: with more of them than cores, a step
@@ -140,8 +140,8 @@ def cores_of_rank(local_size: int, env: Mapping[str, str]) -> int:
     """CPU cores for this rank: those that srun bound it to alone, else its share of those
     of all here."""
     cores = len(os.sched_getaffinity(0))
-    tasks_here = env.get("SLURM_STEP_TASKS_PER_NODE", "0").split("(")[0].split(",")[0]
-    if int(tasks_here) == local_size and cores <= int(env.get("SLURM_CPUS_PER_TASK", "0")):
+    tasks_here = int(_tasks_per_node(env) or "0")
+    if tasks_here == local_size and cores <= int(env.get("SLURM_CPUS_PER_TASK", "0")):
         return cores
     return max(1, cores // local_size)
 
@@ -153,12 +153,10 @@ def stop() -> None:
         deepspeed = sys.modules.get("deepspeed.comm")
         group_holder: Any = deepspeed if deepspeed and deepspeed.is_initialized() else dist
         group_holder.destroy_process_group()
-    while (
-        _told_by_start
-        # a later group, or a child's, would find this one's port taken: it may be held on
-        # to
-    ):
-        os.environ.pop(_told_by_start.pop(), None)
+    # A later group, or a child's, would find this one's port taken: it may be held on to.
+    for name in _told_by_start:
+        os.environ.pop(name, None)
+    _told_by_start.clear()
 
 
 @contextmanager

@@ -78,17 +78,17 @@ class RunConfig:
         sections: dict[str, dict[str, Any]] = {"": {}}
         for name, value in overrides.items():
             section, _, option = name.rpartition(".")
-            owner = getattr(self, section) if section else self
-            hint = typing.get_type_hints(type(owner))[option]
-            default = next(f.default for f in dataclasses.fields(owner) if f.name == option)
+            owner = type(getattr(self, section)) if section else type(self)
+            hint = typing.get_type_hints(owner)[option]
+            defaults = {f.name: f.default for f in dataclasses.fields(owner)}
             sections.setdefault(section, {})[option] = coerce(value, hint, name)
-            check_not_empty(value, default, name)
-        top = sections.pop("")
-        changed = {
-            s: dataclasses.replace(getattr(self, s), **values)
-            for s, values in sections.items()
-        }
-        return dataclasses.replace(self, **top, **changed)
+            check_not_empty(value, defaults[option], name)
+        # All sections are replaced at once: `__post_init__` must not see half of the
+        # changes.
+        changed = sections.pop("")
+        for section, values in sections.items():
+            changed[section] = dataclasses.replace(getattr(self, section), **values)
+        return dataclasses.replace(self, **changed)
 
     def options(self) -> dict[str, Any]:
         """Every option by its dotted name, with its value."""
@@ -96,10 +96,8 @@ class RunConfig:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             if dataclasses.is_dataclass(value):
-                flat |= {
-                    f"{f.name}.{g.name}": getattr(value, g.name)
-                    for g in dataclasses.fields(value)
-                }
+                for g in dataclasses.fields(value):
+                    flat[f"{f.name}.{g.name}"] = getattr(value, g.name)
             else:
                 flat[f.name] = value
         return flat
@@ -127,9 +125,9 @@ class RunConfig:
                 raise UserError(
                     f"{path} has an unknown field {name!r}: it comes from another version."
                 )
-            arguments[name] = (
-                _section(hint, value, path) if isinstance(value, dict) else value
-            )
+            if isinstance(value, dict):
+                value = _section(hint, value, path)
+            arguments[name] = value
         try:
             return cls(**arguments)
         except TypeError as error:
@@ -168,16 +166,21 @@ FREE_TO_CHANGE = (
 
 
 def _section(cls: Any, values: dict[str, Any], path: Path) -> Any:
-    names = {f.name for f in dataclasses.fields(cls)}
     if cls is DataConfig:
         values = _without_pipe(values, path)
+    names = {f.name for f in dataclasses.fields(cls)}
     unknown = set(values) - names
     if unknown:
         raise UserError(
             f"{path} has an unknown field {unknown.pop()!r}: it comes from another version."
         )
+    arguments = {}
+    for name, value in values.items():
+        arguments[name] = (
+            tuple(value) if isinstance(value, list) else value
+        )  # JSON has no tuples
     try:
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        return cls(**arguments)
     except TypeError as error:
         raise UserError(
             f"{path} must hold values of the fields' types, but does not: {error}."
@@ -194,4 +197,6 @@ def _without_pipe(values: dict[str, Any], path: Path) -> dict[str, Any]:
         "an https:// or s3:// address in data.shards, and set data.allow_pipe to false "
         "there.",
     )
-    return {name: value for name, value in values.items() if name != "allow_pipe"}
+    values = dict(values)
+    values.pop("allow_pipe", None)
+    return values
