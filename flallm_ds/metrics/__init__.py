@@ -1,7 +1,7 @@
-"""Scores of translations, each beside the rule it was computed by.
+"""Score translations with BLEU, ROUGE-L and chrF, and record how each value was computed.
 
-`score` is the `sacrebleu` rule of docs; another published lineage is another choice of
-tokenizer, smoothing and ROUGE tokens made from the same parts (bleu.py, rouge.py).
+Published results differ in tokenizer, smoothing and ROUGE tokens. `score` follows the
+defaults of sacreBLEU; bleu.py and rouge.py take other choices as arguments.
 """
 
 from collections import defaultdict
@@ -22,20 +22,20 @@ class Scores:
     """Scores of one system over one test set."""
 
     values: Mapping[str, float]
-    """{key of each of `COLUMNS`: percent}."""
+    """Maps the key of each column in `COLUMNS` to a score in percent."""
     length_ratio: float
-    """Hypothesis tokens over reference tokens, as BLEU counts them: 1 is equal length."""
+    """Number of hypothesis tokens divided by number of reference tokens, as in BLEU."""
     num_sentences: int
     signatures: Mapping[str, str]
-    """{key of `SIGNATURES`: the rule by which the values were computed}."""
+    """Maps each key of `SIGNATURES` to a description of how the score was computed."""
 
     @property
     def bleu4(self) -> float:
-        """BLEU-4 in percent, by which the best export is chosen."""
+        """Return BLEU-4 in percent, which selects the best export."""
         return self.values["bleu4"]
 
     def as_dict(self) -> dict[str, float | int | str]:
-        """Return plain values by name, for a JSON file."""
+        """Return all values by name, for a JSON file."""
         values = {column.key: self.values[column.key] for column in COLUMNS}
         return {
             **values,
@@ -45,7 +45,7 @@ class Scores:
         }
 
     def logged(self) -> dict[str, float]:
-        """Return the values that each scoring of training logs, by key."""
+        """Return the scores that training logs, by key."""
         values = {}
         for column in COLUMNS:
             if column.logged:
@@ -54,25 +54,26 @@ class Scores:
 
 
 def score(hypotheses: Sequence[str], references: Sequence[str], language: str) -> Scores:
-    """Scores of hypotheses against one reference each, in the same order.
+    """Score hypotheses against one reference each, in the same order.
 
-    language: of the text, by any name that `find_language` knows. Chinese is scored by
-    sacreBLEU's rule for it, other languages without spaces between words (Japanese, Thai,
-    ...) by characters. Raises UserError where the numbers of sentences differ, or where
-    there are none.
+    language: language of the text, by any name that `find_language` accepts. Chinese is
+    tokenized by sacreBLEU's `zh`, other languages without spaces between words (Japanese,
+    Thai, ...) by characters. Raises UserError if the numbers of hypotheses and references
+    differ or are 0.
     """
     if len(hypotheses) != len(references):
         raise UserError(
-            f"hypotheses and references must be equally many, but are {len(hypotheses)} "
-            f"and {len(references)}: give one hypothesis for each reference, in its order."
+            f"The number of hypotheses must equal the number of references "
+            f"({len(references)}), got {len(hypotheses)}. Give one hypothesis for each "
+            "reference, in the same order."
         )
     if not references:
-        raise UserError("there must be at least one sentence to score, but there is none.")
+        raise UserError("The number of sentences to score must be at least 1, got 0.")
     rule = word_rule(language)
     bleu = corpus_bleu(hypotheses, references, tokenize=rule)
     chrf, chrf_signature = corpus_chrf(hypotheses, references)
 
-    # ROUGE follows BLEU: characters where the language has no spaces between words.
+    # ROUGE uses the same units as BLEU: characters if the language has no spaces.
     characters = rule != "13a"
     hypothesis_tokens = [rouge_tokens(sentence, characters) for sentence in hypotheses]
     reference_tokens = [rouge_tokens(sentence, characters) for sentence in references]
@@ -98,32 +99,31 @@ def score(hypotheses: Sequence[str], references: Sequence[str], language: str) -
 def score_by_language(
     hypotheses: Sequence[str], references: Sequence[str], languages: Sequence[str]
 ) -> Scores:
-    """Scores of sentences in several languages: each language alone by its own rule, then
-    their mean.
+    """Score each language with its own tokenizer and return the mean over languages.
 
-    languages: of each pair. Every language weighs the same, however many sentences it
-    has; the numbers of one language alone are those of `score`.
+    languages: language of each pair of sentences. All languages have the same weight,
+    regardless of their number of sentences. With one language, the result equals `score`.
     """
-    # Group by tag: "de" and "German" name one language.
+    # Group by tag, because "de" and "German" are the same language.
     rows_by_tag = defaultdict(list)
     for row, language in enumerate(languages):
         rows_by_tag[tag_of(language)].append(row)
 
     scores = {}
     for tag, rows in sorted(rows_by_tag.items()):
-        said = [hypotheses[row] for row in rows]
-        meant = [references[row] for row in rows]
-        scores[tag] = score(said, meant, tag)
+        hypotheses_of_tag = [hypotheses[row] for row in rows]
+        references_of_tag = [references[row] for row in rows]
+        scores[tag] = score(hypotheses_of_tag, references_of_tag, tag)
 
     if not scores:
-        return score(hypotheses, references, "")  # raises: there is no sentence
+        return score(hypotheses, references, "")  # raises, because there is no sentence
     if len(scores) == 1:
         return next(iter(scores.values()))
     return _mean(scores)
 
 
 def _mean(scores: Mapping[str, Scores]) -> Scores:
-    """Average the scores of languages. scores: {language: its scores}, at least two."""
+    """Average scores over languages. scores: maps two or more languages to their scores."""
     parts = list(scores.values())
     values = {}
     for key in parts[0].values:
@@ -141,6 +141,6 @@ def _mean(scores: Mapping[str, Scores]) -> Scores:
 
 
 def rouge_tokens(sentence: str, characters: bool) -> list[str]:
-    """Return whitespace tokens, or for a language without spaces the characters."""
+    """Split a sentence at whitespace, or into characters for a language without spaces."""
     words = sentence.split()
     return list("".join(words)) if characters else words

@@ -1,7 +1,7 @@
-"""BLEU-1 to 4 and chrF by sacreBLEU, each with the signature that says how it was computed.
+"""Compute BLEU-1 to BLEU-4 and chrF with sacreBLEU, and return their signatures.
 
-The rule (tokenizer, smoothing, effective order) is an argument, so that another lineage
-is another call.
+Published results differ in tokenizer, smoothing and effective order, so these are
+arguments.
 """
 
 from collections.abc import Sequence
@@ -16,12 +16,12 @@ MAX_ORDER = 4
 
 @dataclass(frozen=True)
 class Bleu:
-    """Corpus BLEU of every order, in percent, from one pass over the sentences."""
+    """Corpus BLEU of orders 1 to 4, in percent."""
 
     orders: tuple[float, float, float, float]
     """orders[n - 1] is corpus BLEU with max_ngram_order n."""
     length_ratio: float
-    """Return tokens of all hypotheses over tokens of all references, 0 where these are empty."""
+    """Tokens of all hypotheses divided by tokens of all references; 0 if there are none."""
     signature: str
 
 
@@ -34,11 +34,13 @@ def corpus_bleu(
     smooth_value: float | None = None,
     effective_order: bool = False,
 ) -> Bleu:
-    """BLEU-1..4 of hypotheses against one reference each; the sequences are of equal
-    length, at least 1."""
+    """Compute BLEU-1 to BLEU-4 of hypotheses against one reference each.
+
+    Both sequences have the same length, at least 1.
+    """
     assert len(hypotheses) == len(references) > 0
-    # force: PHOENIX14T is tokenized text with a final " .", about which sacreBLEU would
-    # warn every time.
+    # force=True: PHOENIX14T is tokenized text that ends with " .", and sacreBLEU would
+    # warn about it at each call.
     metric = BLEU(
         tokenize=tokenize,
         smooth_method=smooth,
@@ -48,8 +50,7 @@ def corpus_bleu(
         force=True,
     )
     whole = metric.corpus_score(list(hypotheses), [list(references)])
-    # The n-gram counts of lower orders are the first of those of order 4: no need to
-    # count four times.
+    # The counts of order 4 contain those of all lower orders, so n-grams are counted once.
     scores = []
     for order in range(1, MAX_ORDER + 1):
         bleu = BLEU.compute_bleu(
@@ -68,8 +69,10 @@ def corpus_bleu(
 
 
 def corpus_chrf(hypotheses: Sequence[str], references: Sequence[str]) -> tuple[float, str]:
-    """(chrF2 in percent, its signature): characters up to 6-grams, spaces left out, no
-    word n-grams."""
+    """Return (chrF2 in percent, its signature).
+
+    It uses character n-grams up to order 6 without spaces, and no word n-grams.
+    """
     assert len(hypotheses) == len(references) > 0
     metric = CHRF()
     chrf = metric.corpus_score(list(hypotheses), [list(references)])

@@ -1,5 +1,8 @@
-"""The highest score that a tokenizer allows: that of the references, encoded and decoded
-by it."""
+"""Compute the highest BLEU-4 that a model can reach with its tokenizer.
+
+A tokenizer may change text, e.g. drop characters that it does not have. The ceiling is the
+BLEU-4 of the references after encoding and decoding.
+"""
 
 import unicodedata
 from collections import Counter
@@ -11,25 +14,26 @@ from typing import Any
 from flallm_ds.metrics import score_by_language
 from flallm_ds.metrics.columns import CEILING
 
-HIGH_CEILING = 99.5  # BLEU-4; a ceiling below it is printed next to each score
-MAX_CHANGES = 100  # stored in SPLIT.json, the most frequent first
-SHOWN_CHANGES = 10  # printed
+# In BLEU-4. A ceiling below this value is shown next to each score.
+HIGH_CEILING = 99.5
+# Number of changes that SPLIT.json stores, and that are printed.
+MAX_CHANGES = 100
+SHOWN_CHANGES = 10
 
 
 @dataclass(frozen=True)
 class Ceiling:
-    """BLEU-4 of a perfect model, whose tokenizer may not be able to write all that the
-    references hold.
+    """BLEU-4 of a perfect model with a given tokenizer.
 
-    changes: (text of a reference, what the tokenizer makes of it, how often), the most
-    frequent first; only where BLEU-4 is below HIGH_CEILING.
+    changes: tuples (text in a reference, text after encoding and decoding, count), the most
+    frequent first. Empty if BLEU-4 is at least HIGH_CEILING.
     """
 
     bleu4: float
     changes: Sequence[tuple[str, str, int]] = ()
 
     def __str__(self) -> str:
-        """One sentence; empty for a high ceiling."""
+        """Return a sentence for the user; empty if the ceiling is at least HIGH_CEILING."""
         if self.bleu4 >= HIGH_CEILING:
             return ""
         shown = []
@@ -47,15 +51,15 @@ class Ceiling:
 def ceiling(
     written: Sequence[str], references: Sequence[str], languages: Sequence[str]
 ) -> Ceiling:
-    """The ceiling by the rule that scores hypotheses.
+    """Compute the ceiling with the same tokenization as `score`.
 
-    written: each reference as the tokenizer writes it. Raises UserError as `score` does.
+    written: each reference after encoding and decoding. Raises UserError like `score`.
     """
     bleu4 = score_by_language(written, references, languages).bleu4
     if bleu4 >= HIGH_CEILING:
         return Ceiling(bleu4)
-    # Changes of spaces are counted apart: BLEU sees only some of them, so they are listed
-    # only where nothing else explains a low ceiling.
+    # Changes of spaces alone are counted apart. BLEU ignores most of them, so they are
+    # reported only if there is no other change.
     texts: Counter[tuple[str, str]] = Counter()
     spaces: Counter[tuple[str, str]] = Counter()
     for new_text, old_text in zip(written, references, strict=True):
@@ -71,20 +75,20 @@ def ceiling(
 
 
 def is_low(scores: Mapping[str, Any]) -> bool:
-    """Whether stored scores have a ceiling below HIGH_CEILING, which is shown next to them."""
+    """Return whether stored scores have a ceiling below HIGH_CEILING."""
     ceiling_bleu4: float = scores.get(CEILING.key, 100.0)
     return ceiling_bleu4 < HIGH_CEILING
 
 
 def _changes(reference: str, written: str) -> list[tuple[str, str]]:
-    """(old, new) of each difference, character by character where both sides match up."""
+    """Return a pair (old, new) for each difference, by characters if lengths allow it."""
     changes: list[tuple[str, str]] = []
     matcher = SequenceMatcher(None, reference, written, autojunk=False)
     for kind, old_start, old_end, new_start, new_end in matcher.get_opcodes():
         if kind == "equal":
             continue
         old, new = reference[old_start:old_end], written[new_start:new_end]
-        # Tokenizers often apply NFKC, which may turn one character into several: pair each
+        # Many tokenizers apply NFKC, which may replace one character by several. Pair each
         # character with its own normal form.
         normal = [unicodedata.normalize("NFKC", character) for character in old]
         if "".join(normal) == new:

@@ -1,8 +1,7 @@
-"""The table of metrics: one row for each, which everything that stores or shows scores reads.
+"""Define the metrics: key, title, order and format of each.
 
-`score` computes the values. The results of an evaluation, the table on the screen, the
-model card, metrics.jsonl and TensorBoard take their keys, order, titles and format from
-here.
+`score` computes the values. Everything that stores or shows them reads this table: the
+results of an evaluation, the printed table, the model card, metrics.jsonl and TensorBoard.
 """
 
 from collections.abc import Mapping
@@ -15,18 +14,18 @@ class Column:
     """One metric, in percent."""
 
     key: str
-    """Of its value in `Scores.values` and in every file."""
+    """Name of the value in `Scores.values` and in files."""
     title: str
-    """Above its values on the screen and in the model card."""
+    """Column title in the printed table and in the model card."""
     logged: bool = False
-    """Whether each scoring of training writes it to metrics.jsonl and TensorBoard."""
+    """Whether training writes the metric to metrics.jsonl and TensorBoard."""
 
     def text(self, scores: Mapping[str, Any]) -> str:
-        """Format this metric of stored scores; empty where they were made without it."""
+        """Format this metric of stored scores; empty if they do not contain it."""
         return f"{scores[self.key]:.2f}" if self.key in scores else ""
 
 
-# In the order in which values are stored and shown.
+# In the order in which scores are stored and shown.
 COLUMNS = (
     Column("bleu1", "BLEU-1"),
     Column("bleu2", "BLEU-2"),
@@ -36,11 +35,11 @@ COLUMNS = (
     Column("chrf", "chrF", logged=True),
 )
 
-# BLEU-4 of a perfect model. It depends on the tokenizer, so `ceiling` computes it and not
-# `score`.
+# BLEU-4 of a perfect model. It depends on the tokenizer of the model, so it is computed by
+# `ceiling` instead of `score`.
 CEILING = Column("ceiling_bleu4", "ceiling")
 
-# {key of a signature: title of its line in the model card}, in the order of these lines.
+# Maps the key of each signature to its title in the model card, in the order of the card.
 SIGNATURES = {
     "bleu_signature": "BLEU",
     "rouge_signature": "ROUGE-L",
@@ -49,5 +48,5 @@ SIGNATURES = {
 
 
 def has_scores(record: Any) -> bool:
-    """Whether a value that was read from a JSON file is a record with scores."""
+    """Return whether a value from a JSON file is a record with at least one score."""
     return isinstance(record, dict) and any(column.key in record for column in COLUMNS)

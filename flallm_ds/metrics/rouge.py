@@ -1,8 +1,7 @@
-"""ROUGE-L as sign language translation reports it: an F score that weighs recall, mean
-over sentences.
+"""Compute ROUGE-L as papers on sign language translation do: the mean F score of sentences.
 
-Source: Lin (2004), ROUGE; F with beta 1.2 as in the captioning evaluation that signjoey
-and its heirs use.
+Source: Lin (2004), "ROUGE". Recall has more weight than precision: beta is 1.2 as in the
+captioning evaluation that signjoey and later projects use.
 """
 
 from collections.abc import Hashable, Sequence
@@ -11,13 +10,13 @@ BETA = 1.2
 
 
 def lcs_length(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
-    """Length of the longest common subsequence.
+    """Return the length of the longest common subsequence of two sequences.
 
-    The rows of the dynamic programme are kept as the bits of one integer: a 0 bit where
-    the row grows by one (Hyyrö 2004, after Allison and Dix 1986). Twenty times faster
-    than cell by cell at 30 x 30 tokens.
+    A row of the dynamic programming table is stored in the bits of one integer: a bit is 0
+    if the row increases by one there (Hyyrö 2004, after Allison and Dix 1986). This is 20
+    times faster than a loop over the cells, for 30 x 30 tokens.
     """
-    # positions[token]: bit i is set where a[i] is this token
+    # positions[token]: bit i is set if a[i] is this token.
     positions: dict[Hashable, int] = {}
     for position, token in enumerate(a):
         positions[token] = positions.get(token, 0) | 1 << position
@@ -33,8 +32,10 @@ def lcs_length(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
 def sentence_rouge_l(
     hypothesis: Sequence[Hashable], reference: Sequence[Hashable], beta: float = BETA
 ) -> float:
-    """F of one pair of token sequences, 0 to 1; 0 where nothing is shared, as when one is
-    empty."""
+    """Return the F score of two token sequences, from 0 to 1.
+
+    It is 0 if they have no token in common.
+    """
     common = lcs_length(hypothesis, reference)
     if common == 0:
         return 0.0
@@ -47,7 +48,7 @@ def rouge_l(
     references: Sequence[Sequence[Hashable]],
     beta: float = BETA,
 ) -> float:
-    """Mean of the sentences' F in percent; each sentence is a sequence of tokens."""
+    """Return the mean F score of all sentences in percent. Each is a sequence of tokens."""
     assert len(hypotheses) == len(references) > 0
     pairs = zip(hypotheses, references, strict=True)
     total = sum(sentence_rouge_l(h, r, beta) for h, r in pairs)

@@ -1,4 +1,4 @@
-"""Score hypotheses: all of a split, each corpus or language, a blind control, a perfect model."""
+"""Score a split: overall, by corpus or language, a blind control and a perfect model."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,38 +11,39 @@ from flallm_ds.data.text.codec import TextCodec
 from flallm_ds.metrics import Scores, score_by_language
 from flallm_ds.metrics.ceiling import Ceiling, ceiling
 
-Part = Literal["corpus", "language"]  # fields of a hypothesis by which a split is divided
+# Fields of a `Hypothesis` by which a split can be divided.
+Part = Literal["corpus", "language"]
 
 
 def scores_of(hypotheses: Sequence[Hypothesis]) -> Scores:
-    """Score hypotheses by the rule of their language; several languages have the mean over them.
+    """Score hypotheses as `score_by_language` does: the mean over their languages.
 
-    Raises UserError where there are none.
+    Raises UserError if there are none.
     """
     return score_by_language(*_columns(hypotheses))
 
 
 def scores_by(hypotheses: Sequence[Hypothesis], part: Part) -> dict[str, Scores]:
-    """Score each corpus or language alone: {its name: scores}, in the order of the names."""
+    """Score each corpus or language alone. Return {name: scores}, sorted by name."""
     parts: dict[str, list[Hypothesis]] = {}
-    for said in hypotheses:
-        parts.setdefault(getattr(said, part), []).append(said)
-    return {name: scores_of(said) for name, said in sorted(parts.items())}
+    for clip in hypotheses:
+        parts.setdefault(getattr(clip, part), []).append(clip)
+    return {name: scores_of(clips) for name, clips in sorted(parts.items())}
 
 
 def blind_scores(hypotheses: Sequence[Hypothesis], seed: int = 0) -> Scores:
-    """Score the same model with the videos shuffled: what it guesses without looking.
+    """Score the model with shuffled videos: what it guesses without seeing the clip.
 
-    A hypothesis depends on its video (and language) alone, so each reference is compared
-    with the hypothesis of another clip of its language. No clip keeps its own, unless it
-    is the only one of its language.
+    A hypothesis depends only on the video and its language. So this compares each reference
+    with the hypothesis of another clip of the same language. A clip keeps its hypothesis
+    only if no other clip has its language.
     """
     rows_by_language: dict[str, list[int]] = {}
     for row in np.random.default_rng(seed).permutation(len(hypotheses)).tolist():
         rows_by_language.setdefault(hypotheses[row].language, []).append(row)
 
-    # A rotation of a random order, because a random order alone leaves one clip, on
-    # average, with its own hypothesis.
+    # Rotate the random order. In a random order alone, one clip on average would keep its
+    # own hypothesis.
     source = np.empty(len(hypotheses), int)
     for rows in rows_by_language.values():
         source[rows] = np.roll(rows, 1)
@@ -54,7 +55,7 @@ def blind_scores(hypotheses: Sequence[Hypothesis], seed: int = 0) -> Scores:
 
 
 def perfect(hypotheses: Sequence[Hypothesis], codec: TextCodec) -> list[Hypothesis]:
-    """Return what a perfect model would say: each reference as its tokenizer writes it."""
+    """Return the output of a perfect model: each reference after encoding and decoding."""
     written = []
     for clip in hypotheses:
         text = codec.decode(codec.encode(clip.reference))
@@ -63,7 +64,7 @@ def perfect(hypotheses: Sequence[Hypothesis], codec: TextCodec) -> list[Hypothes
 
 
 def ceiling_of(written: Sequence[Hypothesis]) -> Ceiling:
-    """Return the ceiling of BLEU-4. written: what `perfect` made of hypotheses."""
+    """Return the highest BLEU-4 that the tokenizer allows. written: output of `perfect`."""
     return ceiling(*_columns(written))
 
 

@@ -1,8 +1,9 @@
-"""How sure a BLEU score, or a difference of two, is: paired bootstrap over the sentences
-of a test set.
+"""Compute confidence intervals of BLEU-4 and of differences, by paired bootstrap.
 
-Source: Koehn 2004, "Statistical Significance Tests for Machine Translation Evaluation";
-counts by sacreBLEU.
+Sentences of the test set are resampled. Source: Koehn (2004), "Statistical Significance
+Tests for Machine Translation Evaluation"; sacreBLEU counts the n-grams.
+
+Shapes: R resampled test sets, N sentences, C counts of n-grams and lengths.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from flallm_ds.errors import UserError
 
 @dataclass(frozen=True)
 class Interval:
-    """A score with the interval that holds 95 % of the resampled ones."""
+    """A score, and the interval that contains 95 % of the resampled scores."""
 
     value: float
     low: float
@@ -28,10 +29,10 @@ class Interval:
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """BLEU-4 of several systems over the same resampled test sets.
+    """BLEU-4 of several systems on the same resampled test sets.
 
-    means: {system: (resamples + 1,)}; the mean over its runs, of the whole test set
-    first.
+    means: maps each system to an array (1 + R,), its BLEU-4 averaged over its runs. The
+    first value is of the whole test set.
     """
 
     means: Mapping[str, np.ndarray]
@@ -40,7 +41,7 @@ class Bootstrap:
         return _interval(self.means[system])
 
     def difference(self, better: str, worse: str) -> tuple[Interval, float]:
-        """(better - worse, the share of resampled test sets on which it is not above 0)."""
+        """Return (better - worse, share of resampled sets on which it is at most 0)."""
         gaps = self.means[better] - self.means[worse]
         return _interval(gaps), float((gaps[1:] <= 0).mean())
 
@@ -52,23 +53,24 @@ def paired_bootstrap(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Bootstrap:
-    """systems: {name: hypotheses of each run, in the order of the references}; runs
-    differ by their seeds.
+    """Score systems on the test set and on `resamples` resampled ones.
 
-    tokenize: `word_rule` of the language (zh for Chinese, char for others without
-    spaces). A resampled test set is the same for all systems and runs. Raises UserError
-    for lists of other lengths.
+    systems: maps the name of a system to the hypotheses of each of its runs (seeds), in the
+    order of the references. All systems and runs are scored on the same resampled sets.
+    tokenize: `word_rule` of the language (zh for Chinese, char for other languages without
+    spaces). Raises UserError if the number of hypotheses differs from that of references.
     """
     n = len(references)
     for name, runs in systems.items():
         for hypotheses in runs:
             if len(hypotheses) != n or not n:
                 raise UserError(
-                    f"{name} must have a hypothesis for each of {n} references (one at "
-                    f"least), but has {len(hypotheses)}."
+                    f"Each run of {name} must have one hypothesis for each of {n} "
+                    f"references (at least 1), got {len(hypotheses)}."
                 )
 
-    # How often each resampled test set contains each sentence. Row 0 is the whole test set.
+    # times_RN: how often each test set contains each sentence. The first row is the whole
+    # test set, the others are resampled.
     times_RN = np.ones((resamples + 1, n), int)
     picks_RN = np.random.default_rng(seed).integers(0, n, (resamples, n))
     for times_N, picks_N in zip(times_RN[1:], picks_RN, strict=True):
@@ -78,7 +80,8 @@ def paired_bootstrap(
     for name, runs in systems.items():
         scores = []
         for hypotheses in runs:
-            # BLEU needs sums over sentences only, so one matrix product scores all sets.
+            # Corpus BLEU needs only sums of counts over sentences, so that one matrix
+            # product gives the sums of all test sets.
             sums_RC = times_RN @ _counts(hypotheses, references, tokenize)
             scores.append([_bleu(sums_C) for sums_C in sums_RC])
         means[name] = np.mean(scores, axis=0)
@@ -88,8 +91,11 @@ def paired_bootstrap(
 def _counts(
     hypotheses: Sequence[str], references: Sequence[str], tokenize: str
 ) -> np.ndarray:
-    """(N, 10): matching and all n-grams of orders 1 to 4, length of hypothesis and of
-    reference."""
+    """Count n-grams of each sentence: (N, 10).
+
+    The columns are matching n-grams of orders 1 to 4, all n-grams of orders 1 to 4, and the
+    lengths of hypothesis and reference.
+    """
     metric = BLEU(tokenize=tokenize, effective_order=True, force=True)
     counts = []
     for hypothesis, reference in zip(hypotheses, references, strict=True):
@@ -98,8 +104,9 @@ def _counts(
     return np.array(counts)
 
 
-def _bleu(sums: np.ndarray) -> float:
-    values = sums.tolist()
+def _bleu(sums_C: np.ndarray) -> float:
+    """Compute BLEU-4 in percent from the sums of the columns of `_counts`."""
+    values = sums_C.tolist()
     bleu = BLEU.compute_bleu(
         correct=values[:4],
         total=values[4:8],
@@ -111,5 +118,6 @@ def _bleu(sums: np.ndarray) -> float:
 
 
 def _interval(values: np.ndarray) -> Interval:
+    """Make an interval. values: of the whole test set first, then of the resampled ones."""
     low, high = np.quantile(values[1:], [0.025, 0.975])
     return Interval(float(values[0]), float(low), float(high))

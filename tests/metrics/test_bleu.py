@@ -22,7 +22,7 @@ REFERENCES = [
 @pytest.mark.parametrize("tokenize", ["13a", "none", "intl"])
 @pytest.mark.parametrize("smooth", ["exp", "floor", "none"])
 @pytest.mark.parametrize("effective_order", [False, True])
-def test_bleu_n_is_sacrebleu_with_max_ngram_order_n(tokenize, smooth, effective_order):
+def test_bleu_n_equals_sacrebleu_with_max_ngram_order_n(tokenize, smooth, effective_order):
     ours = corpus_bleu(
         HYPOTHESES,
         REFERENCES,
@@ -42,8 +42,8 @@ def test_bleu_n_is_sacrebleu_with_max_ngram_order_n(tokenize, smooth, effective_
         )
 
 
-def test_bleu_by_hand():
-    # 4 of 5 words, 3 of 4 pairs, 2 of 3 triples, 1 of 2 fours; 5 tokens against 6.
+def test_bleu_equals_a_computation_by_hand():
+    # Matching n-grams: 4 of 5, 3 of 4, 2 of 3, 1 of 2. Lengths: 5 and 6 tokens.
     bleu = corpus_bleu(["am tag regnet es viel"], ["am tag regnet es im norden"])
     brevity = math.exp(1 - 6 / 5)
     assert bleu.orders[0] == pytest.approx(100 * brevity * 4 / 5)
@@ -58,25 +58,24 @@ def test_bleu_by_hand():
 
 
 def test_a_final_period_raises_bleu():
-    """Appending " ." to both sides adds about 1 BLEU-4 on PHOENIX14T: text is scored as
-    is, and says so."""
+    """Appending " ." to both sides adds about 1 BLEU-4 on PHOENIX14T: never do it."""
     with_period = corpus_bleu(
         [f"{h} ." for h in HYPOTHESES], [f"{r} ." for r in REFERENCES]
     )
     assert with_period.orders[0] > corpus_bleu(HYPOTHESES, REFERENCES).orders[0] + 1
 
 
-def test_tokenized_periods_do_not_warn(caplog):
+def test_tokenized_periods_cause_no_warning(caplog):
     corpus_bleu(["am tag regnet es ."] * 120, ["am tag regnet es ."] * 120)
     assert not caplog.records
 
 
-def test_signature_names_tokenizer_and_smoothing():
+def test_the_signature_names_tokenizer_and_smoothing():
     assert "|tok:13a|smooth:exp|" in corpus_bleu(HYPOTHESES, REFERENCES).signature
     assert "|tok:zh|" in corpus_bleu(["今天有雨"], ["今天有雪"], tokenize="zh").signature
 
 
-def test_chrf_is_sacrebleus():
+def test_chrf_equals_sacrebleu():
     metric = CHRF()
     value, signature = corpus_chrf(HYPOTHESES, REFERENCES)
     assert value == pytest.approx(metric.corpus_score(HYPOTHESES, [REFERENCES]).score)

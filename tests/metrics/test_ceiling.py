@@ -7,7 +7,7 @@ CHINESE = ["今天，到处都是阳光！", "明天，南方有雨……对吗�
 WRITTEN = ["今天,到处都是阳光!", "明天,南方有雨......对吗?", "后天,南方有雨,北方有雪。"]
 
 
-def test_the_ceiling_is_the_score_of_what_the_tokenizer_writes_and_names_what_it_changes():
+def test_the_ceiling_is_the_score_of_decoded_references_and_lists_their_changes():
     found = ceiling(WRITTEN, CHINESE, ["zh"] * 3)
     assert found.bleu4 == score(WRITTEN, CHINESE, "zh").bleu4 < 99.5
     assert found.changes == (
@@ -23,7 +23,7 @@ def test_the_ceiling_is_the_score_of_what_the_tokenizer_writes_and_names_what_it
     )
 
 
-def test_text_that_comes_back_whole_has_a_ceiling_without_a_word():
+def test_unchanged_text_has_a_ceiling_of_100_and_no_message():
     found = ceiling(CHINESE, CHINESE, ["zh"] * 3)
     assert found.bleu4 == pytest.approx(100) and not found.changes and str(found) == ""
 
@@ -42,12 +42,12 @@ def test_text_that_comes_back_whole_has_a_ceiling_without_a_word():
         ("morgen  regnet es im norden . ", "morgen regnet es im norden .", ()),
     ],
 )
-def test_what_is_lost_or_written_in_another_way_is_named(reference, written, changes):
+def test_lost_and_changed_text_is_listed(reference, written, changes):
     found = ceiling([written], [reference], ["de"])
     assert found.changes[:2] == changes
 
 
-def test_only_the_most_frequent_changes_are_listed():
+def test_only_the_most_frequent_changes_are_printed():
     letters = "ÀÈÌÒÙÁÉÍÓÚÂÊ"
     references = [" ".join(letters[: n + 1]) for n in range(len(letters))]
     plain = str.maketrans(letters, "aeiouaeiouae")
@@ -61,7 +61,7 @@ def test_only_the_most_frequent_changes_are_listed():
     )
 
 
-def test_several_languages_have_the_mean_of_their_ceilings():
+def test_the_ceiling_of_several_languages_is_their_mean():
     german = ["heute scheint im norden die sonne"]
     found = ceiling([*german, *WRITTEN], [*german, *CHINESE], ["de", "zh", "zh", "zh"])
     assert found.bleu4 == pytest.approx(

@@ -9,7 +9,7 @@ from flallm_ds.metrics import rouge_tokens, score, score_by_language
 REFERENCES = ["am tag regnet es im norden .", "morgen scheint die sonne im süden ."]
 
 
-def test_perfect_output_scores_hundred():
+def test_perfect_output_scores_100():
     scores = score(REFERENCES, REFERENCES, "de_DE")
     assert scores.values == pytest.approx(dict.fromkeys(scores.values, 100))
     assert scores.length_ratio == 1
@@ -31,7 +31,7 @@ def test_empty_hypotheses_score_zero():
     assert scores.values == dict.fromkeys(scores.values, 0) and scores.length_ratio == 0
 
 
-def test_one_empty_hypothesis_among_others_shortens():
+def test_one_empty_hypothesis_lowers_the_score():
     assert 0 < score([REFERENCES[0], ""], REFERENCES, "de").bleu4 < 100
 
 
@@ -74,7 +74,7 @@ CHINESE = [
 
 
 @pytest.mark.parametrize("language", CHINESE)
-def test_chinese_is_scored_alike_by_every_name(language):
+def test_all_names_of_chinese_give_the_same_score(language):
     hypotheses, references = ["明天北部有大雨，"], ["明天北部地区有雨，"]
     assert score(hypotheses, references, language) == score(hypotheses, references, "zh")
 
@@ -111,25 +111,26 @@ def test_languages_with_spaces_are_scored_by_words(language):
     assert "tok:whitespace" in scores.signatures["rouge_signature"]
 
 
-def test_one_language_by_several_names_is_one_language():
+def test_several_names_of_a_language_are_scored_as_one_language():
     german = ["im norden regen am morgen", "im süden sonne am abend", "am tag schnee"]
     mixed = score_by_language(german[::-1], german, ["de", "German", "de_AT"])
     assert mixed == score(german[::-1], german, "de")
 
 
-def test_unequal_numbers_are_an_error_that_names_both():
-    with pytest.raises(UserError, match="1 and 2"):
+def test_different_numbers_of_sentences_are_refused():
+    with pytest.raises(
+        UserError, match=r"must equal the number of references \(2\), got 1"
+    ):
         score(["a"], ["a", "b"], "de")
 
 
-def test_nothing_to_score_is_an_error():
-    with pytest.raises(UserError, match="at least one sentence"):
+def test_scoring_no_sentences_is_refused():
+    with pytest.raises(UserError, match="sentences to score must be at least 1, got 0"):
         score([], [], "de")
 
 
-def test_several_languages_are_scored_each_by_its_own_rule_and_weigh_the_same():
-    """Chinese by characters, for it has no spaces. Two German sentences weigh as much as
-    one Chinese."""
+def test_each_language_has_its_own_tokenizer_and_the_same_weight():
+    """Two German sentences have the same weight as one Chinese sentence."""
     german = ["im norden regen am morgen", "im süden sonne am abend"]
     said, meant = [*german, "明天北方有雨雪"], [*german, "明天北方有大雨"]
     mixed = score_by_language(said, meant, ["de", "de", "zh"])
@@ -143,8 +144,8 @@ def test_several_languages_are_scored_each_by_its_own_rule_and_weigh_the_same():
     assert "tok:zh" in signature and "tok:13a" in signature
 
 
-def test_one_language_alone_has_the_scores_of_the_usual_rule():
+def test_one_language_alone_is_scored_as_by_score():
     said, meant = ["im norden regen am morgen"], ["im norden schnee am morgen"]
     assert score_by_language(said, meant, ["de"]) == score(said, meant, "de")
-    with pytest.raises(UserError, match="at least one sentence"):
+    with pytest.raises(UserError, match="sentences to score must be at least 1, got 0"):
         score_by_language([], [], [])

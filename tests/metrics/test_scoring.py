@@ -1,4 +1,4 @@
-"""Scores of hypotheses: of each corpus alone, and of a model that does not see its video."""
+"""Tests of scores by corpus and of the blind control."""
 
 from dataclasses import replace
 
@@ -19,7 +19,7 @@ def test_each_corpus_is_scored_alone() -> None:
 
 
 def test_the_blind_control_stays_within_a_language() -> None:
-    """Each language has one sentence: a control that mixed them would find other words."""
+    """Each language has one sentence, so mixed languages would lower the score."""
     texts = {"de": "im norden regen am morgen", "en": "rain in the north at dawn"}
     said = []
     for code, text in texts.items():

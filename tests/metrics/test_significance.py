@@ -1,5 +1,4 @@
-"""The paired bootstrap against sacreBLEU's own scores, and what it must say of clear and
-unclear cases."""
+"""Tests of the paired bootstrap: agreement with sacreBLEU, size of differences."""
 
 import numpy as np
 import pytest
@@ -16,8 +15,8 @@ def sentences(count: int, seed: int) -> list[str]:
     return [" ".join(rng.choice(WORDS, 9)) for _ in range(count)]
 
 
-def spoilt(references: list[str], share: float, seed: int) -> list[str]:
-    """Some of the sentences replaced by others."""
+def degraded(references: list[str], share: float, seed: int) -> list[str]:
+    """Replace a share of the sentences by others."""
     rng = np.random.default_rng(seed)
     others = sentences(len(references), seed + 100)
     return [
@@ -28,8 +27,8 @@ def spoilt(references: list[str], share: float, seed: int) -> list[str]:
 REFERENCES = sentences(80, 0)
 
 
-def test_the_score_of_the_whole_set_is_sacrebleus():
-    runs = [spoilt(REFERENCES, 0.5, 1), spoilt(REFERENCES, 0.5, 2)]
+def test_the_score_of_the_whole_set_equals_sacrebleu():
+    runs = [degraded(REFERENCES, 0.5, 1), degraded(REFERENCES, 0.5, 2)]
     found = paired_bootstrap({"half": runs}, REFERENCES, resamples=20).score("half")
     assert found.value == pytest.approx(
         np.mean([score(r, REFERENCES, language="de").bleu4 for r in runs])
@@ -37,11 +36,11 @@ def test_the_score_of_the_whole_set_is_sacrebleus():
     assert found.low < found.value < found.high
 
 
-def test_a_clear_difference_is_told_from_none():
+def test_only_a_clear_difference_is_significant():
     systems = {
-        "good": [spoilt(REFERENCES, 0.2, 3)],
-        "bad": [spoilt(REFERENCES, 0.7, 4)],
-        "as bad": [spoilt(REFERENCES, 0.7, 5)],
+        "good": [degraded(REFERENCES, 0.2, 3)],
+        "bad": [degraded(REFERENCES, 0.7, 4)],
+        "as bad": [degraded(REFERENCES, 0.7, 5)],
     }
     found = paired_bootstrap(systems, REFERENCES, resamples=200)
     gap, chance = found.difference("good", "bad")
@@ -51,7 +50,7 @@ def test_a_clear_difference_is_told_from_none():
 
 
 def test_equal_systems_do_not_differ_on_any_resampled_set():
-    same = [spoilt(REFERENCES, 0.5, 6)]
+    same = [degraded(REFERENCES, 0.5, 6)]
     gap, chance = paired_bootstrap(
         {"a": same, "b": same}, REFERENCES, resamples=20
     ).difference("a", "b")
@@ -59,13 +58,13 @@ def test_equal_systems_do_not_differ_on_any_resampled_set():
 
 
 def test_the_same_seed_gives_the_same_interval():
-    runs = {"a": [spoilt(REFERENCES, 0.5, 7)]}
+    runs = {"a": [degraded(REFERENCES, 0.5, 7)]}
     assert paired_bootstrap(runs, REFERENCES, resamples=30).score("a") == paired_bootstrap(
         runs, REFERENCES, resamples=30
     ).score("a")
 
 
 @pytest.mark.parametrize(("hypotheses", "references"), [(["x"], ["x", "y"]), ([], [])])
-def test_lists_of_other_lengths_are_refused(hypotheses, references):
-    with pytest.raises(UserError, match="must have a hypothesis for each"):
+def test_different_numbers_of_sentences_are_refused(hypotheses, references):
+    with pytest.raises(UserError, match="must have one hypothesis for each"):
         paired_bootstrap({"a": [hypotheses]}, references)
