@@ -556,19 +556,27 @@ def test_a_corrupted_video_of_a_corpus_leaves_nothing(
 @pytest.mark.parametrize(
     ("stage", "given", "said"),
     [
-        ("joint", {"visual_run": "runs/v"}, "visual_run must not be given in stage joint"),
+        ("joint", {"visual_run": "runs/v"}, "visual_run must be empty in stage joint"),
         (
             "joint",
             {"llm.input": "light_t"},
-            "llm.input must be signs or frames where there is no stage 1",
+            "llm.input must be signs or frames if no stage 1",
         ),
         (
             "llm",
             {"visual_run": "none", "llm.input": "light_t"},
             "llm.input must be signs or frames",
         ),
-        ("visual", {"visual.frozen": "backbone"}, "visual.frozen is of stage llm"),
-        ("visual", {"train.probe_every": -1}, "train.probe_every must not be negative"),
+        (
+            "visual",
+            {"visual.frozen": "backbone"},
+            "visual.frozen must be all in stage visual",
+        ),
+        (
+            "visual",
+            {"train.probe_every": -1},
+            "train.probe_every must be at least 0, got -1",
+        ),
         (
             "both",
             {"visual_run": "runs/v"},

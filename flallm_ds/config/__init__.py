@@ -1,4 +1,4 @@
-"""RunConfig: everything that names a run, in frozen dataclasses; unknown options never pass."""
+"""Define the configuration of a run as frozen dataclasses."""
 
 from flallm_ds.config.run import FREE_TO_CHANGE, RunConfig, check_names
 from flallm_ds.config.sections import (

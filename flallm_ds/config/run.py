@@ -1,4 +1,4 @@
-"""A run: its stage, its folders and its sections; overrides, and reading config.json."""
+"""Define `RunConfig`, the configuration of a run: options, overrides and config.json."""
 
 import dataclasses
 import json
@@ -24,12 +24,12 @@ from flallm_ds.errors import UserError, require
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One run of one stage."""
+    """Configuration of one run of one stage."""
 
     stage: Stage
-    # the run's folder: created if it does not exist, else resumed
+    # Run folder. It is created if it does not exist, else the run is resumed.
     run: str
-    # stage llm: the run folder of stage 1 (or its export), or "none" to do without
+    # Stage llm: the run folder of stage 1 or its export, or "none" for no stage 1.
     visual_run: str = ""
     data: DataConfig = field(default_factory=DataConfig)
     visual: VisualConfig = field(default_factory=VisualConfig)
@@ -42,37 +42,37 @@ class RunConfig:
     def __post_init__(self) -> None:
         require(
             self.stage != "llm" or bool(self.visual_run),
-            "visual_run must name the run folder of stage visual in stage llm (or be "
-            "none), but is empty. Give --visual_run=FOLDER.",
+            "visual_run must be the run folder of stage visual (or none) in stage llm, got "
+            "''. Give --visual_run=FOLDER.",
         )
         require(
             self.stage != "joint" or not self.visual_run,
-            "visual_run must not be given in stage joint, which has no stage 1, but is "
-            f"{self.visual_run}.",
+            "visual_run must be empty in stage joint, which has no stage 1, got "
+            f"{self.visual_run!r}. Leave --visual_run out.",
         )
         require(
             self.stage == "llm" or self.visual.frozen == "all",
-            f"visual.frozen is of stage llm and must not be given in stage {self.stage}, "
-            f"but is {self.visual.frozen}.",
+            f"visual.frozen must be all in stage {self.stage}, got {self.visual.frozen}. "
+            "Only stage llm can freeze other parts.",
         )
         require(
             self.stage == "visual"
             or self.llm.input != "light_t"
             or self.visual_run not in ("", "none"),
-            "llm.input must be signs or frames where there is no stage 1 whose Light-T "
-            "could be read, but is light_t.",
+            "llm.input must be signs or frames if no stage 1 provides a Light-T, got "
+            "light_t.",
         )
 
     @property
     def trains_visual(self) -> bool:
-        """Whether a part of the visual encoder is trained, inside the engine."""
+        """Return whether a part of the visual encoder is trained in the engine."""
         return self.stage != "llm" or self.visual.frozen != "all"
 
     def with_overrides(self, overrides: Mapping[str, str]) -> "RunConfig":
-        """A copy with dotted options set, e.g. {"optim.lr": "3e-4"}; strings are read by
-        each field's type.
+        """Return a copy with options changed, e.g. {"optim.lr": "3e-4"}.
 
-        Raises UserError that names the nearest options where one does not exist.
+        Values are parsed by the types of the fields. Raises UserError for an unknown
+        option, with the most similar names.
         """
         check_names(overrides)
         sections: dict[str, dict[str, Any]] = {"": {}}
@@ -83,15 +83,15 @@ class RunConfig:
             defaults = {f.name: f.default for f in dataclasses.fields(owner)}
             sections.setdefault(section, {})[option] = coerce(value, hint, name)
             check_not_empty(value, defaults[option], name)
-        # All sections are replaced at once: `__post_init__` must not see half of the
-        # changes.
+        # Replace all sections at once, because `__post_init__` checks options of several
+        # sections together.
         changed = sections.pop("")
         for section, values in sections.items():
             changed[section] = dataclasses.replace(getattr(self, section), **values)
         return dataclasses.replace(self, **changed)
 
     def options(self) -> dict[str, Any]:
-        """Every option by its dotted name, with its value."""
+        """Return {dotted name of an option: its value}, for all options."""
         flat: dict[str, Any] = {}
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
@@ -103,16 +103,16 @@ class RunConfig:
         return flat
 
     def to_json(self) -> str:
+        """Return the content of config.json."""
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
     def load(cls, path: Path) -> "RunConfig":
-        """Read what `to_json` wrote. Raises UserError where it is not JSON or a field is
-        unknown."""
+        """Read a config.json. Raises UserError if it is not JSON or a field is unknown."""
         try:
             saved = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path} must be JSON, but {error}.") from error
+            raise UserError(f"Cannot read {path}: it is not JSON ({error}).") from error
         require(
             isinstance(saved, dict),
             f"{path} must be a JSON object, got {type(saved).__name__}.",
@@ -122,35 +122,30 @@ class RunConfig:
         for name, value in saved.items():
             hint = hints.get(name)
             if hint is None:
-                raise UserError(
-                    f"{path} has an unknown field {name!r}: it comes from another version."
-                )
+                raise _unknown_field(name, path)
             if isinstance(value, dict):
                 value = _section(hint, value, path)
             arguments[name] = value
         try:
             return cls(**arguments)
         except TypeError as error:
-            raise UserError(
-                f"{path} must hold the fields of a run, but does not: {error}."
-            ) from error
+            raise _wrong_type(error, path) from error
 
 
 def check_names(options: Iterable[str]) -> None:
-    """Raise UserError that names the nearest options where one does not exist."""
+    """Raise UserError for an unknown option, with the most similar names."""
     valid = RunConfig(stage="visual", run="").options()
     for name in options:
         if name not in valid:
-            raise UserError(
-                f"there is no option --{name}: {nearest(name, [*valid, 'recipe'])}"
-            )
+            hint = nearest(name, [*valid, "recipe"])
+            raise UserError(f"Cannot set --{name}: there is no option --{name}; {hint}")
 
 
-# What may differ between a run and its resumption without changing a number of it.
+# Options that may change when a run is resumed, because they do not change its results.
 FREE_TO_CHANGE = (
     "run",
     "visual_run",
-    "data.shards",  # a copy elsewhere; the fingerprint must be the same
+    "data.shards",  # another copy of the same shards: the fingerprint is compared
     "data.threads",
     "data.max_broken",
     "data.check_shards",
@@ -166,14 +161,13 @@ FREE_TO_CHANGE = (
 
 
 def _section(cls: Any, values: dict[str, Any], path: Path) -> Any:
+    """Make a section of class `cls` from its object in config.json."""
     if cls is DataConfig:
         values = _without_pipe(values, path)
     names = {f.name for f in dataclasses.fields(cls)}
     unknown = set(values) - names
     if unknown:
-        raise UserError(
-            f"{path} has an unknown field {unknown.pop()!r}: it comes from another version."
-        )
+        raise _unknown_field(unknown.pop(), path)
     arguments = {}
     for name, value in values.items():
         arguments[name] = (
@@ -182,20 +176,28 @@ def _section(cls: Any, values: dict[str, Any], path: Path) -> Any:
     try:
         return cls(**arguments)
     except TypeError as error:
-        raise UserError(
-            f"{path} must hold values of the fields' types, but does not: {error}."
-        ) from error
+        raise _wrong_type(error, path) from error
+
+
+def _wrong_type(error: TypeError, path: Path) -> UserError:
+    return UserError(
+        f"Cannot read {path}: a field is missing or its value has the wrong type ({error})."
+    )
+
+
+def _unknown_field(name: str, path: Path) -> UserError:
+    return UserError(
+        f"Cannot read {path}: unknown field {name!r}. The file was written by another version."
+    )
 
 
 def _without_pipe(values: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Leave out `allow_pipe`, a former option that older runs hold. Raises UserError if
-    it is set."""
+    """Remove `allow_pipe`, an option of older versions. Raises UserError if it is set."""
     require(
         values.get("allow_pipe", False) is False,
-        "data.allow_pipe must be false, because shards are no longer read from commands, "
-        f"got {values.get('allow_pipe')!r}: {path}. Copy the shards to a folder or give "
-        "an https:// or s3:// address in data.shards, and set data.allow_pipe to false "
-        "there.",
+        f"data.allow_pipe in {path} must be false, because shards are no longer read from "
+        f"commands, got {values.get('allow_pipe')!r}. Copy the shards to a folder or give an "
+        "https:// or s3:// address in data.shards, and set data.allow_pipe to false.",
     )
     values = dict(values)
     values.pop("allow_pipe", None)

@@ -183,7 +183,7 @@ def test_options_that_change_no_number_may_change(config):
 def test_a_config_that_was_cut_off_is_an_error_that_names_it(config):
     folder = open_run_folder(config)
     (folder / "config.json").write_text('{"stage": "vis')
-    with pytest.raises(UserError, match=r"config\.json must be JSON"):
+    with pytest.raises(UserError, match=r"config\.json: it is not JSON"):
         open_run_folder(config)
 
 
