@@ -1,4 +1,4 @@
-"""Ranks: who this process is under any launcher, and the few collectives outside DeepSpeed."""
+"""Find rank and world size under any launcher, and run collectives outside DeepSpeed."""
 
 import os
 import random
@@ -22,13 +22,15 @@ START_WITH = (
     "Start with deepspeed, torchrun, Open MPI's mpirun, or launch/slurm/train.sbatch."
 )
 
-was_started = False  # whether this process ever joined a process group
-_told_by_start: set[str] = set()  # names of the environment that no launcher had set
+# Whether this process ever joined a process group.
+was_started = False
+# Environment variables that `start` set because no launcher had set them.
+_set_by_start: set[str] = set()
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all of them."""
+    """Rank of this process, and numbers of processes in all and on this machine."""
 
     rank: int
     size: int
@@ -37,49 +39,50 @@ class World:
 
     @property
     def device(self) -> torch.device:
+        """Return the GPU of this rank, or the CPU if there is no GPU."""
         if not torch.cuda.is_available():
             return torch.device("cpu")
-        # Under `srun --gpus-per-task=1` each rank sees one GPU, whatever its local rank.
+        # Modulo, because each rank sees a single GPU under `srun --gpus-per-task=1`.
         return torch.device("cuda", self.local_rank % torch.cuda.device_count())
 
     @property
     def is_main(self) -> bool:
+        """Return whether this is rank 0."""
         return self.rank == 0
 
 
 def rank_environment(env: Mapping[str, str]) -> dict[str, str]:
-    """RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT under
-    any launcher.
+    """Return the environment variables of torch.distributed under any launcher.
 
-    deepspeed and torchrun set the first ones themselves; Open MPI's `mpirun` tells them
-    as OMPI_COMM_WORLD_*, `srun python` as SLURM_*, with the rendezvous exported by
-    launch/slurm/run.sh; a plain `python` is a world of one. Raises UserError where a
-    launcher told only half of it.
+    These are RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+    deepspeed and torchrun set them. Open MPI's `mpirun` sets OMPI_COMM_WORLD_*, and `srun
+    python` sets SLURM_*; there launch/slurm/run.sh exports the master address. A plain
+    `python` has world size 1. Raises UserError if a launcher set only some of them.
     """
     if "RANK" in env or "WORLD_SIZE" in env:
         found = {}
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-            found[name] = _told(env, name, "RANK or WORLD_SIZE")
+            found[name] = _required(env, name, "RANK or WORLD_SIZE")
         found["LOCAL_WORLD_SIZE"] = (
             env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or found["WORLD_SIZE"]
         )
-    # under SLURM, too: srun started mpirun's daemons
+    # Before SLURM, because srun starts the daemons of mpirun.
     elif int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
         found = {}
         for name in RANK_NAMES:
-            theirs = f"OMPI_COMM_WORLD_{name.replace('WORLD_', '')}"
-            found[name] = _told(env, theirs, "OMPI_COMM_WORLD_SIZE")
+            mpi_name = f"OMPI_COMM_WORLD_{name.replace('WORLD_', '')}"
+            found[name] = _required(env, mpi_name, "OMPI_COMM_WORLD_SIZE")
     elif "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         found = {
             "RANK": env["SLURM_PROCID"],
             "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"],
-            "LOCAL_RANK": _told(env, "SLURM_LOCALID", "SLURM_PROCID"),
+            "LOCAL_RANK": _required(env, "SLURM_LOCALID", "SLURM_PROCID"),
             "LOCAL_WORLD_SIZE": _tasks_per_node(env) or "1",
         }
     elif int(env.get("PMI_SIZE", "1")) > 1:
         raise UserError(
-            f"RANK and WORLD_SIZE must be set where PMI_SIZE says {env['PMI_SIZE']} "
-            f"processes, but are not. {START_WITH}"
+            f"RANK and WORLD_SIZE must be set if PMI_SIZE is {env['PMI_SIZE']}, got none. "
+            f"{START_WITH}"
         )
     else:
         port = env["MASTER_PORT"] if "MASTER_PORT" in env else str(free_port())
@@ -94,37 +97,39 @@ def rank_environment(env: Mapping[str, str]) -> dict[str, str]:
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if name not in env:
             raise UserError(
-                f"{name} must be set where there are {found['WORLD_SIZE']} ranks, but is "
-                f"not. {START_WITH}"
+                f"{name} must be set if the world size is {found['WORLD_SIZE']}, got none. "
+                f"{START_WITH}"
             )
         found[name] = env[name]
     return found
 
 
-def _told(env: Mapping[str, str], name: str, because: str) -> str:
-    """A launcher's variable: a rank that lacks one would take itself for the only one, or
-    for the first."""
+def _required(env: Mapping[str, str], name: str, because: str) -> str:
+    """Return an environment variable that the launcher must set.
+
+    Raises UserError if it is missing: with a default, the process would act as rank 0 or
+    with world size 1. because: the variable that identified the launcher.
+    """
     if name not in env:
-        raise UserError(f"{name} must be set where {because} is, but is not. {START_WITH}")
+        raise UserError(f"{name} must be set if {because} is set, got none. {START_WITH}")
     return env[name]
 
 
 def _tasks_per_node(env: Mapping[str, str]) -> str:
-    """Return the tasks of this step on its first node, of SLURM's "4(x2),3"; empty if unset."""
+    """Return the number of tasks on the first node, "4" of "4(x2),3"; empty if unset."""
     return env.get("SLURM_STEP_TASKS_PER_NODE", "").split("(")[0].split(",")[0]
 
 
 def start(timeout: timedelta = timedelta(minutes=30)) -> World:
-    """Join the process group (nccl where there are GPUs, gloo elsewhere) and return this
-    process's World."""
-    told = rank_environment(os.environ)
-    _told_by_start.update(told.keys() - os.environ.keys())
-    os.environ.update(told)
-    rank, size, local_rank, local_size = (int(told[name]) for name in RANK_NAMES)
+    """Join the process group (nccl if there are GPUs, else gloo) and return the World."""
+    found = rank_environment(os.environ)
+    _set_by_start.update(found.keys() - os.environ.keys())
+    os.environ.update(found)
+    rank, size, local_rank, local_size = (int(found[name]) for name in RANK_NAMES)
     world = World(rank, size, local_rank, local_size)
     if world.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        # Threads that wait for one another spin: with more of them than cores, a step
-        # takes 30 times as long.
+        # Waiting OpenMP threads spin. With more threads than cores, a step takes 30 times
+        # as long.
         torch.set_num_threads(cores_of_rank(local_size, os.environ))
     if not dist.is_initialized():
         if world.device.type == "cuda":
@@ -137,8 +142,10 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> World:
 
 
 def cores_of_rank(local_size: int, env: Mapping[str, str]) -> int:
-    """CPU cores for this rank: those that srun bound it to alone, else its share of those
-    of all here."""
+    """Return the number of CPU cores for this rank.
+
+    This is all that srun bound to its task alone, else its share of those of the machine.
+    """
     cores = len(os.sched_getaffinity(0))
     tasks_here = int(_tasks_per_node(env) or "0")
     if tasks_here == local_size and cores <= int(env.get("SLURM_CPUS_PER_TASK", "0")):
@@ -147,22 +154,21 @@ def cores_of_rank(local_size: int, env: Mapping[str, str]) -> int:
 
 
 def stop() -> None:
-    """Leave the process group; the environment is as it was before `start`."""
+    """Leave the process group and restore the environment that `start` changed."""
     if dist.is_initialized():
-        # it keeps the group and others made of it
+        # DeepSpeed keeps references to the group and to groups that it created.
         deepspeed = sys.modules.get("deepspeed.comm")
         group_holder: Any = deepspeed if deepspeed and deepspeed.is_initialized() else dist
         group_holder.destroy_process_group()
-    # A later group, or a child's, would find this one's port taken: it may be held on to.
-    for name in _told_by_start:
+    # Else a later group or a child process would reuse the port, which may still be in use.
+    for name in _set_by_start:
         os.environ.pop(name, None)
-    _told_by_start.clear()
+    _set_by_start.clear()
 
 
 @contextmanager
 def session() -> Iterator[World]:
-    """This process's World; at the end it leaves the process group, unless it was in it
-    before."""
+    """Yield the World. At the end leave the process group, unless it existed before."""
     begins = not dist.is_initialized()
     world = start()
     try:
@@ -173,9 +179,11 @@ def session() -> Iterator[World]:
 
 
 def free_port() -> int:
-    """A TCP port that nobody uses now, below those handed out to connections: it is bound
-    later."""
-    # by the clock and the system, whatever seed torch or the caller has set
+    """Return an unused TCP port.
+
+    It is below the ephemeral ports, so that no connection takes it before it is bound.
+    """
+    # Seeded by the system, so that two runs with the same seed get different ports.
     draw = random.Random()
     while True:
         with socket.socket() as s, suppress(OSError):
@@ -184,7 +192,7 @@ def free_port() -> int:
 
 
 def all_reduce_sum(values: Iterable[float], world: World) -> list[float]:
-    """Element-wise sum over ranks, in float64."""
+    """Sum each value over ranks, in float64."""
     tensor = torch.tensor(list(values), dtype=torch.float64, device=world.device)
     if world.size > 1:
         dist.all_reduce(tensor)
@@ -192,8 +200,10 @@ def all_reduce_sum(values: Iterable[float], world: World) -> list[float]:
 
 
 def gather_objects(local: Any, world: World) -> list[Any]:
-    """What each rank holds, on every rank, in the order of ranks (plain lists of our own
-    making only)."""
+    """Return the objects of all ranks, in the order of ranks, on every rank.
+
+    Objects are pickled, so pass only plain values made by this program.
+    """
     if world.size == 1:
         return [local]
     gathered: list[Any] = [None] * world.size
@@ -202,7 +212,7 @@ def gather_objects(local: Any, world: World) -> list[Any]:
 
 
 def broadcast_object(value: Any, world: World) -> Any:
-    """Rank 0's value, on every rank."""
+    """Return the value of rank 0 on every rank."""
     box = [value]
     if world.size > 1:
         dist.broadcast_object_list(box, src=0)
@@ -210,27 +220,28 @@ def broadcast_object(value: Any, world: World) -> Any:
 
 
 def main_first(action: Any, world: World) -> Any:
-    """Run `action()` on rank 0 alone and return its value on all ranks.
+    """Run `action()` on rank 0 only and return its value on all ranks.
 
-    Its UserError is raised by every rank; an OSError becomes one.
+    A UserError of rank 0 is raised on every rank. An OSError becomes a UserError.
     """
+    # All ranks take part in the broadcast even if rank 0 fails, so that none waits for it.
     outcome: tuple[Any, str | None] = (None, None)
     if world.is_main:
         try:
             outcome = (action(), None)
         except (UserError, OSError) as error:
-            outcome = (None, _sentence(error))
-    value, sentence = broadcast_object(outcome, world)
-    if sentence is not None:
-        raise UserError(sentence)
+            outcome = (None, _message(error))
+    value, message = broadcast_object(outcome, world)
+    if message is not None:
+        raise UserError(message)
     return value
 
 
 @contextmanager
 def locked_by_main(path: Path, what: str, advice: str, world: World) -> Iterator[None]:
-    """Hold the lock file `path` on rank 0 for all ranks, by `files.locked`.
+    """Hold the lock file `path` on rank 0 for all ranks, with `files.locked`.
 
-    Raises its UserError on every rank, also for an OSError.
+    Raises UserError on every rank if rank 0 cannot lock it.
     """
     with ExitStack() as stack:
 
@@ -244,18 +255,20 @@ def locked_by_main(path: Path, what: str, advice: str, world: World) -> Iterator
 def on_each_machine(action: Callable[[], None], world: World) -> None:
     """Run `action()` on one rank of each machine.
 
-    The first UserError of any is raised by every rank; an OSError becomes one.
+    The first UserError of any machine is raised on every rank. An OSError becomes a
+    UserError.
     """
-    sentence = None
+    message = None
     if world.local_rank == 0:
         try:
             action()
         except (UserError, OSError) as error:
-            sentence = _sentence(error)
-    for said in gather_objects(sentence, world):
-        if said is not None:
-            raise UserError(said)
+            message = _message(error)
+    for of_rank in gather_objects(message, world):
+        if of_rank is not None:
+            raise UserError(of_rank)
 
 
-def _sentence(error: UserError | OSError) -> str:
+def _message(error: UserError | OSError) -> str:
+    """Return the text that a user sees."""
     return file_problem(error) if isinstance(error, OSError) else str(error)

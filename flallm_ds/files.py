@@ -1,17 +1,16 @@
-"""Files and folders that appear whole or not at all, locks that end with their process,
-checksums.
+"""Write files and folders atomically, lock them, and compute checksums.
 
-A new file or folder is written under a temporary name next to its place and then renamed,
-so that a process may be killed at any moment. What a kill leaves under a temporary name
-counts for nothing.
+A new file or folder is written under a temporary name in the same folder and then renamed.
+So a process may be killed at any time without leaving an incomplete file under the final
+name. Files under temporary names are ignored.
 
-    function        temporary name      who may write
-    replace_file    .partial-NAME       one process at a time; the next try overwrites what is left
-    write_file      NAME.PID.THREAD.tmp any processes and threads of a machine at once
-    replace_folder  .partial-NAME       one process at a time; an old folder waits as .old-NAME
-    new_folder      .partial-NAME.PID   any processes of a machine; only the first gets the name
+    function        temporary name       concurrent writers
+    replace_file    .partial-NAME        none; the next call overwrites the temporary file
+    write_file      NAME.PID.THREAD.tmp  processes and threads of one machine
+    replace_folder  .partial-NAME        none; the old folder is .old-NAME for a moment
+    new_folder      .partial-NAME.PID    processes of one machine; the first one succeeds
 
-This module must not import torch: a machine that only builds shards does not load it.
+This module must not import torch, because building shards does not need it.
 """
 
 import errno
@@ -33,14 +32,13 @@ from filelock import FileLock, Timeout, lock_descriptor
 
 from flallm_ds.errors import UserError
 
-# A holder that ends may remove its lock file. Who opened that file just before opens the
-# new one.
+# A process that releases a lock removes its file. A process that opened this file just
+# before must open the new file, which takes a moment.
 _LOCK_WAIT_S = 0.1
 
 
 def partial_of(path: Path) -> Path:
-    """Return the temporary path of `replace_file` and `replace_folder`, for those who
-    clean up."""
+    """Return the temporary path of `replace_file` and `replace_folder`, for clean-up."""
     return path.with_name(f".partial-{path.name}")
 
 
@@ -48,19 +46,19 @@ def partial_of(path: Path) -> Path:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Write a text file whole and safe on the disk, or not at all.
+    """Write a text file atomically and sync it to the disk.
 
-    Raises OSError that names a file.
+    Raises OSError with a filename.
     """
     try:
         _write(partial_of(path), path, text.encode())
     except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk has none
+        error.filename = error.filename or str(path)  # ENOSPC has no filename
         raise
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file whole and safe on the disk, or not at all. Raises OSError."""
+    """Write a file atomically and sync it to the disk. Raises OSError."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_native_id()}.tmp")
     try:
         _write(temporary, path, content)
@@ -69,8 +67,7 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write compact JSON as `write_file` does; a value that JSON lacks (a path) becomes a
-    string."""
+    """Write compact JSON with `write_file`. Other values, e.g. paths, become strings."""
     write_file(path, json.dumps(content, ensure_ascii=False, default=str).encode())
 
 
@@ -83,13 +80,13 @@ def _write(temporary: Path, path: Path, content: bytes) -> None:
 
 
 def move(path: Path, target: Path) -> None:
-    """Rename a file that is safe on the disk, so that its new name is safe there, too."""
+    """Rename a file that is on the disk, and sync its new name."""
     path.rename(target)
     sync(target.parent)
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the list of names in a folder, is on the disk."""
+    """Wait until a file, or the list of files in a folder, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -101,11 +98,11 @@ def sync(path: Path) -> None:
 
 
 def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a folder whole or not at all; an existing one is replaced when the new one is
-    complete.
+    """Write a folder atomically; an existing folder is replaced by the complete new one.
 
-    write: is called with an empty folder. A kill between the two renames leaves no
-    `path`: `recover_folders` puts the old one back. Raises OSError.
+    write: function that fills an empty folder. If the process is killed between the two
+    renames, `path` does not exist and `recover_folders` restores the old folder. Raises
+    OSError.
     """
     partial = partial_of(path)
     shutil.rmtree(partial, ignore_errors=True)
@@ -113,7 +110,7 @@ def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
     try:
         write(partial)
     except Exception as error:
-        # The tokenizers library raises a bare Exception for what is an OSError.
+        # The tokenizers library raises a bare Exception instead of an OSError.
         found = re.fullmatch(r"(.*) \(os error (\d+)\)", str(error))
         if type(error) is not Exception or found is None:
             raise
@@ -123,7 +120,7 @@ def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def put_folder(partial: Path, path: Path) -> None:
-    """Give a complete folder its name; a folder that has it is set aside and then removed."""
+    """Rename a complete folder to `path`. An existing folder is removed afterwards."""
     old = path.with_name(f".old-{path.name}")
     if old.exists():
         _recover(old)
@@ -134,7 +131,7 @@ def put_folder(partial: Path, path: Path) -> None:
 
 
 def recover_folders(parent: Path) -> None:
-    """Put every old folder back whose replacement was killed between its two renames."""
+    """Restore each old folder whose replacement was killed between the two renames."""
     for old in parent.glob(".old-*"):
         _recover(old)
 
@@ -149,12 +146,12 @@ def _recover(old: Path) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder that becomes `path` when the block ends, and is removed if it fails.
+    """Yield an empty folder that is renamed to `path` at the end, or removed on failure.
 
-    Raises OSError, also where something but an empty folder is at `path` in the end.
+    Raises OSError, also if `path` is not an empty folder at the end.
     """
     partial = path.with_name(f".partial-{path.name}.{os.getpid()}")
-    # of a killed process that had the same number
+    # A killed process may have had the same process id.
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
@@ -165,8 +162,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def publish_folder(folder: Path, path: Path) -> None:
-    """Rename a folder of complete files to `path`, absent or empty, with all of it on the
-    disk."""
+    """Sync a folder of complete files and rename it to `path`, which is absent or empty."""
     for file in folder.iterdir():
         sync(file)
     sync(folder)
@@ -176,7 +172,7 @@ def publish_folder(folder: Path, path: Path) -> None:
 def share_files(folder: Path) -> None:
     """Give each file of a new folder the permissions that the umask allows.
 
-    safetensors makes its files private (0600), which would lock out the rest of a group.
+    safetensors creates private files (0600), which other users of a group could not read.
     """
     umask = os.umask(0)
     os.umask(umask)
@@ -186,17 +182,17 @@ def share_files(folder: Path) -> None:
 
 
 # --- locks
-# All are flocks: the kernel frees one when its process ends, also by kill -9.
+# All locks are flocks: the kernel releases them when the process ends, even by kill -9.
 
 
 def take_lock(path: Path) -> FileLock | None:
-    """Lock a file, which is made if need be and stays; None where another process holds it.
+    """Lock a file; return None if another process holds the lock.
 
-    `release()` ends the lock. Raises OSError where the file cannot be opened, or (without
-    a filename) where the file system has no flock.
+    The file is created if necessary and is not removed by `release()`. Raises OSError if
+    the file cannot be opened, or (without a filename) if the file system has no flock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # No soft lock (a file that merely exists): after kill -9 nobody would remove it.
+    # No soft lock, where the existence of a file is the lock: it would survive kill -9.
     lock = FileLock(
         path,
         timeout=_LOCK_WAIT_S,
@@ -212,9 +208,9 @@ def take_lock(path: Path) -> FileLock | None:
 
 
 def take_folder_lock(folder: Path) -> int | None:
-    """Lock a folder itself, without a file in it; None where another process holds it.
+    """Lock a folder without a lock file; return None if another process holds the lock.
 
-    `os.close` of the returned handle ends the lock. Raises OSError.
+    `os.close` of the returned handle releases the lock. Raises OSError.
     """
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -230,11 +226,11 @@ def take_folder_lock(folder: Path) -> int | None:
 
 @contextmanager
 def locked(path: Path, what: str, advice: str) -> Iterator[None]:
-    """Hold the lock file `path` while the block runs, then remove it and the folders made for it.
+    """Hold the lock file `path` while the block runs, then remove it and new folders.
 
-    what: is locked, advice: what else a user can do than wait; both for the message.
-    Raises UserError where another process holds it, or where the file system has no
-    flock; OSError where the file cannot be opened.
+    what: name of the locked object in error messages. advice: what the user can do instead
+    of waiting. Raises UserError if another process holds the lock or the file system has no
+    flock, OSError if the file cannot be opened.
     """
     made = [folder for folder in path.parents if not folder.exists()]
     try:
@@ -253,12 +249,13 @@ def locked(path: Path, what: str, advice: str) -> Iterator[None]:
             f"{what} is in use by {holder}. Wait for it or end it, or {advice}."
         )
     try:
-        with suppress(OSError):  # on a full disk the lock holds all the same
+        # The text is for messages only, so a full disk does not matter.
+        with suppress(OSError):
             path.write_text(json.dumps(_this_process()), encoding="utf-8")
         yield
     finally:
-        # Removed while it is held: who has opened it meanwhile sees that it has no name
-        # any more.
+        # Remove the file before the release. A process that has opened it meanwhile then
+        # finds that the file has no name, and opens a new one.
         with suppress(OSError):
             path.unlink()
         lock.release()
@@ -266,8 +263,7 @@ def locked(path: Path, what: str, advice: str) -> Iterator[None]:
 
 
 def _this_process() -> dict[str, str | int | None]:
-    """What the lock file says, for the message alone: only the kernel decides who holds
-    the lock."""
+    """Return the content of the lock file, which is used for messages only."""
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -277,18 +273,18 @@ def _this_process() -> dict[str, str | int | None]:
 
 
 def _holder(path: Path) -> str:
-    """Who holds the lock, in words."""
+    """Describe the process that holds the lock."""
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-        job = f" (SLURM job {said['slurm_job']})" if said["slurm_job"] else ""
-        return f"process {said['pid']} on {said['host']}{job} since {said['since']}"
-    # it is being written, or the disk was full
+        holder = json.loads(path.read_text(encoding="utf-8"))
+        job = f" (SLURM job {holder['slurm_job']})" if holder["slurm_job"] else ""
+        return f"process {holder['pid']} on {holder['host']}{job} since {holder['since']}"
     except (OSError, ValueError, KeyError, TypeError):
+        # The holder is writing the file, or the disk was full.
         return "another process"
 
 
 def _remove(made: list[Path]) -> None:
-    """Remove folders that were made for a lock and stayed empty, the innermost first."""
+    """Remove folders that were made for a lock and are empty, the innermost first."""
     for folder in made:
         with suppress(OSError):
             folder.rmdir()
@@ -304,15 +300,17 @@ def file_sha256(path: Path) -> str:
 
 
 def sha256_of(file: BinaryIO) -> str:
-    """Return the sha256 of an open file from where it stands to its end, in hex."""
+    """Return the sha256 of an open file from its current position to its end, in hex."""
     return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a regular file, unbuffered. Raises OSError for another: a fifo would block for
-    ever."""
+    """Open a regular file without buffering.
+
+    Raises OSError for any other file: opening a fifo would block.
+    """
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
     return cast(BinaryIO, os.fdopen(fd, "rb", buffering=0))

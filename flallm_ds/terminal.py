@@ -1,5 +1,4 @@
-"""What a person sees on a terminal or in a log file: text that can always be written, and
-progress."""
+"""Print text and progress on a terminal or to a log file, without ever failing."""
 
 import errno
 import io
@@ -12,35 +11,36 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-LOG_EVERY_S = 10.0  # between two lines of progress: a log file keeps every line
+# Seconds between two lines of progress in a log file.
+LOG_EVERY_S = 10.0
 
-# C0 and C1 controls but tab and newline, DEL, line separators, and what changes the
-# direction of a line.
+# C0 and C1 control characters except tab and newline, DEL, line separators, and characters
+# that change the direction of a line.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
-_NOBODY_READS = (errno.EPIPE, errno.EIO)  # `| head` has ended; the terminal is gone
+# No process reads the output any more: `| head` has ended, or the terminal was closed.
+_NO_READER = (errno.EPIPE, errno.EIO)
 
-_write_error: OSError | None = None  # the first one that is a fault, e.g. of a full disk
+# The first error of another kind, e.g. a full disk.
+_write_error: OSError | None = None
 
 
 def printable(text: str) -> str:
-    r"""Replace controls that would steer a terminal, bidirectional ones too, by their
-    escapes (`\x1b`)."""
+    r"""Replace control and bidirectional characters by their escapes (`\x1b`)."""
     return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def one_line(text: str) -> str:
-    """Make text of a corpus or a model printable on one line."""
+    """Make the text of a corpus or a model printable on one line."""
     return printable(text).replace("\n", r"\n").replace("\t", r"\t")
 
 
 def prepare() -> None:
-    """Make stdout and stderr such that no print ever fails; called once, at the start of
-    a command.
+    """Set up stdout and stderr so that no print fails. Call it once, at the start.
 
-    A character that the encoding lacks is written as its escape. When nobody reads the
-    output any more, the command goes on without it: its result is in files, and its exit
-    code says how it ended. Texts of corpora and models go to stdout, where control
-    characters are escaped.
+    A character that the encoding does not have is written as its escape. If the reader of
+    the output ends, the command continues without output: its results are in files and its
+    exit code is correct. Control characters are escaped on stdout, because texts of corpora
+    and models are printed there.
     """
     for name, kind in (("stdout", _EscapingText), ("stderr", _Text)):
         stream = getattr(sys, name)
@@ -52,18 +52,18 @@ def prepare() -> None:
                 io.BufferedWriter(io.FileIO(stream.fileno(), "w", closefd=False)),
                 encoding=stream.encoding,
                 errors="backslashreplace",
-                # python -u writes through
+                # `python -u` sets write_through.
                 line_buffering=stream.line_buffering or stream.write_through,
             )
             setattr(sys, name, text)
     if not shows_bars():
-        # Read when huggingface_hub is imported, which is later: bars of downloads and of
-        # loading weights.
+        # huggingface_hub reads this when it is imported, which is later. It turns off the
+        # bars of downloads and of loading weights.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 class _Text(io.TextIOWrapper):
-    """A stream that people read: where it cannot be written, what comes after is dropped."""
+    """A text stream that drops all further output once a write fails."""
 
     def write(self, text: str) -> int:
         try:
@@ -80,35 +80,39 @@ class _Text(io.TextIOWrapper):
 
     def _drop(self, error: OSError) -> None:
         global _write_error
-        if error.errno not in _NOBODY_READS and _write_error is None:
+        if error.errno not in _NO_READER and _write_error is None:
             _write_error = error
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        # also for what is buffered, and for what a library writes
-        os.dup2(nowhere, self.fileno())
-        os.close(nowhere)
+        # Redirect the descriptor itself, for buffered text and for the output of libraries.
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self.fileno())
+        os.close(null)
 
 
 class _EscapingText(_Text):
+    """A text stream that escapes control characters."""
+
     def write(self, text: str) -> int:
         return super().write(printable(text))
 
 
 def write_error() -> str:
-    """Why output was lost, e.g. "No space left on device"; empty if it was not, or if
-    nobody reads it."""
+    """Return why output was lost, e.g. "No space left on device"; empty if none was."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    return (_write_error.strerror or str(_write_error)) if _write_error is not None else ""
+    if _write_error is None:
+        return ""
+    return _write_error.strerror or str(_write_error)
 
 
 def shows_bars() -> bool:
-    """Whether stderr is a terminal on which a line can be drawn again."""
+    """Return whether stderr is a terminal on which a progress bar can be updated."""
     return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
 class Progress(Protocol):
-    """What `progress` yields."""
+    """A progress display, as `progress` yields it."""
 
+    # Number of clips done.
     n: int
 
     def update(self, n: int) -> Any:
@@ -117,10 +121,9 @@ class Progress(Protocol):
 
 @contextmanager
 def progress(total: int, title: str) -> Iterator[Progress]:
-    """Show how many of `total` clips are done, on stderr: a bar on a terminal, lines in a
-    log file."""
+    """Show on stderr how many of `total` clips are done, as a bar or as lines of a log."""
     if shows_bars():
-        # only where a bar is shown
+        # Imported only if a bar is shown.
         from tqdm import tqdm
 
         with tqdm(
@@ -137,37 +140,36 @@ def progress(total: int, title: str) -> Iterator[Progress]:
         try:
             yield lines
         finally:
-            lines.say()
+            lines.print_line()
 
 
 class ProgressLines:
-    """Plain lines now and then, with rate and time left; for where no bar can be drawn."""
+    """Print lines with clips per second and remaining time, at most every LOG_EVERY_S."""
 
     def __init__(self, total: int, title: str) -> None:
         self.total, self.title, self.n = total, title, 0
-        self._begin = self._said = time.monotonic()
+        self._begin = self._printed = time.monotonic()
 
     def update(self, n: int) -> None:
+        """Count `n` more clips as done, and print a line if it is time."""
         self.n += n
-        if time.monotonic() - self._said >= LOG_EVERY_S:
-            self.say()
+        if time.monotonic() - self._printed >= LOG_EVERY_S:
+            self.print_line()
 
-    def say(self) -> None:
+    def print_line(self) -> None:
         """Print a line."""
-        self._said = time.monotonic()
-        seconds = self._said - self._begin
+        self._printed = time.monotonic()
+        seconds = self._printed - self._begin
         rate = self.n / seconds if seconds else 0.0
-        end = (
-            f"left {clock((self.total - self.n) / rate)}"
-            if 0 < self.n < self.total
-            else clock(seconds)
-        )
+        end = clock(seconds)
+        if 0 < self.n < self.total:
+            end = f"left {clock((self.total - self.n) / rate)}"
         line = f"{self.title}: {self.n}/{self.total} clips  {rate:.1f} clips/s  {end}"
         print(line, file=sys.stderr, flush=True)
 
 
 def clock(seconds: float) -> str:
-    """h:mm:ss or m:ss."""
+    """Format seconds as h:mm:ss or m:ss."""
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"

@@ -27,13 +27,12 @@ ALONE = World(rank=0, size=1, local_rank=0, local_size=1)
 
 
 def found(env: dict[str, str]) -> tuple[int, ...]:
-    told = rank_environment(env)
-    return tuple(
-        int(told[n]) for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    )
+    ranks = rank_environment(env)
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    return tuple(int(ranks[name]) for name in names)
 
 
-def test_the_deepspeed_launcher_is_understood():
+def test_variables_of_the_deepspeed_launcher_are_read():
     env = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_SIZE": "2", **MASTER}
     assert found(env) == (3, 4, 1, 2)
     assert (
@@ -42,7 +41,7 @@ def test_the_deepspeed_launcher_is_understood():
     )
 
 
-def test_torchrun_is_understood():
+def test_variables_of_torchrun_are_read():
     env = {
         "RANK": "5",
         "LOCAL_RANK": "1",
@@ -58,7 +57,7 @@ def test_torchrun_is_understood():
     ("per_node", "local_size"),
     [("2(x2)", 2), ("4", 4), ("2,2", 2), ("2(x3),1", 2), ("16(x128)", 16)],
 )
-def test_srun_is_understood(per_node, local_size):
+def test_variables_of_srun_are_read(per_node, local_size):
     env = {
         "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1",
         "SLURM_STEP_TASKS_PER_NODE": per_node, **MASTER,
@@ -69,18 +68,18 @@ def test_srun_is_understood(per_node, local_size):
 @pytest.mark.parametrize(
     "srun", [{}, {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0"}]
 )
-def test_open_mpi_is_understood_also_where_srun_started_its_daemons(srun):
+def test_variables_of_open_mpi_are_read_even_if_srun_started_its_daemons(srun):
     mpirun = {"RANK": "3", "SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}
     env = {f"OMPI_COMM_WORLD_{name}": value for name, value in mpirun.items()}
     assert found({**srun, **env, **MASTER}) == (3, 4, 1, 2)
 
 
-def test_a_launcher_that_is_not_understood_is_no_world_of_one():
-    with pytest.raises(UserError, match="must be set where PMI_SIZE says 2 processes"):
+def test_an_unknown_launcher_is_refused():
+    with pytest.raises(UserError, match="must be set if PMI_SIZE is 2, got none"):
         rank_environment({"PMI_SIZE": "2", "PMI_RANK": "1"})
 
 
-def test_a_launcher_within_an_srun_step_wins_over_srun():
+def test_a_launcher_in_an_srun_step_has_precedence_over_srun():
     srun = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0"}
     torchrun = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
     assert found({**srun, **torchrun, **MASTER}) == (3, 4, 1, 2)
@@ -89,10 +88,11 @@ def test_a_launcher_within_an_srun_step_wins_over_srun():
 @pytest.mark.parametrize(
     "env", [{}, {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, {"SLURM_JOB_ID": "7"}]
 )
-def test_a_plain_process_is_a_world_of_one_with_a_port_of_its_own(env):
+def test_a_plain_process_has_world_size_1_and_its_own_port(env):
     assert found(env) == (0, 1, 0, 1)
-    told = rank_environment(env)
-    assert told["MASTER_ADDR"] == "127.0.0.1" and 1024 <= int(told["MASTER_PORT"]) < 65536
+    master = rank_environment(env)
+    assert master["MASTER_ADDR"] == "127.0.0.1"
+    assert 1024 <= int(master["MASTER_PORT"]) < 65536
 
 
 @pytest.mark.parametrize("missing", ["MASTER_ADDR", "MASTER_PORT"])
@@ -103,9 +103,9 @@ def test_a_plain_process_is_a_world_of_one_with_a_port_of_its_own(env):
         {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0"},
     ],
 )
-def test_ranks_without_a_place_to_meet_are_refused(env, missing):
+def test_ranks_without_a_master_address_are_refused(env, missing):
     master = {name: value for name, value in MASTER.items() if name != missing}
-    with pytest.raises(UserError, match=f"{missing} must be set where there are 2 ranks"):
+    with pytest.raises(UserError, match=f"{missing} must be set if the world size is 2"):
         rank_environment({**env, **master})
 
 
@@ -118,9 +118,8 @@ def test_ranks_without_a_place_to_meet_are_refused(env, missing):
         ({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}, "SLURM_LOCALID"),
     ],
 )
-def test_a_launcher_that_tells_half_of_it_is_refused(env, missing):
-    """Else every rank would take itself for a world of one, or for the first GPU's,
-    without a word."""
+def test_a_launcher_that_sets_only_some_variables_is_refused(env, missing):
+    """With defaults, every rank would run with world size 1 or on the first GPU."""
     with pytest.raises(UserError, match=f"{missing} must be set"):
         rank_environment({**env, **MASTER})
 
@@ -133,7 +132,7 @@ def test_a_launcher_that_tells_half_of_it_is_refused(env, missing):
         ({}, 2, 4, 1),
         # srun bound each task
         ({"SLURM_STEP_TASKS_PER_NODE": "4(x2)", "SLURM_CPUS_PER_TASK": "8"}, 8, 4, 8),
-        # and here it did not
+        # srun did not bind the tasks
         ({"SLURM_STEP_TASKS_PER_NODE": "4(x2)", "SLURM_CPUS_PER_TASK": "8"}, 32, 4, 8),
         (
             {"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_CPUS_PER_TASK": "32"},
@@ -143,19 +142,19 @@ def test_a_launcher_that_tells_half_of_it_is_refused(env, missing):
         ),  # deepspeed in a task
     ],
 )
-def test_a_rank_takes_its_own_cores_or_its_share(
+def test_a_rank_uses_its_own_cores_or_its_share(
     monkeypatch, step, cores, local_size, found
 ):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
     assert cores_of_rank(local_size, step) == found
 
 
-def test_a_free_port_can_be_listened_on():
+def test_a_free_port_can_be_bound():
     with socket.socket() as s:
         s.bind(("127.0.0.1", free_port()))
 
 
-def test_a_world_of_one_needs_no_process_group():
+def test_world_size_1_needs_no_process_group():
     assert not torch.distributed.is_initialized()
     assert all_reduce_sum([1, 2.5], ALONE) == [1.0, 2.5]
     assert gather_objects("x", ALONE) == ["x"]
@@ -163,23 +162,23 @@ def test_a_world_of_one_needs_no_process_group():
     assert main_first(lambda: 5, ALONE) == 5
 
 
-def test_an_error_of_the_first_rank_is_raised():
+def test_an_error_of_rank_0_is_raised():
     def fails() -> None:
-        raise UserError("it must be, but is not.")
+        raise UserError("x must be 1, got 2.")
 
-    with pytest.raises(UserError, match="it must be, but is not"):
+    with pytest.raises(UserError, match="x must be 1, got 2"):
         main_first(fails, ALONE)
 
 
-def test_each_machine_looks_once_and_its_error_is_everybodys():
+def test_an_action_runs_once_per_machine_and_its_error_is_raised_on_all_ranks():
     calls: list[int] = []
     on_each_machine(lambda: calls.append(1), ALONE)
     assert calls == [1]
 
     def fails() -> None:
-        raise UserError("it must be, but is not.")
+        raise UserError("x must be 1, got 2.")
 
-    with pytest.raises(UserError, match="it must be, but is not"):
+    with pytest.raises(UserError, match="x must be 1, got 2"):
         on_each_machine(fails, ALONE)
 
 
@@ -187,10 +186,10 @@ def test_only_rank_0_is_main():
     assert ALONE.is_main and not World(1, 2, 1, 2).is_main
 
 
-def test_a_process_group_leaves_no_place_to_meet_behind():
+def test_a_process_group_leaves_no_master_address_behind():
     before = dict(os.environ)
     start()
-    # as DeepSpeed holds it: its store goes on listening
+    # DeepSpeed keeps such a reference, and the store keeps listening.
     held = torch.distributed.group.WORLD
     stop()
     assert dict(os.environ) == before
@@ -207,14 +206,14 @@ def test_a_process_group_leaves_no_place_to_meet_behind():
             "/dev/full",
             "No space left on device. Free some space and run the same command again.",
         ),
-        ("/dev", "Is a directory. Mend that and run the same command again."),
-        ("/proc/version/none", "Not a directory. Mend that"),
+        ("/dev", "Is a directory. Fix this and run the same command again."),
+        ("/proc/version/none", "Not a directory. Fix this"),
     ],
 )
-def test_an_os_error_of_one_rank_is_a_sentence_of_all(
+def test_an_os_error_of_one_rank_is_a_user_error_of_all_ranks(
     run: Callable[..., None], path: str, sentence: str
 ) -> None:
-    """Without it the other ranks would wait for the one that died."""
+    """Else the other ranks would wait for the failed one."""
     with pytest.raises(UserError) as caught:
         run(lambda: Path(path).write_text("text"), ALONE)
     assert str(caught.value).startswith("Cannot read or write ") and sentence in str(
@@ -222,7 +221,7 @@ def test_an_os_error_of_one_rank_is_a_sentence_of_all(
     )
 
 
-def test_a_lock_that_cannot_be_made_is_an_error_of_the_user(tmp_path: Path) -> None:
+def test_a_lock_that_cannot_be_created_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with (
         pytest.raises(UserError, match=r"Cannot read or write .*file"),

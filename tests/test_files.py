@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, locks between real processes, checksums."""
+"""Tests of atomic files and folders, of locks between processes and of checksums."""
 
 import errno
 import fcntl
@@ -46,7 +46,7 @@ def test_shards_are_built_without_torch() -> None:
 # --- files
 
 
-def test_a_replaced_file_is_whole(tmp_path: Path) -> None:
+def test_a_replaced_file_is_complete(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     replace_file(path, "one")
     replace_file(path, "zwei ä")
@@ -55,7 +55,7 @@ def test_a_replaced_file_is_whole(tmp_path: Path) -> None:
     ]
 
 
-def test_a_file_that_does_not_fit_on_the_disk_is_named_and_the_old_one_stays(
+def test_a_full_disk_is_an_error_with_the_filename_and_keeps_the_old_file(
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "config.json"
@@ -66,7 +66,7 @@ def test_a_file_that_does_not_fit_on_the_disk_is_named_and_the_old_one_stays(
     assert path.read_text() == "one"
 
 
-def test_a_file_that_many_threads_write_at_once_is_always_one_of_theirs(
+def test_a_file_that_several_threads_write_is_always_complete(
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "record.json"
@@ -81,7 +81,7 @@ def test_a_file_that_many_threads_write_at_once_is_always_one_of_theirs(
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_json_is_compact_and_knows_paths(tmp_path: Path) -> None:
+def test_json_is_compact_and_accepts_paths(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"path": tmp_path, "text": "ä"})
     assert (tmp_path / "a.json").read_text(
         "utf-8"
@@ -103,7 +103,7 @@ def no_space(folder: Path) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_a_replaced_folder_holds_the_new_content_alone(tmp_path: Path) -> None:
+def test_a_replaced_folder_contains_only_the_new_content(tmp_path: Path) -> None:
     path = tmp_path / "run" / "best"
     replace_folder(path, write_word("old"))
     (path / "more").touch()
@@ -124,7 +124,7 @@ def test_an_old_folder_stays_when_the_new_one_cannot_be_written(tmp_path: Path) 
     assert (path / "word").read_text() == "new" and list(tmp_path.iterdir()) == [path]
 
 
-def test_a_tokenizer_that_does_not_fit_on_the_disk_is_an_error_of_the_disk(
+def test_a_full_disk_while_a_tokenizer_is_saved_is_an_os_error(
     tmp_path: Path,
 ) -> None:
     """The tokenizers library raises a bare Exception."""
@@ -134,8 +134,8 @@ def test_a_tokenizer_that_does_not_fit_on_the_disk_is_an_error_of_the_disk(
     assert caught.value.errno == errno.ENOSPC and not (tmp_path / "tokenizer").exists()
 
 
-def test_other_folders_beside_it_are_left_alone(tmp_path: Path) -> None:
-    """`flallm export` writes where the user says."""
+def test_other_folders_with_similar_names_are_kept(tmp_path: Path) -> None:
+    """`flallm export` writes to any folder of a user."""
     for name in (".old-data", "data", ".old-gone"):
         (tmp_path / name).mkdir()
     replace_folder(tmp_path / "model", write_word("new"))
@@ -147,7 +147,7 @@ def test_other_folders_beside_it_are_left_alone(tmp_path: Path) -> None:
     }
 
 
-def test_a_kill_between_the_two_renames_is_recovered_from(
+def test_a_folder_is_recovered_after_a_kill_between_the_two_renames(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "best"
@@ -172,7 +172,7 @@ def test_a_kill_between_the_two_renames_is_recovered_from(
     assert (path / "word").read_text() == "old"
 
 
-def test_a_folder_that_is_there_is_not_overwritten_by_its_past(tmp_path: Path) -> None:
+def test_an_existing_folder_is_not_overwritten_by_the_old_one(tmp_path: Path) -> None:
     path = tmp_path / "best"
     for folder, word in ((path, "new"), (tmp_path / ".old-best", "old")):
         folder.mkdir()
@@ -189,7 +189,7 @@ def test_a_new_folder_appears_when_it_is_complete(tmp_path: Path) -> None:
     assert (path / "word").read_text() == "new" and list(path.parent.iterdir()) == [path]
 
 
-def test_a_new_folder_that_fails_leaves_nothing(tmp_path: Path) -> None:
+def test_a_new_folder_is_removed_on_failure(tmp_path: Path) -> None:
     with (
         pytest.raises(OSError, match="No space left"),
         new_folder(tmp_path / "out") as folder,
@@ -198,7 +198,7 @@ def test_a_new_folder_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_new_folder_takes_the_place_of_an_empty_one_alone(tmp_path: Path) -> None:
+def test_a_new_folder_replaces_only_an_empty_folder(tmp_path: Path) -> None:
     path = tmp_path / "out"
     path.mkdir()
     with new_folder(path) as folder:
@@ -208,14 +208,14 @@ def test_a_new_folder_takes_the_place_of_an_empty_one_alone(tmp_path: Path) -> N
     assert (path / "word").read_text() == "mine" and list(tmp_path.iterdir()) == [path]
 
 
-def test_files_are_shared_as_the_umask_says(tmp_path: Path) -> None:
+def test_permissions_of_files_follow_the_umask(tmp_path: Path) -> None:
     (tmp_path / "parts").mkdir()
     for name in ("one", "parts/two"):
         (tmp_path / name).touch(mode=0o600)
     before = os.umask(0o027)
     try:
         share_files(tmp_path)
-        assert os.umask(0o027) == 0o027, "it stays as it was"
+        assert os.umask(0o027) == 0o027, "the umask must not change"
     finally:
         os.umask(before)
     modes = [(tmp_path / name).stat().st_mode & 0o777 for name in ("one", "parts/two")]
@@ -255,23 +255,25 @@ def take(path: Path) -> None:
         pass
 
 
-def test_a_second_process_is_told_who_holds_it(
+def test_the_error_of_a_second_process_names_the_holder(
     tmp_path: Path, holder: subprocess.Popen[str]
 ) -> None:
     lock = tmp_path / "run" / ".lock"
     before = lock.read_bytes(), lock.stat().st_mtime_ns
     with pytest.raises(UserError) as caught:
         take(lock)
-    said = f"process {holder.pid} on {socket.gethostname()} (SLURM job 4711) since 20"
-    assert str(caught.value).startswith(f"Run folder run is in use by {said}")
+    described = f"process {holder.pid} on {socket.gethostname()} (SLURM job 4711) since 20"
+    assert str(caught.value).startswith(f"Run folder run is in use by {described}")
     assert str(caught.value).endswith("Wait for it or end it, or use another --run=FOLDER.")
-    assert (lock.read_bytes(), lock.stat().st_mtime_ns) == before, "it must touch nothing"
+    assert (lock.read_bytes(), lock.stat().st_mtime_ns) == before, (
+        "the lock file must not change"
+    )
 
 
-def test_it_is_free_again_after_kill_9(
+def test_a_lock_is_released_by_kill_9(
     tmp_path: Path, holder: subprocess.Popen[str]
 ) -> None:
-    """What the dead one wrote into the file is no reason to refuse."""
+    """The content that the killed process left in the file does not matter."""
     lock = tmp_path / "run" / ".lock"
     holder.send_signal(signal.SIGKILL)
     holder.wait()
@@ -280,7 +282,9 @@ def test_it_is_free_again_after_kill_9(
     assert not lock.exists()
 
 
-def test_it_leaves_nothing(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+def test_a_released_lock_leaves_no_files(
+    tmp_path: Path, holder: subprocess.Popen[str]
+) -> None:
     holder.communicate("")
     assert holder.returncode == 0
     assert list(tmp_path.iterdir()) == [], "the folder was made for the lock"
@@ -294,7 +298,7 @@ def test_it_leaves_nothing(tmp_path: Path, holder: subprocess.Popen[str]) -> Non
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff", b'{"pid": 1}'])
-def test_what_the_file_says_is_for_the_message_alone(
+def test_the_content_of_a_lock_file_does_not_decide_who_holds_it(
     tmp_path: Path, holder: subprocess.Popen[str], content: bytes
 ) -> None:
     lock = tmp_path / "run" / ".lock"
@@ -309,7 +313,7 @@ def test_what_the_file_says_is_for_the_message_alone(
 def test_a_file_system_without_flock_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file that merely exists would outlive kill -9."""
+    """A lock by the existence of a file would survive kill -9."""
 
     def unsupported(fd: int, how: int) -> None:
         raise OSError(errno.ENOSYS, "Function not implemented")
@@ -322,7 +326,7 @@ def test_a_file_system_without_flock_is_refused(
         take(tmp_path / "run" / ".lock")
 
 
-def test_a_lock_that_is_taken_stays_as_a_file_and_is_free_after_its_release(
+def test_a_released_lock_can_be_taken_again_and_its_file_remains(
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "work" / "lock"
@@ -334,7 +338,7 @@ def test_a_lock_that_is_taken_stays_as_a_file_and_is_free_after_its_release(
     again.release()
 
 
-def test_a_lock_file_that_is_removed_by_its_holder_meanwhile_is_made_again(
+def test_a_lock_file_that_its_holder_removes_meanwhile_is_created_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "lock"
@@ -352,7 +356,7 @@ def test_a_lock_file_that_is_removed_by_its_holder_meanwhile_is_made_again(
     lock.release()
 
 
-def test_a_folder_is_locked_without_a_file_in_it(tmp_path: Path) -> None:
+def test_a_folder_is_locked_without_a_lock_file(tmp_path: Path) -> None:
     handle = take_folder_lock(tmp_path)
     assert handle is not None and take_folder_lock(tmp_path) is None
     os.close(handle)
@@ -369,7 +373,7 @@ def test_the_checksum_of_a_file_is_its_sha256(tmp_path: Path) -> None:
     assert file_sha256(tmp_path / "a") == hashlib.sha256(b"tar" * 100_000).hexdigest()
 
 
-def test_what_is_no_regular_file_is_an_error_and_blocks_nobody(tmp_path: Path) -> None:
+def test_a_fifo_is_refused_without_blocking(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
-    with pytest.raises(OSError, match="no regular file"):
+    with pytest.raises(OSError, match="not a regular file"):
         file_sha256(tmp_path / "fifo")

@@ -1,4 +1,4 @@
-"""What a person sees: output in any encoding, that nobody reads, or that goes to a log file."""
+"""Tests of output: any encoding, no reader, full disk, control characters, progress."""
 
 import fcntl
 import os
@@ -22,7 +22,7 @@ def say(text: str = "Gr\u00fc\u00dfe, \u4f60\u597d \u266a", lines: int = 1, fail
         print(text)
         print(text, file=sys.stderr)
     with open(os.environ["PROOF"], "w") as file:
-        file.write("went on to the end")
+        file.write("reached the end")
     if fail:
         sys.exit(7)
 
@@ -32,7 +32,7 @@ main(say)
 
 @pytest.fixture
 def proof(tmp_path: Path) -> Path:
-    """A file that is there once the command has reached its end."""
+    """Path of a file that exists after the command has reached its end."""
     return tmp_path / "proof"
 
 
@@ -55,14 +55,13 @@ def run(proof: Path, *argv: str, **more) -> subprocess.CompletedProcess[str]:
         ({"PYTHONIOENCODING": "utf-8"}, "Grüße, 你好 ♪"),
     ],
 )
-def test_what_an_encoding_lacks_is_written_as_its_escape(proof, env, said):
+def test_characters_that_an_encoding_lacks_are_escaped(proof, env, said):
     done = run(proof, env=env)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{said}\n", f"{said}\n")
 
 
-def test_a_name_that_is_no_text_is_printed(proof):
-    """A file name may hold bytes that are no UTF-8, which Python reads as halves of
-    characters."""
+def test_a_file_name_that_is_not_utf_8_is_printed(proof):
+    """Python represents bytes that are not UTF-8 by surrogates, which cannot be encoded."""
     done = subprocess.run(
         [sys.executable, "-c", PRINTS, b"--text=clip\xff.mp4"],
         env={**os.environ, "PROOF": str(proof), "PYTHONUTF8": "1"}, capture_output=True, timeout=60,
@@ -72,8 +71,8 @@ def test_a_name_that_is_no_text_is_printed(proof):
 
 @pytest.mark.parametrize(("argv", "code"), [((), 0), (("--fail",), 7)])
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_a_command_goes_on_when_nobody_reads_it(proof, argv, code, unbuffered):
-    """As with `| head -1`; its exit code says how its work ended."""
+def test_a_command_continues_without_a_reader(proof, argv, code, unbuffered):
+    """As with `| head -1`. The exit code is that of its work."""
     reads, writes = os.pipe()
     os.close(reads)
     env = {"PYTHONUNBUFFERED": unbuffered}
@@ -86,7 +85,7 @@ def test_a_command_goes_on_when_nobody_reads_it(proof, argv, code, unbuffered):
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["--no_such=1"]])
-def test_help_and_errors_need_no_reader(proof, argv):
+def test_help_and_errors_do_not_need_a_reader(proof, argv):
     reads, writes = os.pipe()
     os.close(reads)
     done = run(proof, *argv, stdout=writes, stderr=writes)
@@ -94,7 +93,7 @@ def test_help_and_errors_need_no_reader(proof, argv):
     assert done.returncode == (0 if argv == ["--help"] else 2)
 
 
-def test_a_command_goes_on_when_its_terminal_is_gone(proof):
+def test_a_command_continues_after_its_terminal_is_closed(proof):
     own, other = pty.openpty()
     os.close(own)
     assert (
@@ -104,17 +103,17 @@ def test_a_command_goes_on_when_its_terminal_is_gone(proof):
     os.close(other)
 
 
-def test_a_command_runs_without_output_at_all(proof):
+def test_a_command_runs_without_stdout_and_stderr(proof):
     command = [sys.executable, "-c", PRINTS]
     closed = subprocess.run(
         ["/bin/sh", "-c", 'exec "$@" >&- 2>&-', "sh", *command],
         env={**os.environ, "PROOF": str(proof)}, timeout=60,
     )  # fmt: skip
-    assert closed.returncode == 0 and proof.read_text() == "went on to the end"
+    assert closed.returncode == 0 and proof.read_text() == "reached the end"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
-def test_output_that_is_lost_to_a_full_disk_is_no_success(proof):
+def test_lost_output_on_a_full_disk_is_an_error(proof):
     with open("/dev/full", "w") as full:
         done = run(proof, stdout=full, stderr=subprocess.PIPE)
     sentence = "error: Cannot write all of the output: No space left on device. Make room"
@@ -135,7 +134,7 @@ def test_control_characters_are_escaped():
     assert printable(text) == text
 
 
-def test_a_text_does_not_steer_the_terminal(proof):
+def test_a_text_cannot_control_the_terminal(proof):
     done = run(proof, f"--text={STEERING}")
     assert done.stdout == printable(STEERING) + "\n"
     done = run(proof, "--no_such=1", f"--{STEERING}")
@@ -165,7 +164,7 @@ main(work)
 """
 
 
-def test_progress_in_a_log_file_is_lines():
+def test_progress_in_a_log_file_is_printed_as_lines():
     done = subprocess.run([sys.executable, "-c", BAR], capture_output=True, timeout=120)
     assert done.returncode == 0 and b"\r" not in done.stderr and b"\x1b" not in done.stderr
     lines = done.stderr.decode().splitlines()
@@ -177,7 +176,7 @@ def test_progress_in_a_log_file_is_lines():
 @pytest.mark.parametrize(
     ("term", "columns"), [("xterm", 80), ("xterm", 20), ("xterm", 0), ("dumb", 80)]
 )
-def test_progress_on_a_terminal_is_a_bar_where_lines_can_be_drawn_again(term, columns):
+def test_progress_on_a_terminal_is_a_bar_if_the_terminal_can_update_it(term, columns):
     own, other = pty.openpty()
     fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     done = subprocess.run(
