@@ -637,7 +637,7 @@ def test_light_t_states_of_an_export_that_has_no_light_t(
     sentence = refused(
         train, "--stage=llm", *options(tiny_corpus, tmp_path / "run", **more)
     )
-    assert "llm.input=light_t must read a result of stage visual" in sentence
+    assert "--visual_run must be a run of stage visual for llm.input=light_t" in sentence
 
 
 def test_both_stages_on_shards_without_the_split_that_they_end_with(

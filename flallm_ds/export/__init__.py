@@ -1,4 +1,4 @@
-"""The export folder: its format, reading and writing it, and giving it away."""
+"""Write, read and publish export folders: trained models that load without DeepSpeed."""
 
 from flallm_ds.export.format import (
     ADAPTER_FILE,

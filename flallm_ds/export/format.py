@@ -1,17 +1,17 @@
-"""The export folder: a trained translator that loads without DeepSpeed.
+"""Define the format of an export folder: a trained translator that loads without DeepSpeed.
 
-README.md                      the model card
+README.md                      model card
 flallm.json                    stage, widths, frames, preprocessing, scores, training
-visual_encoder.safetensors     the hand-over from stage 1 to stage 2
-feature_extractor.safetensors  Light-T's encoder and its VL-Adapter, where the LLM reads that
+visual_encoder.safetensors     visual encoder, which stage 2 takes from stage 1
+feature_extractor.safetensors  encoder and VL-Adapter of Light-T, if the LLM reads them
 adapter.safetensors
-language_model/                Light-T or the LLM, its tokenizer and vocabulary.json
+language_model/                Light-T or the LLM, with tokenizer and vocabulary.json
 
-Of an LLM with LoRA adapters, or one that was not trained, only what was trained is
-stored, beside the name of the LLM that it belongs to; `flallm export` makes one whole
-folder of both. Numbers are stored as the engine held them: bf16 under a bf16 engine, as
-they were scored, else fp32. They are loaded so again: sentences are those of the dev
-search.
+If the LLM has LoRA adapters or is not trained, the folder contains the adapter weights and
+the name of the base model. `flallm export` combines both in one folder.
+
+Weights are stored and loaded in the precision of the engine: bf16 if the engine is bf16,
+else fp32. So hypotheses equal those of the search on dev in training.
 """
 
 import hashlib
@@ -29,16 +29,17 @@ from flallm_ds.files import file_sha256
 
 FORMAT = "flallm_ds export 2"
 SETTINGS_FILE = "flallm.json"
-# What launch/evaluate.py writes: a corpus's texts, so it never leaves with an export.
+# Results of launch/evaluate.py. They contain texts of the corpus, so they are never copied
+# with an export.
 EVALUATION = "evaluation"
 CARD_FILE = "README.md"
 VISUAL_FILE = "visual_encoder.safetensors"
 FEATURES_FILE = "feature_extractor.safetensors"
 ADAPTER_FILE = "adapter.safetensors"
 LANGUAGE_MODEL = "language_model"
-ADDITIONS = "adapter_config.json"  # in it, where the LLM has LoRA adapters
-# Where the parameters of a SignTranslator go, by the beginnings of their names; the first
-# that fits.
+# In the folder of the language model, if the LLM has LoRA adapters.
+ADDITIONS = "adapter_config.json"
+# Maps the prefix of parameter names of a SignTranslator to a file. The first match counts.
 PLACES = {
     "visual.visual.": VISUAL_FILE,
     "visual.": FEATURES_FILE,
@@ -46,7 +47,7 @@ PLACES = {
     "language_model.": f"{LANGUAGE_MODEL}/model.safetensors",
 }
 
-# What a reader relies on in flallm.json; optional values are checked where they are used.
+# Required values of flallm.json. Optional values are checked where they are used.
 _TYPES = {
     "stage": str,
     "visual": {},
@@ -68,14 +69,16 @@ def settings_of(
     features: dict[str, Any] | None = None,
     visual: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The content of flallm.json. index: of the training clips; a user's video is brought
-    to their form.
+    """Return the content of flallm.json.
 
-    features: `FeatureExtractor.settings`; none: sign-wise features. visual:
-    `VisualEncoder.settings`; none: a ResNet-18 of visual.width. bits: of a quantized LLM.
-    visual_autocast: whether the dev search saw frames in autocast, as a frozen encoder
-    does. short_side: of the stored frames, px. fps: to which their build resampled them,
-    if it did.
+    index: training clips. A video of a user is converted to their format.
+    features: `FeatureExtractor.settings`; None: sign-wise features.
+    visual: `VisualEncoder.settings`; None: a ResNet-18 of visual.width.
+
+    Keys of the result: bits: bits of a parameter of a quantized LLM. visual_autocast:
+    whether the visual encoder ran in autocast in the search on dev, as a frozen encoder
+    does. short_side: of the stored frames in pixels. fps: frame rate to which the shards
+    were resampled, if they were.
     """
     if visual is None:
         visual = {
@@ -111,14 +114,14 @@ def settings_of(
 
 
 def base_of(config: RunConfig) -> str | None:
-    """The LLM that an export of LoRA adapters (or none) belongs to; None where all
-    of it is stored.
+    """Return the base model of an export: a hub id or a folder.
 
-    A hub id, or a folder: of the run's own trimmed LLM relative to the export.
+    The folder of a trimmed LLM is relative to the export. None if the export contains all
+    weights of the LLM.
     """
     llm = config.llm
-    adds = llm.tune in ("lora", "dora") or (llm.tune == "frozen" and not llm.layers)
-    if config.stage == "visual" or not adds or not llm.pretrained:
+    needs_base = llm.tune in ("lora", "dora") or (llm.tune == "frozen" and not llm.layers)
+    if config.stage == "visual" or not needs_base or not llm.pretrained:
         return None
     if llm.trim_vocabulary:
         return "../llm_trimmed"
@@ -126,48 +129,51 @@ def base_of(config: RunConfig) -> str | None:
 
 
 def base_llm(folder: Path, base: str) -> str:
-    """The name or folder of an export's base LLM. Raises UserError where a folder is gone."""
+    """Return the hub id or folder of the base model. Raises UserError if it is missing."""
     if not base.startswith(".") and not Path(base).is_absolute():
         return base
     path = (folder / base).resolve()
     if not path.is_dir():
         raise UserError(
-            f"the LLM that {folder} adds to must be at {path}, but is not: put it there, "
-            "or make a folder that needs no other with flallm export."
+            f"Cannot read export {folder}: its base model {path} does not exist. Copy the "
+            "base model to this path, or run flallm export to make one complete folder."
         )
     return str(path)
 
 
 def frame_sampling(settings: dict[str, Any]) -> FrameSampling:
-    """Which frames of a clip the exported model sees."""
+    """Return the frame sampling of the exported model."""
     return FrameSampling.of_settings(settings["frames"])
 
 
 def find(folder: str | Path) -> Path:
-    """The export folder itself, or `best` of a run folder. Raises UserError where there
-    is neither."""
+    """Return an export folder, or the export `best` of a run folder.
+
+    Raises UserError if there is neither.
+    """
     folder = Path(folder)
     for candidate in (folder, folder / "best"):
         if (candidate / SETTINGS_FILE).is_file():
             return candidate
     raise UserError(
-        f"there must be an export ({SETTINGS_FILE}) in {folder} or {folder / 'best'}, but "
-        "there is none."
+        f"Cannot find an export in {folder}: neither {SETTINGS_FILE} nor "
+        f"best/{SETTINGS_FILE} exists. Give an export folder or the folder of a trained run."
     )
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """flallm.json. Raises UserError for another format, or where values have other types
-    than ours."""
+    """Read flallm.json. Raises UserError for another format or a value of another type."""
     try:
         settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{folder / SETTINGS_FILE} must be JSON, but {error}.") from error
+        raise UserError(
+            f"Cannot read {folder / SETTINGS_FILE}: it is not JSON ({error})."
+        ) from error
     if not isinstance(settings, dict) or settings.get("format") != FORMAT:
         found = settings.get("format") if isinstance(settings, dict) else None
         raise UserError(
-            f"{folder} must be of format {FORMAT!r}, but is {found!r}: load it with the "
-            "version that wrote it, or train again."
+            f"The format of export {folder} must be {FORMAT!r}, got {found!r}. Load it with "
+            "the version that wrote it, or train again."
         )
     _check_types(settings, _TYPES, folder / SETTINGS_FILE)
     return settings
@@ -176,8 +182,11 @@ def read_settings(folder: Path) -> dict[str, Any]:
 def _check_types(
     values: dict[str, Any], types: dict[str, Any], path: Path, section: str = ""
 ) -> None:
-    """Raise UserError for a value that is missing or of another type: an export may come
-    from anybody."""
+    """Raise UserError if a value is missing or has another type.
+
+    types: maps names to types, or to a dictionary for a nested object. section: prefix of
+    names in messages.
+    """
     for name, wanted in types.items():
         value, place = values.get(name), f"{section}{name}"
         if isinstance(wanted, dict):
@@ -191,10 +200,10 @@ def _check_types(
 
 
 def digest(folder: Path) -> str:
-    """Return 16 hex digits that identify an export by its content, wherever it is copied.
+    """Return 16 hex digits that identify an export by its content.
 
-    Covers the settings, the adapter and the visual encoder byte by byte: the adapter
-    changes with every training step, so the gigabytes of an LLM need not be read again.
+    They cover the settings, the adapter and the visual encoder. The LLM is not read, which
+    would be gigabytes: the adapter changes with every training step.
     """
     sha256 = hashlib.sha256()
     for name in (SETTINGS_FILE, ADAPTER_FILE, VISUAL_FILE, FEATURES_FILE):
@@ -205,9 +214,9 @@ def digest(folder: Path) -> str:
 
 
 def evaluated(source: Path, shards: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the scores of this very export of a run on these shards, by split.
+    """Return {split: scores} of exactly this export of a run on these shards.
 
-    shards: as they were given; default those that the run began with.
+    shards: as given to the evaluation; default: the shards of the run.
     """
     config = source.parent / "config.json"
     if not config.is_file():
@@ -221,10 +230,10 @@ def evaluated(source: Path, shards: Sequence[str] = ()) -> dict[str, Any]:
             split, scores = content["split"], content["scores"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(
-                f"Cannot read {path}: it is no result of launch/evaluate.py ({error!r}). "
-                "Remove it."
+                f"Cannot read {path}: it is not a result of launch/evaluate.py "
+                f"({error!r}). Remove it."
             ) from error
-        # An older result is of another export of the run.
+        # An older result belongs to another export of the run.
         if (
             content.get("export") == wanted_export
             and content.get("shards") == wanted_shards

@@ -1,4 +1,4 @@
-"""Exports to and from the Hugging Face hub."""
+"""Download exports from the Hugging Face hub and upload them."""
 
 import re
 from pathlib import Path
@@ -13,9 +13,10 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def folder_of(model: str | Path) -> Path:
-    """The export in a folder, in a run folder, or of USER/NAME on the hub (cached by its client).
+    """Return the export in a folder, in a run folder, or of USER/NAME on the hub.
 
-    Raises UserError where there is none.
+    A model of the hub is downloaded to the cache of its client. Raises UserError if there
+    is no export.
     """
     if Path(model).exists() or not _HUB_ID.fullmatch(str(model)):
         return export.find(model)
@@ -23,27 +24,28 @@ def folder_of(model: str | Path) -> Path:
         return export.find(snapshot_download(str(model)))
     except HUB_ERRORS as error:
         raise UserError(
-            f"{model} must be a folder with an export, or an export on the hub that can be "
-            f"reached, but is neither: {first_line(error)}"
+            f"Cannot find an export {model}: it is not a folder, and the hub has no such "
+            f"model or is not available ({first_line(error)}). Check the name and the network."
         ) from error
 
 
 def push(model: Path, repo: str, private: bool) -> str:
-    """Upload an export to USER/NAME and return its address. Raises UserError where that
-    cannot be done."""
+    """Upload an export to USER/NAME on the hub and return its address.
+
+    Raises UserError if the export is not complete or the upload fails.
+    """
     folder = export.find(model)
     base = export.read_settings(folder)["base"]
     if base is not None and (base.startswith("..") or Path(base).is_absolute()):
         raise UserError(
-            f"what is pushed must need nothing else of this machine, but {folder} adds to "
-            f"the LLM {base}. Make a whole folder with flallm export, and push that."
+            f"Cannot push {folder}: it needs the base model {base} on this machine. Make a "
+            "complete folder with flallm export, and push that."
         )
     if not _HUB_ID.fullmatch(repo):
-        raise UserError(f"--repo must be USER/NAME, but is {repo!r}.")
+        raise UserError(f"--repo must be USER/NAME, got {repo!r}.")
     if get_token() is None:
         raise UserError(
-            "a token of the hub must be there before something is pushed, but there is "
-            "none. Run hf auth login, or set HF_TOKEN."
+            "Cannot push to the hub: no token is set. Run hf auth login, or set HF_TOKEN."
         )
     api = HfApi()
     try:
@@ -57,6 +59,6 @@ def push(model: Path, repo: str, private: bool) -> str:
         )
     except HUB_ERRORS as error:
         raise UserError(
-            f"{folder} must go to {repo}, but the hub cannot be reached or refuses it: "
-            f"{first_line(error)}"
+            f"Cannot push {folder} to {repo}: the hub is not available or refuses it "
+            f"({first_line(error)}). Check the token and the network."
         ) from error

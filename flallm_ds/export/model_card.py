@@ -1,5 +1,7 @@
-"""The model card of an export: what it is, how it was trained, how well it does; from
-what is recorded."""
+"""Write the model card of an export: description, usage, scores, training and limits.
+
+All facts come from flallm.json.
+"""
 
 import json
 import re
@@ -16,13 +18,14 @@ from flallm_ds.metrics.ceiling import is_low
 from flallm_ds.metrics.columns import CEILING, COLUMNS, SIGNATURES, has_scores
 from flallm_ds.recipes import RECIPES, config_of
 
+# Packages whose versions the card lists.
 PACKAGES = ("flallm_ds", "torch", "transformers", "deepspeed")
 
 
 def training_facts(config: RunConfig, index: Index) -> dict[str, Any]:
-    """How a model was trained, as plain values. index: of the training clips.
+    """Return how a model was trained, as plain values. index: training clips.
 
-    Folders of this machine are left out of absolute paths: a card is made to be shown.
+    Absolute paths are shortened to their last part, because cards are published.
     """
     llm = None if config.stage == "visual" else config.llm.name
     return {
@@ -38,10 +41,10 @@ def training_facts(config: RunConfig, index: Index) -> dict[str, Any]:
 
 
 def command(config: RunConfig) -> str:
-    """Return the training command by the nearest recipe, with the shards and all options
-    that change numbers.
+    """Return a command that repeats the training.
 
-    An absolute path becomes /path/to/ and its last part.
+    It uses the recipe with the fewest differences, the shards, and all options that change
+    results. An absolute path becomes /path/to/ and its last part.
     """
 
     of_stage = [name for name in RECIPES if config_of(name).stage == config.stage]
@@ -57,9 +60,9 @@ def command(config: RunConfig) -> str:
 
 
 def _differences(config: RunConfig, recipe: RunConfig) -> dict[str, Any]:
-    """Return the options of `config` that change numbers and that `recipe` sets otherwise."""
-    # Free to change for a resumed run, but another visual run or other shards change every
-    # number of a new one.
+    """Return the options that change results and differ from those of a recipe."""
+    # A resumed run may set another path for visual_run and data.shards, because their
+    # content is compared. In a new run they change all results.
     free = set(FREE_TO_CHANGE) - {"visual_run", "data.shards"}
     base = recipe.options()
     differences = {}
@@ -70,18 +73,19 @@ def _differences(config: RunConfig, recipe: RunConfig) -> dict[str, Any]:
 
 
 def _quoted(word: str) -> str:
-    """Return a word for bash; one with line breaks or control characters as $'...', so
-    that it shows."""
+    """Quote a word for bash; as $'...' if it has line breaks or control characters."""
     if word.isprintable():
         return shlex.quote(word)
     escaped = ""
     for character in word.replace("\\", r"\\").replace("'", r"\'"):
-        shows = character.isprintable()
-        escaped += character if shows else character.encode("unicode_escape").decode()
+        if not character.isprintable():
+            character = character.encode("unicode_escape").decode()
+        escaped += character
     return f"$'{escaped}'"
 
 
 def _flag(value: Any) -> str:
+    """Format the value of an option as on the command line."""
     if isinstance(value, tuple):
         return ",".join(map(_flag, value))
     if isinstance(value, str) and value.startswith("/"):
@@ -90,12 +94,14 @@ def _flag(value: Any) -> str:
 
 
 def _without_folders(value: str | None) -> str | None:
-    return Path(value).name if value is not None and value.startswith("/") else value
+    """Return the last part of an absolute path; other values unchanged."""
+    if value is not None and value.startswith("/"):
+        return Path(value).name
+    return value
 
 
 def plain(text: str) -> str:
-    """Return text from a corpus or a config as Markdown shows it: no markup, no HTML, one
-    line."""
+    """Escape text of a corpus or a config for Markdown: no markup, no HTML, one line."""
     visible = ""
     for character in text:
         visible += character if character.isprintable() else " "
@@ -103,13 +109,16 @@ def plain(text: str) -> str:
 
 
 def _code_block(text: str) -> str:
-    """Return a fenced block that the text cannot close, whatever backticks it holds."""
+    """Return a fenced code block that backticks in the text cannot close."""
     fence = "`" * max(3, _longest_backticks(text) + 1)
     return f"{fence}\n{text}\n{fence}"
 
 
 def _code(text: str) -> str:
-    """Return an inline code span that the text cannot close; a pipe would end a table's cell."""
+    """Return an inline code span that backticks in the text cannot close.
+
+    Do not use it in a table, where a pipe would end the cell.
+    """
     fence = "`" * (_longest_backticks(text) + 1)
     space = " " if "`" in text else ""
     return f"{fence}{space}{text}{space}{fence}"
@@ -121,10 +130,10 @@ def _longest_backticks(text: str) -> int:
 
 
 def model_card(settings: dict[str, Any], codec: TextCodec) -> str:
-    """README.md of an export, with a hub's front matter. settings: of flallm.json.
+    """Return the README.md of an export, with the front matter of the hub.
 
-    The license is the user's to say: a model's depends on the corpora and on the LLM it
-    came from.
+    settings: content of flallm.json. The user must add the license, which depends on the
+    corpora and on the base model.
     """
     training = settings["training"]
     codes = list(map(tag_of, spoken(codec)))
@@ -156,7 +165,7 @@ def model_card(settings: dict[str, Any], codec: TextCodec) -> str:
 
 
 def spoken(codec: TextCodec) -> list[str]:
-    """The languages that a codec's model was trained to say."""
+    """Return the target languages with which a model was trained."""
     instruction = codec.instruction
     if instruction.language:
         return [instruction.language]
@@ -164,39 +173,44 @@ def spoken(codec: TextCodec) -> list[str]:
 
 
 def _front_matter(front: dict[str, Any]) -> str:
+    """Return YAML metadata for the hub. JSON values are valid YAML."""
     lines = ["---"]
     for name, value in front.items():
         if value:
             lines.append(f"{name}: {json.dumps(value, ensure_ascii=False)}")
     lines.append(
-        "# license: yours to say; those of the corpora and of the base model bind it"
+        "# license: add yours; the licenses of the corpora and the base model apply"
     )
     lines.append("---")
     return "\n".join(lines)
 
 
 def _listed(words: list[str]) -> str:
+    """Join words as in "a, b and c"."""
     if len(words) < 2:
         return "".join(words)
     return f"{', '.join(words[:-1])} and {words[-1]}"
 
 
 def _what_it_is(settings: dict[str, Any], codec: TextCodec) -> str:
+    """Describe task, method and parts of the model."""
     training, frames = settings["training"], settings["frames"]
     if settings["stage"] == "visual":
-        translator = "Light-T, a small translator with weights of its own (stage 1)"
+        translator = "Light-T, a small translator that was trained from scratch (stage 1),"
     else:
-        how = f"stage {settings['stage']}, tuned: {training['tune']}"
+        how = f"stage {settings['stage']}, tuning: {training['tune']}"
         translator = f"the language model {plain(training['llm'])} ({how})"
     return (
-        "Videos of signing in, sentences out, without glosses, by the method FLa-LLM "
-        f"(arXiv 2403.12556). A visual encoder reads frames of {frames['crop_size']} "
-        f"pixels, an adapter turns their features into tokens, and {translator} says the "
-        f"sentence with {codec.vocab_size} pieces of vocabulary. Trained with flallm_ds."
+        "This model translates videos of signing into sentences without glosses, by the "
+        "method FLa-LLM (arXiv 2403.12556). A visual encoder computes features of frames of "
+        f"{frames['crop_size']} pixels, an adapter maps them to embeddings, and {translator} "
+        f"generates the sentence with a vocabulary of {codec.vocab_size} tokens. Trained with "
+        "flallm_ds."
     )
 
 
 def _scores(scores: dict[str, Any]) -> str:
+    """Return a table of scores by split, ceilings and signatures; empty without scores."""
     titles = " | ".join(column.title for column in COLUMNS)
     table = [f"| split | {titles} |", "|---" * (len(COLUMNS) + 1) + "|"]
     text = "In percent."
@@ -208,19 +222,20 @@ def _scores(scores: dict[str, Any]) -> str:
         table.append(f"| {plain(split)} | {cells} |")
         if is_low(values):
             text += (
-                f" A perfect model would score BLEU-4 {CEILING.text(values)} on {split}: the "
-                "tokenizer cannot write all of its references."
+                f" A perfect model would score BLEU-4 {CEILING.text(values)} on {split}, "
+                "because the tokenizer changes some references."
             )
         for key, metric in SIGNATURES.items():
             if key in values:
                 signatures.append(f"- {plain(split)}, {metric}: {_code(values[key])}")
-    if len(table) == 2:  # titles alone
+    if len(table) == 2:  # only the titles
         return ""
-    text += " How they were computed:"
+    text += " Signatures of the metrics:"
     return "\n".join(["## Scores", "", *table, "", text, "", *signatures])
 
 
 def _training(training: dict[str, Any]) -> str:
+    """Return the corpora, the command and the versions of packages."""
     versions = []
     for package, version in training["versions"].items():
         versions.append(f"{package} {version}")
@@ -233,38 +248,38 @@ def _training(training: dict[str, Any]) -> str:
 
 
 def _began_with(weights: dict[str, Any]) -> str:
-    """Name what the training loaded, with the digests of its weights. weights: of
-    weights.json."""
+    """List the pretrained weights with their digests. weights: content of weights.json."""
     lines = []
     for option, entry in weights.items():
         commit = f" at commit {entry['revision']}" if entry["revision"] else ""
         digests = []
         for file in entry["files"]:
-            # Configurations and tokenizers are recorded too, but they hold no weights.
+            # Skip recorded configurations and tokenizers, which contain no weights.
             if not file["file"].endswith((".json", ".txt", ".py", ".model")):
                 digests.append(f"{_code(file['file'])} sha256 {file['sha256'][:16]}")
         digests = digests or ["no weights"]
         lines.append(f"- {option}: {plain(entry['name'])}{commit} ({', '.join(digests)})")
-    return "\n".join(["It began with:", "", *lines]) if lines else ""
+    return "\n".join(["Pretrained weights:", "", *lines]) if lines else ""
 
 
 def _limits(settings: dict[str, Any], codec: TextCodec) -> str:
+    """List limits of length, vocabulary and evaluation."""
     frames, generation = settings["frames"], settings["generation"]
     if frames["target_fps"]:
-        pace = f"{frames['target_fps']:g} frames a second are kept"
+        sampling = f"{frames['target_fps']:g} frames per second are kept"
     else:
-        pace = f"one frame of {frames['keep_every']} is kept"
+        sampling = f"one frame of {frames['keep_every']} is kept"
     lines = [
         "## Limits",
         "",
-        f"- At most {frames['max_frames']} frames of a video are seen: {pace}.",
-        f"- A sentence has at most {generation['max_new_tokens']} pieces.",
+        f"- At most {frames['max_frames']} frames of a video are used: {sampling}.",
+        f"- A sentence has at most {generation['max_new_tokens']} tokens.",
     ]
     if codec.vocab_size < len(codec.tokenizer):
         lines.append(
-            f"- The vocabulary is trimmed to the {codec.vocab_size} pieces that the "
-            f"training text needs (of {len(codec.tokenizer)}): what is spelled with "
-            "others cannot be said."
+            f"- The vocabulary is trimmed to the {codec.vocab_size} tokens that the "
+            f"training text needs (of {len(codec.tokenizer)}). Words that need other tokens "
+            "cannot be generated."
         )
-    lines.append("- Other corpora, signers and topics than those above were not measured.")
+    lines.append("- The model was not evaluated on other corpora, signers or topics.")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""`flallm export`: from a run's best model to a folder that needs nothing of the run any more."""
+"""Implement `flallm export`: write the best model of a run to a self-contained folder."""
 
 import json
 import shutil
@@ -22,7 +22,8 @@ from flallm_ds.models.llm.trim import untrim_llm
 from flallm_ds.models.llm.tuning import merged
 from flallm_ds.models.weights import named_state, write_weights
 
-BASE = "base_model"  # the copy of the LLM that additions kept apart belong to
+# Folder of the base model, if LoRA adapters are stored apart.
+BASE = "base_model"
 
 
 def publish(
@@ -34,12 +35,14 @@ def publish(
     llm_name: str = "",
     hub_code: bool = False,
 ) -> Path:
-    """Write the best export of `run` to the new folder `out`, and return that.
+    """Write the best export of `run` to the new folder `out`, and return `out`.
 
-    lora: LoRA adapters merged into the LLM, or apart in peft's layout beside the hub
-    id or a copy of the LLM. untrimmed: with all rows of the vocabulary, from the LLM
-    `llm_name` (default: the one in the run's config.json). hub_code: run code that comes
-    with the LLM. Raises UserError for what the run has not got.
+    lora: merge LoRA adapters into the LLM, or store them apart in the format of peft, with
+    the hub id or a copy of the base model.
+    untrimmed: restore the full vocabulary of the LLM `llm_name`, by default that of the
+    config.json of the run.
+    hub_code: run code from the hub that belongs to the LLM.
+    Raises UserError if an option does not fit the run, or if `out` cannot be written.
     """
     with ExitStack() as stack:
         try:
@@ -51,7 +54,7 @@ def publish(
 
 
 def _unwritable(out: Path, error: Exception) -> UserError:
-    return UserError(f"--out must be where files can be written, but {out}: {error}.")
+    return UserError(f"Cannot write to --out {out}: {error}.")
 
 
 def _publish(
@@ -66,7 +69,7 @@ def _publish(
     settings = export.read_settings(source)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(
-            f"--out must name a new or an empty folder, but {out} holds something."
+            f"--out must be a new or empty folder, got {out}. Give another --out."
         )
     codec = TextCodec.load(source / export.LANGUAGE_MODEL, hub_code)
     if lora == "apart":
@@ -92,7 +95,8 @@ def _publish(
             _untrim(folder, name, codec, hub_code)
         for part in (folder / export.LANGUAGE_MODEL, folder / BASE):
             if part.is_dir():
-                # of an older export, or as the base LLM's hub has it
+                # An older export or the base model may have settings of a search that
+                # loading the folder elsewhere would apply.
                 clean_generation(part, hub_code)
         _describe(folder, found, hub_code)
 
@@ -104,37 +108,41 @@ def _publish(
 
 
 def _check_apart(source: Path, settings: dict[str, Any], untrimmed: bool) -> None:
-    if settings["base"] is None or settings["training"]["tune"] not in ("lora", "dora"):
+    """Raise UserError if LoRA adapters cannot be stored apart."""
+    tune = settings["training"]["tune"]
+    if settings["base"] is None or tune not in ("lora", "dora"):
         raise UserError(
-            f"--lora=apart must be asked of an LLM with low-rank additions, but {source} "
-            f"has none (tuned: {settings['training']['tune']}). Leave --lora."
+            f"--lora must be merged if an export has no LoRA adapters, got apart for {source} "
+            f"(llm.tune is {tune}). Leave --lora out."
         )
     if untrimmed:
         raise UserError(
-            "--untrimmed must go with --lora=merged, because additions are to the trimmed "
-            "LLM."
+            "--lora must be merged with --untrimmed, got apart. The adapter weights belong "
+            "to the trimmed LLM."
         )
 
 
 def _check_untrimmed(source: Path, settings: dict[str, Any], codec: TextCodec) -> None:
+    """Raise UserError if the vocabulary of an export cannot be restored."""
     if settings["stage"] == "visual":
         raise UserError(
-            f"--untrimmed must be asked of an LLM, but {source} is of stage visual, whose "
-            "Light-T never had more pieces."
+            f"Cannot restore the vocabulary of {source}: Light-T of stage visual never had "
+            "more tokens. Leave --untrimmed out."
         )
     if len(codec.kept_ids) == len(codec.untrimmed().kept_ids):
         raise UserError(
-            f"--untrimmed must be asked of a trimmed LLM, but {source} has all pieces. "
-            "Leave it."
+            f"Cannot restore the vocabulary of {source}: it is not trimmed. Leave "
+            "--untrimmed out."
         )
 
 
 def _llm_of(run: Path, llm_name: str) -> str:
-    """The LLM that a run began with."""
+    """Return the name of the pretrained LLM of a run. llm_name: given by the user."""
     config = run / "config.json"
     if not llm_name and not config.is_file():
         raise UserError(
-            f"--llm_name must say which LLM was trimmed, where {run} is no run folder."
+            f"--llm_name must be the LLM that was trimmed, got none, and {config} does not "
+            "exist. Give --llm_name=HUB_ID_OR_FOLDER."
         )
     return llm_name or RunConfig.load(config).llm.name
 
@@ -142,26 +150,30 @@ def _llm_of(run: Path, llm_name: str) -> str:
 def _merge(
     source: Path, folder: Path, settings: dict[str, Any], hub_code: bool
 ) -> dict[str, Any]:
-    """Merge the LoRA adapters into the LLM, in fp32."""
+    """Merge LoRA adapters into the LLM in fp32. Return the new settings."""
     llm = export.read_llm(source, settings, LlmOptions(hub_code=hub_code))
     lm_folder = folder / export.LANGUAGE_MODEL
     for old in lm_folder.glob("adapter_*"):
         old.unlink()
     write_weights(lm_folder, _present(merged(named_state(llm), llm)))
-    # merged weights are no quantized ones
+    # Merged weights are not quantized.
     return {**settings, "base": None, "bits": None}
 
 
 def _present(
     tensors: Iterable[tuple[str, torch.Tensor | None]],
 ) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors that exist after merging."""
     for name, tensor in tensors:
         if tensor is not None:
             yield name, tensor
 
 
 def _copy_base(source: Path, folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """A hub's LLM stays a name; a folder's is copied."""
+    """Copy the base model if it is a folder. Return the new settings.
+
+    A base model from the hub stays a hub id.
+    """
     base = export.base_llm(source, settings["base"])
     if not Path(base).is_dir():
         return settings
@@ -174,6 +186,7 @@ def _copy_base(source: Path, folder: Path, settings: dict[str, Any]) -> dict[str
 
 
 def _untrim(folder: Path, name: str, codec: TextCodec, hub_code: bool) -> None:
+    """Replace the trimmed LLM by one with the full vocabulary of the LLM `name`."""
     trimmed = folder / "trimmed"
     (folder / export.LANGUAGE_MODEL).rename(trimmed)
     (folder / export.LANGUAGE_MODEL).mkdir()
@@ -183,6 +196,7 @@ def _untrim(folder: Path, name: str, codec: TextCodec, hub_code: bool) -> None:
 
 
 def _describe(folder: Path, settings: dict[str, Any], hub_code: bool) -> None:
+    """Write flallm.json and the model card."""
     codec = TextCodec.load(folder / export.LANGUAGE_MODEL, hub_code)
     (folder / export.SETTINGS_FILE).write_text(
         json.dumps(settings, indent=2) + "\n", encoding="utf-8"

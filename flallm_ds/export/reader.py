@@ -1,4 +1,4 @@
-"""Load an export folder."""
+"""Load an export folder, or parts of it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +38,7 @@ from flallm_ds.models.weights import Weights, load_weights, must_hold
 
 @dataclass(frozen=True)
 class Export:
-    """What an export folder holds, in eval mode on the host."""
+    """The content of an export folder, in eval mode on the CPU."""
 
     settings: dict[str, Any]
     visual: FeatureExtractor
@@ -47,7 +47,7 @@ class Export:
 
 
 def read_visual(folder: Path) -> VisualEncoder:
-    """The visual encoder alone, in eval mode."""
+    """Load only the visual encoder, in eval mode."""
     settings = read_settings(folder)
     visual = VisualEncoder.from_settings(settings["visual"])
     visual.chunk_frames = settings.get("frames", {}).get("chunk_frames", 0)
@@ -56,10 +56,10 @@ def read_visual(folder: Path) -> VisualEncoder:
 
 
 def read_features(folder: Path, kind: Kind | None = None) -> FeatureExtractor:
-    """What an LLM's adapter reads, in eval mode: what stage 2 takes from stage 1.
+    """Load the feature extractor in eval mode: the part that stage 2 takes from stage 1.
 
-    kind: default that of the export. Raises UserError where the export has not got what
-    this kind needs.
+    kind: kind of features; default: that of the export. Raises UserError if the export does
+    not contain the weights for this kind.
     """
     settings = read_settings(folder)
     visual = read_visual(folder)
@@ -69,15 +69,15 @@ def read_features(folder: Path, kind: Kind | None = None) -> FeatureExtractor:
         return FeatureExtractor(visual, kind).eval()
     if own["kind"] == "light_t":
         extractor = FeatureExtractor.from_settings(visual, own)
-        # The visual encoder has a file of its own.
+        # The visual encoder is in another file.
         parts = dict(extractor.named_children())
         del parts["visual"]
         load_weights(nn.ModuleDict(parts), Weights(folder, FEATURES_FILE))
         return extractor.eval()
     if settings["stage"] != "visual":
         raise UserError(
-            f"llm.input=light_t must read a result of stage visual, but {folder} is of "
-            f"stage {settings['stage']}. Give its stage 1 as --visual_run."
+            f"--visual_run must be a run of stage visual for llm.input=light_t, got {folder} "
+            f"of stage {settings['stage']}. Give its stage 1 as --visual_run."
         )
     light_t = _read_light_translator(folder / LANGUAGE_MODEL)
     adapter = _read_adapter(folder, visual.feature_width, light_t)
@@ -85,24 +85,25 @@ def read_features(folder: Path, kind: Kind | None = None) -> FeatureExtractor:
 
 
 def trained_bits(folder: Path, settings: dict[str, Any]) -> Bits:
-    """Bits of an LLM's parameter in the run that wrote the export.
+    """Return the number of bits of an LLM parameter in the run that wrote the export.
 
-    32 where they were quantized and cannot be here; 32 for fp16 as well, because fp32
-    holds its numbers.
+    32 if the LLM was quantized and this machine cannot quantize. 32 also for fp16, because
+    fp32 represents all its values.
     """
     quantized: Bits | None = settings.get("bits")
     if quantized is not None:
         return quantized if can_quantize() else 32
-    weights = Weights(folder, ADAPTER_FILE)  # always there, and of the engine's type
+    # The adapter always exists and has the dtype of the engine.
+    weights = Weights(folder, ADAPTER_FILE)
     return 16 if weights[weights.names[0]].dtype == torch.bfloat16 else 32
 
 
 def read(folder: Path, options: LlmOptions | None = None) -> Export:
-    """Everything, ready to translate; no second copy of the weights is held on the way.
+    """Load a complete export, ready to translate, without a second copy of the weights.
 
-    options: of the LLM; none: in the precision of its training. The adapter is in bf16
-    where it was trained so, unless the LLM is asked for in fp32. Raises UserError where
-    the folder is not whole.
+    options: how to load the LLM; None: in the precision of its training. The adapter is
+    bf16 if it was trained in bf16, unless options ask for fp32. Raises UserError if the
+    folder is incomplete.
     """
     settings = read_settings(folder)
     visual = read_features(folder).requires_grad_(False)
@@ -123,12 +124,12 @@ def read(folder: Path, options: LlmOptions | None = None) -> Export:
 
 
 def read_llm(folder: Path, settings: dict[str, Any], options: LlmOptions) -> Any:
-    """Load the LLM of an export, with its LoRA adapters next to its weights if it has some."""
+    """Load the LLM of an export, with unmerged LoRA adapters if it has them."""
     lm_folder = folder / LANGUAGE_MODEL
     if settings["base"] is None:
         weights = Weights(lm_folder)
         language_model = load_llm(str(lm_folder), options)
-        # transformers fills what is missing with random numbers
+        # transformers would initialize missing tensors with random values.
         must_hold(weights, language_model)
         return language_model
     language_model = load_llm(base_llm(folder, settings["base"]), options)
@@ -136,24 +137,25 @@ def read_llm(folder: Path, settings: dict[str, Any], options: LlmOptions) -> Any
         read_additions(lm_folder, language_model)
     elif settings["training"]["tune"] != "frozen":
         raise UserError(
-            f"{lm_folder} must hold {ADDITIONS}, but does not: it is not whole."
+            f"Cannot read export {folder}: {lm_folder / ADDITIONS} does not exist."
         )
     return language_model
 
 
 def _read_light_translator(folder: Path) -> Any:
+    """Load Light-T. Raises UserError if its config.json or its weights cannot be read."""
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{folder} must hold a config.json, but does not: {str(error).splitlines()[0]}"
-        ) from error
+        reason = str(error).splitlines()[0]
+        raise UserError(f"Cannot read {folder / 'config.json'}: {reason}") from error
     light_t = light_translator_from_config(config)
     load_weights(light_t, Weights(folder))
     return light_t
 
 
 def _read_adapter(folder: Path, in_width: int, language_model: Any) -> Adapter:
+    """Load the adapter from features of `in_width` to embeddings of the language model."""
     adapter = Adapter(in_width, llm_width(language_model), embedding_scale(language_model))
     load_weights(adapter, Weights(folder, ADAPTER_FILE))
     return adapter

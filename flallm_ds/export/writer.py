@@ -23,20 +23,21 @@ def write(
     language_model: Any,
     codec: TextCodec,
 ) -> None:
-    """Fill an empty folder.
+    """Write an export to an empty folder.
 
-    state: (name, tensor) of a `SignTranslator` with its feature extractor as `visual`, in
-    any order; at most 2 GB of it for each file are held at a time.
+    state: yields (name, tensor) of a `SignTranslator` with its feature extractor as
+    `visual`, in any order. At most 2 GB for each file are in memory at a time.
     """
     lm_folder = folder / LANGUAGE_MODEL
     lm_folder.mkdir()
-    additions: list[tuple[str, torch.Tensor | None]] = []
+    adapters: list[tuple[str, torch.Tensor | None]] = []
     with ExitStack() as stack:
         writers: dict[str, WeightsWriter] = {}
         for name, tensor in state:
             prefix = next(prefix for prefix in PLACES if name.startswith(prefix))
+            # With a base model, the state of the LLM contains adapter weights only.
             if settings["base"] and prefix == "language_model.":
-                additions.append((name.removeprefix(prefix), tensor))
+                adapters.append((name.removeprefix(prefix), tensor))
                 continue
             if prefix not in writers:
                 place = folder / PLACES[prefix]
@@ -44,8 +45,8 @@ def write(
                     WeightsWriter(place.parent, place.name)
                 )
             writers[prefix].add(name.removeprefix(prefix), tensor)
-    if additions:
-        write_additions(lm_folder, additions, language_model, settings["base"])
+    if adapters:
+        write_additions(lm_folder, adapters, language_model, settings["base"])
     save_configs(
         language_model, language_model.config, language_model.generation_config, lm_folder
     )

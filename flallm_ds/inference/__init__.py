@@ -1,4 +1,4 @@
-"""Using an export: one video to a sentence, a split to hypotheses and a picture."""
+"""Use an export: translate a video, evaluate a split, draw pictures."""
 
 from flallm_ds.inference.translator import Translator
 

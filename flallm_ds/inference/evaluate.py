@@ -1,4 +1,4 @@
-"""Score a run's best export on a split with all ranks."""
+"""Evaluate the best export of a run on a split, with all ranks."""
 
 import json
 from collections.abc import Sequence
@@ -33,13 +33,16 @@ from flallm_ds.training.progress import ScoringProgress
 from flallm_ds.training.stop import StopRequest
 
 CLIPS_A_BATCH = 8
+# Seconds between two lines of progress.
 PRINT_EVERY_S = 5.0
 
 
 @dataclass(frozen=True)
 class Search:
-    """How hypotheses are searched. nbest: of each clip. length_penalty, bits: default the
-    run's."""
+    """Options of the beam search.
+
+    nbest: number of hypotheses per clip. length_penalty, bits: default: those of the run.
+    """
 
     beams: int = 5
     nbest: int = 1
@@ -59,16 +62,17 @@ def evaluate_run(
     data: DataConfig | None = None,
     stop: StopRequest | None = None,
 ) -> None:
-    """Write RUN/evaluation/SPLIT.json and SPLIT.hypotheses.jsonl, and print the table.
+    """Write RUN/evaluation/SPLIT.json and SPLIT.hypotheses.jsonl, and print the scores.
 
-    run: a run folder or an export. shards: default those the run was trained on. data:
-    instead of the run's options. Raises Preempted after a request to `stop`.
+    run: run folder or export. shards: default: those of the training. data: replaces the
+    data options of the run. Raises Preempted after a request to `stop`.
     """
     folder = export.find(run)
     config_path = Path(run) / "config.json"
     if not shards and not config_path.is_file():
         raise UserError(
-            f"--shards must be given where {run} is no run folder (it has no config.json)."
+            f"--shards must be shard folders if {run} has no config.json, got none. Give "
+            "--shards, or a run folder as --run."
         )
     if data is None:
         data = RunConfig.load(config_path).data if config_path.is_file() else DataConfig()
@@ -105,8 +109,10 @@ def evaluate_run(
 def split_loader(
     translator: Translator, index: Index, run: str, world: dist.World, threads: int
 ) -> Loader:
-    """A loader over the split in length order. Raises UserError for features of another
-    encoder."""
+    """Return a loader of a split, in order of length.
+
+    Raises UserError if the index contains features of another encoder.
+    """
     frames = translator.export.settings["frames"]
     if isinstance(index, FeatureIndex):
         options = {name: frames[name] for name in OPTIONS if name != "augment"}
@@ -115,9 +121,9 @@ def split_loader(
         check_evaluation(index)
     elif frames["feature_fps"] is not None:
         raise UserError(
-            "--shards must be features where a model was trained on them at "
-            f"{frames['feature_fps']:g} a second, but {index.root} is video. Make them "
-            "with launch/features.py."
+            "--shards must be cached features if the model was trained on features at "
+            f"{frames['feature_fps']:g} per second, got {index.root} with video. Write "
+            "features with launch/features.py."
         )
     sampling = export.frame_sampling(translator.export.settings)
     reader = open_reader(
@@ -137,7 +143,10 @@ def split_loader(
 def write_results(
     folder: Path, search: dict[str, Any], hypotheses: Sequence[Hypothesis], codec: TextCodec
 ) -> None:
-    """SPLIT.json, SPLIT.hypotheses.jsonl, and the table on the screen."""
+    """Write SPLIT.json and SPLIT.hypotheses.jsonl, and print a table of scores.
+
+    search: facts for SPLIT.json, with the name of the split as `split`.
+    """
     written = perfect(hypotheses, codec)
     ceiling = ceiling_of(written)
     highest = {CEILING.key: ceiling.bleu4}
@@ -166,9 +175,9 @@ def write_results(
 def _scores_of_parts(
     hypotheses: Sequence[Hypothesis], written: Sequence[Hypothesis]
 ) -> dict[str, dict[str, float | int | str]]:
-    """Score each corpus and each language alone, where there are several.
+    """Score each corpus and each language alone, if there are several.
 
-    written: what `perfect` made of the hypotheses.
+    written: output of `perfect` for the same clips. Return {row of the table: scores}.
     """
     rows = {}
     for part in ("corpus", "language"):

@@ -1,4 +1,4 @@
-"""Pictures of runs: strips of frames with sentences, curves of training, the dominance probe."""
+"""Draw pictures of runs: frames with sentences, training curves, gradient norms."""
 
 import json
 from collections.abc import Sequence
@@ -18,44 +18,42 @@ from flallm_ds.data.storage.store import CacheOptions
 from flallm_ds.errors import UserError
 from flallm_ds.inference.report import read_hypotheses
 
+# Maps the key of a gradient norm in metrics.jsonl to its label.
 PROBED = {"language": "last language layer", "visual": "last visual layer"}
-SMOOTHED_OVER = 15  # measurements; the median of as many
+# Window of the running median, in measurements.
+SMOOTHED_OVER = 15
 
 # --- strips of frames
 
 
 def strip_of_run(run: Path, out: Path, split: str, num_clips: int) -> None:
-    """Draw clips of an evaluated split of a run, evenly spaced over its hypotheses.
+    """Draw clips of an evaluated split of a run, evenly spaced over the split.
 
-    Raises UserError where the split has not been evaluated, or not on the run's own
-    shards.
+    Raises UserError if the split was not evaluated on the shards of the run.
     """
     if num_clips < 1:
-        raise UserError(f"--clips must be at least 1, but is {num_clips}.")
+        raise UserError(f"--clips must be at least 1, got {num_clips}.")
     if not (run / "config.json").is_file():
-        raise UserError(f"--run must name a run's folder, but {run} has no config.json.")
+        raise UserError(f"--run must be a folder with config.json, got {run}.")
     path = run / export.EVALUATION / f"{split}.hypotheses.jsonl"
+    evaluate = f"Run deepspeed launch/evaluate.py --run {run} --split {split}"
     if not path.is_file():
-        raise UserError(
-            f"{split} must have been evaluated, but there is no {path}. "
-            f"Run deepspeed launch/evaluate.py --run {run} --split {split} first."
-        )
+        raise UserError(f"Cannot read {path}: {split} was not evaluated. {evaluate} first.")
     hypotheses = {clip.key: clip for clip in read_hypotheses(path)}
     data = RunConfig.load(run / "config.json").data
     cache = CacheOptions.of_run(data)
     index = open_indexes(data.shards, split, cache)
-    if isinstance(index, FeatureIndex):
-        # Cached features have no frames: open the shards of videos that they were made of.
-        # Their clips have the same keys.
+    if index.features:
+        # Cached features contain no frames. Open the shards with the videos from which they
+        # were computed; the keys of clips are the same.
         sources = [facts.source for facts in index.features]
         index = open_indexes(sources, split, cache)
     reader = VideoReader(index, FrameSampling(max_frames=10**9), seed=0, train=False)
     keys = index.strings("key")
     if missing := set(keys) - set(hypotheses):
         raise UserError(
-            f"{path} must hold a hypothesis for each clip of the run's own shards, but has "
-            f"none for {len(missing)} ({min(missing)} for one). Run deepspeed "
-            f"launch/evaluate.py --run {run} --split {split} again, without --shards."
+            f"Cannot draw clips of {path}: it has no hypothesis for {len(missing)} clips of "
+            f"the shards of the run, e.g. {min(missing)}. {evaluate} without --shards."
         )
     clips = []
     for row in _evenly_spaced(num_clips, len(index)):
@@ -72,33 +70,32 @@ def draw_strip(
     clips: Sequence[tuple[Sequence[np.ndarray], Hypothesis]],
     frames_a_clip: int = 10,
 ) -> None:
-    """Draw a PNG: for each clip a row of evenly spaced frames, its hypothesis and
-    reference below.
+    """Draw a PNG with a row of evenly spaced frames for each clip, and its sentences below.
 
-    clips: (frames, each uint8 (H, W, 3); what was said).
+    clips: pairs of frames, each uint8 (H, W, 3), and a hypothesis.
     """
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(
         len(clips), 1, figsize=(11, 2.35 * len(clips)), squeeze=False
     )
-    for axis, (frames, said) in zip(axes[:, 0], clips, strict=True):
+    for axis, (frames, clip) in zip(axes[:, 0], clips, strict=True):
         picked = [frames[i] for i in _evenly_spaced(frames_a_clip, len(frames))]
         axis.imshow(np.concatenate(picked, axis=1))
         axis.set_axis_off()
         axis.set_title(
-            f"hypothesis   {said.hypothesis}\nreference    {said.reference}",
+            f"hypothesis   {clip.hypothesis}\nreference    {clip.reference}",
             y=-0.05,
             pad=0,
             va="top",
             loc="left",
             fontsize=11,
-            parse_math=False,  # a dollar sign in a sentence is no formula
+            parse_math=False,  # a dollar sign in a sentence does not start a formula
         )
     _save(figure, path)
 
 
 def _evenly_spaced(count: int, length: int) -> list[int]:
-    """Return `count` indices from 0 to `length` - 1, repeated where there are fewer."""
+    """Return `count` indices from 0 to `length` - 1, repeated if there are fewer."""
     picks: list[int] = np.linspace(0, length - 1, count).round().astype(int).tolist()
     return picks
 
@@ -107,10 +104,9 @@ def _evenly_spaced(count: int, length: int) -> list[int]:
 
 
 def draw_curves(path: Path, runs: Sequence[Path]) -> None:
-    """Draw a PNG of runs over their epochs: the mean training loss, and BLEU-4 where it
-    was scored.
+    """Draw a PNG with the mean training loss and BLEU-4 of runs over epochs.
 
-    Raises UserError where a folder holds no finished step.
+    Raises UserError if a run has not finished a step.
     """
     pyplot = _pyplot()
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 3.6))
@@ -127,23 +123,20 @@ def draw_curves(path: Path, runs: Sequence[Path]) -> None:
 
 
 def by_epoch(run: Path) -> tuple[dict[int, float], dict[int, float]]:
-    """Read {epochs done: mean loss} and {epochs done: BLEU-4} of a run folder.
+    """Read {finished epochs: mean loss} and {finished epochs: BLEU-4} of a run folder.
 
-    Raises UserError where it holds no finished step.
+    Raises UserError if the run has not finished a step.
     """
     losses: dict[int, list[float]] = {}
     bleus: dict[int, float] = {}
     for record in _records(run):
-        # A step counts epochs from 0; dev scores count the epochs that are done.
+        # Records with a loss number epochs from 0; those with scores count finished epochs.
         if "loss" in record:
             losses.setdefault(record["epoch"] + 1, []).append(record["loss"])
         if "bleu4" in record:
             bleus[record["epoch"]] = record["bleu4"]
     if not losses:
-        raise UserError(
-            f"a run must have finished a step before its curves are drawn, but {run} has "
-            "none."
-        )
+        raise UserError(f"Cannot draw the curves of {run}: no step is finished. Train it.")
     means = {epoch: float(np.mean(values)) for epoch, values in losses.items()}
     return means, bleus
 
@@ -152,10 +145,10 @@ def by_epoch(run: Path) -> tuple[dict[int, float], dict[int, float]]:
 
 
 def draw_probe(path: Path, runs: Sequence[Path]) -> None:
-    """Draw a PNG with an axis for each run: smoothed gradient norms of the last layers.
+    """Draw a PNG with smoothed gradient norms of the last layers, one axis for each run.
 
-    It shows whose gradient is larger, the visual encoder's or the language model's.
-    Raises UserError where a run has not logged them.
+    It shows whether the gradient of the visual encoder or of the language model is larger.
+    Raises UserError if a run did not log gradient norms.
     """
     norms_of_runs = list(map(read_probe, runs))
     pyplot = _pyplot()
@@ -173,9 +166,9 @@ def draw_probe(path: Path, runs: Sequence[Path]) -> None:
 
 
 def read_probe(run: Path) -> dict[str, tuple[list[int], list[float]]]:
-    """Read {"language" and "visual": (steps, gradient norms)} of a run folder.
+    """Read {"language" or "visual": (steps, gradient norms)} of a run folder.
 
-    A part that was not trained is left out. Raises UserError where the run has no norms.
+    A part that was not trained is missing. Raises UserError if the run has no norms.
     """
     records = _records(run)
     found: dict[str, tuple[list[int], list[float]]] = {}
@@ -189,14 +182,14 @@ def read_probe(run: Path) -> dict[str, tuple[list[int], list[float]]]:
             found[name] = (steps, norms)
     if not found:
         raise UserError(
-            f"a run must have looked at its gradients before they are drawn, but {run} has "
-            "none. Train it with --train.probe_every=10."
+            f"Cannot draw the gradient norms of {run}: they were not logged. Train it with "
+            "--train.probe_every=10."
         )
     return found
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:
-    """Compute running medians: single batches are a hundred times apart."""
+    """Return running medians, because norms of single batches differ by a factor of 100."""
     half = SMOOTHED_OVER // 2
     medians = []
     for i in range(len(values)):
@@ -205,18 +198,18 @@ def _smoothed(values: Sequence[float]) -> list[float]:
     return medians
 
 
-# --- what they share
+# --- shared helpers
 
 
 def _records(run: Path) -> list[dict[str, Any]]:
-    """Read metrics.jsonl of a run folder; empty where there is none."""
+    """Read metrics.jsonl of a run folder; empty if the file does not exist."""
     path = run / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     return [json.loads(line) for line in lines]
 
 
 def _pyplot() -> Any:
-    """Import matplotlib, which takes a second, and let it draw without a display."""
+    """Import matplotlib, which takes a second, and set it up to draw without a display."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -226,13 +219,12 @@ def _pyplot() -> Any:
 
 
 def _save(figure: Any, path: Path) -> None:
-    """Write a picture and close it. Raises UserError where it cannot be written."""
+    """Write a figure to a file and close it. Raises UserError if this fails."""
     try:
         figure.savefig(path, dpi=110, bbox_inches="tight")
     except OSError as error:
         raise UserError(
-            f"the picture must go where it can be written, but {path}: {error.strerror}. "
-            "Give another --out."
+            f"Cannot write {path}: {error.strerror}. Give another --out."
         ) from error
     finally:
         _pyplot().close(figure)

@@ -1,4 +1,4 @@
-"""Results as text: the table of scores and the file of hypotheses."""
+"""Write hypotheses to a file, read them, and format scores as a table."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -13,19 +13,18 @@ from flallm_ds.metrics.columns import CEILING, COLUMNS
 
 
 def write_hypotheses(path: Path, hypotheses: Sequence[Hypothesis]) -> None:
-    """Write JSON lines: key, hypothesis, reference, corpus, language, and nbest if there
-    is one."""
+    """Write JSON lines with the fields of `Hypothesis`; `nbest` only if it is not empty."""
     lines = []
-    for one in hypotheses:
-        record = asdict(one)
-        if not one.nbest:
+    for clip in hypotheses:
+        record = asdict(clip)
+        if not clip.nbest:
             del record["nbest"]
         lines.append(json.dumps(record, ensure_ascii=False))
     replace_file(path, "\n".join(lines) + "\n")
 
 
 def read_hypotheses(path: Path) -> list[Hypothesis]:
-    """Read what `write_hypotheses` wrote."""
+    """Read a file of `write_hypotheses`."""
     hypotheses = []
     for line in path.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
@@ -35,9 +34,9 @@ def read_hypotheses(path: Path) -> list[Hypothesis]:
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return scores as text that is also Markdown. rows: {name of the system: its stored scores}.
+    """Return a Markdown table. rows: maps the name of a system to its stored scores.
 
-    The last column is BLEU-4 of a perfect model, where that of any row is low.
+    The last column is the BLEU-4 of a perfect model, if it is low for any row.
     """
     columns = list(COLUMNS)
     if any(map(is_low, rows.values())):
@@ -45,7 +44,7 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     width = max(map(len, rows))
     titles = " | ".join(f"{column.title:>7}" for column in columns)
     lines = [f"| {'':{width}} | {titles} |"]
-    # A colon aligns the numbers to the right.
+    # The colon aligns numbers to the right.
     lines.append(f"|{'-' * (width + 2)}|" + f"{'-' * 8}:|" * len(columns))
     for name, scores in rows.items():
         cells = " | ".join(f"{column.text(scores):>7}" for column in columns)

@@ -1,4 +1,4 @@
-"""An export folder as an object that turns videos into sentences, without DeepSpeed."""
+"""Translate videos with an export folder, without DeepSpeed."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -29,7 +29,10 @@ from flallm_ds.models.sign_translator import Beam, Candidate
 
 @dataclass(frozen=True)
 class Translator:
-    """`Translator.from_pretrained(folder).translate("video.mp4")` -> a sentence."""
+    """A model that translates videos.
+
+    >>> Translator.from_pretrained(folder).translate("video.mp4")
+    """
 
     export: export.Export
     preprocess: Preprocess
@@ -46,19 +49,21 @@ class Translator:
     ) -> "Translator":
         """Load an export folder, the best export of a run folder, or USER/NAME of the hub.
 
-        device: a GPU where there is one. bits: of the LLM's parameters (8 and 4 need
-        bitsandbytes); none: those of its training, so that sentences are those of the
-        training's dev search. hub_code: run code that comes with the LLM. Raises
-        UserError where there is no whole export.
+        device: default: a GPU if there is one.
+        bits: bits of the LLM parameters (8 and 4 need bitsandbytes). None: as in training,
+        so that hypotheses equal those of the search on dev in training.
+        hub_code: run code from the hub that belongs to the LLM.
+        Raises UserError if there is no complete export.
         """
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         folder = folder_of(model)
         if bits is None:
             bits = export.trained_bits(folder, export.read_settings(folder))
-            bits = 32 if bits < 16 and chosen.type != "cuda" else bits
+            if bits < 16 and chosen.type != "cuda":
+                bits = 32
         loaded = export.read(folder, LlmOptions(bits=bits, hub_code=hub_code))
         loaded.visual.to(chosen)
-        # bitsandbytes puts its weights itself
+        # bitsandbytes moves quantized weights to the device itself.
         if bits > 8 or loaded.settings["stage"] == "visual":
             loaded.translator.to(chosen)
         loaded.translator.adapter.to(chosen)
@@ -72,7 +77,11 @@ class Translator:
         nbest: int | None = None,
         length_penalty: float | None = None,
     ) -> "Translator":
-        """The same with another search. Raises UserError for one that cannot be."""
+        """Return a translator with other search options.
+
+        beams: number of beams. nbest: number of hypotheses per clip. Raises UserError if
+        `nbest` is not between 1 and `beams`.
+        """
         beam = self.beam
         if beams is not None:
             beam = replace(beam, num_beams=beams)
@@ -82,27 +91,25 @@ class Translator:
             beam = replace(beam, length_penalty=length_penalty)
         if not 1 <= beam.num_return <= beam.num_beams:
             raise UserError(
-                "the sentences of a clip must be 1 to as many as there are beams, but are "
-                f"{beam.num_return} of {beam.num_beams}. Give --nbest of at least 1, and "
-                "--beams as large or larger."
+                f"--nbest must be at least 1 and at most --beams ({beam.num_beams}), got "
+                f"{beam.num_return}. Give another --nbest or --beams."
             )
         return replace(self, beam=beam)
 
     def translate(self, video: str | Path, language: str = "") -> str:
-        """The sentence signed in a video file or a folder of frames.
+        """Translate a video file or a folder of frames into a sentence.
 
-        language: of the sentence, where the model speaks several. Frames are scaled and
-        picked as in training's evaluation. Raises UserError if nothing can be decoded.
+        language: target language, if the model has several. Frames are resized and sampled
+        as in the evaluation of the training. Raises UserError if nothing can be decoded.
         """
         return self.nbest(video, language)[0][0]
 
     def nbest(
         self, video: str | Path, language: str = ""
     ) -> list[tuple[str, float | None]]:
-        """(sentence, score) of each hypothesis that `beam` asks for, best first, as `translate`.
+        """Translate a video into `beam.num_return` pairs (sentence, score), best first.
 
-        score: log probability over length ** length_penalty; None where only one is asked
-        for.
+        score: log probability / length ** length_penalty; None for a single hypothesis.
         """
         batch, rate = self._read(Path(video), self.language(language))
         found = []
@@ -111,56 +118,53 @@ class Translator:
         return found
 
     def stream(self, video: str | Path, language: str = "") -> Iterator[str]:
-        """The sentence as `translate` with one beam says it, word by word."""
+        """Translate a video with one beam, and yield the sentence word by word."""
         greedy = self.searching(beams=1, nbest=1)
         batch, rate = self._read(Path(video), self.language(language))
-        pieces = _Pieces(self.export.codec)
+        streamer = _QueueStreamer(self.export.codec)
         failure: list[BaseException] = []
 
-        def say() -> None:
+        def generate() -> None:
             try:
-                greedy.generate(batch, rate, pieces)
-            except BaseException as error:  # noqa: BLE001 - raised below, by the thread that asked
+                greedy.generate(batch, rate, streamer)
+            except BaseException as error:  # noqa: BLE001 - raised below, in the calling thread
                 failure.append(error)
-            pieces.queue.put(None)
+            streamer.queue.put(None)
 
-        thread = Thread(target=say, daemon=True)
+        # The search runs in a thread and fills the queue, while words are yielded here.
+        thread = Thread(target=generate, daemon=True)
         thread.start()
-        while (piece := pieces.queue.get()) is not None:
-            yield piece
+        while (text := streamer.queue.get()) is not None:
+            yield text
         thread.join()
         if failure:
             raise failure[0]
 
     def language(self, asked: str = "") -> str:
-        """One of the languages that the model was trained to say: the one asked for, or
-        the only one.
+        """Return the target language `asked`, by the name that the model was trained with.
 
-        Raises UserError where it is none of them, or where there are several and none is
-        asked for.
+        Without `asked`, return the only target language. Raises UserError if the model was
+        not trained with this language, or if none is asked for and there are several.
         """
-        known = spoken(self.export.codec)
-        same = known
+        trained = spoken(self.export.codec)
+        same = trained
         if asked:
-            same = [language for language in known if tag_of(language) == tag_of(asked)]
+            same = [language for language in trained if tag_of(language) == tag_of(asked)]
         if len(same) == 1:
             return same[0]
-        if not known and not asked:
+        if not trained and not asked:
             return ""
-        must = "be given where the model speaks several"
-        if asked:
-            must = "be one of those the model speaks"
+        names = ", ".join(trained) or "none is recorded"
         raise UserError(
-            f"--language must {must} ({', '.join(known) or 'which are not recorded'}), but "
-            f"is {asked!r}."
+            f"--language must be a target language of the model ({names}), got {asked!r}."
         )
 
     def _read(self, path: Path, language: str) -> tuple[Batch, float]:
-        """(the kept frames as a batch of one clip, how many of them a second has)."""
+        """Return (batch with the kept frames of one clip, kept frames per second)."""
         if not path.exists():
             raise UserError(
-                f"there must be a video file or a folder of frames at {path}, but there is "
-                "nothing."
+                f"The video must be an existing file or folder of frames, got {path}. Check "
+                "the path."
             )
         kept, rate = self.kept_frames(path)
         corpora = self.export.settings["training"]["corpora"]
@@ -172,7 +176,7 @@ class Translator:
             target_ids_BL=torch.full((1, 1), -100),
             keys=(path.name,),
             texts=("",),
-            # a prompt may name its sign language
+            # The prompt may contain the sign language of the corpus.
             corpora=(corpora[0] if len(corpora) == 1 else "",),
             languages=(language,),
             real_B=(True,),
@@ -180,8 +184,7 @@ class Translator:
         return batch, rate
 
     def kept_frames(self, path: Path) -> tuple[np.ndarray, float]:
-        """(the frames that the model sees of a video, uint8 (T, H, W, 3), how many of
-        them a second has)."""
+        """Return (kept frames of a video, uint8 (T, H, W, 3); kept frames per second)."""
         settings = self.export.settings["frames"]
         sampling = export.frame_sampling(self.export.settings)
         video = Video(path)
@@ -189,6 +192,7 @@ class Translator:
         stored = video.frames(short_side=settings["short_side"], fps=fps)
         kept: list[np.ndarray] = []
         num_frames = 0
+        # Decode one frame at a time and keep only the sampled ones, to save memory.
         for frame in stored:
             if sampling.keeps_first(num_frames, fps or video.fps):
                 kept.append(frame)
@@ -201,14 +205,15 @@ class Translator:
     def generate(
         self, batch: Batch, rate: float | None = None, streamer: TextStreamer | None = None
     ) -> list[list[Candidate]]:
-        """The hypotheses of each clip of a batch, best first.
+        """Return the hypotheses of each clip of a batch, best first.
 
-        rate: of the frames, a second, where the LLM reads features at another one.
+        rate: frames per second of the batch, if the LLM reads features at another rate.
         """
         autocast = bool(self.export.settings.get("visual_autocast", True))
-        # Not the LLM: autocast would cast each of its matrices again for every token. The
-        # outer autocast covers what training does without it: pixels where the fused
-        # kernel cannot run, and features at another rate. Earlier exports were scored so.
+        # The LLM runs outside autocast, which would cast its matrices again for each token.
+        # This autocast also covers two operations that training runs without it: resizing
+        # frames without the fused kernel, and resampling features. It remains because
+        # earlier exports were scored with it.
         half = autocast and self.device.type == "cuda"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
             features_ND = encode(
@@ -233,8 +238,10 @@ class Translator:
     def _at_trained_rate(
         self, features_ND: torch.Tensor, num_frames_B: torch.Tensor, rate: float | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(features_ND, how many each clip has) at the rate of training. rate: as in
-        `generate`."""
+        """Resample features to the rate of the training. rate: as in `generate`.
+
+        Return (features_ND, number of features of each clip).
+        """
         wanted = self.export.settings["frames"]["feature_fps"]
         if wanted is None or rate is None:
             return features_ND, num_frames_B
@@ -243,20 +250,22 @@ class Translator:
         return features_BSD[0], lengths_B.cpu()
 
     def _wordings(self, batch: Batch) -> list[Wording]:
+        """Return the prompt of each clip."""
         codec = self.export.codec
         light_t = self.export.settings["stage"] == "visual"
         wording = codec.light_wording if light_t else codec.wording
         return list(map(wording, batch.languages, batch.corpora))
 
 
-class _Pieces(TextStreamer):  # type: ignore[misc]  # transformers is untyped
-    """Whole words of a sentence, as its pieces come, into a queue."""
+class _QueueStreamer(TextStreamer):  # type: ignore[misc]  # transformers is untyped
+    """Put complete words of a sentence into a queue while tokens are generated."""
 
     def __init__(self, codec: object) -> None:
-        super().__init__(codec, skip_prompt=True)  # of a tokenizer it uses `decode` alone
+        # A codec instead of a tokenizer, because TextStreamer only calls `decode`.
+        super().__init__(codec, skip_prompt=True)
         self.queue: SimpleQueue[str | None] = SimpleQueue()
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Called by `put` and `end`."""
+        """Put text into the queue. TextStreamer calls this for complete words."""
         if text:
             self.queue.put(text)

@@ -1,4 +1,4 @@
-"""What is written loads to the same sentences; what is not whole says so."""
+"""Tests that an export loads to the same hypotheses and that damage is reported."""
 
 import json
 import shutil
@@ -25,7 +25,9 @@ from flallm_ds.models.sign_translator import Beam, Candidate, SignTranslator
 from flallm_ds.models.visual_encoder import VisualEncoder
 from flallm_ds.models.weights import named_state
 
-BEAM = Beam(num_beams=3, max_new_tokens=8, num_return=2)  # scores are compared, too
+BEAM = Beam(
+    num_beams=3, max_new_tokens=8, num_return=2
+)  # n-best scores are compared as well
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +70,7 @@ def settings_of(stage: str) -> dict:
 
 
 def used(model: SignTranslator) -> SignTranslator:
-    """The model with weights and statistics that are not those of a new one."""
+    """Change weights and statistics of a model, so that they differ from a new one."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.5).add_(0.01)
@@ -80,7 +82,7 @@ def used(model: SignTranslator) -> SignTranslator:
 
 @pytest.fixture(scope="module")
 def stage_1(codec, tmp_path_factory):
-    """(folder of an export of stage visual; the ids and the loss before it was written)."""
+    """Return (folder of an export of stage visual; hypotheses and loss before writing)."""
     torch.manual_seed(0)
     visual = FeatureExtractor(VisualEncoder(width=4, temporal_kernel=5))
     light_t = build_light_translator("tiny", codec, dropout=0.1)
@@ -106,7 +108,7 @@ def translate(loaded: export.Export) -> list[list[Candidate]]:
         return loaded.translator.generate(features_ND, num_frames_B, wordings, BEAM)
 
 
-def test_an_export_of_stage_visual_says_what_the_model_said(stage_1):
+def test_an_export_of_stage_visual_has_the_outputs_of_the_model(stage_1):
     folder, ids, loss = stage_1
     loaded = export.read(folder)
     assert translate(loaded) == ids
@@ -129,7 +131,7 @@ def test_a_loaded_export_is_in_eval_mode_without_gradients(stage_1):
         assert not any(p.requires_grad for p in module.parameters())
 
 
-def test_the_settings_say_what_a_video_needs(stage_1):
+def test_the_settings_contain_frame_sampling_and_search(stage_1):
     settings = export.read(stage_1[0]).settings
     assert settings["stage"] == "visual" and settings["visual"] == {
         "width": 4,
@@ -144,7 +146,7 @@ def test_the_settings_say_what_a_video_needs(stage_1):
     }
 
 
-def test_stage_llm_takes_the_visual_encoder_as_it_was(stage_1):
+def test_stage_llm_loads_the_visual_encoder_unchanged(stage_1):
     visual = export.read_visual(stage_1[0])
     assert visual.chunk_frames == 7
     stored = load_file(stage_1[0] / "visual_encoder.safetensors")
@@ -153,7 +155,7 @@ def test_stage_llm_takes_the_visual_encoder_as_it_was(stage_1):
     }
 
 
-def test_an_export_of_stage_llm_says_what_the_model_said(tiny_corpus, codec, tmp_path):
+def test_an_export_of_stage_llm_has_the_outputs_of_the_model(tiny_corpus, codec, tmp_path):
     torch.manual_seed(0)
     trim_llm(str(tiny_corpus / "llm"), codec, tmp_path / "trimmed")
     llm = load_llm(str(tmp_path / "trimmed"))
@@ -170,20 +172,22 @@ def test_an_export_of_stage_llm_says_what_the_model_said(tiny_corpus, codec, tmp
     export.write(tmp_path / "best", settings_of("llm"), state, llm, codec)
     loaded = export.read(tmp_path / "best")
     assert translate(loaded) == before
-    # this LLM scales its word embeddings by sqrt(64)
+    # This LLM multiplies its token embeddings by sqrt(64).
     assert loaded.translator.adapter.scale == 8.0
 
 
 # --- finding
 
 
-def test_an_export_is_found_by_its_folder_or_its_run(stage_1):
+def test_an_export_is_found_by_export_folder_or_run_folder(stage_1):
     folder = stage_1[0]
     assert export.find(folder) == export.find(str(folder.parent)) == folder
 
 
 def test_a_folder_without_an_export_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"there must be an export \(flallm\.json\) in"):
+    with pytest.raises(
+        UserError, match=r"Cannot find an export in .*: neither flallm\.json nor best"
+    ):
         export.find(tmp_path)
 
 
@@ -204,7 +208,7 @@ FILES = [
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", ["missing", "truncated", "another file"])
-def test_a_broken_weights_file_is_named(copied, name, damage):
+def test_the_error_names_a_damaged_weights_file(copied, name, damage):
     path = copied / name
     if damage == "missing":
         path.unlink()
@@ -217,8 +221,8 @@ def test_a_broken_weights_file_is_named(copied, name, damage):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_weights_file_that_lacks_a_tensor_is_named(copied, name):
-    """Else a part of the model would keep its random weights without a word."""
+def test_the_error_names_a_weights_file_without_a_tensor(copied, name):
+    """Else a part of the model would silently keep random weights."""
     state = load_file(copied / name)
     state.pop(
         {FILES[0]: "temporal.conv.weight", FILES[1]: "2.bias", FILES[2]: "lm_head.weight"}[
@@ -230,7 +234,7 @@ def test_a_weights_file_that_lacks_a_tensor_is_named(copied, name):
         export.read(copied)
 
 
-def test_weights_of_another_width_are_named(copied):
+def test_the_error_names_a_weights_file_of_another_width(copied):
     settings = json.loads((copied / "flallm.json").read_text())
     settings["visual"]["width"] = 8
     (copied / "flallm.json").write_text(json.dumps(settings))
@@ -252,8 +256,8 @@ def test_a_missing_file_of_the_language_model_is_an_error(copied, name):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ("{", "must be JSON"),
-        ("[1]", "but is None"),
+        ("{", "it is not JSON"),
+        ("[1]", "got None"),
         ('{"format": "flallm_ds export 1"}', "or train again"),
     ],
 )
@@ -296,7 +300,7 @@ def test_settings_of_another_format_are_refused(copied, content, reason):
         ),
     ],
 )
-def test_settings_of_other_types_are_one_sentence(copied, section, name, value, said):
+def test_settings_of_other_types_are_refused(copied, section, name, value, said):
     settings = json.loads((copied / "flallm.json").read_text())
     (settings if section is None else settings[section])[name] = value
     (copied / "flallm.json").write_text(json.dumps(settings))
@@ -307,7 +311,7 @@ def test_settings_of_other_types_are_one_sentence(copied, section, name, value, 
 @pytest.mark.parametrize(
     "content", ["[]", "[" * 10**5, '{"kept_ids": "a"}', '{"kept_ids": [-1]}', "{}"]
 )
-def test_a_vocabulary_that_is_none_is_one_sentence(copied, content):
+def test_an_invalid_vocabulary_file_is_refused(copied, content):
     (copied / "language_model" / "vocabulary.json").write_text(content)
     with pytest.raises(UserError, match=r"vocabulary\.json must be a codec's file"):
         export.read(copied)

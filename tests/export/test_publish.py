@@ -1,4 +1,4 @@
-"""`flallm export`: merged, apart and untrimmed folders say what the run's own export says."""
+"""Tests that `flallm export` keeps the outputs of the model, and of the model card."""
 
 import json
 import os
@@ -33,7 +33,7 @@ BEAM = Beam(num_beams=3, max_new_tokens=8, num_return=2)
 def runs(
     tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str, str], Path]:
-    """A function of the kind of LLM and how it was tuned: the run folder."""
+    """Return a function of the kind of LLM and the tuning that returns a run folder."""
     folder = tmp_path_factory.mktemp("runs")
 
     def run(kind: str, tuning: str) -> Path:
@@ -46,7 +46,7 @@ def runs(
 
 
 def said(folder: Path) -> list[Candidate]:
-    """What an export says of random features."""
+    """Return the hypotheses of an export for random features."""
     loaded = export.read(export.find(folder))
     torch.manual_seed(5)
     features_ND, num_frames_B = torch.randn(9, 32), torch.tensor([4, 5])
@@ -56,14 +56,14 @@ def said(folder: Path) -> list[Candidate]:
 
 
 def assert_same(folder: Path, run: Path) -> None:
-    """The same ids with the same scores."""
+    """Assert that both exports generate the same tokens with the same scores."""
     for one, other in zip(said(run), said(folder), strict=True):
         assert other.ids == one.ids
         assert other.score == pytest.approx(one.score, rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", [ENCODER_DECODER, DECODER_ONLY])
-def test_a_fully_tuned_run(
+def test_an_export_of_full_tuning_is_unchanged(
     runs: Callable[[str, str], Path], tmp_path: Path, kind: str
 ) -> None:
     run = runs(kind, "full")
@@ -74,7 +74,7 @@ def test_a_fully_tuned_run(
 
 @pytest.mark.parametrize("tuning", ["lora", "dora"])
 @pytest.mark.parametrize("kind", [ENCODER_DECODER, DECODER_ONLY])
-def test_low_rank_additions_merged_or_apart(
+def test_lora_adapters_can_be_merged_or_stored_apart(
     runs: Callable[[str, str], Path], tmp_path: Path, kind: str, tuning: str
 ) -> None:
     run = runs(kind, tuning)
@@ -91,7 +91,7 @@ def test_low_rank_additions_merged_or_apart(
     assert not list((tmp_path / "merged").glob("**/adapter_*"))
 
 
-def test_peft_reads_additions_that_are_apart(
+def test_peft_loads_adapters_that_are_stored_apart(
     runs: Callable[[str, str], Path], tmp_path: Path
 ) -> None:
     run = runs(DECODER_ONLY, "lora")
@@ -107,11 +107,10 @@ def test_peft_reads_additions_that_are_apart(
 
 
 @pytest.mark.parametrize("lora", ["merged", "apart"])
-def test_no_folder_holds_the_search_settings_of_a_hub(
+def test_no_export_contains_search_settings_of_a_base_model(
     runs: Callable[[str, str], Path], tmp_path: Path, lora: Literal["merged", "apart"]
 ) -> None:
-    """As older exports and the LLMs they began with do: who loads the folder would search
-    in another way."""
+    """Older exports and base models contain them, and they would change the search."""
     run = Path(shutil.copytree(runs(DECODER_ONLY, "lora"), tmp_path / "run"))
     for folder in (run / "best" / "language_model", run / "llm_trimmed"):
         path = folder / "generation_config.json"
@@ -131,7 +130,7 @@ def test_no_folder_holds_the_search_settings_of_a_hub(
     assert_same(out, runs(DECODER_ONLY, "lora"))
 
 
-def test_a_frozen_llm_is_copied_from_its_base(
+def test_a_frozen_llm_is_copied_from_its_base_model(
     runs: Callable[[str, str], Path], tmp_path: Path
 ) -> None:
     run = runs(DECODER_ONLY, "frozen")
@@ -145,10 +144,10 @@ def names_of(kind: str) -> list[str]:
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])
 @pytest.mark.parametrize("kind", [ENCODER_DECODER, DECODER_ONLY])
-def test_untrimmed(
+def test_an_untrimmed_export_keeps_the_logits_of_kept_tokens(
     runs: Callable[[str, str], Path], tmp_path: Path, kind: str, tuning: str
 ) -> None:
-    """With all pieces again, those that were kept are as likely beside each other as before."""
+    """The logits of the other tokens do not matter here."""
     run = runs(kind, tuning)
     folder = publish(run, tmp_path / "out", untrimmed=True)
     loaded = export.read(folder)
@@ -168,7 +167,7 @@ def test_untrimmed(
 # --- the card
 
 
-def test_the_card_says_what_is_recorded(
+def test_the_card_contains_the_recorded_facts(
     runs: Callable[[str, str], Path], tmp_path: Path
 ) -> None:
     run = runs(ENCODER_DECODER, "full")
@@ -188,10 +187,10 @@ def test_the_card_says_what_is_recorded(
         of_export = export.digest(run / "best")
         content = {"split": split, "export": of_export, "shards": shards, "scores": scores}
         (evaluation / f"{split}.json").write_text(json.dumps(content), encoding="utf-8")
-    # as where the export itself was scored
+    # An evaluation of the export folder itself writes to this folder.
     shutil.copytree(evaluation, run / "best" / "evaluation")
     out = publish(run, tmp_path / "out")
-    assert not (out / "evaluation").exists(), "it holds the corpus's texts"
+    assert not (out / "evaluation").exists(), "it contains texts of the corpus"
     card = (out / "README.md").read_text(encoding="utf-8")
     shutil.rmtree(evaluation)
     shutil.rmtree(run / "best" / "evaluation")
@@ -199,9 +198,9 @@ def test_the_card_says_what_is_recorded(
     assert (
         'language: ["de"]' in front
         and 'datasets: ["toy"]' in front
-        and "# license: yours" in front
+        and "# license: add yours" in front
     )
-    assert "base_model" not in front, "a folder is no model of the hub"
+    assert "base_model" not in front, "a folder is not a model of the hub"
     assert (
         "| test | 40.00 | 30.00 | 25.00 | 21.25 | 44.00 | 50.00 |" in card
         and "| dev |" in card
@@ -216,9 +215,9 @@ def test_the_card_says_what_is_recorded(
     assert "is trimmed to the" in card
 
 
-def test_the_cards_command_names_the_shards() -> None:
+def test_the_command_of_the_card_contains_the_shards() -> None:
     config = config_of("quickstart_llm")
-    assert "data.shards" not in command(config), "the recipe has them"
+    assert "data.shards" not in command(config), "the recipe contains them"
     mine = config.with_overrides(
         {"data.shards": "data/mine,/home/me/other", "data.weights": "1,2"}
     )
@@ -228,7 +227,7 @@ def test_the_cards_command_names_the_shards() -> None:
 @pytest.mark.parametrize(
     "prompt", ["it's {video}", "two\nlines' \\n {video}", "\x1b[31m ü\u2028{video}"]
 )
-def test_bash_reads_the_cards_command_as_it_was_meant(prompt: str) -> None:
+def test_bash_parses_the_command_of_the_card_correctly(prompt: str) -> None:
     line = command(config_of("quickstart_llm").with_overrides({"llm.prompt": prompt}))
     assert line.isprintable()
     said = subprocess.run(
@@ -238,7 +237,7 @@ def test_bash_reads_the_cards_command_as_it_was_meant(prompt: str) -> None:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_the_cards_command_is_of_the_same_run(name: str) -> None:
+def test_the_command_of_the_card_repeats_the_run(name: str) -> None:
     words = command(config_of(name))
     recipe = next(
         w.removeprefix("--recipe=") for w in words.split() if w.startswith("--recipe=")
@@ -255,15 +254,15 @@ def test_the_cards_command_is_of_the_same_run(name: str) -> None:
     } == {o: v for o, v in mine.items() if o not in FREE_TO_CHANGE or o == "visual_run"}
 
 
-def test_a_place_where_nothing_can_be_written(
+def test_a_folder_that_cannot_be_written_is_refused(
     runs: Callable[[str, str], Path], tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="--out must be where files can be written"):
+    with pytest.raises(UserError, match="Cannot write to --out "):
         publish(runs(ENCODER_DECODER, "full"), tmp_path / "file" / "model")
 
 
-def test_scores_of_an_older_export_are_left_out(
+def test_the_card_omits_scores_of_an_older_export(
     runs: Callable[[str, str], Path], tmp_path: Path
 ) -> None:
     run = runs(ENCODER_DECODER, "full")
@@ -282,7 +281,7 @@ def test_scores_of_an_older_export_are_left_out(
     assert "| test |" not in card
 
 
-def test_a_run_that_was_copied_without_its_times_keeps_its_scores(
+def test_a_run_that_was_copied_without_timestamps_keeps_its_scores(
     runs: Callable[[str, str], Path], tmp_path: Path
 ) -> None:
     run = Path(shutil.copytree(runs(ENCODER_DECODER, "full"), tmp_path / "run"))
@@ -325,13 +324,13 @@ def test_exported_files_are_readable_by_the_group(
     assert len(files) > 20 and {path.stat().st_mode & 0o777 for path in files} == {0o640}
 
 
-def test_the_card_names_the_weights_that_training_began_with(
+def test_the_card_lists_pretrained_weights(
     runs: Callable[[str, str], Path],
 ) -> None:
     run = runs(ENCODER_DECODER, "full")
     settings, codec = export.read_settings(run / "best"), export.read(run / "best").codec
-    assert "It began with" not in model_card(settings, codec), (
-        "an export of before has no record"
+    assert "Pretrained weights" not in model_card(settings, codec), (
+        "an older export has no record"
     )
     files = [
         {"file": name, "bytes": 9, "sha256": "ab" * 32}
@@ -353,7 +352,7 @@ def test_the_card_names_the_weights_that_training_began_with(
 HOSTILE = "x](http://a.b) <script>alert(1)</script> `c` | pipe\n# heading\x1b[31m"
 
 
-def test_names_in_a_card_are_text(runs: Callable[[str, str], Path]) -> None:
+def test_markup_in_names_is_escaped_in_the_card(runs: Callable[[str, str], Path]) -> None:
     run = runs(ENCODER_DECODER, "full")
     settings, codec = export.read_settings(run / "best"), export.read(run / "best").codec
     config = RunConfig.load(run / "config.json").with_overrides(
@@ -365,7 +364,7 @@ def test_names_in_a_card_are_text(runs: Callable[[str, str], Path]) -> None:
         "command": command(config),
     }
     card = model_card(settings | {"training": training}, codec)
-    # the card's text without its blocks of code
+    # The text of the card without code blocks.
     outside = re.sub(r"(?ms)^(`{3,})\n.*?^\1$", "", card)
     text = outside.split("---", 2)[2]
     assert "\x1b" not in card
@@ -385,23 +384,23 @@ def test_names_in_a_card_are_text(runs: Callable[[str, str], Path]) -> None:
             ENCODER_DECODER,
             "full",
             {"lora": "apart"},
-            "--lora=apart must be asked of an LLM with low-rank",
+            "--lora must be merged if an export has no LoRA adapters",
         ),
         (
             DECODER_ONLY,
             "frozen",
             {"lora": "apart"},
-            "--lora=apart must be asked of an LLM with low-rank",
+            "--lora must be merged if an export has no LoRA adapters",
         ),
         (
             DECODER_ONLY,
             "lora",
             {"lora": "apart", "untrimmed": True},
-            "--untrimmed must go with --lora=merged",
+            "--lora must be merged with --untrimmed, got apart",
         ),
     ],
 )
-def test_what_a_run_has_not_got(
+def test_an_option_that_does_not_fit_the_run_is_refused(
     runs: Callable[[str, str], Path],
     tmp_path: Path,
     kind: str,
@@ -414,27 +413,31 @@ def test_what_a_run_has_not_got(
     assert not list(tmp_path.iterdir())
 
 
-def test_an_untrimmed_one_has_nothing_to_put_back(
+def test_an_untrimmed_export_cannot_be_untrimmed(
     runs: Callable[[str, str], Path], tmp_path: Path
 ) -> None:
     whole = publish(runs(ENCODER_DECODER, "full"), tmp_path / "whole", untrimmed=True)
-    with pytest.raises(UserError, match="must be asked of a trimmed LLM"):
+    with pytest.raises(
+        UserError, match=r"Cannot restore the vocabulary .*: it is not trimmed"
+    ):
         publish(whole, tmp_path / "out", untrimmed=True)
 
 
-def test_an_export_without_its_run_must_be_told_the_llm(
+def test_an_export_without_its_run_needs_the_name_of_the_llm(
     runs: Callable[[str, str], Path], tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match="--llm_name must say which LLM was trimmed"):
+    with pytest.raises(
+        UserError, match="--llm_name must be the LLM that was trimmed, got none"
+    ):
         publish(runs(ENCODER_DECODER, "full") / "best", tmp_path / "out", untrimmed=True)
 
 
-def test_a_folder_that_holds_something_is_left_alone(
+def test_a_folder_with_files_is_refused_and_not_changed(
     runs: Callable[[str, str], Path], tmp_path: Path
 ) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
-    with pytest.raises(UserError, match="--out must name a new or an empty folder"):
+    with pytest.raises(UserError, match="--out must be a new or empty folder, got"):
         publish(runs(ENCODER_DECODER, "full"), tmp_path / "out")
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine.txt"]
 
@@ -442,8 +445,8 @@ def test_a_folder_that_holds_something_is_left_alone(
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        ("base", "the LLM that .* adds to must be at .*llm_trimmed, but is not"),
-        ("adapter_config.json", "must hold adapter_config.json, but does not"),
+        ("base", "Cannot read export .*: its base model .*llm_trimmed does not exist"),
+        ("adapter_config.json", "Cannot read export .*adapter_config.json does not exist"),
         (
             "adapter_model.safetensors",
             "adapter_model.safetensors: it is not a complete safetensors file",
@@ -451,7 +454,7 @@ def test_a_folder_that_holds_something_is_left_alone(
         ("another LLM", "adapter in .* was trained with another LLM"),
     ],
 )
-def test_additions_that_are_not_whole(
+def test_the_error_names_damaged_or_missing_adapter_weights(
     runs: Callable[[str, str], Path], tmp_path: Path, damage: str, sentence: str
 ) -> None:
     run = Path(shutil.copytree(runs(DECODER_ONLY, "lora"), tmp_path / "run"))

@@ -1,4 +1,4 @@
-"""Pictures of runs: strips of frames, curves and the dominance probe."""
+"""Tests of pictures of runs: frames with sentences, curves, gradient norms."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ def test_a_strip_shows_the_frames_of_each_clip(tmp_path: Path) -> None:
     assert areas[0] > 10_000 and areas[1] == pytest.approx(2 * areas[0], rel=0.1)
 
 
-def test_curves_hold_each_epochs_mean_loss_and_its_score(tmp_path: Path) -> None:
+def test_curves_contain_the_mean_loss_and_the_score_of_each_epoch(tmp_path: Path) -> None:
     entries: list[dict[str, object]] = []
     for epoch in range(3):
         entries += [
@@ -49,17 +49,19 @@ def test_curves_hold_each_epochs_mean_loss_and_its_score(tmp_path: Path) -> None
 
 def test_a_picture_in_a_missing_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "epoch": 0, "loss": 3.0}\n')
-    with pytest.raises(UserError, match="--out"):
+    with pytest.raises(
+        UserError, match=r"Cannot write .*curves\.png: .*Give another --out"
+    ):
         draw_curves(tmp_path / "none" / "curves.png", [tmp_path])
 
 
 def test_a_run_without_a_step_has_no_curves(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="finished a step"):
+    with pytest.raises(UserError, match="no step is finished"):
         draw_curves(tmp_path / "curves.png", [tmp_path])
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_probe_is_read_for_each_part_that_was_trained(tmp_path: Path) -> None:
+def test_gradient_norms_are_read_for_each_trained_part(tmp_path: Path) -> None:
     records: list[dict[str, object]] = [{"kind": "train", "epoch": 0, "loss": 3.0}]
     records += [{"kind": "probe", "global_step": n, "language": 0.5 * n} for n in (1, 3)]
     (tmp_path / "metrics.jsonl").write_text(
@@ -71,8 +73,8 @@ def test_the_probe_is_read_for_each_part_that_was_trained(tmp_path: Path) -> Non
         read_probe(tmp_path)
 
 
-def test_a_dollar_sign_is_no_formula(tmp_path: Path) -> None:
-    """matplotlib would refuse it with a traceback, or leave characters out."""
+def test_a_dollar_sign_does_not_start_a_formula(tmp_path: Path) -> None:
+    """matplotlib would raise an error or drop characters."""
     run = tmp_path / "$x_$"
     run.mkdir()
     entries = [{"kind": "train", "epoch": 0, "loss": 3.0}]

@@ -1,4 +1,4 @@
-"""Results as text: the table of scores and the file of hypotheses."""
+"""Tests of the table of scores and the file of hypotheses."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from flallm_ds.batch import Hypothesis
 from flallm_ds.inference.report import read_hypotheses, table, write_hypotheses
 
 
-def test_hypotheses_come_back_from_their_file(tmp_path: Path) -> None:
+def test_hypotheses_are_read_from_their_file_unchanged(tmp_path: Path) -> None:
     nbest = (("a b c d", -0.5), ("a", -1.5))
     said = [Hypothesis("0_0", "im norden regen", "im norden schnee", "phoenix14t", "de")]
     said.append(Hypothesis("1_0", "a b c d", "im norden regen", "mine", "de", nbest))
@@ -29,7 +29,7 @@ def test_the_table_has_a_column_for_each_metric() -> None:
     )
 
 
-def test_the_table_shows_the_ceiling_where_that_of_a_row_is_low() -> None:
+def test_the_table_has_a_ceiling_column_if_one_ceiling_is_low() -> None:
     rows = {"model": ROW | {"ceiling_bleu4": 99.4}, "older": ROW}
     header, _, model, older = table(rows).splitlines()
     assert header.endswith("|    chrF | ceiling |") and model.endswith(

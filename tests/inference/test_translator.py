@@ -1,4 +1,4 @@
-"""An export as an object: languages, n-best, streaming, no DeepSpeed; and `flallm translate`."""
+"""Tests of `Translator` and `flallm translate`: languages, n-best lists, streaming."""
 
 import dataclasses
 import json
@@ -55,7 +55,7 @@ def language_of(kind: str) -> str:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_line_translates_where_deepspeed_cannot_be_imported(
+def test_a_video_is_translated_without_deepspeed(
     exports: dict[str, Path], translators: dict[str, Translator], video: Path, kind: str
 ) -> None:
     code = (
@@ -74,7 +74,7 @@ def test_one_line_translates_where_deepspeed_cannot_be_imported(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_nbest_gives_as_many_sentences_best_first(
+def test_nbest_returns_that_number_of_sentences_best_first(
     translators: dict[str, Translator], video: Path, kind: str
 ) -> None:
     found = translators[kind].searching(beams=4, nbest=3).nbest(video, language_of(kind))
@@ -86,11 +86,10 @@ def test_nbest_gives_as_many_sentences_best_first(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_scores_are_of_the_length_penalty(
+def test_scores_depend_on_the_length_penalty(
     translators: dict[str, Translator], video: Path, kind: str
 ) -> None:
-    """With penalty 0 a score is the log probability itself; each piece divides it with
-    penalty 1."""
+    """The score is the log probability with penalty 0, and its mean over tokens with 1."""
     translator = translators[kind].searching(beams=2, nbest=2, length_penalty=0.0)
     plain = translator.generate(
         *translator._read(video, translator.language(language_of(kind)))
@@ -109,15 +108,15 @@ def test_scores_are_of_the_length_penalty(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_stream_is_the_greedy_sentence_word_by_word(
+def test_a_stream_yields_the_greedy_sentence_word_by_word(
     translators: dict[str, Translator], video: Path, kind: str
 ) -> None:
-    pieces = list(translators[kind].stream(video, language_of(kind)))
+    words = list(translators[kind].stream(video, language_of(kind)))
     greedy = translators[kind].searching(beams=1).translate(video, language_of(kind))
-    assert "".join(pieces).strip() == greedy and len(pieces) > 1
+    assert "".join(words).strip() == greedy and len(words) > 1
 
 
-def test_what_goes_wrong_in_a_stream_reaches_the_one_who_reads_it(
+def test_an_error_in_a_stream_is_raised_to_its_reader(
     translators: dict[str, Translator], video: Path
 ) -> None:
     broken = dataclasses.replace(translators[ENCODER_DECODER], preprocess=None)  # type: ignore[arg-type]
@@ -128,7 +127,7 @@ def test_what_goes_wrong_in_a_stream_reaches_the_one_who_reads_it(
 @pytest.mark.parametrize(
     "language", ["de", "German", "DE", "de-AT", "deu_Latn", "<2de>", "en"]
 )
-def test_a_language_is_asked_for_by_code_or_name(
+def test_a_target_language_is_given_by_code_or_name(
     translators: dict[str, Translator], language: str
 ) -> None:
     assert translators[DECODER_ONLY].language(language) == (
@@ -136,7 +135,7 @@ def test_a_language_is_asked_for_by_code_or_name(
     )
 
 
-def test_the_language_asked_for_changes_the_prompt(
+def test_the_target_language_changes_the_prompt(
     translators: dict[str, Translator], video: Path
 ) -> None:
     translator = translators[DECODER_ONLY]
@@ -155,28 +154,28 @@ def test_the_language_asked_for_changes_the_prompt(
         (
             DECODER_ONLY,
             "",
-            r"--language must be given where the model speaks several \(de, en\), but is ''",
+            r"--language must be a target language of the model \(de, en\), got ''",
         ),
         (
             DECODER_ONLY,
             "zh",
-            r"--language must be one of those the model speaks \(de, en\), but is 'zh'",
+            r"--language must be a target language of the model \(de, en\), got 'zh'",
         ),
         (
             ENCODER_DECODER,
             "en",
-            r"--language must be one of those the model speaks \(de_DE\), but is 'en'",
+            r"--language must be a target language of the model \(de_DE\), got 'en'",
         ),
     ],
 )
-def test_a_language_that_cannot_be_said(
+def test_an_unknown_target_language_is_refused(
     translators: dict[str, Translator], video: Path, kind: str, language: str, sentence: str
 ) -> None:
     with pytest.raises(UserError, match=sentence):
         translators[kind].translate(video, language)
 
 
-def test_an_only_language_may_be_named(translators: dict[str, Translator]) -> None:
+def test_the_only_target_language_may_be_given(translators: dict[str, Translator]) -> None:
     assert (
         translators[ENCODER_DECODER].language("de")
         == translators[ENCODER_DECODER].language()
@@ -188,11 +187,11 @@ def test_an_only_language_may_be_named(translators: dict[str, Translator]) -> No
 def test_more_sentences_than_beams_are_refused(
     translators: dict[str, Translator], beams: int, nbest: int
 ) -> None:
-    with pytest.raises(UserError, match="as there are beams"):
+    with pytest.raises(UserError, match="--nbest must be at least 1 and at most --beams"):
         translators[ENCODER_DECODER].searching(beams, nbest)
 
 
-def test_the_verb_prints_sentences_scores_and_streams(
+def test_the_command_prints_sentences_scores_and_streams(
     exports: dict[str, Path],
     translators: dict[str, Translator],
     video: Path,
@@ -216,7 +215,7 @@ def test_the_verb_prints_sentences_scores_and_streams(
         printed(stream=True, nbest=2)
 
 
-def test_a_split_is_scored_with_nbest_and_its_language(
+def test_a_split_is_evaluated_with_nbest_and_target_language(
     exports: dict[str, Path], tiny_corpus: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -249,7 +248,7 @@ def test_a_split_is_scored_with_nbest_and_its_language(
         and content["length_penalty"] == 0.5
         and content["scores"]["num_sentences"] == 9
     )
-    with pytest.raises(UserError, match="as there are beams"):
+    with pytest.raises(UserError, match="--nbest must be at least 1 and at most --beams"):
         evaluate(run=str(run), split="dev", beams=1, nbest=2, shards=shards)
 
 
@@ -257,7 +256,7 @@ def test_a_split_is_scored_with_nbest_and_its_language(
 
 
 class CastsOf(TorchDispatchMode):
-    """Counts how often a parameter of an LLM is copied into another type or place."""
+    """Count how often a parameter of an LLM is copied to another dtype or device."""
 
     def __init__(self, llm: Any) -> None:
         super().__init__()
@@ -276,7 +275,7 @@ class CastsOf(TorchDispatchMode):
 def bf16_exports(
     tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[tuple[str, str], Path]:
-    """As a bf16 engine writes them: whole LLMs, and low-rank additions apart from theirs."""
+    """Return exports of a bf16 engine: complete LLMs and LoRA adapters."""
     folder = tmp_path_factory.mktemp("bf16")
     return {
         (kind, tuning): write_export(
@@ -296,7 +295,7 @@ TUNED = [(ENCODER_DECODER, "full"), (DECODER_ONLY, "full"), (DECODER_ONLY, "lora
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("kind", "tuning"), TUNED)
-def test_an_export_of_a_bf16_run_is_held_in_bf16_and_never_cast_again(
+def test_an_export_of_a_bf16_run_is_loaded_in_bf16_and_never_cast(
     bf16_exports: dict[tuple[str, str], Path],
     video: Path,
     kind: str,
@@ -314,15 +313,14 @@ def test_an_export_of_a_bf16_run_is_held_in_bf16_and_never_cast_again(
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("kind", "tuning"), TUNED)
-def test_a_bf16_export_says_what_the_dev_search_of_its_training_said(
+def test_a_bf16_export_generates_the_hypotheses_of_its_training(
     bf16_exports: dict[tuple[str, str], Path],
     video: Path,
     kind: str,
     tuning: str,
     device: str,
 ) -> None:
-    """The search in training: a frozen encoder outside the engine, then the engine's
-    module as it is."""
+    """In training, the frozen encoder runs outside the engine and the LLM in its module."""
     folder = bf16_exports[kind, tuning]
     translator = Translator.from_pretrained(folder, device)
     batch, _ = translator._read(video, language_of(kind) or translator.language())
@@ -338,7 +336,7 @@ def test_a_bf16_export_says_what_the_dev_search_of_its_training_said(
 
 
 @pytest.mark.parametrize(("bits", "dtype"), [(32, torch.float32), (16, torch.bfloat16)])
-def test_other_bits_may_be_asked_for(
+def test_other_bits_can_be_requested(
     exports: dict[str, Path],
     bf16_exports: dict[tuple[str, str], Path],
     bits: Any,
@@ -351,7 +349,7 @@ def test_other_bits_may_be_asked_for(
         assert translator.translate(video, "de")
 
 
-def test_an_fp32_export_is_held_in_fp32(translators: dict[str, Translator]) -> None:
+def test_an_fp32_export_is_loaded_in_fp32(translators: dict[str, Translator]) -> None:
     for translator in translators.values():
         assert {p.dtype for p in translator.export.translator.parameters()} == {
             torch.float32
@@ -361,45 +359,46 @@ def test_an_fp32_export_is_held_in_fp32(translators: dict[str, Translator]) -> N
 # --- the hub
 
 
-def test_a_name_that_is_neither_a_folder_nor_on_a_hub(
+def test_a_model_that_is_neither_a_folder_nor_on_the_hub_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # read at import
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
-        UserError, match="nobody/nothing must be a folder with an export, or an export on"
+        UserError,
+        match="Cannot find an export nobody/nothing: it is not a folder, and the hub",
     ):
         folder_of("nobody/nothing")
     with pytest.raises(
-        UserError, match=r"there must be an export \(flallm\.json\) in nothing or"
+        UserError, match=r"Cannot find an export in nothing: neither flallm\.json nor best"
     ):
         folder_of("./nothing")
 
 
-def test_push_without_a_token_or_a_network(
+def test_push_is_refused_without_a_token_or_a_network(
     exports: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     model = exports[ENCODER_DECODER]
     monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "token"))
     monkeypatch.setattr("flallm_ds.export.hub.get_token", lambda: None)
-    with pytest.raises(UserError, match="a token of the hub must be there"):
+    with pytest.raises(UserError, match="Cannot push to the hub: no token is set"):
         push_verb(model=model, repo="me/model")
     monkeypatch.setattr("flallm_ds.export.hub.get_token", lambda: "hf_none")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     # read at import
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(
-        UserError, match="must go to me/model, but the hub cannot be reached or refuses it"
+        UserError, match="to me/model: the hub is not available or refuses it"
     ):
         push(model, "me/model", private=True)
-    with pytest.raises(UserError, match="--repo must be USER/NAME, but is 'model'"):
+    with pytest.raises(UserError, match="--repo must be USER/NAME, got 'model'"):
         push(model, "model", private=False)
-    with pytest.raises(UserError, match="there must be an export"):
+    with pytest.raises(UserError, match="Cannot find an export in"):
         push(tmp_path, "me/model", private=False)
     apart = Path(shutil.copytree(model, tmp_path / "apart"))
     settings = json.loads((apart / "flallm.json").read_text()) | {"base": "../llm_trimmed"}
     (apart / "flallm.json").write_text(json.dumps(settings))
     with pytest.raises(
-        UserError, match=r"adds to the LLM \.\./llm_trimmed\. Make a whole folder"
+        UserError, match=r"needs the base model \.\./llm_trimmed on this machine\. Make a"
     ):
         push(apart, "me/model", private=False)
