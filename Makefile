@@ -19,7 +19,7 @@ check: .venv/ready  ## style and types
 
 bench: .venv/ready  ## the figures of benchmarks/results, on a machine that does nothing else (half an hour)
 	for name in loader plan build memory clip_format; do \
-		$(BIN)/python benchmarks/$$name.py --out=benchmarks/results || exit 1; done
+		$(BIN)/python -m benchmarks.$$name --out=benchmarks/results || exit 1; done
 
 .venv/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $$(command -v $(PYTHON) || command -v python3) -m venv .venv

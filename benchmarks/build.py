@@ -1,6 +1,6 @@
 """How near shards/build.py comes to the bound: the same frames decoded and encoded in bare loops.
 
-python benchmarks/build.py --out=benchmarks/results [--videos=FOLDER]
+python -m benchmarks.build --out=benchmarks/results [--videos=FOLDER]
 """
 
 import contextlib
@@ -18,10 +18,6 @@ from multiprocessing import get_context
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-# run as a file: the project's root is not on the path yet
-if __name__ in ("__main__", "__mp_main__"):
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import av
 import cv2

@@ -1,12 +1,11 @@
 """How a clip is stored: our Motion-JPEG AVI beside a plain pack, FFmpeg's containers, and H.264.
 
-python benchmarks/clip_format.py --out=benchmarks/results [--videos=FOLDER]
+python -m benchmarks.clip_format --out=benchmarks/results [--videos=FOLDER]
 """
 
 import io
 import os
 import struct
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -14,10 +13,6 @@ from itertools import islice
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-# run as a file: the project's root is not on the path yet
-if __name__ in ("__main__", "__mp_main__"):
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import av
 import numpy as np

@@ -1,4 +1,4 @@
-"""Measure the code of a commit, for comparisons: python benchmarks/code_measures.py A,B.
+"""Measure the code of a commit, for comparisons: python -m benchmarks.code_measures A,B.
 
 Prints a Markdown table with one column a commit. The files of one training step are those
 of the product in which a function ran between two steps of stage visual: loop, loader
@@ -12,9 +12,6 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-if __name__ == "__main__":  # run as a file: the project's root is not on the path yet
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.loss_compare import OPTIONS, checkout, environment_of, make_corpus
 from flallm_ds.command import main

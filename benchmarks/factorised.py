@@ -1,7 +1,7 @@
 """Joint training, stage 1 alone, and both stages on signsim: FLa-LLM's Tables 4 and 5 in small.
 
-    python benchmarks/factorised.py --out runs/factorised
-    python benchmarks/factorised.py --out runs/weak --visual.weights=FOLDER --visual.frozen_stages=0
+    python -m benchmarks.factorised --out runs/factorised
+    python -m benchmarks.factorised --out runs/weak --visual.weights=FOLDER --visual.frozen_stages=0
 
 Every run is an ordinary command of launch/, one process each, `jobs` of them at a time.
 Run the same command again to resume. The corpus, the stand-in backbone and the stand-in

@@ -1,7 +1,7 @@
 """How much cheaper an epoch of stage llm is on cached features than on video, and what
 writing them costs.
 
-python benchmarks/features.py --out=benchmarks/results
+python -m benchmarks.features --out=benchmarks/results
 """
 
 import os
@@ -13,10 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-# run as a file: the project's root is not on the path yet
-if __name__ in ("__main__", "__mp_main__"):
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.measure import ROOT, Report, cpu_seconds, ratios, spread
 from flallm_ds import command, dist

@@ -1,7 +1,7 @@
 """With a GPU: frames into the device, how long the real stage-1 step waits for them, and
 the fused kernel.
 
-python benchmarks/gpu.py --out=benchmarks/results [--videos=FOLDER]
+python -m benchmarks.gpu --out=benchmarks/results [--videos=FOLDER]
 """
 
 import os
@@ -13,10 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-# run as a file: the project's root is not on the path yet
-if __name__ in ("__main__", "__mp_main__"):
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 

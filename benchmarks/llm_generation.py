@@ -1,7 +1,7 @@
 """Beam search under ZeRO-3: weights gathered once for a whole evaluation, or again for
 every token.
 
-    deepspeed --num_gpus 2 benchmarks/llm_generation.py [--layers 4 --width 256 --pieces 8000]
+    deepspeed --num_gpus 2 --module benchmarks.llm_generation [--layers 4 --width 256 --pieces 8000]
 
 An mBART with random weights, so that every sentence has `tokens` pieces. Both ways
 alternate, and the best of `rounds` counts: other work on the machine only adds time.

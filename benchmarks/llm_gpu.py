@@ -1,8 +1,8 @@
 """Stage 2 on one GPU: steps of an mBART-large; ways of attention and loss; the largest
 LLM that trains.
 
-    python benchmarks/llm_gpu.py --out=benchmarks/results
-    python benchmarks/llm_gpu.py --small=true      (everything at toy size, on a CPU as well)
+    python -m benchmarks.llm_gpu --out=benchmarks/results
+    python -m benchmarks.llm_gpu --small=true      (everything at toy size, on a CPU as well)
 """
 
 import json
@@ -18,10 +18,6 @@ from typing import Any
 
 # the optimizer of an offload
 os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
-
-# run as a file: the project's root is not on the path yet
-if __name__ in ("__main__", "__mp_main__"):
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
@@ -210,10 +206,10 @@ def row(job: Job, found: Measured | str) -> tuple[str, ...]:
 def in_a_process(job: Job, limit_s: float) -> Measured | str:
     """What was measured, or in a few words why nothing was."""
     print(job, file=sys.stderr, flush=True)
-    arguments = [sys.executable, __file__, "child", json.dumps(asdict(job))]
+    command = [sys.executable, "-m", "benchmarks.llm_gpu", "child", json.dumps(asdict(job))]
     try:
         ended = subprocess.run(
-            arguments, capture_output=True, text=True, timeout=limit_s, check=False
+            command, cwd=ROOT, capture_output=True, text=True, timeout=limit_s, check=False
         )
     except subprocess.TimeoutExpired:
         return f"not done after {limit_s:.0f} s"

@@ -1,7 +1,7 @@
 """Memory that loading a large LLM takes on each rank: ours and transformers' own way
 under ZeRO-3, and whole.
 
-python benchmarks/llm_loading.py --out=benchmarks/results
+python -m benchmarks.llm_loading --out=benchmarks/results
 """
 
 import json
@@ -18,10 +18,6 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-# run as a file: the project's root is not on the path yet
-if __name__ in ("__main__", "__mp_main__"):
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -192,10 +188,12 @@ def measure(way: str, model: Path, ranks: int) -> list[Memory]:
             subprocess.Popen(
                 [
                     sys.executable,
-                    str(Path(__file__).resolve()),
+                    "-m",
+                    "benchmarks.llm_loading",
                     f"--way={way}",
                     f"--folder={model}",
                 ],
+                cwd=ROOT,
                 env={**os.environ, **place, **address},
                 stdout=subprocess.PIPE,
                 text=True,

@@ -1,7 +1,7 @@
 """Memory and CPU time of the loss over a large vocabulary: all logits, chunks, chunks
 computed twice.
 
-python benchmarks/llm_loss.py --out=benchmarks/results
+python -m benchmarks.llm_loss --out=benchmarks/results
 """
 
 import os
@@ -14,10 +14,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-# run as a file: the project's root is not on the path yet
-if __name__ in ("__main__", "__mp_main__"):
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 from torch import nn

@@ -1,20 +1,15 @@
 """Loading clips of PHOENIX's size, and 720p videos: ours beside the ways that others load theirs.
 
-python benchmarks/loader.py --out=benchmarks/results [--videos=FOLDER]
+python -m benchmarks.loader --out=benchmarks/results [--videos=FOLDER]
 """
 
 import os
-import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
 # before torch: its threads would spin while others decode
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-# run as a file: the project's root is not on the path yet
-if __name__ in ("__main__", "__mp_main__"):
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import cv2
 import numpy as np

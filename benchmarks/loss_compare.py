@@ -1,4 +1,4 @@
-"""Train at two commits and compare the losses bit for bit: python benchmarks/loss_compare.py A B.
+"""Train at two commits and compare the losses bit for bit: python -m benchmarks.loss_compare A B.
 
 A change that only moves code must leave every number as it is. Both commits train both
 stages on two ranks, on the same small signsim corpus, with dropout and augmentation on,
@@ -14,9 +14,6 @@ import tarfile
 import tempfile
 from pathlib import Path
 from typing import Any
-
-if __name__ == "__main__":  # run as a file: the project's root is not on the path yet
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.measure import ROOT
 from flallm_ds.command import main

@@ -153,7 +153,7 @@ class Report:
         self, script: str, title: str, versions: dict[str, str] | None = None
     ) -> None:
         self.name = Path(script).stem
-        command = shlex.join(["python", f"benchmarks/{Path(script).name}", *sys.argv[1:]])
+        command = shlex.join(["python", "-m", f"benchmarks.{self.name}", *sys.argv[1:]])
         found = {"python": platform.python_version()} | {
             name: _version(name) for name in PACKAGES
         }

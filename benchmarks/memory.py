@@ -1,19 +1,14 @@
 """Whether memory, open files and threads stay flat over many epochs of the loader.
 
-python benchmarks/memory.py --out=benchmarks/results [--videos=FOLDER]
+python -m benchmarks.memory --out=benchmarks/results [--videos=FOLDER]
 """
 
 import gc
 import os
-import sys
 import tempfile
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-# run as a file: the project's root is not on the path yet
-if __name__ in ("__main__", "__mp_main__"):
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
 import psutil

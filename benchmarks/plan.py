@@ -1,6 +1,6 @@
 """The plan of a million clips: time, memory, resume, padding, and how equal the ranks' work is.
 
-python benchmarks/plan.py --out=benchmarks/results
+python -m benchmarks.plan --out=benchmarks/results
 """
 
 import os
@@ -15,10 +15,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-# run as a file: the project's root is not on the path yet
-if __name__ in ("__main__", "__mp_main__"):
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
 

@@ -110,8 +110,8 @@ def test_build_reports_both_sides_of_both_sources(tmp_path):
 
 
 @pytest.mark.parametrize("script", ["loader", "plan", "memory", "build"])
-def test_a_script_runs_as_a_file_and_refuses_unknown_options(script):
-    command = [sys.executable, f"benchmarks/{script}.py", "--clip=3"]
+def test_a_benchmark_runs_as_a_module_and_refuses_unknown_options(script):
+    command = [sys.executable, "-m", f"benchmarks.{script}", "--clip=3"]
     ended = subprocess.run(
         command, cwd=measure.ROOT, capture_output=True, text=True, check=False
     )
