@@ -1,4 +1,4 @@
-"""How near shards/build.py comes to the bound: the same frames decoded and encoded in bare loops.
+"""Compare shards/build.py with an upper bound: bare loops that decode and encode frames.
 
 python -m benchmarks.build --out=benchmarks/results [--videos=FOLDER]
 """
@@ -40,7 +40,7 @@ COLUMNS = (
 
 
 def encode_images(paths: list[Path], quality: int) -> int:
-    """The bare loop over a folder of PNGs of PHOENIX's size, which are not scaled."""
+    """Decode and encode PNGs of the size of PHOENIX, without scaling. Return the number."""
     cv2.setNumThreads(1)
     for path in paths:
         frame = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR_RGB)
@@ -49,8 +49,10 @@ def encode_images(paths: list[Path], quality: int) -> int:
 
 
 def encode_video(path: Path, short_side: int, quality: int) -> int:
-    """The bare loop over a video: one thread, scaled within the conversion to RGB as the
-    builder does it."""
+    """Decode, scale and encode a video in one thread. Return the number of frames.
+
+    Frames are scaled during the conversion to RGB, as in the build.
+    """
     num_frames = 0
     with av.open(str(path.absolute())) as container:
         stream = container.streams.video[0]
@@ -67,7 +69,7 @@ def encode_video(path: Path, short_side: int, quality: int) -> int:
 
 
 def bare_loops(work: list[Callable[[], int]], workers: int) -> int:
-    """Each clip by one process; frames in all."""
+    """Process each clip in one of the worker processes. Return the number of frames."""
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         return sum(pool.map(call, work))
 
@@ -84,7 +86,7 @@ def build_once(table: Path, out: Path, options: build.Options) -> None:
 
 @dataclass
 class Side:
-    """One side's rounds."""
+    """Measurements of one side, one value for each round."""
 
     work: Callable[[], object]
     frames_per_s: list[float] = field(default_factory=list)
@@ -111,13 +113,13 @@ def run(
     workers: int = 0,
     rounds: int = 5,
 ) -> str:
-    """Build shards with the defaults and run the bare loops, interleaved, and report the ratio.
+    """Build shards with default options and run bare loops, interleaved; report the ratio.
 
-    --out: folder for the report; --hardware: its name there.
-    --videos: folder with real 720p videos, otherwise they are synthetic.
-    --clips, --frames: folders of PNGs and frames of each. --mp4_clips: videos.
-    --workers: processes of both sides, 0 for one a core. Starting them is part of both sides' time.
-    --rounds: that count.
+    --out: folder for the report. --hardware: name of the machine in the file name.
+    --videos: folder with real 720p videos; default: synthetic videos.
+    --clips, --frames: number of PNG folders and of frames in each. --mp4_clips: number of videos.
+    --workers: processes of each side, 0 for one per core. Starting them is included.
+    --rounds: number of measured rounds.
     """
     workers = workers or num_cores()
     sources: dict[str, tuple[int, Side, Side]] = {}
@@ -141,8 +143,8 @@ def run(
         }
         for number, (name, (paths, work)) in enumerate(loops.items()):
             table = material.write_manifest(paths, folder / f"{number}.csv")
-            # A shard is a job: enough of them that all workers end together, as in a real
-            # build.
+            # A worker builds whole shards. Many small shards keep all workers busy until
+            # the end, as in a real build.
             per_shard = max(1, min(options.clips_per_shard, len(paths) // (8 * workers)))
             own = build.Options(
                 workers=workers, splits=("train",), clips_per_shard=per_shard
@@ -162,9 +164,9 @@ def run(
     report = Report(__file__, "Building shards, and the bound")
     report.text(
         f"shards/build.py with its defaults on {workers} workers (decode, scale, encode, "
-        "pack, checksum, write, sync), beside bare loops that decode, scale and encode "
-        "the same frames and write nothing. By the clock, as all cores work: the median "
-        f"of {rounds} interleaved rounds, lowest and highest.",
+        "pack, checksum, write, sync), and bare loops that decode, scale and encode the "
+        "same frames and write nothing. Wall-clock time, because all cores are used: the "
+        f"median of {rounds} interleaved rounds, with the lowest and the highest.",
         f"Videos and PNGs are {'of real videos' if videos else 'synthetic'}: "
         + ", ".join(
             f"{num_frames:,} frames of {name}"

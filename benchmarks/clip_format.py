@@ -1,4 +1,4 @@
-"""How a clip is stored: our Motion-JPEG AVI beside a plain pack, FFmpeg's containers, and H.264.
+"""Compare formats of stored clips: our Motion-JPEG AVI, a plain pack, FFmpeg and H.264.
 
 python -m benchmarks.clip_format --out=benchmarks/results [--videos=FOLDER]
 """
@@ -54,7 +54,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Clip:
-    """The same frames as pixels and as JPEGs."""
+    """A clip as pixels and as JPEGs."""
 
     frames_THWC: np.ndarray
     jpegs: list[bytes]
@@ -66,8 +66,10 @@ class Clip:
 
 @dataclass(frozen=True)
 class Format:
-    """A way to store a clip. `find` gives the picked frames undecoded, None where there
-    is no such thing."""
+    """A format for a clip.
+
+    find: returns the picked frames without decoding; None if the format cannot.
+    """
 
     label: str
     write: Callable[[Clip], bytes]
@@ -81,7 +83,7 @@ def decode_jpegs(jpegs: Sequence[object], out_THWC: np.ndarray) -> None:
 
 
 def write_pack(clip: Clip) -> bytes:
-    """The number of frames, where each begins and the last one ends, and the JPEGs. No checks."""
+    """Write the number of frames, the end of each, and the JPEGs, without checks."""
     ends = np.cumsum([len(jpeg) for jpeg in clip.jpegs], dtype="<u4")
     return b"".join([struct.pack("<I", len(clip.jpegs)), ends.tobytes(), *clip.jpegs])
 
@@ -100,7 +102,7 @@ def find_in_pack(member: bytes, picks: np.ndarray) -> list[memoryview]:
 
 
 def ffmpeg_writer(container: str) -> Callable[[Clip], bytes]:
-    """The JPEGs muxed by FFmpeg, without encoding them again."""
+    """Return a function that muxes the JPEGs with FFmpeg, without encoding them again."""
 
     def write(clip: Clip) -> bytes:
         out = io.BytesIO()
@@ -126,7 +128,7 @@ def find_by_ffmpeg(member: bytes, picks: np.ndarray) -> list[av.Packet]:
 
 
 def decode_by_ffmpeg(member: bytes, picks: np.ndarray, out_THWC: np.ndarray) -> None:
-    """FFmpeg's own JPEG decoder; what no pick needs is not decoded."""
+    """Decode only the picked frames with the JPEG decoder of FFmpeg."""
     wanted = set(picks.tolist())
     with av.open(io.BytesIO(member)) as file:
         stream = file.streams.video[0]
@@ -172,7 +174,7 @@ def formats(num_frames: int, gop: int, crf: int) -> dict[str, Format]:
 def make_clips(
     videos: Path | None, num: int, num_frames: int, short_side: int, quality: int
 ) -> Iterator[Clip]:
-    """Clips of neighbouring frames, all of one size."""
+    """Yield clips of consecutive frames, all of the same size."""
     stream = material.frames(videos)
     shape: tuple[int, ...] = ()
     for _ in range(num):
@@ -180,8 +182,8 @@ def make_clips(
         shape = shape or frames[0].shape
         if any(frame.shape != shape for frame in frames):
             raise UserError(
-                f"the videos must be of one size, but are not: {videos}. Name others by "
-                "--videos."
+                f"--videos must be a folder with videos of one size, got {videos} with several. "
+                "Give another folder."
             )
         yield Clip(
             np.stack(frames), [simplejpeg.encode_jpeg(f, quality=quality) for f in frames]
@@ -189,7 +191,7 @@ def make_clips(
 
 
 class Bench:
-    """All ways of one run: each format writes, finds and decodes the same clips."""
+    """Let each format write, find and decode the same clips."""
 
     def __init__(self, clips: list[Clip], kinds: dict[str, Format]) -> None:
         self.clips, self.kinds = clips, kinds
@@ -223,7 +225,7 @@ class Bench:
         return sum(map(len, self.members[name])) / len(self.clips) / 1000
 
     def mean_error(self, name: str) -> float:
-        """Mean difference of a decoded value (0 to 255) from the frame that was stored."""
+        """Return the mean difference of decoded values (0 to 255) from the stored frame."""
         errors = []
         for clip, member in zip(self.clips, self.members[name], strict=True):
             self.kinds[name].decode(member, self.picks["all"], self._out)
@@ -270,7 +272,7 @@ def row(bench: Bench, rates: dict[str, Rates], name: str) -> tuple[str, ...]:
 
 
 def targets(bench: Bench, rates: dict[str, Rates]) -> list[Target]:
-    """Our AVI may cost 10 % more than the plain pack, because any player opens it."""
+    """Return the targets: our AVI may cost 10 % more, as players can open it."""
 
     def times(what: str) -> list[float]:
         return ratios(
@@ -313,14 +315,15 @@ def run(
 ) -> str:
     """Store the same clips in several formats and report size and CPU time.
 
-    --out: folder for the report; --hardware: its name there.
-    --videos: folder of real videos of one size; default the How2Sign samples where they are, else synthetic.
-    --rounds: each runs every part once for --seconds of CPU.
+    --out: folder for the report. --hardware: name of the machine in the file name.
+    --videos: folder with real videos of one size; default: the How2Sign samples if available, else
+    synthetic videos.
+    --rounds: number of rounds. Each runs every part once for --seconds of CPU time.
     """
     if min(clips, frames, rounds) < 1:
         raise UserError(
-            f"--clips, --frames and --rounds must be at least 1, but are {clips}, {frames} "
-            f"and {rounds}."
+            f"--clips, --frames and --rounds must be at least 1, got {clips}, {frames} and "
+            f"{rounds}."
         )
     videos = videos or (REAL_VIDEOS if REAL_VIDEOS.is_dir() else None)
     report = Report(__file__, "Storing a clip")
@@ -334,9 +337,9 @@ def run(
         f"{clips} clips of {frames} frames of {width}x{height}, "
         f"{'real' if videos else 'synthetic'}; JPEG quality {quality}. CPU time of one "
         f"thread: median over {rounds} interleaved rounds, lowest and highest. All "
-        "formats of JPEGs hold the same JPEGs. Writing them does not count their "
-        "encoding, writing H.264 does. `mean error` is that of a decoded value from 0 to "
-        "255. All decode to RGB in memory that is there already.",
+        "formats with JPEGs contain the same JPEGs. The time to write them does not include "
+        "their encoding, that of H.264 does. `mean error` is of decoded values from 0 to 255. "
+        "All decode to RGB in memory that is allocated before.",
     )
     report.table(COLUMNS, [row(bench, rates, name) for name in bench.kinds])
     report.text("## Targets")

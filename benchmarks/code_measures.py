@@ -1,8 +1,10 @@
-"""Measure the code of a commit, for comparisons: python -m benchmarks.code_measures A,B.
+"""Measure the code of commits and compare them.
 
-Prints a Markdown table with one column a commit. The files of one training step are those
-of the product in which a function ran between two steps of stage visual: loop, loader
-threads, model, engine.
+python -m benchmarks.code_measures A,B
+
+Prints a Markdown table with one column for each commit. The files of one training step are
+those of the product in which a function was called between two steps of stage visual: loop,
+data-loading threads, model, engine.
 """
 
 import ast
@@ -21,8 +23,8 @@ WIDE = 90  # columns
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
-# Runs launch/train.py; between the second and the third step it notes the files whose
-# functions are called.
+# Runs launch/train.py and records the files whose functions are called between the second
+# and the third step.
 TRACED = """
 import runpy, sys, threading
 steps, files = 0, set()
@@ -48,7 +50,7 @@ finally:
 
 @dataclass(frozen=True)
 class Source:
-    """A Python file: its path from the root of the commit, its lines, its syntax tree."""
+    """A Python file: path relative to the root of the commit, lines, syntax tree."""
 
     path: str
     lines: list[str]
@@ -60,7 +62,7 @@ class Source:
 
 
 def code_measures(commits: tuple[str, ...] = ("HEAD",), *, step: bool = True) -> None:
-    """Print the table. step: also train a little, to count the files of a step."""
+    """Print the table. step: also train a few steps to count the files of a step."""
     columns = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -80,7 +82,7 @@ def code_measures(commits: tuple[str, ...] = ("HEAD",), *, step: bool = True) ->
 
 
 def measures(root: Path) -> dict[str, str]:
-    """The measures of a source tree, as they are printed."""
+    """Return the measures of a source tree, formatted for the table."""
     product = [source for folder in PRODUCT for source in read(root, folder)]
     tests = list(read(root, "tests"))
     num_lines, num_test_lines = (
@@ -106,14 +108,14 @@ def measures(root: Path) -> dict[str, str]:
 
 
 def read(root: Path, folder: str) -> Iterator[Source]:
-    """The Python files of a folder."""
+    """Read all Python files of a folder."""
     for path in sorted((root / folder).rglob("*.py")):
         text = path.read_text(encoding="utf-8")
         yield Source(str(path.relative_to(root)), text.splitlines(), ast.parse(text))
 
 
 def functions(sources: list[Source]) -> Iterator[tuple[str, int]]:
-    """(name, number of lines) of each function."""
+    """Yield (name, number of lines) of each function."""
     for source in sources:
         for node in ast.walk(source.tree):
             if isinstance(node, FUNCTIONS):
@@ -122,7 +124,7 @@ def functions(sources: list[Source]) -> Iterator[tuple[str, int]]:
 
 
 def inner_imports(source: Source) -> int:
-    """How many import statements stand inside functions."""
+    """Count the import statements inside functions."""
     found = set()
     for function in ast.walk(source.tree):
         if isinstance(function, FUNCTIONS):
@@ -135,7 +137,7 @@ def inner_imports(source: Source) -> int:
 
 
 def cycles(sources: list[Source]) -> list[list[str]]:
-    """Groups of modules that import one another, also by imports inside functions."""
+    """Return groups of modules that import each other, also by imports inside functions."""
     modules = {source.module for source in sources}
     imports = {source.module: imported(source, modules) for source in sources}
     reached = {module: reach(module, imports) for module in modules}
@@ -146,8 +148,10 @@ def cycles(sources: list[Source]) -> list[list[str]]:
 
 
 def imported(source: Source, modules: set[str]) -> set[str]:
-    """The product's modules that a file imports; a package counts where a name of its own
-    is imported."""
+    """Return the modules of the product that a file imports.
+
+    A package counts if a name that it defines itself is imported.
+    """
     found = set()
     for node in ast.walk(source.tree):
         if isinstance(node, ast.Import):
@@ -160,7 +164,7 @@ def imported(source: Source, modules: set[str]) -> set[str]:
 
 
 def reach(module: str, imports: dict[str, set[str]]) -> set[str]:
-    """All modules that a module imports, directly or not."""
+    """Return all modules that a module imports, directly or indirectly."""
     found: set[str] = set()
     left = [module]
     while left:
@@ -171,7 +175,7 @@ def reach(module: str, imports: dict[str, set[str]]) -> set[str]:
 
 
 def num_options(root: Path) -> int:
-    """The fields of the dataclasses of a run, without those that hold a section of options."""
+    """Count the fields of the dataclasses of a run, except those of type section."""
     count = 0
     for source in read(root, "flallm_ds"):
         if source.module.startswith("flallm_ds.config"):
@@ -183,7 +187,7 @@ def num_options(root: Path) -> int:
 
 
 def step_files(tree: Path, folder: Path) -> list[str]:
-    """The files of the package in which a function ran during one training step of a commit."""
+    """Return the files of the package whose functions ran during one training step."""
     make_corpus(folder)
     places = {
         "run": tree / "run",

@@ -1,13 +1,13 @@
-"""Joint training, stage 1 alone, and both stages on signsim: FLa-LLM's Tables 4 and 5 in small.
+"""Compare joint training, stage 1 and both stages on signsim (Tables 4 and 5 of FLa-LLM).
 
     python -m benchmarks.factorised --out runs/factorised
     python -m benchmarks.factorised --out runs/weak --visual.weights=FOLDER --visual.frozen_stages=0
 
-Every run is an ordinary command of launch/, one process each, `jobs` of them at a time.
-Run the same command again to resume. The corpus, the stand-in backbone and the stand-in
-LLM are the quickstart's (data/signsim). Joint training has the epochs of both stages
-together, so that all see as many clips. Table and probe plot are written to the folder at
-the end.
+Every run is a command of launch/ in one process; `jobs` runs are active at a time. Run the
+same command again to resume. The corpus, the stand-in backbone and the stand-in LLM are
+those of the quickstart (data/signsim). Joint training has as many epochs as both stages
+together, so that all systems see the same number of clips. A table and a plot of gradient
+norms are written to the folder at the end.
 """
 
 import os
@@ -37,12 +37,13 @@ def factorised(
 ) -> None:
     """Train and score three systems for each seed, then write table.md and probe.png.
 
-    visual_epochs, llm_epochs: of the two stages; joint training has their sum. Other
-    options go to every run.
+    visual_epochs, llm_epochs: epochs of the two stages; joint training has their sum. Other
+    options are passed to every run.
     """
     out = out.resolve()
     (out / "logs").mkdir(parents=True, exist_ok=True)
-    prepare()  # once, before two runs of it side by side
+    # Once, because runs that start at the same time would do it twice.
+    prepare()
     options = [f"--{name}={value}" for name, value in overrides.items()]
     lines = [
         line for s in seeds for line in _lines(out, s, visual_epochs, llm_epochs, options)
@@ -67,13 +68,14 @@ def factorised(
 def _lines(
     out: Path, seed: int, visual_epochs: int, llm_epochs: int, overrides: list[str]
 ) -> list[list[list[str]]]:
-    """Commands that follow one another; the lines of a seed may go side by side."""
+    """Return lists of commands. Lists may run in parallel, commands of a list may not."""
     runs = {system: out / f"{system}_{seed}" for system in SYSTEMS}
     common = [f"--train.seed={seed}", f"--train.probe_every={PROBE_EVERY}"]
     common += [
         *overrides,
+        # With one process there is nothing to shard or to offload.
         "--train.deepspeed=ds_configs/zero2.json",
-    ]  # one process: nothing to split, nothing to offload
+    ]
     options = {"joint": [], "visual": [], "llm": [f"--visual_run={runs['visual']}"]}
     epochs = {
         "joint": visual_epochs + llm_epochs,
@@ -81,10 +83,11 @@ def _lines(
         "llm": llm_epochs,
     }
     for system, count in epochs.items():
-        looks = 3 if system == "joint" else 2  # at dev: the best of them is scored
+        # Number of evaluations on dev. The best export is scored on test.
+        num_evaluations = 3 if system == "joint" else 2
         options[system] += [
             f"--train.epochs={count}",
-            f"--eval.every_epochs={max(1, count // looks)}",
+            f"--eval.every_epochs={max(1, count // num_evaluations)}",
         ]
     commands = {
         system: [
@@ -123,7 +126,7 @@ def _run_line(commands: list[list[str]]) -> None:
 
 
 def _python(*words: str, log: Path | None) -> None:
-    """Run a Python command with one thread; raises UserError where it does not end well."""
+    """Run a Python command with one thread. Raises UserError if it fails."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     output = log.open("a", encoding="utf-8") if log else None
     done = subprocess.run(
@@ -136,8 +139,7 @@ def _python(*words: str, log: Path | None) -> None:
     )
     if done.returncode:
         raise UserError(
-            f"{' '.join(words)} must end well, but ended with code {done.returncode}: see "
-            f"{log}."
+            f"Cannot run {' '.join(words)}: it ended with code {done.returncode}. See {log}."
         )
 
 
@@ -145,7 +147,7 @@ def _table(out: Path, seeds: tuple[int, ...]) -> str:
     from flallm_ds.inference.report import read_hypotheses
     from flallm_ds.metrics.significance import paired_bootstrap
 
-    said = {
+    hypotheses = {
         system: [
             read_hypotheses(
                 out / f"{system}_{seed}" / "evaluation" / "test.hypotheses.jsonl"
@@ -154,10 +156,10 @@ def _table(out: Path, seeds: tuple[int, ...]) -> str:
         ]
         for system in SYSTEMS
     }
-    references = [h.reference for h in said["joint"][0]]
+    references = [h.reference for h in hypotheses["joint"][0]]
     texts = {
         system: [[h.hypothesis for h in run] for run in runs]
-        for system, runs in said.items()
+        for system, runs in hypotheses.items()
     }
     found = paired_bootstrap(texts, references)
     lines = [

@@ -1,5 +1,4 @@
-"""How much cheaper an epoch of stage llm is on cached features than on video, and what
-writing them costs.
+"""Measure the cost of an epoch of stage llm on video and on features, and of writing them.
 
 python -m benchmarks.features --out=benchmarks/results
 """
@@ -34,8 +33,10 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained on. short_side: of the stored frames, px. more: options besides the
-    quickstart's."""
+    """A corpus and options of a training.
+
+    short_side: of the stored frames in pixels. more: options that differ from the quickstart.
+    """
 
     label: str
     clips: int
@@ -45,7 +46,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Costs:
-    """CPU seconds; an entry each round. writing: of one view."""
+    """CPU seconds, one value for each round. writing: for one view."""
 
     clips: int
     frames: int
@@ -62,10 +63,9 @@ def run(
     large_clips: int = 40,
     rounds: int = 3,
 ) -> str:
-    """Train epochs of stage llm on video and on features in turn, in one process, and
-    write a page.
+    """Train epochs of stage llm alternately on video and on features, and write a report.
 
-    --clips, --large_clips: of the corpora at 64 and at 256 px, three splits together.
+    --clips, --large_clips: clips of the corpora at 64 and at 256 pixels, over all splits.
     """
     settings = (
         Setting("quickstart: 64 px, ResNet-18 a quarter as wide", clips, 64, {}),
@@ -95,13 +95,13 @@ def run(
         __file__, "Stage llm on cached features", {"deepspeed": "", "transformers": ""}
     )
     report.text(
-        "CPU seconds of one process, one thread a library: epochs on video and on features "
-        f"in turn, {rounds} rounds after one that does not count. Figures are ratios of "
-        "one run; the seconds hold for this machine on this day. The LLM is the stand-in "
-        "(d_model 256, two layers each way): with a larger one an epoch on features costs "
-        "more, and the factor is smaller. Batches of 32 clips at 64 px, of 8 at 224 px; 1 "
-        "frame in 4 is kept. The engine is ZeRO-3 with offload, whose work in a step does "
-        "not depend on the clips: at 64 px it is most of an epoch on features."
+        "CPU seconds of one process with one thread for each library: epochs on video and on "
+        f"features alternate, {rounds} rounds after a warm-up round. Compare ratios; the "
+        "seconds are valid for this machine and day. The LLM is the stand-in (d_model 256, two "
+        "layers of encoder and decoder). With a larger LLM an epoch on features costs more, "
+        "and the factor is smaller. Batches have 32 clips at 64 px and 8 clips at 224 px; 1 "
+        "frame in 4 is kept. The engine is ZeRO-3 with offload. Its work in a step does not "
+        "depend on the clips; at 64 px it is most of the time of an epoch on features."
     )
     rows = [(s.label, *row_of(cost)) for s, cost in zip(settings, costs, strict=True)]
     report.table(("setting", *COLUMNS), rows)
@@ -122,7 +122,7 @@ def row_of(costs: Costs) -> tuple[str, ...]:
 
 
 def measure(setting: Setting, folder: Path, rounds: int, world: dist.World) -> Costs:
-    """folder: as `material` made it."""
+    """Measure one setting. folder: output of `material`."""
     import flallm_ds.training.trainer  # noqa: F401 - seconds that are no part of the writing
     from flallm_ds.features.writing import Writing
 
@@ -143,7 +143,7 @@ def measure(setting: Setting, folder: Path, rounds: int, world: dist.World) -> C
 
 
 class Epochs:
-    """Epochs of one run, without evaluation and checkpoints."""
+    """Train epochs of one run, without evaluation and checkpoints."""
 
     def __init__(self, config: RunConfig, world: dist.World) -> None:
         from flallm_ds.training.build import build_task
@@ -158,7 +158,7 @@ class Epochs:
         self.frames, self.num_clips = int(num_kept.sum()), len(num_kept)
 
     def epoch(self) -> float:
-        """CPU seconds of the next one."""
+        """Train the next epoch. Return its CPU seconds."""
         at = self._trainer.at
         begin = cpu_seconds()
         self._trainer._epoch(self._task.train_loader(at.epoch))
@@ -167,8 +167,10 @@ class Epochs:
 
 
 def options(setting: Setting, folder: Path, shards: str) -> RunConfig:
-    """Of the quickstart's stage llm; the encoder has random weights, which cost as much
-    as trained ones."""
+    """Return the options of the stage llm of the quickstart.
+
+    The encoder has random weights, which cost as much time as trained weights.
+    """
     given: dict[str, object] = {
         "run": folder / f"run_{shards}",
         "data.shards": folder / shards,
@@ -184,7 +186,7 @@ def options(setting: Setting, folder: Path, shards: str) -> RunConfig:
 
 
 def material(setting: Setting, folder: Path) -> None:
-    """In `folder`: corpus/, shards/ and llm/, by the project's own commands."""
+    """Make corpus/, shards/ and llm/ in `folder` with the commands of the project."""
     corpus = folder / "corpus"
     make = [
         "-m",

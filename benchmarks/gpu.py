@@ -1,5 +1,4 @@
-"""With a GPU: frames into the device, how long the real stage-1 step waits for them, and
-the fused kernel.
+"""Measure on a GPU: loading of frames, waiting for data in stage 1, and the fused kernel.
 
 python -m benchmarks.gpu --out=benchmarks/results [--videos=FOLDER]
 """
@@ -32,9 +31,11 @@ from flallm_ds.training.stop import StopRequest
 from flallm_ds.training.task import Task
 from flallm_ds.training.trainer import Position, Trainer
 
-WARM_UP = 10  # steps until kernels are chosen and slots are as large as they get
+# Steps until kernels are selected and buffers have their final size.
+WARM_UP = 10
 THREADS = (1, 2, 4, 8, 16)
-WAITING = 0.02  # of a step's time, at most
+# Target: maximum share of the time of a step.
+WAITING = 0.02
 COLUMNS = ("decoder", "threads", "kept frames per second into the device")
 STEP_COLUMNS = (
     "decoder",
@@ -55,15 +56,16 @@ def run(
     steps: int = 100,
     rounds: int = 3,
 ) -> str:
-    """Load PHOENIX-size clips onto the GPU and train stage 1 of the recipe phoenix14t on them.
+    """Load clips of the size of PHOENIX onto the GPU, and train stage 1 of phoenix14t.
 
-    --out: folder for the report; --hardware: its name there. --videos: where frames come from, without it
-    they are synthetic. --clips, --frames: clips and frames of each. --steps: of a round; --rounds: of them.
+    --out: folder for the report. --hardware: name of the machine in the file name.
+    --videos: folder with videos; default: synthetic videos. --clips, --frames: number of clips and of
+    frames in each. --steps: steps of a round. --rounds: number of rounds.
     """
-    if not torch.cuda.is_available():  # before anything is built
+    if not torch.cuda.is_available():
         raise UserError(
-            "benchmarks/gpu.py needs a CUDA device, but PyTorch sees none: run it where "
-            "there is one."
+            "Cannot run benchmarks.gpu: PyTorch finds no CUDA device. Run it on a machine with "
+            "a GPU."
         )
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -96,7 +98,7 @@ def run(
         f"micro-batches, 1 in {data.keep_every} frames). Seconds are of the clock; the "
         f"median of {rounds} rounds of {steps} steps, with the lowest and the highest.",
         "## Into the device",
-        "torchvision's nvJPEG decoder is one for the process: threads only read for it.",
+        "A process has one nvJPEG decoder of torchvision: threads only read the JPEGs.",
     )
     report.table(COLUMNS, loading)
     report.text("## The stage-1 step")
@@ -113,7 +115,7 @@ def run(
 
 
 def stage_1(folder: Path, clips: int, frames: int, videos: Path | None) -> Task:
-    """The recipe's own task, but for weights and texts from a hub."""
+    """Return the task of the recipe, without weights and texts from the hub."""
     pngs = material.png_folders(folder / "png", clips, frames, videos)
     shards = material.build_shards([paths[0].parent for paths in pngs], folder / "shards")
     small_codec(load_index(shards, "train")).tokenizer.save_pretrained(folder / "llm")
@@ -129,7 +131,7 @@ def stage_1(folder: Path, clips: int, frames: int, videos: Path | None) -> Task:
 
 
 def sides(task: Task) -> Iterator[tuple[str, int, Task]]:
-    """Yield (decoder, threads, the task that loads so)."""
+    """Yield (decoder, number of threads, task with both)."""
     for decoder in ("cpu", "nvjpeg"):
         for threads in THREADS:
             data = replace(task.config.data, decoder=decoder)
@@ -141,7 +143,7 @@ def sides(task: Task) -> Iterator[tuple[str, int, Task]]:
 
 
 def steps_of(task: Task, num_steps: int) -> Iterator[list[Batch]]:
-    """Epochs joined to one: what a run pays once an epoch must not be paid every few steps."""
+    """Yield steps of several epochs as one, because these epochs have only a few steps."""
     plan = task.train.plan
     epochs = -(-num_steps // plan.epoch(0).num_steps)
     order = joined([plan.epoch(epoch) for epoch in range(epochs)])
@@ -149,10 +151,10 @@ def steps_of(task: Task, num_steps: int) -> Iterator[list[Batch]]:
 
 
 def into_the_device(task: Task, num_steps: int) -> float:
-    """Frames per second, nothing computed on them."""
+    """Return frames per second that are loaded onto the device, without computation."""
     num_frames = 0
     for number, batches in enumerate(steps_of(task, num_steps + WARM_UP)):
-        if number == WARM_UP:  # this step is here already
+        if number == WARM_UP:  # this step is already loaded
             torch.cuda.synchronize()
             begin = time.perf_counter()
         if number > WARM_UP:
@@ -162,14 +164,13 @@ def into_the_device(task: Task, num_steps: int) -> float:
 
 
 def train_steps(trainer: Trainer, task: Task, num_steps: int) -> tuple[float, float, float]:
-    """(ms a step, frames per second, share of the time waiting for data) of real
-    optimizer steps."""
+    """Train and return (ms per step, frames per second, share of time waiting for data)."""
     trainer.task, trainer.at = task, Position()
     waited = spent = num_frames = 0.0
     since = time.perf_counter()
     for number, batches in enumerate(steps_of(task, num_steps + WARM_UP)):
         wait = time.perf_counter() - since
-        # it reads the loss, so the GPU is done with the forward
+        # This reads the loss, so the GPU has finished the forward pass.
         trainer._step(batches, num_steps, wait)
         now = time.perf_counter()
         if number >= WARM_UP:
@@ -180,7 +181,7 @@ def train_steps(trainer: Trainer, task: Task, num_steps: int) -> tuple[float, fl
 
 
 def kernel_times(task: Task, rounds: int) -> dict[str, list[float]]:
-    """The fused kernel beside PyTorch's functions on the same frames."""
+    """Measure the fused kernel and the functions of PyTorch on the same frames."""
     device, crop = task.world.device, task.preprocess.crop_size
     frames = torch.randint(0, 256, (256, 260, 210, 3), dtype=torch.uint8, device=device)
     draws, sizes = torch.rand(8, 9), torch.tensor([[260.0, 210.0]]).repeat(8, 1)

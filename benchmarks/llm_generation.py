@@ -1,10 +1,9 @@
-"""Beam search under ZeRO-3: weights gathered once for a whole evaluation, or again for
-every token.
+"""Compare beam search under ZeRO-3 with weights gathered once or for every token.
 
-    deepspeed --num_gpus 2 --module benchmarks.llm_generation [--layers 4 --width 256 --pieces 8000]
+    deepspeed --num_gpus 2 --module benchmarks.llm_generation [--layers 4 --width 256 --vocabulary 8000]
 
-An mBART with random weights, so that every sentence has `tokens` pieces. Both ways
-alternate, and the best of `rounds` counts: other work on the machine only adds time.
+The model is an mBART with random weights, so that every sentence has `tokens` tokens. Both
+ways alternate, and the best of `rounds` counts, because other processes only add time.
 """
 
 import time
@@ -22,12 +21,12 @@ def generation(
     *,
     layers: int = 4,
     width: int = 256,
-    pieces: int = 8000,
+    vocabulary: int = 8000,
     clips: int = 4,
     tokens: int = 30,
     rounds: int = 3,
 ) -> None:
-    """Print seconds a batch of `clips` videos of 60 visual tokens each, beam 5, on every rank."""
+    """Print seconds per batch of `clips` videos with 60 visual tokens each, for beam 5."""
     from flallm_ds.training import engine as ds
 
     ds.prepare()
@@ -35,7 +34,7 @@ def generation(
     torch.manual_seed(0)
     model = MBartForConditionalGeneration(
         MBartConfig(
-            vocab_size=pieces,
+            vocab_size=vocabulary,
             d_model=width,
             encoder_layers=layers,
             decoder_layers=layers,
@@ -56,7 +55,7 @@ def generation(
 
     def search() -> tuple[float, torch.Tensor]:
         begin = time.perf_counter()
-        ids = engine.module.language_model.generate(
+        found_ids = engine.module.language_model.generate(
             inputs_embeds=videos_BSE,
             decoder_start_token_id=5,
             num_beams=5,
@@ -64,16 +63,16 @@ def generation(
             max_new_tokens=tokens,
             synced_gpus=engine.searches_in_step,
         )
-        return time.perf_counter() - begin, ids
+        return time.perf_counter() - begin, found_ids
 
     seconds: dict[str, list[float]] = {"never": [], "auto": []}
-    said = {}
+    ids = {}
     for _ in range(rounds):
         for how, found in seconds.items():
             with engine.gathered(how):  # type: ignore[arg-type]
-                spent, said[how] = search()
+                spent, ids[how] = search()
                 found.append(spent)
-    assert torch.equal(said["never"], said["auto"])
+    assert torch.equal(ids["never"], ids["auto"])
     if world.is_main:
         size = sum(p.ds_numel for p in engine.module.parameters()) / 1e6
         token, once = min(seconds["never"]), min(seconds["auto"])

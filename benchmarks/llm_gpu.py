@@ -1,8 +1,7 @@
-"""Stage 2 on one GPU: steps of an mBART-large; ways of attention and loss; the largest
-LLM that trains.
+"""Measure stage 2 on one GPU: mBART-large, attention, loss, and the largest LLM that fits.
 
-    python -m benchmarks.llm_gpu --out=benchmarks/results
-    python -m benchmarks.llm_gpu --small=true      (everything at toy size, on a CPU as well)
+python -m benchmarks.llm_gpu --out=benchmarks/results
+python -m benchmarks.llm_gpu --small=true      (toy sizes, also on a CPU)
 """
 
 import json
@@ -16,7 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-# the optimizer of an offload
+# For the optimizer with offload.
 os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
 
 import torch
@@ -53,8 +52,7 @@ def _qwen3(
     }  # fmt: skip
 
 
-# Sizes as their config.json on the hub has them; the last of each list is for trying this
-# script.
+# Sizes from the config.json files on the hub. The toy models are for tests of this script.
 MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "mBART-large, trimmed": ("mbart", 2_454, MBART),
     "mBART-large": ("mbart", 250_027, MBART),
@@ -82,8 +80,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Job:
-    """Some steps of stage 2 with random weights and synthetic features, in a process of
-    its own."""
+    """Steps of stage 2 with random weights and random features, in a separate process."""
 
     model: str
     deepspeed: str = "zero3"
@@ -100,7 +97,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Measured:
-    """host_gb: the most that this process held, pinned memory included."""
+    """Results of a job. host_gb: maximum memory of the process, with pinned memory."""
 
     parameters: int
     trained: int
@@ -120,22 +117,20 @@ def run(
     limit_s: float = 1800.0,
     small: bool = False,
 ) -> str:
-    """Each row is a process of its own: one that runs out of memory or time ends that row alone.
+    """Run each row in a separate process, which may run out of memory or time.
 
-    --out: folder for the report; --hardware: its name there. --ladder: sizes of LLMs, comma between.
-    --clips: of a step; --steps: that count. --limit_s: seconds a row may take. --small: toy sizes.
+    --out: folder for the report. --hardware: name of the machine in the file name.
+    --ladder: names of LLM sizes, separated by commas. --clips: clips of a step. --steps: measured
+    steps. --limit_s: maximum seconds of a row. --small: toy sizes.
     """
     if not (small or torch.cuda.is_available()):
         raise UserError(
-            "benchmarks/llm_gpu.py needs a CUDA device, but PyTorch sees none: run it "
-            "where there is one, or try it at toy size with --small=true."
+            "Cannot run benchmarks.llm_gpu: PyTorch finds no CUDA device. Run it on a machine "
+            "with a GPU, or with --small=true."
         )
     for name in ladder:
         if name not in MODELS:
-            raise UserError(
-                f"--ladder must name sizes of {', '.join(MODELS)}, but {name!r} is none of "
-                "them."
-            )
+            raise UserError(f"--ladder must be names of {', '.join(MODELS)}, got {name!r}.")
     shape = {"clips": clips, "steps": steps}
     versions = {"GPU": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     report = Report(
@@ -145,9 +140,9 @@ def run(
     report.text(
         f"Random weights, synthetic features of a frozen encoder: {clips} clips a step in "
         f"one micro-batch, {example.frames} visual and {example.words} target tokens each; "
-        f"tokens are of both. {steps} steps after {example.warm_up} that do not count, by "
-        "the clock. Device memory is the most that PyTorch had allocated in those steps; "
-        "host memory the most that the process ever held."
+        f"tokens/s counts both. Wall-clock time of {steps} steps after {example.warm_up} "
+        "warm-up steps. Device memory is the maximum that PyTorch allocated in these steps; "
+        "host memory is the maximum of the process."
     )
     for title, jobs in parts(tuple(ladder), shape, small).items():
         report.text(f"## {title}")
@@ -158,7 +153,7 @@ def run(
 def parts(
     ladder: tuple[str, ...], shape: dict[str, int], small: bool
 ) -> dict[str, list[Job]]:
-    """The jobs under each heading."""
+    """Return {heading: jobs}."""
     mbart, trimmed, qwen = "mBART-large", "mBART-large, trimmed", "Qwen3-0.6B"
     if small:
         mbart, trimmed, qwen, ladder = "toy mBART", "toy mBART", "toy Qwen3", ("toy Qwen3",)
@@ -204,7 +199,7 @@ def row(job: Job, found: Measured | str) -> tuple[str, ...]:
 
 
 def in_a_process(job: Job, limit_s: float) -> Measured | str:
-    """What was measured, or in a few words why nothing was."""
+    """Run a job in a process. Return its results, or the reason of its failure."""
     print(job, file=sys.stderr, flush=True)
     command = [sys.executable, "-m", "benchmarks.llm_gpu", "child", json.dumps(asdict(job))]
     try:
@@ -216,7 +211,7 @@ def in_a_process(job: Job, limit_s: float) -> Measured | str:
     if ended.returncode == 0:
         return Measured(**json.loads(ended.stdout.splitlines()[-1]))
     print(ended.stderr[-3000:], file=sys.stderr, flush=True)
-    # the kernel's way to say that the host's memory is full is signal 9
+    # The kernel sends signal 9 if the memory of the host is full.
     if ended.returncode < 0:
         return f"ended by signal {-ended.returncode}"
     lines = ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"]
@@ -245,7 +240,7 @@ def child(job: Job) -> Measured:
         sum(p.numel() for p in parameters),
         sum(p.numel() for p in parameters if p.requires_grad),
     )
-    # one parameter after another
+    # This shards one parameter after the other.
     ds.deepspeed.zero.Init(module=model, config_dict_or_path=config)
     new = {id(p) for p in model.adapter.parameters()}
     trained = [p for p in parameters if p.requires_grad]
@@ -263,7 +258,7 @@ def child(job: Job) -> Measured:
 
 
 def translator(job: Job, dtype: torch.dtype) -> Any:
-    """SignTranslator of random weights, ready for the engine."""
+    """Return a SignTranslator with random weights for the engine."""
     from flallm_ds.models.adapters import Adapter
     from flallm_ds.models.checkpointing import checkpoint_llm
     from flallm_ds.models.llm.load import embedding_scale, llm_width
@@ -285,7 +280,7 @@ def translator(job: Job, dtype: torch.dtype) -> Any:
 
 
 def fill(llm: Any) -> None:
-    """Random numbers, a million of them again and again; ones in norms."""
+    """Fill weights with repetitions of a million random numbers, and norms with ones."""
     torch.manual_seed(0)
     numbers = 0.02 * torch.randn(2**20)
     for parameter in llm.parameters():
@@ -298,11 +293,11 @@ def fill(llm: Any) -> None:
 
 
 def steps_of(job: Job, engine: Any, device: torch.device) -> tuple[float, float]:
-    """(seconds a step, GB of device memory at its highest)."""
+    """Train and return (seconds per step, maximum GB of device memory)."""
     from flallm_ds.data.text.prompt import Wording
 
     family, vocabulary, _ = MODELS[job.model]
-    # As of "Translate this German Sign Language video into German:" in Qwen3's chat.
+    # As many tokens as "Translate this German Sign Language video into German:" for Qwen3.
     wording = (
         Wording(start=(5,))
         if family == "mbart"

@@ -1,5 +1,4 @@
-"""Memory that loading a large LLM takes on each rank: ours and transformers' own way
-under ZeRO-3, and whole.
+"""Measure memory per rank while an LLM is loaded: by us, by transformers, without ZeRO.
 
 python -m benchmarks.llm_loading --out=benchmarks/results
 """
@@ -58,7 +57,7 @@ TINY = {
 
 @dataclass(frozen=True)
 class Memory:
-    """One rank, MB. before: after imports. highest: by the kernel's own mark, not by samples."""
+    """Memory of one rank in MB. before: after imports. highest: maximum by the kernel."""
 
     before: float
     highest: float
@@ -79,12 +78,12 @@ def run(
     way: str = "",
     folder: Path | None = None,
 ) -> str:
-    """Save an LLM with random weights in bf16, load it in fp32 each way, and report each
-    rank's peak memory.
+    """Save an LLM with random bf16 weights, load it in fp32 each way, report peak memory.
 
-    --out: folder for the report; --hardware: its name there. --width, --layers, --vocabulary: of a Llama;
-    the defaults make a billion parameters. --shard-mb: of one file. --ranks: on this machine's CPU.
-    --way, --folder: of one rank, which this command starts itself.
+    --out: folder for the report. --hardware: name of the machine in the file name.
+    --width, --layers, --vocabulary: of a Llama; the defaults give a billion parameters.
+    --shard-mb: size of one file. --ranks: number of ranks on the CPU of this machine.
+    --way, --folder: for one rank; this command sets them itself.
     """
     if way:
         return rank_of(way, folder or Path())
@@ -115,7 +114,7 @@ def run(
         },
     )
     report.text(
-        f"A Llama of {layers} layers, {width} wide, {vocabulary:,} words, random weights; "
+        f"A Llama of {layers} layers, {width} wide, {vocabulary:,} tokens, random weights; "
         f"in bf16 on disk in {num_files} safetensors files, in fp32 once loaded: "
         f"{4 * num_parameters / 1e6:,.0f} MB whole. ZeRO stage 3 with CPU offload "
         "(`ds_configs/zero3_offload.json`). Resident memory of each rank (VmHWM, RssAnon, "
@@ -147,7 +146,7 @@ def run(
 
 
 def _shares(memory: Memory, whole: Memory) -> tuple[float, float]:
-    """Of the highest a full copy reaches; of what it leaves, without imports."""
+    """Return peak memory relative to a full copy: to its peak, and to its final memory."""
     return memory.highest / whole.highest, (memory.highest - memory.before) / (
         whole.after - whole.before
     )
@@ -160,7 +159,7 @@ def _row(way: str, rank: int, memory: Memory, whole: Memory) -> tuple[str, ...]:
 
 
 def write_llm(folder: Path, config: Any, shard_mb: int) -> tuple[int, int]:
-    """Save a model tensor by tensor, so that it never is in memory; (parameters, files)."""
+    """Save a model tensor by tensor to save memory. Return numbers of parameters, files."""
     folder.mkdir(exist_ok=True)
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config)
@@ -177,7 +176,7 @@ def write_llm(folder: Path, config: Any, shard_mb: int) -> tuple[int, int]:
 
 
 def measure(way: str, model: Path, ranks: int) -> list[Memory]:
-    """The way's ranks as processes of their own."""
+    """Load the LLM with one process per rank. Return the memory of each rank."""
     print(f"{way} ...", file=sys.stderr, flush=True)
     port = str(free_port())
     children = []
@@ -206,7 +205,7 @@ def measure(way: str, model: Path, ranks: int) -> list[Memory]:
 
 
 def rank_of(way: str, model: Path) -> str:
-    """Load the LLM in this process; print its memory."""
+    """Load the LLM in this process and print the memory."""
     import deepspeed
 
     from flallm_ds.models.llm.load import load_llm
@@ -241,14 +240,16 @@ def rank_of(way: str, model: Path) -> str:
 
 def touched(model: Any) -> Any:
     for parameter in model.parameters():
-        parameter.data.mul_(1)  # a page that nobody wrote may not be there yet
+        parameter.data.mul_(1)  # the kernel allocates a page when it is written
     return model
 
 
 def watched(load: Callable[[], Any]) -> Memory:
-    """Memory of this process while `load` runs; anonymous and file pages by samples, each
-    at its highest."""
-    Path("/proc/self/clear_refs").write_text("5")  # reset the kernel's high-water mark
+    """Measure the memory of this process while `load` runs.
+
+    The maxima of anonymous and file pages come from samples.
+    """
+    Path("/proc/self/clear_refs").write_text("5")  # reset the maximum of the kernel
     before = status()
     highest = dict(before)
     done = threading.Event()
@@ -276,7 +277,7 @@ def watched(load: Callable[[], Any]) -> Memory:
 
 
 def status() -> dict[str, float]:
-    """MB of /proc/self/status."""
+    """Read memory from /proc/self/status, in MB."""
     lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
     wanted = ("VmRSS:", "VmHWM:", "RssAnon:", "RssFile:")
     return {

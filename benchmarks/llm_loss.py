@@ -1,5 +1,4 @@
-"""Memory and CPU time of the loss over a large vocabulary: all logits, chunks, chunks
-computed twice.
+"""Measure the loss over a large vocabulary: all logits, chunks, chunks with checkpointing.
 
 python -m benchmarks.llm_loss --out=benchmarks/results
 """
@@ -39,7 +38,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Job:
-    """The loss of N tokens of width E over V words, and its gradients."""
+    """Loss of N tokens of width E over V vocabulary entries, with gradients."""
 
     tokens: int
     width: int
@@ -48,13 +47,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Cost:
-    """peak_mb: above what the process held before, the gradients of weight and states
-    among it."""
+    """Costs of one pass. peak_mb: increase of memory, including gradients."""
 
     peak_mb: float
     cpu_s: float
     loss: float
-    # norms, of the output embedding and of the hidden states
+    # Norms of the gradients of the output embedding and the hidden states.
     gradients: tuple[float, float]
 
 
@@ -67,10 +65,10 @@ def run(
     widths: tuple[int, ...] = (256, 512, 1024),
     rounds: int = 3,
 ) -> str:
-    """Forward and backward pass of the loss alone, each in a process of its own, on one thread.
+    """Run forward and backward passes of the loss, each in a process with one thread.
 
-    --out: folder for the report; --hardware: its name there. --tokens, --vocabulary: of the batch and of the
-    model; --widths: of its hidden states.
+    --out: folder for the report. --hardware: name of the machine in the file name.
+    --tokens: tokens of the batch. --vocabulary, --widths: vocabulary size and hidden sizes.
     """
     rows, memory, time = [], [], []
     for width in widths:
@@ -85,17 +83,17 @@ def run(
         seconds = {way: [c.cpu_s for c in costs[way]] for way in WAYS}
         memory.append((width, ratios(megabytes["logits"], megabytes["chunks"])))
         time.append((width, ratios(seconds["chunks"], seconds["logits"])))
-    report = Report(__file__, f"The loss over {vocabulary:,} words")
+    report = Report(__file__, f"The loss over {vocabulary:,} vocabulary entries")
     weights = ", ".join(f"{w * vocabulary * 4 / 1e6:,.0f} MB at E = {w}" for w in widths)
     report.text(
         f"{tokens:,} tokens, label smoothing {SMOOTHING}, forward and backward pass of "
         f"the loss alone in fp32; all logits take {tokens * vocabulary * 4 / 1e6:,.0f} "
-        "MB. Peak memory is resident memory above what the process held before (weight "
-        f"and hidden states); the weight's gradient is in it: {weights}. CPU time is of "
-        f"one thread. The median of {rounds} rounds, each in a process of its own, with "
-        "the lowest and the highest.",
-        "`logits` and `chunks` are `--llm.loss`'s. `checkpoint` makes the same chunks, but "
-        "torch.utils.checkpoint computes each again in the backward pass.",
+        "MB. Peak memory is the increase of resident memory over weight and hidden states. It "
+        f"includes the gradient of the weight: {weights}. CPU time is of one thread. The "
+        f"median of {rounds} rounds, each in a separate process, with the lowest and the "
+        "highest.",
+        "`logits` and `chunks` are values of `--llm.loss`. `checkpoint` uses the same chunks, "
+        "but torch.utils.checkpoint recomputes each in the backward pass.",
     )
     report.table(COLUMNS, rows)
     report.text("## Targets")
@@ -144,10 +142,10 @@ def cost(way: str, job: Job) -> Cost:
     head = Head(SimpleNamespace(config=config, get_output_embeddings=lambda: embedding))
     hidden_NE = torch.randn(job.tokens, job.width, requires_grad=True)
     targets_N = torch.randint(job.vocabulary, (job.tokens,))
-    # libraries load, kernels are chosen
+    # Warm-up: libraries are loaded and kernels selected.
     F.cross_entropy(embedding(hidden_NE[:2]), targets_N[:2]).backward()
     embedding.weight.grad = hidden_NE.grad = None
-    Path("/proc/self/clear_refs").write_text("5")  # the highest mark so far is forgotten
+    Path("/proc/self/clear_refs").write_text("5")  # reset the maximum of the kernel
     before_kb, before_s = memory_kb("VmRSS"), cpu_seconds()
     summed = WAYS[way](head, hidden_NE, targets_N)
     (summed / job.tokens).backward()

@@ -1,4 +1,4 @@
-"""Loading clips of PHOENIX's size, and 720p videos: ours beside the ways that others load theirs.
+"""Compare our loader with other ways to load clips of the size of PHOENIX and 720p videos.
 
 python -m benchmarks.loader --out=benchmarks/results [--videos=FOLDER]
 """
@@ -8,7 +8,7 @@ import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
-# before torch: its threads would spin while others decode
+# Before torch is imported: its threads would spin while other threads decode.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import cv2
@@ -33,8 +33,9 @@ from flallm_ds.data.preprocess import Preprocess
 from flallm_ds.errors import UserError
 
 SPDL_FOLDER = Path(__file__).resolve().parents[1] / ".cache" / "spdl"
-EPOCHS = 32  # of ours that count as one pass
-# the same, where preprocessing takes many times what is done once an epoch
+# Epochs of our loader that count as one pass.
+EPOCHS = 32
+# The same if preprocessing takes much longer than the work done once per epoch.
 PIXEL_EPOCHS = 2
 COLUMNS = ("way", "kept", "gives", "frames per CPU-second", "CPU-ms a clip", "ours / this")
 PIXELS, FRAMES = "224 crops, float32", "packed frames, uint8"
@@ -42,12 +43,10 @@ CROPS = "224 crops, uint8"
 
 
 class Ours:
-    """Our loader; then nothing, or 224 crops cut on the CPU, or the whole preprocessing
-    on the CPU.
+    """Our loader alone, with 224 crops on the CPU, or with all preprocessing on the CPU.
 
-    In training the crops are cut on the GPU, as part of its one resampling. The second is
-    what a user pays who wants the peer's crops, in uint8, without one; the third is our
-    training step's preprocessing on the CPU.
+    In training, the GPU cuts the crops as part of one resampling. Crops in uint8 are what the
+    other loaders return; all preprocessing is that of our training step.
     """
 
     def __init__(self, loader: OurLoader, gives: str) -> None:
@@ -75,8 +74,7 @@ class Ours:
 def crop(
     frames_NHWC: np.ndarray, num_frames_B: list[int], draws_B9: np.ndarray
 ) -> np.ndarray:
-    """Each frame squashed to 256x256, bilinear, and a random 224 crop of it, the same for
-    a clip's frames."""
+    """Resize each frame to 256x256 and cut a random 224 crop, the same within a clip."""
     crops_NHWC = np.empty((len(frames_NHWC), peers.CROP, peers.CROP, 3), np.uint8)
     square = np.empty((peers.RESIZE, peers.RESIZE, 3), np.uint8)
     offsets_B2 = (draws_B9[:, :2] * (peers.RESIZE - peers.CROP)).astype(int)
@@ -104,16 +102,15 @@ def run(
     seconds: float = 2.0,
     spdl: bool = True,
 ) -> str:
-    """Load the same clips by every way, interleaved, and report frames per CPU-second and
-    the ratios.
+    """Load the same clips in every way, interleaved, and report frames per CPU-second.
 
-    --out: folder for the report; --hardware: its name there, otherwise made of the CPU's.
-    --videos: folder with real 720p videos to take the frames from; without it they are synthetic.
-    --clips, --frames: PHOENIX-size clips and frames of each. --mp4_clips: videos.
-    --batch_clips: clips of a batch.
-    --threads: that decode, ours and SPDL's, and DataLoader's workers; 0 for one a core.
-    --rounds: that count. --seconds: CPU time of each way in a round, at least one pass.
-    --spdl: compare with SPDL, in an environment that is made under .cache at the first time.
+    --out: folder for the report. --hardware: name of the machine in the file name; default: the CPU.
+    --videos: folder with real 720p videos; default: synthetic videos.
+    --clips, --frames: number of clips of the size of PHOENIX and of frames in each.
+    --mp4_clips: number of videos. --batch_clips: clips of a batch.
+    --threads: decoding threads of our loader and SPDL, and DataLoader workers; 0 for one per core.
+    --rounds: number of rounds. --seconds: CPU time of each way in a round, at least one pass.
+    --spdl: compare with SPDL, whose environment is created in .cache.
     """
     cv2.setNumThreads(1)
     torch.set_num_threads(1)

@@ -1,9 +1,11 @@
-"""Train at two commits and compare the losses bit for bit: python -m benchmarks.loss_compare A B.
+"""Train at two commits and compare the losses bit for bit.
 
-A change that only moves code must leave every number as it is. Both commits train both
-stages on two ranks, on the same small signsim corpus, with dropout and augmentation on,
-and are stopped and resumed once in each stage. Compared are loss, gradient norm and
-learning rate of each step, and the dev scores.
+python -m benchmarks.loss_compare A B
+
+A change that only moves code must not change any number. Both commits train both stages on
+two ranks with the same small signsim corpus, with dropout and augmentation, and each stage
+is stopped and resumed once. Loss, gradient norm and learning rate of each step and the dev
+scores are compared.
 """
 
 import json
@@ -25,7 +27,8 @@ from flallm_ds.signsim import write_corpus
 
 NUM_CLIPS = 60
 STAGES = ("visual", "llm")
-STOP_AT = 4  # a step in the middle of the first epoch
+# A step in the middle of the first epoch.
+STOP_AT = 4
 COMPARED = {"train": ("loss", "grad_norm", "lr"), "dev": ("bleu4", "rouge_l", "chrf")}
 OPTIONS = {
     "data.keep_every": "2",
@@ -49,21 +52,20 @@ OPTIONS = {
 
 
 def loss_compare(a: str, b: str, *, work: Path | None = None) -> None:
-    """Print the first number that differs between commits A and B, with exit code 2, or
-    that none does.
+    """Compare commits A and B. Exit with code 2 and print the first number that differs.
 
-    work: a folder to keep the corpus and both runs in; by default a temporary one.
+    work: folder that keeps the corpus and both runs; default: a temporary folder.
     """
     with tempfile.TemporaryDirectory() as temporary:
         folder = (work or Path(temporary)).resolve()
         make_corpus(folder)
         records = {commit: train(commit, folder) for commit in (a, b)}
     compare(records[a], records[b], a, b)
-    print(f"{a} and {b}: {len(records[a])} records of both stages are the same to the bit")
+    print(f"{a} and {b}: {len(records[a])} records of both stages are bit-identical")
 
 
 def make_corpus(folder: Path) -> None:
-    """signsim's shards and a small LLM, made by the checkout that this file belongs to."""
+    """Make shards of signsim and a small LLM with the checkout of this file."""
     if (folder / "llm").exists():
         return
     write_corpus(folder / "corpus", NUM_CLIPS, seed=0, workers=None, num_monolingual=200)
@@ -78,7 +80,7 @@ def make_corpus(folder: Path) -> None:
 
 
 def train(commit: str, folder: Path) -> list[dict[str, Any]]:
-    """The records of both stages, trained by the code of a commit."""
+    """Train both stages with the code of a commit and return their records."""
     tree = folder / f"tree-{commit.replace('/', '-')}"
     checkout(commit, tree)
     records = []
@@ -99,7 +101,7 @@ def train(commit: str, folder: Path) -> list[dict[str, Any]]:
 
 
 def checkout(commit: str, tree: Path) -> None:
-    """The files of a commit in a new folder. Raises UserError where git knows no such commit."""
+    """Extract a commit to a new folder. Raises UserError if the commit does not exist."""
     tree.mkdir(parents=True)
     with tempfile.TemporaryFile() as file:
         command = ["git", "archive", "--format=tar", commit]
@@ -114,8 +116,7 @@ def checkout(commit: str, tree: Path) -> None:
 
 
 def launch(tree: Path, stage: str, options: dict[str, str]) -> None:
-    """Train a stage on two ranks. Raises UserError with the end of the output where that
-    fails."""
+    """Train a stage on two ranks. Raises UserError with the last output on failure."""
     launcher = str(Path(sys.executable).parent / "deepspeed")
     command = [
         launcher,
@@ -136,20 +137,20 @@ def launch(tree: Path, stage: str, options: dict[str, str]) -> None:
     )
     if done.returncode:
         raise UserError(
-            f"stage {stage} of {tree.name} ended with code "
-            f"{done.returncode}:\n{done.stdout[-3000:]}"
+            f"Cannot train stage {stage} of {tree.name}: it ended with code "
+            f"{done.returncode}.\n{done.stdout[-3000:]}"
         )
 
 
 def environment_of(tree: Path) -> dict[str, str]:
-    """One thread a process, and the packages of a source tree first."""
+    """Return an environment with one thread per process and modules of a source tree."""
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(tree)}
 
 
 def compare(
     first: list[dict[str, Any]], second: list[dict[str, Any]], a: str, b: str
 ) -> None:
-    """Raise UserError that names the first number that differs."""
+    """Raise UserError with the first number that differs."""
     if len(first) != len(second):
         raise UserError(f"{a} wrote {len(first)} records, but {b} wrote {len(second)}.")
     for one, other in zip(first, second, strict=True):

@@ -1,8 +1,7 @@
-"""What the benchmarks load: the same clips as PNG folders, as shards, as tars of single
-frames, and as mp4.
+"""Make the clips for the benchmarks as PNG folders, shards, tars of frames, and mp4.
 
-Frames come from the synthetic corpus, or, better, from real videos (`--videos=FOLDER`):
-what a frame costs to decode depends on what is on it.
+Frames come from the synthetic corpus or from real videos (`--videos=FOLDER`). Real videos
+are better, because the decoding time of a frame depends on its content.
 """
 
 import csv
@@ -33,14 +32,12 @@ FPS = 25
 def video_files(folder: Path) -> list[Path]:
     found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES)
     if not found:
-        raise UserError(
-            f"--videos must be a folder with videos, but none is below {folder}."
-        )
+        raise UserError(f"--videos must be a folder with videos, got {folder} without any.")
     return found
 
 
 def frames(videos: Path | None) -> Iterator[np.ndarray]:
-    """Endless frames, RGB uint8: of the videos, or of the synthetic corpus."""
+    """Yield an infinite stream of frames, RGB uint8, of videos or the synthetic corpus."""
     if videos is not None:
         yield from chain.from_iterable(
             read_frames(path) for path in cycle(video_files(videos))
@@ -55,7 +52,7 @@ def frames(videos: Path | None) -> Iterator[np.ndarray]:
 
 
 def phoenix_size(frame: np.ndarray) -> np.ndarray:
-    """The frame's middle part of PHOENIX's shape, scaled to its size."""
+    """Cut the centre of a frame to the aspect ratio of PHOENIX and scale it to its size."""
     height, width = frame.shape[:2]
     part_width, part_height = (
         min(width, height * WIDTH // HEIGHT),
@@ -69,7 +66,7 @@ def phoenix_size(frame: np.ndarray) -> np.ndarray:
 def png_folders(
     folder: Path, clips: int, num_frames: int, videos: Path | None
 ) -> list[list[Path]]:
-    """`clips` folders of `num_frames` PNGs of PHOENIX's size each; the paths."""
+    """Write `clips` folders of `num_frames` PNGs of the size of PHOENIX. Return paths."""
     stream = map(phoenix_size, frames(videos))
     folders = []
     for number in range(clips):
@@ -77,7 +74,7 @@ def png_folders(
         place.mkdir(parents=True)
         paths = [place / f"images{n:04d}.png" for n in range(1, num_frames + 1)]
         for path, frame in zip(paths, islice(stream, num_frames), strict=True):
-            # Level 6 and adaptive filters, as most writers of PNGs have it.
+            # Level 6 and adaptive filters are the defaults of most PNG writers.
             options = (
                 cv2.IMWRITE_PNG_COMPRESSION,
                 6,
@@ -90,7 +87,7 @@ def png_folders(
 
 
 def mp4_clips(folder: Path, clips: int, num_frames: int, videos: Path | None) -> list[Path]:
-    """Videos of 1280x720 in H.264: the first of those given, or synthetic ones made here."""
+    """Return H.264 videos of 1280x720: the first of `videos`, or new synthetic ones."""
     if videos is not None:
         return video_files(videos)[:clips]
     folder.mkdir(parents=True)
@@ -108,8 +105,7 @@ def mp4_clips(folder: Path, clips: int, num_frames: int, videos: Path | None) ->
                 large = cv2.resize(
                     frame, (1280, 720), interpolation=cv2.INTER_CUBIC
                 ).astype(np.int16)
-                # A camera's noise, at half the resolution as after a phone's own
-                # denoising.
+                # Camera noise at half the resolution, as after the denoising of a phone.
                 noise = cv2.resize(
                     rng.normal(0, 4, (360, 640)).astype(np.float32), (1280, 720)
                 )
@@ -122,8 +118,7 @@ def mp4_clips(folder: Path, clips: int, num_frames: int, videos: Path | None) ->
 
 
 def write_manifest(sources: list[Path], path: Path) -> Path:
-    """A manifest of clips (videos or folders of frames), all of the split train, with
-    made-up sentences."""
+    """Write a manifest of videos or frame folders in split train, with random sentences."""
     words = [
         "am",
         "tag",
@@ -149,22 +144,19 @@ def write_manifest(sources: list[Path], path: Path) -> Path:
 
 
 def build_shards(sources: list[Path], out: Path) -> Path:
-    """Shards of these clips by shards/build.py with its defaults."""
+    """Build shards of these clips with shards/build.py and its defaults."""
     table = write_manifest(sources, out.with_suffix(".csv"))
     command = [sys.executable, str(ROOT / "shards" / "build.py"), "manifest"]
     command += [f"--source={table}", f"--out={out}", "--language=de", "--splits=train"]
     made = subprocess.run(command, capture_output=True, text=True, check=False)
     if made.returncode:
-        raise UserError(
-            f"shards must be built, but were not: {made.stderr.strip().splitlines()[-1]}"
-        )
+        raise UserError(f"Cannot build shards: {made.stderr.strip().splitlines()[-1]}")
     return out
 
 
 def frame_tar(shards: Path, path: Path) -> Path:
-    """A tar with one member a frame, as plain webdataset has it: the JPEGs of the shards,
-    byte for byte."""
-    # not above: it imports torch, which the builder's processes would wait for
+    """Write a tar with one member per frame, with the same JPEGs as the shards."""
+    # Imported here, because it imports torch, which the processes of the build do not need.
     import webdataset
 
     index: Index = load(shards)

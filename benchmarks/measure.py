@@ -1,8 +1,7 @@
-"""How every benchmark measures and reports: CPU time of all processes, sides interleaved,
-a Markdown page.
+"""Measure CPU time of interleaved ways and write a Markdown report, for all benchmarks.
 
-CPU time and not the clock: it holds on a machine that others use as well. Ratios of one
-run and not absolute figures: they hold on another machine as well.
+CPU time is used instead of wall-clock time, because it does not depend on other users of the
+machine. Ratios within one run are used, because they are comparable between machines.
 """
 
 import os
@@ -34,8 +33,7 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class Amount:
-    """What one pass of a way of loading gave: real frames (no padding) and the clips they
-    are of."""
+    """Result of one pass: numbers of real frames, without padding, and of clips."""
 
     frames: int
     clips: int
@@ -43,7 +41,7 @@ class Amount:
 
 @dataclass(frozen=True)
 class Way:
-    """One side of a comparison. `run` makes one pass over the clips and drops what it loaded."""
+    """One side of a comparison. run: makes one pass over the clips and drops the data."""
 
     label: str
     run: Callable[[], Amount]
@@ -51,15 +49,14 @@ class Way:
 
 @dataclass(frozen=True)
 class Rates:
-    """One way over the rounds, an entry each."""
+    """Rates of one way, one value for each round."""
 
     frames_per_cpu_s: list[float]
     cpu_ms_per_clip: list[float]
 
 
 def cpu_seconds() -> float:
-    """User and system time of this process, of those it has waited for, and of those
-    still running."""
+    """Return user and system time of this process and of its children, also ended ones."""
     total = 0.0
     for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN):
         usage = resource.getrusage(who)
@@ -68,19 +65,19 @@ def cpu_seconds() -> float:
         try:
             total += sum(child.cpu_times()[:4])
         except psutil.NoSuchProcess:
-            continue  # it ended meanwhile, and was waited for
+            continue  # ended meanwhile, so RUSAGE_CHILDREN contains it
     return total
 
 
 def interleave(ways: dict[str, Way], *, rounds: int, seconds: float) -> dict[str, Rates]:
-    """Run A B C A B C ...; with as many passes of each way as make `seconds` of CPU.
+    """Run A B C A B C ..., each way with as many passes as take `seconds` of CPU time.
 
-    A round that does not count goes first and tells how many.
+    A warm-up round determines the number of passes.
     """
     passes = {}
     for key, way in ways.items():
         spent_s = _cpu_of(way)
-        # again: the first time held what is done once, such as starting workers
+        # Again, because the first pass includes work done once, such as starting workers.
         if spent_s < seconds:
             spent_s = _cpu_of(way)
         passes[key] = max(1, round(seconds / max(spent_s, 1e-3)))
@@ -105,12 +102,12 @@ def _cpu_of(way: Way) -> float:
 
 
 def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
-    """Round by round, so that what slows a whole round down cancels."""
+    """Divide round by round, so that a slow round affects both sides."""
     return [a / b for a, b in zip(above, below, strict=True)]
 
 
 def spread(values: Sequence[float], digits: int = 0, unit: str = "") -> str:
-    """Median, lowest and highest."""
+    """Format the median, the lowest and the highest value."""
     middle, low, high = (
         f"{v:,.{digits}f}" for v in (statistics.median(values), min(values), max(values))
     )
@@ -119,8 +116,7 @@ def spread(values: Sequence[float], digits: int = 0, unit: str = "") -> str:
 
 @dataclass(frozen=True)
 class Target:
-    """What a figure should be. `values`: the figure in each round; its median is held
-    against the target."""
+    """A target for a figure. values: one for each round; their median is compared."""
 
     what: str
     target: float
@@ -147,7 +143,7 @@ class Target:
 
 
 class Report:
-    """A page in Markdown, headed by how it was made."""
+    """A Markdown page that starts with its command, date, machine and versions."""
 
     def __init__(
         self, script: str, title: str, versions: dict[str, str] | None = None

@@ -1,4 +1,4 @@
-"""Whether memory, open files and threads stay flat over many epochs of the loader.
+"""Check that memory, open files and threads stay constant over many epochs of the loader.
 
 python -m benchmarks.memory --out=benchmarks/results [--videos=FOLDER]
 """
@@ -18,7 +18,8 @@ from benchmarks.measure import Report, num_cores
 from benchmarks.ours import OurLoader
 from flallm_ds import command
 
-WARM_UP = 3  # epochs until libraries and the allocator have what they need
+# Epochs until libraries and the allocator have reserved their memory.
+WARM_UP = 3
 COLUMNS = ("epoch", "memory, MB", "highest in the epoch, MB", "open files", "threads")
 
 
@@ -34,11 +35,11 @@ def run(
     batch_clips: int = 4,
     threads: int = 0,
 ) -> str:
-    """Load the same clips epoch after epoch and report the process's memory after each,
-    with its slope.
+    """Load the same clips in each epoch and report the memory after each, with its slope.
 
-    --out: folder for the report and the plot; --hardware: their name there. --videos: where frames come from,
-    without it they are synthetic. --clips, --frames: clips and frames of each. --threads: 0 for one a core.
+    --out: folder for report and plot. --hardware: name of the machine in the file names.
+    --videos: folder with videos; default: synthetic videos. --clips, --frames: number of clips and of
+    frames in each. --threads: data-loading threads, 0 for one per core.
     """
     process = psutil.Process()
     with tempfile.TemporaryDirectory() as temporary:

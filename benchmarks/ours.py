@@ -1,5 +1,4 @@
-"""Where the benchmarks touch flallm_ds: the index, the plan and the loader, each opened
-in one place."""
+"""Open index, plan and loader of flallm_ds for the benchmarks."""
 
 import os
 from collections.abc import Iterator
@@ -41,18 +40,16 @@ def plan_of(
 
 
 class OurLoader:
-    """The loader on one rank, one micro-batch a step, over `epochs` epochs as one; texts
-    are left out.
+    """The loader on one rank with one micro-batch per step, without texts.
 
-    The benchmark's few clips are read again and again, as if the corpus were as large as
-    a real one: what a run pays once an epoch (threads, memory) must not be paid every few
-    steps.
+    `epochs` epochs of the few clips of a benchmark are joined to one, because a real epoch
+    has many steps: its start (threads, memory) must not count every few steps.
     """
 
     def __init__(
         self, shards: Path, keep_every: int, batch_clips: int, threads: int, epochs: int = 1
     ) -> None:
-        # Not above: torch takes seconds to import, and the plan has no use for it.
+        # Imported here: torch takes seconds to import and the plan does not need it.
         from flallm_ds.data.loader import Loader
         from flallm_ds.data.readers import VideoReader
 
@@ -83,7 +80,7 @@ def joined(epochs: list[EpochPlan]) -> EpochPlan:
 
 
 def small_codec(index: Index) -> "TextCodec":
-    """A tokenizer trained on the clips' own texts, of the class that mBART has."""
+    """Train a tokenizer of the class of mBART on the texts of the clips."""
     from flallm_ds.data.text.codec import TextCodec
     from flallm_ds.data.text.prompt import Instruction
     from flallm_ds.models.llm.standin_tokenizer import train_tokenizer
@@ -97,7 +94,7 @@ def tar_of(index: Index, row: int) -> Path:
 
 
 def member(index: Index, row: int) -> bytes:
-    """A clip's bytes, by the index's offset."""
+    """Read the bytes of a clip at the offset in the index."""
     with tar_of(index, row).open("rb", buffering=0) as file:
         return os.pread(
             file.fileno(), int(index.arrays["size"][row]), int(index.arrays["offset"][row])
@@ -105,14 +102,13 @@ def member(index: Index, row: int) -> bytes:
 
 
 def jpegs(index: Index, row: int) -> list[memoryview]:
-    """A clip's frames, still encoded."""
+    """Return the encoded frames of a clip."""
     clip = memoryview(member(index, row))
     return [clip[begin : begin + size] for begin, size in frame_spans(clip).tolist()]
 
 
 def decode_clip(index: Index, row: int, picks: np.ndarray) -> np.ndarray:
-    """The picked frames, uint8 (frames, height, width, 3), by the decoder that our loader
-    uses."""
+    """Decode picked frames as our loader does: uint8 (frames, height, width, 3)."""
     encoded = jpegs(index, row)
     height, width = int(index.arrays["height"][row]), int(index.arrays["width"][row])
     decoded = np.empty((len(picks), height, width, 3), np.uint8)

@@ -1,8 +1,7 @@
-"""Other ways of loading the same clips, each as its users run it, and the bound that none
-can pass.
+"""Load the same clips in the ways of other projects, and measure an upper bound.
 
-Where a way of doing it left a choice, the one that is cheaper for the peer was taken; its
-docstring says so. Texts are left out of all of them, and of our own rows.
+If a project leaves a choice, the cheaper one is used here; the docstrings say so. No way
+loads texts.
 """
 
 import json
@@ -38,21 +37,19 @@ def batches_of(rows: Sequence[int], size: int) -> Iterator[Sequence[int]]:
         yield rows[begin : begin + size]
 
 
-# --- one PNG after the other (GFSLT-VLP)
+# --- PNG files (GFSLT-VLP)
 
 
 class PngFolders:
-    """GFSLT-VLP's S2T_Dataset.load_imgs and collate_fn (datasets.py): frames as PNG
-    files, pixels as float32.
+    """S2T_Dataset.load_imgs and collate_fn of GFSLT-VLP (datasets.py): PNG to float32.
 
-    Each frame: cv2.imread, cvtColor, PIL.Image.fromarray, resize to 256 by PIL's default
-    (bicubic), ToTensor and Normalize (torchvision's, written out here), then copied into
-    a zeroed tensor of the clip as a 224 crop, the same one for all its frames. Collating
-    pads each clip by repeating its first frame 8 times and its last one to a multiple of
-    4 and 8 more (one copy), and joins the clips (a second one). Cheaper than the
-    original: no augmentation (there it rotates and scales every frame with PIL in
-    training), no mask, no tokens. It has no 1 in 4: with `keep_every` the list of paths
-    is thinned before any is read, which is the cheapest it could do.
+    Each frame: cv2.imread, cvtColor, PIL.Image.fromarray, resize to 256 with the default of
+    PIL (bicubic), ToTensor and Normalize (of torchvision, written out here). Then a 224 crop,
+    the same for all frames of a clip, is copied into a zeroed tensor. Collating repeats the
+    first frame 8 times and the last one up to a multiple of 4 plus 8 (one copy), and joins
+    the clips (another copy). Cheaper than the original: no augmentation (the original
+    rotates and scales every frame with PIL in training), no mask, no tokens. The original
+    cannot keep 1 frame in 4; with `keep_every`, paths are dropped before they are read.
     """
 
     def __init__(self, clips: list[list[Path]], keep_every: int, batch_clips: int) -> None:
@@ -96,15 +93,14 @@ class PngFolders:
         return torch.cat(padded, 0)
 
 
-# --- the shards' own bytes
+# --- the bytes of the shards
 
 
 class BareLoop:
-    """Upper bound: decode the same JPEGs from memory, one by one, into a small buffer per
-    thread.
+    """Upper bound: decode the same JPEGs from memory into one small buffer per thread.
 
-    On as many threads as our loader has: two busy cores that share what one has do less
-    in a CPU-second each.
+    It has as many threads as our loader, because busy cores that share caches do less work
+    in a CPU-second.
     """
 
     def __init__(self, index: Index, keep_every: int, threads: int) -> None:
@@ -136,11 +132,10 @@ class _DecodedClips(Dataset[torch.Tensor]):
 
 
 class TorchDataLoader:
-    """torch.utils.data.DataLoader: workers read a clip by its offset and decode its kept
-    frames alone.
+    """torch.utils.data.DataLoader: workers read clips by offset and decode kept frames.
 
-    The decoder is ours; a batch is its clips joined, uint8. Workers live on from pass to
-    pass, so that starting them is not counted.
+    The decoder is ours; a batch contains joined clips, uint8. Workers persist between
+    passes, so that starting them is not counted.
     """
 
     def __init__(
@@ -163,11 +158,10 @@ class TorchDataLoader:
 
 
 class PlainWebdataset:
-    """webdataset as it is mostly used: each frame a member `KEY.NNNN.jpg` of the tar, a
-    sample all of a clip.
+    """webdataset as usually used: a sample is a clip, a member `KEY.NNNN.jpg` a frame.
 
-    webdataset reads every member, kept or not. Then the kept ones are decoded by the
-    decoder that we use, and the clips of a batch are joined.
+    webdataset reads all members. Our decoder decodes the kept ones, and the clips of a batch
+    are joined.
     """
 
     def __init__(self, tar: Path, keep_every: int, batch_clips: int) -> None:
@@ -195,11 +189,10 @@ class PlainWebdataset:
 
 
 class Mp4:
-    """Decoding the mp4 while training: PyAV, every frame decoded, kept ones scaled to a
-    short side of 256.
+    """Decode mp4 files in training with PyAV; kept frames get a short side of 256.
 
-    One decoding thread, which costs the least CPU time, and bilinear scaling within the
-    conversion to RGB. A batch is its clips joined, uint8.
+    It uses one decoding thread, which costs the least CPU time, and bilinear scaling during
+    the conversion to RGB. A batch contains joined clips, uint8.
     """
 
     def __init__(self, paths: list[Path], keep_every: int, batch_clips: int) -> None:
@@ -239,10 +232,9 @@ class Mp4:
 
 
 def spdl_python(folder: Path) -> Path:
-    """The Python of an environment that holds SPDL and the FFmpeg of PyAV; made when it
-    is not there.
+    """Return the Python of an environment with SPDL and the FFmpeg of PyAV.
 
-    Raises UserError if it cannot be installed.
+    It is created if it does not exist. Raises UserError if this fails.
     """
     python = folder / "bin" / "python"
     ready = folder / "ready"
@@ -257,11 +249,9 @@ def spdl_python(folder: Path) -> Path:
         made = subprocess.run(command, capture_output=True, text=True, check=False)
         if made.returncode:
             reason = (made.stderr.strip().splitlines() or ["no reason given"])[-1]
-            raise UserError(
-                f"SPDL must be installed into {folder.name}, but was not: {reason}"
-            )
-    # SPDL looks for FFmpeg's libraries by their plain names; in the wheel of PyAV they
-    # have a hash in them.
+            raise UserError(f"Cannot install SPDL into {folder.name}: {reason}")
+    # SPDL searches for FFmpeg libraries by their plain names, but the names in the wheel of
+    # PyAV contain a hash.
     (libraries,) = folder.glob("lib/python*/site-packages/av.libs")
     links = folder / "ffmpeg"
     links.mkdir()
@@ -276,11 +266,10 @@ def spdl_python(folder: Path) -> Path:
 
 
 class Spdl:
-    """SPDL's pipeline over the same shards, in a process of its own
-    (benchmarks/spdl_child.py says how).
+    """The pipeline of SPDL over the same shards, in a separate process (spdl_child.py).
 
-    Its process stays, so that starting it is not counted. Clips are not joined to
-    batches, which spares it a copy.
+    The process persists, so that starting it is not counted. Clips are not joined to
+    batches, which saves a copy.
     """
 
     def __init__(
@@ -312,7 +301,7 @@ class Spdl:
         return Amount(**self._ask({}))
 
     def close(self) -> None:
-        # Not by closing its stdin: DataLoader's forked workers hold that, too.
+        # Closing its stdin is not enough: forked workers of DataLoader keep it open.
         self._child.kill()
         self._child.wait()
 
@@ -323,7 +312,6 @@ class Spdl:
         answer = self._child.stdout.readline()
         if not answer:
             raise UserError(
-                "SPDL must load the shards, but its process ended; its own message is "
-                "above."
+                "Cannot load the shards with SPDL: its process ended. See its message above."
             )
         return dict(json.loads(answer))

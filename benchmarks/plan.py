@@ -1,4 +1,4 @@
-"""The plan of a million clips: time, memory, resume, padding, and how equal the ranks' work is.
+"""Measure the plan of a million clips: time, memory, resume, padding, balance of ranks.
 
 python -m benchmarks.plan --out=benchmarks/results
 """
@@ -26,8 +26,9 @@ from flallm_ds.data.plan import EpochPlan, micro_batches_of_rank
 from flallm_ds.sharding.writer import write_index
 
 Result = TypeVar("Result")
-SHORTEST, LONGEST, MEAN = 16, 475, 116  # frames of PHOENIX14T's training clips
-SIGMA = 0.43  # of their logarithm
+# Frames of the training clips of PHOENIX14T, and the standard deviation of the logarithm.
+SHORTEST, LONGEST, MEAN = 16, 475, 116
+SIGMA = 0.43
 CLIPS_PER_SHARD = 128
 EPOCH = 3
 RANK_COLUMNS = (
@@ -44,7 +45,7 @@ RANK_COLUMNS = (
 
 
 def lengths(clips: int) -> np.ndarray:
-    """Log-normal lengths, cut to PHOENIX's range, with its mean."""
+    """Return log-normal lengths, clipped to the range of PHOENIX, with its mean."""
     normal = np.random.default_rng(0).standard_normal(clips) * SIGMA
 
     def cut(mu: float) -> np.ndarray:
@@ -58,7 +59,7 @@ def lengths(clips: int) -> np.ndarray:
 
 
 def write(folder: Path, clips: int) -> None:
-    """An index as shards/build.py writes it, with names and texts as long as PHOENIX's."""
+    """Write an index like shards/build.py, with names and texts as long as in PHOENIX."""
     rng = np.random.default_rng(1)
     letters = (
         rng.integers(ord("a"), ord("z") + 1, 1 << 16, dtype=np.uint8).tobytes().decode()
@@ -106,8 +107,8 @@ class Cost:
 
 
 def cost_of(function: Callable[[], Any]) -> Cost:
-    """Time of the call, and by how much the process's memory rose at most while it ran."""
-    Path("/proc/self/clear_refs").write_text("5")  # the highest mark so far is forgotten
+    """Measure the time of a call and the maximum increase of memory."""
+    Path("/proc/self/clear_refs").write_text("5")  # reset the maximum of the kernel
     before_kb, wall, cpu = memory_kb("VmRSS"), time.perf_counter(), cpu_seconds()
     kept = function()
     wall, cpu = time.perf_counter() - wall, cpu_seconds() - cpu
@@ -120,8 +121,8 @@ def memory_kb(name: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
-def plan_epoch(folder: Path, batch_clips: int, num_micro_batches: int) -> Cost:
-    """Index and plan of an epoch, from nothing."""
+def plan_epoch(folder: Path, batch_clips: int, slices: int) -> Cost:
+    """Measure loading the index and planning an epoch."""
     return cost_of(
         lambda: plan_of(
             load(folder),
@@ -132,8 +133,8 @@ def plan_epoch(folder: Path, batch_clips: int, num_micro_batches: int) -> Cost:
     )
 
 
-def resume(folder: Path, batch_clips: int, num_micro_batches: int) -> Cost:
-    """From nothing to the clips of the first step after the middle of an epoch."""
+def resume(folder: Path, batch_clips: int, slices: int) -> Cost:
+    """Measure resuming: from loading the index to the clips of a step in mid-epoch."""
 
     def first_batch() -> list[list[int]]:
         plan = plan_of(
@@ -149,17 +150,20 @@ def resume(folder: Path, batch_clips: int, num_micro_batches: int) -> Cost:
 
 @dataclass(frozen=True)
 class Balance:
-    """An epoch as the ranks see it; max / mean over ranks of the kept frames of each step."""
+    """Balance of an epoch: max / mean over ranks of the kept frames of each step."""
 
     ranks: int
     batch_clips: int
     steps: int
-    # share of all visual tokens, those of a micro-batch padded to its longest clip
+    # Share of padding if each micro-batch is padded to its longest clip.
     padding: float
     median: float
-    worst: float  # of the steps that are full
-    short: float  # of the step that holds what is left over; 1 where there is none
-    same_steps: bool  # and each step as many micro-batches, whichever the rank
+    # Maximum over full steps.
+    worst: float
+    # Value of the last, smaller step; 1 if there is none.
+    short: float
+    # Whether all ranks have the same number of steps and micro-batches.
+    same_steps: bool
     all_clips_once: bool
 
 
@@ -201,7 +205,7 @@ def yes(is_so: bool) -> str:
 
 
 def in_new_process(function: Callable[..., Result], *arguments: Any) -> Result:
-    """Spawned, so that nothing of an earlier measurement is warm or counted."""
+    """Run a function in a spawned process, without caches of earlier measurements."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
@@ -215,12 +219,11 @@ def run(
     ranks: tuple[int, ...] = (8, 64),
     rounds: int = 5,
 ) -> str:
-    """Plan an epoch of that many clips, 1 frame in 4 kept, and report what it costs and
-    what comes out.
+    """Plan an epoch of --clips clips with 1 frame in 4 kept; report costs and balance.
 
-    --out: folder for the report; --hardware: its name there.
-    --ranks: worlds to deal the steps to, each rank one micro-batch of --rank_clips clips a step.
-    --rounds: of the timed parts, each in a process of its own.
+    --out: folder for the report. --hardware: name of the machine in the file name.
+    --ranks: world sizes. Each rank has one micro-batch of --rank_clips clips per step.
+    --rounds: number of measured rounds, each in a separate process.
     """
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -242,11 +245,11 @@ def run(
         f"Lengths are log-normal, {SHORTEST} to {LONGEST} frames with a mean of {MEAN} as "
         f"in PHOENIX14T, and 1 frame in 4 is kept. The index takes {table_mb:.0f} MB on "
         f"the disk. Time and memory: median of {rounds} processes with the lowest and the "
-        "highest, from opening the index on, Python and its imports not counted. Memory "
-        "is the highest resident size above what the process had before.",
-        "A rank computes one micro-batch a step. Its visual tokens are padded to its "
-        "longest clip; ranks wait for the one with most frames. All steps are full but "
-        "the short one, which holds the remainder.",
+        "highest, from opening the index, without imports. Memory is the maximum increase of "
+        "the resident size.",
+        "A rank computes one micro-batch per step. Its visual tokens are padded to its longest "
+        "clip; ranks wait for the rank with most frames. All steps are full except the short "
+        "step, which contains the remaining clips.",
     )
     report.table(
         ("what", "seconds", "CPU-seconds", "peak memory, MB"),

@@ -1,10 +1,10 @@
-"""SPDL's side of benchmarks/loader.py, run by the Python of SPDL's own environment; it
-needs nothing of ours.
+"""Load clips with SPDL for benchmarks.loader, in an environment without flallm_ds.
 
-The first line of stdin is the job, each later one asks for a pass, each is answered by a line of counts. Both
-ways read a clip by one pread and decode in SPDL's Pipeline on as many threads as our loader has:
-    video   spdl.io.load_video of the clip's Motion-JPEG member where all frames are kept, of the kept JPEGs
-            one after the other (FFmpeg's `mjpeg` format) where not; the fastest that was found.
+The first line of stdin is the job, each later line requests a pass. Each is answered by a line
+of counts. Both ways read a clip by one pread and decode in the Pipeline of SPDL with as many
+threads as our loader:
+    video   spdl.io.load_video of the Motion-JPEG member if all frames are kept, else of the kept
+            JPEGs in a row (format `mjpeg` of FFmpeg). This was the fastest way found.
     images  spdl.io.load_image_batch of the kept JPEGs, the documented way for images.
 """
 
@@ -56,7 +56,7 @@ def one_pass(job: dict) -> dict[str, int]:
             num_frames += len(spdl.io.to_numpy(buffer))
     expected = sum(len(clip["spans"]) for clip in job["clips"])
     if num_frames != expected:
-        sys.exit(f"SPDL must give {expected} frames, but gave {num_frames}.")
+        sys.exit(f"The number of frames of SPDL must be {expected}, got {num_frames}.")
     return {"frames": num_frames, "clips": len(job["clips"])}
 
 

@@ -1,5 +1,4 @@
-"""Each benchmark once at a tiny size: that it runs and what it reports, never how fast
-anything was."""
+"""Tests that each benchmark runs at a tiny size and reports all rows; no speed is tested."""
 
 import multiprocessing
 import re
@@ -155,7 +154,7 @@ def test_every_way_counts_the_same_real_frames(clips, keep_every, frames):
 def test_spdl_decodes_the_same_frames(clips, way, keep_every, frames):
     if not (loader.SPDL_FOLDER / "ready").is_file():
         pytest.skip(
-            "SPDL's environment is made by benchmarks/loader.py, which was not run here"
+            "the environment of SPDL is created by benchmarks.loader, which was not run"
         )
     side = peers.Spdl(
         peers.spdl_python(loader.SPDL_FOLDER), load(clips[1]), keep_every, 1, way
@@ -191,7 +190,7 @@ def test_png_folders_are_collated_as_the_peer_does(clips):
     assert torch.equal(both[28], first[0]) and torch.equal(both[36:42], first[:6])
 
 
-def test_crops_lie_where_the_draws_say():
+def test_crops_have_the_drawn_offsets():
     frames = np.zeros((2, 260, 210, 3), np.uint8)
     frames[:, :130] = 200  # above the middle
     draws = np.zeros((2, 9), np.float32)
@@ -243,21 +242,21 @@ def test_sides_are_interleaved_and_fast_ones_run_more_often():
             assert per_s * ms == pytest.approx(5 * 1000)  # 5 frames a clip
 
 
-def _burn(told, finish) -> None:
+def _burn(started, finish) -> None:
     end = time.process_time() + 0.3
     while time.process_time() < end:
         pass
-    told.set()
+    started.set()
     finish.wait()
 
 
-def test_cpu_time_holds_that_of_processes_that_run_and_that_have_ended():
+def test_cpu_time_includes_running_and_ended_processes():
     context = multiprocessing.get_context("fork")
-    told, finish = context.Event(), context.Event()
+    started, finish = context.Event(), context.Event()
     before = cpu_seconds()
-    child = context.Process(target=_burn, args=(told, finish))
+    child = context.Process(target=_burn, args=(started, finish))
     child.start()
-    told.wait()
+    started.wait()
     assert cpu_seconds() - before > 0.25
     finish.set()
     child.join()
