@@ -121,7 +121,7 @@ def memory_kb(name: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
-def plan_epoch(folder: Path, batch_clips: int, slices: int) -> Cost:
+def plan_epoch(folder: Path, batch_clips: int, num_micro_batches: int) -> Cost:
     """Measure loading the index and planning an epoch."""
     return cost_of(
         lambda: plan_of(
@@ -133,7 +133,7 @@ def plan_epoch(folder: Path, batch_clips: int, slices: int) -> Cost:
     )
 
 
-def resume(folder: Path, batch_clips: int, slices: int) -> Cost:
+def resume(folder: Path, batch_clips: int, num_micro_batches: int) -> Cost:
     """Measure resuming: from loading the index to the clips of a step in mid-epoch."""
 
     def first_batch() -> list[list[int]]:

@@ -43,7 +43,7 @@ def strip_of_run(run: Path, out: Path, split: str, num_clips: int) -> None:
     data = RunConfig.load(run / "config.json").data
     cache = CacheOptions.of_run(data)
     index = open_indexes(data.shards, split, cache)
-    if index.features:
+    if isinstance(index, FeatureIndex):
         # Cached features contain no frames. Open the shards with the videos from which they
         # were computed; the keys of clips are the same.
         sources = [facts.source for facts in index.features]
