@@ -11,7 +11,6 @@ import inspect
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from flallm_ds.sharding.partial import Partial, hold, partial_folder
 from flallm_ds.sharding.rows import CORPORA, Clip, check_rows, read_corpus
 from flallm_ds.sharding.writer import earlier_build, write_index
 
+# Ids named in a note.
 _NUM_EXAMPLES = 3
 
 
@@ -36,7 +36,8 @@ def build(corpus_name: str, source: Path, out: Path, options: Options, **own: An
     --max_skipped.
     """
     out = out.resolve()
-    earlier_build(out)  # before a long look at the source
+    # Refuse a wrong --out now: reading the source can take minutes.
+    earlier_build(out)
     corpus, rows = read_corpus(corpus_name, source, options, own)
     clips, faults = check_rows(rows, options)
     num_rows = sum(map(len, rows.values()))
@@ -49,22 +50,22 @@ def build(corpus_name: str, source: Path, out: Path, options: Options, **own: An
     if is_built(out, plan) and not partial_folder(out).exists():
         return
     with hold(out) as partial:
-        # Built while this call waited for its turn, or by one killed before it had tidied
-        # up.
+        # Another process may have finished this build just before the lock was taken, or
+        # may have been killed between publishing the shards and removing its work.
         if is_built(out, plan):
             partial.discard()
             return
-        compared = {name: value for name, value in plan.items() if name != "source"}
+        # Without the source: a video whose clip is not made yet may still change. `work`
+        # compares the videos of finished clips one by one.
+        compared = dict(plan)
+        del compared["source"]
         partial.begin(compared, options.restart)
-        notes = corpus.notes + repeat_notes(rows)
-        notes += [
-            f"{split}: has no rows, left out" for split, table in rows.items() if not table
-        ]
-        todo = plan_jobs(
-            clips, options, partial, options.max_skipped - len(faults), num_rows
-        )
+        notes = corpus.notes + repeat_notes(rows) + empty_notes(rows)
+        num_skippable = options.max_skipped - len(faults)
+        todo = plan_jobs(clips, options, partial, num_skippable, num_rows)
         work(todo, options, faults, num_rows)
         done = jobs.collect(todo, partial.shards)
+        # Workers finish in any order: sorted faults give the same index.json every time.
         faults = sorted(faults + done.faults, key=lambda fault: fault.sentence)
         check_budget(faults, options.max_skipped, num_rows)
         if not done.splits:
@@ -82,10 +83,7 @@ def build(corpus_name: str, source: Path, out: Path, options: Options, **own: An
             source=plan["source"],
         )
         partial.finish()
-    print(stats.summarise(done.rows))
-    print_faults(faults)
-    for note in notes:
-        print(f"note: {note}")
+    print_report(done.rows, faults, notes)
     print(f"shards are in {out}")
 
 
@@ -101,6 +99,7 @@ def plan_jobs(
     if options.clips_per_shard:
         clips_per_job = dict.fromkeys(clips, options.clips_per_shard)
     else:
+        # Measured once: a build that continues must cut its jobs as it did before.
         clips_per_job = partial.kept(
             "clips_per_job", lambda: jobs.clips_for_size(clips, options)
         )
@@ -115,6 +114,7 @@ def work(
     faults: of rows that were left out before. Raises UserError for more faults than may
     be skipped.
     """
+    # Count what an earlier call of this build has finished, and keep the jobs that are not.
     faults = list(faults)
     left = []
     num_clips = num_done = 0
@@ -134,15 +134,17 @@ def work(
             flush=True,
         )
     check_budget(faults, options.max_skipped, num_rows)
-    num_left = num_clips - num_done
+    # Each worker checks the limit for its own job. Only this loop sees the sum over all
+    # jobs.
     results = pool.run(
         jobs.write_job,
         left,
         num_workers=options.workers,
-        num_clips=num_left,
+        num_clips=num_clips - num_done,
         title="build",
     )
-    # else the workers do all that is left, whatever is raised here
+    # Closing the generator stops the workers. Otherwise an error raised here would wait
+    # until all jobs are done.
     with closing(results):
         for _, met in results:
             faults += met
@@ -151,7 +153,9 @@ def work(
 
 def repeat_notes(rows: dict[str, list[Row]]) -> list[str]:
     """Say how many rows have the id of an earlier one; they are kept, as the corpus has them."""
-    counts = Counter(row.id for table in rows.values() for row in table)
+    counts: Counter[str] = Counter()
+    for table in rows.values():
+        counts.update(row.id for row in table)
     repeated = [name for name, count in counts.items() if count > 1]
     if not repeated:
         return []
@@ -161,14 +165,35 @@ def repeat_notes(rows: dict[str, list[Row]]) -> list[str]:
     ]
 
 
+def empty_notes(rows: dict[str, list[Row]]) -> list[str]:
+    """Say which splits have no rows."""
+    notes = []
+    for split, table in rows.items():
+        if not table:
+            notes.append(f"{split}: has no rows, left out")
+    return notes
+
+
 def clamp_notes(clamped: dict[str, list[str]]) -> list[str]:
     """Say for each split how many clips end later than their video does."""
-    return [
-        f"{split}: {len(ids):,} clips end past their video's end and were cut there "
-        f"({_some(ids)})"
-        for split, ids in clamped.items()
-        if ids
-    ]
+    notes = []
+    for split, ids in clamped.items():
+        if ids:
+            notes.append(
+                f"{split}: {len(ids):,} clips end past their video's end and were cut "
+                f"there ({_some(ids)})"
+            )
+    return notes
+
+
+def print_report(
+    rows: dict[str, list[dict[str, Any]]], faults: Sequence[Fault], notes: Sequence[str]
+) -> None:
+    """Print the statistics of the shards, what was skipped, and the notes."""
+    print(stats.summarise(rows))
+    print_faults(faults)
+    for note in notes:
+        print(f"note: {note}")
 
 
 def print_faults(faults: Sequence[Fault]) -> None:
@@ -189,20 +214,28 @@ def verb(corpus_name: str) -> Callable[..., None]:
     Its options are --source, --out, every field of Options, and the importer's own.
     """
     read = CORPORA[corpus_name]
-    common = [f.name for f in fields(Options)]
     keyword = inspect.Parameter.KEYWORD_ONLY
-    own = [p for p in inspect.signature(read).parameters.values() if p.kind == keyword]
-    defaults = {p.name: p.default for p in own}
+    own = []
+    defaults = {}
+    for parameter in inspect.signature(read).parameters.values():
+        if parameter.kind == keyword:
+            own.append(parameter)
+            defaults[parameter.name] = parameter.default
 
     def run(source: Path, out: Path, **given: Any) -> None:
-        options = Options(**{name: given.pop(name) for name in common if name in given})
+        options = Options.taken_from(given)
         build(corpus_name, source, out, options, **defaults | given)
 
-    paths = [
-        inspect.Parameter(name, keyword, annotation=Path) for name in ("source", "out")
+    # The command line reads names and types of options from the signature, and the help
+    # from the docstring. So `run` gets those of the three sources together.
+    parameters = [
+        inspect.Parameter("source", keyword, annotation=Path),
+        inspect.Parameter("out", keyword, annotation=Path),
     ]
-    parameters = [*paths, *inspect.signature(Options).parameters.values(), *own]
-    signature = inspect.Signature([p.replace(kind=keyword) for p in parameters])
+    for parameter in inspect.signature(Options).parameters.values():
+        parameters.append(parameter.replace(kind=keyword))
+    parameters += own
+    signature = inspect.Signature(parameters)
     run.__signature__ = signature  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in parameters}
     run.__doc__ = f"{inspect.getdoc(read)}\n{inspect.getdoc(Options)}"

@@ -15,7 +15,8 @@ from flallm_ds.sharding.corpora import Corpus
 from flallm_ds.sharding.rows import Clip, digest
 from flallm_ds.sharding.writer import earlier_build
 
-_IN_THE_INDEX = ("importer", "corpus", "options", "source")  # of a plan
+# The entries of a plan that index.json keeps.
+_IN_THE_INDEX = ("importer", "corpus", "options", "source")
 
 
 def plan_of(
@@ -29,13 +30,14 @@ def plan_of(
     rows, source = {}, {}
     for split, some in clips.items():
         rows[split] = digest(map(_facts, some))
-        source[split] = digest((_facts(clip), clip.stamp.split()[0]) for clip in some)
+        source[split] = digest(map(_facts_and_sizes, some))
     plan = {
         "importer": importer,
         "corpus": corpus.name,
         "options": options,
         "rows": rows,
         "source": source,
+        # Another version may decode or encode to other bytes.
         "made_by": {
             "shards": FORMAT,
             "av": av.__version__,
@@ -49,7 +51,15 @@ def plan_of(
 
 def _facts(clip: Clip) -> list[Any]:
     """Return what the tables say of a clip."""
+    # Without the path: the same corpus in another folder gives the same shards.
     return [clip.key, vars(clip.row) | {"path": None}]
+
+
+def _facts_and_sizes(clip: Clip) -> list[Any]:
+    """Return what the tables say of a clip, and the sizes of its source files."""
+    # A stamp is "sizes times". Times do not count: a copy of the corpus has new ones.
+    sizes, _ = clip.stamp.split()
+    return [_facts(clip), sizes]
 
 
 def plain(content: Any) -> Any:
@@ -65,13 +75,17 @@ def is_built(out: Path, plan: dict[str, Any]) -> bool:
     found = earlier_build(out)
     if found is None:
         return False
-    changes = differences(found, {name: plan[name] for name in _IN_THE_INDEX})
+    wanted = {name: plan[name] for name in _IN_THE_INDEX}
+    changes = differences(found, wanted)
     if changes:
         raise UserError(
             f"--out must be a new or empty folder, but {out} holds an earlier build: "
             f"{'; '.join(changes)}. Remove it, or name another folder."
         )
-    shards = [shard for entry in found["splits"].values() for shard in entry["shards"]]
+    # Compare sizes only: reading terabytes again is the work of verify.py.
+    shards = []
+    for entry in found["splits"].values():
+        shards += entry["shards"]
     for shard in shards:
         path = out / shard["file"]
         if not path.is_file() or path.stat().st_size != shard["bytes"]:
@@ -103,7 +117,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
             if name != "max_skipped":
                 changes.append(f"{prefix}{name} was {_word(before)}, is {_word(now)}")
     for section, what in (("rows", "rows"), ("source", "rows or videos")):
-        if changes:  # another option may mean other rows
+        # Another option, such as --limit, also gives other rows: name the option alone.
+        if changes:
             break
         for split, _, _ in _changed(old, new, section):
             changes.append(f"{split} has other {what} than then")
@@ -117,12 +132,18 @@ def _changed(
 ) -> list[tuple[str, Any, Any]]:
     """Return (name, old value, new value) of what differs in one section of two plans."""
     before, now = old.get(section, {}), new.get(section, {})
-    names = dict.fromkeys([*before, *now])
-    pairs = [(name, before.get(name), now.get(name)) for name in names]
-    return [pair for pair in pairs if pair[1] != pair[2]]
+    changed = []
+    # All names of both, once each, those of the old plan first.
+    for name in dict.fromkeys([*before, *now]):
+        if before.get(name) != now.get(name):
+            changed.append((name, before.get(name), now.get(name)))
+    return changed
 
 
 def _word(value: Any) -> str:
     if isinstance(value, list):
         return ",".join(map(str, value))
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+    # None, true and false as a user writes them on the command line.
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return str(value)

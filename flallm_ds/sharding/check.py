@@ -6,6 +6,7 @@ import mmap
 import tarfile
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,10 @@ from flallm_ds.sharding import pool
 _BLOCK = tarfile.BLOCKSIZE
 # What the index and the JSON of a clip both say.
 _FACTS = ({*STRING_COLUMNS} - {"key"}) | {"num_frames", "height", "width"}
-_FRAMES_AT_ONCE = 64  # decoded together: enough for a group of H.264
-_BYTES_AT_ONCE = 2**28  # of these frames, so that large ones fit into any memory
+# Frames decoded together: enough for a group of H.264. Fewer where they would take more
+# than _BYTES_AT_ONCE.
+_FRAMES_AT_ONCE = 64
+_BYTES_AT_ONCE = 2**28
 
 
 @dataclass(frozen=True)
@@ -69,9 +72,7 @@ class Report:
 
     @property
     def sentences(self) -> list[str]:
-        return sorted(
-            sentence for sentences in self.faults.values() for sentence in sentences
-        )
+        return sorted(chain.from_iterable(self.faults.values()))
 
     @property
     def splits(self) -> dict[str, list[dict[str, Any]]]:
@@ -90,11 +91,16 @@ def check(folder: Path, workers: int = 0, only: Collection[str] | None = None) -
     report = Report(read_manifest(folder))
     known: set[str] = set()
     for split, entry in report.manifest["splits"].items():
-        known |= {shard["file"] for shard in entry["shards"]}
+        for shard in entry["shards"]:
+            known.add(shard["file"])
         _check_table(report, folder, split)
-    for name in sorted({path.name for path in folder.glob("*.tar")} - known):
+    # A tar that no index names would be read by a plain WebDataset pattern such as *.tar.
+    present = {path.name for path in folder.glob("*.tar")}
+    for name in sorted(present - known):
         report.add("", f"{name} is no part of the index, and no repair touches it.")
-    tars = [tar for tar in report.tars if only is None or tar.shard.file in only]
+    tars = report.tars
+    if only is not None:
+        tars = [tar for tar in tars if tar.shard.file in only]
     num_clips = sum(len(tar.rows) for tar in tars)
     results = pool.run(
         check_shard, tars, num_workers=workers, num_clips=num_clips, title="verify"
@@ -113,14 +119,17 @@ def _check_table(report: Report, folder: Path, split: str) -> None:
         report.add(split, str(error))
         report.lost_tables.append(split)
         return
+    # Group the rows by shard number.
     rows: list[list[dict[str, Any]]] = [[] for _ in range(index.num_shards)]
     for row in iter_rows(index):
         rows[row["shard"]].append(row)
-    # A folder of features has one tar for each shard and view, those of a shard next to
-    # each other.
-    facts = index.features[0] if isinstance(index, FeatureIndex) else None
+    # A folder of features has one tar for each shard and view. The tars of a shard are next
+    # to each other, and all hold its rows.
+    facts = index.features[0] if index.features else None
     num_views = facts.views if facts else 1
-    rows_of_tars = [part for part in rows for _ in range(num_views)]
+    rows_of_tars = []
+    for part in rows:
+        rows_of_tars += [part] * num_views
     for shard, part in zip(index.shards, rows_of_tars, strict=True):
         report.tars.append(TarCheck(folder / shard.file, split, shard, part, facts))
     for what, count in (("clips", len(index)), ("frames", int(index.num_frames.sum()))):
@@ -132,6 +141,8 @@ def _check_table(report: Report, folder: Path, split: str) -> None:
 def check_shard(tar: TarCheck) -> list[str]:
     """Return one sentence for each fault of one tar; runs in a worker process."""
     name = tar.shard.file
+    # A file of the wrong size is reported as that alone: what follows would repeat it for
+    # every clip.
     try:
         size = tar.path.stat().st_size
         if size != tar.shard.bytes or not size:
@@ -139,6 +150,7 @@ def check_shard(tar: TarCheck) -> list[str]:
         content = read_only(tar.path)
     except OSError as error:
         return [f"{name} must be readable, but {error.strerror}."]
+    # Any changed byte changes the checksum. The checks after it say where the change is.
     faults = []
     if hashlib.sha256(content).hexdigest() != tar.shard.sha256:
         faults.append(
@@ -160,7 +172,8 @@ def check_shard(tar: TarCheck) -> list[str]:
             found = check_clip(content, row)
         else:
             found = check_features(content, row, tar.features)
-        faults += [f"{name} {row['key']} {fault}." for fault in found]
+        for fault in found:
+            faults.append(f"{name} {row['key']} {fault}.")
         pool.check_stop()
         pool.tick()
     return faults
@@ -168,14 +181,16 @@ def check_shard(tar: TarCheck) -> list[str]:
 
 def _agree(members: list[str], tar: TarCheck) -> bool:
     """Whether the members are a clip and its JSON for each row of the index, in order."""
-    clips = [Path(member) for member in members[::2]]
-    suffixes = {clip.suffix for clip in clips}
-    keys = [row["key"] for row in tar.rows]
-    return (
-        [clip.stem for clip in clips] == keys
-        and suffixes <= {f".{extension}" for extension in tar.extensions}
-        and members[1::2] == [f"{key}.json" for key in keys]
-    )
+    if len(members) != 2 * len(tar.rows):
+        return False
+    # Clips are at even positions, each followed by its JSON.
+    for row, clip, facts in zip(tar.rows, members[::2], members[1::2], strict=True):
+        path = Path(clip)
+        if path.stem != row["key"] or path.suffix[1:] not in tar.extensions:
+            return False
+        if facts != f"{row['key']}.json":
+            return False
+    return True
 
 
 def read_only(path: Path) -> memoryview:
@@ -191,6 +206,8 @@ def tar_members(content: memoryview) -> list[tuple[str, int, int]]:
 
     Raises ValueError for a tar that is not whole.
     """
+    # A tar is headers of one block, each followed by the bytes of its member, padded to
+    # whole blocks. Two empty blocks end it.
     members = []
     position = 0
     while bytes(content[position : position + _BLOCK]).strip(b"\0"):
@@ -222,16 +239,15 @@ def clip_span(
     the clip, if the two are not where the index says.
     """
     key, begin, end = row["key"], row["offset"], row["offset"] + row["size"]
+    # The JSON follows the padding of the clip and one header.
     json_begin = end + -row["size"] % _BLOCK + _BLOCK
     try:
         name, size = _header(content, begin - _BLOCK)
         json_name, json_size = _header(content, json_begin - _BLOCK)
     except ValueError as error:
         raise ValueError("must lie where the index says, but does not") from error
-    if (
-        name not in [f"{key}.{extension}" for extension in extensions]
-        or size != row["size"]
-    ):
+    names = [f"{key}.{extension}" for extension in extensions]
+    if name not in names or size != row["size"]:
         raise ValueError("must lie where the index says, but does not")
     if json_name != f"{key}.json":
         raise ValueError("must have a JSON member behind it, but has none")
@@ -245,6 +261,7 @@ def check_clip(content: memoryview, row: dict[str, Any]) -> list[str]:
     try:
         header, begin, json_begin, json_end = clip_span(content, row)
         clip = content[begin : begin + row["size"]]
+        # An mp4 named .avi would be given to the wrong decoder by WebDataset.
         if _header(content, header)[0] != f"{row['key']}.{extension_of(clip)}":
             raise ValueError("must be of the kind that its name says, but is not")
     except ValueError as error:
@@ -256,9 +273,9 @@ def check_features(
     content: memoryview, row: dict[str, Any], facts: FeatureFacts
 ) -> list[str]:
     """Return what is wrong with one clip's features, each the rest of a sentence."""
-    num_kept = facts.sampling.num_kept(
-        np.array([row["num_frames"]]), np.array([row["fps"]])
-    )
+    # Frame sampling works on arrays of clips: here, on arrays of one.
+    num_frames, fps = np.array([row["num_frames"]]), np.array([row["fps"]])
+    num_kept = facts.sampling.num_kept(num_frames, fps)
     shape = (int(num_kept[0]), facts.width)
     try:
         _, begin, _, _ = clip_span(content, row, ["npy"])
@@ -271,6 +288,7 @@ def check_features(
 def _check_frames(clip: memoryview, row: dict[str, Any]) -> list[str]:
     """Decode every frame of a clip, some at once."""
     num_frames, height, width = row["num_frames"], row["height"], row["width"]
+    # Three bytes for each pixel. At least one frame, however large it is.
     fit_into_memory = _BYTES_AT_ONCE // (3 * height * width)
     at_once = max(1, min(num_frames, _FRAMES_AT_ONCE, fit_into_memory))
     frames = np.empty((at_once, height, width, 3), np.uint8)
@@ -279,19 +297,28 @@ def _check_frames(clip: memoryview, row: dict[str, Any]) -> list[str]:
         try:
             decode_frames(clip, picks, num_frames, frames[: len(picks)], (height, width))
         except ValueError as error:
-            return [
-                f"is broken in frames {picks[0]} to {picks[-1]}: {str(error).rstrip('.')}"
-            ]
+            reason = str(error).rstrip(".")
+            return [f"is broken in frames {picks[0]} to {picks[-1]}: {reason}"]
     return []
 
 
 def _check_facts(content: bytes, row: dict[str, Any]) -> list[str]:
     try:
-        facts = json.loads(content)
-        agree = all(facts[column] == row[column] for column in _FACTS)
-        agree = agree and abs(facts["fps"] - row["fps"]) < 1e-3
+        agree = _agree_on_facts(json.loads(content), row)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         return [f"must have a JSON member, but it cannot be read ({error})"]
     if not agree:
         return ["must have a JSON member that agrees with the index, but does not"]
     return []
+
+
+def _agree_on_facts(facts: dict[str, Any], row: dict[str, Any]) -> bool:
+    """Whether the JSON of a clip says what the index says.
+
+    Raises KeyError or TypeError for a JSON that is no such dictionary.
+    """
+    for column in _FACTS:
+        if facts[column] != row[column]:
+            return False
+    # The index rounds frame rates to float32, JSON does not.
+    return bool(abs(facts["fps"] - row["fps"]) < 1e-3)

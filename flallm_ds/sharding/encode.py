@@ -23,7 +23,8 @@ class Encoded:
     fps: float
     height: int
     width: int
-    past_end: bool  # its span ends more than a frame after its video
+    # Whether the clip's span ends more than one frame after its video.
+    past_end: bool
 
 
 def encode_clip(row: Row, options: Options) -> Encoded:
@@ -37,8 +38,10 @@ def encode_clip(row: Row, options: Options) -> Encoded:
     jpegs: list[bytes] = []
     before: np.ndarray | None = None
     for frame in frames:
-        if frame is not before:  # at a higher --fps the same frame comes again
+        # With an --fps above the video's own, a frame is repeated: encode it once.
+        if frame is not before:
             pixels = np.ascontiguousarray(frame)
+            # 4:2:0 halves the colours in both directions, as nearly every video does.
             jpeg = simplejpeg.encode_jpeg(pixels, options.quality, "RGB", "420")
         jpegs.append(jpeg)
         before = frame
@@ -52,9 +55,9 @@ def _encode_h264(row: Row, options: Options) -> Encoded:
     fps = options.fps
     while True:
         frames = _Frames(row, options)
+        # The container names a frame rate, known once a frame is read. The rate that the
+        # frames' times give is known at the end. If the two differ, encode the clip again.
         first = next(frames)
-        # The rate that the container names. The rate that the frames' times give is known
-        # at the end: where the two differ, the clip is encoded again.
         rate = fps or frames.video.fps
         all_frames = chain([first], frames)
         member = h264.encode_h264(all_frames, rate, options.gop, options.crf)
@@ -74,6 +77,7 @@ class _Frames(Iterator[np.ndarray]):
         self.num_frames = 0
         self.hw = (0, 0)
         self._end_s = row.end_s
+        # One decoding thread: every core has a worker already.
         self._frames = self.video.frames(
             row.start_s,
             row.end_s,
@@ -93,6 +97,7 @@ class _Frames(Iterator[np.ndarray]):
 
     def stored(self, member: bytes) -> Encoded:
         fps = self.video.fps
+        # A difference of up to one frame is rounding in the corpus's table.
         past_end = self._end_s is not None and self.video.past_end_s > 1 / fps
         return Encoded(member, self.num_frames, fps, *self.hw, past_end)
 
@@ -104,4 +109,5 @@ def common_box(box: Box | None, crop: Sequence[float] | None) -> Box | None:
     x0, y0, x1, y1 = crop
     if box is None:
         return x0, y0, x1, y1
+    # Both are in shares of the whole picture, so they intersect corner by corner.
     return max(box[0], x0), max(box[1], y0), min(box[2], x1), min(box[3], y1)

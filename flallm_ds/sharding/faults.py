@@ -8,6 +8,7 @@ from typing import Any
 
 from flallm_ds.errors import UserError
 
+# Sentences kept of each kind: index.json stays small however many rows are faulty.
 _NUM_EXAMPLES = 3
 
 

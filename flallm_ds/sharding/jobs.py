@@ -28,10 +28,10 @@ from flallm_ds.sharding.options import Options
 from flallm_ds.sharding.rows import Clip
 from flallm_ds.sharding.writer import SHARD_NAME, ShardWriter
 
-# clips of a split whose size says how many go into a shard of so many megabytes
+# Clips of a split that are measured to find how many fill a shard of --mb_per_shard.
 _NUM_MEASURED = 32
-# Of a shard's limit, so that a job of larger clips than those measured is seldom cut in
-# two.
+# Share of a shard's limit that a job should fill: a job of larger clips than those
+# measured then seldom becomes two tars.
 _FILLED = 0.85
 
 
@@ -44,8 +44,10 @@ class ShardJob:
     split: str
     clips: list[Clip]
     options: Options
-    num_skippable: int  # of all jobs together; one job alone may not pass it either
-    num_rows: int  # of the whole corpus
+    # How many clips may be skipped by all jobs together, and so by one job alone.
+    num_skippable: int
+    # Rows of the whole corpus, for the error message.
+    num_rows: int
 
 
 @dataclass
@@ -53,14 +55,18 @@ class Record:
     """What one finished tar of a job holds, and what was left out or cut short on the way."""
 
     file: str
-    rows: list[dict[str, Any]] = field(default_factory=list)  # of the index
-    # its entry in the index; None where no clip was left
+    # Rows of the index.
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    # The tar's entry in index.json; None if every clip was skipped.
     shard: dict[str, Any] | None = None
     faults: list[Fault] = field(default_factory=list)
-    # ids of clips that end later than their video
+    # Ids of clips that end later than their video.
     clamped: list[str] = field(default_factory=list)
-    stamps: list[str] = field(default_factory=list)  # of the clips that are done
-    last: bool = False  # of its job
+    # Stamps of all clips that are done, skipped ones included: their number says where
+    # the job continues.
+    stamps: list[str] = field(default_factory=list)
+    # Whether this is the last tar of its job.
+    last: bool = False
 
 
 def plan(
@@ -74,6 +80,8 @@ def plan(
     """Divide each split's clips, in stored order, into jobs of nearly equal size."""
     jobs = []
     for split, some in clips.items():
+        # Round up the number of jobs, then spread the clips: sizes differ by one at most,
+        # and no split ends with a tiny shard.
         num_jobs = -(-len(some) // clips_per_job[split])
         for n in range(num_jobs):
             part = some[n * len(some) // num_jobs : (n + 1) * len(some) // num_jobs]
@@ -87,13 +95,14 @@ def plan(
 def clips_for_size(clips: dict[str, list[Clip]], options: Options) -> dict[str, int]:
     """Measure a few clips; return how many of each split go into a shard of --mb_per_shard."""
     assert options.mb_per_shard is not None
+    # Pick clips that are evenly spaced over each split, each clip once.
     tasks: list[tuple[str, Row, Options]] = []
     for split, some in clips.items():
         if some:
-            # Evenly spaced over the split, each clip once.
             picks = np.unique(np.linspace(0, len(some) - 1, _NUM_MEASURED).astype(int))
-            tasks += [(split, some[n].row, options) for n in picks]
-    sizes: dict[str, list[int]] = {split: [] for split in clips}
+            for n in picks:
+                tasks.append((split, some[n].row, options))
+    sizes: dict[str, list[int]] = {}
     results = pool.run(
         _measure,
         tasks,
@@ -102,13 +111,14 @@ def clips_for_size(clips: dict[str, list[Clip]], options: Options) -> dict[str, 
         title="measure",
     )
     for position, size in results:
+        split = tasks[position][0]
         if size:
-            sizes[tasks[position][0]].append(size)
+            sizes.setdefault(split, []).append(size)
+    # A split without a measured clip is empty, or its clips do not decode: one clip a job.
     wanted = _FILLED * options.mb_per_shard * 1e6
     counts = dict.fromkeys(clips, 1)
     for split, measured in sizes.items():
-        if measured:
-            counts[split] = max(1, int(wanted / np.mean(measured)))
+        counts[split] = max(1, int(wanted / np.mean(measured)))
     return counts
 
 
@@ -136,6 +146,7 @@ def records(job: ShardJob) -> list[Record]:
 def check_stamps(job: ShardJob, done: Sequence[Record]) -> None:
     """Raise UserError if a clip was made from a video that has changed since."""
     stamps = chain.from_iterable(record.stamps for record in done)
+    # Not strict: the clips after the last stamp are not done yet.
     for clip, stamp in zip(job.clips, stamps, strict=False):
         if clip.stamp != stamp:
             raise UserError(
@@ -150,6 +161,7 @@ def write_job(job: ShardJob) -> list[Fault]:
 
     Raises UserError once more clips are broken than the whole build may skip.
     """
+    # Every core has a worker already.
     cv2.setNumThreads(1)
     done = records(job)
     begin = sum(len(record.stamps) for record in done)
@@ -158,6 +170,8 @@ def write_job(job: ShardJob) -> list[Fault]:
     try:
         for clip in job.clips[begin:]:
             made = _encode(job, clip)
+            # A skipped clip is recorded with the current tar. A clip that would pass the
+            # tar's size limit begins the next one.
             if isinstance(made, Fault):
                 faults.append(made)
                 if len(faults) > job.num_skippable:
@@ -168,6 +182,7 @@ def write_job(job: ShardJob) -> list[Fault]:
             tar.add(clip, made)
         tar.finish(last=True)
     finally:
+        # Only an error leaves a tar that was not moved to its final name.
         tar.discard()
     return faults
 
@@ -188,6 +203,7 @@ class _Tar:
         self._tar = ShardWriter(self._temporary, 0)
 
     def is_full(self, made: Encoded) -> bool:
+        # A clip larger than the limit has a tar to itself.
         limit = self._job.options.mb_per_shard
         if limit is None or not self._record.rows:
             return False
@@ -222,6 +238,7 @@ class _Tar:
     def finish(self, last: bool) -> None:
         """First the tar, then its record: a record speaks of what is on the disk."""
         self._record.last = last
+        # Without clips no tar is kept, but the record still says which clips are done.
         if self._record.rows:
             self._tar.close()
             self._record.shard = vars(self._tar.shard_entry) | {"file": self._record.file}
@@ -239,7 +256,8 @@ def _encode(job: ShardJob, clip: Clip) -> Encoded | Fault:
         return encode_clip(clip.row, job.options)
     except BrokenVideo as error:
         return Fault("cannot be decoded", f"{job.split} {clip.row.id}: {error}")
-    except ValueError as error:  # of the containers, whose bounds are far off
+    # The containers have limits on size and length that few clips can reach.
+    except ValueError as error:
         return Fault("cannot be stored", f"{job.split} {clip.row.id}: {error}")
     finally:
         pool.tick()
@@ -268,6 +286,8 @@ def collect(jobs: Sequence[ShardJob], folder: Path) -> Collected:
     May be called again after it was interrupted. Raises UserError if a tar is missing.
     """
     collected = Collected()
+    # Jobs in the order of `plan`, whatever worker finished first: numbers of tars are the
+    # same in every build.
     for job in jobs:
         for record in records(job):
             collected.faults += record.faults
@@ -279,13 +299,16 @@ def collect(jobs: Sequence[ShardJob], folder: Path) -> Collected:
             name = SHARD_NAME.format(split=job.split, number=number)
             shard = Shard(**record.shard | {"file": name})
             _take(job.folder / record.file, folder / name, shard.bytes)
-            rows += [row | {"shard": number} for row in record.rows]
+            # A worker does not know its tar's number: it wrote shard 0 into every row.
+            for row in record.rows:
+                rows.append(row | {"shard": number})
             shards.append(shard)
     return collected
 
 
 def _take(path: Path, target: Path, size: int) -> None:
     """Move a finished tar to `target`, where it may be already."""
+    # The file is at its target already if an earlier call was killed after this move.
     if path.exists():
         path.rename(target)
     found = target.stat().st_size if target.exists() else None

@@ -1,7 +1,7 @@
 """What a user may ask of any corpus's build."""
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, Self
 
 from flallm_ds.errors import UserError
 from flallm_ds.sharding.corpora import SPLITS
@@ -9,8 +9,13 @@ from flallm_ds.sharding.corpora import SPLITS
 # 128 clips are 100 to 350 MB: few files, yet many shards to shuffle, fetch and give to
 # workers.
 CLIPS_PER_SHARD = 128
+# Two groups a second at 25 frames a second: to read one frame decodes 12 at most. CRF 23
+# is the default of x264.
 GOP, CRF = 12, 23
+# These change how a build runs, but no byte of a shard: index.json does not name them, and
+# a build may continue with others.
 _NOT_IN_THE_BYTES = ("workers", "restart")
+# Smallest and largest value of each number.
 _BOUNDS: dict[str, tuple[float, float]] = {
     "short_side": (16, 4096),
     "quality": (1, 100),
@@ -68,6 +73,7 @@ class Options:
                 raise UserError(
                     f"--{name} must be from {low:,} to {high:,}, but is {value}."
                 )
+        # At least one split, each of the three at most once.
         splits = set(self.splits)
         if not splits or splits - set(SPLITS) or len(splits) < len(self.splits):
             raise UserError(
@@ -80,6 +86,7 @@ class Options:
     def _check_picture(self) -> None:
         """Raise UserError for a crop or a margin that cannot be."""
         if self.crop is not None:
+            # Any other number of values becomes an empty box, which is refused below.
             x0, y0, x1, y1 = self.crop if len(self.crop) == 4 else (0.0, 0.0, 0.0, 0.0)
             if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
                 given = ",".join(f"{part:g}" for part in self.crop)
@@ -102,12 +109,14 @@ class Options:
             raise UserError(
                 f"--clip_format must be mjpeg or h264, but is {self.clip_format!r}."
             )
+        # The dataclass is frozen, so the defaults are set through `object`.
         if self.clip_format == "h264":
             object.__setattr__(self, "gop", GOP if self.gop is None else self.gop)
             object.__setattr__(self, "crf", CRF if self.crf is None else self.crf)
         elif self.gop is not None or self.crf is not None:
             wanted = "--gop and --crf must go with --clip_format=h264"
             raise UserError(f"{wanted}, but that is mjpeg. Leave them out.")
+        # A shard has one limit: a number of clips or a number of megabytes.
         if self.mb_per_shard is None:
             count = (
                 CLIPS_PER_SHARD if self.clips_per_shard is None else self.clips_per_shard
@@ -116,6 +125,18 @@ class Options:
         elif self.clips_per_shard is not None:
             wanted = "one of --clips_per_shard and --mb_per_shard must be given"
             raise UserError(f"{wanted}, but both are. Leave one out.")
+
+    @classmethod
+    def taken_from(cls, given: dict[str, Any]) -> Self:
+        """Create the options from `given`, and remove from it every entry that was used.
+
+        What remains are the options of one importer.
+        """
+        common = {}
+        for option in fields(cls):
+            if option.name in given:
+                common[option.name] = given.pop(option.name)
+        return cls(**common)
 
     def recorded(self) -> dict[str, Any]:
         """Return the options that index.json names: those that decide what is built."""

@@ -12,6 +12,7 @@ moment.
 """
 
 import errno
+import fnmatch
 import json
 import shutil
 import sys
@@ -26,7 +27,9 @@ from flallm_ds.errors import UserError
 from flallm_ds.files import publish_folder, take_lock, write_json
 from flallm_ds.sharding.build_plan import differences, plain
 
+# All that a build puts into its folder, besides temporary files (*.tmp).
 _NAMES = {"lock", "plan.json", "work", "shards"}
+# A full disk, a full quota, a limit on the size of files.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -46,11 +49,13 @@ class Partial:
         restart: throw away what is there. Raises UserError if another plan's results are
         there.
         """
+        # Compare plans as they come back from JSON: a tuple has become a list there.
         plan = plain(plan)
         found = None
         if self._plan.is_file() and not restart:
             found = json.loads(self._plan.read_text(encoding="utf-8"))
         if found != plan:
+            # Plans may differ without a change: another --max_skipped keeps all results.
             changes = differences(found or {}, plan)
             if found is not None and self.num_kept() and changes:
                 raise UserError(
@@ -64,13 +69,14 @@ class Partial:
             write_json(self._plan, plan)
         self.work.mkdir(exist_ok=True)
         self.shards.mkdir(exist_ok=True)
+        # Left by workers that were killed.
         for path in self.work.glob("*.tmp"):
             path.unlink()
         self.begun = True
 
     def num_kept(self) -> int:
         """Return how many results lie in work/."""
-        return sum(1 for _ in self.work.glob("*.json"))
+        return len(list(self.work.glob("*.json")))
 
     def kept(self, name: str, make: Callable[[], Any]) -> Any:
         """Return the plain data that the first call of `make` gave, from work/{name}.json."""
@@ -96,14 +102,17 @@ class Partial:
         with suppress(OSError):
             for path in self.folder.glob("*.tmp"):
                 path.unlink()
-            if [path.name for path in self.folder.iterdir()] == ["lock"]:
-                (self.folder / "lock").unlink()
+            # Leave the folder if anything else is in it.
+            lock = self.folder / "lock"
+            if list(self.folder.iterdir()) == [lock]:
+                lock.unlink()
                 self.folder.rmdir()
 
     def check_ours(self) -> None:
         """Raise UserError if the folder holds what no build made."""
         names = {path.name for path in self.folder.iterdir()}
-        strange = {name for name in names - _NAMES if not name.endswith(".tmp")}
+        strange = names - _NAMES - set(fnmatch.filter(names, "*.tmp"))
+        # Every build creates the lock first. A work/ without a lock is somebody else's.
         if strange or (names and "lock" not in names):
             raise UserError(
                 f"a build needs {self.folder} for itself, but it holds what no build of "
@@ -128,6 +137,7 @@ def hold(out: Path) -> Iterator[Partial]:
         with _lock(partial):
             try:
                 yield partial
+            # Also for Ctrl-C and SIGTERM: say what is kept, then let the error pass.
             except BaseException as error:
                 stopped = isinstance(error, KeyboardInterrupt | SystemExit)
                 count = partial.num_kept() if partial.begun else 0
@@ -142,11 +152,9 @@ def hold(out: Path) -> Iterator[Partial]:
                 if not partial.num_kept():
                     partial.remove()
     except OSError as error:
-        advice = (
-            "Make room; the same command then goes on where it was."
-            if error.errno in _NO_ROOM
-            else "Give --out a place that you may write to."
-        )
+        advice = "Give --out a place that you may write to."
+        if error.errno in _NO_ROOM:
+            advice = "Make room; the same command then goes on where it was."
         raise UserError(
             f"shards must be written to {out}, but {error.strerror or error} "
             f"({error.filename or partial.folder}). {advice}"
@@ -173,7 +181,7 @@ def _take_lock(partial: Partial) -> FileLock | None:
         try:
             partial.check_ours()
             return take_lock(partial.folder / "lock")
-        # another build has just finished and removed the folder
+        # Another build has just finished and removed the folder: create it again.
         except FileNotFoundError:
             continue
 

@@ -18,7 +18,9 @@ from flallm_ds.terminal import Progress, progress
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+# Time between two updates of the progress bar.
 _POLL_S = 0.2
+# Signals that end a build. The parent process handles them for its workers.
 _STOPS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 
@@ -31,7 +33,8 @@ class _Shared:
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
-        # Python starts a process that keeps the books of such objects
+        # Python starts a process here that tracks shared objects. Ctrl-C must not end it
+        # before the workers.
         with signals_held():
             self.num_done = context.Value("q", 0)
             self.stop = context.Event()
@@ -82,6 +85,7 @@ def _run_here(
     function: Callable[[Any], Any], jobs: Sequence[Any], bar: Progress
 ) -> Iterator[tuple[int, Any]]:
     """Run the jobs in this process; a thread shows their progress."""
+    # The same counter as in a worker, so that `tick` and `check_stop` need no second way.
     global _shared
     _shared = _Shared()
     watcher_done = threading.Event()
@@ -114,14 +118,17 @@ def _run_in_processes(
     pool = ProcessPoolExecutor(num_workers, context, _begin_worker, initargs=(shared,))
     positions: dict[Future[Any], int] = {}
     try:
-        with signals_held():  # workers start now, and inherit that until they ignore them
+        # `submit` starts the workers. They inherit the blocked signals until they ignore
+        # them.
+        with signals_held():
             for position, job in enumerate(jobs):
                 positions[pool.submit(function, job)] = position
         waiting = set(positions)
         while waiting:
             done, waiting = wait(waiting, timeout=_POLL_S, return_when=FIRST_COMPLETED)
             _show(shared, bar)
-            # A real fault before the Stopped that it may have caused.
+            # False sorts before True: an error comes before the Stopped that it caused in
+            # other workers.
             for future in sorted(done, key=lambda f: isinstance(f.exception(), Stopped)):
                 yield positions[future], future.result()
     except BrokenProcessPool as error:
@@ -130,6 +137,7 @@ def _run_in_processes(
             "memory. Use fewer with --workers."
         ) from error
     finally:
+        # Workers leave at their next `check_stop`; jobs that wait are not begun.
         shared.stop.set()
         pool.shutdown(cancel_futures=True)
 
@@ -159,6 +167,7 @@ def begin_worker() -> None:
     leaves."""
     for number in _STOPS:
         signal.signal(number, signal.SIG_IGN)
+    # A killed parent cannot stop its workers, so a thread waits for its end.
     threading.Thread(target=_leave_with_parent, daemon=True).start()
 
 
@@ -166,6 +175,7 @@ def _leave_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
+    # Not sys.exit, which would end this thread alone.
     os._exit(1)
 
 

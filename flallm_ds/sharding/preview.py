@@ -10,6 +10,7 @@ import os
 import textwrap
 import unicodedata
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,15 +36,18 @@ from flallm_ds.data.text.languages import tag_of
 from flallm_ds.errors import UserError
 from flallm_ds.files import open_regular, write_file
 
-_GOP, _CRF = 25, 26  # a look, not a master: a clip of 5 s is about 100 kB
-_FRAMES = 8  # of a clip on the sheet
-_FRAME_PX = 112  # height of a frame on the sheet
+# H.264 of clips on the page: a clip of 5 s takes about 100 kB.
+_GOP, _CRF = 25, 26
+# The contact sheet: frames of a clip and their height, lines of a text, sizes in pixels.
+_FRAMES = 8
+_FRAME_PX = 112
+_MAX_LINES = 3
 _FONT_PX, _LINE_PX, _MARGIN_PX = 13, 18, 10
-_MAX_LINES = 3  # of a text on the sheet
 _MIN_WIDTH_PX = 900
+# The page holds all its clips in one file, which a browser must load at once.
 _MAX_CLIPS = 500
-# DejaVu comes with matplotlib; the others have the scripts that it lacks, where a machine
-# has them.
+# DejaVu comes with matplotlib. The others have the scripts that it lacks, on machines where
+# they are installed.
 _FONTS = (
     "DejaVu Sans",
     "Noto Sans CJK SC",
@@ -136,7 +140,9 @@ def preview(
         raise UserError(f"--clips must be from 1 to {_MAX_CLIPS}, but is {clips}.")
     if seed < 0:
         raise UserError(f"--seed must be 0 or above, but is {seed}.")
-    out = out.with_suffix("") if out.suffix in (".png", ".html") else out
+    # Accept the name of one of the two files, too.
+    if out.suffix in (".png", ".html"):
+        out = out.with_suffix("")
     if not out.name or out.is_dir() or not out.parent.is_dir():
         raise UserError(
             f"--out must be a name in a folder that exists, but is {out}. Write it as "
@@ -146,11 +152,12 @@ def preview(
     check_video(manifest, folder, "shards/preview.py")
     names = [split] if split is not None else list(manifest["splits"])
     indices = [load_index(folder, name) for name in names]
-    drawn = draw([len(index) for index in indices], clips, seed)
+    sizes = list(map(len, indices))
     shown: list[Clip] = []
-    for index, rows in zip(indices, drawn, strict=True):
-        shown += [read(folder, index, number) for number in rows]
-    title = f"{manifest['corpus']}: {len(shown)} of {sum(map(len, indices)):,} clips"
+    for index, rows in zip(indices, draw(sizes, clips, seed), strict=True):
+        for number in rows:
+            shown.append(read(folder, index, number))
+    title = f"{manifest['corpus']}: {len(shown)} of {sum(sizes):,} clips"
     sheet, missing = contact_sheet(title, shown)
     _write(out.with_name(f"{out.name}.png"), sheet)
     _write(out.with_name(f"{out.name}.html"), page(title, str(folder), shown).encode())
@@ -168,6 +175,7 @@ def draw(sizes: Sequence[int], num_clips: int, seed: int) -> list[list[int]]:
 
     Returns the numbers of the rows of each split in stored order.
     """
+    # Clip by clip, choose the split with the fewest so far among those with clips left.
     counts = [0] * len(sizes)
     for _ in range(min(num_clips, sum(sizes))):
         open_splits = [n for n, size in enumerate(sizes) if counts[n] < size]
@@ -181,8 +189,11 @@ def draw(sizes: Sequence[int], num_clips: int, seed: int) -> list[list[int]]:
 
 def read(folder: Path, index: Index, number: int) -> Clip:
     """Read and decode clip `number` of a split; one that does not decode carries the reason."""
-    row = {name: index.arrays[name][number].item() for name in COLUMNS}
-    row |= {name: index.strings(name)[number] for name in STRING_COLUMNS}
+    row: dict[str, Any] = {}
+    for name in COLUMNS:
+        row[name] = index.arrays[name][number].item()
+    for name in STRING_COLUMNS:
+        row[name] = index.strings(name)[number]
     num_frames, hw = row["num_frames"], (row["height"], row["width"])
     try:
         with open_regular(folder / index.tar(number).file) as file:
@@ -202,19 +213,18 @@ def contact_sheet(title: str, clips: Sequence[Clip]) -> tuple[bytes, bool]:
 
     Returns (a PNG, whether the fonts lack a character).
     """
-    # The sheet is as wide as the widest strip of frames, and the texts are wrapped to
-    # that width.
+    # The sheet is as wide as the widest strip of frames. Texts are wrapped to that width.
     strips = [_strip(clip) for clip in clips]
     widest = max(strip.shape[1] for strip in strips)
     width = max(_MIN_WIDTH_PX, widest) + 2 * _MARGIN_PX
-    # A letter is about 0.56 of its height wide.
+    # The width of a letter is about 0.56 of its height.
     num_columns = (width - 2 * _MARGIN_PX) * 100 // (_FONT_PX * 56)
     labels = []
     for clip in clips:
         facts = shorten(clip.facts, num_columns)
         labels.append([facts, *wrap(clip.row["text"], num_columns)])
 
-    # Each clip is its label above its strip.
+    # Each clip has its label above its strip.
     heights = []
     for label, strip in zip(labels, strips, strict=True):
         heights.append(len(label) * _LINE_PX + strip.shape[0] + 2 * _MARGIN_PX)
@@ -222,8 +232,7 @@ def contact_sheet(title: str, clips: Sequence[Clip]) -> tuple[bytes, bool]:
     dpi = 72  # so that a point is a pixel
     figure = Figure(figsize=(width / dpi, height / dpi), dpi=dpi, facecolor="white")
     canvas = FigureCanvasAgg(figure)
-    installed = {font.name for font in font_manager.fontManager.ttflist}
-    fonts = [name for name in _FONTS if name in installed]
+    fonts = _installed_fonts()
 
     def write(y: int, text: str, **style: Any) -> None:
         place = {"x": _MARGIN_PX / width, "y": 1 - y / height, "va": "top"}
@@ -234,21 +243,32 @@ def contact_sheet(title: str, clips: Sequence[Clip]) -> tuple[bytes, bool]:
     write(_MARGIN_PX // 2, title, weight="bold")
     top = 2 * _LINE_PX
     for label, strip, tall in zip(labels, strips, heights, strict=True):
+        # The first line has the facts, in grey; the text follows.
         for number, line in enumerate(label):
-            write(
-                top + number * _LINE_PX, line, color="#777777" if number == 0 else "black"
-            )
+            color = "#777777" if number == 0 else "black"
+            write(top + number * _LINE_PX, line, color=color)
         # matplotlib counts pixels from the bottom.
         bottom = height - top - len(label) * _LINE_PX - strip.shape[0]
         figure.figimage(strip, _MARGIN_PX, bottom, origin="upper")
         top += tall
+    return _render(canvas)
 
+
+def _installed_fonts() -> list[str]:
+    """Return the names of `_FONTS` that this machine has."""
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    return [name for name in _FONTS if name in installed]
+
+
+def _render(canvas: FigureCanvasAgg) -> tuple[bytes, bool]:
+    """Return (a PNG of the figure, whether the fonts lack a character)."""
     # matplotlib warns of characters that no font has.
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         canvas.draw()
     lacks = any("missing from" in str(warning.message) for warning in caught)
     rgb = np.asarray(canvas.buffer_rgba())[..., :3]
+    # OpenCV expects BGR.
     encoded, png = cv2.imencode(".png", np.ascontiguousarray(rgb[..., ::-1]))
     assert encoded
     return png.tobytes(), lacks
@@ -259,6 +279,7 @@ def _strip(clip: Clip) -> np.ndarray:
 
     Returns (height, width, 3) uint8; a red bar for a broken clip.
     """
+    # The bar is light red, as a broken clip is on the page.
     if clip.frames_THWC is None:
         return np.full((_FRAME_PX // 4, _MIN_WIDTH_PX, 3), (255, 200, 200), np.uint8)
     num_frames, height, width = clip.frames_THWC.shape[:3]
@@ -278,7 +299,10 @@ def wrap(text: str, num_columns: int) -> list[str]:
     East Asian characters are twice as wide as others.
     """
     text = " ".join(text.split())
-    wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
+    # textwrap counts characters: shorten the line by the share of wide (W) and full-width
+    # (F) ones.
+    widths = Counter(map(unicodedata.east_asian_width, text))
+    wide = widths["W"] + widths["F"]
     narrowed = num_columns * len(text) // max(1, len(text) + wide)
     lines = textwrap.wrap(text, max(8, narrowed), max_lines=_MAX_LINES, placeholder=" …")
     return lines or [""]
@@ -303,12 +327,12 @@ def _figure(clip: Clip) -> str:
         shown = f'<div class="broken">{html.escape(clip.fault)}</div>'
     else:
         row, mp4 = clip.row, clip.member
+        # Browsers do not play Motion-JPEG.
         if not is_mp4(mp4):
             mp4 = encode_h264(clip.frames_THWC, row["fps"], _GOP, _CRF)
         data = base64.b64encode(mp4).decode("ascii")
         size = f'width="{row["width"]}" height="{row["height"]}"'
-        # Browsers start a muted video by themselves, and show the controls where the
-        # pointer is.
+        # Browsers start a video without a click only if it is muted.
         manner = f"{size} autoplay loop muted playsinline controls"
         shown = f'<video {manner} src="data:video/mp4;base64,{data}"></video>'
     language = html.escape(tag_of(clip.row["language"]))

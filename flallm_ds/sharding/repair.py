@@ -5,6 +5,7 @@ to yet; index.json changes last and at once. So a repair that is killed leaves t
 as it was, or mended.
 """
 
+import copy
 import json
 import os
 import shutil
@@ -25,8 +26,10 @@ from flallm_ds.sharding.rows import read_source
 from flallm_ds.sharding.salvage import Salvage, Salvaged, salvage
 from flallm_ds.sharding.writer import index_json
 
-_DROPPED = "dropped by a repair"  # the kind, among what index.json says was skipped
+# The kind under which index.json counts dropped clips, among those that were skipped.
+_DROPPED = "dropped by a repair"
 _NUM_EXAMPLES = 3
+# The folder of unfinished files. verify.py finds by it that a repair was killed.
 SCRATCH = "repair.partial"
 
 
@@ -40,6 +43,7 @@ def mend(folder: Path, report: Report, source: Path | None, workers: int) -> Rep
     try:
         with _alone(folder), _scratch(folder) as scratch:
             _remove_replaced(folder, report.manifest)
+            # Tables first: without its table a split has no rows to check its tars against.
             restored = False
             for split in report.lost_tables:
                 restored |= restore_table(folder, report, split, scratch)
@@ -91,13 +95,15 @@ def _files(manifest: Mapping[str, Any]) -> set[str]:
     names = set()
     for entry in manifest["splits"].values():
         names.add(entry["table"])
-        names |= {shard["file"] for shard in entry["shards"]}
+        for shard in entry["shards"]:
+            names.add(shard["file"])
     return names
 
 
 def _remove_replaced(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Remove the files that a repair has replaced, which a killed one may not have done."""
     for name in set(manifest.get("replaced", ())) - _files(manifest):
+        # Only the last part of the name: nothing outside the folder may be removed.
         (folder / Path(name).name).unlink(missing_ok=True)
 
 
@@ -111,6 +117,7 @@ def restore_table(folder: Path, report: Report, split: str, scratch: Path) -> bo
         made = write_table(scratch / entry["table"], rows)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         made = {}
+    # The checksum decides: a table that only looks right is not restored.
     if made.get("table_sha256") != entry["table_sha256"]:
         cause = "because its tars are not whole"
         print(f"the table of {split} cannot be restored, {cause}. Build it again.")
@@ -125,6 +132,7 @@ def _rows_of_tar(path: Path, number: int) -> list[dict[str, Any]]:
     content = read_only(path)
     members = tar_members(content)
     rows = []
+    # Clips are at even positions, each followed by its JSON.
     for clip, facts in zip(members[::2], members[1::2], strict=True):
         name, offset, size = clip
         _, facts_begin, facts_size = facts
@@ -152,27 +160,33 @@ def drop(
     )
     results = dict(found)
     saved: dict[str, Salvaged] = {}
+    lost: list[str] = []
+    to_check: set[str] = set()
+    # In the order of the index, not in that in which the workers finished.
     for position, tar in enumerate(broken):
         made = results[position]
         name = tar.shard.file
+        to_check.add(name)
+        # Written again, the clips gave the checksum of the index: nothing was lost.
         if made.shard == tar.shard:
             _publish(scratch / name, tar.path)
             print(f"{name} was damaged beside its clips only, and is as it was built again")
             continue
         saved[name] = made
+        lost += made.lost
+        if made.shard is not None:
+            to_check.add(made.shard.file)
         if made.shard is not None and not made.lost:
             print(
                 f"{name} was changed where no check can tell: all its clips are kept, in "
                 f"{made.shard.file}. Only a rebuild makes them as they were."
             )
     if saved:
-        lost = [sentence for made in saved.values() for sentence in made.lost]
         _commit(folder, report, saved, lost, scratch)
-        print(
-            f"dropped {len(lost):,} clips" + "".join(f"\n  {sentence}" for sentence in lost)
-        )
-    written = {made.shard.file for made in saved.values() if made.shard is not None}
-    return written | {tar.shard.file for tar in broken}
+        print(f"dropped {len(lost):,} clips")
+        for sentence in lost:
+            print(f"  {sentence}")
+    return to_check
 
 
 def _commit(
@@ -186,8 +200,12 @@ def _commit(
 
     The old files are removed last. lost: one sentence for each clip that is lost.
     """
-    manifest = json.loads(json.dumps(report.manifest))
-    for split in {tar.split for tar in report.tars if tar.shard.file in saved}:
+    manifest = copy.deepcopy(report.manifest)
+    changed = set()
+    for tar in report.tars:
+        if tar.shard.file in saved:
+            changed.add(tar.split)
+    for split in sorted(changed):
         manifest["splits"][split] = _new_split(report, split, saved, scratch)
         # The split is no longer all that the source gives.
         manifest.get("source", {}).pop(split, None)
@@ -195,6 +213,8 @@ def _commit(
         entry = manifest["skipped"].setdefault(_DROPPED, {"count": 0, "examples": []})
         entry["count"] += len(lost)
         entry["examples"] = (entry["examples"] + lost)[:_NUM_EXAMPLES]
+    # index.json lists the files that it replaces: a repair that is killed before it removes
+    # them is finished by the next one.
     before, now = _files(report.manifest), _files(manifest)
     manifest["replaced"] = sorted(before - now)
     for name in now - before:
@@ -216,15 +236,18 @@ def _new_split(
     for tar in report.tars:
         if tar.split != split:
             continue
+        # An undamaged tar keeps its clips and its file; a tar without clips is left out.
         made = saved.get(tar.shard.file, Salvaged(tar.rows, tar.shard))
         if made.shard is not None:
-            rows += [row | {"shard": len(shards)} for row in made.rows]
+            for row in made.rows:
+                rows.append(row | {"shard": len(shards)})
             shards.append(made.shard)
     if not rows:
         remedy = "Build the shards again."
         raise UserError(
             f"a split must keep a clip, but no clip of {split} is whole. {remedy}"
         )
+    # Named after its content: the old table must stay until index.json names the new one.
     table = scratch / f"{split}.safetensors"
     entry = write_table(table, rows)
     entry["table"] = f"{split}-{entry['table_sha256'][:8]}.safetensors"
@@ -246,20 +269,24 @@ def rebuild(
     if not broken:
         return set()
     options, clips = read_source(report.manifest, source)
-    # Every tar is one job, however large it becomes. What cannot be decoded now is left
-    # out of the tar, which then has another checksum.
+    # Every tar is one job, however large it becomes. A clip that cannot be decoded now is
+    # left out of the tar, which then has another checksum.
     options = replace(options, mb_per_shard=None, clips_per_shard=1)
     todo = []
     for tar in broken:
-        places = [(tar.split, row["key"]) for row in tar.rows]
+        tar_clips = []
+        for row in tar.rows:
+            place = (tar.split, row["key"])
+            if place in clips:
+                tar_clips.append(clips[place])
         job = jobs.ShardJob(
             name=tar.path.stem,
             folder=scratch,
             split=tar.split,
-            clips=[clips[place] for place in places if place in clips],
+            clips=tar_clips,
             options=options,
-            num_skippable=len(places),
-            num_rows=len(places),
+            num_skippable=len(tar.rows),
+            num_rows=len(tar.rows),
         )
         todo.append(job)
     num_clips = sum(len(job.clips) for job in todo)
@@ -272,12 +299,14 @@ def rebuild(
     )
     for position, faults in results:
         tar, record = broken[position], jobs.records(todo[position])[0]
+        # Replace the broken tar only by exactly the tar that the index describes.
         if record.shard is not None and record.shard["sha256"] == tar.shard.sha256:
             _publish(scratch / record.file, tar.path)
             print(f"{tar.shard.file} was rebuilt, byte by byte as it was")
         else:
-            changed = "the source, or a library that decodes or encodes, has changed"
-            why = faults[0].sentence.rstrip(".") if faults else changed
+            why = "the source, or a library that decodes or encodes, has changed"
+            if faults:
+                why = faults[0].sentence.rstrip(".")
             remedy = "--repair=drop keeps its whole clips."
             print(f"{tar.shard.file} cannot be rebuilt as it was: {why}. {remedy}")
     return {tar.shard.file for tar in broken}

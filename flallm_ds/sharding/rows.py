@@ -7,7 +7,7 @@ corpus.
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,8 @@ CORPORA: dict[str, Callable[..., Corpus]] = {
     "manifest": manifest.read,
     "signsim": signsim.read,
 }
-SHUFFLE_SEED = 0  # of the order in which a training split's clips are put into shards
+# Seed of the order in which the clips of a training split are put into shards.
+SHUFFLE_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ def check_rows(
     options: Options,
 ) -> tuple[dict[str, list[Clip]], list[Fault]]:
     """Return each split's usable rows as clips in stored order, and the faults of the others."""
+    # Many rows are cut from one video: look at each file once, which is slow on a network
+    # disk.
     stamps: dict[Path, str] = {}
     faults: list[Fault] = []
     clips: dict[str, list[Clip]] = {}
@@ -99,10 +102,12 @@ def _fault_of(split: str, row: Row, video_stamp: str, options: Options) -> Fault
             else "an empty text"
         )
         return Fault("without text", f"{split} {row.id} has {shown}")
+    # A JSON manifest may hold half of a surrogate pair, which UTF-8 cannot store.
     if not is_unicode(row):
         return Fault(
             "no Unicode", f"{split} {row.id!a} holds half a character: {row.text!a}"
         )
+    # Neither a box nor a crop: the whole picture.
     x0, y0, x1, y1 = common_box(row.bbox, options.crop) or (0, 0, 1, 1)
     if x0 >= x1 or y0 >= y1:
         return Fault("outside the crop", f"{split} {row.id} has a box outside --crop")
@@ -124,6 +129,7 @@ def stored_order(split: str, clips: Sequence[Clip]) -> list[Clip]:
     if split != "train":
         return list(clips)
 
+    # Each key is hashed separately: if a row is skipped, all others keep their order.
     def draw(clip: Clip) -> bytes:
         return hashlib.sha256(f"{SHUFFLE_SEED} {clip.key}".encode()).digest()
 
@@ -140,14 +146,18 @@ def stamp(path: Path) -> str:
         if path.is_file():
             found = path.stat()
             return f"{found.st_size} {found.st_mtime_ns}"
-        facts = [(image.name, image.stat()) for image in image_paths(path)]
-    except (OSError, ValueError):  # ValueError: of a name that no file can have
+        # A clip of images may have hundreds of files: two digests stand for them.
+        sizes, times = [], []
+        for image in image_paths(path):
+            found = image.stat()
+            sizes.append((image.name, found.st_size))
+            times.append(found.st_mtime_ns)
+    # ValueError: a table may hold a name that no file can have, such as one with a NUL.
+    except (OSError, ValueError):
         return ""
-    if not facts:
+    if not sizes:
         return ""
-    sizes = digest((name, found.st_size) for name, found in facts)
-    times = digest(found.st_mtime_ns for _, found in facts)
-    return f"{sizes} {times}"
+    return f"{digest(sizes)} {digest(times)}"
 
 
 def digest(parts: Iterable[Any]) -> str:
@@ -173,17 +183,21 @@ def read_source(
             "shards must say by which importer they were made, but these do not. Build "
             "them again, or use --repair=drop."
         )
+    # JSON has no tuples: a list was a tuple.
     given: dict[str, Any] = {}
     for name, value in shards["options"].items():
         given[name] = tuple(value) if isinstance(value, list) else value
+    # Earlier versions could align subtitles with speech.
     if given.pop("align", None) is not None:
         raise UserError(
             "shards that were built with --align cannot be rebuilt, because there is no "
             "--align any more. Use --repair=drop."
         )
-    common = {f.name: given.pop(f.name) for f in fields(Options) if f.name in given}
-    options = Options(**common)
+    options = Options.taken_from(given)
     _, rows = read_corpus(shards["importer"], source, options, given)
     clips, _ = check_rows(rows, options)
-    found = {(split, clip.key): clip for split, some in clips.items() for clip in some}
+    found = {}
+    for split, some in clips.items():
+        for clip in some:
+            found[split, clip.key] = clip
     return options, found

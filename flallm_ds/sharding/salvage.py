@@ -43,6 +43,7 @@ def salvage(todo: Salvage) -> Salvaged:
         why = f"was in a tar that must be readable, but {error.strerror}"
         made.lost = [f"{name} {why}" for name in names]
         return made
+    # Copy the whole clips, byte by byte, in the order of the index.
     path = todo.scratch / source.shard.file
     with ShardWriter(path, 0) as tar:
         for name, row in zip(names, source.rows, strict=True):
@@ -56,6 +57,8 @@ def salvage(todo: Salvage) -> Salvaged:
     if not made.rows:
         path.unlink()
         return made
+    # Give a tar with other content another name: the broken file must stay until index.json
+    # names the new one. A tar of an earlier repair has a digest in its name already.
     made.shard = tar.shard_entry
     if made.shard != source.shard:
         base = re.sub(r"-[0-9a-f]{8}$", "", path.stem)

@@ -48,6 +48,7 @@ def verify(
         remedy += "; mend a broken source first"
         check_video(read_manifest(folder), folder, "--repair", remedy)
     report = check(folder, workers)
+    # A repair that was killed leaves its folder, perhaps next to shards without a fault.
     if repair is not None and (report.faults or (folder / SCRATCH).exists()):
         for sentence in report.sentences:
             print(sentence)
@@ -72,6 +73,7 @@ def verify(
 
 
 def _print_overlaps(report: Report) -> None:
+    # Clips of one video in two splits make scores too good. Signers and texts often recur.
     leaks = stats.leakage_notes(report.splits)
     for note in stats.overlap_notes(report.splits):
         kind = "warning" if note in leaks else "note"

@@ -26,8 +26,10 @@ from flallm_ds.errors import UserError
 
 SHARD_NAME = "{split}-{number:06d}.tar"
 _BLOCK = tarfile.BLOCKSIZE
-_RECORD = tarfile.RECORDSIZE  # tar files end on a whole record, by convention
-_JSON_BYTES = 8192  # allowed for a clip's JSON when a tar's size is foreseen
+# By convention, the size of a tar file is a multiple of this.
+_RECORD = tarfile.RECORDSIZE
+# An upper estimate of the size of a clip's JSON, to predict the size of a tar.
+_JSON_BYTES = 8192
 
 
 class ShardWriter:
@@ -40,6 +42,7 @@ class ShardWriter:
 
     def __init__(self, path: Path, shard: int) -> None:
         self._path, self._shard = path, shard
+        # "x": never write over a file of somebody else.
         self._file = path.open("xb")
         self._hash = hashlib.sha256()
         self._position = 0
@@ -60,6 +63,7 @@ class ShardWriter:
 
     def close(self) -> None:
         """End the tar; it is on the disk then."""
+        # Two empty blocks end a tar. Then it is padded to whole records.
         self._write(b"\0" * 2 * _BLOCK)
         self._write(b"\0" * (-self._position % _RECORD))
         self._file.flush()
@@ -73,8 +77,8 @@ class ShardWriter:
 
     def bytes_with(self, clip_bytes: int) -> int:
         """Return how large the tar would be, at most, with one more clip of that size."""
-        # Two headers, the padding of the clip, and two empty blocks at the end of the
-        # tar.
+        # Five blocks: two headers, the padding of the clip, and the two empty blocks at the
+        # end of the tar.
         end = self._position + 5 * _BLOCK + clip_bytes + _JSON_BYTES
         return end + -end % _RECORD
 
@@ -159,12 +163,14 @@ class ShardWriter:
 
     def _add_member(self, name: str, content: bytes) -> int:
         """Write one member and return where its bytes begin."""
-        # mode 0644, owner 0, time 0: tarfile's own defaults
+        # Mode 0644, owner 0 and time 0 are the defaults of tarfile: the bytes depend on the
+        # content alone.
         member = tarfile.TarInfo(name)
         member.size = len(content)
         self._write(member.tobuf(tarfile.USTAR_FORMAT))
         offset = self._position
         self._write(content)
+        # Members are padded to whole blocks.
         self._write(b"\0" * (-len(content) % _BLOCK))
         return offset
 
@@ -190,7 +196,8 @@ def earlier_build(out: Path) -> dict[str, Any] | None:
             f"--out must be a new folder, but a disk is mounted there: {out}. Name a "
             "folder in it."
         )
-    first = min((path.name for path in out.iterdir()), default=None)
+    # An empty folder may be used. The error names one file of any other.
+    first = min(out.iterdir(), default=None)
     if first is None:
         return None
     try:
@@ -198,7 +205,7 @@ def earlier_build(out: Path) -> dict[str, Any] | None:
     except UserError:
         raise UserError(
             f"--out must be a new or empty folder, but {out} holds what no build of ours "
-            f"made ({first}). Name another folder."
+            f"made ({first.name}). Name another folder."
         ) from None
 
 
