@@ -31,10 +31,11 @@ def options(**given) -> Options:
 
 
 def tree(folder: Path) -> dict[str, str]:
-    return {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in folder.iterdir()
-    }
+    """The digest of each file of a folder, by name."""
+    found = {}
+    for path in folder.iterdir():
+        found[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
 
 
 def siblings(out: Path) -> list[str]:
@@ -67,20 +68,11 @@ def test_every_clip_is_where_the_index_says(built, release):
             number = int(row["id"].rpartition("-")[2]) - 1
             assert len(spans) == row["num_frames"] == number + 1
             assert (row["height"], row["width"], row["fps"]) == (26, 21, 25.0)
-            assert (
-                row["text"] == f'am tag {number} "schönes" wetter' and "." not in row["key"]
-            )
-            source = (
-                release
-                / "PHOENIX-2014-T"
-                / "features"
-                / "fullFrame-210x260px"
-                / split
-                / row["id"]
-            )
-            for (offset, size), image in zip(
-                spans.tolist(), read_frames(source), strict=True
-            ):
+            assert row["text"] == f'am tag {number} "schönes" wetter'
+            assert "." not in row["key"]
+            pictures = release / "PHOENIX-2014-T" / "features" / "fullFrame-210x260px"
+            images = read_frames(pictures / split / row["id"])
+            for (offset, size), image in zip(spans.tolist(), images, strict=True):
                 stored = simplejpeg.decode_jpeg(member[offset : offset + size])
                 assert abs(stored.astype(int) - image).max() <= 2
 
@@ -107,9 +99,9 @@ def test_tars_hold_no_time_and_no_owner(built):
     with tarfile.open(built / "train-000000.tar") as tar:
         members = tar.getmembers()
     assert [member.name[8:] for member in members] == [".avi", ".json"] * 2
-    assert {(m.mtime, m.uid, m.gid, m.uname, m.mode) for m in members} == {
-        (0, 0, 0, "", 0o644)
-    }
+    for member in members:
+        owner = (member.uid, member.gid, member.uname)
+        assert (member.mtime, owner, member.mode) == (0, (0, 0, ""), 0o644)
 
 
 def test_shards_are_readable_by_others_and_nothing_else_is_left(built):
@@ -124,9 +116,8 @@ def test_one_worker_and_two_make_the_same_bytes(built, release, tmp_path):
 
 def test_limit_takes_the_first_rows_of_each_split(release, tmp_path):
     build("phoenix14t", release, tmp_path / "out", options(limit=1))
-    assert [
-        entry["clips"] for entry in read_manifest(tmp_path / "out")["splits"].values()
-    ] == [1, 1, 1]
+    splits = read_manifest(tmp_path / "out")["splits"]
+    assert [entry["clips"] for entry in splits.values()] == [1, 1, 1]
 
 
 def test_the_command_line_builds_verifies_and_says_what_it_made(tmp_path):
@@ -156,9 +147,8 @@ def test_the_command_line_builds_verifies_and_says_what_it_made(tmp_path):
         [sys.executable, str(ROOT / "shards" / "verify.py"), str(tmp_path / "out"), "--workers=2"],
         capture_output=True, text=True, cwd="/", timeout=120,
     )  # fmt: skip
-    assert verify.returncode == 0 and "all is well: 5 clips, 8 frames" in verify.stdout, (
-        verify.stderr
-    )
+    assert verify.returncode == 0, verify.stderr
+    assert "all is well: 5 clips, 8 frames" in verify.stdout
 
 
 def test_help_lists_every_option_of_a_corpus():
@@ -182,20 +172,16 @@ def test_how2sign_is_cut_by_its_realigned_times(tmp_path):
     rows = {row["id"]: row for row in iter_rows(load_index(tmp_path / "out", "train"))}
     assert [rows[name]["num_frames"] for name in sorted(rows)] == [5, 10, 7, 10]
     assert rows["-aB_1-5-rgb_front"]["text"] == "My horse’s nose."
-    notes = read_manifest(tmp_path / "out")["notes"]
-    assert any(
-        "1 clips end past their video's end" in note and "-ab_1" in note for note in notes
-    )
+    notes = "\n".join(read_manifest(tmp_path / "out")["notes"])
+    assert "train: 1 clips end past their video's end and were cut there (-ab_1" in notes
 
 
 def test_ready_made_how2sign_clips_are_taken_whole(tmp_path):
     source = make_how2sign(tmp_path / "source", raw=False)
     build("how2sign", source, tmp_path / "out", options(splits=("train",)))
-    rows = {
-        row["id"]: row["num_frames"]
-        for row in iter_rows(load_index(tmp_path / "out", "train"))
-    }
-    assert [rows[name] for name in sorted(rows)] == [4, 5, 6, 7]
+    rows = list(iter_rows(load_index(tmp_path / "out", "train")))
+    rows.sort(key=lambda row: row["id"])
+    assert [row["num_frames"] for row in rows] == [4, 5, 6, 7]
 
 
 def test_a_manifest_of_videos_and_folders_is_built_with_its_boxes(tmp_path):
@@ -213,21 +199,12 @@ def test_a_manifest_of_videos_and_folders_is_built_with_its_boxes(tmp_path):
         language="en",
     )
     train = {row["text"]: row for row in iter_rows(load_index(tmp_path / "out", "train"))}
-    assert (train["one"]["num_frames"], train["one"]["height"], train["one"]["width"]) == (
-        4,
-        36,
-        24,
-    )
-    assert (train["two"]["num_frames"], train["two"]["height"], train["two"]["width"]) == (
-        12,
-        24,
-        32,
-    )
+    for text, shape in (("one", (4, 36, 24)), ("two", (12, 24, 32))):
+        row = train[text]
+        assert (row["num_frames"], row["height"], row["width"]) == shape
     manifest = read_manifest(tmp_path / "out")
-    assert (
-        list(manifest["splits"]) == ["train", "test"]
-        and "dev: has no rows, left out" in manifest["notes"]
-    )
+    assert list(manifest["splits"]) == ["train", "test"]
+    assert "dev: has no rows, left out" in manifest["notes"]
 
 
 def test_a_row_without_frames_ends_the_build_and_leaves_nothing(tmp_path):
@@ -299,9 +276,8 @@ def test_a_corrupted_video_ends_the_build_by_name(tmp_path, workers, shared):
     for number in range(3):
         write_video(tmp_path / f"{number}.mp4", 3)
     lines = ["video,text,split", f"{shared}/edge_videos/corrupted.mp4,x,dev"]
-    (tmp_path / "m.csv").write_text(
-        "\n".join(lines + [f"{number}.mp4,x,train" for number in range(3)])
-    )
+    lines += [f"{number}.mp4,x,train" for number in range(3)]
+    (tmp_path / "m.csv").write_text("\n".join(lines))
     with pytest.raises(UserError, match=r"1 cannot be decoded: .*corrupted\.mp4") as caught:
         build(
             "manifest",
@@ -360,9 +336,8 @@ def test_the_real_how2sign_sample_builds_with_no_skip(shared, tmp_path):
     )
     index = load_index(tmp_path / "out", "train")
     assert len(index) == 4 and read_manifest(tmp_path / "out")["skipped"] == {}
-    assert set(index.arrays["height"].tolist()) == {64} and set(
-        index.arrays["fps"].tolist()
-    ) == {24.0}
+    assert (index.arrays["height"] == 64).all()
+    assert (index.arrays["fps"] == 24.0).all()
 
 
 def test_the_real_phoenix_sample_builds(shared, tmp_path):

@@ -58,24 +58,22 @@ def run(*command: str, **more) -> subprocess.CompletedProcess[str]:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
+    """The bytes of each file below a folder, by its path there."""
+    found = {}
+    for path in folder.rglob("*"):
+        if path.is_file():
+            found[str(path.relative_to(folder))] = path.read_bytes()
+    return found
 
 
 def records(out: Path) -> dict[str, int]:
     """Each tar that is finished, and when it was written; 0 where it was moved to its
     place already."""
-    tars = {
-        path: path.with_suffix(".tar")
-        for path in out.with_name(f"{out.name}.partial").glob("work/*-*.json")
-    }
-    return {
-        path.stem: tar.stat().st_mtime_ns if tar.exists() else 0
-        for path, tar in tars.items()
-    }
+    times = {}
+    for path in out.with_name(f"{out.name}.partial").glob("work/*-*.json"):
+        tar = path.with_suffix(".tar")
+        times[path.stem] = tar.stat().st_mtime_ns if tar.exists() else 0
+    return times
 
 
 def hears_signals() -> None:
@@ -135,10 +133,8 @@ def test_twenty_kills_at_random_moments_change_no_byte(source, undisturbed, tmp_
             )[1]
             assert process.returncode == 0, error
             length_s = max(1.0, time.monotonic() - begin)
-            assert (
-                content(out) == expected
-                and not out.with_name(f"{out.name}.partial").exists()
-            )
+            assert content(out) == expected
+            assert not out.with_name(f"{out.name}.partial").exists()
             num_whole += 1
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
@@ -235,11 +231,8 @@ def test_a_build_that_is_told_to_end_says_what_it_keeps(
     (os.killpg if whole_group else os.kill)(process.pid, number)
     error = process.communicate(timeout=60)[1]
     assert process.returncode == code, error
-    assert (
-        "stopped: " in error
-        and f"results are kept in {out}.partial" in error
-        and "Traceback" not in error
-    )
+    assert "stopped: " in error and "Traceback" not in error
+    assert f"results are kept in {out}.partial" in error
     assert "\r" not in error and "build: " in error, "progress in a log file is lines"
     assert not list((tmp_path / "out.partial" / "work").glob("*.tmp")) and not out.exists()
     assert run(*words(source, out)).returncode == 0 and content(out) == content(undisturbed)
@@ -275,17 +268,14 @@ def test_another_option_is_refused_by_name_or_begins_anew(source, unfinished, tm
     kept = content(tmp_path / "out.partial")
     done = run(*words(source, unfinished, "--quality=50", "--limit=9"))
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert (
-        "--quality was 90, is 50; --limit was none, is 9" in done.stderr
-        and "--restart" in done.stderr
-    )
+    assert "--quality was 90, is 50; --limit was none, is 9" in done.stderr
+    assert "--restart" in done.stderr
     assert content(tmp_path / "out.partial") == kept
     done = run(*words(source, unfinished, "--quality=50", "--limit=9", "--restart=true"))
     assert done.returncode == 0 and "going on" not in done.stdout, done.stderr
     straight = run(*words(source, tmp_path / "straight", "--quality=50", "--limit=9"))
-    assert straight.returncode == 0 and content(tmp_path / "straight") == content(
-        unfinished
-    )
+    assert straight.returncode == 0
+    assert content(tmp_path / "straight") == content(unfinished)
 
 
 def test_other_rows_are_refused(source, unfinished, tmp_path):
@@ -313,10 +303,8 @@ def test_a_video_that_changed_after_its_clip_was_made_is_refused(tmp_path):
     changed = cv2.imread(str(made))[::-1].copy()
     cv2.imwrite(str(made), changed)
     done = run(*words(source, out))
-    assert (
-        done.returncode == 2
-        and f"{made.parent} has changed since clip dev0 of dev" in done.stderr
-    )
+    assert done.returncode == 2
+    assert f"{made.parent} has changed since clip dev0 of dev" in done.stderr
     # One whose clip was not made yet may change.
     shutil.rmtree(tmp_path / "out.partial")
     process = start(*words(source, out), out=out)
@@ -331,11 +319,8 @@ def test_a_video_that_changed_after_its_clip_was_made_is_refused(tmp_path):
 def test_a_lost_shard_of_an_unfinished_build_is_refused(source, unfinished, tmp_path):
     min((tmp_path / "out.partial" / "work").glob("*.tar")).unlink()
     done = run(*words(source, unfinished))
-    assert (
-        done.returncode == 2
-        and "but is missing" in done.stderr
-        and "--restart=true" in done.stderr
-    )
+    assert done.returncode == 2 and "--restart=true" in done.stderr
+    assert "but is missing" in done.stderr
     assert run(*words(source, unfinished, "--restart=true")).returncode == 0
 
 
@@ -344,11 +329,8 @@ def test_two_builds_of_one_folder_do_not_meet(source, tmp_path):
     with (tmp_path / "out.partial" / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         done = run(*words(source, tmp_path / "out"))
-    assert (
-        done.returncode == 2
-        and "another is at work" in done.stderr
-        and done.stderr.count("\n") == 1
-    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "another is at work" in done.stderr
 
 
 def test_a_folder_that_only_has_the_name_of_an_unfinished_build_is_left_alone(
@@ -370,11 +352,8 @@ def test_more_may_be_skipped_when_going_on(tmp_path):
     source = make_corpus(tmp_path / "corpus", counts=(9, 3, 0), num_frames=2)
     (source.parent / "dev2" / "1.png").write_bytes(b"broken")
     done = run(*words(source, tmp_path / "out"))
-    assert (
-        done.returncode == 2
-        and "1 cannot be decoded" in done.stderr
-        and "3 results are kept" in done.stderr
-    )
+    assert done.returncode == 2 and "1 cannot be decoded" in done.stderr
+    assert "3 results are kept" in done.stderr
     done = run(*words(source, tmp_path / "out", "--max_skipped=1"))
     assert done.returncode == 0 and "9 of 12 clips are done" in done.stdout, done.stderr
     assert run(*words(source, tmp_path / "straight", "--max_skipped=1")).returncode == 0
@@ -414,10 +393,8 @@ def test_a_disk_that_takes_no_more_is_one_sentence_and_the_build_goes_on_after(
     out = tmp_path / "out"
     done = run(*words(source, out, f"--workers={workers}"), preexec_fn=small_files)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert (
-        done.stderr.splitlines()[-1].count("File too large") == 1
-        and "Make room" in done.stderr
-    )
+    assert done.stderr.splitlines()[-1].count("File too large") == 1
+    assert "Make room" in done.stderr
     assert len(records(out)) == 1 and not list((tmp_path / "out.partial").rglob("*.tmp"))
     done = run(*words(source, out))
     assert done.returncode == 0 and "3 of 11 clips are done" in done.stdout, done.stderr
