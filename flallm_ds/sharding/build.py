@@ -1,10 +1,11 @@
-"""A sign corpus into shards: python shards/build.py CORPUS --source=DIR --out=DIR (see
-its --help).
+"""Build shards from a sign language corpus.
 
-One process a core, each writing whole shards, so that frames never travel between
-processes. The same corpus and options give the same bytes on any number of workers, also
-when the build was killed and started again. `--out` appears whole at the end; until then
-the work lies in `<out>.partial`.
+    python shards/build.py CORPUS --source=DIR --out=DIR     (options: CORPUS --help)
+
+Each worker process writes complete shards, so no frames are sent between processes. The
+same corpus and options give the same bytes with any number of workers, also if the build
+was killed and started again. `--out` is created at the end. Until then, the work is in
+`<out>.partial`.
 """
 
 import inspect
@@ -16,8 +17,8 @@ from typing import Any
 
 from flallm_ds.errors import UserError
 from flallm_ds.sharding import jobs, pool, stats
-from flallm_ds.sharding.build_plan import is_built, plan_of
-from flallm_ds.sharding.corpora import Row
+from flallm_ds.sharding.build_plan import is_built, make_plan
+from flallm_ds.sharding.corpora import Corpus, Row
 from flallm_ds.sharding.faults import Fault, check_budget, count_faults
 from flallm_ds.sharding.options import Options
 from flallm_ds.sharding.partial import Partial, hold, partial_folder
@@ -28,61 +29,60 @@ from flallm_ds.sharding.writer import earlier_build, write_index
 _NUM_EXAMPLES = 3
 
 
-def build(corpus_name: str, source: Path, out: Path, options: Options, **own: Any) -> None:
-    """Read a corpus (own: its importer's options) and write its shards to `out`.
+def build(
+    corpus_name: str, source: Path, out: Path, options: Options, **importer_options: Any
+) -> None:
+    """Read a corpus and write its shards to `out`.
 
-    Continues where an earlier call with the same options and source was ended. Raises
-    UserError if there is something else at `out`, or if rows are faulty beyond
-    --max_skipped.
+    Continues an earlier call with the same options and source that was stopped. Raises
+    UserError if `out` has other content, or if more rows must be skipped than
+    --max_skipped allows.
     """
     out = out.resolve()
     # Refuse a wrong --out now: reading the source can take minutes.
     earlier_build(out)
-    corpus, rows = read_corpus(corpus_name, source, options, own)
+    corpus, rows = read_corpus(corpus_name, source, options, importer_options)
     clips, faults = check_rows(rows, options)
     num_rows = sum(map(len, rows.values()))
     check_budget(faults, options.max_skipped, num_rows)
+    # An importer notes why it left rows out, such as captions that cannot be read.
     if not any(clips.values()):
         why = f" ({'; '.join(corpus.notes)})" if corpus.notes else ""
         names = ", ".join(rows)
-        raise UserError(f"a corpus must have rows, but {names} of {source} have none{why}.")
-    plan = plan_of(corpus_name, corpus, clips, options.recorded() | own)
+        raise UserError(
+            f"--source must have rows of {names}, got none in {source}{why}. Check "
+            "--source and --splits."
+        )
+    recorded = options.recorded() | importer_options
+    plan = make_plan(corpus_name, corpus, clips, recorded)
     if is_built(out, plan) and not partial_folder(out).exists():
         return
     with hold(out) as partial:
         # Another process may have finished this build just before the lock was taken, or
-        # may have been killed between publishing the shards and removing its work.
+        # may have been killed after it published the shards and before it removed its work.
         if is_built(out, plan):
             partial.discard()
             return
-        # Without the source: a video whose clip is not made yet may still change. `work`
-        # compares the videos of finished clips one by one.
+        # Without the source: a video whose clip is not finished may still change.
+        # `run_jobs` compares the videos of finished clips one by one.
         compared = dict(plan)
         del compared["source"]
         partial.begin(compared, options.restart)
         notes = corpus.notes + repeat_notes(rows) + empty_notes(rows)
         num_skippable = options.max_skipped - len(faults)
         todo = plan_jobs(clips, options, partial, num_skippable, num_rows)
-        work(todo, options, faults, num_rows)
+        run_jobs(todo, options, faults, num_rows)
         done = jobs.collect(todo, partial.shards)
         # Workers finish in any order: sorted faults give the same index.json every time.
         faults = sorted(faults + done.faults, key=lambda fault: fault.sentence)
         check_budget(faults, options.max_skipped, num_rows)
         if not done.splits:
-            raise UserError("shards must hold clips, but every row was skipped.")
+            raise UserError(
+                f"Cannot build shards of {source}: all {num_rows:,} rows were skipped. Run "
+                "with --max_skipped=0 to see why."
+            )
         notes += clamp_notes(done.clamped) + stats.overlap_notes(done.rows)
-        write_index(
-            partial.shards,
-            corpus=corpus.name,
-            language=corpus.language,
-            options=plan["options"],
-            splits=done.splits,
-            skipped=count_faults(faults),
-            notes=notes,
-            importer=corpus_name,
-            source=plan["source"],
-        )
-        partial.finish()
+        publish(partial, corpus, plan, done, faults, notes)
     print_report(done.rows, faults, notes)
     print(f"shards are in {out}")
 
@@ -94,27 +94,29 @@ def plan_jobs(
     num_skippable: int,
     num_rows: int,
 ) -> list[jobs.ShardJob]:
-    """Plan a job for each shard, or for as many clips as a shard of --mb_per_shard should
-    take."""
+    """Plan one job for each shard.
+
+    With --mb_per_shard, a job gets as many clips as should fit into one shard.
+    """
     if options.clips_per_shard:
         clips_per_job = dict.fromkeys(clips, options.clips_per_shard)
     else:
-        # Measured once: a build that continues must cut its jobs as it did before.
+        # Measured once: a continued build must divide its clips as before.
         clips_per_job = partial.kept(
             "clips_per_job", lambda: jobs.clips_for_size(clips, options)
         )
     return jobs.plan(clips, clips_per_job, partial.work, options, num_skippable, num_rows)
 
 
-def work(
+def run_jobs(
     todo: list[jobs.ShardJob], options: Options, faults: list[Fault], num_rows: int
 ) -> None:
-    """Do what is left of all jobs.
+    """Run the unfinished jobs, and the unfinished part of each.
 
-    faults: of rows that were left out before. Raises UserError for more faults than may
-    be skipped.
+    faults: rows that cannot become clips, found before. Raises UserError if more rows must
+    be skipped than --max_skipped allows.
     """
-    # Count what an earlier call of this build has finished, and keep the jobs that are not.
+    # Count what an earlier call of this build has finished, and keep the unfinished jobs.
     faults = list(faults)
     left = []
     num_clips = num_done = 0
@@ -129,13 +131,11 @@ def work(
             left.append(job)
     if num_done:
         print(
-            f"going on with an unfinished build: {num_done:,} of {num_clips:,} clips are "
-            "done",
+            f"continuing an unfinished build: {num_done:,} of {num_clips:,} clips are done",
             flush=True,
         )
     check_budget(faults, options.max_skipped, num_rows)
-    # Each worker checks the limit for its own job. Only this loop sees the sum over all
-    # jobs.
+    # Each worker checks the limit for its own job. This loop checks the sum over all jobs.
     results = pool.run(
         jobs.write_job,
         left,
@@ -151,8 +151,32 @@ def work(
             check_budget(faults, options.max_skipped, num_rows)
 
 
+def publish(
+    partial: Partial,
+    corpus: Corpus,
+    plan: dict[str, Any],
+    done: jobs.Collected,
+    faults: Sequence[Fault],
+    notes: Sequence[str],
+) -> None:
+    """Write the index of the finished shards, and move them to the output folder."""
+    write_index(
+        partial.shards,
+        corpus=corpus.name,
+        language=corpus.language,
+        options=plan["options"],
+        splits=done.splits,
+        skipped=count_faults(faults),
+        notes=notes,
+        importer=plan["importer"],
+        source=plan["source"],
+    )
+    partial.finish()
+
+
 def repeat_notes(rows: dict[str, list[Row]]) -> list[str]:
-    """Say how many rows have the id of an earlier one; they are kept, as the corpus has them."""
+    """Return a note on rows with the id of an earlier row, which are kept."""
+    # Count across splits: an id in train and test may be the same clip.
     counts: Counter[str] = Counter()
     for table in rows.values():
         counts.update(row.id for row in table)
@@ -161,12 +185,12 @@ def repeat_notes(rows: dict[str, list[Row]]) -> list[str]:
         return []
     num_more = counts.total() - len(counts)
     return [
-        f"{num_more:,} rows have the id of an earlier row and are kept ({_some(repeated)})"
+        f"{num_more:,} rows have the id of an earlier row and are kept ({_examples(repeated)})"
     ]
 
 
 def empty_notes(rows: dict[str, list[Row]]) -> list[str]:
-    """Say which splits have no rows."""
+    """Return a note for each split without rows."""
     notes = []
     for split, table in rows.items():
         if not table:
@@ -175,13 +199,13 @@ def empty_notes(rows: dict[str, list[Row]]) -> list[str]:
 
 
 def clamp_notes(clamped: dict[str, list[str]]) -> list[str]:
-    """Say for each split how many clips end later than their video does."""
+    """Return a note for each split with clips that end after their video."""
     notes = []
     for split, ids in clamped.items():
         if ids:
             notes.append(
                 f"{split}: {len(ids):,} clips end past their video's end and were cut "
-                f"there ({_some(ids)})"
+                f"there ({_examples(ids)})"
             )
     return notes
 
@@ -197,44 +221,46 @@ def print_report(
 
 
 def print_faults(faults: Sequence[Fault]) -> None:
-    """Print the count and the first few sentences of each kind of fault."""
+    """Print the number and the first few sentences of each kind of fault."""
     for kind, entry in count_faults(faults).items():
         print(f"skipped, {kind}: {entry['count']:,}")
         for example in entry["examples"]:
             print(f"  {example}")
 
 
-def _some(ids: Sequence[str]) -> str:
+def _examples(ids: Sequence[str]) -> str:
+    """Return the first few ids."""
     return ", ".join(ids[:_NUM_EXAMPLES]) + (", ..." if len(ids) > _NUM_EXAMPLES else "")
 
 
 def verb(corpus_name: str) -> Callable[..., None]:
-    """Make the command of one corpus.
+    """Return the command that builds one corpus.
 
-    Its options are --source, --out, every field of Options, and the importer's own.
+    It has the options --source and --out, every field of `Options`, and the keyword-only
+    arguments of the importer.
     """
     read = CORPORA[corpus_name]
     keyword = inspect.Parameter.KEYWORD_ONLY
-    own = []
+    importer_parameters = []
     defaults = {}
     for parameter in inspect.signature(read).parameters.values():
         if parameter.kind == keyword:
-            own.append(parameter)
+            importer_parameters.append(parameter)
             defaults[parameter.name] = parameter.default
 
     def run(source: Path, out: Path, **given: Any) -> None:
         options = Options.taken_from(given)
         build(corpus_name, source, out, options, **defaults | given)
 
-    # The command line reads names and types of options from the signature, and the help
-    # from the docstring. So `run` gets those of the three sources together.
+    # The command line reads the names and types of options from the signature, and the help
+    # from the docstring. So `run` gets the parameters of all three.
     parameters = [
         inspect.Parameter("source", keyword, annotation=Path),
         inspect.Parameter("out", keyword, annotation=Path),
     ]
     for parameter in inspect.signature(Options).parameters.values():
         parameters.append(parameter.replace(kind=keyword))
-    parameters += own
+    parameters += importer_parameters
     signature = inspect.Signature(parameters)
     run.__signature__ = signature  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in parameters}

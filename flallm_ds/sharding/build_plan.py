@@ -1,4 +1,4 @@
-"""The plan of a build: what is built from what, to tell whether two builds are the same."""
+"""Describe the input and the options of a build, to compare two builds."""
 
 import json
 from collections.abc import Mapping
@@ -15,17 +15,17 @@ from flallm_ds.sharding.corpora import Corpus
 from flallm_ds.sharding.rows import Clip, digest
 from flallm_ds.sharding.writer import earlier_build
 
-# The entries of a plan that index.json keeps.
+# The entries of a plan that index.json stores.
 _IN_THE_INDEX = ("importer", "corpus", "options", "source")
 
 
-def plan_of(
+def make_plan(
     importer: str, corpus: Corpus, clips: dict[str, list[Clip]], options: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the plan as plain values.
+    """Return the plan of a build as plain values.
 
-    It holds neither where the source lies nor its times: they do not decide what is in
-    the shards.
+    The path of the source and the times of its files are left out: they do not change the
+    shards.
     """
     rows, source = {}, {}
     for split, some in clips.items():
@@ -37,7 +37,7 @@ def plan_of(
         "options": options,
         "rows": rows,
         "source": source,
-        # Another version may decode or encode to other bytes.
+        # Other versions of the libraries may decode or encode to other bytes.
         "made_by": {
             "shards": FORMAT,
             "av": av.__version__,
@@ -50,37 +50,38 @@ def plan_of(
 
 
 def _facts(clip: Clip) -> list[Any]:
-    """Return what the tables say of a clip."""
-    # Without the path: the same corpus in another folder gives the same shards.
+    """Return the key and the row of a clip, without the path."""
+    # The same corpus in another folder gives the same shards.
     return [clip.key, vars(clip.row) | {"path": None}]
 
 
 def _facts_and_sizes(clip: Clip) -> list[Any]:
-    """Return what the tables say of a clip, and the sizes of its source files."""
+    """Return the facts of a clip and the sizes of its source files."""
     # A stamp is "sizes times". Times do not count: a copy of the corpus has new ones.
     sizes, _ = clip.stamp.split()
     return [_facts(clip), sizes]
 
 
 def plain(content: Any) -> Any:
-    """Return the content as it comes back from a JSON file: without tuples and paths."""
+    """Return the content as JSON stores it: tuples become lists, paths become strings."""
     return json.loads(json.dumps(content, default=str))
 
 
 def is_built(out: Path, plan: dict[str, Any]) -> bool:
-    """Whether `out` holds the shards of this plan already; prints that it does.
+    """Return whether `out` has the shards of this plan; if so, print that.
 
-    Raises UserError if it holds others, or if some are missing.
+    Raises UserError if `out` has shards of another plan, or if some are missing.
     """
     found = earlier_build(out)
     if found is None:
         return False
+    # Library versions are not compared: finished shards stay valid after an update.
     wanted = {name: plan[name] for name in _IN_THE_INDEX}
     changes = differences(found, wanted)
     if changes:
         raise UserError(
-            f"--out must be a new or empty folder, but {out} holds an earlier build: "
-            f"{'; '.join(changes)}. Remove it, or name another folder."
+            f"--out {out} belongs to another build ({'; '.join(changes)}). Remove the "
+            "folder, or use another --out."
         )
     # Compare sizes only: reading terabytes again is the work of verify.py.
     shards = []
@@ -90,9 +91,8 @@ def is_built(out: Path, plan: dict[str, Any]) -> bool:
         path = out / shard["file"]
         if not path.is_file() or path.stat().st_size != shard["bytes"]:
             raise UserError(
-                f"an earlier build must be whole, but {shard['file']} is missing or cut "
-                f"short in {out}. Run shards/verify.py, or remove the folder and build it "
-                "again."
+                f"Cannot use the earlier build in {out}: {shard['file']} is missing or "
+                "truncated. Run shards/verify.py, or remove the folder and build it again."
             )
     print(
         f"already built: {len(shards):,} shards of this source and these options are in "
@@ -102,26 +102,24 @@ def is_built(out: Path, plan: dict[str, Any]) -> bool:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Say in words what two plans do not have in common.
+    """Return one phrase for each difference of two plans, such as "--fps none, got 25.0".
 
-    A bound on what is skipped is no part of a plan.
+    A build may continue with another --max_skipped, so that option is not compared.
     """
     changes = []
     for name in ("importer", "corpus"):
         if old.get(name) != new.get(name):
-            changes.append(
-                f"the {name} was {_word(old.get(name))}, is {_word(new.get(name))}"
-            )
-    for section, prefix in (("options", "--"), ("made_by", "the version of ")):
+            changes.append(f"{name} {_shown(old.get(name))}, got {_shown(new.get(name))}")
+    for section, prefix in (("options", "--"), ("made_by", "version of ")):
         for name, before, now in _changed(old, new, section):
             if name != "max_skipped":
-                changes.append(f"{prefix}{name} was {_word(before)}, is {_word(now)}")
+                changes.append(f"{prefix}{name} {_shown(before)}, got {_shown(now)}")
     for section, what in (("rows", "rows"), ("source", "rows or videos")):
-        # Another option, such as --limit, also gives other rows: name the option alone.
+        # Another --limit, for example, also gives other rows: name the option alone.
         if changes:
             break
         for split, _, _ in _changed(old, new, section):
-            changes.append(f"{split} has other {what} than then")
+            changes.append(f"other {what} in {split}")
     return changes
 
 
@@ -130,20 +128,20 @@ def _changed(
     new: Mapping[str, Any],
     section: str,
 ) -> list[tuple[str, Any, Any]]:
-    """Return (name, old value, new value) of what differs in one section of two plans."""
+    """Return (name, old value, new value) for each difference in a section of two plans."""
     before, now = old.get(section, {}), new.get(section, {})
     changed = []
-    # All names of both, once each, those of the old plan first.
+    # The names of both plans, each once.
     for name in dict.fromkeys([*before, *now]):
         if before.get(name) != now.get(name):
             changed.append((name, before.get(name), now.get(name)))
     return changed
 
 
-def _word(value: Any) -> str:
+def _shown(value: Any) -> str:
+    """Return a value as a user writes it on the command line."""
     if isinstance(value, list):
         return ",".join(map(str, value))
-    # None, true and false as a user writes them on the command line.
     if value is None or isinstance(value, bool):
         return str(value).lower()
     return str(value)

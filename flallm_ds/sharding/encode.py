@@ -1,4 +1,4 @@
-"""Encode one row of a corpus as a stored clip: decode its video, cut, scale, encode."""
+"""Encode one row of a corpus as a clip: decode the video, then cut, scale and encode it."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from flallm_ds.sharding.options import Options
 
 @dataclass(frozen=True)
 class Encoded:
-    """A clip as it is stored."""
+    """Hold the bytes and the facts of a stored clip."""
 
     member: bytes
     num_frames: int
@@ -38,10 +38,10 @@ def encode_clip(row: Row, options: Options) -> Encoded:
     jpegs: list[bytes] = []
     before: np.ndarray | None = None
     for frame in frames:
-        # With an --fps above the video's own, a frame is repeated: encode it once.
+        # With an --fps above that of the video, frames are repeated: encode each once.
         if frame is not before:
             pixels = np.ascontiguousarray(frame)
-            # 4:2:0 halves the colours in both directions, as nearly every video does.
+            # 4:2:0 halves the resolution of the colours, as nearly every video does.
             jpeg = simplejpeg.encode_jpeg(pixels, options.quality, "RGB", "420")
         jpegs.append(jpeg)
         before = frame
@@ -50,13 +50,13 @@ def encode_clip(row: Row, options: Options) -> Encoded:
 
 
 def _encode_h264(row: Row, options: Options) -> Encoded:
-    """Encode a clip as H.264 at its video's own frame rate, or at --fps."""
+    """Encode a clip as H.264, at the frame rate of the video or at --fps."""
     assert options.gop is not None and options.crf is not None
     fps = options.fps
     while True:
         frames = _Frames(row, options)
-        # The container names a frame rate, known once a frame is read. The rate that the
-        # frames' times give is known at the end. If the two differ, encode the clip again.
+        # The container states a frame rate, which is known after the first frame. The true
+        # rate comes from the times of all frames. If the two differ, encode the clip again.
         first = next(frames)
         rate = fps or frames.video.fps
         all_frames = chain([first], frames)
@@ -67,9 +67,10 @@ def _encode_h264(row: Row, options: Options) -> Encoded:
 
 
 class _Frames(Iterator[np.ndarray]):
-    """The frames of a row as the options ask for them, each (H, W, 3) uint8.
+    """Iterate over the frames of a row, cut and scaled, each (H, W, 3) uint8.
 
-    num_frames and hw are those of the frames so far; video.fps is final at the end.
+    num_frames: number of frames so far. hw: (height, width) of the last frame. video.fps is
+    final after the last frame.
     """
 
     def __init__(self, row: Row, options: Options) -> None:
@@ -77,7 +78,7 @@ class _Frames(Iterator[np.ndarray]):
         self.num_frames = 0
         self.hw = (0, 0)
         self._end_s = row.end_s
-        # One decoding thread: every core has a worker already.
+        # One decoding thread, because every core already has a worker.
         self._frames = self.video.frames(
             row.start_s,
             row.end_s,
@@ -96,6 +97,7 @@ class _Frames(Iterator[np.ndarray]):
         return frame
 
     def stored(self, member: bytes) -> Encoded:
+        """Return the clip, with `member` as its bytes, after the last frame."""
         fps = self.video.fps
         # A difference of up to one frame is rounding in the corpus's table.
         past_end = self._end_s is not None and self.video.past_end_s > 1 / fps
@@ -103,11 +105,11 @@ class _Frames(Iterator[np.ndarray]):
 
 
 def common_box(box: Box | None, crop: Sequence[float] | None) -> Box | None:
-    """Return what a row's box and the crop of all rows have in common; it may be empty."""
+    """Return the intersection of a row's box and the crop of all rows; it may be empty."""
     if crop is None:
         return box
     x0, y0, x1, y1 = crop
     if box is None:
         return x0, y0, x1, y1
-    # Both are in shares of the whole picture, so they intersect corner by corner.
+    # Both are fractions of the whole frame.
     return max(box[0], x0), max(box[1], y0), min(box[2], x1), min(box[3], y1)

@@ -1,8 +1,8 @@
-"""The work of a build: jobs of clips, each written by one worker.
+"""Divide the clips of a build into jobs, and write the tars of each job in one worker.
 
-A job gives one tar or, at a size limit, several. A finished tar lies under its job's
-name, next to a record that says what is in it and which clips are done. A job continues
-behind its last record. Numbers within the split are given at the end (`collect`).
+A job writes one tar, or several with a size limit. A finished tar is named after its job
+and has a record next to it, with the rows of the tar and the clips that are done. A stopped
+job continues after its last record. At the end, `collect` numbers the tars of each split.
 """
 
 import json
@@ -28,23 +28,23 @@ from flallm_ds.sharding.options import Options
 from flallm_ds.sharding.rows import Clip
 from flallm_ds.sharding.writer import SHARD_NAME, ShardWriter
 
-# Clips of a split that are measured to find how many fill a shard of --mb_per_shard.
+# Clips of each split that are encoded to find how many fill a shard of --mb_per_shard.
 _NUM_MEASURED = 32
-# Share of a shard's limit that a job should fill: a job of larger clips than those
-# measured then seldom becomes two tars.
+# Fraction of the size limit that a job should fill. With a margin, a job whose clips are
+# larger than the measured ones seldom needs two tars.
 _FILLED = 0.85
 
 
 @dataclass(frozen=True)
 class ShardJob:
-    """Clips for one worker, and where their tars go."""
+    """Hold the clips that one worker writes, and the folder of the tars."""
 
     name: str
     folder: Path
     split: str
     clips: list[Clip]
     options: Options
-    # How many clips may be skipped by all jobs together, and so by one job alone.
+    # Maximum number of clips that all jobs together may skip.
     num_skippable: int
     # Rows of the whole corpus, for the error message.
     num_rows: int
@@ -52,7 +52,7 @@ class ShardJob:
 
 @dataclass
 class Record:
-    """What one finished tar of a job holds, and what was left out or cut short on the way."""
+    """Record the content of a finished tar, and its skipped and shortened clips."""
 
     file: str
     # Rows of the index.
@@ -60,10 +60,10 @@ class Record:
     # The tar's entry in index.json; None if every clip was skipped.
     shard: dict[str, Any] | None = None
     faults: list[Fault] = field(default_factory=list)
-    # Ids of clips that end later than their video.
+    # Ids of clips that end after their video.
     clamped: list[str] = field(default_factory=list)
-    # Stamps of all clips that are done, skipped ones included: their number says where
-    # the job continues.
+    # Stamps of all clips that are done, including skipped ones. A stopped job continues
+    # after them.
     stamps: list[str] = field(default_factory=list)
     # Whether this is the last tar of its job.
     last: bool = False
@@ -77,11 +77,11 @@ def plan(
     num_skippable: int,
     num_rows: int,
 ) -> list[ShardJob]:
-    """Divide each split's clips, in stored order, into jobs of nearly equal size."""
+    """Divide the clips of each split, in stored order, into jobs of nearly equal size."""
     jobs = []
     for split, some in clips.items():
-        # Round up the number of jobs, then spread the clips: sizes differ by one at most,
-        # and no split ends with a tiny shard.
+        # Round the number of jobs up, then distribute the clips evenly: sizes differ by at
+        # most one, and no split ends with a tiny shard.
         num_jobs = -(-len(some) // clips_per_job[split])
         for n in range(num_jobs):
             part = some[n * len(some) // num_jobs : (n + 1) * len(some) // num_jobs]
@@ -93,9 +93,9 @@ def plan(
 
 
 def clips_for_size(clips: dict[str, list[Clip]], options: Options) -> dict[str, int]:
-    """Measure a few clips; return how many of each split go into a shard of --mb_per_shard."""
+    """Return the number of clips per shard for each split, estimated from a few clips."""
     assert options.mb_per_shard is not None
-    # Pick clips that are evenly spaced over each split, each clip once.
+    # Select clips that are evenly spaced over each split, each once.
     tasks: list[tuple[str, Row, Options]] = []
     for split, some in clips.items():
         if some:
@@ -114,7 +114,8 @@ def clips_for_size(clips: dict[str, list[Clip]], options: Options) -> dict[str, 
         split = tasks[position][0]
         if size:
             sizes.setdefault(split, []).append(size)
-    # A split without a measured clip is empty, or its clips do not decode: one clip a job.
+    # A split without a measured clip is empty, or its clips do not decode. It gets one clip
+    # per job.
     wanted = _FILLED * options.mb_per_shard * 1e6
     counts = dict.fromkeys(clips, 1)
     for split, measured in sizes.items():
@@ -123,7 +124,7 @@ def clips_for_size(clips: dict[str, list[Clip]], options: Options) -> dict[str, 
 
 
 def _measure(task: tuple[str, Row, Options]) -> int:
-    """Return the bytes of a stored clip, 0 for one that does not decode."""
+    """Return the size of a stored clip in bytes, 0 if the video does not decode."""
     _, row, options = task
     try:
         return len(encode_clip(row, options).member)
@@ -134,7 +135,7 @@ def _measure(task: tuple[str, Row, Options]) -> int:
 
 
 def records(job: ShardJob) -> list[Record]:
-    """Return what is finished of a job."""
+    """Return the records of the finished tars of a job."""
     found: list[Record] = []
     while (path := job.folder / f"{job.name}-{len(found):03d}.json").is_file():
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -144,25 +145,26 @@ def records(job: ShardJob) -> list[Record]:
 
 
 def check_stamps(job: ShardJob, done: Sequence[Record]) -> None:
-    """Raise UserError if a clip was made from a video that has changed since."""
+    """Raise UserError if the video of a finished clip has changed since."""
     stamps = chain.from_iterable(record.stamps for record in done)
-    # Not strict: the clips after the last stamp are not done yet.
+    # Not strict: the clips after the last stamp are not finished.
     for clip, stamp in zip(job.clips, stamps, strict=False):
         if clip.stamp != stamp:
             raise UserError(
-                f"a source must stay as it is while it is built, but {clip.row.path} has "
-                f"changed since clip {clip.row.id} of {job.split} was made. Put it back, "
-                "or build anew with --restart=true."
+                f"Cannot continue the build: {clip.row.path} has changed since clip "
+                f"{clip.row.id} of {job.split} was made. Restore the file, or build again "
+                "with --restart=true."
             )
 
 
 def write_job(job: ShardJob) -> list[Fault]:
-    """Write what is missing of a job, in a worker process; return the faults that were met.
+    """Write the missing tars of a job and return the faults. Runs in a worker process.
 
-    Raises UserError once more clips are broken than the whole build may skip.
+    Raises UserError if the job must skip more clips than the whole build may.
     """
-    # Every core has a worker already.
+    # One thread, because every core already has a worker.
     cv2.setNumThreads(1)
+    # Continue after the clips that earlier calls have finished or skipped.
     done = records(job)
     begin = sum(len(record.stamps) for record in done)
     faults: list[Fault] = []
@@ -170,8 +172,8 @@ def write_job(job: ShardJob) -> list[Fault]:
     try:
         for clip in job.clips[begin:]:
             made = _encode(job, clip)
-            # A skipped clip is recorded with the current tar. A clip that would pass the
-            # tar's size limit begins the next one.
+            # A skipped clip is recorded with the current tar. A clip that would exceed the
+            # size limit starts the next tar.
             if isinstance(made, Fault):
                 faults.append(made)
                 if len(faults) > job.num_skippable:
@@ -182,16 +184,16 @@ def write_job(job: ShardJob) -> list[Fault]:
             tar.add(clip, made)
         tar.finish(last=True)
     finally:
-        # Only an error leaves a tar that was not moved to its final name.
+        # After an error, the current tar is unfinished.
         tar.discard()
     return faults
 
 
 class _Tar:
-    """A tar on its way.
+    """Write one tar of a job.
 
-    Its temporary name has the process id: a worker of a killed build may still write the
-    same tar.
+    The temporary name has the process id, because a worker of a killed build may still
+    write the same tar.
     """
 
     def __init__(self, job: ShardJob, number: int) -> None:
@@ -203,14 +205,15 @@ class _Tar:
         self._tar = ShardWriter(self._temporary, 0)
 
     def is_full(self, made: Encoded) -> bool:
-        # A clip larger than the limit has a tar to itself.
+        """Return whether the tar would exceed the size limit with this clip."""
+        # A clip larger than the limit gets a tar of its own.
         limit = self._job.options.mb_per_shard
         if limit is None or not self._record.rows:
             return False
         return self._tar.bytes_with(len(made.member)) > limit * 1e6
 
     def add(self, clip: Clip, made: Encoded | Fault) -> None:
-        """Append a clip, or record why it is left out."""
+        """Append a clip, or record the reason for skipping it."""
         record, row = self._record, clip.row
         record.stamps.append(clip.stamp)
         if isinstance(made, Fault):
@@ -236,9 +239,10 @@ class _Tar:
         record.rows.append(stored)
 
     def finish(self, last: bool) -> None:
-        """First the tar, then its record: a record speaks of what is on the disk."""
+        """Write the tar to its final name, then its record."""
         self._record.last = last
-        # Without clips no tar is kept, but the record still says which clips are done.
+        # A tar without clips is not kept, but its record is: it lists the clips that are
+        # done.
         if self._record.rows:
             self._tar.close()
             self._record.shard = vars(self._tar.shard_entry) | {"file": self._record.file}
@@ -246,17 +250,18 @@ class _Tar:
         write_json(self._path.with_suffix(".json"), asdict(self._record))
 
     def discard(self) -> None:
-        """Remove what is not finished."""
+        """Remove the temporary file of an unfinished tar."""
         self._tar.abandon()
         self._temporary.unlink(missing_ok=True)
 
 
 def _encode(job: ShardJob, clip: Clip) -> Encoded | Fault:
+    """Encode a clip, or return the reason why it cannot be encoded."""
     try:
         return encode_clip(clip.row, job.options)
     except BrokenVideo as error:
         return Fault("cannot be decoded", f"{job.split} {clip.row.id}: {error}")
-    # The containers have limits on size and length that few clips can reach.
+    # The clip is too large or too long for its container, which is rare.
     except ValueError as error:
         return Fault("cannot be stored", f"{job.split} {clip.row.id}: {error}")
     finally:
@@ -265,8 +270,11 @@ def _encode(job: ShardJob, clip: Clip) -> Encoded | Fault:
 
 @dataclass
 class Collected:
-    """What all jobs made: each split's index rows and tars, and what was left out or cut
-    short."""
+    """Hold the results of all jobs.
+
+    splits: (rows of the index, tars) of each split. clamped: ids of clips of each split
+    that end after their video.
+    """
 
     splits: dict[str, tuple[list[dict[str, Any]], list[Shard]]] = field(
         default_factory=dict
@@ -276,18 +284,18 @@ class Collected:
 
     @property
     def rows(self) -> dict[str, list[dict[str, Any]]]:
-        """Each split's rows, without its tars."""
+        """The rows of each split, without the tars."""
         return {split: rows for split, (rows, _) in self.splits.items()}
 
 
 def collect(jobs: Sequence[ShardJob], folder: Path) -> Collected:
-    """Give the finished tars their numbers, in `folder`; a tar without clips leaves no gap.
+    """Move the finished tars to `folder` and number them.
 
-    May be called again after it was interrupted. Raises UserError if a tar is missing.
+    A job without clips leaves no gap. May be called again after an interruption. Raises
+    UserError if a tar is missing.
     """
     collected = Collected()
-    # Jobs in the order of `plan`, whatever worker finished first: numbers of tars are the
-    # same in every build.
+    # In the order of `plan`, not of the workers: every build gives a tar the same number.
     for job in jobs:
         for record in records(job):
             collected.faults += record.faults
@@ -299,7 +307,7 @@ def collect(jobs: Sequence[ShardJob], folder: Path) -> Collected:
             name = SHARD_NAME.format(split=job.split, number=number)
             shard = Shard(**record.shard | {"file": name})
             _take(job.folder / record.file, folder / name, shard.bytes)
-            # A worker does not know its tar's number: it wrote shard 0 into every row.
+            # Workers do not have the number of the tar and write shard 0 into every row.
             for row in record.rows:
                 rows.append(row | {"shard": number})
             shards.append(shard)
@@ -307,14 +315,14 @@ def collect(jobs: Sequence[ShardJob], folder: Path) -> Collected:
 
 
 def _take(path: Path, target: Path, size: int) -> None:
-    """Move a finished tar to `target`, where it may be already."""
-    # The file is at its target already if an earlier call was killed after this move.
+    """Move a finished tar of `size` bytes to `target`."""
+    # If an earlier call was killed after this move, the file is already at its target.
     if path.exists():
         path.rename(target)
     found = target.stat().st_size if target.exists() else None
     if found != size:
-        what = "is missing" if found is None else f"holds {found:,} bytes"
+        got = "no file" if found is None else f"{found:,} bytes"
         raise UserError(
-            f"a finished shard must hold {size:,} bytes, but {what}: {target}. It was "
-            "changed since; build anew with --restart=true."
+            f"Finished shard {target} must have {size:,} bytes, got {got}. It was changed "
+            "or removed: build again with --restart=true."
         )

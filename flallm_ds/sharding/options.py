@@ -1,4 +1,4 @@
-"""What a user may ask of any corpus's build."""
+"""Define the options of a build that all corpora have."""
 
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Self
@@ -6,16 +6,15 @@ from typing import Any, Literal, Self
 from flallm_ds.errors import UserError
 from flallm_ds.sharding.corpora import SPLITS
 
-# 128 clips are 100 to 350 MB: few files, yet many shards to shuffle, fetch and give to
-# workers.
+# 128 clips take 100 to 350 MB: few files, but many shards to shuffle, to fetch and to
+# distribute to workers.
 CLIPS_PER_SHARD = 128
-# Two groups a second at 25 frames a second: to read one frame decodes 12 at most. CRF 23
-# is the default of x264.
+# GOP: reading one frame decodes at most 12 frames. CRF: the default of x264.
 GOP, CRF = 12, 23
-# These change how a build runs, but no byte of a shard: index.json does not name them, and
-# a build may continue with others.
+# These options do not change the shards: index.json does not store them, and a build may
+# continue with other values.
 _NOT_IN_THE_BYTES = ("workers", "restart")
-# Smallest and largest value of each number.
+# The smallest and the largest value of each numeric option.
 _BOUNDS: dict[str, tuple[float, float]] = {
     "short_side": (16, 4096),
     "quality": (1, 100),
@@ -33,21 +32,22 @@ _BOUNDS: dict[str, tuple[float, float]] = {
 @dataclass(frozen=True)
 class Options:
     """
-    --short_side: pixels of a stored frame's shorter side; smaller frames are not enlarged.
-    --quality: of the JPEG frames, 1 to 100.
-    --fps: frames a second, taken by time; without it each video's own.
-    --crop=x0,y0,x1,y1: the part of every picture to keep, each 0 to 1 of its width or height.
-    --margin=top,right,bottom,left: pixels of the source's picture to cut off.
-    --clip_format: mjpeg (each frame a JPEG) or h264 (smaller, slower to read; --gop frames a group,
-        12, and --crf, 0 to 51, 23: higher is smaller).
-    --clips_per_shard: at most, 128; shards of a split differ by one clip.
-    --mb_per_shard: at most so many megabytes instead.
-    --splits: which to build, of train, dev, test.
-    --limit: the first N rows of each split only, to try things out.
-    --max_skipped: how many rows may lack a video, a text, or decodable frames. They are left out,
-        counted and listed; one more ends the build. 0 by default, so nothing goes missing unsaid.
-    --workers: processes, 0 for one a core.
-    --restart=true: throws away what an unfinished build of the same --out has made.
+    --short_side: shorter side of a stored frame in pixels; smaller frames are not enlarged.
+    --quality: JPEG quality of the frames, 1 to 100.
+    --fps: frames per second, resampled by time; by default that of each video.
+    --crop=x0,y0,x1,y1: part of every frame to keep, as fractions (0 to 1) of its width and height.
+    --margin=top,right,bottom,left: pixels to cut off each source frame.
+    --clip_format: mjpeg (each frame is a JPEG) or h264 (smaller, slower to read).
+    --gop: with h264, frames per group of pictures; 12 by default.
+    --crf: with h264, 0 (lossless) to 51 (smallest); 23 by default.
+    --clips_per_shard: maximum, 128 by default; the shards of a split differ by at most one clip.
+    --mb_per_shard: maximum size of a shard in megabytes, instead of --clips_per_shard.
+    --splits: splits to build, from train, dev, test.
+    --limit: read only the first N rows of each split, for a quick test.
+    --max_skipped: maximum number of rows to skip because they lack a video, a text or decodable
+        frames. They are counted and listed. With one more, the build stops.
+    --workers: number of processes; 0 for one per core.
+    --restart=true: delete the results of an unfinished build of the same --out.
     """
 
     short_side: int = 256
@@ -70,52 +70,52 @@ class Options:
         for name, (low, high) in _BOUNDS.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
-                raise UserError(
-                    f"--{name} must be from {low:,} to {high:,}, but is {value}."
-                )
+                raise UserError(f"--{name} must be from {low:,} to {high:,}, got {value}.")
         # At least one split, each of the three at most once.
         splits = set(self.splits)
         if not splits or splits - set(SPLITS) or len(splits) < len(self.splits):
             raise UserError(
-                f"--splits must name some of {', '.join(SPLITS)}, but is "
+                f"--splits must name one or more of {', '.join(SPLITS)}, each once, got "
                 f"{','.join(self.splits)!r}."
             )
         self._check_picture()
         self._fill_in()
 
     def _check_picture(self) -> None:
-        """Raise UserError for a crop or a margin that cannot be."""
+        """Raise UserError unless the crop and the margin are possible."""
         if self.crop is not None:
-            # Any other number of values becomes an empty box, which is refused below.
+            # A crop without four values becomes an empty box, which is refused below.
             x0, y0, x1, y1 = self.crop if len(self.crop) == 4 else (0.0, 0.0, 0.0, 0.0)
             if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
                 given = ",".join(f"{part:g}" for part in self.crop)
                 raise UserError(
                     "--crop must be x0,y0,x1,y1 from 0 to 1, left before right and top "
-                    f"before bottom, but is {given}."
+                    f"before bottom, got {given}."
                 )
         if self.margin is not None and (len(self.margin) != 4 or min(self.margin) < 0):
             raise UserError(
-                "--margin must be top,right,bottom,left in pixels from 0 up, but is "
+                "--margin must be top,right,bottom,left in pixels, 0 or more, got "
                 f"{','.join(map(str, self.margin))}."
             )
 
     def _fill_in(self) -> None:
         """Set the defaults that depend on other options.
 
-        Raises UserError for options that do not go together.
+        Raises UserError for options that exclude each other.
         """
         if self.clip_format not in ("mjpeg", "h264"):
             raise UserError(
-                f"--clip_format must be mjpeg or h264, but is {self.clip_format!r}."
+                f"--clip_format must be mjpeg or h264, got {self.clip_format!r}."
             )
         # The dataclass is frozen, so the defaults are set through `object`.
         if self.clip_format == "h264":
             object.__setattr__(self, "gop", GOP if self.gop is None else self.gop)
             object.__setattr__(self, "crf", CRF if self.crf is None else self.crf)
         elif self.gop is not None or self.crf is not None:
-            wanted = "--gop and --crf must go with --clip_format=h264"
-            raise UserError(f"{wanted}, but that is mjpeg. Leave them out.")
+            raise UserError(
+                "--gop and --crf must be used with --clip_format=h264, got mjpeg. Leave them "
+                "out."
+            )
         # A shard has one limit: a number of clips or a number of megabytes.
         if self.mb_per_shard is None:
             count = (
@@ -123,14 +123,16 @@ class Options:
             )
             object.__setattr__(self, "clips_per_shard", count)
         elif self.clips_per_shard is not None:
-            wanted = "one of --clips_per_shard and --mb_per_shard must be given"
-            raise UserError(f"{wanted}, but both are. Leave one out.")
+            raise UserError(
+                "Only one of --clips_per_shard and --mb_per_shard must be given, got both. "
+                "Leave one out."
+            )
 
     @classmethod
     def taken_from(cls, given: dict[str, Any]) -> Self:
-        """Create the options from `given`, and remove from it every entry that was used.
+        """Create the options from `given`, and remove the entries that were used from it.
 
-        What remains are the options of one importer.
+        The remaining entries are options of the importer.
         """
         common = {}
         for option in fields(cls):
@@ -139,7 +141,7 @@ class Options:
         return cls(**common)
 
     def recorded(self) -> dict[str, Any]:
-        """Return the options that index.json names: those that decide what is built."""
+        """Return the options that change the shards, which index.json stores."""
         options = asdict(self)
         for name in _NOT_IN_THE_BYTES:
             del options[name]

@@ -1,14 +1,13 @@
-"""A build that is not finished: what is kept of it, who may continue it, how it becomes
-the shards.
+"""Keep the results of an unfinished build, so that the same command can continue it.
 
     <out>.partial/
-      lock        held while a build is at work there
-      plan.json   what is built from what: a build of anything else may not continue here
-      work/       finished tars under their jobs' names with a record each; other results to keep
-      shards/     what becomes <out>
+      lock        locked while a build is running
+      plan.json   describes the build; a build with another plan cannot continue here
+      work/       a finished tar and its record for each job, and other results to keep
+      shards/     becomes <out> at the end
 
-Whatever has its final name here is whole and on the disk, so a build may be killed at any
-moment.
+A file gets its final name only after it is complete and on the disk. So a build may be
+killed at any time.
 """
 
 import errno
@@ -27,14 +26,14 @@ from flallm_ds.errors import UserError
 from flallm_ds.files import publish_folder, take_lock, write_json
 from flallm_ds.sharding.build_plan import differences, plain
 
-# All that a build puts into its folder, besides temporary files (*.tmp).
+# The files and folders of a build, besides temporary files (*.tmp).
 _NAMES = {"lock", "plan.json", "work", "shards"}
 # A full disk, a full quota, a limit on the size of files.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Partial:
-    """The folder of a build that is not finished yet; made by `hold`."""
+    """Manage the folder of an unfinished build. `hold` creates it."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
@@ -44,24 +43,25 @@ class Partial:
         self._plan = self.folder / "plan.json"
 
     def begin(self, plan: Mapping[str, Any], restart: bool) -> None:
-        """Continue what is there if it has the same plan, else begin from nothing.
+        """Continue the build in the folder if it has the same plan, or start a new one.
 
-        restart: throw away what is there. Raises UserError if another plan's results are
-        there.
+        restart: delete the results in the folder. Raises UserError if the folder has
+        results of another plan.
         """
-        # Compare plans as they come back from JSON: a tuple has become a list there.
+        # Compare plans as JSON stores them, with lists instead of tuples.
         plan = plain(plan)
         found = None
         if self._plan.is_file() and not restart:
             found = json.loads(self._plan.read_text(encoding="utf-8"))
         if found != plan:
-            # Plans may differ without a change: another --max_skipped keeps all results.
+            # With another --max_skipped the plans differ, but all results can be used:
+            # `changes` is empty.
             changes = differences(found or {}, plan)
             if found is not None and self.num_kept() and changes:
                 raise UserError(
-                    "an unfinished build must be gone on with as it was begun, but "
-                    f"{'; '.join(changes)}: {self.folder}. Give what was given then, or "
-                    f"throw its {self.num_kept():,} results away with --restart=true."
+                    f"The unfinished build in {self.folder} was made with other settings "
+                    f"({'; '.join(changes)}). Use the same settings, or delete its "
+                    f"{self.num_kept():,} results with --restart=true."
                 )
             if found is None or changes:
                 self.discard()
@@ -69,105 +69,111 @@ class Partial:
             write_json(self._plan, plan)
         self.work.mkdir(exist_ok=True)
         self.shards.mkdir(exist_ok=True)
-        # Left by workers that were killed.
+        # Killed workers leave temporary files.
         for path in self.work.glob("*.tmp"):
             path.unlink()
         self.begun = True
 
     def num_kept(self) -> int:
-        """Return how many results lie in work/."""
+        """Return the number of results in work/."""
         return len(list(self.work.glob("*.json")))
 
     def kept(self, name: str, make: Callable[[], Any]) -> Any:
-        """Return the plain data that the first call of `make` gave, from work/{name}.json."""
+        """Return the data in work/{name}.json, which the first call gets from `make`."""
         path = self.work / f"{name}.json"
         if not path.is_file():
             write_json(path, make())
         return json.loads(path.read_text(encoding="utf-8"))
 
     def finish(self) -> None:
-        """Make shards/ the output folder, and remove the rest."""
+        """Publish shards/ as the output folder, and remove the other files."""
         publish_folder(self.shards, self.out)
         self.discard()
 
     def discard(self) -> None:
-        """Remove all results; the plan first, so that what is half removed is not continued."""
+        """Remove all results.
+
+        The plan is removed first: without it, no build continues the remaining results.
+        """
         self._plan.unlink(missing_ok=True)
         for path in (self.work, self.shards):
             shutil.rmtree(path, ignore_errors=True)
 
     def remove(self) -> None:
-        """Remove the folder; the lock last, by which it is known as a build's."""
+        """Remove the folder, the lock last: the lock marks the folder as one of a build."""
         self.discard()
         with suppress(OSError):
             for path in self.folder.glob("*.tmp"):
                 path.unlink()
-            # Leave the folder if anything else is in it.
+            # Keep the folder if it has other files.
             lock = self.folder / "lock"
             if list(self.folder.iterdir()) == [lock]:
                 lock.unlink()
                 self.folder.rmdir()
 
     def check_ours(self) -> None:
-        """Raise UserError if the folder holds what no build made."""
+        """Raise UserError if the folder has files that no build made."""
         names = {path.name for path in self.folder.iterdir()}
         strange = names - _NAMES - set(fnmatch.filter(names, "*.tmp"))
-        # Every build creates the lock first. A work/ without a lock is somebody else's.
+        # Every build creates the lock first. A folder without one is not of a build.
         if strange or (names and "lock" not in names):
             raise UserError(
-                f"a build needs {self.folder} for itself, but it holds what no build of "
-                f"ours made ({min(strange or names)}). Move that, or name another --out."
+                f"{self.folder} must have only files of an unfinished build, got "
+                f"{min(strange or names)}. Move it away, or use another --out."
             )
 
 
 def partial_folder(out: Path) -> Path:
+    """Return the folder of the unfinished build of `out`."""
     return out.with_name(f"{out.name}.partial")
 
 
 @contextmanager
 def hold(out: Path) -> Iterator[Partial]:
-    """The unfinished build of `out`, for this process alone.
+    """Lock the unfinished build of `out` for this process, and yield it.
 
-    What was finished stays for the next time when the build ends early, for whatever
-    reason, which a line on stderr says; a folder that holds nothing is removed. Raises
-    UserError if another build is at work there or the disk refuses.
+    If the build ends early, finished results are kept, and a line on stderr says so. A
+    folder without results is removed. Raises UserError if another build is running there,
+    or if the folder cannot be written.
     """
+    # The outer `try` also covers the lock and the removal of the folder: all can fail on a
+    # full or read-only disk.
     partial = Partial(out)
     try:
         with _lock(partial):
             try:
                 yield partial
-            # Also for Ctrl-C and SIGTERM: say what is kept, then let the error pass.
+            # BaseException: also for Ctrl-C and SIGTERM.
             except BaseException as error:
                 stopped = isinstance(error, KeyboardInterrupt | SystemExit)
                 count = partial.num_kept() if partial.begun else 0
                 if count:
                     begin = "stopped: " if stopped else ""
                     kept = f"{begin}{count:,} results are kept in {partial.folder}"
-                    _say(f"{kept}; the same command goes on")
+                    _say(f"{kept}; run the same command again to continue")
                 elif stopped:
-                    _say("stopped before anything was finished; nothing is kept")
+                    _say("stopped before the first result; nothing is kept")
                 raise
             finally:
                 if not partial.num_kept():
                     partial.remove()
     except OSError as error:
-        advice = "Give --out a place that you may write to."
+        advice = "Use an --out that you may write to."
         if error.errno in _NO_ROOM:
-            advice = "Make room; the same command then goes on where it was."
+            advice = "Free some space and run the same command again to continue."
         raise UserError(
-            f"shards must be written to {out}, but {error.strerror or error} "
+            f"Cannot write shards to {out}: {error.strerror or error} "
             f"({error.filename or partial.folder}). {advice}"
         ) from error
 
 
 @contextmanager
 def _lock(partial: Partial) -> Iterator[None]:
+    """Hold the lock of a build. Raises UserError if another process has it."""
     lock = _take_lock(partial)
     if lock is None:
         raise UserError(
-            "one build at a time must write to an output folder, but another is at work on "
-            f"{partial.out}. Wait for it, or end it."
+            f"--out {partial.out} is in use by another build. Wait for it, or stop it."
         )
     try:
         yield
@@ -176,6 +182,7 @@ def _lock(partial: Partial) -> Iterator[None]:
 
 
 def _take_lock(partial: Partial) -> FileLock | None:
+    """Create the folder and take its lock. Returns None if another process has the lock."""
     while True:
         partial.folder.mkdir(parents=True, exist_ok=True)
         try:

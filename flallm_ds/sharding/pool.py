@@ -1,6 +1,6 @@
-"""Run jobs on all cores with one progress bar.
+"""Run jobs in worker processes, with one progress bar for all of them.
 
-A job is a whole shard: clips never travel between processes.
+A job is a complete shard, so no clips are sent between processes.
 """
 
 import multiprocessing
@@ -18,23 +18,23 @@ from flallm_ds.terminal import Progress, progress
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
-# Time between two updates of the progress bar.
+# Seconds between two updates of the progress bar.
 _POLL_S = 0.2
-# Signals that end a build. The parent process handles them for its workers.
+# Signals that stop a build. Workers ignore them: the parent process stops the workers.
 _STOPS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 
 class Stopped(Exception):
-    """Another worker failed, so this one leaves."""
+    """Raised in a worker to stop it, after another worker has failed."""
 
 
 class _Shared:
-    """What all workers see: how many clips are done, and whether to stop."""
+    """Share the number of finished clips and a request to stop with all workers."""
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
-        # Python starts a process here that tracks shared objects. Ctrl-C must not end it
-        # before the workers.
+        # Python starts a process here that tracks shared objects. Ctrl-C must not stop that
+        # process.
         with signals_held():
             self.num_done = context.Value("q", 0)
             self.stop = context.Event()
@@ -44,16 +44,16 @@ _shared: _Shared | None = None
 
 
 def tick() -> None:
-    """Count one clip as done."""
+    """Count one clip as finished."""
     if _shared is not None:
         with _shared.num_done.get_lock():
             _shared.num_done.value += 1
 
 
 def check_stop() -> None:
-    """Raise Stopped if another worker has failed or the user wants to end.
+    """Raise Stopped if another worker has failed or the user stops the build.
 
-    Cheap enough to be called for every frame.
+    Cheap enough to call for every frame.
     """
     if _shared is not None and _shared.stop.is_set():
         raise Stopped
@@ -67,11 +67,11 @@ def run(
     num_clips: int,
     title: str,
 ) -> Generator[tuple[int, Result]]:
-    """Yield (position of the job, its result), as the jobs finish.
+    """Run the jobs, and yield (position of the job, result) as each finishes.
 
-    function: of a module; it calls `tick()` once a clip and `check_stop()` often.
-    num_workers: processes, 0 for one a core; with 1 the jobs run in this process.
-    The first exception of a job stops the others and is raised here.
+    function: a function of a module. It calls `tick()` once per clip and `check_stop()`
+    often. num_workers: number of processes, 0 for one per core. With 1, the jobs run in
+    this process. The first exception of a job stops the others and is raised here.
     """
     num_workers = min(num_workers or num_cores(), len(jobs))
     with progress(num_clips, title) as bar:
@@ -84,8 +84,8 @@ def run(
 def _run_here(
     function: Callable[[Any], Any], jobs: Sequence[Any], bar: Progress
 ) -> Iterator[tuple[int, Any]]:
-    """Run the jobs in this process; a thread shows their progress."""
-    # The same counter as in a worker, so that `tick` and `check_stop` need no second way.
+    """Run the jobs in this process. A thread shows the progress."""
+    # As in a worker, `tick` and `check_stop` use this object.
     global _shared
     _shared = _Shared()
     watcher_done = threading.Event()
@@ -103,6 +103,7 @@ def _run_here(
 
 
 def _watch(shared: _Shared, bar: Progress, done: threading.Event) -> None:
+    """Update the progress bar until `done` is set."""
     while not done.wait(_POLL_S):
         _show(shared, bar)
     _show(shared, bar)
@@ -111,15 +112,15 @@ def _watch(shared: _Shared, bar: Progress, done: threading.Event) -> None:
 def _run_in_processes(
     function: Callable[[Any], Any], jobs: Sequence[Any], num_workers: int, bar: Progress
 ) -> Iterator[tuple[int, Any]]:
-    """Run the jobs in worker processes; the first exception stops all of them."""
+    """Run the jobs in worker processes. The first exception stops all workers."""
     shared = _Shared()
-    # Spawn: forking a process whose libraries run threads can hang it.
+    # Spawn, not fork: a forked process can hang if libraries have started threads.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(num_workers, context, _begin_worker, initargs=(shared,))
     positions: dict[Future[Any], int] = {}
     try:
-        # `submit` starts the workers. They inherit the blocked signals until they ignore
-        # them.
+        # `submit` starts the workers. They inherit the blocked signals, so no signal can
+        # stop a worker before it ignores them.
         with signals_held():
             for position, job in enumerate(jobs):
                 positions[pool.submit(function, job)] = position
@@ -127,24 +128,24 @@ def _run_in_processes(
         while waiting:
             done, waiting = wait(waiting, timeout=_POLL_S, return_when=FIRST_COMPLETED)
             _show(shared, bar)
-            # False sorts before True: an error comes before the Stopped that it caused in
-            # other workers.
+            # False sorts before True: raise the error itself, not the Stopped that it
+            # caused in other workers.
             for future in sorted(done, key=lambda f: isinstance(f.exception(), Stopped)):
                 yield positions[future], future.result()
     except BrokenProcessPool as error:
         raise UserError(
-            "every worker must live to the end, but one was killed, most often for want of "
-            "memory. Use fewer with --workers."
+            "Cannot finish: a worker process was killed, most often for lack of memory. Use "
+            "fewer --workers."
         ) from error
     finally:
-        # Workers leave at their next `check_stop`; jobs that wait are not begun.
+        # Running jobs stop at the next `check_stop`, and waiting jobs are cancelled.
         shared.stop.set()
         pool.shutdown(cancel_futures=True)
 
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Hold Ctrl-C, SIGTERM and SIGHUP back; a process that is started meanwhile inherits that."""
+    """Block Ctrl-C, SIGTERM and SIGHUP, also in processes that are started meanwhile."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
     try:
         yield
@@ -153,34 +154,40 @@ def signals_held() -> Iterator[None]:
 
 
 def _show(shared: _Shared, bar: Progress) -> None:
+    """Set the progress bar to the number of finished clips."""
     bar.update(shared.num_done.value - bar.n)
 
 
 def _begin_worker(shared: _Shared) -> None:
+    """Initialize a worker of `run`."""
     global _shared
     _shared = shared
     begin_worker()
 
 
 def begin_worker() -> None:
-    """Initialize a pool's worker: the parent answers the signals; without it the worker
-    leaves."""
+    """Initialize a worker: ignore the signals, and exit when the parent process ends."""
     for number in _STOPS:
         signal.signal(number, signal.SIG_IGN)
-    # A killed parent cannot stop its workers, so a thread waits for its end.
+    # A killed parent cannot stop its workers, so a thread of the worker waits for the end
+    # of the parent.
     threading.Thread(target=_leave_with_parent, daemon=True).start()
 
 
 def _leave_with_parent() -> None:
+    """Wait until the parent process ends, then exit."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
-    # Not sys.exit, which would end this thread alone.
+    # sys.exit would end only this thread.
     os._exit(1)
 
 
 def num_cores() -> int:
-    """Return the cores that this process may use; a container or SLURM may have limited them."""
+    """Return the number of cores that this process may use.
+
+    A container or SLURM may limit them.
+    """
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -1,7 +1,7 @@
-"""From a corpus's tables to the rows that become clips.
+"""Read the rows of a corpus and select those that can become clips.
 
-Whether videos are there, and texts can be stored, is checked here, the same for every
-corpus.
+The checks are the same for every corpus: each row must have a video and a text that can be
+stored.
 """
 
 import hashlib
@@ -45,7 +45,10 @@ SHUFFLE_SEED = 0
 
 @dataclass(frozen=True)
 class Clip:
-    """A usable row. key: its number in its table. stamp: sizes and times of its source files."""
+    """Hold a row that can become a clip.
+
+    key: the number of the row in its table. stamp: sizes and times of the source files.
+    """
 
     key: str
     row: Row
@@ -53,15 +56,17 @@ class Clip:
 
 
 def read_corpus(
-    importer: str, source: Path, options: Options, own: Mapping[str, Any]
+    importer: str, source: Path, options: Options, importer_options: Mapping[str, Any]
 ) -> tuple[Corpus, dict[str, list[Row]]]:
-    """Return what an importer reads of a source, and the rows of each split that --limit leaves.
+    """Read a corpus. Return it, and the first rows of each split up to --limit.
 
-    own: the importer's own options. Raises UserError if there is no source.
+    Raises UserError if the source does not exist.
     """
     if not source.exists():
-        raise UserError(f"--source must exist, but does not: {source}. Check the path.")
-    corpus = CORPORA[importer](source, options.splits, **own)
+        raise UserError(
+            f"--source must be an existing file or folder, got {source}. Check the path."
+        )
+    corpus = CORPORA[importer](source, options.splits, **importer_options)
     rows = {split: table[: options.limit] for split, table in corpus.rows.items()}
     return corpus, rows
 
@@ -70,9 +75,9 @@ def check_rows(
     rows: dict[str, list[Row]],
     options: Options,
 ) -> tuple[dict[str, list[Clip]], list[Fault]]:
-    """Return each split's usable rows as clips in stored order, and the faults of the others."""
-    # Many rows are cut from one video: look at each file once, which is slow on a network
-    # disk.
+    """Return the usable rows of each split as clips in stored order, and all faults."""
+    # Many rows are cut from one video. Read the size and time of each file once: this is
+    # slow on a network disk.
     stamps: dict[Path, str] = {}
     faults: list[Fault] = []
     clips: dict[str, list[Clip]] = {}
@@ -91,8 +96,7 @@ def check_rows(
 
 
 def _fault_of(split: str, row: Row, video_stamp: str, options: Options) -> Fault | None:
-    """Return why a row cannot become a clip, as far as that is seen without decoding its
-    video."""
+    """Return the reason why a row cannot become a clip, without decoding the video."""
     if not video_stamp:
         return Fault("without video", f"{split} {row.id} has no frames at {row.path}")
     if is_blank(row.text):
@@ -107,7 +111,7 @@ def _fault_of(split: str, row: Row, video_stamp: str, options: Options) -> Fault
         return Fault(
             "no Unicode", f"{split} {row.id!a} holds half a character: {row.text!a}"
         )
-    # Neither a box nor a crop: the whole picture.
+    # Without a box and a crop, the clip has the whole frame.
     x0, y0, x1, y1 = common_box(row.bbox, options.crop) or (0, 0, 1, 1)
     if x0 >= x1 or y0 >= y1:
         return Fault("outside the crop", f"{split} {row.id} has a box outside --crop")
@@ -115,7 +119,7 @@ def _fault_of(split: str, row: Row, video_stamp: str, options: Options) -> Fault
 
 
 def is_unicode(row: Row) -> bool:
-    """Whether all of a row's strings can be written: JSON may hold half of a surrogate pair."""
+    """Return whether all strings of a row can be encoded as UTF-8."""
     try:
         "".join((row.id, row.text, row.language, row.signer, row.video, row.gloss)).encode()
     except UnicodeEncodeError:
@@ -124,8 +128,7 @@ def is_unicode(row: Row) -> bool:
 
 
 def stored_order(split: str, clips: Sequence[Clip]) -> list[Clip]:
-    """Put training clips in a fixed shuffled order, dev and test clips in that of their
-    tables."""
+    """Return training clips in a fixed shuffled order, other clips in table order."""
     if split != "train":
         return list(clips)
 
@@ -133,26 +136,27 @@ def stored_order(split: str, clips: Sequence[Clip]) -> list[Clip]:
     def draw(clip: Clip) -> bytes:
         return hashlib.sha256(f"{SHUFFLE_SEED} {clip.key}".encode()).digest()
 
-    # Corpora are sorted by broadcast or video: neighbours would share every batch.
+    # Corpora are sorted by broadcast or video. Unshuffled, a batch would have clips of one
+    # video only.
     return sorted(clips, key=draw)
 
 
 def stamp(path: Path) -> str:
-    """Return the sizes and, after a space, the times of a video file or of a folder's images.
+    """Return "SIZES TIMES" of a video file or of the images of a folder.
 
-    Returns "" if there are none. Whether they decode is not checked.
+    Returns "" if there is no file. Does not check whether the files decode.
     """
     try:
         if path.is_file():
             found = path.stat()
             return f"{found.st_size} {found.st_mtime_ns}"
-        # A clip of images may have hundreds of files: two digests stand for them.
+        # A clip of images may have hundreds of files: digests keep the stamp short.
         sizes, times = [], []
         for image in image_paths(path):
             found = image.stat()
             sizes.append((image.name, found.st_size))
             times.append(found.st_mtime_ns)
-    # ValueError: a table may hold a name that no file can have, such as one with a NUL.
+    # ValueError: a table may contain an impossible file name, such as one with a NUL.
     except (OSError, ValueError):
         return ""
     if not sizes:
@@ -161,7 +165,7 @@ def stamp(path: Path) -> str:
 
 
 def digest(parts: Iterable[Any]) -> str:
-    """Return sixteen hex digits that depend on plain values and their order."""
+    """Return a digest of plain values in their order, 16 hex digits."""
     sha256 = hashlib.sha256()
     for part in parts:
         sha256.update(json.dumps(part).encode() + b"\n")
@@ -172,26 +176,26 @@ def read_source(
     shards: Mapping[str, Any],
     source: Path,
 ) -> tuple[Options, dict[tuple[str, str], Clip]]:
-    """Read a corpus as the build of existing shards did.
+    """Read a corpus with the options of an earlier build.
 
-    shards: their index.json. Returns the options of the build, and the clips by split and
-    key; clips that the corpus no longer has are left out. Raises UserError if it is not a
-    corpus of that kind.
+    shards: the content of index.json. Returns the options, and the clips by (split, key).
+    Clips that are no longer in the corpus are missing. Raises UserError if the source is
+    not a corpus of the same kind.
     """
     if shards.get("importer") not in CORPORA:
         raise UserError(
-            "shards must say by which importer they were made, but these do not. Build "
-            "them again, or use --repair=drop."
+            "Cannot rebuild the shards: index.json does not name a known importer. Build "
+            "them again from the start, or use --repair=drop."
         )
-    # JSON has no tuples: a list was a tuple.
+    # JSON stores a tuple as a list.
     given: dict[str, Any] = {}
     for name, value in shards["options"].items():
         given[name] = tuple(value) if isinstance(value, list) else value
     # Earlier versions could align subtitles with speech.
     if given.pop("align", None) is not None:
         raise UserError(
-            "shards that were built with --align cannot be rebuilt, because there is no "
-            "--align any more. Use --repair=drop."
+            "Cannot rebuild the shards: they were built with --align, and this version has "
+            "no such option. Use --repair=drop."
         )
     options = Options.taken_from(given)
     _, rows = read_corpus(shards["importer"], source, options, given)

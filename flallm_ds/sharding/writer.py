@@ -1,12 +1,11 @@
-"""Writing a shard folder: clips into ordinary WebDataset tars, their places into the index.
+"""Write a shard folder: clips as WebDataset tars, and an index with the place of each clip.
 
     with ShardWriter(folder / "train-000000.tar", shard=0) as tar:
         rows.append(tar.add(key, jpegs, fps=25.0, height=256, width=256, id=..., text=..., ...))
     write_index(folder, ..., splits={"train": (rows, [tar.shard_entry])})
-    publish_folder(folder, out)                            # appears whole at `out`, or not at all
+    publish_folder(folder, out)                            # `out` is complete or does not exist
 
-The bytes depend on nothing but the clips: no time, owner, or number of workers is in
-them.
+The bytes depend on the clips alone, not on the time, the owner or the number of workers.
 """
 
 import hashlib
@@ -33,16 +32,15 @@ _JSON_BYTES = 8192
 
 
 class ShardWriter:
-    """One tar, written front to back: `<key>.avi` (or `.mp4`) and then `<key>.json` for
-    each clip.
+    """Write one tar: `<key>.avi` (or `.mp4`) and then `<key>.json` for each clip.
 
-    shard: the tar's row in its split's list, for the index. `shard_entry` is what that
-    list says of the tar, once it is closed.
+    shard: the number of the tar in its split, for the rows of the index. After `close`,
+    `shard_entry` is the entry of the tar in index.json.
     """
 
     def __init__(self, path: Path, shard: int) -> None:
         self._path, self._shard = path, shard
-        # "x": never write over a file of somebody else.
+        # Mode "x" never overwrites a file.
         self._file = path.open("xb")
         self._hash = hashlib.sha256()
         self._position = 0
@@ -62,8 +60,8 @@ class ShardWriter:
         self.abandon()
 
     def close(self) -> None:
-        """End the tar; it is on the disk then."""
-        # Two empty blocks end a tar. Then it is padded to whole records.
+        """Write the end of the tar and flush it to the disk."""
+        # Two empty blocks end a tar. It is padded to whole records.
         self._write(b"\0" * 2 * _BLOCK)
         self._write(b"\0" * (-self._position % _RECORD))
         self._file.flush()
@@ -71,12 +69,12 @@ class ShardWriter:
         self._file.close()
 
     def abandon(self) -> None:
-        """Close the file as it is, whether or not the disk still takes it."""
+        """Close the file without writing the end of the tar. Ignores a full disk."""
         with suppress(OSError):
             self._file.close()
 
     def bytes_with(self, clip_bytes: int) -> int:
-        """Return how large the tar would be, at most, with one more clip of that size."""
+        """Return the maximum size of the tar with one more clip of `clip_bytes`."""
         # Five blocks: two headers, the padding of the clip, and the two empty blocks at the
         # end of the tar.
         end = self._position + 5 * _BLOCK + clip_bytes + _JSON_BYTES
@@ -84,6 +82,7 @@ class ShardWriter:
 
     @property
     def shard_entry(self) -> index.Shard:
+        """The entry of the tar in index.json."""
         return index.Shard(
             self._path.name, self._position, self._hash.hexdigest(), self._num_clips
         )
@@ -98,7 +97,7 @@ class ShardWriter:
         width: int,
         **facts: Any,
     ) -> dict[str, Any]:
-        """Append a clip of JPEGs and return its row for the index.
+        """Append a clip of JPEGs and return the row for the index.
 
         facts: the other arguments of `add_clip`.
         """
@@ -122,10 +121,10 @@ class ShardWriter:
         language: str,
         **more: Any,
     ) -> dict[str, Any]:
-        """Append a stored clip and return its row for the index.
+        """Append an encoded clip and return the row for the index.
 
-        more: goes into its JSON only (gloss, for one). Raises ValueError for a key that
-        WebDataset would cut.
+        more: facts for the JSON alone, such as the gloss. Raises ValueError for a key that
+        WebDataset cannot read.
         """
         facts = {
             "id": id,
@@ -149,22 +148,21 @@ class ShardWriter:
     def add_sample(
         self, key: str, extension: str, content: bytes, facts: Mapping[str, Any]
     ) -> int:
-        """Append a member and a JSON of facts behind it; return where the member's bytes begin.
+        """Append a member and a JSON of facts, and return the offset of the member's bytes.
 
-        Raises ValueError for a key that WebDataset would cut.
+        Raises ValueError for a key that WebDataset cannot read.
         """
+        # WebDataset cuts a name at the first dot after the last slash.
         if not key or "." in key or "/" in key:
-            why = "WebDataset cuts names there"
-            raise ValueError(f"a key must be dot-free ({why}), but is {key!r}.")
+            raise ValueError(f"key must be a name without '.' and '/', got {key!r}.")
         offset = self._add_member(f"{key}.{extension}", content)
         self._add_member(f"{key}.json", json.dumps(facts, ensure_ascii=False).encode())
         self._num_clips += 1
         return offset
 
     def _add_member(self, name: str, content: bytes) -> int:
-        """Write one member and return where its bytes begin."""
-        # Mode 0644, owner 0 and time 0 are the defaults of tarfile: the bytes depend on the
-        # content alone.
+        """Write one member and return the offset of its bytes."""
+        # tarfile sets mode 0644, owner 0 and time 0: the bytes depend on the content alone.
         member = tarfile.TarInfo(name)
         member.size = len(content)
         self._write(member.tobuf(tarfile.USTAR_FORMAT))
@@ -175,28 +173,29 @@ class ShardWriter:
         return offset
 
     def _write(self, content: bytes) -> None:
+        """Write bytes, and update the checksum and the position."""
         self._file.write(content)
         self._hash.update(content)
         self._position += len(content)
 
 
 def earlier_build(out: Path) -> dict[str, Any] | None:
-    """Return the index.json of the build that lies at `out`; None where a new one may go.
+    """Return the index.json of an earlier build in `out`.
 
-    Raises UserError if something else lies there.
+    Returns None if `out` is empty or does not exist. Raises UserError if it has other
+    content.
     """
     if not os.path.lexists(out):
         return None
     if not out.is_dir():
         raise UserError(
-            f"--out must be a new folder, but is a file: {out}. Name another folder."
+            f"--out must be a new folder, got the file {out}. Use another folder."
         )
     if os.path.ismount(out):
         raise UserError(
-            f"--out must be a new folder, but a disk is mounted there: {out}. Name a "
-            "folder in it."
+            f"--out must be a new folder, got the mount point {out}. Use a folder in it."
         )
-    # An empty folder may be used. The error names one file of any other.
+    # An empty folder may be used.
     first = min(out.iterdir(), default=None)
     if first is None:
         return None
@@ -204,8 +203,8 @@ def earlier_build(out: Path) -> dict[str, Any] | None:
         return index.read_manifest(out)
     except UserError:
         raise UserError(
-            f"--out must be a new or empty folder, but {out} holds what no build of ours "
-            f"made ({first.name}). Name another folder."
+            f"--out must be a new or empty folder, got {out} with other files "
+            f"({first.name}). Use another folder."
         ) from None
 
 
@@ -220,10 +219,10 @@ def write_index(
     notes: Sequence[str] = (),
     **more: Any,
 ) -> None:
-    """Write each split's table and index.json. splits: (rows in stored order, tars) of
-    each split.
+    """Write the table of each split, and index.json.
 
-    more: what else index.json says. Raises OSError if the disk refuses.
+    splits: (rows in stored order, tars) of each split. more: further entries of index.json.
+    Raises OSError if the files cannot be written.
     """
     entries = {}
     for split, (rows, tars) in splits.items():

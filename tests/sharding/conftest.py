@@ -5,5 +5,5 @@ import pytest
 
 @pytest.fixture(scope="session")
 def shared(shared_data: Path) -> Path:
-    """The real samples, by the name that these tests use."""
+    """Return the folder of real samples."""
     return shared_data

@@ -31,7 +31,7 @@ def options(**given) -> Options:
 
 
 def tree(folder: Path) -> dict[str, str]:
-    """The digest of each file of a folder, by name."""
+    """Return the digest of each file of a folder, by name."""
     found = {}
     for path in folder.iterdir():
         found[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -39,7 +39,7 @@ def tree(folder: Path) -> dict[str, str]:
 
 
 def siblings(out: Path) -> list[str]:
-    """What a failed build left beside its output folder."""
+    """Return the names next to the output folder that begin with its name."""
     return [path.name for path in out.parent.iterdir() if path.name.startswith(out.name)]
 
 
@@ -55,7 +55,7 @@ def built(release, tmp_path_factory) -> Path:
     return out
 
 
-def test_every_clip_is_where_the_index_says(built, release):
+def test_every_clip_is_at_the_place_in_the_index(built, release):
     for split, count in (("train", 7), ("dev", 2), ("test", 2)):
         index = load_index(built, split)
         assert len(index) == count and index.corpus == "phoenix14t"
@@ -104,7 +104,7 @@ def test_tars_hold_no_time_and_no_owner(built):
         assert (member.mtime, owner, member.mode) == (0, (0, 0, ""), 0o644)
 
 
-def test_shards_are_readable_by_others_and_nothing_else_is_left(built):
+def test_shards_are_readable_for_all_users_and_no_other_file_is_left(built):
     assert all(path.stat().st_mode & 0o444 == 0o444 for path in built.iterdir())
     assert siblings(built) == [built.name]
 
@@ -120,7 +120,7 @@ def test_limit_takes_the_first_rows_of_each_split(release, tmp_path):
     assert [entry["clips"] for entry in splits.values()] == [1, 1, 1]
 
 
-def test_the_command_line_builds_verifies_and_says_what_it_made(tmp_path):
+def test_the_command_line_builds_verifies_and_reports(tmp_path):
     release = make_phoenix(tmp_path / "source", counts=(3, 1, 1))
     done = run(
         "phoenix14t",
@@ -139,10 +139,8 @@ def test_the_command_line_builds_verifies_and_says_what_it_made(tmp_path):
         "phoenix14t", "--source", release, "--out", tmp_path / "out", "--quality=80"
     )
     assert other.returncode == 2 and other.stderr.count("\n") == 1, other.stderr
-    assert (
-        "earlier build: --quality was 90, is 80; --clips_per_shard was 1, is 128"
-        in other.stderr
-    )
+    changes = "(--quality 90, got 80; --clips_per_shard 1, got 128)"
+    assert f"belongs to another build {changes}" in other.stderr
     verify = subprocess.run(
         [sys.executable, str(ROOT / "shards" / "verify.py"), str(tmp_path / "out"), "--workers=2"],
         capture_output=True, text=True, cwd="/", timeout=120,
@@ -160,7 +158,7 @@ def test_help_lists_every_option_of_a_corpus():
     assert wrong.returncode == 2 and "short_side" in wrong.stderr
 
 
-def test_how2sign_is_cut_by_its_realigned_times(tmp_path):
+def test_how2sign_clips_are_cut_at_the_realigned_times(tmp_path):
     source = make_how2sign(tmp_path / "source", raw=True)
     build(
         "how2sign",
@@ -176,7 +174,7 @@ def test_how2sign_is_cut_by_its_realigned_times(tmp_path):
     assert "train: 1 clips end past their video's end and were cut there (-ab_1" in notes
 
 
-def test_ready_made_how2sign_clips_are_taken_whole(tmp_path):
+def test_how2sign_clips_that_are_already_cut_are_stored_completely(tmp_path):
     source = make_how2sign(tmp_path / "source", raw=False)
     build("how2sign", source, tmp_path / "out", options(splits=("train",)))
     rows = list(iter_rows(load_index(tmp_path / "out", "train")))
@@ -184,7 +182,7 @@ def test_ready_made_how2sign_clips_are_taken_whole(tmp_path):
     assert [row["num_frames"] for row in rows] == [4, 5, 6, 7]
 
 
-def test_a_manifest_of_videos_and_folders_is_built_with_its_boxes(tmp_path):
+def test_a_manifest_of_videos_and_folders_is_built_with_bounding_boxes(tmp_path):
     write_video(tmp_path / "a b.mp4", 12)
     write_frames(tmp_path / "frames", 3)
     (tmp_path / "m.csv").write_text(
@@ -207,18 +205,19 @@ def test_a_manifest_of_videos_and_folders_is_built_with_its_boxes(tmp_path):
     assert "dev: has no rows, left out" in manifest["notes"]
 
 
-def test_a_row_without_frames_ends_the_build_and_leaves_nothing(tmp_path):
+def test_a_row_without_frames_stops_the_build_and_no_file_is_left(tmp_path):
     release = make_phoenix(tmp_path / "source")
     shutil.rmtree(next(release.rglob("train/*tagesschau-3")))
     with pytest.raises(
         UserError,
-        match=r"of 11 rows 1 without video: train 01April.*tagesschau-3 .*--max_skipped",
+        match=r"^Cannot use 1 of 11 rows, 1 without video: train 01April.*tagesschau-3 .*"
+        "--max_skipped",
     ):
         build("phoenix14t", release, tmp_path / "out", options())
     assert siblings(tmp_path / "out") == []
 
 
-def test_rows_that_may_be_skipped_are_left_out_counted_and_listed(tmp_path, capsys):
+def test_skipped_rows_are_counted_and_listed(tmp_path, capsys):
     release = make_phoenix(tmp_path / "source")
     shutil.rmtree(next(release.rglob("train/*tagesschau-3")))
     next(release.rglob("dev/*tagesschau-1/images0001.png")).write_bytes(b"\x89PNG broken")
@@ -239,7 +238,7 @@ def test_rows_that_may_be_skipped_are_left_out_counted_and_listed(tmp_path, caps
 
 
 def test_text_that_cannot_be_written_is_a_skipped_row(tmp_path, capsys):
-    """JSON may hold half an emoji, and a name that no file can have."""
+    """JSON may contain half of a surrogate pair, and an impossible file name."""
     write_video(tmp_path / "a.mp4", num_frames=9)
     lines = [
         {"video": "a.mp4", "text": "gut"},
@@ -259,7 +258,7 @@ def test_text_that_cannot_be_written_is_a_skipped_row(tmp_path, capsys):
     assert "holds half a character: 'halb \\ud83d'" in said.out + said.err
 
 
-def test_tars_that_lose_all_their_clips_leave_no_gap(tmp_path):
+def test_a_tar_without_clips_leaves_no_gap_in_the_numbers(tmp_path):
     release = make_phoenix(tmp_path / "source", counts=(1, 3, 1))
     next(release.rglob("dev/*tagesschau-1/images0001.png")).write_bytes(b"broken")
     build(
@@ -272,7 +271,7 @@ def test_tars_that_lose_all_their_clips_leave_no_gap(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_corrupted_video_ends_the_build_by_name(tmp_path, workers, shared):
+def test_a_corrupted_video_stops_the_build_and_is_named(tmp_path, workers, shared):
     for number in range(3):
         write_video(tmp_path / f"{number}.mp4", 3)
     lines = ["video,text,split", f"{shared}/edge_videos/corrupted.mp4,x,dev"]
@@ -290,13 +289,13 @@ def test_a_corrupted_video_ends_the_build_by_name(tmp_path, workers, shared):
     assert not (tmp_path / "out").exists()
 
 
-def test_an_output_folder_that_is_not_ours_is_left_alone(tmp_path, release):
+def test_an_output_folder_with_other_files_is_not_changed(tmp_path, release):
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"no build of ours made \(thesis\.txt\)"):
+    with pytest.raises(UserError, match=r"with other files \(thesis\.txt\)"):
         build("phoenix14t", release, out, options())
-    with pytest.raises(UserError, match="is a file"):
+    with pytest.raises(UserError, match="got the file"):
         build("phoenix14t", release, out / "thesis.txt", options())
     assert (out / "thesis.txt").read_text() == "mine" and siblings(out) == ["out"]
 
@@ -313,7 +312,7 @@ def test_a_missing_source_is_one_sentence(tmp_path):
         ("how2sign", {}),
         ("manifest", {"language": "de"}),
     ):
-        with pytest.raises(UserError, match="--source must exist"):
+        with pytest.raises(UserError, match="--source must be an existing"):
             build(corpus, tmp_path / "nowhere", tmp_path / "out", options(), **own)
     assert siblings(tmp_path / "out") == []
 

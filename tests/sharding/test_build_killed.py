@@ -1,4 +1,4 @@
-"""Builds that are ended at any moment, and go on."""
+"""Tests of builds that are stopped at any time and continued."""
 
 import fcntl
 import os
@@ -22,7 +22,7 @@ BUILD = [sys.executable, str(ROOT / "shards" / "build.py")]
 
 
 def make_corpus(folder: Path, counts=(40, 6, 4), num_frames: int = 10) -> Path:
-    """A manifest of folders of noise; about a second of work."""
+    """Write a manifest of folders of noise, which takes about one second to build."""
     rng = np.random.default_rng(0)
     lines = ["video,text,split"]
     for split, count in zip(("train", "dev", "test"), counts, strict=True):
@@ -58,7 +58,7 @@ def run(*command: str, **more) -> subprocess.CompletedProcess[str]:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """The bytes of each file below a folder, by its path there."""
+    """Return the bytes of each file below a folder, by relative path."""
     found = {}
     for path in folder.rglob("*"):
         if path.is_file():
@@ -67,8 +67,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def records(out: Path) -> dict[str, int]:
-    """Each tar that is finished, and when it was written; 0 where it was moved to its
-    place already."""
+    """Return the time of each finished tar, 0 if it was moved to its final place."""
     times = {}
     for path in out.with_name(f"{out.name}.partial").glob("work/*-*.json"):
         tar = path.with_suffix(".tar")
@@ -76,20 +75,21 @@ def records(out: Path) -> dict[str, int]:
     return times
 
 
-def hears_signals() -> None:
-    for number in (signal.SIGINT, signal.SIGHUP):  # may be ignored where the tests run
+def restore_signals() -> None:
+    # The process that runs the tests may ignore these.
+    for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 
 
 def start(*command: str, num_records: int = 1, out: Path) -> subprocess.Popen[str]:
-    """A build in a process group of its own that has finished so many tars.
+    """Start a build in its own process group, and wait until it has finished some tars.
 
-    It hears Ctrl-C, which whatever a shell starts in the background would inherit as
-    ignored.
+    The build reacts to Ctrl-C. A process that a shell starts in the background would
+    ignore it.
     """
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        preexec_fn=hears_signals,
+        preexec_fn=restore_signals,
     )  # fmt: skip
     deadline = time.monotonic() + 60
     while len(records(out)) < num_records:
@@ -117,8 +117,8 @@ def test_twenty_kills_at_random_moments_change_no_byte(source, undisturbed, tmp_
     draws = random.Random(0)
     num_kills = num_whole = num_mid_way = 0
     length_s = 2.0
-    # At least three kills in the midst of the work, however long the imports take on this
-    # machine.
+    # At least three kills must be in the middle of the work. On a slow machine, the first
+    # kills may happen during the imports.
     while num_kills < 20 or num_mid_way < 3 or not num_whole:
         out = tmp_path / f"out{num_whole}"
         begin = time.monotonic()
@@ -144,8 +144,7 @@ def test_twenty_kills_at_random_moments_change_no_byte(source, undisturbed, tmp_
             length_s *= 1.0 if records(out) else 1.3
 
 
-# Each step at which the state on the disk changes, one after the other: the process kills
-# itself before it.
+# The process kills itself before each step that changes the disk, one step in each build.
 EVERY_STEP = """
 import os, shutil, signal, sys
 from pathlib import Path
@@ -199,16 +198,15 @@ def test_a_kill_between_any_two_steps_on_the_disk_changes_no_byte(tmp_path):
     assert int(done.stdout.split()[-2]) > 40
 
 
-def test_finished_shards_are_not_made_again(source, undisturbed, tmp_path):
+def test_finished_shards_are_not_written_again(source, undisturbed, tmp_path):
     out = tmp_path / "out"
     process = start(*words(source, out, "--workers=2"), num_records=4, out=out)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     kept = records(out)
     done = run(*words(source, out))
-    assert done.returncode == 0 and "going on with an unfinished build: " in done.stdout, (
-        done.stderr
-    )
+    assert done.returncode == 0, done.stderr
+    assert "continuing an unfinished build: " in done.stdout
     assert content(out) == content(undisturbed)
     times = {path.stat().st_mtime_ns for path in out.glob("*.tar")}
     assert len(kept) >= 4 and set(kept.values()) <= times
@@ -223,7 +221,7 @@ def test_finished_shards_are_not_made_again(source, undisturbed, tmp_path):
         (signal.SIGHUP, 129, True),
     ],
 )
-def test_a_build_that_is_told_to_end_says_what_it_keeps(
+def test_a_build_that_gets_a_signal_reports_what_it_keeps(
     source, undisturbed, tmp_path, number, code, whole_group
 ):
     out = tmp_path / "out"
@@ -238,10 +236,11 @@ def test_a_build_that_is_told_to_end_says_what_it_keeps(
     assert run(*words(source, out)).returncode == 0 and content(out) == content(undisturbed)
 
 
-def test_workers_whose_build_was_killed_leave_at_once(source, tmp_path):
+def test_workers_exit_when_the_build_is_killed(source, tmp_path):
     out = tmp_path / "out"
     process = start(*words(source, out, "--workers=2"), out=out)
-    os.kill(process.pid, signal.SIGKILL)  # the build alone
+    # Only the parent process.
+    os.kill(process.pid, signal.SIGKILL)
     process.wait()
     deadline = time.monotonic() + 10
     while True:
@@ -249,14 +248,14 @@ def test_workers_whose_build_was_killed_leave_at_once(source, tmp_path):
             os.killpg(process.pid, 0)
         except ProcessLookupError:
             break
-        assert time.monotonic() < deadline, "workers go on without their build"
+        assert time.monotonic() < deadline, "workers still run"
         time.sleep(0.05)
     process.communicate()
 
 
 @pytest.fixture
 def unfinished(source, tmp_path) -> Path:
-    """An output folder whose build was killed after it had finished a shard."""
+    """Return the --out of a build that was killed after the first finished shard."""
     out = tmp_path / "out"
     process = start(*words(source, out), out=out)
     os.killpg(process.pid, signal.SIGKILL)
@@ -264,15 +263,17 @@ def unfinished(source, tmp_path) -> Path:
     return out
 
 
-def test_another_option_is_refused_by_name_or_begins_anew(source, unfinished, tmp_path):
+def test_other_options_are_refused_by_name_unless_restart_is_given(
+    source, unfinished, tmp_path
+):
     kept = content(tmp_path / "out.partial")
     done = run(*words(source, unfinished, "--quality=50", "--limit=9"))
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert "--quality was 90, is 50; --limit was none, is 9" in done.stderr
+    assert "settings (--quality 90, got 50; --limit none, got 9)" in done.stderr
     assert "--restart" in done.stderr
     assert content(tmp_path / "out.partial") == kept
     done = run(*words(source, unfinished, "--quality=50", "--limit=9", "--restart=true"))
-    assert done.returncode == 0 and "going on" not in done.stdout, done.stderr
+    assert done.returncode == 0 and "continuing" not in done.stdout, done.stderr
     straight = run(*words(source, tmp_path / "straight", "--quality=50", "--limit=9"))
     assert straight.returncode == 0
     assert content(tmp_path / "straight") == content(unfinished)
@@ -282,19 +283,17 @@ def test_other_rows_are_refused(source, unfinished, tmp_path):
     other = source.with_name("other.csv")
     other.write_text(source.read_text().replace("text 3,train", "text three,train"))
     done = run(*words(other, unfinished))
-    assert done.returncode == 2 and "the corpus was m, is other" in done.stderr, done.stderr
+    assert done.returncode == 2 and "(corpus m, got other)" in done.stderr, done.stderr
     before = source.read_text()
     try:
         source.write_text(other.read_text())
         done = run(*words(source, unfinished))
     finally:
         source.write_text(before)
-    assert done.returncode == 2 and "train has other rows than then" in done.stderr, (
-        done.stderr
-    )
+    assert done.returncode == 2 and "(other rows in train)" in done.stderr, done.stderr
 
 
-def test_a_video_that_changed_after_its_clip_was_made_is_refused(tmp_path):
+def test_a_video_that_changed_after_the_clip_was_finished_is_refused(tmp_path):
     source, out = make_corpus(tmp_path / "corpus", counts=(0, 40, 1)), tmp_path / "out"
     process = start(*words(source, out), out=out)
     os.killpg(process.pid, signal.SIGKILL)
@@ -305,7 +304,7 @@ def test_a_video_that_changed_after_its_clip_was_made_is_refused(tmp_path):
     done = run(*words(source, out))
     assert done.returncode == 2
     assert f"{made.parent} has changed since clip dev0 of dev" in done.stderr
-    # One whose clip was not made yet may change.
+    # A video may change before its clip is finished.
     shutil.rmtree(tmp_path / "out.partial")
     process = start(*words(source, out), out=out)
     os.killpg(process.pid, signal.SIGKILL)
@@ -320,35 +319,32 @@ def test_a_lost_shard_of_an_unfinished_build_is_refused(source, unfinished, tmp_
     min((tmp_path / "out.partial" / "work").glob("*.tar")).unlink()
     done = run(*words(source, unfinished))
     assert done.returncode == 2 and "--restart=true" in done.stderr
-    assert "but is missing" in done.stderr
+    assert "bytes, got no file." in done.stderr
     assert run(*words(source, unfinished, "--restart=true")).returncode == 0
 
 
-def test_two_builds_of_one_folder_do_not_meet(source, tmp_path):
+def test_a_second_build_of_the_same_folder_is_refused(source, tmp_path):
     (tmp_path / "out.partial").mkdir()
     with (tmp_path / "out.partial" / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         done = run(*words(source, tmp_path / "out"))
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "another is at work" in done.stderr
+    assert "is in use by another build" in done.stderr
 
 
-def test_a_folder_that_only_has_the_name_of_an_unfinished_build_is_left_alone(
-    source, tmp_path
-):
+def test_a_partial_folder_that_no_build_made_is_not_changed(source, tmp_path):
     for name in ("thesis.txt", "work/thesis.txt"):
         path = tmp_path / "out.partial" / name
         path.parent.mkdir(parents=True)
         path.write_text("mine")
         done = run(*words(source, tmp_path / "out", "--restart=true"))
-        assert done.returncode == 2 and "what no build of ours made" in done.stderr, (
-            done.stderr
-        )
+        assert done.returncode == 2, done.stderr
+        assert "must have only files of an unfinished build" in done.stderr
         assert path.read_text() == "mine"
         shutil.rmtree(tmp_path / "out.partial")
 
 
-def test_more_may_be_skipped_when_going_on(tmp_path):
+def test_a_continued_build_may_have_a_larger_max_skipped(tmp_path):
     source = make_corpus(tmp_path / "corpus", counts=(9, 3, 0), num_frames=2)
     (source.parent / "dev2" / "1.png").write_bytes(b"broken")
     done = run(*words(source, tmp_path / "out"))
@@ -361,9 +357,8 @@ def test_more_may_be_skipped_when_going_on(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_nothing_more_is_built_once_too_many_are_skipped(tmp_path, workers):
-    """Each shard by itself has few enough: the build, and not a worker, finds that they
-    are too many."""
+def test_the_build_stops_when_too_many_rows_are_skipped(tmp_path, workers):
+    """No shard exceeds the limit alone, so the parent process must add the counts."""
     source = make_corpus(tmp_path / "corpus", counts=(150, 3, 0), num_frames=6)
     for number in (0, 4):
         (source.parent / f"train{number}" / "1.png").write_bytes(b"broken")
@@ -377,14 +372,11 @@ def small_files() -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_disk_that_takes_no_more_is_one_sentence_and_the_build_goes_on_after(
-    tmp_path, workers
-):
-    """A limit on the size of files stands for a full disk: the small shards fit, the
-    large do not."""
+def test_a_build_continues_after_a_write_error(tmp_path, workers):
+    """A limit on the file size acts as a full disk: only the small shard fits."""
     source = make_corpus(tmp_path / "corpus", counts=(0, 3, 8), num_frames=1)
     for number in range(8):
-        # long beside the small shard, which another worker must have ended
+        # The other worker must finish the small shard before this one fails.
         for frame in range(1, 60):
             shutil.copy(
                 source.parent / "test0" / "0.png",
@@ -394,7 +386,7 @@ def test_a_disk_that_takes_no_more_is_one_sentence_and_the_build_goes_on_after(
     done = run(*words(source, out, f"--workers={workers}"), preexec_fn=small_files)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert done.stderr.splitlines()[-1].count("File too large") == 1
-    assert "Make room" in done.stderr
+    assert "Free some space" in done.stderr
     assert len(records(out)) == 1 and not list((tmp_path / "out.partial").rglob("*.tmp"))
     done = run(*words(source, out))
     assert done.returncode == 0 and "3 of 11 clips are done" in done.stdout, done.stderr
@@ -402,13 +394,13 @@ def test_a_disk_that_takes_no_more_is_one_sentence_and_the_build_goes_on_after(
     assert content(out) == content(tmp_path / "straight")
 
 
-def test_a_disk_that_is_really_full(source, undisturbed, tmp_path):
+def test_a_build_continues_after_a_full_disk(source, undisturbed, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     size = sum(path.stat().st_size for path in undisturbed.iterdir())
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size * 2 // 3}", "tmpfs", str(disk)]
     if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("no disk of its own can be mounted here")
+        pytest.skip("cannot mount a disk on this machine")
     try:
         done = run(*words(source, disk / "out"))
         assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
@@ -417,7 +409,7 @@ def test_a_disk_that_is_really_full(source, undisturbed, tmp_path):
         assert num_kept > 3
         subprocess.run(["mount", "-o", f"remount,size={size * 2}", str(disk)], check=True)
         done = run(*words(source, disk / "out"))
-        assert done.returncode == 0 and "going on" in done.stdout, done.stderr
+        assert done.returncode == 0 and "continuing" in done.stdout, done.stderr
         assert content(disk / "out") == content(undisturbed)
     finally:
         subprocess.run(["umount", str(disk)], check=True)

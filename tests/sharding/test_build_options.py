@@ -1,4 +1,4 @@
-"""What --fps, --crop, --margin, --clip_format and --mb_per_shard do to real corpora."""
+"""Tests of --fps, --crop, --margin, --clip_format and --mb_per_shard on small corpora."""
 
 import io
 import signal
@@ -32,7 +32,7 @@ def rows(out: Path, split: str = "train") -> dict[str, dict]:
 
 
 def sizes(out: Path) -> dict[str, tuple[int, int]]:
-    """(height, width) of each training clip, by its text."""
+    """Return (height, width) of each training clip, by text."""
     found = {}
     for text, row in rows(out).items():
         found[text] = (row["height"], row["width"])
@@ -47,7 +47,7 @@ def make(source: Path, out: Path, **given) -> None:
     build("manifest", source, out, Options(**{"workers": 1} | given), language="en")
 
 
-def test_a_frame_rate_is_reached_by_time(tmp_path):
+def test_fps_resamples_frames_by_time(tmp_path):
     write_video(tmp_path / "slow.mp4", 20, fps=10)
     write_video(tmp_path / "fast.mp4", 20, fps=20)
     columns = "video,text,start,end,split"
@@ -68,7 +68,7 @@ def test_a_frame_rate_is_reached_by_time(tmp_path):
     assert lengths == {"a": (20, 10.0), "b": (20, 20.0), "c": (8, 20.0)}
 
 
-def test_a_crop_and_a_margin_meet_a_rows_own_box(tmp_path):
+def test_crop_and_margin_are_intersected_with_the_box_of_a_row(tmp_path):
     picture = np.zeros((100, 200, 3), np.uint8)
     picture[20:60, 50:100] = 200
     (tmp_path / "clip").mkdir()
@@ -96,7 +96,7 @@ def test_a_crop_and_a_margin_meet_a_rows_own_box(tmp_path):
         make(boxed, tmp_path / "none", margin=(0, 150, 0, 0))
 
 
-def test_phoenix_is_stretched_to_what_is_meant_to_be_seen(tmp_path):
+def test_stretch_restores_the_aspect_ratio_of_phoenix(tmp_path):
     release = make_phoenix(tmp_path / "source", counts=(2, 0, 0))
     given = {"splits": ("train",), "workers": 1, "short_side": 105}
     build("phoenix14t", release, tmp_path / "out", Options(**given), stretch=True)
@@ -107,7 +107,7 @@ def test_phoenix_is_stretched_to_what_is_meant_to_be_seen(tmp_path):
 
 @pytest.fixture(scope="module")
 def noisy(tmp_path_factory) -> Path:
-    """24 clips of pictures that move; the last of dev are much larger than its first."""
+    """Return a manifest of 24 clips of moving noise. The last of dev are much larger."""
     folder = tmp_path_factory.mktemp("noisy")
     rng = np.random.default_rng(0)
     lines = []
@@ -123,13 +123,14 @@ def noisy(tmp_path_factory) -> Path:
     return write_manifest(folder / "m.csv", *lines)
 
 
-def test_clips_of_h264_are_what_their_source_shows(noisy, tmp_path):
+def test_h264_clips_show_the_frames_of_the_source(noisy, tmp_path):
     make(noisy, tmp_path / "out", clip_format="h264", gop=4, crf=10)
     make(noisy, tmp_path / "two", clip_format="h264", gop=4, crf=10, workers=2)
     assert tree(tmp_path / "out") == tree(tmp_path / "two")
     index = load_index(tmp_path / "out", "dev")
     frame_hw = index.frame_hw
-    assert frame_hw == (61, 79)  # odd, which H.264 cannot be
+    # Odd sizes, which H.264 cannot store.
+    assert frame_hw == (61, 79)
     for row in iter_rows(index):
         tar = tmp_path / "out" / index.shards[row["shard"]].file
         member = tar.read_bytes()[row["offset"] : row["offset"] + row["size"]]
@@ -149,8 +150,8 @@ def test_clips_of_h264_are_what_their_source_shows(noisy, tmp_path):
     verify(tmp_path / "out", workers=1)
 
 
-def test_h264_keeps_the_rate_of_the_frames_times(tmp_path):
-    # it says 30, they come 0.2 s apart
+def test_h264_clips_have_the_rate_of_the_frame_times(tmp_path):
+    # The container states 30 frames per second, but the frames are 0.2 s apart.
     with av.open(str(tmp_path / "x.mkv"), "w") as container:
         stream = container.add_stream("libx264", rate=30)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
@@ -173,7 +174,7 @@ def test_h264_keeps_the_rate_of_the_frames_times(tmp_path):
         assert float(container.streams.video[0].average_rate) == pytest.approx(5, rel=0.01)
 
 
-def test_shards_of_so_many_megabytes(noisy, tmp_path):
+def test_shards_have_at_most_the_given_megabytes(noisy, tmp_path):
     limit = 0.12
     make(noisy, tmp_path / "out", mb_per_shard=limit)
     for split, count in (("train", 14), ("dev", 10)):
@@ -184,18 +185,18 @@ def test_shards_of_so_many_megabytes(noisy, tmp_path):
             assert shard.file == f"{split}-{number:06d}.tar"
             assert shard.bytes == (tmp_path / "out" / shard.file).stat().st_size
             assert shard.bytes <= limit * 1e6 or shard.clips == 1
-    # Its large clips lie at the end, so some job of equal numbers of clips must have been
-    # cut.
+    # The large clips are at the end, and jobs have equal numbers of clips: one job must
+    # have been divided into two tars.
     assert len({shard.clips for shard in load_index(tmp_path / "out", "dev").shards}) > 1
     verify(tmp_path / "out", workers=1)
     make(noisy, tmp_path / "two", mb_per_shard=limit, workers=2)
     assert tree(tmp_path / "two") == tree(tmp_path / "out")
-    assert len(load_index(tmp_path / "out", "train").shards) <= 8  # not one clip a shard
+    # Not one shard for each clip.
+    assert len(load_index(tmp_path / "out", "train").shards) <= 8
 
 
-def test_a_job_that_was_cut_in_two_goes_on_behind_its_first_tar(noisy, tmp_path):
-    """Killed at the record of each tar in turn; what is one job for one worker must come
-    out the same."""
+def test_a_job_of_two_tars_continues_after_the_first(noisy, tmp_path):
+    """The build is killed after each record in turn, and must give the same bytes."""
     make(noisy, tmp_path / "whole", mb_per_shard=0.12, splits=("dev",))
     out = tmp_path / "out"
     words = [
@@ -230,9 +231,9 @@ def test_a_job_that_was_cut_in_two_goes_on_behind_its_first_tar(noisy, tmp_path)
 
 
 @pytest.mark.parametrize("given", [{"clip_format": "h264"}, {"fps": 12.5}])
-def test_every_strange_video_is_stored_or_named(shared_data, tmp_path, given):
-    """AV1, HEVC, 10 bits, full range, turned, portrait, a variable rate, unordered times,
-    false counts."""
+def test_every_unusual_video_is_stored_or_named(shared_data, tmp_path, given):
+    """AV1, HEVC, 10 bits, full range, rotated, portrait, variable frame rate, unordered
+    times, wrong frame counts."""
     videos = sorted(path for path in (shared_data / "edge_videos").iterdir())
     lines = [f"{path},{path.stem},train" for path in videos]
     source = write_manifest(tmp_path / "m.csv", *lines)
@@ -254,30 +255,30 @@ def test_every_strange_video_is_stored_or_named(shared_data, tmp_path, given):
     [
         (
             {"crop": (0.5, 0, 0.4, 1)},
-            "--crop must be x0,y0,x1,y1 from 0 to 1, .* but is 0.5,0,0.4,1",
+            "--crop must be x0,y0,x1,y1 from 0 to 1, .* got 0.5,0,0.4,1",
         ),
         ({"crop": (0, 0, 1)}, "--crop must"),
         (
             {"margin": (1, 2, 3)},
-            "--margin must be top,right,bottom,left in pixels .* but is 1,2,3",
+            "--margin must be top,right,bottom,left in pixels, .* got 1,2,3",
         ),
         ({"margin": (1, 2, 3, -4)}, "--margin must"),
         (
             {"clips_per_shard": 3, "mb_per_shard": 3.0},
-            "one of --clips_per_shard and --mb_per_shard",
+            "one of --clips_per_shard and --mb_per_shard must be given, got both",
         ),
         ({"fps": 0.0}, "--fps must be from 0.1 to 480"),
-        ({"gop": 3}, "--gop and --crf must go with --clip_format=h264"),
+        ({"gop": 3}, "--gop and --crf must be used with --clip_format=h264"),
         ({"clip_format": "webp"}, "--clip_format must be mjpeg or h264"),
         ({"clip_format": "h264", "crf": 60}, "--crf must be from 0 to 51"),
     ],
 )
-def test_options_that_make_no_sense_are_refused(given, sentence):
+def test_wrong_options_are_refused(given, sentence):
     with pytest.raises(UserError, match=sentence):
         Options(**given)
 
 
-def test_options_come_through_the_command_line(noisy, tmp_path):
+def test_the_command_line_passes_all_options(noisy, tmp_path):
     words = [
         "manifest",
         f"--source={noisy}",

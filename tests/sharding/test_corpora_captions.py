@@ -394,7 +394,7 @@ def test_the_error_of_a_build_without_readable_captions_has_the_reason(tmp_path)
     (tmp_path / f"{VIDEOS[0]}.en.vtt").write_text("WEBVTT\n\nx --> y\nlost\n")
     with pytest.raises(
         UserError,
-        match=r"have none .*1 videos have caption files without a readable caption",
+        match=r"got none .*1 videos have caption files without a readable caption",
     ):
         build("youtube_asl", tmp_path, tmp_path / "out", Options(workers=1))
 

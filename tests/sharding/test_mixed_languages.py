@@ -1,5 +1,4 @@
-"""Languages from a corpus to its scores: shards, index, tokenizer, scores, with each
-corpus's own names."""
+"""Tests of languages from a corpus to the scores, with the names that each corpus uses."""
 
 import itertools
 import json
@@ -49,7 +48,7 @@ def build_shards(root: Path, languages: list[str], texts: list[str]) -> Path:
 
 
 def write_as_before(shards: Path, languages: list[str]) -> None:
-    """Write the languages into a table as versions did that knew no tags."""
+    """Write the languages into a table as earlier versions did, without language tags."""
     rows = list(iter_rows(load_index(shards, "train")))
     for row, language in zip(rows, languages, strict=True):
         row["language"] = language
@@ -78,7 +77,7 @@ def codec_of(folder: Path, languages: set[str], texts: list[str]) -> TextCodec:
 
 @pytest.mark.parametrize("older", [False, True])
 @pytest.mark.parametrize(("tag", "rule"), [("de", "13a"), ("zh", "zh"), ("ja", "char")])
-def test_one_language_by_many_names_is_one_from_the_corpus_to_the_score(
+def test_all_names_of_a_language_have_one_tag_from_the_corpus_to_the_score(
     tmp_path, llms, tag, rule, older
 ):
     names = NAMES[tag]
@@ -102,7 +101,7 @@ def test_one_language_by_many_names_is_one_from_the_corpus_to_the_score(
         assert list(scores_by(perfect, "language")) == [tag]
 
 
-def test_folders_that_name_a_language_differently_join_to_one_language(tmp_path):
+def test_joined_folders_have_one_tag_for_all_names_of_a_language(tmp_path):
     folders = [build_shards(tmp_path / name, ["de", "de"], TEXTS["de"]) for name in "ab"]
     write_as_before(folders[1], ["German", ""])
     joined = open_indexes(folders, "train")
@@ -110,7 +109,7 @@ def test_folders_that_name_a_language_differently_join_to_one_language(tmp_path)
     assert list(joined.strings("text")) == TEXTS["de"] * 2
 
 
-def test_tags_leave_the_order_and_all_other_columns_as_they_are(tmp_path):
+def test_tags_change_neither_the_order_nor_other_columns(tmp_path):
     shards = build_shards(tmp_path, ["de", "zh-Hant", "en"], TEXTS["de"])
     plain, opened = load_index(shards, "train"), open_indexes(shards, "train")
     assert opened.arrays.keys() == plain.arrays.keys()
@@ -127,7 +126,7 @@ def test_tags_leave_the_order_and_all_other_columns_as_they_are(tmp_path):
         np.testing.assert_array_equal(opened.arrays[name], plain.arrays[name])
 
 
-def test_older_shards_with_an_unknown_language_are_refused_with_near_ones(tmp_path):
+def test_older_shards_with_an_unknown_language_are_refused_with_suggestions(tmp_path):
     shards = build_shards(tmp_path, ["de"], TEXTS["de"])
     write_as_before(shards, ["Germann"])
     with pytest.raises(

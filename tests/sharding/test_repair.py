@@ -199,7 +199,7 @@ def test_shards_of_an_option_that_is_gone_are_not_rebuilt(copy, release):
     manifest["options"]["align"] = "facebook/wav2vec2-base-960h"
     path.write_text(json.dumps(manifest))
     (copy / "train-000000.tar").unlink()
-    with pytest.raises(UserError, match="built with --align cannot be rebuilt"):
+    with pytest.raises(UserError, match=r"Cannot rebuild .* built with --align"):
         verify(copy, workers=1, repair="rebuild", source=release)
 
 
@@ -291,7 +291,7 @@ def test_rebuild_and_source_go_together(copy, given):
 def test_wrong_sources_are_one_sentence(copy, tmp_path):
     (copy / "dev-000000.tar").unlink()
     before = tree(copy)
-    with pytest.raises(UserError, match="--source must exist"):
+    with pytest.raises(UserError, match="--source must be an existing"):
         verify(copy, workers=1, repair="rebuild", source=tmp_path / "nowhere")
     with pytest.raises(UserError, match="PHOENIX"):
         verify(copy, workers=1, repair="rebuild", source=tmp_path)
@@ -299,7 +299,7 @@ def test_wrong_sources_are_one_sentence(copy, tmp_path):
     del manifest["importer"]
     (copy / "index.json").write_text(json.dumps(manifest))
     before["index.json"] = (copy / "index.json").read_bytes()
-    with pytest.raises(UserError, match="by which importer"):
+    with pytest.raises(UserError, match="not name a known importer"):
         verify(copy, workers=1, repair="rebuild", source=tmp_path)
     assert tree(copy) == before
 
