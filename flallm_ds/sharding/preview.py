@@ -1,7 +1,7 @@
-"""Clips of a shard folder to look at: python shards/preview.py FOLDER --out=PREFIX.
+"""Show clips of a shard folder: python shards/preview.py FOLDER --out=PREFIX.
 
-PREFIX.png is a contact sheet, PREFIX.html a page that plays the clips next to their
-texts, without network or scripts.
+Writes PREFIX.png, a contact sheet, and PREFIX.html, a page that plays the clips next to
+their texts. The page needs no network and no scripts.
 """
 
 import base64
@@ -36,7 +36,7 @@ from flallm_ds.data.text.languages import tag_of
 from flallm_ds.errors import UserError
 from flallm_ds.files import open_regular, write_file
 
-# H.264 of clips on the page: a clip of 5 s takes about 100 kB.
+# H.264 settings for clips on the page: a clip of 5 s takes about 100 kB.
 _GOP, _CRF = 25, 26
 # The contact sheet: frames of a clip and their height, lines of a text, sizes in pixels.
 _FRAMES = 8
@@ -44,10 +44,10 @@ _FRAME_PX = 112
 _MAX_LINES = 3
 _FONT_PX, _LINE_PX, _MARGIN_PX = 13, 18, 10
 _MIN_WIDTH_PX = 900
-# The page holds all its clips in one file, which a browser must load at once.
+# The page has all clips in one file, which a browser must load at once.
 _MAX_CLIPS = 500
-# DejaVu comes with matplotlib. The others have the scripts that it lacks, on machines where
-# they are installed.
+# DejaVu comes with matplotlib. The other fonts, where installed, have scripts that DejaVu
+# lacks.
 _FONTS = (
     "DejaVu Sans",
     "Noto Sans CJK SC",
@@ -95,7 +95,7 @@ figcaption small {{ color: #666; overflow-wrap: anywhere }}
 
 @dataclass(frozen=True)
 class Clip:
-    """One clip to show: its row of the index, and either its bytes and frames or its fault."""
+    """Hold a clip to show: the row of the index, and the bytes and frames or the fault."""
 
     split: str
     row: dict[str, Any]
@@ -105,7 +105,7 @@ class Clip:
 
     @property
     def facts(self) -> str:
-        """One line of what the index says of the clip, without its text."""
+        """One line with the facts of the index, without the text."""
         row = self.row
         parts = [
             self.split,
@@ -128,24 +128,25 @@ def preview(
     split: str | None = None,
     seed: int = 0,
 ) -> None:
-    """Write OUT.png, a contact sheet, and OUT.html, a page that plays the clips; both are
-    replaced.
+    """Write OUT.png, a contact sheet, and OUT.html, a page that plays the clips.
+
+    Existing files are replaced.
 
     --out: folder and name of the two files, without a suffix.
-    --clips: how many, drawn at random and shared out evenly over the splits.
-    --split: of one split only.
-    --seed: of the draw.
+    --clips: number of clips, drawn at random and distributed evenly over the splits.
+    --split: draw from this split only.
+    --seed: seed of the random draw.
     """
     if not 1 <= clips <= _MAX_CLIPS:
-        raise UserError(f"--clips must be from 1 to {_MAX_CLIPS}, but is {clips}.")
+        raise UserError(f"--clips must be from 1 to {_MAX_CLIPS}, got {clips}.")
     if seed < 0:
-        raise UserError(f"--seed must be 0 or above, but is {seed}.")
-    # Accept the name of one of the two files, too.
+        raise UserError(f"--seed must be 0 or above, got {seed}.")
+    # Also accept the name of one of the two files.
     if out.suffix in (".png", ".html"):
         out = out.with_suffix("")
     if not out.name or out.is_dir() or not out.parent.is_dir():
         raise UserError(
-            f"--out must be a name in a folder that exists, but is {out}. Write it as "
+            f"--out must be a file name in an existing folder, got {out}. Write it as "
             "FOLDER/NAME."
         )
     manifest = read_manifest(folder)
@@ -162,8 +163,8 @@ def preview(
     _write(out.with_name(f"{out.name}.png"), sheet)
     _write(out.with_name(f"{out.name}.html"), page(title, str(folder), shown).encode())
     if missing:
-        cause = "no font of this machine has all characters of the texts"
-        print(f"note: {cause}; the PNG shows boxes for them")
+        cause = "the installed fonts lack some characters of the texts"
+        print(f"note: {cause}; the PNG shows boxes instead")
     for clip in shown:
         if clip.fault:
             print(f"warning: {clip.split} {clip.row['key']} {clip.fault}")
@@ -171,11 +172,11 @@ def preview(
 
 
 def draw(sizes: Sequence[int], num_clips: int, seed: int) -> list[list[int]]:
-    """Draw rows of each split, as many of each; what a small split lacks the others give.
+    """Draw clips at random, the same number from each split if all are large enough.
 
-    Returns the numbers of the rows of each split in stored order.
+    sizes: number of clips of each split. Returns the drawn rows of each split, sorted.
     """
-    # Clip by clip, choose the split with the fewest so far among those with clips left.
+    # Add one clip at a time to the split with the fewest, if it has clips left.
     counts = [0] * len(sizes)
     for _ in range(min(num_clips, sum(sizes))):
         open_splits = [n for n, size in enumerate(sizes) if counts[n] < size]
@@ -188,7 +189,7 @@ def draw(sizes: Sequence[int], num_clips: int, seed: int) -> list[list[int]]:
 
 
 def read(folder: Path, index: Index, number: int) -> Clip:
-    """Read and decode clip `number` of a split; one that does not decode carries the reason."""
+    """Read and decode clip `number` of a split. The result has the frames or the fault."""
     row: dict[str, Any] = {}
     for name in COLUMNS:
         row[name] = index.arrays[name][number].item()
@@ -196,6 +197,7 @@ def read(folder: Path, index: Index, number: int) -> Clip:
         row[name] = index.strings(name)[number]
     num_frames, hw = row["num_frames"], (row["height"], row["width"])
     try:
+        # Read only the bytes of the clip. A truncated tar may end before them.
         with open_regular(folder / index.tar(number).file) as file:
             if os.fstat(file.fileno()).st_size < row["offset"] + row["size"]:
                 raise ValueError("its shard ends before it")
@@ -209,22 +211,22 @@ def read(folder: Path, index: Index, number: int) -> Clip:
 
 
 def contact_sheet(title: str, clips: Sequence[Clip]) -> tuple[bytes, bool]:
-    """Draw each clip's facts, text and evenly spaced frames.
+    """Draw the facts, the text and evenly spaced frames of each clip.
 
-    Returns (a PNG, whether the fonts lack a character).
+    Returns (PNG, whether the fonts lack a character).
     """
     # The sheet is as wide as the widest strip of frames. Texts are wrapped to that width.
     strips = [_strip(clip) for clip in clips]
     widest = max(strip.shape[1] for strip in strips)
     width = max(_MIN_WIDTH_PX, widest) + 2 * _MARGIN_PX
-    # The width of a letter is about 0.56 of its height.
+    # The width of a letter is about 0.56 of the font size.
     num_columns = (width - 2 * _MARGIN_PX) * 100 // (_FONT_PX * 56)
     labels = []
     for clip in clips:
         facts = shorten(clip.facts, num_columns)
         labels.append([facts, *wrap(clip.row["text"], num_columns)])
 
-    # Each clip has its label above its strip.
+    # The label of a clip is above the strip of frames.
     heights = []
     for label, strip in zip(labels, strips, strict=True):
         heights.append(len(label) * _LINE_PX + strip.shape[0] + 2 * _MARGIN_PX)
@@ -243,7 +245,7 @@ def contact_sheet(title: str, clips: Sequence[Clip]) -> tuple[bytes, bool]:
     write(_MARGIN_PX // 2, title, weight="bold")
     top = 2 * _LINE_PX
     for label, strip, tall in zip(labels, strips, heights, strict=True):
-        # The first line has the facts, in grey; the text follows.
+        # The first line has the facts in grey. The text follows.
         for number, line in enumerate(label):
             color = "#777777" if number == 0 else "black"
             write(top + number * _LINE_PX, line, color=color)
@@ -255,14 +257,15 @@ def contact_sheet(title: str, clips: Sequence[Clip]) -> tuple[bytes, bool]:
 
 
 def _installed_fonts() -> list[str]:
-    """Return the names of `_FONTS` that this machine has."""
+    """Return the names in `_FONTS` that are installed."""
     installed = {font.name for font in font_manager.fontManager.ttflist}
     return [name for name in _FONTS if name in installed]
 
 
 def _render(canvas: FigureCanvasAgg) -> tuple[bytes, bool]:
-    """Return (a PNG of the figure, whether the fonts lack a character)."""
-    # matplotlib warns of characters that no font has.
+    """Return (PNG of the figure, whether the fonts lack a character)."""
+    # matplotlib warns about characters that no font has. Catch all warnings, also repeated
+    # ones, which Python hides by default.
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         canvas.draw()
@@ -275,11 +278,10 @@ def _render(canvas: FigureCanvasAgg) -> tuple[bytes, bool]:
 
 
 def _strip(clip: Clip) -> np.ndarray:
-    """Put evenly spaced frames next to each other, the first and the last among them.
+    """Draw evenly spaced frames next to each other, with the first and the last.
 
-    Returns (height, width, 3) uint8; a red bar for a broken clip.
+    Returns (height, width, 3) uint8. The strip of a broken clip is a light red bar.
     """
-    # The bar is light red, as a broken clip is on the page.
     if clip.frames_THWC is None:
         return np.full((_FRAME_PX // 4, _MIN_WIDTH_PX, 3), (255, 200, 200), np.uint8)
     num_frames, height, width = clip.frames_THWC.shape[:3]
@@ -299,8 +301,8 @@ def wrap(text: str, num_columns: int) -> list[str]:
     East Asian characters are twice as wide as others.
     """
     text = " ".join(text.split())
-    # textwrap counts characters: shorten the line by the share of wide (W) and full-width
-    # (F) ones.
+    # textwrap counts characters: shorten the lines according to the fraction of wide (W)
+    # and full-width (F) characters.
     widths = Counter(map(unicodedata.east_asian_width, text))
     wide = widths["W"] + widths["F"]
     narrowed = num_columns * len(text) // max(1, len(text) + wide)
@@ -309,20 +311,21 @@ def wrap(text: str, num_columns: int) -> list[str]:
 
 
 def shorten(text: str, num_columns: int) -> str:
+    """Cut a text that is longer than `num_columns`."""
     return text if len(text) <= num_columns else f"{text[: num_columns - 1]}…"
 
 
 def page(title: str, about: str, clips: Sequence[Clip]) -> str:
-    """Return a page that needs no other file.
+    """Return an HTML page that needs no other file.
 
-    Clips are H.264 in data: addresses, which browsers play, pause and scrub.
+    The clips are in it as H.264 in data: URLs, which browsers can play, pause and scrub.
     """
     figures = "\n".join(map(_figure, clips))
     return _PAGE.format(title=html.escape(title), about=html.escape(about), figures=figures)
 
 
 def _figure(clip: Clip) -> str:
-    """Return one clip of the page: its video, or what is wrong with it, and its text."""
+    """Return the HTML of one clip: the video or the fault, and the text."""
     if clip.frames_THWC is None:
         shown = f'<div class="broken">{html.escape(clip.fault)}</div>'
     else:
@@ -333,8 +336,8 @@ def _figure(clip: Clip) -> str:
         data = base64.b64encode(mp4).decode("ascii")
         size = f'width="{row["width"]}" height="{row["height"]}"'
         # Browsers start a video without a click only if it is muted.
-        manner = f"{size} autoplay loop muted playsinline controls"
-        shown = f'<video {manner} src="data:video/mp4;base64,{data}"></video>'
+        attributes = f"{size} autoplay loop muted playsinline controls"
+        shown = f'<video {attributes} src="data:video/mp4;base64,{data}"></video>'
     language = html.escape(tag_of(clip.row["language"]))
     text, facts = html.escape(clip.row["text"]), html.escape(clip.facts)
     caption = f'<p lang="{language}" dir="auto">{text}</p><small>{facts}</small>'
@@ -342,8 +345,10 @@ def _figure(clip: Clip) -> str:
 
 
 def _write(path: Path, content: bytes) -> None:
+    """Write a file. Raises UserError if the disk or the permissions do not allow it."""
     try:
         write_file(path, content)
     except OSError as error:
-        why = f"{path}: {error.strerror}"
-        raise UserError(f"--out must be where you may write, but {why}.") from error
+        raise UserError(
+            f"Cannot write {path}: {error.strerror}. Use an --out that you may write to."
+        ) from error

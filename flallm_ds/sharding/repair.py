@@ -1,8 +1,8 @@
-"""Mend a shard folder, for `shards/verify.py --repair`.
+"""Repair a shard folder, for `shards/verify.py --repair`.
 
-New files are written in a folder of their own and then moved to names that nothing refers
-to yet; index.json changes last and at once. So a repair that is killed leaves the folder
-as it was, or mended.
+New files are written to a temporary folder and moved to names that index.json does not use
+yet. index.json is replaced last, in one step. So a repair that is killed leaves the folder
+either as it was or repaired.
 """
 
 import copy
@@ -26,29 +26,32 @@ from flallm_ds.sharding.rows import read_source
 from flallm_ds.sharding.salvage import Salvage, Salvaged, salvage
 from flallm_ds.sharding.writer import index_json
 
-# The kind under which index.json counts dropped clips, among those that were skipped.
+# The kind of fault under which index.json counts dropped clips.
 _DROPPED = "dropped by a repair"
 _NUM_EXAMPLES = 3
-# The folder of unfinished files. verify.py finds by it that a repair was killed.
+# The folder of temporary files. If it exists, a repair was killed.
 SCRATCH = "repair.partial"
 
 
-def mend(folder: Path, report: Report, source: Path | None, workers: int) -> Report:
-    """Mend what can be mended, print what was done, and return what is still wrong.
+def repair_folder(
+    folder: Path, report: Report, source: Path | None, workers: int
+) -> Report:
+    """Repair the faults of a report, print what was done, and return the remaining faults.
 
-    source: the corpus, to rebuild broken tars from; without it their broken clips are
-    dropped. Raises UserError if the disk or the source refuses, or if a split would be
-    left without clips.
+    source: the corpus, to rebuild broken tars; None to drop broken clips. Raises UserError
+    if the folder cannot be written, if the source is wrong, or if a split would have no
+    clips left.
     """
     try:
-        with _alone(folder), _scratch(folder) as scratch:
+        with _lock(folder), _scratch(folder) as scratch:
             _remove_replaced(folder, report.manifest)
-            # Tables first: without its table a split has no rows to check its tars against.
+            # Tables first: the tars of a split are checked against its table.
             restored = False
             for split in report.lost_tables:
                 restored |= restore_table(folder, report, split, scratch)
             if restored:
                 report = check(folder, workers)
+            # With a restored table, the report is that of the second check.
             broken = [tar for tar in report.tars if tar.shard.file in report.faults]
             if source is None:
                 touched = drop(folder, report, broken, scratch, workers)
@@ -58,20 +61,17 @@ def mend(folder: Path, report: Report, source: Path | None, workers: int) -> Rep
     except (OSError, SafetensorError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise UserError(
-            f"a repair must write to {folder}, but {reason}. Nothing is lost; make that "
-            "possible, and start it again."
+            f"Cannot repair {folder}: {reason}. Nothing is lost. Fix the cause and run the "
+            "same command again."
         ) from error
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Two repairs of one folder would undo each other."""
+def _lock(folder: Path) -> Iterator[None]:
+    """Lock the folder. Raises UserError if another repair is running."""
     handle = take_folder_lock(folder)
     if handle is None:
-        raise UserError(
-            f"one repair at a time must be at work, but another is at work on {folder}. "
-            "Wait for it."
-        )
+        raise UserError(f"{folder} is in use by another repair. Wait for it, or stop it.")
     try:
         yield
     finally:
@@ -80,7 +80,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _scratch(folder: Path) -> Iterator[Path]:
-    """Make an empty folder on the same disk, and remove it at the end."""
+    """Create an empty folder on the same disk, and remove it at the end."""
     scratch = folder / SCRATCH
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
@@ -91,7 +91,7 @@ def _scratch(folder: Path) -> Iterator[Path]:
 
 
 def _files(manifest: Mapping[str, Any]) -> set[str]:
-    """Return the names of the tables and tars that an index.json names."""
+    """Return the file names of all tables and tars in an index.json."""
     names = set()
     for entry in manifest["splits"].values():
         names.add(entry["table"])
@@ -101,14 +101,17 @@ def _files(manifest: Mapping[str, Any]) -> set[str]:
 
 
 def _remove_replaced(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Remove the files that a repair has replaced, which a killed one may not have done."""
+    """Remove the files that a repair has replaced. A killed repair may have left them."""
     for name in set(manifest.get("replaced", ())) - _files(manifest):
-        # Only the last part of the name: nothing outside the folder may be removed.
+        # Use only the last part of the name, so that no file outside the folder is removed.
         (folder / Path(name).name).unlink(missing_ok=True)
 
 
 def restore_table(folder: Path, report: Report, split: str, scratch: Path) -> bool:
-    """Make a split's lost table again from its tars; False if the result is another table."""
+    """Restore the table of a split from the tars.
+
+    Returns False if that is not possible. Prints the result.
+    """
     entry = report.manifest["splits"][split]
     rows: list[dict[str, Any]] = []
     try:
@@ -117,10 +120,10 @@ def restore_table(folder: Path, report: Report, split: str, scratch: Path) -> bo
         made = write_table(scratch / entry["table"], rows)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         made = {}
-    # The checksum decides: a table that only looks right is not restored.
+    # Use the new table only if it has the checksum of the lost one.
     if made.get("table_sha256") != entry["table_sha256"]:
-        cause = "because its tars are not whole"
-        print(f"the table of {split} cannot be restored, {cause}. Build it again.")
+        cause = "the tars are damaged"
+        print(f"Cannot restore the table of {split}: {cause}. Build the shards again.")
         return False
     _publish(scratch / entry["table"], folder / entry["table"])
     print(f"the table of {split} was restored from its tars")
@@ -128,11 +131,11 @@ def restore_table(folder: Path, report: Report, split: str, scratch: Path) -> bo
 
 
 def _rows_of_tar(path: Path, number: int) -> list[dict[str, Any]]:
-    """Return the index rows of the clips of a tar: what their JSON says, and where they lie."""
+    """Return the rows of the index for a tar, from the JSON and the place of each clip."""
     content = read_only(path)
     members = tar_members(content)
     rows = []
-    # Clips are at even positions, each followed by its JSON.
+    # Clips are at even positions, and the JSON of a clip follows it.
     for clip, facts in zip(members[::2], members[1::2], strict=True):
         name, offset, size = clip
         _, facts_begin, facts_size = facts
@@ -149,9 +152,9 @@ def drop(
     scratch: Path,
     workers: int,
 ) -> set[str]:
-    """Take the broken clips out of tars and index.
+    """Remove the broken clips from the tars and from the index.
 
-    Returns the names of the tars to check again.
+    Returns the file names of the tars to check again.
     """
     todo = [Salvage(tar, scratch) for tar in broken]
     num_clips = sum(len(tar.rows) for tar in broken)
@@ -162,15 +165,15 @@ def drop(
     saved: dict[str, Salvaged] = {}
     lost: list[str] = []
     to_check: set[str] = set()
-    # In the order of the index, not in that in which the workers finished.
+    # In the order of the index, not of the workers.
     for position, tar in enumerate(broken):
         made = results[position]
         name = tar.shard.file
         to_check.add(name)
-        # Written again, the clips gave the checksum of the index: nothing was lost.
+        # The new tar has the checksum of the index: no clip was damaged.
         if made.shard == tar.shard:
             _publish(scratch / name, tar.path)
-            print(f"{name} was damaged beside its clips only, and is as it was built again")
+            print(f"{name} was damaged outside its clips only, and is restored")
             continue
         saved[name] = made
         lost += made.lost
@@ -178,8 +181,8 @@ def drop(
             to_check.add(made.shard.file)
         if made.shard is not None and not made.lost:
             print(
-                f"{name} was changed where no check can tell: all its clips are kept, in "
-                f"{made.shard.file}. Only a rebuild makes them as they were."
+                f"{name} has a change that no check can locate: all its clips are kept, in "
+                f"{made.shard.file}. Only --repair=rebuild restores the original."
             )
     if saved:
         _commit(folder, report, saved, lost, scratch)
@@ -196,9 +199,9 @@ def _commit(
     lost: list[str],
     scratch: Path,
 ) -> None:
-    """Move the new tars and tables to their places, then the index.json that names them.
+    """Publish the new tars and tables, then the new index.json, then remove the old files.
 
-    The old files are removed last. lost: one sentence for each clip that is lost.
+    lost: one sentence for each clip that is lost.
     """
     manifest = copy.deepcopy(report.manifest)
     changed = set()
@@ -207,14 +210,15 @@ def _commit(
             changed.add(tar.split)
     for split in sorted(changed):
         manifest["splits"][split] = _new_split(report, split, saved, scratch)
-        # The split is no longer all that the source gives.
+        # The split no longer has all clips of the source, so its digest does not hold.
         manifest.get("source", {}).pop(split, None)
+    # Add to the counts of the build and of earlier repairs.
     if lost:
         entry = manifest["skipped"].setdefault(_DROPPED, {"count": 0, "examples": []})
         entry["count"] += len(lost)
         entry["examples"] = (entry["examples"] + lost)[:_NUM_EXAMPLES]
-    # index.json lists the files that it replaces: a repair that is killed before it removes
-    # them is finished by the next one.
+    # index.json lists the files that were replaced. If this repair is killed before it
+    # removes them, the next repair does.
     before, now = _files(report.manifest), _files(manifest)
     manifest["replaced"] = sorted(before - now)
     for name in now - before:
@@ -230,24 +234,24 @@ def _new_split(
     saved: Mapping[str, Salvaged],
     scratch: Path,
 ) -> dict[str, Any]:
-    """Write a split's table without what is lost to `scratch`; return its entry of index.json."""
+    """Write the table of a split without the lost clips. Return the entry of index.json."""
     rows: list[dict[str, Any]] = []
     shards: list[Shard] = []
     for tar in report.tars:
         if tar.split != split:
             continue
-        # An undamaged tar keeps its clips and its file; a tar without clips is left out.
+        # An undamaged tar is kept as it is. A tar without clips is left out.
         made = saved.get(tar.shard.file, Salvaged(tar.rows, tar.shard))
         if made.shard is not None:
             for row in made.rows:
                 rows.append(row | {"shard": len(shards)})
             shards.append(made.shard)
     if not rows:
-        remedy = "Build the shards again."
         raise UserError(
-            f"a split must keep a clip, but no clip of {split} is whole. {remedy}"
+            f"Cannot drop the broken clips of {split}: no clip would remain. Build the shards "
+            "again."
         )
-    # Named after its content: the old table must stay until index.json names the new one.
+    # Name the table after its content: the old table is needed until index.json changes.
     table = scratch / f"{split}.safetensors"
     entry = write_table(table, rows)
     entry["table"] = f"{split}-{entry['table_sha256'][:8]}.safetensors"
@@ -262,15 +266,16 @@ def rebuild(
     scratch: Path,
     workers: int,
 ) -> set[str]:
-    """Make broken tars again from the corpus, and keep those that have the checksum of the index.
+    """Build broken tars again from the corpus.
 
-    Returns the names of the tars that were broken.
+    A new tar is used only if it has the checksum of the index. Returns the file names of
+    the broken tars.
     """
     if not broken:
         return set()
     options, clips = read_source(report.manifest, source)
-    # Every tar is one job, however large it becomes. A clip that cannot be decoded now is
-    # left out of the tar, which then has another checksum.
+    # Every tar is one job of any size. If a clip cannot be decoded now, it is missing in
+    # the new tar, which then has another checksum.
     options = replace(options, mb_per_shard=None, clips_per_shard=1)
     todo = []
     for tar in broken:
@@ -299,21 +304,21 @@ def rebuild(
     )
     for position, faults in results:
         tar, record = broken[position], jobs.records(todo[position])[0]
-        # Replace the broken tar only by exactly the tar that the index describes.
+        # Never replace a tar with one that differs from the index.
         if record.shard is not None and record.shard["sha256"] == tar.shard.sha256:
             _publish(scratch / record.file, tar.path)
-            print(f"{tar.shard.file} was rebuilt, byte by byte as it was")
+            print(f"{tar.shard.file} was rebuilt and is identical to the original")
         else:
             why = "the source, or a library that decodes or encodes, has changed"
             if faults:
                 why = faults[0].sentence.rstrip(".")
-            remedy = "--repair=drop keeps its whole clips."
-            print(f"{tar.shard.file} cannot be rebuilt as it was: {why}. {remedy}")
+            remedy = "Use --repair=drop to keep its undamaged clips."
+            print(f"Cannot rebuild {tar.shard.file}: {why}. {remedy}")
     return {tar.shard.file for tar in broken}
 
 
 def _publish(path: Path, target: Path) -> None:
-    """Move a finished file to its place, readable by others, and safe on the disk."""
+    """Flush a finished file to the disk, make it readable for all users, and move it."""
     path.chmod(0o644)
     sync(path)
     move(path, target)

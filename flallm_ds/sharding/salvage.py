@@ -1,4 +1,4 @@
-"""Save the whole clips of a broken tar, in a worker process of a repair."""
+"""Copy the undamaged clips of a broken tar, in a worker process of a repair."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from flallm_ds.sharding.writer import ShardWriter
 
 @dataclass(frozen=True)
 class Salvage:
-    """A broken tar, and the folder in which its whole clips are to be written again."""
+    """Hold a broken tar, and the folder for the new tar."""
 
     tar: TarCheck
     scratch: Path
@@ -22,10 +22,10 @@ class Salvage:
 
 @dataclass
 class Salvaged:
-    """What could be saved of a tar.
+    """Hold the result for one tar.
 
-    shard: its entry in the index, None where no clip is left.
-    lost: one sentence for each lost clip.
+    rows: rows of the index. shard: entry of the new tar in index.json, None if no clip is
+    left. lost: one sentence for each lost clip.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -34,16 +34,20 @@ class Salvaged:
 
 
 def salvage(todo: Salvage) -> Salvaged:
-    """Write a tar's whole clips into a new one, named after its content."""
+    """Copy the undamaged clips of a tar into a new tar.
+
+    The new tar is named after its content, unless it is identical to the original.
+    """
+    # A lost clip is named with its split and id, as the user finds it in the corpus.
     source, made = todo.tar, Salvaged()
     names = [f"{source.split} {row['id']} ({row['key']})" for row in source.rows]
     try:
         content = read_only(source.path)
     except OSError as error:
-        why = f"was in a tar that must be readable, but {error.strerror}"
+        why = f"was in a tar that cannot be read: {error.strerror}"
         made.lost = [f"{name} {why}" for name in names]
         return made
-    # Copy the whole clips, byte by byte, in the order of the index.
+    # Copy the bytes of the clips, without encoding them again, in the order of the index.
     path = todo.scratch / source.shard.file
     with ShardWriter(path, 0) as tar:
         for name, row in zip(names, source.rows, strict=True):
@@ -57,8 +61,9 @@ def salvage(todo: Salvage) -> Salvaged:
     if not made.rows:
         path.unlink()
         return made
-    # Give a tar with other content another name: the broken file must stay until index.json
-    # names the new one. A tar of an earlier repair has a digest in its name already.
+    # A tar with other content gets another name: the broken file is needed until index.json
+    # changes. The name of a tar from an earlier repair already has a digest, which is
+    # replaced.
     made.shard = tar.shard_entry
     if made.shard != source.shard:
         base = re.sub(r"-[0-9a-f]{8}$", "", path.stem)
@@ -69,7 +74,7 @@ def salvage(todo: Salvage) -> Salvaged:
 
 
 def _copy(content: memoryview, row: dict[str, Any], tar: ShardWriter) -> dict[str, Any]:
-    """Append a whole clip to a tar, and return its row for the index."""
+    """Append an undamaged clip to a tar, and return the row for the index."""
     _, begin, json_begin, json_end = clip_span(content, row)
     clip = bytes(content[begin : begin + row["size"]])
     facts = json.loads(bytes(content[json_begin:json_end]))

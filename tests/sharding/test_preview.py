@@ -32,8 +32,10 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
-    """Six train clips with awkward texts, the first with an awkward id and signer; two
-    dev clips."""
+    """Build six training clips with unusual texts, and two dev clips.
+
+    The first has an unusual id and signer.
+    """
     place = tmp_path_factory.mktemp("preview")
     write_video(place / "a.mp4", 12)
     write_frames(place / "frames", 3)
@@ -52,7 +54,7 @@ def built(tmp_path_factory) -> Path:
 
 
 class Page(html.parser.HTMLParser):
-    """What a browser makes of a page: its tags, and the text that is shown."""
+    """Parse a page as a browser does: tags, sources and the visible text."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -98,8 +100,9 @@ def test_texts_and_ids_are_escaped_in_the_page(built, tmp_path):
     assert "<b>id</b>" in page.shown and "</small><i>" in page.shown
 
 
-def test_the_sheet_shows_frames_of_its_clips_from_first_to_last(tmp_path):
-    write_video(tmp_path / "a.mp4", 40)  # ever brighter
+def test_the_sheet_shows_frames_from_the_first_to_the_last(tmp_path):
+    # Each frame is brighter than the one before.
+    write_video(tmp_path / "a.mp4", 40)
     (tmp_path / "m.csv").write_text("video,text,split\na.mp4,x,train\n")
     build(
         "manifest",
@@ -112,7 +115,6 @@ def test_the_sheet_shows_frames_of_its_clips_from_first_to_last(tmp_path):
     sheet = cv2.imread(str(tmp_path / "look.png"))
     line = sheet[-60, 10 : 10 + 8 * 151 - 2, 0].astype(int)
     shades = [int(np.median(line[151 * n + 20 : 151 * n + 120])) for n in range(8)]
-    # Ever brighter, from the first frame to the last.
     assert shades == sorted(shades) and len(set(shades)) == 8
     assert shades[0] < 20 and shades[-1] > 220
 
@@ -131,7 +133,7 @@ def test_a_broken_clip_is_shown_as_broken(built, tmp_path, capsys):
     assert out.count("warning: train") == 6 and "warning: dev 00000001 is broken" in out
 
 
-def test_the_same_seed_draws_the_same_clips_evenly_over_splits():
+def test_a_seed_draws_the_same_clips_again_evenly_over_splits():
     assert draw([100, 3, 50], 24, 7) == draw([100, 3, 50], 24, 7)
     assert draw([100, 3, 50], 24, 7) != draw([100, 3, 50], 24, 8)
     drawn = draw([100, 3, 50], 24, 0)
@@ -146,7 +148,7 @@ def test_long_texts_are_wrapped_and_cut():
     assert all(len(line) <= 20 for line in wrap("天" * 200, 40))
 
 
-def test_the_command_draws_of_one_split(built, tmp_path):
+def test_the_command_can_draw_from_one_split(built, tmp_path):
     words = [
         str(built),
         f"--out={tmp_path / 'look.v2'}",
@@ -171,17 +173,17 @@ def test_the_command_draws_of_one_split(built, tmp_path):
         ({"split": "val"}, "must be one of train, dev"),
         (
             {"out": Path("/nowhere/at/all/x")},
-            "--out must be a name in a folder that exists",
+            "--out must be a file name in an existing folder",
         ),
         ({"out": Path("/")}, "--out must be"),
     ],
 )
-def test_wrong_inputs_are_one_sentence(built, tmp_path, given, sentence):
+def test_wrong_options_are_refused(built, tmp_path, given, sentence):
     with pytest.raises(UserError, match=sentence):
         preview(built, **{"out": tmp_path / "look"} | given)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_no_shard_folder_is_refused(tmp_path):
+def test_a_folder_without_an_index_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"index\.json"):
         preview(tmp_path, out=tmp_path / "look")

@@ -27,7 +27,7 @@ def release(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def built(release, tmp_path_factory) -> Path:
-    """Three tars of three train clips; one tar of dev and one of test, of two clips each."""
+    """Build three tars of three training clips each. Dev and test have one tar of two."""
     place = tmp_path_factory.mktemp("repair")
     build("phoenix14t", release, place / "shards", Options(workers=1, clips_per_shard=3))
     return place / "shards"
@@ -59,7 +59,7 @@ def flip(path: Path, offset: int) -> None:
 
 
 def flip_a_frame(folder: Path) -> str:
-    """The first byte of the last frame of the second clip; the id of that clip."""
+    """Flip the first byte of the last frame of a clip, and return the id of that clip."""
     row = of_shard(folder, 1)[1]
     with (folder / "train-000001.tar").open("rb") as file:
         file.seek(row["offset"])
@@ -75,7 +75,7 @@ def truncate(folder: Path) -> str:
 
 
 def content(folder: Path) -> dict[str, list[bytes]]:
-    """What each clip's frames are, by id."""
+    """Return the JPEGs of each training clip, by id."""
     found = {}
     for row in rows(folder):
         shard = read_manifest(folder)["splits"]["train"]["shards"][row["shard"]]["file"]
@@ -89,14 +89,12 @@ def content(folder: Path) -> dict[str, list[bytes]]:
 
 
 def suffixes(folder: Path) -> Counter[str]:
-    """How many files of each kind a folder has."""
+    """Return the number of files of each kind in a folder."""
     return Counter(path.suffix for path in folder.iterdir())
 
 
 @pytest.mark.parametrize("harm", [flip_a_frame, truncate])
-def test_drop_takes_out_the_broken_clip_and_leaves_ordinary_shards(
-    built, copy, capsys, harm
-):
+def test_drop_removes_the_broken_clip_and_leaves_valid_shards(built, copy, capsys, harm):
     lost = harm(copy)
     verify(copy, workers=1, repair="drop")
     out = capsys.readouterr().out
@@ -114,7 +112,7 @@ def test_drop_takes_out_the_broken_clip_and_leaves_ordinary_shards(
     verify(copy, workers=1)
 
 
-def test_drop_takes_a_deleted_shard_out_of_the_index(built, copy, capsys):
+def test_drop_removes_a_deleted_shard_from_the_index(built, copy, capsys):
     (copy / "train-000001.tar").unlink()
     verify(copy, workers=2, repair="drop")
     assert "dropped 3 clips" in capsys.readouterr().out
@@ -125,7 +123,7 @@ def test_drop_takes_a_deleted_shard_out_of_the_index(built, copy, capsys):
     assert entry["examples"][0].startswith("train 01April")
 
 
-def test_what_is_dropped_twice_is_counted_together(copy):
+def test_clips_of_two_drops_are_counted_together(copy):
     (copy / "train-000001.tar").unlink()
     verify(copy, workers=1, repair="drop")
     (copy / "train-000002.tar").unlink()
@@ -134,27 +132,27 @@ def test_what_is_dropped_twice_is_counted_together(copy):
     assert entry["count"] == 6 and len(entry["examples"]) == 3 and len(rows(copy)) == 3
 
 
-def test_damage_beside_the_clips_is_undone_without_loss(built, copy, capsys):
+def test_damage_outside_the_clips_is_repaired_without_loss(built, copy, capsys):
     flip(copy / "train-000001.tar", (copy / "train-000001.tar").stat().st_size - 1)
     verify(copy, workers=1, repair="drop")
-    assert "damaged beside its clips only" in capsys.readouterr().out
+    assert "damaged outside its clips only" in capsys.readouterr().out
     assert tree(copy) == tree(built)
 
 
-def test_a_change_that_no_check_can_place_is_said(built, copy, capsys):
+def test_a_change_that_no_check_can_locate_is_reported(built, copy, capsys):
     row = of_shard(copy, 1)[0]
-    # a field of the AVI header that nobody reads
+    # A field of the AVI header that no decoder reads.
     flip(copy / "train-000001.tar", row["offset"] + 0x30)
     verify(copy, workers=1, repair="drop")
     out = capsys.readouterr().out
-    assert "was changed where no check can tell" in out and "dropped 0 clips" in out
+    assert "a change that no check can locate" in out and "dropped 0 clips" in out
     assert content(copy) == content(built)
 
 
-def test_a_split_without_a_whole_clip_is_refused_and_nothing_changes(copy):
+def test_drop_refuses_a_split_without_undamaged_clips_and_changes_nothing(copy):
     (copy / "dev-000000.tar").unlink()
     before = tree(copy)
-    with pytest.raises(UserError, match="no clip of dev is whole"):
+    with pytest.raises(UserError, match="broken clips of dev: no clip would remain"):
         verify(copy, workers=1, repair="drop")
     assert tree(copy) == before
 
@@ -162,17 +160,17 @@ def test_a_split_without_a_whole_clip_is_refused_and_nothing_changes(copy):
 @pytest.mark.parametrize(
     "harm", [flip_a_frame, truncate, lambda folder: (folder / "train-000001.tar").unlink()]
 )
-def test_rebuild_makes_what_was_there(built, copy, release, capsys, harm):
+def test_rebuild_restores_the_original_bytes(built, copy, release, capsys, harm):
     harm(copy)
     flip(copy / "dev-000000.tar", 3000)
     verify(copy, workers=1, repair="rebuild", source=release)
     out = capsys.readouterr().out
-    assert out.count("was rebuilt, byte by byte as it was") == 2
+    assert out.count("was rebuilt and is identical to the original") == 2
     assert "all is well: 13 clips" in out
     assert tree(copy) == tree(built)
 
 
-def test_rebuild_knows_the_options_and_the_importers_own(tmp_path):
+def test_rebuild_uses_the_options_of_the_build_and_of_the_importer(tmp_path):
     write_video(tmp_path / "a.mp4", 20)
     write_video(tmp_path / "b.mp4", 12)
     (tmp_path / "how2sign.csv").write_text(
@@ -193,7 +191,7 @@ def test_rebuild_knows_the_options_and_the_importers_own(tmp_path):
     assert tree(tmp_path / "shards") == before
 
 
-def test_shards_of_an_option_that_is_gone_are_not_rebuilt(copy, release):
+def test_shards_that_were_built_with_a_removed_option_are_not_rebuilt(copy, release):
     path = copy / "index.json"
     manifest = json.loads(path.read_text())
     manifest["options"]["align"] = "facebook/wav2vec2-base-960h"
@@ -210,10 +208,7 @@ def test_a_source_that_has_changed_replaces_nothing(copy, tmp_path, capsys):
     before = tree(copy)
     with pytest.raises(ShardFault):
         verify(copy, workers=1, repair="rebuild", source=other)
-    assert (
-        "train-000001.tar cannot be rebuilt as it was: the source"
-        in capsys.readouterr().out
-    )
+    assert "Cannot rebuild train-000001.tar: the source" in capsys.readouterr().out
     assert tree(copy) == before
 
 
@@ -223,11 +218,11 @@ def test_a_video_that_no_longer_decodes_is_named(copy, tmp_path, capsys):
     next(other.rglob(f"{lost}/images0001.png")).write_bytes(b"broken")
     with pytest.raises(ShardFault):
         verify(copy, workers=1, repair="rebuild", source=other)
-    assert f"cannot be rebuilt as it was: train {lost}: " in capsys.readouterr().out
+    assert f"Cannot rebuild train-000001.tar: train {lost}: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("how", ["drop", "rebuild"])
-def test_a_lost_table_is_restored_from_its_tars(built, copy, release, capsys, how):
+def test_a_lost_table_is_restored_from_the_tars(built, copy, release, capsys, how):
     (copy / "train.safetensors").unlink()
     flip(copy / "dev.safetensors", 300)
     verify(copy, workers=1, repair=how, source=release if how == "rebuild" else None)
@@ -236,8 +231,8 @@ def test_a_lost_table_is_restored_from_its_tars(built, copy, release, capsys, ho
 
 
 @pytest.mark.parametrize("what", ["table", "file"])
-def test_nothing_beside_the_folder_is_touched(copy, what):
-    """Whoever made the shards chose the names and the checksums in index.json."""
+def test_no_file_outside_the_folder_is_changed(copy, what):
+    """The file names in index.json may be hostile."""
     path = copy / "index.json"
     manifest = json.loads(path.read_text())
     entry = manifest["splits"]["train"]
@@ -251,26 +246,24 @@ def test_nothing_beside_the_folder_is_touched(copy, what):
     assert (copy.parent / "mine").read_text() == "mine"
 
 
-def test_a_lost_table_of_broken_tars_is_one_sentence(copy, capsys):
+def test_a_lost_table_of_damaged_tars_is_not_restored(copy, capsys):
     (copy / "train.safetensors").unlink()
     truncate_at = (copy / "train-000001.tar").stat().st_size // 2
     os.truncate(copy / "train-000001.tar", truncate_at)
     with pytest.raises(ShardFault, match="the table of split train"):
         verify(copy, workers=1, repair="drop")
-    assert (
-        "the table of train cannot be restored, because its tars are not whole"
-        in capsys.readouterr().out
-    )
+    out = capsys.readouterr().out
+    assert "Cannot restore the table of train: the tars are damaged" in out
 
 
-def test_a_strange_tar_is_left_alone(copy):
+def test_a_tar_that_is_not_in_the_index_is_not_changed(copy):
     (copy / "mine.tar").write_bytes(b"x")
-    with pytest.raises(ShardFault, match="no repair touches it"):
+    with pytest.raises(ShardFault, match="--repair ignores it"):
         verify(copy, workers=1, repair="drop")
     assert (copy / "mine.tar").read_bytes() == b"x"
 
 
-def test_whole_shards_are_not_touched(copy, built, release):
+def test_undamaged_shards_are_not_changed(copy, built, release):
     times = {path.name: path.stat().st_mtime_ns for path in copy.iterdir()}
     verify(copy, workers=1, repair="drop")
     verify(copy, workers=1, repair="rebuild", source=release)
@@ -281,14 +274,14 @@ def test_whole_shards_are_not_touched(copy, built, release):
     "given",
     [{"repair": "rebuild"}, {"source": Path()}, {"repair": "drop", "source": Path()}],
 )
-def test_rebuild_and_source_go_together(copy, given):
+def test_rebuild_and_source_must_be_given_together(copy, given):
     with pytest.raises(
         UserError, match="--repair=rebuild and --source must be given together"
     ):
         verify(copy, workers=1, **given)
 
 
-def test_wrong_sources_are_one_sentence(copy, tmp_path):
+def test_wrong_sources_are_refused(copy, tmp_path):
     (copy / "dev-000000.tar").unlink()
     before = tree(copy)
     with pytest.raises(UserError, match="--source must be an existing"):
@@ -304,13 +297,13 @@ def test_wrong_sources_are_one_sentence(copy, tmp_path):
     assert tree(copy) == before
 
 
-def test_a_second_repair_is_refused_while_one_is_at_work(copy):
+def test_a_second_repair_is_refused_while_one_is_running(copy):
     (copy / "train-000001.tar").unlink()
     before = tree(copy)
     handle = os.open(copy, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another is at work"):
+        with pytest.raises(UserError, match="is in use by another repair"):
             verify(copy, workers=1, repair="drop")
     finally:
         os.close(handle)
@@ -318,8 +311,10 @@ def test_a_second_repair_is_refused_while_one_is_at_work(copy):
 
 
 def killed_at(step: int, work: Callable[[], None]) -> bool:
-    """Run `work` in a process that is killed at its n-th write, rename or removal;
-    whether it came so far."""
+    """Run `work` in a process that is killed at a given write, rename or removal.
+
+    Returns False if the process ended before that step.
+    """
     pid = os.fork()
     if pid == 0:
         seen = 0
@@ -345,7 +340,7 @@ def killed_at(step: int, work: Callable[[], None]) -> bool:
 
 
 @pytest.mark.parametrize("how", ["drop", "rebuild"])
-def test_a_repair_that_is_killed_at_any_step_loses_nothing_and_is_started_again(
+def test_a_repair_killed_at_any_step_loses_nothing_and_can_be_started_again(
     built, tmp_path, release, how
 ):
     harmed = Path(shutil.copytree(built, tmp_path / "harmed"))
@@ -373,7 +368,7 @@ def test_a_repair_that_is_killed_at_any_step_loses_nothing_and_is_started_again(
 
 
 def readable(folder: Path) -> set[str]:
-    """Ids of the train clips whose frames are all where the index says."""
+    """Return the ids of the training clips whose frames can all be read."""
     found = set()
     shards = read_manifest(folder)["splits"]["train"]["shards"]
     for row in rows(folder):
@@ -399,7 +394,7 @@ def test_the_command_repairs(copy, release):
     )  # fmt: skip
     assert done.returncode == 0 and "all is well" in done.stdout, done.stderr
     wrong = subprocess.run(
-        [sys.executable, str(ROOT / "shards" / "verify.py"), str(copy), "--repair=mend"],
+        [sys.executable, str(ROOT / "shards" / "verify.py"), str(copy), "--repair=fix"],
         capture_output=True, text=True, cwd="/", timeout=120,
     )  # fmt: skip
     assert wrong.returncode == 2 and "--repair must be one of drop, rebuild" in wrong.stderr

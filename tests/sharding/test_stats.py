@@ -25,7 +25,7 @@ def row(text: str, *, signer="", video="", language="de", num_frames=25, fps=25.
 
 
 def line(report: str, *begin: str) -> list[str]:
-    """The cells of the first line that begins with these words."""
+    """Return the words of the first line that begins with `begin`."""
     for cells in map(str.split, report.splitlines()):
         if cells[: len(begin)] == list(begin):
             return cells
@@ -42,20 +42,20 @@ def test_sizes_are_counted_by_split():
     assert line(report, "dev") == ["dev", "1", "90,000", "1.00", "0", "0", "0.5"]
 
 
-def test_words_that_train_lacks_are_counted_as_types_and_as_running_words():
+def test_unknown_words_are_counted_as_types_and_as_running_words():
     train = [row("sonne und regen, heute"), row("regen und wind")]
     report = summarise(
         {"train": train, "test": [row("schnee , schnee und schnee oder regen")]}
     )
     words = report.split("\n\n")[1]
-    # train: sonne und regen , heute regen und wind; sonne, the comma, heute and wind are
-    # there once
+    # The words of train are: sonne und regen , heute regen und wind. Singletons are sonne,
+    # the comma, heute and wind.
     assert line(words, "train") == ["train", "8", "6", "4", "-", "-"]
-    # test: schnee (3 times) and oder of five types and seven words
+    # Unknown are schnee (3 times) and oder, of five types and seven words.
     assert " ".join(line(words, "test")) == "test 7 5 4 2 (40.0 %) 4 (57.1 %)"
 
 
-def test_without_train_nothing_is_unknown():
+def test_without_a_training_split_no_word_is_unknown():
     words = summarise({"dev": [row("a b")]}).split("\n\n")[1]
     assert " ".join(line(words, "dev")) == "dev 2 2 2 - -"
 
@@ -68,14 +68,14 @@ def test_languages_without_spaces_are_counted_by_character(language):
     assert line(words, "train")[1:3] == ["5", "3"]
 
 
-def test_lengths_are_given_in_frames_seconds_and_words():
+def test_lengths_are_printed_in_frames_seconds_and_words():
     train = [row("a", num_frames=n, fps=10.0) for n in (5, 20, 45)]
     train.append(row("a b c", num_frames=100, fps=10.0))
     lengths = summarise({"train": train}).split("\n\n")[2]
     assert " ".join(line(lengths, "train")) == "train 5, 32, 100 0.5, 3.2, 10.0 1, 1, 3"
 
 
-def test_the_histogram_holds_every_clip_once():
+def test_the_histogram_counts_every_clip_once():
     train = [row("a", num_frames=n) for n in (24, 25, 26, 49, 50, 74, 10_000)]
     histogram = summarise({"train": train}).split("\n\n")[3].splitlines()
     assert histogram[0].split() == ["seconds", "frames", "train"]
@@ -83,14 +83,14 @@ def test_the_histogram_holds_every_clip_once():
     assert sum(shares) == pytest.approx(100, abs=0.5) and shares[0] == 85.7
 
 
-def test_a_clip_of_exactly_one_second_is_in_the_bin_that_begins_there():
+def test_a_clip_of_exactly_one_second_is_in_the_bin_from_one_second():
     rows = [row("a", num_frames=n, fps=24.0) for n in [24] * 3 + [48] * 3 + [230]]
     histogram = summarise({"train": rows}).split("\n\n")[3].splitlines()
     assert line("\n".join(histogram), "1", "to", "2")[3:6] == ["24", "to", "47"]
     assert [line.split()[6] for line in histogram[1:4]] == ["0.0", "42.9", "42.9"]
 
 
-def test_clips_of_several_rates_have_a_histogram_of_seconds_alone():
+def test_with_several_frame_rates_the_histogram_is_only_in_seconds():
     report = summarise({"train": [row("a", fps=25.0), row("a", fps=30.0)]})
     assert report.split("\n\n")[3].splitlines()[0].split() == ["seconds", "train"]
 
@@ -100,7 +100,7 @@ def test_empty_splits_are_left_out():
     assert summarise({"train": []}) == "no clips"
 
 
-def test_what_splits_share_is_noted_with_counts_and_examples():
+def test_overlaps_of_splits_are_noted_with_counts_and_examples():
     train = [row("guten tag", signer="A", video="v1"), row("x", signer="B", video="v2")]
     test = [
         row("guten tag", signer="A", video="v2"),
@@ -116,11 +116,11 @@ def test_what_splits_share_is_noted_with_counts_and_examples():
     assert leakage_notes({"train": train, "test": test}) == notes[:1]
 
 
-def test_rows_without_signer_or_video_share_none():
+def test_empty_signers_and_videos_are_no_overlap():
     assert overlap_notes({"train": [row("a")], "dev": [row("b")]}) == []
 
 
-def test_long_examples_are_cut_and_few_are_named():
+def test_long_examples_are_shortened_and_only_a_few_are_named():
     rows = [row(f"{number} {'word ' * 20}") for number in range(5)]
     (note,) = overlap_notes({"train": rows, "dev": rows})
     assert "5 texts" in note and "3 word" not in note and len(note) < 250
@@ -137,14 +137,14 @@ def test_the_command_prints_the_tables_of_a_folder(tmp_path):
     assert "note: train and dev share 2 signers" in done.stdout
 
 
-def test_what_is_no_shard_folder_is_refused(tmp_path):
+def test_a_folder_without_an_index_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"index\.json"):
         stats(tmp_path)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
-def test_texts_are_printed_in_any_encoding_and_steer_no_terminal(tmp_path, encoding):
-    """Also into a pipe that nobody reads any more, as with `| head`."""
+def test_texts_are_printed_safely_in_any_encoding(tmp_path, encoding):
+    """Control characters are escaped. A closed pipe, as with `| head`, is no error."""
     rows = ["video,text,split"]
     for split in ("train", "dev"):
         (tmp_path / split).mkdir()
