@@ -73,7 +73,7 @@ def build(
         todo = plan_jobs(clips, options, partial, num_skippable, num_rows)
         run_jobs(todo, options, faults, num_rows)
         done = jobs.collect(todo, partial.shards)
-        # Workers finish in any order: sorted faults give the same index.json every time.
+        # Sorted by split and id for the reader: training clips are in shuffled order.
         faults = sorted(faults + done.faults, key=lambda fault: fault.sentence)
         check_budget(faults, options.max_skipped, num_rows)
         if not done.splits:
