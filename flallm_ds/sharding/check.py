@@ -128,7 +128,7 @@ def _check_table(report: Report, folder: Path, split: str) -> None:
         rows[row["shard"]].append(row)
     # A folder of cached features has one tar for each shard and view. The tars of one shard
     # are next to each other and have the same rows.
-    facts = index.features[0] if index.features else None
+    facts = index.features[0] if isinstance(index, FeatureIndex) else None
     num_views = facts.views if facts else 1
     rows_of_tars = []
     for part in rows:

@@ -380,7 +380,7 @@ def test_a_tar_that_is_no_file_is_refused_without_a_wait(folder, tmp_path, kind,
     with pytest.raises(UserError, match=r"train-000001\.tar"):
         index.check_files()
     with pytest.raises(OSError):
-        ClipReader(index, FrameSampling(), 0, False).read(4)
+        VideoReader(index, FrameSampling(), 0, False).read(4)
     with pytest.raises(ShardFault, match=r"train-000001\.tar"):
         verify(folder, workers=1)
     preview(folder, out=tmp_path / "look")
