@@ -52,10 +52,11 @@ class Preprocess:
         clips_N = torch.arange(len(theta_B23), dtype=torch.int32).repeat_interleave(
             batch.num_frames_B
         )
-        function = _fused if device.type == "cuda" and _can_fuse(device) else resample
         # non_blocking, though not pinned: CUDA has read so small a source before the call
         # returns.
-        theta_B23, clips_N = (t.to(device, non_blocking=True) for t in (theta_B23, clips_N))
+        theta_B23 = theta_B23.to(device, non_blocking=True)
+        clips_N = clips_N.to(device, non_blocking=True)
+        function = _fused if device.type == "cuda" and _can_fuse(device) else resample
         return function(frames_NHWC, theta_B23, clips_N, self.crop_size, dtype)
 
     def affine(
@@ -68,21 +69,22 @@ class Preprocess:
         """theta_B23 for `affine_grid`: from the crop's coordinates in [-1, 1] to the canvas's."""
         side, crop = float(self.frame_size), float(self.crop_size)
         num_clips = len(draws_B9)
-        free = side - crop
-        offset_B2 = (
-            draws_B9[:, :2] * free if train else torch.full((num_clips, 2), free / 2)
-        )
+        free = side - crop  # where the crop may begin
+        offset_B2 = torch.full((num_clips, 2), free / 2)
+        if train:
+            offset_B2 = draws_B9[:, :2] * free
         angle_B, scale_B, shift_B2 = self._augmentation(draws_B9, train)
+
         # crop -> square: p = centre + R (q - centre) / scale + shift, with q = offset +
         # (u + 1) / 2 * crop
         cos_B, sin_B = torch.cos(angle_B) / scale_B, torch.sin(angle_B) / scale_B
-        turn_B22 = torch.stack(
-            [torch.stack([cos_B, -sin_B], -1), torch.stack([sin_B, cos_B], -1)], -2
-        )
+        upper_B2 = torch.stack([cos_B, -sin_B], -1)
+        lower_B2 = torch.stack([sin_B, cos_B], -1)
+        turn_B22 = torch.stack([upper_B2, lower_B2], -2)
         start_B2 = offset_B2 + crop / 2 - side / 2
-        shift_px_B2 = (
-            side / 2 + torch.einsum("bij,bj->bi", turn_B22, start_B2) + shift_B2 * side
-        )
+        turned_B2 = torch.einsum("bij,bj->bi", turn_B22, start_B2)
+        shift_px_B2 = side / 2 + turned_B2 + shift_B2 * side
+
         # square -> canvas, whose coordinates run over [-1, 1]; x first
         canvas_2 = torch.tensor([canvas_hw[1], canvas_hw[0]], dtype=torch.float32)
         stretch_B2 = 2 * size_B2.flip(1) / side / canvas_2
@@ -123,6 +125,7 @@ def resample(
     pixels_NCHW = F.grid_sample(
         frames_NCHW, grid_NHW2, mode="bilinear", align_corners=False
     )
+    # The statistics are of pixels from 0 to 1, the frames' are from 0 to 255.
     device = frames_NHWC.device
     mean = torch.tensor(IMAGENET_MEAN, device=device).view(1, 3, 1, 1) * 255
     std = torch.tensor(IMAGENET_STD, device=device).view(1, 3, 1, 1) * 255
@@ -139,7 +142,8 @@ def _fused(
     # Triton is there on machines with a GPU only.
     from flallm_ds.data import preprocess_triton
 
-    mean, std = (tuple(255 * v for v in values) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    mean = tuple(255 * value for value in IMAGENET_MEAN)
+    std = tuple(255 * value for value in IMAGENET_STD)
     return preprocess_triton.resample(
         frames_NHWC, theta_B23, clips_N, crop_size, mean, std, dtype
     )
@@ -149,6 +153,7 @@ def _fused(
 def _can_fuse(device: torch.device) -> bool:
     """Whether the kernel runs here: Triton builds it at run time, with a C compiler and
     Python's headers."""
+    # The smallest batch that there is tells.
     try:
         _fused(
             torch.zeros(1, 2, 2, 3, dtype=torch.uint8, device=device),

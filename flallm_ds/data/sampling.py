@@ -40,8 +40,11 @@ class FrameSampling:
     @classmethod
     def of_settings(cls, settings: Mapping[str, Any]) -> "FrameSampling":
         """Read the sampling from stored settings; what an older file lacks has its default."""
-        stored = [name for name in SAMPLING_OPTIONS if name in settings]
-        return cls(**{name: settings[name] for name in stored})
+        stored = {}
+        for name in SAMPLING_OPTIONS:
+            if name in settings:
+                stored[name] = settings[name]
+        return cls(**stored)
 
     def settings(self) -> dict[str, Any]:
         """Return the fields as exports and features store them, in their order in the file."""
@@ -54,12 +57,10 @@ class FrameSampling:
 
     def has_types(self) -> bool:
         """Say whether each field is of its type, which a file may not respect."""
-        counts = (self.keep_every, self.max_frames)
-        return (
-            all(type(count) is int for count in counts)
-            and self.cap in get_args(Cap)
-            and math.isfinite(self.target_fps or 1)
-        )
+        # A bool is an int to isinstance.
+        are_counts = type(self.keep_every) is int and type(self.max_frames) is int
+        is_cap = self.cap in get_args(Cap)
+        return are_counts and is_cap and math.isfinite(self.target_fps or 1)
 
     @property
     def draws_nothing(self) -> bool:

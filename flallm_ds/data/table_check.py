@@ -38,7 +38,10 @@ def check_table(
     shard_bytes: int64, the size of the tar with each shard number (of features: of its
     smallest view).
     """
-    for name in (*types, *(column for own in strings for column in (own, f"{own}_ends"))):
+    required = list(types)
+    for name in strings:
+        required += [name, f"{name}_ends"]
+    for name in required:
         if name not in table:
             raise ValueError(f"it must have a column {name}, but has none")
     numbers = {name: _column(table, name, dtype) for name, dtype in types.items()}
@@ -48,16 +51,16 @@ def check_table(
     for name, (least, most) in LIMITS.items():
         within = (numbers[name] >= least) & (numbers[name] <= most)  # NaN is not
         _must(within, numbers[name], f"{name} must be from {least:,} to {most:,}")
-    seconds = numbers["num_frames"] / numbers["fps"].astype(np.float64)
-    _must(
-        seconds <= MAX_CLIP_S, seconds, f"num_frames / fps must be at most {MAX_CLIP_S:,} s"
-    )
+
+    num_frames = numbers["num_frames"]
+    seconds = num_frames / numbers["fps"].astype(np.float64)
+    short = seconds <= MAX_CLIP_S
+    _must(short, seconds, f"num_frames / fps must be at most {MAX_CLIP_S:,} s")
     _check_places(numbers, shard_bytes)
     if is_video:
-        fits = numbers["num_frames"] <= numbers["size"]
-        _must(
-            fits, numbers["num_frames"], "num_frames must be at most size, a byte a frame"
-        )
+        fits = num_frames <= numbers["size"]
+        _must(fits, num_frames, "num_frames must be at most size, a byte a frame")
+
     for name in strings:
         blob = _column(table, name, np.uint8)
         ends = _column(table, f"{name}_ends", np.int64)
@@ -96,7 +99,7 @@ def _must(holds: np.ndarray, values: np.ndarray, sentence: str) -> None:
 
 def _check_places(numbers: Mapping[str, np.ndarray], shard_bytes: np.ndarray) -> None:
     """Every clip lies within its tar, and none within another."""
-    shard, offset, size = (numbers[name] for name in ("shard", "offset", "size"))
+    shard, offset, size = numbers["shard"], numbers["offset"], numbers["size"]
     last = len(shard_bytes) - 1
     within = (shard >= 0) & (shard <= last)
     _must(within, shard, f"shard must be from 0 to {last:,}, the last of the split's tars")
@@ -107,11 +110,12 @@ def _check_places(numbers: Mapping[str, np.ndarray], shard_bytes: np.ndarray) ->
     _must(within, size, f"size must be from 1 to {MAX_CLIP_BYTES:,}")
     within = size <= tar_bytes - offset  # no sum: it could overflow
     _must(within, size, "size must end within the clip's tar")
+
+    # Clips in order of shard and offset: each must end before the next one begins.
     order = np.lexsort((offset, shard))
     before, after = order[:-1], order[1:]
-    apart = (shard[before] != shard[after]) | (
-        offset[before] + size[before] <= offset[after]
-    )
+    other_shard = shard[before] != shard[after]
+    apart = other_shard | (offset[before] + size[before] <= offset[after])
     if not apart.all():
         place = int(np.argmin(apart))
         raise ValueError(
@@ -138,9 +142,11 @@ def _check_strings(name: str, blob: np.ndarray, ends: np.ndarray) -> None:
     while first < len(ends):
         # Whole strings, about a block of them.
         last = max(first + 1, int(np.searchsorted(ends, begins[first] + _BLOCK_BYTES)))
+        row = None
         try:
             blob[begins[first] : ends[last - 1]].tobytes().decode("utf-8")
-            row = first + int(np.argmax(cut[first:last])) if cut[first:last].any() else None
+            if cut[first:last].any():
+                row = first + int(np.argmax(cut[first:last]))
         except UnicodeDecodeError as error:
             row = int(np.searchsorted(ends, begins[first] + error.start, side="right"))
         if row is not None:
@@ -156,11 +162,9 @@ def _check_keys(blob: np.ndarray, ends: np.ndarray) -> None:
     for row, end in enumerate(ends.tolist()):
         key = content[begin:end]
         begin = end
+        must = "key must be there and be once in a split"
+        if not key:
+            raise ValueError(f"{must}, but is empty in row {row}")
         first = seen.setdefault(key, row)
-        if first != row or not key:
-            shown = (
-                f"got {key.decode()!r} in rows {first} and {row}"
-                if key
-                else f"but is empty in row {row}"
-            )
-            raise ValueError(f"key must be there and be once in a split, {shown}")
+        if first != row:
+            raise ValueError(f"{must}, got {key.decode()!r} in rows {first} and {row}")

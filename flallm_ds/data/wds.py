@@ -65,8 +65,11 @@ def _decode(
             f"a clip must decode, but {sample.get('__key__')} of {sample.get('__url__')} "
             f"does not: {error}"
         ) from error
-    own = {name: value for name, value in sample.items() if name.startswith("__")}
-    return facts | {"key": sample["__key__"], "frames": frames, "picks": picks} | own
+    clip = facts | {"key": sample["__key__"], "frames": frames, "picks": picks}
+    for name, value in sample.items():
+        if name.startswith("__"):  # webdataset's own
+            clip[name] = value
+    return clip
 
 
 def _facts(sample: Mapping[str, Any]) -> dict[str, Any]:

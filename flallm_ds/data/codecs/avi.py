@@ -46,41 +46,23 @@ def pack_frames(jpegs: Sequence[bytes], fps: float, width: int, height: int) -> 
         )
     if not 0 < fps < 10_000:
         raise ValueError(f"fps must be above 0 and below 10,000, but is {fps}.")
-    sizes = np.array([len(jpeg) for jpeg in jpegs], np.int64)
-    # from the word `movi`
+    # Where each chunk begins, counted from the word `movi`: a head of 8 bytes, the JPEG,
+    # and one byte more where its size is odd. The last offset is the end of the list.
+    sizes = np.fromiter(map(len, jpegs), np.int64, len(jpegs))
     offsets = 4 + np.concatenate([[0], np.cumsum(8 + sizes + sizes % 2)])
     if offsets[-1] > _MAX_BYTES:
         raise ValueError(
             f"a clip must be below 2 GiB, but its frames take {offsets[-1]:,} bytes."
         )
 
-    rate = Fraction(fps).limit_denominator(_AVI_RATE_LIMIT)
-    rate = rate if rate > 0 else Fraction(1, _AVI_RATE_LIMIT)
-    largest = int(sizes.max())
-    avih = struct.pack(
-        "<14I", round(1e6 / rate), 0, 0, _HAS_INDEX, len(jpegs), 0, 1, largest,
-        width, height, 0, 0, 0, 0,
-    )  # fmt: skip
-    strh = struct.pack(
-        "<4s4sIHHIIIIIIII4H", b"vids", b"MJPG",
-        0, 0, 0, 0, rate.denominator, rate.numerator, 0, len(jpegs),
-        largest, 0xFFFFFFFF, 0, 0, 0, width, height,
-    )  # fmt: skip
-    strf = struct.pack(
-        "<IiiHH4sIiiII", 40, width, height, 1, 24, b"MJPG", width * height * 3, 0, 0, 0, 0
-    )
-    header = _chunk(
-        b"LIST", b"hdrl", _chunk(b"avih", avih),
-        _chunk(b"LIST", b"strl", _chunk(b"strh", strh), _chunk(b"strf", strf)),
-    )  # fmt: skip
-
     index = np.zeros(len(jpegs), _INDEX_ENTRY)
-    index["id"], index["flags"], index["offset"], index["size"] = (
-        _FRAME_ID_U4,
-        _KEYFRAME,
-        offsets[:-1],
-        sizes,
-    )
+    index["id"] = _FRAME_ID_U4
+    index["flags"] = _KEYFRAME
+    index["offset"] = offsets[:-1]
+    index["size"] = sizes
+
+    # One join at the end: each byte is copied once.
+    header = _header(fps, len(jpegs), int(sizes.max()), width, height)
     tail = _chunk(b"idx1", index.tobytes())
     movi_size = int(offsets[-1])
     riff_size = 4 + len(header) + 8 + movi_size + len(tail)
@@ -89,6 +71,30 @@ def pack_frames(jpegs: Sequence[bytes], fps: float, width: int, height: int) -> 
     for jpeg in jpegs:
         parts += (_FRAME_ID, struct.pack("<I", len(jpeg)), jpeg, b"\0" * (len(jpeg) % 2))
     return b"".join([*parts, tail])
+
+
+def _header(fps: float, num_frames: int, largest: int, width: int, height: int) -> bytes:
+    """The list `hdrl`. largest: bytes of the largest frame, from which players size buffers."""
+    rate = Fraction(fps).limit_denominator(_AVI_RATE_LIMIT)
+    if rate == 0:
+        rate = Fraction(1, _AVI_RATE_LIMIT)
+    # The file: microseconds a frame, flags, numbers of frames and streams, size.
+    avih = struct.pack(
+        "<14I", round(1e6 / rate), 0, 0, _HAS_INDEX, num_frames, 0, 1, largest,
+        width, height, 0, 0, 0, 0,
+    )  # fmt: skip
+    # Its only stream: codec, frames a second as a fraction, length.
+    strh = struct.pack(
+        "<4s4sIHHIIIIIIII4H", b"vids", b"MJPG",
+        0, 0, 0, 0, rate.denominator, rate.numerator, 0, num_frames,
+        largest, 0xFFFFFFFF, 0, 0, 0, width, height,
+    )  # fmt: skip
+    # The picture, as Windows' BITMAPINFOHEADER of 40 bytes: 1 plane of 24 bits a pixel.
+    strf = struct.pack(
+        "<IiiHH4sIiiII", 40, width, height, 1, 24, b"MJPG", width * height * 3, 0, 0, 0, 0
+    )
+    stream = _chunk(b"LIST", b"strl", _chunk(b"strh", strh), _chunk(b"strf", strf))
+    return _chunk(b"LIST", b"hdrl", _chunk(b"avih", avih), stream)
 
 
 def frame_spans(member: bytes | memoryview) -> np.ndarray:
@@ -125,6 +131,7 @@ def indexed_spans(member: bytes | memoryview) -> np.ndarray:
     index = np.frombuffer(member, _INDEX_ENTRY, (idx1_end - idx1) // 16, idx1)
     if (index["id"] != _FRAME_ID_U4).any():
         raise ValueError(_NO_FRAME)
+    # int64: sums of the 32-bit numbers that a damaged index holds must not wrap around.
     offsets, sizes = index["offset"].astype(np.int64), index["size"].astype(np.int64)
     begins = offsets + movi + 8  # past the chunk's name and size
     ends = begins + sizes
@@ -159,6 +166,7 @@ def check_frames(member: bytes | memoryview, spans: np.ndarray) -> None:
 
 def _lists(member: bytes | memoryview, end: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """(begin, end) of the movi list (from the word `movi`) and of the idx1 chunk's content."""
+    # From chunk to chunk at the file's top level, behind `RIFF`, its size and `AVI `.
     movi = idx1 = None
     position = 12
     while position + 12 <= end:

@@ -11,6 +11,8 @@ def check_whole(path: Path) -> None:
 
     Decoders often end such a file without a word.
     """
+    # The first bytes tell the container: mp4 and mov by the name of their first box,
+    # Matroska and WebM by EBML's magic number, AVI by RIFF.
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(64)
@@ -33,6 +35,7 @@ def _mp4_bytes(file: BinaryIO, size: int) -> int:
         file.seek(position)
         head = file.read(16)
         length, name = struct.unpack_from(">I4s", head)
+        # A box over 4 GiB has its length in the 8 bytes behind its name.
         if length == 1 and len(head) == 16:
             (length,) = struct.unpack_from(">Q", head, 8)
         if name in (b"moov", b"mdat", b"moof"):
@@ -55,6 +58,8 @@ def _ebml_length(head: bytes, position: int) -> tuple[int, int]:
     beyond `head`)."""
     if position >= len(head) or head[position] == 0:
         return position, 0
+    # The zeros at the head of the first byte say how many bytes hold the length; all ones
+    # stand for an unknown one.
     num_bytes = 9 - head[position].bit_length()
     mask = (1 << 7 * num_bytes) - 1
     length = int.from_bytes(head[position : position + num_bytes], "big") & mask

@@ -116,6 +116,7 @@ def decode_frames(
     """
     height, width = hw
     even = (height + height % 2, width + width % 2)
+    # A frame may be picked several times, and is decoded once.
     places: dict[int, list[int]] = {}  # of each picked frame in the output
     for place, number in enumerate(picks.tolist()):
         places.setdefault(number, []).append(place)
@@ -135,9 +136,8 @@ def decode_frames(
                 rgb = reformatter.reformat(
                     frame, format="rgb24", interpolation=_FROM_YUV, threads=1
                 )
-                out_THWC[places.pop(number), :height, :width] = rgb.to_ndarray()[
-                    :height, :width
-                ]
+                picture = rgb.to_ndarray()[:height, :width]
+                out_THWC[places.pop(number), :height, :width] = picture
     except av.FFmpegError as error:
         raise ValueError(
             f"must be a whole mp4, but this one breaks ({error.strerror or error})"
@@ -159,15 +159,18 @@ def _decode(
     if codec is None or codec.name != "h264" or codec.pix_fmt != "yuv420p":
         found = f"{codec.name} in {codec.pix_fmt}" if codec else "what is not known"
         raise ValueError(f"must hold H.264 in yuv420p, but holds {found}")
+    # PyAV ends the packets with an empty one.
     packets = [packet for packet in container.demux(stream) if packet.size]
     if len(packets) != num_frames:
         raise ValueError(f"must hold {num_frames} frames, but holds {len(packets)}")
+    # Without B-frames, frames are stored in the order in which they are shown, so the
+    # number of a packet is that of its frame.
     times = [packet.pts for packet in packets]
     if None in times or times != sorted(set(times)) or not packets[0].is_keyframe:
         raise ValueError("must begin with a keyframe and hold no B-frames, but does not")
-    codec.thread_count = 1
+    codec.thread_count = 1  # a rank decodes as many clips at once as it has threads
     codec.options = {"err_detect": "explode"}
-    numbers = {time: number for number, time in enumerate(times) if number in picks}
+    numbers = {times[number]: number for number in picks}
     for packet in [*_needed(packets, picks), None]:
         for frame in codec.decode(packet):
             if frame.is_corrupt or frame.format.name != "yuv420p":

@@ -108,32 +108,32 @@ class Video:
         """
         timed = self._timed_images() if self.path.is_dir() else self._timed_frames(start_s)
         self.past_end_s = 0.0
+        if fps:
+            shown = self._at_rate(timed, start_s, end_s, fps)
+        else:
+            shown = self._in_span(timed, start_s, end_s)
+
+        # A part of the picture is cut out of full-size pixels, then scaled.
         whole = not (box or margin_px or stretch_hw)
-        shown = (
-            self._at_rate(timed, start_s, end_s, fps)
-            if fps
-            else self._in_span(timed, start_s, end_s)
-        )
         before: Path | _Picture | None = None
         frame = np.empty(0, np.uint8)
         for picture in shown:
-            if picture is not before:
-                read = (
-                    read_image(picture)
-                    if isinstance(picture, Path)
-                    else picture.read(short_side if whole else None)
-                )
+            if picture is not before:  # otherwise it is shown again
+                if isinstance(picture, Path):
+                    read = read_image(picture)
+                else:
+                    read = picture.read(short_side if whole else None)
                 fitted = self._fitted(read, short_side, box, margin_px, stretch_hw)
+                # The resolution of a stream may change on the way.
                 same = before is None or fitted.shape == frame.shape
                 frame = fitted if same else cv2.resize(fitted, frame.shape[1::-1])
                 before = picture
             yield frame
+
         if before is None:
-            span = (
-                ""
-                if start_s is None and end_s is None
-                else f" from {start_s or 0} s to {end_s or 'its end'} s"
-            )
+            span = ""
+            if start_s is not None or end_s is not None:
+                span = f" from {start_s or 0} s to {end_s or 'its end'} s"
             raise BrokenVideo(
                 f"a video must hold frames{span}, but none is there: {self.path}."
             )
@@ -153,6 +153,7 @@ class Video:
             frame = self._cut(frame, box or (0.0, 0.0, 1.0, 1.0), margin_px or (0, 0, 0, 0))
         if stretch_hw is None:
             return fit_short_side(frame, short_side) if short_side else frame
+        # The part keeps its share of the stretched whole.
         stretched_h = max(1, round(frame.shape[0] * stretch_hw[0] / height))
         stretched_w = max(1, round(frame.shape[1] * stretch_hw[1] / width))
         return _resize(frame, *fitted_size(stretched_h, stretched_w, short_side or 2**31))
@@ -209,14 +210,13 @@ class Video:
         tick = 0
         for time_s, picture in timed:
             start_s = time_s if start_s is None else start_s
-            if (
-                min(time_s, stop_s) - max(start_s, times[-1] if times else start_s)
-                > _MAX_STILL_S
-            ):
+            shown_since = max(start_s, times[-1]) if times else start_s
+            if min(time_s, stop_s) - shown_since > _MAX_STILL_S:
                 raise BrokenVideo(
                     f"a frame must be shown for {_MAX_STILL_S} s at most, but one is until "
                     f"{time_s:.0f} s: {self.path}."
                 )
+            # All ticks before this frame show the one before it.
             while start_s + tick / rate < min(stop_s, time_s - _ROUNDED_S):
                 if shown is not None:
                     yield shown
@@ -226,6 +226,7 @@ class Video:
             times.append(time_s)
             shown = picture
         else:
+            # The last frame is shown as long as a frame of the measured rate.
             if shown is not None and start_s is not None:
                 until_s = times[-1] + 1 / _measured_fps(times, self.fps)
                 while start_s + tick / rate < min(stop_s, until_s - _ROUNDED_S):
@@ -271,21 +272,19 @@ class Video:
                 stream.thread_type = "AUTO"
                 nominal = float(stream.average_rate or stream.guessed_rate or 0)
                 self.fps = nominal if 1 <= nominal <= 480 else _DEFAULT_FPS
+                # A recording cut out of a longer one may begin at any time.
                 begin_s = (container.start_time or 0) / av.time_base
                 if seek_s is not None and container.format.name in _SEEKABLE:
                     container.seek(int((seek_s + begin_s) * av.time_base), backward=True)
+                # A small heap puts unordered timestamps in order.
                 reformatter = VideoReformatter()
                 waiting: list[tuple[float, int, _Picture]] = []
                 for frame in container.decode(stream):
-                    time_s = (
-                        num_decoded / self.fps
-                        if frame.time is None
-                        else frame.time - begin_s
-                    )
-                    heapq.heappush(
-                        waiting,
-                        (time_s, num_decoded, _Picture(frame, reformatter, self.path)),
-                    )
+                    time_s = num_decoded / self.fps  # a raw stream has no timestamps
+                    if frame.time is not None:
+                        time_s = frame.time - begin_s
+                    picture = _Picture(frame, reformatter, self.path)
+                    heapq.heappush(waiting, (time_s, num_decoded, picture))
                     num_decoded += 1
                     if len(waiting) > _REORDER:
                         time_s, _, picture = heapq.heappop(waiting)
@@ -294,9 +293,9 @@ class Video:
                     time_s, _, picture = heapq.heappop(waiting)
                     yield time_s, picture
         except (av.FFmpegError, OSError, ValueError) as error:
-            what = (
-                f"breaks after {num_decoded} frames" if num_decoded else "cannot be opened"
-            )
+            what = "cannot be opened"
+            if num_decoded:
+                what = f"breaks after {num_decoded} frames"
             reason = getattr(error, "strerror", None) or str(error)
             raise BrokenVideo(
                 f"a video must decode to its end, but this one {what} ({reason}): "
@@ -326,16 +325,23 @@ class _Picture:
         rgb = self._reformatter.reformat(
             frame, width, height, format="rgb24", interpolation="AREA", threads=1
         ).to_ndarray()
-        matrix = next(
-            (bytes(d) for d in frame.side_data if d.type.name == "DISPLAYMATRIX"), b""
-        )
+        matrix = _display_matrix(frame)
         if len(matrix) < 36:
             return rgb
         # x' = a x + c y, y' = b x + d y
         a, b, _, c, d, *_ = struct.unpack_from("<9i", matrix)
         if abs(a) + abs(d) < abs(b) + abs(c):
             rgb, a, d = rgb.transpose(1, 0, 2), c, b
-        return np.ascontiguousarray(rgb[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
+        step_y, step_x = (-1 if d < 0 else 1), (-1 if a < 0 else 1)
+        return np.ascontiguousarray(rgb[::step_y, ::step_x])
+
+
+def _display_matrix(frame: "av.VideoFrame") -> bytes:
+    """The container's matrix that turns and mirrors a frame; empty where it has none."""
+    for data in frame.side_data:
+        if data.type.name == "DISPLAYMATRIX":
+            return bytes(data)
+    return b""
 
 
 def read_frames(
@@ -362,45 +368,50 @@ def fit_short_side(frame: np.ndarray, short_side: int) -> np.ndarray:
 def _resize(frame: np.ndarray, height: int, width: int) -> np.ndarray:
     if (height, width) == frame.shape[:2]:
         return frame
+    # Averages of areas do not alias; enlarging, they would repeat pixels.
     smaller = height <= frame.shape[0] and width <= frame.shape[1]
-    scaled: np.ndarray = cv2.resize(
-        frame,
-        (width, height),
-        interpolation=cv2.INTER_AREA if smaller else cv2.INTER_LINEAR,
-    )
+    kind = cv2.INTER_AREA if smaller else cv2.INTER_LINEAR
+    scaled: np.ndarray = cv2.resize(frame, (width, height), interpolation=kind)
     return scaled
 
 
 def box_px(box: Box, height: int, width: int) -> tuple[int, int, int, int]:
     """(left, top, right, bottom) of a box in pixels of a picture, at least one pixel."""
-    left, top = min(int(box[0] * width), width - 1), min(int(box[1] * height), height - 1)
-    return (
-        left,
-        top,
-        max(round(box[2] * width), left + 1),
-        max(round(box[3] * height), top + 1),
-    )
+    left = min(int(box[0] * width), width - 1)
+    top = min(int(box[1] * height), height - 1)
+    right = max(round(box[2] * width), left + 1)
+    bottom = max(round(box[3] * height), top + 1)
+    return left, top, right, bottom
 
 
 def image_paths(folder: Path) -> list[Path]:
     """The frame images of a folder, in natural order (frame2 before frame10)."""
-    found = (p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-    return sorted((p for p in found if not p.name.startswith(".")), key=_natural)
+    found = []
+    for path in folder.iterdir():
+        hidden = path.name.startswith(".")
+        if path.suffix.lower() in IMAGE_SUFFIXES and not hidden:
+            found.append(path)
+    return sorted(found, key=_natural)
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:
-    words = re.findall(r"[0-9]+|[^0-9]+", path.name)
-    return [(int(word), "") if word[0] in "0123456789" else (-1, word) for word in words]
+    """A key that sorts numbers within a name by their value, and letters behind numbers."""
+    key = []
+    for word in re.findall(r"[0-9]+|[^0-9]+", path.name):
+        is_number = word[0] in "0123456789"
+        key.append((int(word), "") if is_number else (-1, word))
+    return key
 
 
 def _video_stream(
     container: "av.container.InputContainer", path: Path
 ) -> "av.video.stream.VideoStream":
+    # A cover picture is a stream of one frame.
     cover = av.stream.Disposition.attached_pic
-    streams = [s for s in container.streams.video if not s.disposition & cover]
-    if not streams:
-        raise BrokenVideo(f"a video file must hold a video stream, but has none: {path}.")
-    return streams[0]
+    for stream in container.streams.video:
+        if not stream.disposition & cover:
+            return stream
+    raise BrokenVideo(f"a video file must hold a video stream, but has none: {path}.")
 
 
 def read_image(path: Path) -> np.ndarray:

@@ -106,6 +106,7 @@ class FileCache:
                 return self._fill(claimed, self.folder / place, part, fill)
             if not wait:
                 return None
+            # The one who fetches has time as long as bytes arrive.
             if (size := _size(part)) != seen:
                 seen, since = size, time.monotonic()
             if time.monotonic() - since > self.stuck_s:
@@ -156,6 +157,9 @@ class FileCache:
         folder's lock."""
         if num_bytes == 0:
             return True
+
+        # What counts: the file to come, files that are there, and parts at the size that
+        # they will have. Parts that nobody fetches any more can be removed too.
         total = num_bytes
         removable = []
         for path in self.folder.glob("*/shards/*"):
@@ -170,7 +174,8 @@ class FileCache:
                 _release(fd)
             total += size
             removable.append((used, size, path))
-        for _, size, path in sorted(removable):
+
+        for _, size, path in sorted(removable):  # the least recently used first
             if total <= self.max_bytes:
                 break
             path.unlink(missing_ok=True)

@@ -22,6 +22,8 @@ from flallm_ds.errors import RankError, UserError
 from flallm_ds.files import sha256_of
 
 Chunks = Generator[bytes, None, None]
+# What pip installs for a protocol that fsspec alone does not have.
+_PACKAGES = {"s3": "'.[s3]'", "s3a": "'.[s3]'", "gs": "gcsfs", "gcs": "gcsfs"}
 CHUNK = 2**20  # bytes a read
 BLOCK = 2**23  # bytes a request, where a protocol has no streams (s3)
 
@@ -68,26 +70,18 @@ class FsspecSource:
                 f"this begins with {self.protocol}: {printable(self.root)}. Correct it."
             ) from None
         except ImportError as error:
-            package = {
-                "s3": "'.[s3]'",
-                "s3a": "'.[s3]'",
-                "gs": "gcsfs",
-                "gcs": "gcsfs",
-            }.get(self.protocol)
-            remedy = (
-                f"pip install {package}"
-                if package
-                else f"Install what fsspec needs for it ({error})"
-            )
+            package = _PACKAGES.get(self.protocol)
+            remedy = f"Install what fsspec needs for it ({error})"
+            if package:
+                remedy = f"pip install {package}"
             raise UserError(
                 f"the package that reads {self.protocol}:// must be installed, but is not: "
                 f"{printable(self.root)}. {remedy.rstrip('.')}."
             ) from None
         # A file system on top of another one reads instructions from it: `reference`
         # renders templates.
-        if "::" in self.root or {"fo", "fs", "target_protocol"} & set(
-            inspect.signature(kind.__init__).parameters
-        ):
+        parameters = set(inspect.signature(kind.__init__).parameters)
+        if "::" in self.root or parameters & {"fo", "fs", "target_protocol"}:
             raise UserError(
                 "an address must name one file system (https://, s3://, ...), got one on "
                 f"top of another: {printable(self.root)}. Give the address of the folder "
@@ -142,9 +136,9 @@ class FsspecSource:
             file = self._fs.open(self._path(name), "rb", block_size=BLOCK)
             file.seek(begin)
             return begin, _chunks(file)
-        headers = {"Accept-Encoding": "identity"} | (
-            {"Range": f"bytes={begin}-"} if begin else {}
-        )
+        headers = {"Accept-Encoding": "identity"}  # compressed bytes have other offsets
+        if begin:
+            headers["Range"] = f"bytes={begin}-"
         # A size that is given spares fsspec a HEAD; block_size=0 makes it a stream of one
         # request.
         try:
@@ -205,6 +199,7 @@ def _attempt(
     sha256: str | None,
     deadline: float,
 ) -> None:
+    # Go on after the bytes that are there, as far as the server can.
     have = os.fstat(fd).st_size if num_bytes is not None else 0
     if num_bytes is None or have < num_bytes:
         have, chunks = source.stream(name, have)
@@ -217,6 +212,7 @@ def _attempt(
                     raise TimeoutError
                 if num_bytes is not None and have > num_bytes:
                     break
+    # Too few bytes are kept for the next attempt, wrong ones are not.
     if num_bytes is not None and have < num_bytes:
         raise _Fault(f"only {have:,} of {num_bytes:,} bytes came")
     if num_bytes is not None and have > num_bytes:
@@ -249,10 +245,8 @@ def persist(call: Callable[[], Any], must: str, patience: Patience) -> Any:
         wait_s = min(patience.first_wait_s * 2 ** (attempt - 1), patience.longest_wait_s)
         # the global generators belong to the run
         wait_s *= random.SystemRandom().uniform(0.5, 1.0)
-        if (
-            attempt == patience.attempts
-            or time.monotonic() - began + wait_s > patience.total_s
-        ):
+        too_late = time.monotonic() - began + wait_s > patience.total_s
+        if attempt == patience.attempts or too_late:
             break
         if attempt >= 3:  # one dropped connection is no news
             print(
@@ -271,11 +265,16 @@ def _is_final(error: Exception) -> bool:
     status = getattr(error, "status", None)
     if isinstance(status, int) and status:
         return 400 <= status < 500 and status not in (408, 425, 429)
-    hopeless = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
-    return (
-        isinstance(error, (*hopeless, ValueError, ImportError))
-        or "Credentials" in type(error).__name__
+    hopeless = (
+        FileNotFoundError,
+        PermissionError,
+        IsADirectoryError,
+        NotADirectoryError,
+        ValueError,
+        ImportError,
     )
+    # By its name: botocore, which has this one, may not be installed.
+    return isinstance(error, hopeless) or "Credentials" in type(error).__name__
 
 
 def reason_of(error: BaseException) -> str:

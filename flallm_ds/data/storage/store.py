@@ -10,6 +10,7 @@ import time
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import filterfalse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, Self, cast
 
@@ -160,10 +161,10 @@ class RemoteStore:
     ) -> None:
         patience = patience or Patience()
         self._address, self._options, self._patience = root, options, patience
-        folder = (
-            options.folder
-            or Path(os.environ.get("FLALLM_CACHE") or "~/.cache/flallm_ds").expanduser()
-        )
+        folder = options.folder
+        if folder is None:
+            default = os.environ.get("FLALLM_CACHE") or "~/.cache/flallm_ds"
+            folder = Path(default).expanduser()
         # Nobody holds a file longer than its time for all attempts and one silence more.
         stuck_s = patience.total_s + 2 * patience.stall_s
         self._cache = FileCache(folder.absolute(), int(options.max_gb * 1e9), stuck_s)
@@ -230,11 +231,8 @@ class RemoteStore:
                     raise UserError(str(error)) from None
                 if not path.is_file():
                     raise
-                print(
-                    f"warning: {error} What was fetched before is used.",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                warning = f"warning: {error} What was fetched before is used."
+                print(warning, file=sys.stderr, flush=True)
                 return path
             content = file.read()
         self._cache.make_folder(path.parent)
@@ -318,13 +316,14 @@ class RemoteStore:
     def _next_wanted(self) -> tuple[Shard | None, float | None]:
         """(the next shard to fetch, None) or (None, seconds until there may be one) or
         (None, None)."""
+        # The stores of this process that read ahead into the same cache share its room.
+        num_sharing = 0
+        for store in list(_stores):
+            if store._wanted and store._cache.folder == self._cache.folder:
+                num_sharing += 1
+        left = self._cache.max_bytes * SHARE_AHEAD / max(num_sharing, 1)
+
         now = time.monotonic()
-        sharing = sum(
-            1
-            for store in list(_stores)
-            if store._wanted and store._cache.folder == self._cache.folder
-        )
-        left = self._cache.max_bytes * SHARE_AHEAD / max(sharing, 1)
         busy = False
         for shard in self._wanted:
             left -= shard.bytes
@@ -344,14 +343,13 @@ class RemoteStore:
                 for shard in shards:
                     self._check_bytes(shard)
                 return
-            lacking = [shard for shard in shards if not self._has(shard)]
+            # What is in the cache was checked when it came.
+            lacking = list(filterfalse(self._has, shards))
+            if not lacking:
+                return
             names = [shard.file for shard in lacking]
             must = f"the shards of {self.root} must be there"
-            sizes = (
-                persist(lambda: self._source.sizes(names), must, self._patience)
-                if names
-                else []
-            )
+            sizes = persist(lambda: self._source.sizes(names), must, self._patience)
         except RankError as error:
             raise UserError(str(error)) from None
         for shard, found in zip(lacking, sizes, strict=True):
