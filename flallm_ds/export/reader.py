@@ -111,6 +111,7 @@ def read(folder: Path, options: LlmOptions | None = None) -> Export:
     options = options or LlmOptions(bits=trained_bits(folder, settings))
     codec = TextCodec.load(lm_folder, options.hub_code)
     if settings["stage"] == "visual":
+        codec = codec.for_light_t()
         language_model = _read_light_translator(lm_folder)
     else:
         language_model = read_llm(folder, settings, options)

@@ -250,11 +250,7 @@ class Translator:
         return features_BSD[0], lengths_B.cpu()
 
     def _wordings(self, batch: Batch) -> list[Wording]:
-        """Return the prompt of each clip."""
-        codec = self.export.codec
-        light_t = self.export.settings["stage"] == "visual"
-        wording = codec.light_wording if light_t else codec.wording
-        return list(map(wording, batch.languages, batch.corpora))
+        return list(map(self.export.codec.wording, batch.languages, batch.corpora))
 
 
 class _QueueStreamer(TextStreamer):  # type: ignore[misc]  # transformers is untyped

@@ -55,7 +55,7 @@ def build_light_translator(
         pad_token_id=codec.pad_id,
         bos_token_id=codec.eos_id,
         eos_token_id=codec.eos_id,
-        # The search is always given its start, by TextCodec.light_wording.
+        # The search is always given its start, by TextCodec.wording.
         decoder_start_token_id=codec.eos_id,
         forced_eos_token_id=None,
     )

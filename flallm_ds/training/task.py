@@ -161,12 +161,7 @@ class Task:
 
     def wordings(self, batch: Batch) -> list[Wording]:
         """Return the ids around each clip's visual tokens."""
-        wording = (
-            self.codec.light_wording
-            if self.config.stage == "visual"
-            else self.codec.wording
-        )
-        return [wording(*of) for of in zip(batch.languages, batch.corpora, strict=True)]
+        return list(map(self.codec.wording, batch.languages, batch.corpora))
 
     # --- a search
 

@@ -91,18 +91,14 @@ def stage_1(codec, tmp_path_factory):
     folder.mkdir()
     export.write(folder, settings_of("visual"), named_state(model), light_t, codec)
     with torch.no_grad():
-        wordings = [codec.light_wording()] * len(clips()[1])
+        wordings = [codec.for_light_t().wording()] * len(clips()[1])
         said = model.generate(*clips(), wordings, BEAM)
         return folder, said, model(*clips(), wordings, targets(codec)).item()
 
 
 def translate(loaded: export.Export) -> list[list[Candidate]]:
     pixels_NCHW, num_frames_B = clips()
-    codec = loaded.codec
-    wording = (
-        codec.light_wording() if loaded.settings["stage"] == "visual" else codec.wording()
-    )
-    wordings = [wording] * len(num_frames_B)
+    wordings = [loaded.codec.wording()] * len(num_frames_B)
     with torch.no_grad():
         features_ND = loaded.visual(pixels_NCHW, num_frames_B)
         return loaded.translator.generate(features_ND, num_frames_B, wordings, BEAM)
@@ -115,7 +111,7 @@ def test_an_export_of_stage_visual_has_the_outputs_of_the_model(stage_1):
     pixels_NCHW, num_frames_B = clips()
     with torch.no_grad():
         features_ND = loaded.visual(pixels_NCHW, num_frames_B)
-        wordings = [loaded.codec.light_wording()] * len(num_frames_B)
+        wordings = [loaded.codec.wording()] * len(num_frames_B)
         assert (
             loaded.translator(
                 features_ND, num_frames_B, wordings, targets(loaded.codec)

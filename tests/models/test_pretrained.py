@@ -15,8 +15,9 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import ResNetConfig, ResNetModel
 
-from flallm_ds.data.text.codec import TextCodec, load_tokenizer
+from flallm_ds.data.text.codec import TextCodec
 from flallm_ds.data.text.prompt import Instruction
+from flallm_ds.data.text.tokenizer import load_tokenizer
 from flallm_ds.errors import UserError
 from flallm_ds.models.llm.load import load_llm
 from flallm_ds.models.llm.source import check_llm, llm_config

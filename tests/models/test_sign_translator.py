@@ -36,7 +36,7 @@ def batch(codec):
     return (
         torch.randn(15, WIDTH),
         torch.tensor([7, 3, 5]),
-        [codec.light_wording("de")] * 3,
+        [codec.for_light_t().wording("de")] * 3,
         target_ids_BL,
     )
 
@@ -151,7 +151,7 @@ def test_in_stage_1_gradients_reach_every_part_of_the_visual_encoder(codec):
         visual, Adapter(visual.feature_width, 256), light_t, codec
     ).train()
     ids = torch.tensor([codec.encode("regen wind")] * 2)
-    wordings = [codec.light_wording("de")] * 2
+    wordings = [codec.for_light_t().wording("de")] * 2
     model(torch.randn(5, 3, 32, 32), torch.tensor([2, 3]), wordings, ids, 0.2).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.any(), name

@@ -205,7 +205,7 @@ def test_the_engine_gives_the_losses_of_a_plain_pytorch_loop(
             for number, batch in enumerate(batches):
                 seed_micro_batch(config.train.seed, epoch, step, number)
                 pixels = preprocess(batch, train=True, device=torch.device("cpu"))
-                wordings = [codec.light_wording("de")] * len(batch.keys)
+                wordings = [codec.for_light_t().wording("de")] * len(batch.keys)
                 loss = model(
                     pixels,
                     batch.num_frames_B,

@@ -5,15 +5,14 @@ import dataclasses
 import json
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product, starmap
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers.pre_tokenizers import ByteLevel
-from transformers import AutoTokenizer
 
 from flallm_ds.data.text.languages import (
     Place,
@@ -21,8 +20,9 @@ from flallm_ds.data.text.languages import (
     language_tokens,
     token_of,
 )
-from flallm_ds.data.text.normalizer import normalizer_of, restore_normalizer
+from flallm_ds.data.text.normalizer import normalizer_of
 from flallm_ds.data.text.prompt import Instruction, Wording, new_language, unknown_language
+from flallm_ds.data.text.tokenizer import byte_tokens, load_tokenizer
 from flallm_ds.errors import UserError
 from flallm_ds.models.pretrained import check_llm_source
 
@@ -43,11 +43,14 @@ class UnknownTokens:
 
     def __str__(self) -> str:
         share = 100 * self.num_unknown / max(1, self.num_tokens)
-        listed = [f"{character!r} ({times:,})" for character, times in self.characters[:10]]
-        more = len(self.characters) - len(listed)
         text = f"{share:.2g} % of {self.num_tokens:,} tokens"
-        why = f", because of {', '.join(listed)}" if listed else ""
-        return f"{text}{why} and {more} more" if more else f"{text}{why}"
+        if not self.characters:
+            return text
+        shown = self.characters[:10]
+        listed = ", ".join(f"{character!r} ({times:,})" for character, times in shown)
+        text += f", because of {listed}"
+        more = len(self.characters) - len(shown)
+        return f"{text} and {more} more" if more else text
 
 
 class TextCodec:
@@ -63,30 +66,42 @@ class TextCodec:
         tokenizer: Any,
         instruction: Instruction,
         kept_ids: Sequence[int] | None = None,
+        light_t: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
         self.instruction = instruction
+        self._light_t = light_t
         self._normalizer = normalizer_of(tokenizer)
+        self._wordings: dict[tuple[str, str], Wording] = {}
+
+        # Two maps: kept_ids[trimmed id] is the full id, _trimmed[full id] the trimmed one.
         full = len(tokenizer)
-        whole = range(min(full, instruction.rows or full))
-        self.kept_ids = np.asarray(sorted(set(whole if kept_ids is None else kept_ids)))
+        if kept_ids is None:
+            kept_ids = range(min(full, instruction.rows or full))
+        self.kept_ids = np.asarray(sorted(set(kept_ids)))
         self._trimmed = np.full(full, -1, dtype=np.int64)
         self._trimmed[self.kept_ids] = np.arange(len(self.kept_ids))
+
         self.eos_id = self.trimmed_id(tokenizer.eos_token_id)
         if self.eos_id < 0:
             raise self._without_row("end-of-sentence token", tokenizer.eos_token_id)
         pad = tokenizer.pad_token_id
         pad_id = -1 if pad is None else self.trimmed_id(pad)
         self.pad_id = self.eos_id if pad_id < 0 else pad_id  # masked wherever it stands
-        unknown = tokenizer.unk_token_id
-        self._unknown_id = (
-            None if unknown in (None, tokenizer.eos_token_id) else self.trimmed_id(unknown)
-        )
-        if self._unknown_id == -1:
-            if not _byte_pieces(self._vocabulary):
-                raise self._without_row("unknown token", unknown)
-            self._unknown_id = None
-        self._wordings: dict[tuple[str, str], Wording] = {}
+        self._unknown_id = self._find_unknown_id()
+
+    def _find_unknown_id(self) -> int | None:
+        """The trimmed id of the unknown token; None where the tokenizer writes bytes instead."""
+        unknown = self.tokenizer.unk_token_id
+        # GPT-2 and its relatives give one id to both.
+        if unknown in (None, self.tokenizer.eos_token_id):
+            return None
+        trimmed = self.trimmed_id(unknown)
+        if trimmed >= 0:
+            return trimmed
+        if not byte_tokens(self._vocabulary):
+            raise self._without_row("unknown token", unknown)
+        return None
 
     @property
     def vocab_size(self) -> int:
@@ -133,35 +148,36 @@ class TextCodec:
         if self._normalizer is not None:
             # SentencePiece does; not all tokenizers made of its models do
             text = " ".join(text.split())
-        ids = self._split(text)
-        # written in the text, or what transformers takes for MADLAD's unknown token
-        if self.eos_id in ids:
-            unknown = [] if self._unknown_id is None else [self._unknown_id]
-            ids = [i for one in ids for i in (unknown if one == self.eos_id else [one])]
+        ids = []
+        for token in self._split(text):
+            if token != self.eos_id:
+                ids.append(token)
+            # An end of sentence here was written in the text, or is what transformers
+            # takes for MADLAD's unknown token.
+            elif self._unknown_id is not None:
+                ids.append(self._unknown_id)
         return [*ids, self.eos_id]
 
     def _ids(self, text: str, specials: bool = False) -> list[int]:
         return self._split(self._normal(text), specials)
 
     def _split(self, text: str, specials: bool = False) -> list[int]:
-        full = (
-            self.tokenizer(text, add_special_tokens=specials)["input_ids"]
-            if text or specials
-            else []
-        )
+        if not text and not specials:
+            return []
+        full_ids = self.tokenizer(text, add_special_tokens=specials)["input_ids"]
         # one that was added without a row, such as a start of text, was never read by the
         # LLM
         if specials:
-            ours = set(self.tokenizer.all_special_ids)
-            full = [i for i in full if i not in ours or self.trimmed_id(i) >= 0]
-        ids = self._trimmed[np.asarray(full, np.int64)]
-        if len(ids) == 0 or ids.min() >= 0:
-            return [int(i) for i in ids]
-        return [
-            i
-            for one, trimmed in zip(full, ids, strict=True)
-            for i in self._known(one, int(trimmed))
-        ]
+            missing = set(self.tokenizer.all_special_ids).difference(self.kept_ids.tolist())
+            full_ids = [i for i in full_ids if i not in missing]
+
+        trimmed: list[int] = self._trimmed[np.asarray(full_ids, np.int64)].tolist()
+        if min(trimmed, default=0) >= 0:
+            return trimmed
+        ids: list[int] = []
+        for full_id, trimmed_id in zip(full_ids, trimmed, strict=True):
+            ids += self._known(full_id, trimmed_id)
+        return ids
 
     def _normal(self, text: str) -> str:
         """The text as the vocabulary's own normaliser writes it."""
@@ -174,21 +190,26 @@ class TextCodec:
         for text, times in Counter(texts).items():
             ids = self.encode(text)
             num_tokens += times * len(ids)
-            unknown = ids.count(self._unknown_id) if self._unknown_id is not None else 0
-            num_unknown += times * unknown
-            for word in text.split() if unknown else ():
-                words[word] += times
+            if self._unknown_id in ids:
+                num_unknown += times * ids.count(self._unknown_id)
+                for word in text.split():
+                    words[word] += times
+
+        # The causes are looked for in the whole vocabulary: it has the characters that the
+        # trimmed one holds within longer tokens only.
         characters: Counter[str] = Counter()
-        # which knows a character that is kept in words alone
         whole = self.untrimmed() if words else self
         for word, times in words.items():
-            if whole._has_unknown(word):
-                alone = [
-                    c for c in unicodedata.normalize("NFC", word) if whole._has_unknown(c)
-                ]
-                for character in alone or [word]:
-                    characters[character] += times
+            for character in whole._unknown_parts(word):
+                characters[character] += times
         return UnknownTokens(num_tokens, num_unknown, tuple(characters.most_common()))
+
+    def _unknown_parts(self, word: str) -> list[str]:
+        """The characters of a word that are unknown alone, or the word itself where none is."""
+        if not self._has_unknown(word):
+            return []
+        characters = unicodedata.normalize("NFC", word)
+        return list(filter(self._has_unknown, characters)) or [word]
 
     def _has_unknown(self, text: str) -> bool:
         return self._unknown_id is not None and self._unknown_id in self.encode(text)
@@ -198,10 +219,14 @@ class TextCodec:
             return [trimmed]
         if self._unknown_id is not None:
             return [self._unknown_id]
-        # of byte-level pieces: one a byte
-        letters = self.tokenizer.convert_ids_to_tokens(int(full_id))
-        spelled = [self._vocabulary.get(letter, -1) for letter in letters]
-        return [self.trimmed_id(i) for i in spelled if i >= 0 and self.trimmed_id(i) >= 0]
+        # In a byte-level vocabulary each letter of a token is one byte, with a token of its
+        # own.
+        ids = []
+        for letter in self.tokenizer.convert_ids_to_tokens(int(full_id)):
+            byte_id = self.trimmed_id(self._vocabulary.get(letter, -1))
+            if byte_id >= 0:
+                ids.append(byte_id)
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """The sentence, specials and everything after its end left out."""
@@ -225,51 +250,78 @@ class TextCodec:
         """
         language = self.instruction.language or language or self.language
         if (language, corpus) not in self._wordings:
-            self._wordings[language, corpus] = self._wording(language, corpus)
+            make = self._light_wording if self._light_t else self._llm_wording
+            self._wordings[language, corpus] = make(language, corpus)
         return self._wordings[language, corpus]
 
-    def light_wording(self, language: str = "", corpus: str = "") -> Wording:
-        """The same for Light-T, of which every word is new: any id can stand for a language."""
+    def for_light_t(self) -> "TextCodec":
+        """The same codec for Light-T instead of the LLM."""
+        return TextCodec(
+            self.tokenizer, self.instruction, self.kept_ids.tolist(), light_t=True
+        )
+
+    def _light_wording(self, language: str, corpus: str) -> Wording:
         languages = self.instruction.languages
-        start = self.wording(language, corpus).start
-        told_apart = len({self.wording(each).start for each in languages}) == len(languages)
-        if self.instruction.language or len(languages) < 2 or told_apart:
+        start = self._llm_wording(language, corpus).start
+        if self.instruction.language or len(languages) < 2 or self._starts_differ:
             return Wording(start=start or (self.eos_id,))
+        # Every word of Light-T is new, so any id can stand for a language.
         if language not in languages:
             raise new_language(language, languages)
         return Wording(start=(self.eos_id, languages.index(language)))
 
-    def _wording(self, language: str, corpus: str) -> Wording:
+    @cached_property
+    def _starts_differ(self) -> bool:
+        """Whether each language of the training text has a decoder start of its own."""
+        languages = self.instruction.languages
+        starts = {self._llm_wording(language, "").start for language in languages}
+        return len(starts) == len(languages)
+
+    def _llm_wording(self, language: str, corpus: str) -> Wording:
         before, after = self.instruction.parts(language, corpus)
-        decoder_only = self.instruction.decoder_only
-        token = None if decoder_only else token_of(language, self._language_tokens)
-        if token is None and self.instruction.language and find_language(language) is None:
-            raise unknown_language(language, "is known")
-        if decoder_only:
+        named = self.instruction.language
+        if self.instruction.decoder_only:
+            if named and find_language(language) is None:
+                raise unknown_language(language, "is known")
             ids = self._ids(before, specials=True)
+            # Some tokenizers end every text; this one continues with the video.
             if len(ids) > 1 and ids[-1] == self.eos_id:
                 ids = ids[:-1]
             return Wording(tuple(ids), tuple(self._ids(after)))
-        language_ids = (
-            [] if token is None else [self.trimmed_id(self._vocabulary[token[0]])]
-        )
-        in_source = language_ids if token is not None and token[1] == "source" else []
-        start = [] if in_source else language_ids
-        if self._starts_with_its_own_token(bool(start)):
-            start = [self.trimmed_id(self.instruction.start_token or 0), *start]
-        if token is not None and language_ids[0] < 0:
-            full_id = self._vocabulary[token[0]]
-            if self.instruction.rows is not None and full_id >= self.instruction.rows:
-                raise self._without_row(f"token of the language {language}", full_id)
-            # its token was not kept
-            raise new_language(language, self.instruction.languages)
-        if min(start, default=0) < 0:
-            raise self._without_row(
-                "decoder_start_token_id", self.instruction.start_token or 0
-            )
-        return Wording(
-            (*in_source, *self._ids(before)), tuple(self._ids(after)), tuple(start)
-        )
+
+        found = token_of(language, self._language_tokens)
+        if found is None:
+            if named and find_language(language) is None:
+                raise unknown_language(language, "is known")
+            start = self._decoder_start(())
+            return Wording(tuple(self._ids(before)), tuple(self._ids(after)), start)
+
+        # The LLM reads the language's token ahead of the source, or as the decoder's start.
+        token, place = found
+        language_id = self._language_id(language, token)
+        if place == "source":
+            source, start = [language_id], self._decoder_start(())
+        else:
+            source, start = [], self._decoder_start((language_id,))
+        return Wording((*source, *self._ids(before)), tuple(self._ids(after)), start)
+
+    def _language_id(self, language: str, token: str) -> int:
+        full_id = self._vocabulary[token]
+        trimmed = self.trimmed_id(full_id)
+        if trimmed >= 0:
+            return trimmed
+        if self.instruction.rows is not None and full_id >= self.instruction.rows:
+            raise self._without_row(f"token of the language {language}", full_id)
+        # its token was not kept
+        raise new_language(language, self.instruction.languages)
+
+    def _decoder_start(self, language_ids: tuple[int, ...]) -> tuple[int, ...]:
+        if not self._starts_with_its_own_token(bool(language_ids)):
+            return language_ids
+        own = self.instruction.start_token or 0
+        if self.trimmed_id(own) < 0:
+            raise self._without_row("decoder_start_token_id", own)
+        return (self.trimmed_id(own), *language_ids)
 
     def _starts_with_its_own_token(self, starts_with_language: bool) -> bool:
         """Not mBART, whose stored start, if any, is some language's token."""
@@ -296,6 +348,7 @@ class TextCodec:
         try:
             content = json.loads((folder / VOCABULARY_FILE).read_text(encoding="utf-8"))
             kept_ids = content.pop("kept_ids")
+            # A bool is an int to isinstance, and a hub's file may hold anything.
             if not kept_ids or not all(type(i) is int and i >= 0 for i in kept_ids):
                 raise ValueError("kept_ids must be ids of tokens")
             content["languages"] = tuple(content["languages"])
@@ -347,16 +400,12 @@ class TextCodec:
                 f"the tokenizer of {name} must have an end-of-sentence token, but has none."
             )
         whole = cls(tokenizer, instruction)
-        languages = (
-            [instruction.language]
-            if instruction.language
-            else list(instruction.languages) or [""]
-        )
+        languages: Sequence[str] = instruction.languages or [""]
+        if instruction.language:
+            languages = [instruction.language]
         corpora = ["", *instruction.sign_languages]
-        wordings = {
-            whole.wording(language, corpus) for language in languages for corpus in corpora
-        }
-        if len({whole.wording(language) for language in languages}) < len(set(languages)):
+        wordings = set(starmap(whole.wording, product(languages, corpora)))
+        if len(set(map(whole.wording, languages))) < len(set(languages)):
             raise UserError(
                 f"the LLM {name} must be told which of {', '.join(languages)} to speak, "
                 "but its tokenizer has no tokens for them. Give a --llm.prompt with "
@@ -364,45 +413,12 @@ class TextCodec:
             )
         if not trim:
             return whole
-        kept = set(tokenizer.all_special_ids) | _byte_pieces(whole._vocabulary)
-        kept.update(
-            int(whole.kept_ids[i])
-            for w in wordings
-            for i in (*w.before, *w.after, *w.start)
-        )
+
+        # Full ids of all that the run reads or writes, as far as the embedding has rows.
+        kept = set(tokenizer.all_special_ids) | byte_tokens(whole._vocabulary)
+        for wording in wordings:
+            around = [*wording.before, *wording.after, *wording.start]
+            kept.update(whole.kept_ids[around].tolist())
         for text in set(texts):
             kept.update(whole.kept_ids[whole.encode(text)].tolist())
-        return cls(tokenizer, instruction, [i for i in kept if whole.trimmed_id(i) >= 0])
-
-
-def _byte_pieces(vocabulary: Mapping[str, int]) -> set[int]:
-    """Ids of the 256 pieces that stand for bytes, of byte-level BPE or of SentencePiece's
-    byte fallback."""
-    for names in (ByteLevel.alphabet(), [f"<0x{byte:02X}>" for byte in range(256)]):
-        if all(name in vocabulary for name in names):
-            return {vocabulary[name] for name in names}
-    return set()
-
-
-def load_tokenizer(name: str, hub_code: bool = False) -> Any:
-    """AutoTokenizer from a hub id or a folder, with its normaliser; UserError where there
-    is none.
-
-    hub_code: run code that comes with the tokenizer.
-    """
-    if not Path(name).is_dir():
-        check_llm_source(name)
-    reason = "there are no files of one."
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=hub_code)
-        # Where there are no files, transformers makes one that knows its special tokens
-        # alone.
-        if len(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)) > 1:
-            restore_normalizer(tokenizer, name)
-            return tokenizer
-    except (OSError, ValueError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-    raise UserError(
-        f"the tokenizer of {name} must load, but did not: {reason} "
-        "Name a folder that holds one, or connect to the hub."
-    )
+        return cls(tokenizer, instruction, list(kept.intersection(whole.kept_ids.tolist())))

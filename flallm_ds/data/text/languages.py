@@ -10,6 +10,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import filterfalse
 from typing import Literal
 
 from babel import Locale
@@ -68,11 +69,9 @@ _SIGN_LANGUAGE_CODES = {
     "tr": "tsm", "uk": "ukl", "zh": "csl tss hks",
 }  # fmt: skip
 # The written language of a country by the code of its sign language (ISO 639-3).
-WRITTEN_WITH = {
-    sign: written
-    for written, signs in _SIGN_LANGUAGE_CODES.items()
-    for sign in signs.split()
-}
+WRITTEN_WITH: dict[str, str] = {}
+for _written, _signs in _SIGN_LANGUAGE_CODES.items():
+    WRITTEN_WITH.update(dict.fromkeys(_signs.split(), _written))
 _OWN_SIGN_LANGUAGE_NAMES = {"nl": "Sign Language of the Netherlands"}
 
 # Where tokenizers tell apart what Unicode joins, or join what Unicode tells apart.
@@ -200,9 +199,8 @@ def find_language(name: str) -> Language | None:
     """
     plain = " ".join(name.split())
     wrapped = _WRAPPED.fullmatch(plain)
-    return _of_tag(next(filter(None, wrapped.groups())) if wrapped else plain) or _of_name(
-        plain
-    )
+    tag = (wrapped[1] or wrapped[2]) if wrapped else plain
+    return _of_tag(tag) or _of_name(plain)
 
 
 def nearest_languages(name: str) -> str:
@@ -212,8 +210,8 @@ def nearest_languages(name: str) -> str:
         meant = find_language(part)
         if meant is not None:  # gsg, German Sign Language, or a wrong region: de_DF
             return f"did you mean {meant.code}?"
-    names = [n for n in _english().languages.values() if find_language(n) is not None]
-    near = nearest(name, [*names, *(n.title() for n in _NAMES)])
+    names = filter(find_language, _english().languages.values())
+    near = nearest(name, [*names, *map(str.title, _NAMES)])
     return near if near.startswith("did you mean") else ""
 
 
@@ -224,11 +222,10 @@ def word_rule(language: str) -> WordRule:
     the words.
     """
     found = find_language(language)
-    if found is not None and found.script in _CHINESE_SCRIPTS:
+    script = found.script if found else ""
+    if script in _CHINESE_SCRIPTS:
         return "zh"
-    return (
-        "char" if found is not None and found.script in _OTHER_UNSPACED_SCRIPTS else "13a"
-    )
+    return "char" if script in _OTHER_UNSPACED_SCRIPTS else "13a"
 
 
 def language_tokens(
@@ -242,11 +239,11 @@ def language_tokens(
     vocabulary = list(vocabulary)
     sure = _MBART_TOKENS.union(added)
     for style in TOKEN_STYLES:
-        tokens = [token for token in vocabulary if style.pattern.fullmatch(token)]
+        tokens = list(filter(style.pattern.fullmatch, vocabulary))
         if style is TOKEN_STYLES[0]:  # as ordinary text looks: en_US
             tokens = [token for token in tokens if token in sure]
         # one alone may be ordinary text
-        if sum(find_language(token) is not None for token in tokens) > 1:
+        if len(list(filter(find_language, tokens))) > 1:
             found |= dict.fromkeys(tokens, style.place)
     return found
 
@@ -267,21 +264,25 @@ def token_of(
         return None
     wanted = find_language(language)
     tags = {token: tag_of(token) for token in places}
-    # The shortest first: MADLAD has <2fr_CA> next to <2fr>.
-    found = sorted(
-        (t for t in tags if wanted and tags[t] == wanted.code), key=lambda t: (len(t), t)
-    )
-    if found:
-        return found[0], places[found[0]]
+    same: list[str] = []
+    other: list[str] = []  # the same language in another script
+    for token, tag in tags.items():
+        if wanted is not None and tag == wanted.code:
+            same.append(token)
+        elif wanted is not None and tag.split("-")[0] == wanted.code.split("-")[0]:
+            other.append(token)
+    if same:
+        # The shortest first: MADLAD has <2fr_CA> next to <2fr>.
+        token = min(same, key=lambda token: (len(token), token))
+        return token, places[token]
+
     error = f"{option} must be one that the LLM's tokenizer has a token for, but is {language!r}: "
-    other = sorted(
-        t for t in tags if wanted and tags[t].split("-")[0] == wanted.code.split("-")[0]
-    )
     if not other:
         near = nearest(language, tags)
         if wanted is None and not near.startswith("did you mean"):
             near = nearest_languages(language) or near
         raise UserError(f"{error}{near}")
+    other.sort()
     scripts = ", ".join(f"{token} ({script_name(token)})" for token in other)
     raise UserError(
         f"{error}of this language it has {scripts} only, in another script. Give "
@@ -303,12 +304,9 @@ def _of_tag(text: str) -> Language | None:
     match = _TAG.fullmatch(text.lower().replace("_", "-"))
     if match is None:
         return None
-    code, script, region = (
-        match["code"],
-        (match["script"] or "").title(),
-        (match["region"] or "").upper(),
-    )
-    extended = match["extended"] or ""
+    code, extended = match["code"], match["extended"] or ""
+    script = (match["script"] or "").title()
+    region = (match["region"] or "").upper()
     if extended and code in ("zh", "ar", "ms"):  # zh-yue is yue
         code = extended
     elif extended:  # a region in three letters, deu_DEU
@@ -333,6 +331,7 @@ def _region(region: str) -> str | None:
 
 
 def _language(code: str, script: str, region: str) -> Language | None:
+    # The code of today, by our own table first: Unicode joins what NLLB tells apart.
     likely = get_global("likely_subtags")
     alias: str = _CODES.get(code) or get_global("language_aliases").get(code, code)
     replaced, *more = alias.split("_")
@@ -342,22 +341,23 @@ def _language(code: str, script: str, region: str) -> Language | None:
     names: dict[str, str] = dict(_english().languages)
     name, usual = _ADDED.get(code, (names.get(code, ""), _script_of(likely.get(code, ""))))
     name = _SHOWN_NAMES.get(code, name)
+    # Unicode lists sign languages among the others; they are not what a model writes.
     if code in _NO_LANGUAGE or name.endswith("Sign Language") or not (name or usual):
         return None
-    script = (
-        script
-        or (_script_of(likely.get(f"{code}_{region}", "")) if region else "")
-        or usual
-    )
+
+    # The script: as given, or as the region implies (zh_TW is Hant), or the usual one.
+    if not script and region:
+        script = _script_of(likely.get(f"{code}_{region}", ""))
+    script = script or usual
     script = _SCRIPTS.get(script, script)
     if script == "Hani" and usual in ("Hans", "Hant"):
         script = usual
+
     tag = code
     if script != usual:
         tag = f"{code}-{script}"
-        name = names.get(f"{code}_{script}") or (
-            name and f"{name} ({_script_name(script)})"
-        )
+        with_script = f"{name} ({_script_name(script)})" if name else ""
+        name = names.get(f"{code}_{script}") or with_script
     signed = _SIGN_LANGUAGES.get(code)
     usual_name = f"{signed} Sign Language" if signed else "sign language"
     return Language(tag, name, script, _OWN_SIGN_LANGUAGE_NAMES.get(code, usual_name))
@@ -365,8 +365,10 @@ def _language(code: str, script: str, region: str) -> Language | None:
 
 def _script_of(likely: str) -> str:
     """The script of Unicode's likely subtags, zh_Hans_CN; empty where they name none."""
-    script = next((part for part in likely.split("_")[1:] if len(part) == 4), "")
-    return _SCRIPTS.get(script, script)
+    for part in likely.split("_")[1:]:
+        if len(part) == 4:
+            return _SCRIPTS.get(part, part)
+    return ""
 
 
 def _script_name(script: str) -> str:
@@ -393,7 +395,12 @@ def _of_name(text: str) -> Language | None:
 def _folded(name: str) -> str:
     """A name without case and accents: Norwegian Bokmål is norwegian bokmal."""
     letters = unicodedata.normalize("NFKD", name.casefold())
-    return "".join(letter for letter in letters if not unicodedata.combining(letter))
+    return "".join(filterfalse(unicodedata.combining, letters))
+
+
+def _codes_by_name(names: Mapping[str, str]) -> dict[str, str]:
+    """The codes of a table of Unicode by their English names, folded."""
+    return {_folded(name): code for code, name in names.items()}
 
 
 @lru_cache(maxsize=1)
@@ -403,12 +410,12 @@ def _english() -> Locale:
 
 @lru_cache(maxsize=1)
 def _tags_by_name() -> dict[str, str]:
-    return {_folded(name): tag for tag, name in _english().languages.items()} | _NAMES
+    return _codes_by_name(_english().languages) | _NAMES
 
 
 @lru_cache(maxsize=1)
 def _parts_by_name() -> dict[str, str]:
     """Scripts and regions by their names."""
-    regions = {_folded(name): code for code, name in _english().territories.items()}
-    scripts = {_folded(name): code for code, name in _english().scripts.items()}
+    regions = _codes_by_name(_english().territories)
+    scripts = _codes_by_name(_english().scripts)
     return regions | {"us": "US", "uk": "GB"} | scripts

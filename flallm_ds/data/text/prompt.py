@@ -12,7 +12,7 @@ from flallm_ds.data.text.languages import (
 from flallm_ds.errors import UserError
 
 DECODER_ONLY_PROMPT = "Translate this {sign_language} video into {language}:{video}\n"
-_PROMPT_FIELDS = ("sign_language", "language", "video")
+_PROMPT_FIELDS = {"sign_language", "language", "video"}
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,6 @@ class Instruction:
         prompt cannot name."""
         template = self.prompt or (DECODER_ONLY_PROMPT if self.decoder_only else "{video}")
         check_prompt(template)
-        asked = {name for _, name, _, _ in string.Formatter().parse(template) if name}
         found = find_language(language)
         names = {
             "video": "{video}",
@@ -56,7 +55,7 @@ class Instruction:
         if found is not None:
             names["language"] = found.name
             names["sign_language"] = names["sign_language"] or found.sign_language
-        for name in sorted(asked):
+        for name in sorted(set(_fields(template))):
             if not names[name]:
                 error = unknown_language(language, f"has a {name} that the prompt can name")
                 raise UserError(f"{error} Or give a --llm.prompt of your own.")
@@ -84,19 +83,25 @@ def check_prompt(template: str) -> None:
     """Raise UserError if a prompt does not hold {video} once, or holds a field that does
     not exist."""
     try:
-        names = [
-            name for _, name, _, _ in string.Formatter().parse(template) if name is not None
-        ]
+        names = _fields(template)
     except ValueError as error:
         raise UserError(
             f"llm.prompt must be text with fields in braces, but {error}: {template}."
         ) from None
-    unknown = [name for name in names if name not in _PROMPT_FIELDS]
-    if unknown or names.count("video") != 1:
+    if set(names) - _PROMPT_FIELDS or names.count("video") != 1:
         raise UserError(
             "llm.prompt must hold {video} once, and else only {language} and "
             f"{{sign_language}}, but is {template!r}."
         )
+
+
+def _fields(template: str) -> list[str]:
+    """The names in braces, in order. Raises ValueError where the braces do not match."""
+    names = []
+    for _, name, _, _ in string.Formatter().parse(template):
+        if name is not None:  # as it is after the last field
+            names.append(name)
+    return names
 
 
 @dataclass(frozen=True)

@@ -131,11 +131,12 @@ def check_clips(
 
     Raises UserError.
     """
-    wording = codec.light_wording if config.stage == "visual" else codec.wording
     languages = set[str]()
     for split in splits:
         languages.update(split.index.strings("language"))
-    around = max(len(w.before) + len(w.after) for w in map(wording, sorted(languages)))
+    around = max(
+        len(w.before) + len(w.after) for w in map(codec.wording, sorted(languages))
+    )
     reads = longest_input(model.language_model)
     limits = [reads - around] if reads is not None else []
     if extractor.light_t_encoder is not None:

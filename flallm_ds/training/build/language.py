@@ -50,7 +50,8 @@ def open_codec(
         codec.save(out)
 
     _write_once(path, write, world)
-    return TextCodec.load(path, config.llm.hub_code)
+    codec = TextCodec.load(path, config.llm.hub_code)
+    return codec.for_light_t() if config.stage == "visual" else codec
 
 
 def _instruction(config: RunConfig, train_index: Index) -> Instruction:

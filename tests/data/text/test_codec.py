@@ -346,7 +346,7 @@ def test_a_clip_in_a_language_that_training_had_not(folders, family):
     with pytest.raises(
         UserError, match=r"one of the training text \(de, en\), but one is 'zh'"
     ):
-        codec.light_wording("zh")
+        codec.for_light_t().wording("zh")
 
 
 @pytest.mark.parametrize(
@@ -436,7 +436,7 @@ def test_a_vocabulary_of_an_earlier_version_names_languages_as_its_corpora_did(
     assert loaded.instruction.languages == ("de", "en")
     for tag in ("de", "en"):
         assert loaded.wording(tag) == codec.wording(tag)
-        assert loaded.light_wording(tag) == codec.light_wording(tag)
+        assert loaded.for_light_t().wording(tag) == codec.for_light_t().wording(tag)
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ import sentencepiece
 from tokenizers import normalizers
 from transformers import AutoTokenizer
 
-from flallm_ds.data.text.codec import TextCodec, load_tokenizer
+from flallm_ds.data.text.codec import TextCodec
 from flallm_ds.data.text.prompt import Instruction
+from flallm_ds.data.text.tokenizer import load_tokenizer
 from tests.helpers.llms import FAMILIES, make_tiny_llm
 
 TEXTS = [

@@ -86,9 +86,8 @@ def test_a_padding_token_without_a_row_is_replaced_by_the_end_of_sentence(
         trim_llm(name, codec, tmp_path / "trimmed")
         name = str(tmp_path / "trimmed")
     trains_and_generates(load_llm(name), codec, codec.wording())
-    trains_and_generates(
-        build_light_translator("tiny", codec, 0.0), codec, codec.light_wording()
-    )
+    light_t = build_light_translator("tiny", codec, 0.0)
+    trains_and_generates(light_t, codec, codec.for_light_t().wording())
 
 
 @pytest.mark.parametrize("trim", [True, False])
