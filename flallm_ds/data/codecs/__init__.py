@@ -1,1 +1,1 @@
-"""How a clip's frames are stored and decoded: Motion-JPEG AVI, H.264, and any source video."""
+"""Encode and decode the frames of clips: Motion-JPEG AVI, H.264, and any source video."""

@@ -1,9 +1,9 @@
-"""A stored clip: all its JPEG frames in one AVI (Motion-JPEG), one member `<key>.avi` of a tar.
+"""Write and read a clip as a Motion-JPEG AVI, the member `<key>.avi` of a shard.
 
-Any player opens it, and the whole clip is one read. The container is written and read
-here, by hand: 5 us a frame where FFmpeg's muxer takes 30 to 80, no 5 kB of padding a
-clip, the same bytes whatever FFmpeg is there. Layout: RIFF AVI { LIST hdrl { avih, LIST
-strl { strh, strf } }, LIST movi { 00dc ... }, idx1 }.
+Any player opens the file, and a clip needs one read. This module writes and parses the
+container itself: that takes 5 us a frame (FFmpeg's muxer: 30 to 80), adds no 5 kB of
+padding to a clip, and gives the same bytes with every version of FFmpeg. Layout: RIFF AVI
+{ LIST hdrl { avih, LIST strl { strh, strf } }, LIST movi { 00dc ... }, idx1 }.
 """
 
 import struct
@@ -13,7 +13,8 @@ from fractions import Fraction
 import numpy as np
 
 EXTENSION = "avi"
-_MAX_BYTES = 2**31 - 2**20  # sizes are 32 bits wide, and some players read them as signed
+# Sizes are 32 bits wide, and some players read them as signed. 1 MiB is for the header.
+_MAX_BYTES = 2**31 - 2**20
 _FRAME_ID = b"00dc"
 _FRAME_ID_U4 = int.from_bytes(_FRAME_ID, "little")
 _JPEG_BEGIN = b"\xff\xd8"
@@ -23,36 +24,35 @@ _INDEX_ENTRY = np.dtype(
 _FRAME_HEAD = np.dtype([("id", "<u4"), ("size", "<u4"), ("begin", "<u2")])  # of a chunk
 _KEYFRAME = 0x10
 _HAS_INDEX = 0x10
-_NO_FRAME = "every frame of the clip must be a JPEG where its index says, but one is not."
-_AVI_RATE_LIMIT = 1001  # denominators up to that of 30000/1001 frames a second
+_NO_FRAME = "every frame of the clip must be a JPEG where the index says, got other bytes"
+_MAX_DENOMINATOR = 1001  # of the frame rate: NTSC video has 30000/1001 frames a second
 
 
 def _chunk(name: bytes, *parts: bytes) -> bytes:
+    """Return a RIFF chunk: its name, the size of its content, its content."""
     return name + struct.pack("<I", sum(map(len, parts))) + b"".join(parts)
 
 
 def pack_frames(jpegs: Sequence[bytes], fps: float, width: int, height: int) -> bytes:
-    """The AVI file that holds `jpegs` (each width x height pixels) as its frames, at
-    `fps` frames a second.
+    """Return the bytes of an AVI file with these frames.
 
-    Raises ValueError for no frames, a frame that is not a JPEG, an fps that is not
-    positive, or over 2 GiB.
+    jpegs: the frames, each of width x height pixels. fps: frames per second.
+    Raises ValueError if there are no frames, if a frame is not a JPEG, if fps is not
+    positive, or if the frames take more than 2 GiB.
     """
     if not jpegs:
-        raise ValueError("a clip must hold at least one frame, but holds none.")
+        raise ValueError("a clip must have at least one frame, got none")
     if not all(jpeg[:2] == _JPEG_BEGIN for jpeg in jpegs):
-        raise ValueError(
-            "every frame of a clip must be a JPEG, but one does not begin as a JPEG does."
-        )
+        raise ValueError("every frame of a clip must be a JPEG, got other first bytes")
     if not 0 < fps < 10_000:
-        raise ValueError(f"fps must be above 0 and below 10,000, but is {fps}.")
-    # Where each chunk begins, counted from the word `movi`: a head of 8 bytes, the JPEG,
-    # and one byte more where its size is odd. The last offset is the end of the list.
+        raise ValueError(f"fps must be above 0 and below 10,000, got {fps}")
+    # Where each chunk begins, counted from the word `movi`: a chunk is a header of 8 bytes,
+    # the JPEG, and a padding byte if its size is odd. The last offset is the list's end.
     sizes = np.fromiter(map(len, jpegs), np.int64, len(jpegs))
     offsets = 4 + np.concatenate([[0], np.cumsum(8 + sizes + sizes % 2)])
     if offsets[-1] > _MAX_BYTES:
         raise ValueError(
-            f"a clip must be below 2 GiB, but its frames take {offsets[-1]:,} bytes."
+            f"the frames of a clip must take less than 2 GiB, got {offsets[-1]:,} bytes"
         )
 
     index = np.zeros(len(jpegs), _INDEX_ENTRY)
@@ -74,22 +74,25 @@ def pack_frames(jpegs: Sequence[bytes], fps: float, width: int, height: int) -> 
 
 
 def _header(fps: float, num_frames: int, largest: int, width: int, height: int) -> bytes:
-    """The list `hdrl`. largest: bytes of the largest frame, from which players size buffers."""
-    rate = Fraction(fps).limit_denominator(_AVI_RATE_LIMIT)
+    """Return the header, the list `hdrl`.
+
+    largest: size of the largest frame in bytes; players allocate their buffers by it.
+    """
+    rate = Fraction(fps).limit_denominator(_MAX_DENOMINATOR)
     if rate == 0:
-        rate = Fraction(1, _AVI_RATE_LIMIT)
-    # The file: microseconds a frame, flags, numbers of frames and streams, size.
+        rate = Fraction(1, _MAX_DENOMINATOR)
+    # The file: microseconds per frame, flags, number of frames and of streams, frame size.
     avih = struct.pack(
         "<14I", round(1e6 / rate), 0, 0, _HAS_INDEX, num_frames, 0, 1, largest,
         width, height, 0, 0, 0, 0,
     )  # fmt: skip
-    # Its only stream: codec, frames a second as a fraction, length.
+    # The only stream: its codec, its frame rate as a fraction, its length.
     strh = struct.pack(
         "<4s4sIHHIIIIIIII4H", b"vids", b"MJPG",
         0, 0, 0, 0, rate.denominator, rate.numerator, 0, num_frames,
         largest, 0xFFFFFFFF, 0, 0, 0, width, height,
     )  # fmt: skip
-    # The picture, as Windows' BITMAPINFOHEADER of 40 bytes: 1 plane of 24 bits a pixel.
+    # The picture, as a BITMAPINFOHEADER of 40 bytes: 1 plane with 24 bits a pixel.
     strf = struct.pack(
         "<IiiHH4sIiiII", 40, width, height, 1, 24, b"MJPG", width * height * 3, 0, 0, 0, 0
     )
@@ -98,10 +101,10 @@ def _header(fps: float, num_frames: int, largest: int, width: int, height: int) 
 
 
 def frame_spans(member: bytes | memoryview) -> np.ndarray:
-    """(offset, size) of each JPEG within the member, in order; int64 of shape (frames, 2).
+    """Return offset and size of each JPEG in the member, int64 of shape (frames, 2).
 
-    Every length is checked against the bytes that are there, so a span can always be
-    sliced. Raises ValueError if the member is not a whole Motion-JPEG AVI with an index.
+    The spans are in order, and every one of them is within the member. Raises ValueError if
+    the member is not a complete Motion-JPEG AVI with an index.
     """
     spans = indexed_spans(member)
     check_frames(member, spans)
@@ -109,34 +112,33 @@ def frame_spans(member: bytes | memoryview) -> np.ndarray:
 
 
 def indexed_spans(member: bytes | memoryview) -> np.ndarray:
-    """`frame_spans` as the index has them, without a look at what is there:
-    `check_frames` does that."""
+    """Return what `frame_spans` returns, as the index says.
+
+    The bytes of the frames are not read; `check_frames` checks them.
+    """
     data = np.frombuffer(member, np.uint8)
     if len(data) < 12 or bytes(data[:4]) != b"RIFF" or bytes(data[8:12]) != b"AVI ":
-        raise ValueError(
-            "a clip must be an AVI file, but its first bytes are not those of one."
-        )
+        raise ValueError("a clip must be an AVI file, got other first bytes")
     (riff_size,) = struct.unpack_from("<I", member, 4)
     if riff_size + 8 > len(data):
         raise ValueError(
-            f"the clip must hold {riff_size + 8:,} bytes as it says, but holds "
-            f"{len(data):,}."
+            f"the clip must have {riff_size + 8:,} bytes as its header says, got "
+            f"{len(data):,}"
         )
     (movi, movi_end), (idx1, idx1_end) = _lists(member, riff_size + 8)
     if (idx1_end - idx1) % 16 or idx1_end == idx1:
         raise ValueError(
-            "the clip's index must hold 16 bytes a frame and at least one frame, but does "
-            "not."
+            "the clip's index must have 16 bytes for each frame and at least one frame, "
+            f"got {idx1_end - idx1:,} bytes"
         )
     index = np.frombuffer(member, _INDEX_ENTRY, (idx1_end - idx1) // 16, idx1)
     if (index["id"] != _FRAME_ID_U4).any():
         raise ValueError(_NO_FRAME)
-    # int64: sums of the 32-bit numbers that a damaged index holds must not wrap around.
+    # int64, so that the sums of a damaged index's 32-bit numbers do not wrap around.
     offsets, sizes = index["offset"].astype(np.int64), index["size"].astype(np.int64)
-    begins = offsets + movi + 8  # past the chunk's name and size
+    begins = offsets + movi + 8  # after the chunk's name and size
     ends = begins + sizes
-    # Frames are contiguous, so checking the last end and the order bounds every
-    # span.
+    # Frames are in order and do not overlap, so the last end bounds every span.
     if (
         (sizes < 4).any()
         or offsets[0] < 4
@@ -144,14 +146,15 @@ def indexed_spans(member: bytes | memoryview) -> np.ndarray:
         or ends[-1] > movi_end
     ):
         raise ValueError(
-            "the clip's index must name frames in order within its data, but does not."
+            "the clip's index must list frames in order within the file, got other places"
         )
     return np.stack([begins, sizes], axis=1)
 
 
 def check_frames(member: bytes | memoryview, spans: np.ndarray) -> None:
-    """Raise ValueError unless a JPEG of that size begins at each of these spans."""
-    # The chunk heads, gathered from a view that sees one beginning at every byte.
+    """Raise ValueError unless there is a JPEG of the given size at each span."""
+    # A view with a chunk header at every byte of the member, without a copy. Its rows at
+    # the spans are the headers of the frames.
     heads_everywhere = np.ndarray(
         len(member) - _FRAME_HEAD.itemsize + 1, _FRAME_HEAD, member, strides=(1,)
     )
@@ -165,8 +168,12 @@ def check_frames(member: bytes | memoryview, spans: np.ndarray) -> None:
 
 
 def _lists(member: bytes | memoryview, end: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """(begin, end) of the movi list (from the word `movi`) and of the idx1 chunk's content."""
-    # From chunk to chunk at the file's top level, behind `RIFF`, its size and `AVI `.
+    """Return (begin, end) of the list `movi` and of the index's content.
+
+    The list begins with the word `movi`. end: file size by the header. Raises ValueError if
+    the list or the index is missing.
+    """
+    # Walk over the chunks of the file. The first one is after `RIFF`, the size and `AVI `.
     movi = idx1 = None
     position = 12
     while position + 12 <= end:
@@ -174,14 +181,13 @@ def _lists(member: bytes | memoryview, end: int) -> tuple[tuple[int, int], tuple
         begin, position = position + 8, position + 8 + size + size % 2
         if begin + size > end:
             raise ValueError(
-                f"chunk {name!r} of the clip must end within the file, but does not."
+                f"chunk {name!r} of the clip must end by byte {end:,}, got {begin + size:,}"
             )
         if name == b"LIST" and kind == b"movi":
             movi = begin, begin + size
         elif name == b"idx1":
             idx1 = begin, begin + size
     if movi is None or idx1 is None:
-        raise ValueError(
-            f"the clip must have {'frames' if movi is None else 'an index'}, but has none."
-        )
+        missing = "frames" if movi is None else "index"
+        raise ValueError(f"the clip must have frames and an index, got no {missing}")
     return movi, idx1

@@ -1,9 +1,8 @@
-"""A stored clip as an mp4 of H.264 with short groups of pictures, one member `<key>.mp4`
-of a tar.
+"""Encode and decode a clip as an mp4 with H.264, the member `<key>.mp4` of a shard.
 
-For corpora of 1,000 hours: several times smaller than JPEGs, and dearer to decode,
-because a frame needs all those before it back to its group's first. So groups are short,
-all of one length, and stand alone.
+This format is for corpora of about 1,000 hours. It is several times smaller than JPEGs and
+slower to decode, because a frame depends on all earlier frames of its group of pictures
+(GOP). Groups are therefore short, have one length, and do not depend on each other.
 """
 
 import io
@@ -22,42 +21,47 @@ from av.video.reformatter import (
 )
 from av.video.reformatter import Interpolation as Scaling
 
-_RATE_LIMIT = 1001  # denominators up to that of 30000/1001 frames a second
-# The same pixels whatever the machine's vector instructions are. ACCURATE_RND is not for
-# the way back: there it takes 8 times as long and is further from the picture.
+_MAX_DENOMINATOR = 1001  # of the frame rate: NTSC video has 30000/1001 frames a second
+# BITEXACT gives the same pixels with any vector instructions. ACCURATE_RND is used for
+# encoding only: in decoding it takes 8 times as long and is further from the source.
 _FROM_YUV = Scaling.BILINEAR | Scaling.BITEXACT
 _TO_YUV = _FROM_YUV | Scaling.ACCURATE_RND
 
 
 def encode_h264(frames: Iterable[np.ndarray], fps: float, gop: int, crf: int) -> bytes:
-    """The mp4 file that holds `frames` (uint8 RGB of shape (height, width, 3), all of one size).
+    """Return the bytes of an mp4 file with these frames.
 
-    gop: frames of a group; the first of each can be decoded by itself. crf: x264's
-    constant rate factor, 0 (without loss) to 51; more is smaller and worse. The same
-    frames give the same bytes on any machine with the same PyAV. H.264 has even sizes
-    only: an odd one is stored with its last row or column twice, which `decode_frames`
-    leaves out again. Raises ValueError for no frames, frames of another kind or of
-    several sizes, or values out of range.
+    frames: uint8 RGB of shape (height, width, 3), all of one size. fps: frames per second.
+    gop: frames in a group; the first one of a group depends on no other frame. crf: x264's
+    constant rate factor from 0 (lossless) to 51; higher values give smaller files and
+    worse pictures.
+
+    The same frames give the same bytes on all machines with the same version of PyAV.
+    H.264 supports even sizes only: the last row or column of an odd size is stored twice,
+    and `decode_frames` removes the copy. Raises ValueError if there are no frames, if they
+    have another type or several sizes, or if a value is out of range.
     """
     if not 0 < fps < 10_000:
-        raise ValueError(f"fps must be above 0 and below 10,000, but is {fps}.")
+        raise ValueError(f"fps must be above 0 and below 10,000, got {fps}")
     if gop < 1 or not 0 <= crf <= 51:
         raise ValueError(
-            f"gop must be at least 1 and crf from 0 to 51, but they are {gop} and {crf}."
+            f"gop must be at least 1 and crf from 0 to 51, got {gop} and {crf}"
         )
-    rate = max(Fraction(fps).limit_denominator(_RATE_LIMIT), Fraction(1, _RATE_LIMIT))
+    rate = Fraction(fps).limit_denominator(_MAX_DENOMINATOR)
+    rate = max(rate, Fraction(1, _MAX_DENOMINATOR))
     out = io.BytesIO()
-    # Without bitexact the muxer writes its version; it never writes the time.
+    # Without bitexact the muxer writes its version into the file.
     with av.open(out, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
         stream = container.add_stream("libx264", rate=rate)
         stream.pix_fmt = "yuv420p"
         codec = stream.codec_context
         codec.time_base = 1 / rate
-        codec.thread_count = 1  # several would change the bytes with the number of cores
+        codec.thread_count = 1  # with more threads, the bytes depend on the number of cores
         codec.flags |= Flags.bitexact
         codec.gop_size, codec.max_b_frames = gop, 0
         codec.colorspace, codec.color_range = Colorspace.ITU709, ColorRange.MPEG
         codec.color_primaries, codec.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
+        # Groups of exactly `gop` frames: no extra keyframes at scene cuts, no B-frames.
         codec.options = {
             "crf": str(crf),
             "x264-params": f"keyint={gop}:min-keyint={gop}:scenecut=0:bframes=0:open-gop=0:"
@@ -72,12 +76,12 @@ def encode_h264(frames: Iterable[np.ndarray], fps: float, gop: int, crf: int) ->
         if num_frames:
             container.mux(stream.encode())
     if not num_frames:
-        raise ValueError("a clip must hold at least one frame, but holds none.")
+        raise ValueError("a clip must have at least one frame, got none")
     return out.getvalue()
 
 
 def _yuv(frames: Iterable[np.ndarray]) -> "Iterator[av.VideoFrame]":
-    """The frames as the encoder takes them: of even size, BT.709, limited range."""
+    """Yield the frames in the encoder's format: even size, BT.709, limited range."""
     reformatter = VideoReformatter()
     shape: tuple[int, ...] | None = None
     for frame in frames:
@@ -89,8 +93,8 @@ def _yuv(frames: Iterable[np.ndarray]) -> "Iterator[av.VideoFrame]":
             or 0 in frame.shape
         ):
             raise ValueError(
-                "frames must be uint8 of one shape (height, width, 3), but one is "
-                f"{frame.dtype} of {frame.shape} after {shape}."
+                "frames must be uint8 of one shape (height, width, 3), got "
+                f"{frame.dtype} of {frame.shape} after {shape}"
             )
         even = np.pad(frame, ((0, shape[0] % 2), (0, shape[1] % 2), (0, 0)), "edge")
         yield reformatter.reformat(
@@ -110,14 +114,15 @@ def decode_frames(
     out_THWC: np.ndarray,
     hw: tuple[int, int],
 ) -> None:
-    """`decode.decode_frames` for an mp4: decodes each group that has a pick, up to its last one.
+    """Decode picked frames of an mp4; see `decode.decode_frames`.
 
-    The mp4 must be of the kind that `encode_h264` writes: H.264, yuv420p, no B-frames.
+    Each group with a picked frame is decoded up to its last picked frame. The mp4 must have
+    the format that `encode_h264` writes: H.264, yuv420p, no B-frames.
     """
     height, width = hw
     even = (height + height % 2, width + width % 2)
-    # A frame may be picked several times, and is decoded once.
-    places: dict[int, list[int]] = {}  # of each picked frame in the output
+    # A frame that is picked several times is decoded once.
+    places: dict[int, list[int]] = {}  # frame -> its places in the output
     for place, number in enumerate(picks.tolist()):
         places.setdefault(number, []).append(place)
     reformatter = VideoReformatter()
@@ -130,7 +135,7 @@ def decode_frames(
             for number, frame in _decode(container, places, num_frames):
                 if (frame.height, frame.width) != even:
                     raise ValueError(
-                        f"frames must be {even[1]}x{even[0]}, but one is "
+                        f"frames must be {even[1]}x{even[0]}, got "
                         f"{frame.width}x{frame.height}"
                     )
                 rgb = reformatter.reformat(
@@ -140,49 +145,56 @@ def decode_frames(
                 out_THWC[places.pop(number), :height, :width] = picture
     except av.FFmpegError as error:
         raise ValueError(
-            f"must be a whole mp4, but this one breaks ({error.strerror or error})"
+            f"the mp4 must decode without errors, got {error.strerror or error}"
         ) from error
     if places:
         raise ValueError(
-            f"must decode to its end, but {len(places)} of the picked frames do not"
+            f"the mp4 must decode to its end, got {len(places)} picked frames too few"
         )
 
 
 def _decode(
     container: "av.container.InputContainer", picks: Collection[int], num_frames: int
 ) -> "Iterator[tuple[int, av.VideoFrame]]":
-    """(number, frame) of the picked frames, in order."""
+    """Yield (index, frame) of the picked frames, in order.
+
+    Raises ValueError if the mp4 does not have the format that `encode_h264` writes.
+    """
     if len(container.streams) != 1 or not container.streams.video:
-        raise ValueError("must hold one stream of video and no other, but does not")
+        raise ValueError(
+            "the mp4 must have one video stream and no other stream, got "
+            f"{len(container.streams.video)} video streams of {len(container.streams)}"
+        )
     stream = container.streams.video[0]
     codec = stream.codec_context
     if codec is None or codec.name != "h264" or codec.pix_fmt != "yuv420p":
-        found = f"{codec.name} in {codec.pix_fmt}" if codec else "what is not known"
-        raise ValueError(f"must hold H.264 in yuv420p, but holds {found}")
-    # PyAV ends the packets with an empty one.
+        found = f"{codec.name} in {codec.pix_fmt}" if codec else "an unknown codec"
+        raise ValueError(f"the mp4 must have H.264 in yuv420p, got {found}")
+    # PyAV yields an empty packet at the end.
     packets = [packet for packet in container.demux(stream) if packet.size]
     if len(packets) != num_frames:
-        raise ValueError(f"must hold {num_frames} frames, but holds {len(packets)}")
-    # Without B-frames, frames are stored in the order in which they are shown, so the
-    # number of a packet is that of its frame.
+        raise ValueError(f"the clip must have {num_frames} frames, got {len(packets)}")
+    # Without B-frames, frames are stored in presentation order: packet i is frame i.
     times = [packet.pts for packet in packets]
     if None in times or times != sorted(set(times)) or not packets[0].is_keyframe:
-        raise ValueError("must begin with a keyframe and hold no B-frames, but does not")
-    codec.thread_count = 1  # a rank decodes as many clips at once as it has threads
+        raise ValueError(
+            "the mp4 must begin with a keyframe and have no B-frames, got another order"
+        )
+    codec.thread_count = 1  # data-loading threads decode several clips in parallel
     codec.options = {"err_detect": "explode"}
     numbers = {times[number]: number for number in picks}
-    for packet in [*_needed(packets, picks), None]:
+    for packet in [*_needed(packets, picks), None]:  # None flushes the decoder
         for frame in codec.decode(packet):
             if frame.is_corrupt or frame.format.name != "yuv420p":
-                raise ValueError("must decode without damage, but a frame is broken")
+                raise ValueError("the mp4 must decode without damage, got a damaged frame")
             if frame.pts in numbers:
                 yield numbers.pop(frame.pts), frame
 
 
 def _needed(packets: "list[av.Packet]", picks: Collection[int]) -> "list[av.Packet]":
-    """The packets of each group from its keyframe to the last picked frame in it."""
+    """Return the packets of each group from its keyframe to its last picked frame."""
     needed: list[av.Packet] = []
-    group: list[av.Packet] = []  # since the keyframe, not yet needed
+    group: list[av.Packet] = []  # packets that only a later pick of this group needs
     for number, packet in enumerate(packets):
         if packet.is_keyframe:
             group = []

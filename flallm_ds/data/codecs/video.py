@@ -1,7 +1,8 @@
-"""Frames of a video file, or of a folder of images, as RGB arrays in presentation order.
+"""Read the frames of a video file or of a folder of images, as RGB arrays.
 
-Shards are built and a user's own video is translated from these same pixels. Containers
-lie about counts, rates and lengths, so only what decodes is believed.
+Frames come in presentation order. Building shards and translating a user's video both use
+this module, so that they see the same pixels. The counts, rates and lengths in containers
+are often wrong: only decoded frames are trusted.
 """
 
 import contextlib
@@ -36,43 +37,44 @@ VIDEO_SUFFIXES = frozenset(
     }
 )
 
-# A playlist or a concatenation script disguised as a video would have FFmpeg open files
-# and addresses of its choice; real containers only, read from the disk only.
+# A playlist or a concatenation script with the name of a video would make FFmpeg open any
+# file or address. Only real containers are allowed, and only from the disk.
 OPEN_OPTIONS = {
     "protocol_whitelist": "file",
     "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,"
     "asf,ogg,gif,h264,hevc,m4v,obu,ivf,mjpeg,mxf,dv",
 }
-# frames held back to put unordered timestamps in order (decoders reorder B-frames
-# themselves)
+# Frames that are held back to sort unordered timestamps. Decoders reorder B-frames
+# themselves.
 _REORDER = 8
-# FFmpeg's names of the containers where a seek is sound: in an MPEG program stream it
-# loses frames.
+# FFmpeg's names of the containers in which seeking is reliable. In an MPEG program stream
+# it loses frames.
 _SEEKABLE = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "mpegts", "flv", "avi")
-_EDGE_S = 1e-6  # a frame that begins at the span's start is in, one at its end is out
-# Matroska and FLV round times to milliseconds: a frame may come so much after its tick
+# Tolerance for rounding: a frame at the span's start is included, one at its end is not.
+_EDGE_S = 1e-6
+# Matroska and FLV round times to milliseconds, so a frame may be this much late.
 _ROUNDED_S = 1e-3
-_MAX_STILL_S = 600  # timestamps that jump further are no times
+_MAX_STILL_S = 600  # a longer gap between two frames is a wrong timestamp
 _DEFAULT_FPS = 25.0
 
-# pixels off the top, right, bottom and left of the upright picture
+# pixels to remove at the top, right, bottom and left of the upright picture
 Margin = tuple[int, int, int, int]
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1, each 0 to 1 of width or height
 
 
 class BrokenVideo(UserError):
-    """A video that cannot be decoded, or not to its end."""
+    """Raised for a video that cannot be decoded completely."""
 
 
 class Video:
-    """One video file or folder of frame images.
+    """A video file or a folder of frame images.
 
-    image_fps: frames a second of a folder of images (a file has its own).
-    num_threads: decoding threads, 0 for one a core.
+    image_fps: frames per second of a folder of images (a file has its own rate).
+    num_threads: decoding threads, 0 for one per core.
 
-    After `frames()` has run out: `fps`, as the frames' timestamps say (before, as the
-    container says; 0.0 if nothing was read yet), and `past_end_s`, by how many seconds
-    the asked span went past the last frame.
+    Two attributes are final when `frames()` is exhausted. `fps` is the frame rate by the
+    timestamps; before, it is the container's, and 0.0 if nothing was read. `past_end_s` is
+    the time in seconds by which the requested span exceeds the last frame.
     """
 
     def __init__(
@@ -95,16 +97,18 @@ class Video:
         stretch_hw: tuple[int, int] | None = None,
         fps: float | None = None,
     ) -> Iterator[np.ndarray]:
-        """uint8 frames of shape (height, width, 3), RGB, upright, all of the first one's size.
+        """Yield upright RGB frames, uint8 (height, width, 3), in the first one's size.
 
-        With a span: those that begin at start_s <= time < end_s of the video. With fps:
-        what is shown at each 1/fps s from the span's start; frames are left out, or the
-        same array comes again. With a box, or pixels off each side, or both: that part of
-        the picture. With stretch_hw: as if the whole picture had been brought to that
-        height and width. With short_side: scaled down to it, never up; a file's frames
-        are scaled while their colours are converted, which takes a quarter of the time of
-        doing one after the other. Raises BrokenVideo if the video is missing, is no
-        video, breaks, has no frame in the span, or nothing would be left of its picture.
+        start_s, end_s: yield the frames with start_s <= time < end_s.
+        fps: resample to this rate from the start of the span: frames are dropped, or the
+        same array is yielded again.
+        box, margin_px: cut out this part of the picture.
+        stretch_hw: cut and scale as if the whole picture had this height and width.
+        short_side: scale the shorter side down to this, never up. For a file this is done
+        in the colour conversion, in a quarter of the time of two separate steps.
+
+        Raises BrokenVideo if the file is missing, is not a video or is damaged, if the span
+        has no frame, or if the cut leaves no pixel.
         """
         timed = self._timed_images() if self.path.is_dir() else self._timed_frames(start_s)
         self.past_end_s = 0.0
@@ -113,18 +117,18 @@ class Video:
         else:
             shown = self._in_span(timed, start_s, end_s)
 
-        # A part of the picture is cut out of full-size pixels, then scaled.
+        # A part of the picture is cut out at full size first, and scaled afterwards.
         whole = not (box or margin_px or stretch_hw)
         before: Path | _Picture | None = None
         frame = np.empty(0, np.uint8)
         for picture in shown:
-            if picture is not before:  # otherwise it is shown again
+            if picture is not before:  # otherwise the same frame is shown again
                 if isinstance(picture, Path):
                     read = read_image(picture)
                 else:
                     read = picture.read(short_side if whole else None)
                 fitted = self._fitted(read, short_side, box, margin_px, stretch_hw)
-                # The resolution of a stream may change on the way.
+                # The resolution may change within a stream.
                 same = before is None or fitted.shape == frame.shape
                 frame = fitted if same else cv2.resize(fitted, frame.shape[1::-1])
                 before = picture
@@ -134,9 +138,7 @@ class Video:
             span = ""
             if start_s is not None or end_s is not None:
                 span = f" from {start_s or 0} s to {end_s or 'its end'} s"
-            raise BrokenVideo(
-                f"a video must hold frames{span}, but none is there: {self.path}."
-            )
+            raise BrokenVideo(f"Cannot read video {self.path}: it has no frames{span}.")
 
     def _fitted(
         self,
@@ -146,28 +148,27 @@ class Video:
         margin_px: Margin | None,
         stretch_hw: tuple[int, int] | None,
     ) -> np.ndarray:
-        """The part of the frame that is asked for, at the size that is asked for,
-        resampled once."""
+        """Return the requested part of a frame at the requested size, resampled once."""
         height, width = frame.shape[:2]
         if box or margin_px:
             frame = self._cut(frame, box or (0.0, 0.0, 1.0, 1.0), margin_px or (0, 0, 0, 0))
         if stretch_hw is None:
             return fit_short_side(frame, short_side) if short_side else frame
-        # The part keeps its share of the stretched whole.
+        # The part is stretched by the same factors as the whole picture.
         stretched_h = max(1, round(frame.shape[0] * stretch_hw[0] / height))
         stretched_w = max(1, round(frame.shape[1] * stretch_hw[1] / width))
         return _resize(frame, *fitted_size(stretched_h, stretched_w, short_side or 2**31))
 
     def _cut(self, frame: np.ndarray, box: Box, margin_px: Margin) -> np.ndarray:
-        """What lies within the box and not within the margins."""
+        """Return the part of a frame inside the box and without the margins."""
         height, width = frame.shape[:2]
         left, top, right, bottom = box_px(box, height, width)
         top, right = max(top, margin_px[0]), min(right, width - margin_px[1])
         bottom, left = min(bottom, height - margin_px[2]), max(left, margin_px[3])
         if top >= bottom or left >= right:
             raise BrokenVideo(
-                "a crop and margins must leave some of the picture, but leave nothing of "
-                f"{width}x{height} pixels: {self.path}."
+                f"Cannot crop video {self.path}: the crop and the margins leave nothing of "
+                f"{width}x{height} pixels."
             )
         return frame[top:bottom, left:right]
 
@@ -177,7 +178,7 @@ class Video:
         start_s: float | None,
         end_s: float | None,
     ) -> "Iterator[Path | _Picture]":
-        """The frames that begin in the span; sets `fps` and `past_end_s` at its end."""
+        """Yield the frames that begin in the span, then set `fps` and `past_end_s`."""
         begin_s = -np.inf if start_s is None else start_s - _EDGE_S
         stop_s = np.inf if end_s is None else end_s - _EDGE_S
         times: list[float] = []
@@ -202,8 +203,10 @@ class Video:
         end_s: float | None,
         rate: float,
     ) -> "Iterator[Path | _Picture]":
-        """What is shown at each 1/rate s of the span, by the frames' times; sets `fps`
-        and `past_end_s`."""
+        """Yield the frame at each 1/rate s of the span, then set `fps` and `past_end_s`.
+
+        A frame is shown from its own time to that of the next one.
+        """
         stop_s = np.inf if end_s is None else end_s - _EDGE_S
         times: list[float] = []
         shown: Path | _Picture | None = None
@@ -213,10 +216,10 @@ class Video:
             shown_since = max(start_s, times[-1]) if times else start_s
             if min(time_s, stop_s) - shown_since > _MAX_STILL_S:
                 raise BrokenVideo(
-                    f"a frame must be shown for {_MAX_STILL_S} s at most, but one is until "
-                    f"{time_s:.0f} s: {self.path}."
+                    f"Cannot read video {self.path}: a frame is shown for longer than "
+                    f"{_MAX_STILL_S} s, until {time_s:.0f} s."
                 )
-            # All ticks before this frame show the one before it.
+            # All ticks before the time of this frame show the previous one.
             while start_s + tick / rate < min(stop_s, time_s - _ROUNDED_S):
                 if shown is not None:
                     yield shown
@@ -226,7 +229,7 @@ class Video:
             times.append(time_s)
             shown = picture
         else:
-            # The last frame is shown as long as a frame of the measured rate.
+            # The last frame is shown for one period of the measured rate.
             if shown is not None and start_s is not None:
                 until_s = times[-1] + 1 / _measured_fps(times, self.fps)
                 while start_s + tick / rate < min(stop_s, until_s - _ROUNDED_S):
@@ -236,6 +239,7 @@ class Video:
         self.fps = rate
 
     def _timed_images(self) -> "Iterator[tuple[float, Path | _Picture]]":
+        """Yield (time in seconds, path) of the images of a folder."""
         self.fps = self._image_fps
         for number, path in enumerate(image_paths(self.path)):
             yield number / self.fps, path
@@ -243,10 +247,13 @@ class Video:
     def _timed_frames(
         self, start_s: float | None
     ) -> "Iterator[tuple[float, Path | _Picture]]":
-        """(seconds, frame) in order of time, from the first frame or from one before start_s."""
+        """Yield (time in seconds, frame) in order of time.
+
+        Begins with the first frame, or with any frame at or before start_s.
+        """
         if start_s is not None and start_s > 0:
             jumped = self._decode(start_s)
-            # Broken seek tables fail or land too late: then read from the beginning.
+            # A damaged seek table fails or leads too far: then read from the beginning.
             try:
                 first = next(jumped, None)
             except BrokenVideo:
@@ -258,10 +265,11 @@ class Video:
         yield from self._decode(None)
 
     def _decode(self, seek_s: float | None) -> "Iterator[tuple[float, Path | _Picture]]":
+        """Yield (time in seconds, frame) in order, after a seek if one is possible."""
         num_decoded = 0
         try:
             check_whole(self.path)
-            # An absolute path cannot be taken for an address such as `pipe:`.
+            # FFmpeg cannot mistake an absolute path for an address such as `pipe:`.
             with av.open(
                 str(self.path.absolute()),
                 container_options=OPEN_OPTIONS,
@@ -272,11 +280,11 @@ class Video:
                 stream.thread_type = "AUTO"
                 nominal = float(stream.average_rate or stream.guessed_rate or 0)
                 self.fps = nominal if 1 <= nominal <= 480 else _DEFAULT_FPS
-                # A recording cut out of a longer one may begin at any time.
+                # A file that was cut out of a longer one may begin at any time.
                 begin_s = (container.start_time or 0) / av.time_base
                 if seek_s is not None and container.format.name in _SEEKABLE:
                     container.seek(int((seek_s + begin_s) * av.time_base), backward=True)
-                # A small heap puts unordered timestamps in order.
+                # A small heap sorts unordered timestamps.
                 reformatter = VideoReformatter()
                 waiting: list[tuple[float, int, _Picture]] = []
                 for frame in container.decode(stream):
@@ -293,18 +301,15 @@ class Video:
                     time_s, _, picture = heapq.heappop(waiting)
                     yield time_s, picture
         except (av.FFmpegError, OSError, ValueError) as error:
-            what = "cannot be opened"
-            if num_decoded:
-                what = f"breaks after {num_decoded} frames"
             reason = getattr(error, "strerror", None) or str(error)
-            raise BrokenVideo(
-                f"a video must decode to its end, but this one {what} ({reason}): "
-                f"{self.path}."
-            ) from error
+            what = f"Cannot open video {self.path}"
+            if num_decoded:
+                what = f"Cannot decode video {self.path} after {num_decoded} frames"
+            raise BrokenVideo(f"{what}: {reason.rstrip('.')}.") from error
 
 
 class _Picture:
-    """A decoded frame that is not yet RGB: what the span leaves out is never converted."""
+    """A decoded frame that is converted to RGB when it is read, if it is read at all."""
 
     def __init__(
         self, frame: av.VideoFrame, reformatter: VideoReformatter, path: Path
@@ -312,13 +317,14 @@ class _Picture:
         self._frame, self._reformatter, self._path = frame, reformatter, path
 
     def read(self, short_side: int | None) -> np.ndarray:
-        """The frame as RGB, scaled down to short_side, turned and mirrored as the
-        container's matrix asks."""
+        """Return the frame as RGB, scaled down to short_side.
+
+        It is turned and mirrored by the container's display matrix.
+        """
         frame = self._frame
         if frame.is_corrupt:
             raise BrokenVideo(
-                f"a video must decode to its end, but a frame at {frame.time} s is "
-                f"damaged: {self._path}."
+                f"Cannot decode video {self._path}: the frame at {frame.time} s is damaged."
             )
         height, width = fitted_size(frame.height, frame.width, short_side or 2**31)
         # The reformatter reads the frame's own colour matrix and range.
@@ -328,7 +334,8 @@ class _Picture:
         matrix = _display_matrix(frame)
         if len(matrix) < 36:
             return rgb
-        # x' = a x + c y, y' = b x + d y
+        # The matrix maps x' = a x + c y, y' = b x + d y: turns by multiples of 90 degrees,
+        # and mirroring.
         a, b, _, c, d, *_ = struct.unpack_from("<9i", matrix)
         if abs(a) + abs(d) < abs(b) + abs(c):
             rgb, a, d = rgb.transpose(1, 0, 2), c, b
@@ -337,7 +344,7 @@ class _Picture:
 
 
 def _display_matrix(frame: "av.VideoFrame") -> bytes:
-    """The container's matrix that turns and mirrors a frame; empty where it has none."""
+    """Return the container's display matrix; empty if there is none."""
     for data in frame.side_data:
         if data.type.name == "DISPLAYMATRIX":
             return bytes(data)
@@ -347,20 +354,20 @@ def _display_matrix(frame: "av.VideoFrame") -> bytes:
 def read_frames(
     path: Path, start_s: float | None = None, end_s: float | None = None
 ) -> Iterator[np.ndarray]:
-    """The frames of a video file or of a folder of images: see `Video.frames`."""
+    """Yield the frames of a video file or of a folder of images; see `Video.frames`."""
     return Video(path).frames(start_s, end_s)
 
 
 def fitted_size(height: int, width: int, short_side: int) -> tuple[int, int]:
-    """(height, width) with the shorter one scaled down to `short_side`; never up."""
+    """Return (height, width) with the shorter side scaled down to `short_side`."""
     scale = short_side / min(height, width)
     if scale >= 1:
-        return height, width  # enlarging adds bytes and no information
+        return height, width  # a larger picture has more bytes and the same information
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
 def fit_short_side(frame: np.ndarray, short_side: int) -> np.ndarray:
-    """The frame with its shorter side scaled down to `short_side` pixels, never up."""
+    """Return the frame with its shorter side scaled down to `short_side` pixels."""
     height, width = fitted_size(frame.shape[0], frame.shape[1], short_side)
     return _resize(frame, height, width)
 
@@ -368,7 +375,7 @@ def fit_short_side(frame: np.ndarray, short_side: int) -> np.ndarray:
 def _resize(frame: np.ndarray, height: int, width: int) -> np.ndarray:
     if (height, width) == frame.shape[:2]:
         return frame
-    # Averages of areas do not alias; enlarging, they would repeat pixels.
+    # INTER_AREA averages, without aliasing; for enlarging it would only repeat pixels.
     smaller = height <= frame.shape[0] and width <= frame.shape[1]
     kind = cv2.INTER_AREA if smaller else cv2.INTER_LINEAR
     scaled: np.ndarray = cv2.resize(frame, (width, height), interpolation=kind)
@@ -376,7 +383,7 @@ def _resize(frame: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def box_px(box: Box, height: int, width: int) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) of a box in pixels of a picture, at least one pixel."""
+    """Return (left, top, right, bottom) of a box in pixels, at least one pixel large."""
     left = min(int(box[0] * width), width - 1)
     top = min(int(box[1] * height), height - 1)
     right = max(round(box[2] * width), left + 1)
@@ -385,7 +392,7 @@ def box_px(box: Box, height: int, width: int) -> tuple[int, int, int, int]:
 
 
 def image_paths(folder: Path) -> list[Path]:
-    """The frame images of a folder, in natural order (frame2 before frame10)."""
+    """Return the paths of a folder's images, in natural order (frame2 before frame10)."""
     found = []
     for path in folder.iterdir():
         hidden = path.name.startswith(".")
@@ -395,7 +402,7 @@ def image_paths(folder: Path) -> list[Path]:
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:
-    """A key that sorts numbers within a name by their value, and letters behind numbers."""
+    """Return a sort key that compares the numbers in a name by their value."""
     key = []
     for word in re.findall(r"[0-9]+|[^0-9]+", path.name):
         is_number = word[0] in "0123456789"
@@ -406,28 +413,28 @@ def _natural(path: Path) -> list[tuple[int, str]]:
 def _video_stream(
     container: "av.container.InputContainer", path: Path
 ) -> "av.video.stream.VideoStream":
-    # A cover picture is a stream of one frame.
+    """Return the first video stream; raise BrokenVideo if there is none."""
+    # A cover picture is also a video stream, with a single frame.
     cover = av.stream.Disposition.attached_pic
     for stream in container.streams.video:
         if not stream.disposition & cover:
             return stream
-    raise BrokenVideo(f"a video file must hold a video stream, but has none: {path}.")
+    raise BrokenVideo(f"Cannot read video {path}: it has no video stream.")
 
 
 def read_image(path: Path) -> np.ndarray:
+    """Return an image, uint8 RGB (height, width, 3); raise BrokenVideo if it is damaged."""
     image: np.ndarray | None = None
     with contextlib.suppress(OSError):
         encoded = np.fromfile(path, np.uint8)
         image = cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB) if len(encoded) else None
     if image is None:
-        raise BrokenVideo(
-            f"a frame must be a whole PNG or JPEG image, but this one is not: {path}."
-        )
+        raise BrokenVideo(f"Cannot read frame {path}: it is not a complete image.")
     return image
 
 
 def _measured_fps(times: list[float], nominal: float) -> float:
-    """The nominal rate if the timestamps agree with it within 1 %, else theirs."""
+    """Return the nominal rate if the timestamps agree within 1 %, otherwise theirs."""
     span_s = times[-1] - times[0]
     if len(times) < 2 or span_s <= 0:
         return nominal

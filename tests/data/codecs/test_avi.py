@@ -86,11 +86,11 @@ def test_a_foreign_avi_written_by_ffmpeg_is_read(jpegs):
     assert [member[offset : offset + size] for offset, size in frame_spans(member)] == jpegs
 
 
-def test_broken_bytes_are_a_value_error_and_spans_stay_inside(jpegs):
+def test_damaged_bytes_raise_a_value_error_and_spans_stay_inside(jpegs):
     member = pack_frames(jpegs, 25.0, 21, 26)
     random = np.random.default_rng(0)
     for end in random.integers(0, len(member), 300):
-        with pytest.raises(ValueError, match=r"[.]$"):
+        with pytest.raises(ValueError, match=r"must .*, got "):
             frame_spans(member[:end])
     num_refused = 0
     for _ in range(3000):
@@ -110,7 +110,7 @@ def test_broken_bytes_are_a_value_error_and_spans_stay_inside(jpegs):
     assert num_refused > 300
 
 
-def test_lengths_that_lie_are_refused(jpegs):
+def test_wrong_lengths_in_the_index_are_refused(jpegs):
     member = pack_frames(jpegs, 25.0, 21, 26)
     entry = member.index(b"idx1") + 8
     for place, value in (
@@ -126,7 +126,7 @@ def test_lengths_that_lie_are_refused(jpegs):
 
 
 @pytest.mark.parametrize("frames", [[], [b"\x89PNG"], [b""]])
-def test_what_is_no_clip_is_not_packed(frames):
+def test_no_frames_and_frames_that_are_not_jpegs_are_refused(frames):
     with pytest.raises(ValueError):
         pack_frames(frames, 25.0, 8, 8)
 
