@@ -240,7 +240,7 @@ def test_no_file_outside_the_folder_is_changed(copy, what):
     path.write_text(json.dumps(manifest))
     (copy.parent / "mine").write_text("mine")
     with pytest.raises(
-        UserError, match=r"file names in index\.json must consist of .*'\.\./mine'"
+        UserError, match=r"File names in index\.json must consist of .*'\.\./mine'"
     ):
         verify(copy, workers=1, repair="drop")
     assert (copy.parent / "mine").read_text() == "mine"

@@ -1,1 +1,1 @@
-"""Shards on a local disk, or at an address through a bounded cache."""
+"""Access shard folders on a local disk, or at an address through a bounded cache."""

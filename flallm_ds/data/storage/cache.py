@@ -1,9 +1,9 @@
-"""A bounded folder of files that several processes fill and read at once.
+"""Cache files in a folder of bounded size that several processes fill and read at once.
 
-A file is fetched under `NAME.{bytes}.part` and renamed when it is whole. Who fetches
-holds a lock (flock) on the part, which its death releases; what a dead fetcher left is
-taken up by the next. Whoever makes room holds the lock of the folder. A file that is
-removed stays readable to those who have it open.
+A file is fetched as `NAME.{bytes}.part` and renamed when it is complete. The process that
+fetches it holds a lock (flock) on the part. The lock ends with the process, and the next
+process continues the part. Making room requires the lock of the folder. A removed file
+stays readable for processes that have it open.
 """
 
 import contextlib
@@ -22,22 +22,23 @@ _held: set[int] = set()  # locked descriptors of this process
 
 
 def _close_held() -> None:
+    """Close the descriptors that a forked child inherited."""
     for fd in list(_held):
         os.close(fd)
     _held.clear()
 
 
-# A child of a fork would hold its parent's locks beyond the parent's death.
+# Otherwise a forked child keeps its parent's locks after the parent's death.
 os.register_at_fork(after_in_child=_close_held)
 
 
 @dataclass(frozen=True)
 class FileCache:
-    """At most `max_bytes` of files in `{folder}/*/shards/`, the least recently used
-    removed first.
+    """A cache with at most `max_bytes` of files in `{folder}/*/shards/`.
 
-    Files beside that (`{folder}/*/tables/`) do not count and are kept. stuck_s: how long
-    another process may hold a file without bringing a byte.
+    The least recently used file is removed first. Other files (`{folder}/*/tables/`) do not
+    count and are kept. stuck_s: how long another process may hold a file without fetching
+    a byte.
     """
 
     folder: Path
@@ -45,8 +46,10 @@ class FileCache:
     stuck_s: float
 
     def find(self, place: str, num_bytes: int | None = None) -> int | None:
-        """An open descriptor of a whole file of this size, marked as used now; None where
-        there is none."""
+        """Return an open descriptor of a complete file of this size, None if there is none.
+
+        The file is marked as used now.
+        """
         try:
             fd = os.open(self.folder / place, os.O_RDONLY)
         except (FileNotFoundError, NotADirectoryError):
@@ -54,28 +57,27 @@ class FileCache:
         if num_bytes is not None and os.fstat(fd).st_size != num_bytes:
             os.close(fd)
             return None
-        with contextlib.suppress(OSError):  # another user's file cannot be marked
+        with contextlib.suppress(OSError):  # the file may belong to another user
             os.utime(fd)
         return fd
 
     def make_folder(self, folder: Path) -> None:
-        """Make a folder within the cache. Raises RankError where the cache's folder holds
-        something else.
+        """Make a folder in the cache.
 
-        Whatever lies in `*/shards/` is removed to make room: in a folder of other files,
-        these would be lost.
+        Raises RankError if the cache folder has other files: making room removes all files
+        in `*/shards/`, which could then be somebody's data.
         """
         lock = self.folder / "lock"
         with disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             others = {path.name for path in self.folder.iterdir()} - {"lost+found"}
-            # Looked for after the listing: another process that begins this cache makes
-            # its lock first.
+            # The lock is looked for after the listing, because another process that begins
+            # this cache makes its lock first.
             if others and not lock.exists():
                 raise RankError(
-                    "the cache must be a new or empty folder, or one that was a cache "
-                    f"before, got {self.folder}, which holds {min(others)}. Set "
-                    "--data.cache_dir to another folder."
+                    "The cache folder must be new, empty or a cache already, got "
+                    f"{self.folder} with {min(others)}. Set --data.cache_dir to another "
+                    "folder."
                 )
             lock.touch()
             folder.mkdir(parents=True, exist_ok=True)
@@ -88,11 +90,12 @@ class FileCache:
         *,
         wait: bool = True,
     ) -> int | None:
-        """An open descriptor of a file, fetched by `fill` (given an open file to write)
-        if it is not there.
+        """Return an open descriptor of a file, after fetching the file if necessary.
 
-        One process fetches and the others wait. Without `wait`: None where another one is
-        fetching it, or where there is no room beside what is being fetched.
+        fill: writes the file into an open descriptor. One process fetches and the others
+        wait. wait: without it, return None if another process is fetching the file, or if
+        there is no room while other files are being fetched.
+        Raises RankError if another process holds the file for too long.
         """
         part = self.folder / f"{place}.{num_bytes or 0}.part"
         seen, since = -1, time.monotonic()
@@ -106,27 +109,29 @@ class FileCache:
                 return self._fill(claimed, self.folder / place, part, fill)
             if not wait:
                 return None
-            # The one who fetches has time as long as bytes arrive.
+            # The other process has time as long as its part grows.
             if (size := _size(part)) != seen:
                 seen, since = size, time.monotonic()
             if time.monotonic() - since > self.stuck_s:
                 raise RankError(
-                    f"another process must fetch {part}, but brought nothing for "
-                    f"{self.stuck_s:.0f} s. End it, or set --data.cache_dir to another "
-                    "folder."
+                    f"{part} is in use by another process, which has fetched nothing for "
+                    f"{self.stuck_s:.0f} s. Stop that process, or set --data.cache_dir to "
+                    "another folder."
                 )
             time.sleep(POLL_S)
 
     def _fill(self, fd: int, path: Path, part: Path, fill: Callable[[int], None]) -> int:
+        """Fetch a locked part, rename it, and return an open descriptor of the file."""
         try:
             fill(fd)
             with disk_errors(self.folder):
-                # so that a power cut leaves no file of the right size and other bytes
+                # After a power cut, a file of the right size must not have other bytes.
                 os.fsync(fd)
                 opened = os.open(part, os.O_RDONLY)
                 part.replace(path)
             return opened
         except BaseException:
+            # An empty part is of no use to the next process.
             if os.fstat(fd).st_size == 0:
                 part.unlink(missing_ok=True)
             raise
@@ -134,9 +139,9 @@ class FileCache:
             _release(fd)
 
     def _claim(self, place: str, part: Path, num_bytes: int) -> int | None:
-        """A locked descriptor of the part, where it is free and there is room for it."""
+        """Return a locked descriptor of the part, None if it is in use or has no room."""
         with self._folder_lock():
-            # just arrived, or of another size than it must have
+            # The file has just arrived, or has a wrong size.
             if (fd := self.find(place)) is not None:
                 if os.fstat(fd).st_size != num_bytes and num_bytes:
                     (self.folder / place).unlink(missing_ok=True)
@@ -153,13 +158,15 @@ class FileCache:
             return None
 
     def _make_room(self, num_bytes: int, part: Path) -> bool:
-        """Whether `num_bytes` fit now; removes the least recently used for it. Under the
-        folder's lock."""
+        """Return whether `num_bytes` fit, after removing the least recently used files.
+
+        Requires the lock of the folder.
+        """
         if num_bytes == 0:
             return True
 
-        # What counts: the file to come, files that are there, and parts at the size that
-        # they will have. Parts that nobody fetches any more can be removed too.
+        # The new file, complete files, and parts with their final size count. A part that
+        # no process is fetching can be removed like a complete file.
         total = num_bytes
         removable = []
         for path in self.folder.glob("*/shards/*"):
@@ -168,7 +175,7 @@ class FileCache:
             size, used = _size(path), _used(path)
             if path.suffix == ".part":
                 fd = _lock(path, create=False)
-                if fd is None:  # being fetched: all that it will be
+                if fd is None:  # being fetched; its name holds its final size
                     total += max(size, int(path.stem.rpartition(".")[2]))
                     continue
                 _release(fd)
@@ -184,12 +191,13 @@ class FileCache:
 
     @contextlib.contextmanager
     def _folder_lock(self) -> Iterator[None]:
+        """Hold the lock of the folder. Raises RankError if another process keeps it."""
         began = time.monotonic()
         while (fd := _lock(self.folder / "lock")) is None:
             if time.monotonic() - began > self.stuck_s:
                 raise RankError(
-                    f"another process must release {self.folder / 'lock'}, but holds it "
-                    f"for {self.stuck_s:.0f} s now. End it, or set --data.cache_dir to "
+                    f"{self.folder / 'lock'} is in use by another process for more than "
+                    f"{self.stuck_s:.0f} s. Stop that process, or set --data.cache_dir to "
                     "another folder."
                 )
             time.sleep(POLL_S / 10)
@@ -199,12 +207,11 @@ class FileCache:
             _release(fd)
 
 
-# Not the locks of `flallm_ds.files`: the descriptor that is locked is the one that is
-# written to and read by offset, its file is renamed while it is locked, and a file that
-# is not there must not be made.
+# The locks of `flallm_ds.files` do not fit here: this code locks the descriptor through
+# which it writes and reads, renames the file while it is locked, and in one case must not
+# create a missing file.
 def _lock(path: Path, create: bool = True) -> int | None:
-    """A locked descriptor of the file that bears this name now, or None where another
-    holds it."""
+    """Return a locked descriptor of the file with this name, None if it is locked."""
     try:
         fd = os.open(path, os.O_RDWR | (os.O_CREAT if create else 0), 0o666)
     except FileNotFoundError:
@@ -214,7 +221,7 @@ def _lock(path: Path, create: bool = True) -> int | None:
     _held.add(fd)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # and was not renamed or removed meanwhile
+        # The file may have been renamed or removed before it was locked.
         if path.stat().st_ino == os.fstat(fd).st_ino:
             return fd
     except (BlockingIOError, FileNotFoundError):
@@ -227,14 +234,16 @@ def _lock(path: Path, create: bool = True) -> int | None:
 
 
 def _release(fd: int) -> None:
+    """Unlock and close a descriptor."""
     _held.discard(fd)
     with contextlib.suppress(OSError):
-        # closing is not enough while a child of a fork has it open
+        # Closing does not unlock a file that a forked child has open.
         fcntl.flock(fd, fcntl.LOCK_UN)
     os.close(fd)
 
 
 def _size(path: Path) -> int:
+    """Return the size in bytes, 0 if the file is missing."""
     try:
         return path.stat().st_size
     except FileNotFoundError:
@@ -242,6 +251,7 @@ def _size(path: Path) -> int:
 
 
 def _used(path: Path) -> float:
+    """Return the time of the last use, 0 if the file is missing."""
     try:
         return path.stat().st_mtime
     except FileNotFoundError:
@@ -250,12 +260,11 @@ def _used(path: Path) -> float:
 
 @contextlib.contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """A cache folder that cannot be used is one sentence."""
+    """Turn errors of the file system into a RankError about the cache folder."""
     try:
         yield
     except OSError as error:
         raise RankError(
-            "the cache must be a folder that can be written and locked, but "
-            f"{error.strerror}: {error.filename or folder}. Set --data.cache_dir to "
-            "another folder."
+            f"Cannot use the cache folder: {error.strerror}: {error.filename or folder}. Set "
+            "--data.cache_dir to another folder."
         ) from None

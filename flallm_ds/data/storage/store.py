@@ -1,4 +1,4 @@
-"""Where shards lie: a folder, or an address whose shards are fetched into a bounded cache."""
+"""Open shards of a local folder, or of an address through a bounded cache."""
 
 import hashlib
 import os
@@ -30,23 +30,22 @@ if TYPE_CHECKING:
     from flallm_ds.config import DataConfig
 
 FETCHERS = 2  # threads of a store that read ahead
-# at index.json: at the start a person waits, and an address may be mistyped
+# Few attempts for index.json: at the start a user waits, and the address may be mistyped.
 INDEX_ATTEMPTS = 5
-SHARE_AHEAD = 0.5  # of the cache; the rest is for what is in use
+SHARE_AHEAD = 0.5  # share of the cache for reading ahead; the rest is for shards in use
 
-# No slash, no leading dot or dash, nothing that a shell reads: an index names files of
-# its own folder only.
+# No slash, no leading dot or dash, no special character of a shell: an index may only name
+# files of its own folder.
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _SHA256 = re.compile(r"[0-9a-f]+")
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-# of fsspec: one file system on top of another
+# fsspec's syntax for one file system on top of another
 _CHAIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*::.*://")
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar: its file name within the folder, its size in bytes, its checksum and its
-    number of clips."""
+    """A tar of clips: file name, size in bytes, checksum and number of clips."""
 
     file: str
     bytes: int
@@ -58,65 +57,71 @@ class Shard:
         checksum = isinstance(self.sha256, str) and _SHA256.fullmatch(self.sha256)
         if not is_count(self.bytes) or not checksum:
             raise UserError(
-                f"index.json must give a shard's size and sha256, but gives {self.bytes!r} "
-                f"and {self.sha256!r} for {self.file}. Build the shards again."
+                f"index.json must give the size and sha256 of {self.file}, got "
+                f"{self.bytes!r} and {self.sha256!r}. Build the shards again."
             )
         if not is_count(self.clips):
             raise UserError(
-                f"index.json must give a shard's number of clips, got {self.clips!r} for "
-                f"{self.file}. Build the shards again."
+                f"index.json must give the number of clips of {self.file}, got "
+                f"{self.clips!r}. Build the shards again."
             )
 
 
 @dataclass(frozen=True)
 class CacheOptions:
-    """What a remote store may use of this machine; a local folder needs none of it."""
+    """Options of the cache of a remote store; a local folder needs no cache."""
 
     folder: Path | None = None  # default: $FLALLM_CACHE, or ~/.cache/flallm_ds
-    max_gb: float = 100.0  # of shards, over all addresses, 1e9 bytes each
+    max_gb: float = 100.0  # limit for the shards of all addresses, in units of 1e9 bytes
 
     @classmethod
     def of_run(cls, data: "DataConfig") -> Self:
+        """Read the options from the configuration of a run."""
         return cls(Path(data.cache_dir) if data.cache_dir else None, data.cache_gb)
 
 
 class Store(Protocol):
-    """A place that holds the files of one shard folder. Picklable; any thread may call it."""
+    """Access to the files of one shard folder. It is picklable and thread-safe."""
 
     @property
     def root(self) -> str:
-        """The folder or address, for people: without credentials."""
+        """The folder or address for messages, without credentials."""
         ...
 
     def file(self, name: str, sha256: str | None = None) -> Path:
-        """Path of a small file of the folder (index.json, a table); whether it is there
-        and unchanged is the caller's to check. sha256: a cached copy with this checksum
-        will do; else it is fetched again.
+        """Return the path of a small file of the folder (index.json, a table).
+
+        The caller checks that the file exists and is unchanged. sha256: a cached copy with
+        this checksum is used; otherwise the file is fetched again.
         """
         ...
 
     def open(self, shard: Shard) -> BinaryIO:
-        """The shard, unbuffered, for os.pread; fetched and checked where it is remote.
+        """Open a shard, unbuffered, for os.pread. A remote shard is fetched and checked.
 
-        Raises FileNotFoundError where a local one is missing, RankError where a remote
-        one cannot be had.
+        Raises FileNotFoundError if a local shard is missing, and RankError if a remote
+        shard cannot be fetched.
         """
         ...
 
     def want(self, shards: Sequence[Shard]) -> None:
-        """Read ahead, in this order of need, instead of what was wanted before; returns
-        at once."""
+        """Start to read these shards ahead, in this order, and return at once.
+
+        The shards of an earlier call are no longer read ahead.
+        """
         ...
 
     def check(self, shards: Sequence[Shard], checksums: bool = False) -> None:
-        """Raise UserError if a shard is missing or is not of its size (or, if asked, of
-        its checksum)."""
+        """Raise UserError if a shard is missing or has another size than in the index.
+
+        checksums: compare the checksums too.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class LocalStore:
-    """A folder on a disk."""
+    """A shard folder on a disk."""
 
     root: str
 
@@ -134,26 +139,25 @@ class LocalStore:
             path = self.file(shard.file)
             found = path.stat().st_size if path.is_file() else None
             if found != shard.bytes:
-                what = "is missing" if found is None else f"holds {found:,} bytes"
+                what = "no file" if found is None else f"{found:,}"
                 raise UserError(
-                    f"shard must hold {shard.bytes:,} bytes as its index says, but {what}: "
-                    f"{path}. Run python shards/verify.py {self.root}, then build the "
-                    "shards again."
+                    f"Shard {path} must have {shard.bytes:,} bytes as its index says, got "
+                    f"{what}. Run python shards/verify.py {self.root}, then build the shards "
+                    "again."
                 )
             if checksums and (found_sha := file_sha256(path)) != shard.sha256:
                 raise UserError(
-                    f"shard must have sha256 {shard.sha256} as its index says, but has "
-                    f"{found_sha}: {path}. Run python shards/verify.py {self.root}, then "
-                    "build the shards again."
+                    f"Shard {path} must have sha256 {shard.sha256} as its index says, got "
+                    f"{found_sha}. Run python shards/verify.py {self.root}, then build the "
+                    "shards again."
                 )
 
 
 class RemoteStore:
-    """A folder at an address. Its shards pass through a cache that all processes of a
-    machine share.
+    """A shard folder at an address, with a cache that all processes of a machine share.
 
-    Safe to pickle, to use from many threads, and to carry over a fork: threads and
-    connections are made when they are first needed, in each process.
+    The store can be pickled, used by several threads, and used after a fork: each process
+    makes its threads and connections when it first needs them.
     """
 
     def __init__(
@@ -165,12 +169,13 @@ class RemoteStore:
         if folder is None:
             default = os.environ.get("FLALLM_CACHE") or "~/.cache/flallm_ds"
             folder = Path(default).expanduser()
-        # Nobody holds a file longer than its time for all attempts and one silence more.
+        # A process that works holds a file for the time of all attempts at most. The margin
+        # covers the last time-out.
         stuck_s = patience.total_s + 2 * patience.stall_s
         self._cache = FileCache(folder.absolute(), int(options.max_gb * 1e9), stuck_s)
-        # Without credentials, which change: a checksum says that it is the same file.
+        # The name of the folder in the cache leaves out credentials, because they change.
         self._place = hashlib.sha256(printable(root).encode()).hexdigest()[:16]
-        self._start_afresh()  # which finds an address that cannot be used
+        self._reset()  # raises UserError if the address cannot be used
         _stores.add(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -179,12 +184,14 @@ class RemoteStore:
     def __repr__(self) -> str:
         return f"RemoteStore({self.root})"
 
-    def _start_afresh(self) -> None:
-        """No threads, no connections: at the start, and in a child of a fork, where the
-        parent's are dead."""
+    def _reset(self) -> None:
+        """Begin without threads and connections.
+
+        A forked child calls it too: the threads of its parent do not run there.
+        """
         self._lock = threading.Lock()
         self._wanted: dict[Shard, None] = {}
-        # monotonic; wanted shards that are being seen to
+        # shard -> when to try it again, by time.monotonic(); infinite while it is fetched
         self._retry_at: dict[Shard, float] = {}
         self._num_threads = 0
         self._source = FsspecSource(self._address, self._patience)
@@ -198,10 +205,11 @@ class RemoteStore:
         return self._latest(name) if sha256 is None else self._table(name, sha256)
 
     def _table(self, name: str, sha256: str) -> Path:
+        """Return the path of a file with this checksum, after fetching it if needed."""
         if not _SHA256.fullmatch(sha256):  # it becomes part of a path
             raise UserError(
-                f"index.json must give the sha256 of {name}, but gives {sha256!r}: "
-                f"{self.root}. Do not use these shards, or build them again."
+                f"index.json of {self.root} must give the sha256 of {name}, got {sha256!r}. "
+                "Do not use these shards, or build them again."
             )
         place = f"{self._place}/tables/{sha256[:16]}-{name}"
         path = self._cache.folder / place
@@ -217,8 +225,10 @@ class RemoteStore:
         return path
 
     def _latest(self, name: str) -> Path:
-        """The file as it is now; where the server cannot be reached, as it was last, with
-        a warning."""
+        """Return the path of the current version of a file.
+
+        If the server does not answer, the copy in the cache is used, with a warning.
+        """
         path = self._cache.folder / self._place / name
         brief = replace(
             self._patience, attempts=min(INDEX_ATTEMPTS, self._patience.attempts)
@@ -227,11 +237,11 @@ class RemoteStore:
             try:
                 fetch(self._source, name, file.fileno(), None, None, brief)
             except RankError as error:
-                if isinstance(error, Refused):  # so it is for every rank
+                if isinstance(error, Refused):  # every rank finds the same
                     raise UserError(str(error)) from None
                 if not path.is_file():
                     raise
-                warning = f"warning: {error} What was fetched before is used."
+                warning = f"warning: {error} The copy in the cache is used."
                 print(warning, file=sys.stderr, flush=True)
                 return path
             content = file.read()
@@ -251,11 +261,12 @@ class RemoteStore:
         return cast(BinaryIO, os.fdopen(fd, "rb", buffering=0))
 
     def _obtain(self, shard: Shard, wait: bool) -> int | None:
+        """Return a descriptor of a shard, after fetching it; see `FileCache.obtain`."""
         if shard.bytes > self._cache.max_bytes:
             raise UserError(
-                f"a shard must fit into the cache of {self._cache.max_bytes:,} bytes, but "
-                f"{shard.file} of {self.root} holds {shard.bytes:,}. Set --data.cache_gb "
-                "higher."
+                f"Shard {shard.file} of {self.root} must fit into the cache of "
+                f"{self._cache.max_bytes:,} bytes, got {shard.bytes:,}. Raise "
+                "--data.cache_gb."
             )
 
         def fill(fd: int) -> None:
@@ -264,10 +275,11 @@ class RemoteStore:
         return self._cache.obtain(self._place_of(shard), shard.bytes, fill, wait=wait)
 
     def _place_of(self, shard: Shard) -> str:
-        # The checksum in the name: shards that were built again are other files.
+        # With the checksum, shards that were built again get other names.
         return f"{self._place}/shards/{shard.sha256[:16]}-{shard.file}"
 
     def _has(self, shard: Shard) -> bool:
+        """Return whether a shard is in the cache, and mark it as used now."""
         fd = self._cache.find(self._place_of(shard), shard.bytes)
         if fd is not None:
             os.close(fd)
@@ -279,16 +291,18 @@ class RemoteStore:
         self._read_ahead()
 
     def _read_ahead(self) -> None:
-        """Start the threads that are lacking; they end when nothing is left to do."""
+        """Start the missing threads. They end when there is nothing left to fetch."""
         with self._lock:
-            lacking = FETCHERS - self._num_threads if self._wanted else 0
-            self._num_threads += lacking
-        for _ in range(lacking):
+            missing = FETCHERS - self._num_threads if self._wanted else 0
+            self._num_threads += missing
+        for _ in range(missing):
+            # A daemon thread does not delay the end of the process.
             threading.Thread(
                 target=self._fetch_wanted, name="read-ahead", daemon=True
             ).start()
 
     def _fetch_wanted(self) -> None:
+        """Fetch wanted shards until there are none left; the body of a thread."""
         while True:
             with self._lock:
                 shard, wait_s = self._next_wanted()
@@ -304,19 +318,21 @@ class RemoteStore:
                 failed = False
                 if fd is not None:
                     os.close(fd)
-            except Exception:  # noqa: BLE001 - who opens the shard meets the same, and says it
+            except Exception:  # noqa: BLE001 - opening the shard raises the same error
                 pass
             with self._lock:
-                # Where another process is fetching it, or no room is left, look again in
-                # a moment.
+                # If another process is fetching it or there is no room, try again soon.
                 self._retry_at[shard] = time.monotonic() + 0.5
                 if failed:
                     self._wanted.pop(shard, None)
 
     def _next_wanted(self) -> tuple[Shard | None, float | None]:
-        """(the next shard to fetch, None) or (None, seconds until there may be one) or
-        (None, None)."""
-        # The stores of this process that read ahead into the same cache share its room.
+        """Return (the next shard to fetch, None).
+
+        (None, seconds to wait) if all shards are being fetched, (None, None) if there is
+        nothing to fetch. Requires the lock.
+        """
+        # All stores of this process that read ahead into the same cache share its space.
         num_sharing = 0
         for store in list(_stores):
             if store._wanted and store._cache.folder == self._cache.folder:
@@ -331,7 +347,7 @@ class RemoteStore:
                 break
             if self._retry_at.get(shard, 0.0) > now:
                 busy = True
-            # also marks it as used, so that it is not removed before
+            # `_has` marks it as used, so that it is not removed before it is opened.
             elif not self._has(shard):
                 self._retry_at[shard] = float("inf")
                 return shard, None
@@ -343,27 +359,27 @@ class RemoteStore:
                 for shard in shards:
                     self._check_bytes(shard)
                 return
-            # What is in the cache was checked when it came.
-            lacking = list(filterfalse(self._has, shards))
-            if not lacking:
+            # Shards in the cache were checked when they arrived.
+            missing = list(filterfalse(self._has, shards))
+            if not missing:
                 return
-            names = [shard.file for shard in lacking]
-            must = f"the shards of {self.root} must be there"
-            sizes = persist(lambda: self._source.sizes(names), must, self._patience)
+            names = [shard.file for shard in missing]
+            what = f"find the shards of {self.root}"
+            sizes = persist(lambda: self._source.sizes(names), what, self._patience)
         except RankError as error:
             raise UserError(str(error)) from None
-        for shard, found in zip(lacking, sizes, strict=True):
+        for shard, found in zip(missing, sizes, strict=True):
             if found is not None and found != shard.bytes:
                 raise UserError(
-                    f"shard must hold {shard.bytes:,} bytes as its index says, but holds "
-                    f"{found:,} bytes: {self._source.address(shard.file)}. Upload the "
-                    "folder again."
+                    f"Shard {self._source.address(shard.file)} must have {shard.bytes:,} "
+                    f"bytes as its index says, got {found:,}. Upload the folder again."
                 )
 
     def _check_bytes(self, shard: Shard) -> None:
+        """Fetch a shard again if its checksum in the cache is wrong."""
         with self.open(shard) as file:
             found = sha256_of(file)
-        if found != shard.sha256:  # it was right when it came
+        if found != shard.sha256:  # it was right when it arrived
             (self._cache.folder / self._place_of(shard)).unlink(missing_ok=True)
             self.open(shard).close()
 
@@ -373,22 +389,26 @@ _left_behind: list[FsspecSource] = []
 
 
 def _after_fork() -> None:
+    """Give each store of a forked child its own connections."""
     for store in list(_stores):
-        # to close the parent's connections would wait for its dead thread
+        # Keep the parent's connections: closing them would wait for its thread, which does
+        # not run here.
         _left_behind.append(store._source)
-        store._start_afresh()
+        store._reset()
 
 
 os.register_at_fork(after_in_child=_after_fork)
 
 
 def open_store(root: str | Path, cache: CacheOptions | None = None) -> Store:
-    """The store at `root`: a folder, or an address (https://, s3://, any other of fsspec).
+    """Return the store of a shard folder, without reading anything.
 
-    Nothing is read yet. Raises UserError for an address that cannot be used.
+    root: a folder, or an address (https://, s3://, or another protocol of fsspec).
+    Raises UserError if the address cannot be used.
     """
     root, cache = str(root), cache or CacheOptions()
-    # of webdataset: a shell command, which a run's config.json could bring
+    # webdataset runs such a name as a shell command, and a config.json from elsewhere could
+    # hold one.
     if root.startswith("pipe:"):
         raise UserError(
             "data.shards must name folders or addresses, got a command (pipe:), which is "
@@ -397,9 +417,8 @@ def open_store(root: str | Path, cache: CacheOptions | None = None) -> Store:
         )
     if _CHAIN.match(root):
         raise UserError(
-            "an address must begin with its protocol (https://, s3://, ...), got "
-            f"{root.split('::')[0]}:: before it. Leave that out: shards are cached as they "
-            "are."
+            "The address of shards must begin with its protocol (https://, s3://, ...), got "
+            f"{root.split('::')[0]}:: before it. Remove that: shards are cached without it."
         )
     if address := _ADDRESS.match(root):
         return RemoteStore(address[0].lower() + root[address.end() :], cache)
@@ -407,16 +426,18 @@ def open_store(root: str | Path, cache: CacheOptions | None = None) -> Store:
 
 
 def is_count(value: Any) -> bool:
-    """Whether a value of JSON is a whole number of bytes or clips that numpy can hold."""
+    """Return whether a value of a JSON file is a number of bytes or clips, within int64."""
     return type(value) is int and 0 <= value < 2**63
 
 
 def checked_name(name: str) -> str:
-    """`name` if it is a plain file name; an index from elsewhere may name anything.
-    Raises UserError."""
+    """Return `name` if it is a plain file name; raise UserError otherwise.
+
+    An index may come from anyone, with any names.
+    """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise UserError(
-            "file names in index.json must consist of letters, digits, '_', '.' and '-', "
-            f"but one is {name!r}. Do not use these shards, or build them again."
+            "File names in index.json must consist of letters, digits, '_', '.' and '-', got "
+            f"{name!r}. Do not use these shards, or build them again."
         )
     return name
