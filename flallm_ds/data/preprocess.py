@@ -1,9 +1,9 @@
-"""Frames to pixels on the device: squash to a square, crop, rotate, scale, shift,
-normalise; one resampling.
+"""Preprocess frames on the device: squash, crop, rotate, scale, shift and normalise them.
 
-One random draw per clip, never per frame: jitter between frames reads as motion. Never a
-horizontal flip: handedness is meaning. On a GPU this is one Triton kernel
-(`preprocess_triton.py`), elsewhere `resample`.
+All steps together are one resampling. Each clip has one random draw for all its frames,
+because jitter between frames would look like motion. Frames are never mirrored, because
+handedness has meaning. A GPU uses one Triton kernel (`preprocess_triton.py`), other
+devices `resample`.
 """
 
 import math
@@ -19,19 +19,21 @@ from flallm_ds.batch import VideoBatch
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-PROBABILITY = 0.5  # of each augmentation; these four are our fill-in, the paper is silent
+# The paper names the augmentations without values; these four are ours.
+PROBABILITY = 0.5  # of each augmentation
 MAX_DEGREES = 30.0
 MAX_SCALE = 0.2
-MAX_SHIFT = 10 / 256  # of the frame's side
+MAX_SHIFT = 10 / 256  # in sides of the frame
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """frame_size: side of the square that frames are squashed to. crop_size: of what the
-    backbone sees, px.
+    """Turn the frames of a batch into the input of the backbone.
 
-    augment: rotate, scale and shift in training. Without `train` the crop is the centre
-    one.
+    frame_size: side in pixels of the square that frames are squashed to.
+    crop_size: side in pixels of the crop that the backbone sees. Training crops at a random
+    place, evaluation in the centre.
+    augment: rotate, scale and shift in training.
     """
 
     frame_size: int
@@ -45,15 +47,17 @@ class Preprocess:
         device: torch.device,
         dtype: torch.dtype = torch.float32,
     ) -> torch.Tensor:
-        """pixels_NCHW of `dtype`, normalised as ImageNet's. Nothing here waits for the device."""
+        """Return pixels_NCHW of `dtype`, normalised with ImageNet's mean and deviation.
+
+        The call does not wait for the device.
+        """
         frames_NHWC = batch.frames_NHWC.to(device, non_blocking=True)
         height, width = frames_NHWC.shape[1:3]
         theta_B23 = self.affine(batch.draws_B9, batch.size_B2, (height, width), train)
         clips_N = torch.arange(len(theta_B23), dtype=torch.int32).repeat_interleave(
             batch.num_frames_B
         )
-        # non_blocking, though not pinned: CUDA has read so small a source before the call
-        # returns.
+        # These are not pinned, but CUDA copies so small a source before the call returns.
         theta_B23 = theta_B23.to(device, non_blocking=True)
         clips_N = clips_N.to(device, non_blocking=True)
         function = _fused if device.type == "cuda" and _can_fuse(device) else resample
@@ -66,17 +70,20 @@ class Preprocess:
         canvas_hw: tuple[int, int],
         train: bool,
     ) -> torch.Tensor:
-        """theta_B23 for `affine_grid`: from the crop's coordinates in [-1, 1] to the canvas's."""
+        """Return theta_B23 for `affine_grid`: crop coordinates to canvas coordinates.
+
+        Both run over [-1, 1]. size_B2: height and width of a clip's frames in the canvas.
+        """
         side, crop = float(self.frame_size), float(self.crop_size)
         num_clips = len(draws_B9)
-        free = side - crop  # where the crop may begin
+        free = side - crop  # largest offset of the crop
         offset_B2 = torch.full((num_clips, 2), free / 2)
         if train:
             offset_B2 = draws_B9[:, :2] * free
         angle_B, scale_B, shift_B2 = self._augmentation(draws_B9, train)
 
-        # crop -> square: p = centre + R (q - centre) / scale + shift, with q = offset +
-        # (u + 1) / 2 * crop
+        # From the crop to the square, in pixels: p = centre + R (q - centre) / scale +
+        # shift, with q = offset + (u + 1) / 2 * crop for the crop's coordinate u in [-1, 1].
         cos_B, sin_B = torch.cos(angle_B) / scale_B, torch.sin(angle_B) / scale_B
         upper_B2 = torch.stack([cos_B, -sin_B], -1)
         lower_B2 = torch.stack([sin_B, cos_B], -1)
@@ -85,7 +92,7 @@ class Preprocess:
         turned_B2 = torch.einsum("bij,bj->bi", turn_B22, start_B2)
         shift_px_B2 = side / 2 + turned_B2 + shift_B2 * side
 
-        # square -> canvas, whose coordinates run over [-1, 1]; x first
+        # From the square to the canvas, with x before y.
         canvas_2 = torch.tensor([canvas_hw[1], canvas_hw[0]], dtype=torch.float32)
         stretch_B2 = 2 * size_B2.flip(1) / side / canvas_2
         linear_B22 = turn_B22 * (crop / 2) * stretch_B2.unsqueeze(-1)
@@ -95,10 +102,11 @@ class Preprocess:
     def _augmentation(
         self, draws_B9: torch.Tensor, train: bool
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(angle in radians, scale, shift in sides) of each clip; each with PROBABILITY."""
+        """Return each clip's angle in radians, scale, and shift in sides of the frame."""
         num_clips = len(draws_B9)
         if not (train and self.augment):
             return torch.zeros(num_clips), torch.ones(num_clips), torch.zeros(num_clips, 2)
+        # Each augmentation has a draw for its use, and one in [-1, 1] for its strength.
         used_B3 = draws_B9[:, 2:5] < PROBABILITY
         rotate, zoom = draws_B9[:, 5] * 2 - 1, draws_B9[:, 6] * 2 - 1
         shift = draws_B9[:, 7:9] * 2 - 1
@@ -114,9 +122,10 @@ def resample(
     crop_size: int,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """pixels_NCHW by PyTorch's own functions, on any device; what the kernel is checked against.
+    """Return pixels_NCHW with PyTorch's functions, on any device.
 
-    theta_B23: as `affine_grid` takes it. clips_N: int32, the clip of each frame.
+    The kernel is tested against this function. theta_B23: the argument of `affine_grid`.
+    clips_N: int32, the clip of each frame.
     """
     frames_NCHW = frames_NHWC.permute(0, 3, 1, 2).float()
     shape = (len(theta_B23), 3, crop_size, crop_size)
@@ -125,7 +134,7 @@ def resample(
     pixels_NCHW = F.grid_sample(
         frames_NCHW, grid_NHW2, mode="bilinear", align_corners=False
     )
-    # The statistics are of pixels from 0 to 1, the frames' are from 0 to 255.
+    # The statistics are for pixels from 0 to 1; the frames have pixels from 0 to 255.
     device = frames_NHWC.device
     mean = torch.tensor(IMAGENET_MEAN, device=device).view(1, 3, 1, 1) * 255
     std = torch.tensor(IMAGENET_STD, device=device).view(1, 3, 1, 1) * 255
@@ -139,7 +148,8 @@ def _fused(
     crop_size: int,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    # Triton is there on machines with a GPU only.
+    """Return pixels_NCHW with the Triton kernel."""
+    # Triton is installed on machines with a GPU only.
     from flallm_ds.data import preprocess_triton
 
     mean = tuple(255 * value for value in IMAGENET_MEAN)
@@ -151,9 +161,11 @@ def _fused(
 
 @cache
 def _can_fuse(device: torch.device) -> bool:
-    """Whether the kernel runs here: Triton builds it at run time, with a C compiler and
-    Python's headers."""
-    # The smallest batch that there is tells.
+    """Return whether the kernel runs on this machine.
+
+    Triton compiles it at run time, which needs a C compiler and Python's headers.
+    """
+    # A batch of one small frame compiles and runs it.
     try:
         _fused(
             torch.zeros(1, 2, 2, 3, dtype=torch.uint8, device=device),
@@ -161,13 +173,13 @@ def _can_fuse(device: torch.device) -> bool:
             torch.zeros(1, dtype=torch.int32, device=device),
             crop_size=2,
         )
-    except ModuleNotFoundError:  # PyTorch's wheels bring Triton, other builds may not
+    except ModuleNotFoundError:  # PyTorch's wheels include Triton, other builds may not
         return False
     except (RuntimeError, OSError, subprocess.SubprocessError) as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         print(
-            "warning: frames are preprocessed without the fused kernel, which needs "
-            f"Triton: {reason}",
+            "warning: frames are preprocessed without the fused kernel, because Triton "
+            f"cannot compile it: {reason}",
             flush=True,
         )
         return False

@@ -1,4 +1,4 @@
-"""Which frames of a clip are kept, decided before any is decoded."""
+"""Choose the frames of a clip to keep, before any frame is decoded."""
 
 import math
 from collections.abc import Mapping
@@ -8,23 +8,25 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 Cap = Literal["uniform", "random", "segment"]
-# Of a frame: 25 frames a second at a target of 12.5 are groups of two, whatever the
-# rounding.
+# Tolerance in frames: 25 frames a second at a target of 12.5 always give groups of two,
+# despite rounding.
 _EDGE = 1e-6
 
 
 @dataclass(frozen=True)
 class FrameSampling:
-    """Keeps one frame of each group, then at most `max_frames` of these.
+    """Keep one frame of each group of frames, and at most `max_frames` frames of a clip.
 
-    keep_every: frames of a group. target_fps: groups of 1 / target_fps seconds instead,
-    so that corpora of 24, 25, 30 and 50 frames a second are seen at the same pace; a
-    slower clip keeps all its frames. cap: how the frames are thinned where there are too
-    many: `uniform` spreads them evenly; `random` draws any of them; `segment` takes one
-    of each of `max_frames` equal segments. In evaluation nothing is drawn: `random` is
-    then `uniform`, and `segment` takes the middle of each. Raises ValueError for values
-    below their limits. Source: FLa-LLM (arXiv 2403.12556), video downsampling; the random
-    pick from C2RL; segments from TSN (arXiv 1608.00859).
+    keep_every: number of frames in a group.
+    target_fps: use groups of 1 / target_fps seconds instead, so that corpora with 24, 25,
+    30 and 50 frames a second have the same pace. A slower clip keeps all its frames.
+    cap: how to select `max_frames` frames of a longer clip: `uniform` spaces them evenly,
+    `random` draws them, `segment` takes one of each of `max_frames` equal segments.
+    Evaluation draws nothing: there `random` is `uniform`, and `segment` takes the middle
+    frames.
+
+    Raises ValueError for values below their limits. Sources: FLa-LLM (arXiv 2403.12556),
+    video downsampling; C2RL, the random frame of a group; TSN (arXiv 1608.00859), segments.
     """
 
     keep_every: int = 1
@@ -34,12 +36,12 @@ class FrameSampling:
 
     @classmethod
     def of(cls, options: object) -> "FrameSampling":
-        """Read the sampling from options with the same names, such as `config.DataConfig`."""
+        """Read the sampling from options with the same names, as in `DataConfig`."""
         return cls(**{name: getattr(options, name) for name in SAMPLING_OPTIONS})
 
     @classmethod
     def of_settings(cls, settings: Mapping[str, Any]) -> "FrameSampling":
-        """Read the sampling from stored settings; what an older file lacks has its default."""
+        """Read the sampling from stored settings; missing ones get their defaults."""
         stored = {}
         for name in SAMPLING_OPTIONS:
             if name in settings:
@@ -47,7 +49,7 @@ class FrameSampling:
         return cls(**stored)
 
     def settings(self) -> dict[str, Any]:
-        """Return the fields as exports and features store them, in their order in the file."""
+        """Return the fields in the order of exports and cached features."""
         return {
             "keep_every": self.keep_every,
             "target_fps": self.target_fps,
@@ -56,7 +58,7 @@ class FrameSampling:
         }
 
     def has_types(self) -> bool:
-        """Say whether each field is of its type, which a file may not respect."""
+        """Return whether each field has its type; a stored file may hold anything."""
         # A bool is an int to isinstance.
         are_counts = type(self.keep_every) is int and type(self.max_frames) is int
         is_cap = self.cap in get_args(Cap)
@@ -64,33 +66,33 @@ class FrameSampling:
 
     @property
     def draws_nothing(self) -> bool:
-        """Whether training keeps the frames that evaluation keeps."""
+        """Whether training keeps the same frames as evaluation."""
         return self.keep_every == 1 and self.target_fps is None and self.cap == "uniform"
 
     def __post_init__(self) -> None:
         has_rate = self.target_fps is None or self.target_fps > 0
         if self.keep_every < 1 or self.max_frames < 1 or not has_rate:
             raise ValueError(
-                "keep_every and max_frames must be at least 1 and target_fps above 0, but "
-                f"are {self.keep_every}, {self.max_frames} and {self.target_fps}"
+                "keep_every and max_frames must be at least 1 and target_fps above 0, got "
+                f"{self.keep_every}, {self.max_frames} and {self.target_fps}"
             )
 
     def stride(self, fps: float) -> float:
-        """Return the frames of a group in a clip of this rate, at least 1."""
+        """Return the number of frames in a group of a clip with this rate, at least 1."""
         if self.target_fps is None:
             return float(self.keep_every)
         return max(fps / self.target_fps, 1.0)
 
     def num_kept(self, num_frames: np.ndarray, fps: np.ndarray) -> np.ndarray:
-        """Return how many frames are kept of clips of these lengths and rates, int64."""
+        """Return the number of kept frames of clips with these lengths and rates, int64."""
         groups = self._num_groups(num_frames, self._strides(fps)).astype(np.int64)
         kept: np.ndarray = np.minimum(groups, self.max_frames)
         return kept
 
     def rates(self, num_frames: np.ndarray, fps: np.ndarray) -> np.ndarray:
-        """Return the kept frames a second of clips of these lengths and rates, float64.
+        """Return the kept frames per second of clips with these lengths and rates, float64.
 
-        A clip that `max_frames` thins has fewer a second than the others.
+        The rate is lower for a clip that is reduced to `max_frames`.
         """
         strides = self._strides(fps)
         groups = self._num_groups(num_frames, strides)
@@ -106,7 +108,7 @@ class FrameSampling:
         return strides
 
     def _num_groups(self, num_frames: np.ndarray, strides: np.ndarray) -> np.ndarray:
-        """Return how many groups clips of these lengths have, float64. The last may be short."""
+        """Return the number of groups of clips, float64. The last group may be short."""
         groups: np.ndarray = np.floor((num_frames - 1 + _EDGE) / strides) + 1
         return groups
 
@@ -118,13 +120,13 @@ class FrameSampling:
     ) -> np.ndarray:
         """Return the indices of the kept frames, ascending, int64.
 
-        rng: None takes the first of each group (evaluation), a generator a random one
-        (training). Raises ValueError if there is no frame.
+        rng: random numbers to draw a frame of each group (training); None takes the first
+        frame (evaluation). Raises ValueError if the clip has no frame.
         """
         if num_frames < 1:
-            raise ValueError(f"num_frames must be at least 1, but is {num_frames}")
+            raise ValueError(f"num_frames must be at least 1, got {num_frames}")
 
-        # Where each group begins, and behind the last one the end of the clip.
+        # The first frame of each group, followed by the end of the clip.
         stride = self.stride(fps)
         num_groups = int((num_frames - 1 + _EDGE) / stride) + 1
         bounds = np.ceil(np.arange(num_groups + 1) * stride - _EDGE)
@@ -141,19 +143,19 @@ class FrameSampling:
         return picks
 
     def keeps_first(self, frame: int, fps: float) -> bool:
-        """Say whether evaluation keeps this frame before the cap.
+        """Return whether evaluation keeps this frame, before the cap.
 
-        It serves a video whose length is not known yet.
+        Use it for a video of unknown length.
         """
         stride = self.stride(fps)
         group = int((frame + _EDGE) / stride)
         return math.ceil(group * stride - _EDGE) == frame
 
     def thin(self, num: int, rng: np.random.Generator | None = None) -> np.ndarray:
-        """Return at most `max_frames` places of `num`, ascending."""
+        """Return at most `max_frames` indices below `num`, ascending."""
         if num <= self.max_frames:
             return np.arange(num)
-        # `max_frames` equal segments, up to rounding.
+        # `max_frames` segments, equal up to rounding.
         bounds = np.arange(self.max_frames + 1) * num // self.max_frames
         begins, ends = bounds[:-1], bounds[1:]
         if self.cap == "uniform" or (self.cap == "random" and rng is None):
@@ -166,10 +168,13 @@ class FrameSampling:
         return begins + within_segment.astype(np.int64)
 
 
-# The options of a run (data.NAME) that a sampling is made of.
+# Names of the fields; the options data.NAME of a run have the same names.
 SAMPLING_OPTIONS = tuple(FrameSampling().settings())
 
 
 def sample_rng(seed: int, epoch: int, sample: int) -> np.random.Generator:
-    """Return the random numbers of one sample in one epoch, for any rank, worker and past."""
+    """Return the random numbers of a sample in an epoch.
+
+    They depend on nothing else: rank, thread and earlier batches do not matter.
+    """
     return np.random.default_rng([seed, epoch, sample])

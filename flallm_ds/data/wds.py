@@ -1,8 +1,8 @@
-"""The decoder for a loop of one's own:
-`webdataset.WebDataset(tars).map(decode_clip(keep_every=4))`.
+"""Decode clips in a plain webdataset pipeline.
 
-It reads what our tars hold and nothing else; nothing is unpickled. Neither torch nor
-webdataset is imported.
+`webdataset.WebDataset(tars).map(decode_clip(keep_every=4))` needs nothing else of this
+package. The decoder reads only the members that shards of this package have, and unpickles
+nothing. It imports neither torch nor webdataset.
 """
 
 import json
@@ -17,6 +17,7 @@ from flallm_ds.data.codecs.decode import EXTENSIONS, decode_frames
 from flallm_ds.data.sampling import Cap, FrameSampling
 from flallm_ds.data.table_check import LIMITS
 
+# Fields of a clip's JSON with their types.
 _FACTS: dict[str, type | tuple[type, ...]] = {
     "id": str, "text": str, "signer": str, "video": str, "language": str,
     "num_frames": int, "fps": (int, float), "width": int, "height": int,
@@ -30,17 +31,20 @@ def decode_clip(
     cap: Cap = "uniform",
     train: bool = False,
 ) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
-    """What turns a sample of undecoded members into a clip; it can be pickled into workers.
+    """Return a function that decodes a sample of webdataset into a clip.
 
-    The first four are those of `sampling.FrameSampling`: which frames are kept, before
-    any is decoded. train: keep a random frame of each group, not the first. It is drawn
-    from Python's `random`, which a DataLoader seeds differently in each worker.
+    keep_every, max_frames, target_fps, cap: the frames to keep; see
+    `sampling.FrameSampling`. Other frames are not decoded.
+    train: keep a random frame of each group instead of the first one. It is drawn from
+    Python's `random`, which a DataLoader seeds differently in each worker.
 
-    A clip is a dict of `key`, `frames` (uint8 RGB of shape (T, height, width, 3)),
-    `picks` (int64 (T,): the frames' numbers in the stored clip), everything in the clip's
-    JSON (text, id, signer, video, language, num_frames, fps, width, height, gloss), and
-    webdataset's own `__key__` and `__url__`. Raises ValueError, here for impossible
-    values, there for a broken clip: with its key, its tar and why.
+    A sample has undecoded members. A clip is a dict with `key`, `frames` (uint8 RGB of
+    shape (T, height, width, 3)), `picks` (int64 of shape (T,), the indices of these frames
+    in the stored clip), the fields of the clip's JSON (text, id, signer, video, language,
+    num_frames, fps, width, height, gloss), and webdataset's `__key__` and `__url__`.
+
+    The function can be pickled for workers. Raises ValueError for invalid arguments. The
+    function raises ValueError for a damaged clip, with its key, its tar and the reason.
     """
     sampling = FrameSampling(keep_every, max_frames, target_fps, cap)
     return partial(_decode, sampling, train)
@@ -49,11 +53,14 @@ def decode_clip(
 def _decode(
     sampling: FrameSampling, train: bool, sample: Mapping[str, Any]
 ) -> dict[str, Any]:
+    """Decode one sample; see `decode_clip`."""
     try:
         facts, member = _facts(sample), _member(sample)
+        # A frame takes at least a byte. A wrong number must not allocate memory below.
         if facts["num_frames"] > len(member):
             raise ValueError(
-                f"it cannot hold {facts['num_frames']} frames in {len(member)} bytes"
+                f"num_frames in the JSON must be at most the clip's size ({len(member)} "
+                f"bytes), got {facts['num_frames']}"
             )
         rng = np.random.default_rng(random.getrandbits(64)) if train else None
         picks = sampling.picks(facts["num_frames"], facts["fps"], rng)
@@ -62,40 +69,42 @@ def _decode(
         decode_frames(member, picks, facts["num_frames"], frames, hw)
     except (ValueError, MemoryError, RecursionError) as error:
         raise ValueError(
-            f"a clip must decode, but {sample.get('__key__')} of {sample.get('__url__')} "
-            f"does not: {error}"
+            f"Cannot decode {sample.get('__key__')} of {sample.get('__url__')}: {error}."
         ) from error
     clip = facts | {"key": sample["__key__"], "frames": frames, "picks": picks}
     for name, value in sample.items():
-        if name.startswith("__"):  # webdataset's own
+        if name.startswith("__"):  # fields that webdataset adds
             clip[name] = value
     return clip
 
 
 def _facts(sample: Mapping[str, Any]) -> dict[str, Any]:
-    if not isinstance(sample.get("json"), bytes):
-        raise ValueError("it must come with its JSON as bytes, without .decode() before")
-    facts = json.loads(sample["json"])
+    """Return the clip's JSON; raise ValueError if a field is missing or out of range."""
+    content = sample.get("json")
+    if not isinstance(content, bytes):
+        found = type(content).__name__
+        raise ValueError(f"the JSON must be bytes, without .decode() before, got {found}")
+    facts = json.loads(content)
     if not isinstance(facts, dict):
-        raise ValueError("its JSON must be an object")
+        raise ValueError(f"the JSON must be an object, got {type(facts).__name__}")
     for name, kind in _FACTS.items():
         if not isinstance(facts.get(name), kind):
             raise ValueError(
-                f"its JSON must have a {name} of the right type, but has "
-                f"{facts.get(name)!r}"
+                f"{name} in the JSON must have the right type, got {facts.get(name)!r}"
             )
     for name, (least, most) in LIMITS.items():
         if not least <= facts[name] <= most:
             raise ValueError(
-                f"its {name} must be from {least:,} to {most:,}, got {facts[name]}"
+                f"{name} in the JSON must be from {least:,} to {most:,}, got {facts[name]}"
             )
     return facts
 
 
 def _member(sample: Mapping[str, Any]) -> bytes:
+    """Return the bytes of the stored clip."""
     for extension in EXTENSIONS:
         if isinstance(sample.get(extension), bytes):
             return bytes(sample[extension])
     raise ValueError(
-        f"it must have a member {' or '.join(EXTENSIONS)}, but has {', '.join(sample)}"
+        f"the sample must have a member {' or '.join(EXTENSIONS)}, got {', '.join(sample)}"
     )

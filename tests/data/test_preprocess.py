@@ -48,10 +48,8 @@ def noise(num: int, height: int, width: int) -> torch.Tensor:
     )
 
 
-def pixels_of(
-    preprocess: Preprocess, batch: VideoBatch, train: bool = False
-) -> torch.Tensor:
-    """Pixels in 0 to 255, the normalisation undone; N x 3 x crop x crop."""
+def pixels_of(preprocess: Preprocess, batch: Batch, train: bool = False) -> torch.Tensor:
+    """Return pixels from 0 to 255 without the normalisation, of shape (N, 3, crop, crop)."""
     normalised = preprocess(batch, train, CPU)
     assert normalised.dtype == torch.float32
     std, mean = (torch.tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_STD, IMAGENET_MEAN))
@@ -79,14 +77,14 @@ def test_evaluation_is_the_centre_of_the_squashed_frame(height, width):
     assert torch.allclose(got, squashed[:, :, 4:60, 4:60], atol=0.1)
 
 
-def test_pixels_are_normalised_as_imagenets():
+def test_pixels_are_normalised_with_the_values_of_imagenet():
     frames = torch.full((1, 32, 32, 3), 255, dtype=torch.uint8)
     normalised = Preprocess(32, 32)(batch_of(frames, [1]), False, CPU)
     expected = [(1 - m) / s for m, s in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)]
     assert torch.allclose(normalised.mean((0, 2, 3)), torch.tensor(expected), atol=1e-5)
 
 
-def test_evaluation_uses_no_draw():
+def test_evaluation_uses_no_random_numbers():
     frames = noise(1, 64, 64)
     first = Preprocess(64, 56)(batch_of(frames, [1], [[0.0] * 9]), False, CPU)
     second = Preprocess(64, 56)(batch_of(frames, [1], [[0.99] * 9]), False, CPU)
@@ -109,7 +107,7 @@ def test_each_clip_of_a_mixed_canvas_is_squashed_from_its_own_size():
 # --- training
 
 
-def test_without_augmentation_training_is_a_crop_somewhere():
+def test_without_augmentation_training_crops_at_a_random_place():
     frames = noise(1, 64, 64)
     preprocess = Preprocess(64, 56, augment=False)
     for x, y in ((0.0, 0.0), (0.25, 0.75), (0.5, 0.0)):
@@ -121,7 +119,7 @@ def test_without_augmentation_training_is_a_crop_somewhere():
 
 
 def test_a_clip_has_one_draw_for_all_its_frames():
-    """The same picture twice in a clip stays the same; in another clip it is cut differently."""
+    """Equal frames of a clip stay equal; in another clip they have another crop."""
     frames = noise(1, 64, 64).repeat(5, 1, 1, 1)
     draws = torch.rand(2, 9, generator=torch.Generator().manual_seed(3)).tolist()
     got = pixels_of(Preprocess(64, 56), batch_of(frames, [3, 2], draws), train=True)
@@ -142,8 +140,7 @@ def test_a_clip_is_the_same_in_any_batch():
 
 
 def marked() -> torch.Tensor:
-    """A frame whose left half is brighter than its right, its top a little brighter than
-    its bottom."""
+    """Return a frame that is brighter on the left, and slightly brighter at the top."""
     frame = torch.zeros(1, 64, 64, 3)
     frame[:, :, :32] += 150
     frame[:, :32] += 60
@@ -151,7 +148,7 @@ def marked() -> torch.Tensor:
 
 
 def test_no_draw_mirrors_a_frame():
-    """Handedness is meaning: left stays left and up stays up."""
+    """Handedness has meaning: left stays left and up stays up."""
     draws = torch.rand(500, 9, generator=torch.Generator().manual_seed(5))
     for row in draws.tolist():
         got = pixels_of(Preprocess(64, 56), batch_of(marked(), [1], [row]), train=True)[
@@ -175,7 +172,7 @@ def dot_at(x: int, y: int) -> torch.Tensor:
 
 
 def centroid(pixels_CHW: torch.Tensor) -> tuple[float, float]:
-    """(x, y) of the mean brightness, in pixels from the frame's centre; y grows downwards."""
+    """Return (x, y) of the mean brightness in pixels from the centre; y grows downwards."""
     weight = pixels_CHW.clamp(min=0).mean(0)
     places = torch.arange(weight.shape[0]) + 0.5 - weight.shape[0] / 2
     return float((weight.sum(0) * places).sum() / weight.sum()), float(
@@ -184,7 +181,7 @@ def centroid(pixels_CHW: torch.Tensor) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("side", [0.0, 1.0])
-def test_a_rotation_turns_the_whole_frame_by_the_drawn_angle(side):
+def test_a_rotation_has_the_drawn_angle(side):
     draws = [*CENTRE, 0.0, 0.9, 0.9, side, 0.5, 0.5, 0.5]
     got = pixels_of(Preprocess(64, 64), batch_of(dot_at(48, 32), [1], [draws]), train=True)[
         0
@@ -234,9 +231,8 @@ def test_a_shift_moves_by_at_most_its_limit():
     assert [y for _, y in places] == pytest.approx([0, 0], abs=0.1)
 
 
-def test_the_shape_of_a_frame_is_kept_when_it_is_not_square():
-    """A turn happens in the squashed square: the same draw gives the same picture from
-    any stored shape."""
+def test_a_frame_that_is_not_square_is_augmented_like_a_square_one():
+    """The rotation happens in the squashed square, so the stored shape does not matter."""
     draws = [[0.3, 0.6, 0.0, 0.0, 0.0, 0.9, 0.3, 0.6, 0.2]]
     smooth = F.interpolate(
         torch.rand(1, 3, 6, 6, generator=torch.Generator().manual_seed(1)) * 255,
@@ -262,13 +258,13 @@ def test_the_shape_of_a_frame_is_kept_when_it_is_not_square():
 
 def test_outside_of_the_frame_is_black():
     white = torch.full((1, 64, 64, 3), 255, dtype=torch.uint8)
-    # turned by 30 degrees, shrunk to 80 %
+    # rotated by 30 degrees, scaled to 80 %
     draws = [*CENTRE, 0.0, 0.0, 0.9, 1.0, 0.0, 0.5, 0.5]
     got = pixels_of(Preprocess(64, 64), batch_of(white, [1], [draws]), train=True)[0]
     assert got[:, 0, 0].abs().max() < 1e-3 and got[:, 32, 32].min() > 254.9
 
 
-def test_half_of_the_clips_are_left_as_they_are_by_each_augmentation():
+def test_each_augmentation_changes_half_of_the_clips():
     draws = torch.rand(4000, 9, generator=torch.Generator().manual_seed(6))
     preprocess = Preprocess(64, 64)
     theta = preprocess.affine(draws, torch.full((4000, 2), 64.0), (64, 64), train=True)

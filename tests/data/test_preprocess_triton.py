@@ -1,5 +1,4 @@
-"""The fused kernel against PyTorch's way: in Triton's interpreter, compiled for GPUs, and
-on one."""
+"""Compare the fused kernel with PyTorch: in Triton's interpreter, and on a GPU."""
 
 import os
 import subprocess
@@ -19,7 +18,7 @@ TOLERANCE = 2e-4  # of about 4.8 from black to white; coordinates are float32
 
 @dataclass(frozen=True)
 class Case:
-    """Frames of noise, their clips' sizes in the canvas, and the crop."""
+    """Random frames, the sizes of their clips in the canvas, and the crop."""
 
     canvas_hw: tuple[int, int]
     sizes: tuple[tuple[int, int], ...]
@@ -28,8 +27,7 @@ class Case:
     crop_size: int
 
     def tensors(self, train: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(frames_NHWC, theta_B23, clips_N); in training each clip is turned, scaled and
-        shifted."""
+        """Return (frames_NHWC, theta_B23, clips_N), with all augmentations in training."""
         generator = torch.Generator().manual_seed(7)
         shape = (sum(self.num_frames), *self.canvas_hw, 3)
         frames = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
@@ -44,9 +42,9 @@ class Case:
 
 
 CASES = (  # small: Triton's interpreter takes about 0.1 s for a block of 256 pixels
-    # the second block ends within the frame
+    # the last block of pixels is not full
     Case((79, 64), ((79, 64), (79, 64)), (1, 1), 20, 17),
-    # sizes mixed in one canvas
+    # several sizes in one canvas
     Case((81, 65), ((81, 65), (41, 60), (33, 17)), (1, 1, 2), 20, 15),
     Case((9, 100), ((9, 100),), (1,), 16, 16),  # enlarged one way, squashed the other
     Case((1, 3), ((1, 3),), (1,), 8, 5),
@@ -61,7 +59,7 @@ def check(device: torch.device, cases: tuple[Case, ...]) -> None:
         for train in (False, True):
             tensors = [t.to(device) for t in case.tensors(train)]
             expected = preprocess.resample(*tensors, case.crop_size)
-            assert expected.std() > 0.3, "the frames must be seen"
+            assert expected.std() > 0.3, "the crop must show the frames"
             got = resample(*tensors, case.crop_size, mean, std)
             assert got.dtype == torch.float32 and got.shape == expected.shape
             assert (got - expected).abs().max() < TOLERANCE, (
@@ -73,15 +71,15 @@ def check(device: torch.device, cases: tuple[Case, ...]) -> None:
                 continue
             half = resample(*tensors, case.crop_size, mean, std, torch.bfloat16)
             assert half.dtype == torch.bfloat16
-            # One rounding to 8 bits of the same number, but for a last bit where it lies
-            # between two.
+            # Both round the same number to 8 bits. Where it is between two values, the last
+            # bit may differ.
             assert (
                 (half.float() - expected).abs() < 2**-7 * expected.abs() + TOLERANCE
             ).all()
 
 
-def test_the_interpreted_kernel_equals_pytorchs_way():
-    """In a process of its own: Triton reads the variable when the kernel is defined."""
+def test_the_interpreted_kernel_equals_pytorch():
+    """Run in a new process, because Triton reads the variable when the kernel is defined."""
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(
         [sys.executable, __file__],
@@ -97,7 +95,7 @@ def test_the_interpreted_kernel_equals_pytorchs_way():
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("pixels", ["*fp32", "*bf16"])
 def test_the_kernel_compiles_for_gpus(capability, pixels, tmp_path, monkeypatch):
-    """By the compiler that Triton brings; it needs no GPU. 80 is an A100, 90 an H100."""
+    """Use Triton's own compiler, which needs no GPU. 80 is an A100, 90 an H100."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -115,7 +113,7 @@ def test_the_kernel_compiles_for_gpus(capability, pixels, tmp_path, monkeypatch)
     assert compiled.asm["cubin"] and f".target sm_{capability}" in compiled.asm["ptx"]
 
 
-def test_without_a_gpu_pytorchs_way_is_taken(monkeypatch):
+def test_without_a_gpu_the_kernel_is_not_used(monkeypatch):
     monkeypatch.setattr(preprocess, "_fused", None)  # called, it would fail
     case = CASES[0]
     frames, _, _ = case.tensors(train=False)
@@ -127,13 +125,13 @@ def test_without_a_gpu_pytorchs_way_is_taken(monkeypatch):
 
 
 @pytest.mark.gpu
-def test_the_kernel_on_a_gpu_equals_pytorchs_way():
+def test_the_kernel_on_a_gpu_equals_pytorch():
     large = Case((256, 256), ((256, 256), (210, 256), (255, 199)), (9, 3, 5), 256, 224)
     check(torch.device("cuda"), (*CASES, large))
 
 
 @pytest.mark.gpu
-def test_a_gpu_takes_the_kernel_and_equals_the_cpu():
+def test_a_gpu_uses_the_kernel_and_equals_the_cpu():
     case = CASES[1]
     frames, _, _ = case.tensors(train=True)
     draws = torch.rand(

@@ -26,7 +26,7 @@ def test_one_frame_of_each_group_is_kept(num_frames, stride):
         assert all(pick in group for pick, group in zip(picks, groups, strict=True))
 
 
-def test_every_frame_of_a_group_is_picked_as_often_as_any_other():
+def test_all_frames_of_a_group_are_picked_equally_often():
     rng = rng_of(0)
     picks = np.concatenate([FrameSampling(4).picks(10, rng=rng) for _ in range(4000)])
     counts = np.bincount(picks, minlength=10)
@@ -39,7 +39,7 @@ def test_every_frame_of_a_group_is_picked_as_often_as_any_other():
     ("wrong"),
     [{"keep_every": 0}, {"max_frames": 0}, {"target_fps": 0.0}, {"target_fps": -1.0}],
 )
-def test_no_groups_are_an_error(wrong):
+def test_groups_without_frames_are_an_error(wrong):
     with pytest.raises(ValueError, match="at least 1"):
         FrameSampling(**wrong)
 
@@ -52,7 +52,7 @@ def test_no_frames_are_an_error():
 # --- by time
 
 
-def test_corpora_of_any_rate_are_seen_at_the_same_pace():
+def test_corpora_of_all_rates_have_the_same_pace():
     sampling = FrameSampling(target_fps=6.25)
     for fps in (24.0, 25.0, 29.97, 30.0, 50.0, 59.94):
         num_frames = round(8 * fps)  # 8 s
@@ -66,7 +66,7 @@ def test_corpora_of_any_rate_are_seen_at_the_same_pace():
 @pytest.mark.parametrize("fps", [25.0, np.float32(25), np.float32(29.97), 30.0, 50.0])
 @pytest.mark.parametrize("divisor", [1, 2, 3, 4, 5])
 def test_a_whole_fraction_of_the_rate_is_every_nth_frame(fps, divisor):
-    """Whatever the rounding of fps / target does."""
+    """Rounding of fps / target must not matter."""
     for num_frames in (1, 7, 100, 475):
         by_time = FrameSampling(target_fps=float(fps) / divisor).picks(
             num_frames, float(fps)
@@ -97,9 +97,8 @@ def test_a_video_whose_length_is_unknown_keeps_the_same_frames():
 
 
 @pytest.mark.parametrize("fps", [24000 / 1001, 30000 / 1001, 60000 / 1001])
-def test_every_pick_lies_within_the_clip(fps):
-    """A target that is nearly a fraction of the rate: groups begin a hair before or after
-    whole frames."""
+def test_every_pick_is_within_the_clip(fps):
+    """If the target is nearly a fraction of the rate, groups begin just before or after frames."""
     lengths = np.arange(1, 900)
     fps = float(np.float32(fps))
     for divisor in (2, 3, 4, 10):
@@ -135,7 +134,7 @@ def test_a_short_clip_is_not_capped(cap):
     ).tolist() == list(range(512))
 
 
-def test_a_random_cap_draws_any_frames_in_order_and_is_even_in_evaluation():
+def test_a_random_cap_draws_frames_in_order_and_is_uniform_in_evaluation():
     sampling = FrameSampling(1, max_frames=10, cap="random")
     drawn = [sampling.picks(40, rng=rng_of(seed)) for seed in range(2000)]
     assert all(len(p) == 10 and (np.diff(p) > 0).all() for p in drawn)
@@ -152,7 +151,7 @@ def test_a_segment_cap_takes_one_of_each_segment_and_the_middle_in_evaluation():
 
 
 @pytest.mark.parametrize("cap", ["uniform", "random", "segment"])
-def test_num_kept_says_how_many_are_kept(cap):
+def test_num_kept_is_the_number_of_picks(cap):
     lengths = np.arange(1, 200)
     for options in (
         {"max_frames": 50}, {"keep_every": 4}, {"keep_every": 4, "max_frames": 10}, {"target_fps": 6.25},
@@ -168,7 +167,7 @@ def test_num_kept_says_how_many_are_kept(cap):
             assert expected == [len(sampling.picks(int(n), fps)) for n in lengths]
 
 
-def test_random_numbers_belong_to_seed_epoch_and_sample():
+def test_random_numbers_depend_on_seed_epoch_and_sample():
     base = sample_rng(0, 0, 0).random(4).tolist()
     assert sample_rng(0, 0, 0).random(4).tolist() == base
     others = [
@@ -190,7 +189,7 @@ def test_options_and_stored_settings_hold_the_same_sampling():
     )
 
 
-def test_settings_have_every_field_in_the_order_of_files_made_before():
+def test_settings_have_every_field_in_the_order_of_earlier_files():
     assert list(FrameSampling().settings()) == [
         "keep_every",
         "target_fps",

@@ -111,7 +111,7 @@ def test_a_real_table_is_loaded_as_it_was_written(written):
     assert index.fingerprint == fingerprint(read_manifest(written)["splits"]["train"])
 
 
-def test_a_check_keeps_no_column_that_nobody_needs(written):
+def test_checked_columns_are_not_kept_in_memory(written):
     assert load_index(written, "train").arrays._read == {}
 
 
@@ -142,10 +142,10 @@ BAD_NUMBERS = [
     ("shard", 2, "shard must be from 0 to 1, the last of the split's tars, got 2 in row 4"),
     ("shard", -1, "shard must be from 0 to 1"),
     ("shard", 0, "overlaps with row"),
-    ("offset", -512, "offset must lie within the clip's tar, got -512 in row 4"),
-    ("offset", 10**9, "offset must lie within the clip's tar"),
-    ("offset", 2**63 - 1, "offset must lie within the clip's tar"),
-    ("offset", 512, "offset must lie behind the clip before it in the tar, got 512 in row"),
+    ("offset", -512, "offset must be within the clip's tar, got -512 in row 4"),
+    ("offset", 10**9, "offset must be within the clip's tar"),
+    ("offset", 2**63 - 1, "offset must be within the clip's tar"),
+    ("offset", 512, "offset must be behind the previous clip in the tar, got 512 in row"),
     ("size", 0, "size must be from 1 to 2,147,483,648, got 0 in row 4"),
     ("size", -1, "size must be from 1"),
     (
@@ -159,7 +159,7 @@ BAD_NUMBERS = [
 
 
 @pytest.mark.parametrize(("column", "value", "said"), BAD_NUMBERS)
-def test_a_number_that_cannot_be_is_named_with_its_row(folder, column, value, said):
+def test_an_invalid_number_is_named_with_its_row(folder, column, value, said):
     rewrite(folder, with_value(folder, column, 4, value))
     with pytest.raises(UserError) as error:
         load_index(folder, "train")
@@ -183,7 +183,7 @@ def test_a_clip_of_more_than_a_day_is_refused(folder):
 )
 def test_a_missing_column_is_named(folder, name):
     rewrite(folder, {name: None})
-    with pytest.raises(UserError, match=f"must have a column {name}, but has none"):
+    with pytest.raises(UserError, match=f"must have a column {name}, got none"):
         load_index(folder, "train")
 
 
@@ -192,35 +192,35 @@ def test_a_missing_column_is_named(folder, name):
     [
         (
             {"width": np.full(5, 8, np.int32)},
-            r"column width must have one entry a clip \(6.*got 5",
+            r"column width must have one entry for each clip \(6.*got 5",
         ),
         (
             {"num_frames": np.full(9, 5, np.int32)},
-            r"column shard must have one entry a clip \(9.*got 6",
+            r"column shard must have one entry for each clip \(9.*got 6",
         ),
         (
             {"id_ends": np.zeros(7, np.int64)},
-            r"column id_ends must have one entry a clip .* got 7",
+            r"column id_ends must have one entry for each clip .* got 7",
         ),
         (
             {"fps": np.full(6, 25, np.float64)},
-            "column fps must have one dimension of float32, got 1 of float64",
+            "column fps must have 1 dimension of float32, got 1 of float64",
         ),
         (
             {"fps": np.full(6, 25, np.int32)},
-            "column fps must have one dimension of float32",
+            "column fps must have 1 dimension of float32",
         ),
         (
             {"size": np.full((6, 1), 9, np.int64)},
-            "column size must have one dimension of int64, got 2 of int64",
+            "column size must have 1 dimension of int64, got 2 of int64",
         ),
         (
             {"text": np.zeros(4, np.int8)},
-            "column text must have one dimension of uint8, got 1 of int8",
+            "column text must have 1 dimension of uint8, got 1 of int8",
         ),
         (
             {"key_ends": np.arange(6, dtype=np.uint64)},
-            "column key_ends must have one dimension of int64",
+            "column key_ends must have 1 dimension of int64",
         ),
     ],
 )
@@ -240,10 +240,10 @@ def test_a_column_of_another_length_or_type_is_named(folder, changes, said):
             [1, 2, 3, 4, 5, 10**9],
             "_ends must ascend, and end within .*, got 1,000,000,000 in row 5",
         ),
-        ([1, 2, 3, 4, 5, 6], "_ends must reach the end of .*, which has 12 bytes"),
+        ([1, 2, 3, 4, 5, 6], r"_ends must reach the end of .* \(12 bytes\), got 6"),
     ],
 )
-def test_string_ends_that_run_backwards_or_out_of_range_are_named(folder, name, ends, said):
+def test_string_ends_in_wrong_order_or_out_of_range_are_named(folder, name, ends, said):
     rewrite(
         folder, {name: np.full(12, 97, np.uint8), f"{name}_ends": np.array(ends, np.int64)}
     )
@@ -255,7 +255,7 @@ def test_string_ends_that_run_backwards_or_out_of_range_are_named(folder, name, 
     ("strings", "row"),
     [
         ([b"a", b"b", b"\xff", b"c", b"", b"d"], 2),
-        ([b"a", b"\xc3", b"\xa4", b"c", b"", b"d"], 1),  # a character cut in two
+        ([b"a", b"\xc3", b"\xa4", b"c", b"", b"d"], 1),  # a character in two rows
         ([b"\xed\xa0\x80", b"b", b"", b"c", b"", b"d"], 0),  # half of a surrogate pair
         ([b"\x80", b"b", b"", b"c", b"", b"d"], 0),
         ([b"a", b"b", b"", b"c", b"", b"\xf0\x9f"], 5),
@@ -264,7 +264,7 @@ def test_string_ends_that_run_backwards_or_out_of_range_are_named(folder, name, 
 def test_text_that_is_not_utf8_is_named_with_its_row(folder, strings, row):
     ends = np.cumsum([len(string) for string in strings])
     rewrite(folder, {"text": np.frombuffer(b"".join(strings), np.uint8), "text_ends": ends})
-    with pytest.raises(UserError, match="text must be UTF-8, but is not in row"):
+    with pytest.raises(UserError, match="text must be UTF-8, got other bytes in row"):
         load_index(folder, "train")
 
 
@@ -272,16 +272,16 @@ def test_text_that_is_not_utf8_is_named_with_its_row(folder, strings, row):
     ("keys", "said"),
     [
         (["a", "b", "c", "d", "b", "e"], "got 'b' in rows 1 and 4"),
-        (["a", "b", "", "d", "f", "e"], "empty in row 2"),
+        (["a", "b", "", "d", "f", "e"], "got '' in row 2"),
     ],
 )
-def test_keys_are_there_and_once(folder, keys, said):
+def test_keys_must_be_unique_and_not_empty(folder, keys, said):
     ends = np.cumsum([len(key) for key in keys])
     rewrite(
         folder, {"key": np.frombuffer("".join(keys).encode(), np.uint8), "key_ends": ends}
     )
     with pytest.raises(
-        UserError, match=f"key must be there and be once in a split, .*{said}"
+        UserError, match=f"key must be unique in a split and not empty, {said}"
     ):
         load_index(folder, "train")
 
@@ -290,7 +290,7 @@ def test_keys_are_there_and_once(folder, keys, said):
 @pytest.mark.parametrize(
     ("column", "value"), [("num_frames", 10**9), ("fps", np.nan), ("size", 2**62)]
 )
-def test_every_command_says_it_in_a_sentence(
+def test_every_command_reports_it_in_one_sentence(
     folder, tmp_path, monkeypatch, capsys, target, column, value
 ):
     rewrite(folder, with_value(folder, column, 3, value))
@@ -299,7 +299,7 @@ def test_every_command_says_it_in_a_sentence(
     assert f"{column} must be from" in said and "in row 3" in said
 
 
-def test_a_repair_of_a_wrong_table_says_that_it_cannot(folder, capsys):
+def test_a_wrong_table_cannot_be_repaired(folder, capsys):
     rewrite(folder, with_value(folder, "fps", 3, np.nan))
     with pytest.raises(ShardFault, match=r"fps must be from .* got nan in row 3"):
         verify(folder, workers=1, repair="drop")
@@ -314,18 +314,18 @@ def headers() -> dict[str, bytes]:
         {"fps": {"dtype": "F32", "shape": [10**12], "data_offsets": [0, 8]}}
     ).encode()
     return {
-        "a header length that lies": (2**62).to_bytes(8, "little") + b"{}",
+        "a wrong header length": (2**62).to_bytes(8, "little") + b"{}",
         "a header longer than the file": (10**6).to_bytes(8, "little") + b"{}",
         "truncated": b"\x02\0",
         "empty": b"",
-        "a shape that lies": len(whole).to_bytes(8, "little") + whole + bytes(8),
+        "a wrong shape": len(whole).to_bytes(8, "little") + whole + bytes(8),
         "nested": (200_000).to_bytes(8, "little") + b"[" * 200_000,
         "not safetensors": b"PK\x03\x04" * 100,
     }
 
 
 @pytest.mark.parametrize("content", headers().values(), ids=headers())
-def test_a_table_that_is_no_safetensors_file_is_one_sentence(folder, content):
+def test_a_damaged_table_is_one_sentence(folder, content):
     (folder / "train.safetensors").write_bytes(content)
     seal(folder)
     with pytest.raises(
@@ -366,7 +366,7 @@ KINDS = ["fifo", "folder", "device", "link to itself"]
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["index.json", "train.safetensors"])
-def test_an_index_that_is_no_file_is_refused_without_a_wait(folder, kind, name):
+def test_an_index_that_is_not_a_file_is_refused_without_waiting(folder, kind, name):
     replace_with(folder / name, kind)
     with pytest.raises(UserError, match=r"index\.json|table of split train"):
         load_index(folder, "train")
@@ -374,7 +374,9 @@ def test_an_index_that_is_no_file_is_refused_without_a_wait(folder, kind, name):
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_tar_that_is_no_file_is_refused_without_a_wait(folder, tmp_path, kind, capsys):
+def test_a_tar_that_is_not_a_file_is_refused_without_waiting(
+    folder, tmp_path, kind, capsys
+):
     replace_with(folder / "train-000001.tar", kind)
     index = load_index(folder, "train")
     with pytest.raises(UserError, match=r"train-000001\.tar"):
@@ -387,16 +389,18 @@ def test_a_tar_that_is_no_file_is_refused_without_a_wait(folder, tmp_path, kind,
     assert "00000004 is broken" in capsys.readouterr().out
 
 
-def test_a_tar_cut_short_takes_no_memory_for_what_is_gone(folder, tmp_path, capsys):
-    """Its size in index.json lies, too: it is what a clip's place is checked by."""
+def test_a_truncated_tar_allocates_no_memory_for_its_missing_bytes(
+    folder, tmp_path, capsys
+):
+    """Its size in index.json is wrong too, because a clip's place is checked against it."""
     manifest = json.loads((folder / "index.json").read_text())
     manifest["splits"]["train"]["shards"][1]["bytes"] = 2**40
     (folder / "index.json").write_text(json.dumps(manifest))
     rewrite(folder, with_value(folder, "size", 5, 2**31))
     index = load_index(folder, "train")
     with pytest.raises(ValueError, match="must hold 2147483648 bytes at"):
-        VideoReader(index, FrameSampling(), 0, False).read(
-            5, lambda size: pytest.fail("memory was taken")
+        ClipReader(index, FrameSampling(), 0, False).read(
+            5, lambda size: pytest.fail("memory was allocated")
         )
     preview(folder, out=tmp_path / "look")
     assert "00000005 is broken: its shard ends before it" in capsys.readouterr().out
@@ -417,7 +421,7 @@ def test_a_split_without_clips_is_refused_where_clips_are_read(folder):
 @pytest.mark.parametrize(
     "content", ["[" * 10**6, '{"a":' * 10**5, "1" * 10_000, "\udcff", "NaN", ""]
 )
-def test_an_index_that_is_hardly_json_is_one_sentence(folder, content):
+def test_an_index_of_invalid_json_is_one_sentence(folder, content):
     (folder / "index.json").write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(UserError, match=r"index\.json"):
         read_manifest(folder)
@@ -491,9 +495,9 @@ def test_an_index_with_a_field_of_another_type_is_one_sentence(folder, changes):
 
 
 def test_the_name_of_a_split_is_a_plain_name(folder):
-    """A repair writes a file that is named after it."""
+    """A repair writes a file with the name of the split."""
     manifest = json.loads((folder / "index.json").read_text())
     manifest["splits"]["../../train"] = manifest["splits"].pop("train")
     (folder / "index.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=r"file names in index\.json"):
+    with pytest.raises(UserError, match=r"File names in index\.json"):
         verify(folder, workers=1, repair="drop")

@@ -1,4 +1,4 @@
-"""Our tars in a plain webdataset pipeline, as docs/data.md shows it."""
+"""Shards in a plain webdataset pipeline, as docs/data.md shows it."""
 
 import io
 import json
@@ -27,7 +27,7 @@ HW = (32, 24)
 
 
 def frames_of(number: int) -> np.ndarray:
-    """Clip `number` has 5 + number frames; frame t is a flat grey of 10 t."""
+    """Return the 5 + number frames of a clip; frame t has the grey value 10 t."""
     return np.stack([np.full((*HW, 3), 10 * t, np.uint8) for t in range(5 + number)])
 
 
@@ -61,7 +61,7 @@ def clip_of(number: int, kind: str) -> bytes:
 
 @pytest.fixture(scope="module")
 def tars(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Four tars of two clips each; every other tar holds mp4 members."""
+    """Write four tars of two clips each; every second tar has mp4 members."""
     folder = tmp_path_factory.mktemp("tars")
     tars = []
     for shard in range(4):
@@ -78,7 +78,7 @@ def pipeline(tars: list[str], **options) -> webdataset.WebDataset:
     return webdataset.WebDataset(tars, shardshuffle=False).map(decode_clip(**options))
 
 
-def test_every_clip_comes_with_its_frames_and_facts(tars):
+def test_every_clip_has_its_frames_and_its_json(tars):
     clips = list(pipeline(tars))
     assert [clip["key"] for clip in clips] == [f"{n:08d}" for n in range(8)]
     for number, clip in enumerate(clips):
@@ -144,7 +144,7 @@ def test_workers_of_a_data_loader_decode(tars, method, num_workers):
     assert (drawn[0] != drawn[1]).any()
 
 
-def test_the_real_shards_give_what_the_index_says(tiny_corpus):
+def test_real_shards_give_the_clips_of_the_index(tiny_corpus):
     shards = tiny_corpus / "shards"
     index = load_index(shards, "dev")
     tars = [str(shards / shard.file) for shard in index.shards]
@@ -194,7 +194,7 @@ def test_nothing_is_unpickled(tmp_path):
         "__url__",
         "__local_path__",
     }
-    with pytest.raises(ValueError, match=r"b of .*strange\.tar does not: .* AVI"):
+    with pytest.raises(ValueError, match=r"Cannot decode b of .*strange\.tar: .* AVI"):
         next(clips)
     assert not (tmp_path / "exploded").exists()
 
@@ -215,13 +215,11 @@ BAD_JSON = {
 
 
 @pytest.mark.parametrize("bad", BAD_JSON.values(), ids=BAD_JSON)
-def test_a_broken_clip_is_named_and_can_be_passed_over(tmp_path, bad):
+def test_a_damaged_clip_is_named_and_can_be_skipped(tmp_path, bad):
     members = {"a.avi": clip_of(0, "avi"), "a.json": bad}
     members |= {"b.avi": clip_of(1, "avi"), "b.json": json.dumps(facts_of(1)).encode()}
     tar = write_tar(tmp_path / "train.tar", members)
-    with pytest.raises(
-        ValueError, match=r"a clip must decode, but a of .*train\.tar does not: "
-    ):
+    with pytest.raises(ValueError, match=r"Cannot decode a of .*train\.tar: "):
         list(pipeline([tar]))
     tolerant = webdataset.WebDataset([tar], shardshuffle=False).map(
         decode_clip(), handler=webdataset.ignore_and_continue
@@ -229,9 +227,9 @@ def test_a_broken_clip_is_named_and_can_be_passed_over(tmp_path, bad):
     assert [clip["key"] for clip in tolerant] == ["b"]
 
 
-def test_a_sample_without_a_clip_says_what_it_has(tmp_path):
+def test_the_error_of_a_sample_without_a_clip_lists_its_members(tmp_path):
     members = {"a.png": b"?", "a.json": json.dumps(facts_of(0)).encode()}
-    with pytest.raises(ValueError, match=r"must have a member avi or mp4, but has .*png"):
+    with pytest.raises(ValueError, match=r"must have a member avi or mp4, got .*png"):
         list(pipeline([write_tar(tmp_path / "train.tar", members)]))
     decoded = webdataset.WebDataset(
         [str(tmp_path / "train.tar")], shardshuffle=False
@@ -246,7 +244,7 @@ def test_impossible_values_are_refused_at_once():
 
 
 def test_the_loop_of_the_documentation_runs(tiny_corpus, tmp_path):
-    """The code block of docs/data.md, word by word, on shards that lie where it says."""
+    """Run the code block of docs/data.md as it is, with shards at the path that it names."""
     text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
     code = (
         text.split("### With a plain webdataset pipeline")[1]
@@ -265,7 +263,7 @@ def test_the_loop_of_the_documentation_runs(tiny_corpus, tmp_path):
     assert done.stdout.split("\n")[-2].endswith("79, 64, 3]) True")
 
 
-def test_the_decoder_is_light_to_import():
+def test_importing_the_decoder_imports_no_large_package():
     script = (
         "import sys, flallm_ds.data.wds\nprint(*[name for name in ('torch', 'av', 'cv2', "
         "'webdataset') if name in sys.modules])"
@@ -276,12 +274,12 @@ def test_the_decoder_is_light_to_import():
     assert done.stdout.split() == []
 
 
-def test_members_are_named_by_their_kind():
+def test_the_extension_of_a_member_follows_its_format():
     assert [extension_of(clip_of(0, kind)) for kind in ("avi", "mp4")] == ["avi", "mp4"]
 
 
 @pytest.mark.parametrize(
-    "lie",
+    "wrong",
     [
         {"num_frames": 10**9},
         {"num_frames": 0},
@@ -296,16 +294,21 @@ def test_members_are_named_by_their_kind():
     ],
     ids=str,
 )
-def test_a_json_that_says_what_cannot_be_is_a_broken_clip(tmp_path, lie):
-    members = {"a.avi": clip_of(0, "avi"), "a.json": json.dumps(facts_of(0) | lie).encode()}
+def test_a_number_out_of_range_in_the_json_is_a_damaged_clip(tmp_path, wrong):
+    members = {
+        "a.avi": clip_of(0, "avi"),
+        "a.json": json.dumps(facts_of(0) | wrong).encode(),
+    }
     tar = write_tar(tmp_path / "a.tar", members)
-    with pytest.raises(ValueError, match=f"a of .*its {next(iter(lie))} must be from"):
+    with pytest.raises(
+        ValueError, match=f"a of .*{next(iter(wrong))} in the JSON must be from"
+    ):
         list(pipeline([tar], target_fps=12.5))
 
 
-def test_a_json_that_is_nested_deeply_is_a_broken_clip(tmp_path):
+def test_a_deeply_nested_json_is_a_damaged_clip(tmp_path):
     tar = write_tar(
         tmp_path / "a.tar", {"a.avi": clip_of(0, "avi"), "a.json": b"[" * 10**6}
     )
-    with pytest.raises(ValueError, match="a clip must decode"):
+    with pytest.raises(ValueError, match="Cannot decode a of"):
         list(pipeline([tar]))
