@@ -281,7 +281,7 @@ def test_without_a_split_column_a_source_video_goes_to_one_split(tmp_path):
         ),
         (
             {"video": "a", "text": "x", "language": "mul"},
-            "line 1: language must be that of the text",
+            "line 1: language must be the language of the text",
         ),
         ({"video": "a", "text": "x", "fps": "0"}, "fps must be from 1 to 480"),
         ({"video": "a", "text": "x", "fps": "fast"}, "fps must be from 1 to 480"),

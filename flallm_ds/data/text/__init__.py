@@ -1,1 +1,1 @@
-"""Texts: languages, normalisation, token ids, prompts."""
+"""Process texts: languages, normalisation, token ids, prompts."""

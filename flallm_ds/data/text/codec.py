@@ -1,12 +1,14 @@
-"""Sentences to token ids and back, in a vocabulary trimmed to the training text; the ids
-around a video."""
+"""Encode sentences to token ids and decode them, with a trimmed vocabulary.
+
+The vocabulary is trimmed to the tokens of the training text. The codec also makes the token
+ids around a video: the prompt and the start of the decoder.
+"""
 
 import dataclasses
 import json
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import product, starmap
 from pathlib import Path
@@ -23,42 +25,23 @@ from flallm_ds.data.text.languages import (
 from flallm_ds.data.text.normalizer import normalizer_of
 from flallm_ds.data.text.prompt import Instruction, Wording, new_language, unknown_language
 from flallm_ds.data.text.tokenizer import byte_tokens, load_tokenizer
+from flallm_ds.data.text.unknown_tokens import UnknownTokens
 from flallm_ds.errors import UserError
 from flallm_ds.models.pretrained import check_llm_source
 
 VOCABULARY_FILE = "vocabulary.json"
 
 
-@dataclass(frozen=True)
-class UnknownTokens:
-    """What of some sentences a codec cannot write.
-
-    characters: (a character, how often it stands in the sentences), the most frequent
-    first. A word instead of characters where a tokenizer knows whole words only.
-    """
-
-    num_tokens: int
-    num_unknown: int
-    characters: tuple[tuple[str, int], ...] = ()
-
-    def __str__(self) -> str:
-        share = 100 * self.num_unknown / max(1, self.num_tokens)
-        text = f"{share:.2g} % of {self.num_tokens:,} tokens"
-        if not self.characters:
-            return text
-        shown = self.characters[:10]
-        listed = ", ".join(f"{character!r} ({times:,})" for character, times in shown)
-        text += f", because of {listed}"
-        more = len(self.characters) - len(shown)
-        return f"{text} and {more} more" if more else text
-
-
 class TextCodec:
-    """A Hugging Face tokenizer, the pieces of it that are kept, and how the LLM is told
-    what to say.
+    """A Hugging Face tokenizer with a trimmed vocabulary, and the LLM's prompt.
 
-    Ids outside this class are trimmed ids: 0 to `vocab_size` - 1. A piece that was not
-    kept becomes unknown; a tokenizer without an unknown token spells it in bytes.
+    All ids outside of this class are trimmed ids, from 0 to `vocab_size` - 1. A token that
+    was not kept becomes the unknown token; without one, its bytes become tokens.
+
+    instruction: the prompt and the target language.
+    kept_ids: ids of the full vocabulary to keep; None keeps all rows of the embedding.
+    light_t: make the ids around a video for Light-T instead of the LLM.
+    Raises UserError if the LLM's embedding has no row for a special token.
     """
 
     def __init__(
@@ -74,7 +57,8 @@ class TextCodec:
         self._normalizer = normalizer_of(tokenizer)
         self._wordings: dict[tuple[str, str], Wording] = {}
 
-        # Two maps: kept_ids[trimmed id] is the full id, _trimmed[full id] the trimmed one.
+        # kept_ids maps a trimmed id to its full id; _trimmed maps the other way, -1 for
+        # tokens that were not kept.
         full = len(tokenizer)
         if kept_ids is None:
             kept_ids = range(min(full, instruction.rows or full))
@@ -87,13 +71,13 @@ class TextCodec:
             raise self._without_row("end-of-sentence token", tokenizer.eos_token_id)
         pad = tokenizer.pad_token_id
         pad_id = -1 if pad is None else self.trimmed_id(pad)
-        self.pad_id = self.eos_id if pad_id < 0 else pad_id  # masked wherever it stands
+        self.pad_id = self.eos_id if pad_id < 0 else pad_id  # padding is always masked
         self._unknown_id = self._find_unknown_id()
 
     def _find_unknown_id(self) -> int | None:
-        """The trimmed id of the unknown token; None where the tokenizer writes bytes instead."""
+        """Return the trimmed id of the unknown token, None if bytes replace it."""
         unknown = self.tokenizer.unk_token_id
-        # GPT-2 and its relatives give one id to both.
+        # GPT-2 uses one token as the unknown token and as the end of a text.
         if unknown in (None, self.tokenizer.eos_token_id):
             return None
         trimmed = self.trimmed_id(unknown)
@@ -109,7 +93,7 @@ class TextCodec:
 
     @property
     def language(self) -> str:
-        """The language of every hypothesis; empty where there are several."""
+        """The language of all hypotheses; empty if there are several."""
         known = self.instruction.languages
         return self.instruction.language or (known[0] if len(known) == 1 else "")
 
@@ -122,31 +106,32 @@ class TextCodec:
         return language_tokens(self._vocabulary, self.tokenizer.get_added_vocab())
 
     def trimmed_id(self, full_id: int) -> int:
-        """-1 for a piece that was not kept, or that the tokenizer or the embedding does
-        not have."""
+        """Return the trimmed id of a token of the full vocabulary.
+
+        -1 if the token was not kept, or is not in the tokenizer or the embedding.
+        """
         return int(self._trimmed[full_id]) if 0 <= full_id < len(self._trimmed) else -1
 
     def _without_row(self, what: str, full_id: int) -> UserError:
-        """The error for a special token that was added to the tokenizer or a config, but
-        not to the LLM."""
+        """Return the error for a special token that the LLM's embedding does not have."""
         known = 0 <= full_id < len(self.tokenizer)
         token = f"{self.tokenizer.convert_ids_to_tokens(full_id)!r}, " if known else ""
-        rows = (
-            len(self.tokenizer) if self.instruction.rows is None else self.instruction.rows
-        )
+        rows = self.instruction.rows
+        if rows is None:
+            rows = len(self.tokenizer)
         return UserError(
             f"The {what} of the LLM ({token}id {full_id}) must be in its tokenizer "
             f"({len(self.tokenizer)} tokens) and have a row in its embedding ({rows} "
-            "rows), but has none. Resize the embedding with "
+            "rows), got none. Resize the embedding with "
             "model.resize_token_embeddings(len(tokenizer)) and save both, or give another "
             "--llm.name."
         )
 
     def encode(self, text: str) -> list[int]:
-        """The sentence's pieces and the end of sentence, without a start token."""
+        """Return the token ids of a sentence, with an end token and without a start token."""
         text = self._normal(text)
         if self._normalizer is not None:
-            # SentencePiece does; not all tokenizers made of its models do
+            # SentencePiece joins spaces; some tokenizers made from its models do not.
             text = " ".join(text.split())
         ids = []
         for token in self._split(text):
@@ -159,14 +144,16 @@ class TextCodec:
         return [*ids, self.eos_id]
 
     def _ids(self, text: str, specials: bool = False) -> list[int]:
+        """Return the token ids of a part of a prompt; specials: with special tokens."""
         return self._split(self._normal(text), specials)
 
     def _split(self, text: str, specials: bool = False) -> list[int]:
+        """Return the token ids of a normalised text."""
         if not text and not specials:
             return []
         full_ids = self.tokenizer(text, add_special_tokens=specials)["input_ids"]
-        # one that was added without a row, such as a start of text, was never read by the
-        # LLM
+        # The LLM was trained without special tokens that have no row in its embedding, such
+        # as a start of text that was added later.
         if specials:
             missing = set(self.tokenizer.all_special_ids).difference(self.kept_ids.tolist())
             full_ids = [i for i in full_ids if i not in missing]
@@ -180,13 +167,13 @@ class TextCodec:
         return ids
 
     def _normal(self, text: str) -> str:
-        """The text as the vocabulary's own normaliser writes it."""
+        """Return the text as the vocabulary's normaliser writes it."""
         return text if self._normalizer is None else str(self._normalizer.normalize(text))
 
     def unknown_tokens(self, texts: Iterable[str]) -> UnknownTokens:
-        """Count the unknown tokens of sentences, ends of sentences among all tokens."""
+        """Count the tokens and the unknown tokens of sentences, with their end tokens."""
         num_tokens = num_unknown = 0
-        words: Counter[str] = Counter()  # of sentences with unknown tokens
+        words: Counter[str] = Counter()  # words of sentences with unknown tokens
         for text, times in Counter(texts).items():
             ids = self.encode(text)
             num_tokens += times * len(ids)
@@ -195,8 +182,8 @@ class TextCodec:
                 for word in text.split():
                     words[word] += times
 
-        # The causes are looked for in the whole vocabulary: it has the characters that the
-        # trimmed one holds within longer tokens only.
+        # Look for the unknown characters with the full vocabulary: the trimmed one has some
+        # characters only within longer tokens.
         characters: Counter[str] = Counter()
         whole = self.untrimmed() if words else self
         for word, times in words.items():
@@ -205,7 +192,10 @@ class TextCodec:
         return UnknownTokens(num_tokens, num_unknown, tuple(characters.most_common()))
 
     def _unknown_parts(self, word: str) -> list[str]:
-        """The characters of a word that are unknown alone, or the word itself where none is."""
+        """Return the characters of a word that are unknown by themselves.
+
+        The word itself if it has unknown tokens, but no such character.
+        """
         if not self._has_unknown(word):
             return []
         characters = unicodedata.normalize("NFC", word)
@@ -215,12 +205,13 @@ class TextCodec:
         return self._unknown_id is not None and self._unknown_id in self.encode(text)
 
     def _known(self, full_id: int, trimmed: int) -> list[int]:
+        """Return the ids that stand for a token: its own, the unknown one, or its bytes."""
         if trimmed >= 0:
             return [trimmed]
         if self._unknown_id is not None:
             return [self._unknown_id]
-        # In a byte-level vocabulary each letter of a token is one byte, with a token of its
-        # own.
+        # In a byte-level vocabulary each letter of a token stands for a byte and is itself a
+        # token.
         ids = []
         for letter in self.tokenizer.convert_ids_to_tokens(int(full_id)):
             byte_id = self.trimmed_id(self._vocabulary.get(letter, -1))
@@ -229,24 +220,26 @@ class TextCodec:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The sentence, specials and everything after its end left out."""
+        """Return the sentence up to its end token, without special tokens."""
         ids = list(ids)
         if self.eos_id in ids:
             ids = ids[: ids.index(self.eos_id)]
-        # an LLM's embedding may have rows to spare
+        # An LLM's embedding may have more rows than the tokenizer has tokens.
         ids = [i for i in ids if i < len(self.kept_ids)]
-        # Many hub configs ask for a clean-up that takes spaces away: "regen ." would come
-        # back as "regen.".
+        # Many configs on the hub ask for a clean-up that removes spaces: "regen ." would
+        # become "regen.".
         text = self.tokenizer.decode(
             self.kept_ids[ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return str(text).strip()
 
     def wording(self, language: str = "", corpus: str = "") -> Wording:
-        """The ids around a clip's visual tokens.
+        """Return the ids around a clip's visual tokens.
 
-        language: the clip's, where the run does not say one for all; empty where there is
-        only one. Raises UserError for a language that the LLM cannot be told.
+        language: language of the clip; ignored if the run has one target language, and
+        optional if the training text has one language.
+        corpus: name of the clip's corpus, for its sign language.
+        Raises UserError for a language that the model cannot write.
         """
         language = self.instruction.language or language or self.language
         if (language, corpus) not in self._wordings:
@@ -255,36 +248,38 @@ class TextCodec:
         return self._wordings[language, corpus]
 
     def for_light_t(self) -> "TextCodec":
-        """The same codec for Light-T instead of the LLM."""
+        """Return the same codec with `wording` for Light-T instead of the LLM."""
         return TextCodec(
             self.tokenizer, self.instruction, self.kept_ids.tolist(), light_t=True
         )
 
     def _light_wording(self, language: str, corpus: str) -> Wording:
+        """Return the ids for Light-T, which has no prompt."""
         languages = self.instruction.languages
         start = self._llm_wording(language, corpus).start
         if self.instruction.language or len(languages) < 2 or self._starts_differ:
             return Wording(start=start or (self.eos_id,))
-        # Every word of Light-T is new, so any id can stand for a language.
+        # Light-T has no pretrained embeddings, so any id can stand for a language.
         if language not in languages:
             raise new_language(language, languages)
         return Wording(start=(self.eos_id, languages.index(language)))
 
     @cached_property
     def _starts_differ(self) -> bool:
-        """Whether each language of the training text has a decoder start of its own."""
+        """Whether the LLM's decoder start differs between all languages of the text."""
         languages = self.instruction.languages
         starts = {self._llm_wording(language, "").start for language in languages}
         return len(starts) == len(languages)
 
     def _llm_wording(self, language: str, corpus: str) -> Wording:
+        """Return the ids for the LLM: prompt, language token, start of the decoder."""
         before, after = self.instruction.parts(language, corpus)
         named = self.instruction.language
         if self.instruction.decoder_only:
             if named and find_language(language) is None:
-                raise unknown_language(language, "is known")
+                raise unknown_language(language, "a known language")
             ids = self._ids(before, specials=True)
-            # Some tokenizers end every text; this one continues with the video.
+            # Some tokenizers add an end to every text; this one continues with the video.
             if len(ids) > 1 and ids[-1] == self.eos_id:
                 ids = ids[:-1]
             return Wording(tuple(ids), tuple(self._ids(after)))
@@ -292,11 +287,11 @@ class TextCodec:
         found = token_of(language, self._language_tokens)
         if found is None:
             if named and find_language(language) is None:
-                raise unknown_language(language, "is known")
+                raise unknown_language(language, "a known language")
             start = self._decoder_start(())
             return Wording(tuple(self._ids(before)), tuple(self._ids(after)), start)
 
-        # The LLM reads the language's token ahead of the source, or as the decoder's start.
+        # The LLM reads the language token before its input or at the start of its output.
         token, place = found
         language_id = self._language_id(language, token)
         if place == "source":
@@ -306,16 +301,18 @@ class TextCodec:
         return Wording((*source, *self._ids(before)), tuple(self._ids(after)), start)
 
     def _language_id(self, language: str, token: str) -> int:
+        """Return the trimmed id of a language token. Raises UserError if it has none."""
         full_id = self._vocabulary[token]
         trimmed = self.trimmed_id(full_id)
         if trimmed >= 0:
             return trimmed
         if self.instruction.rows is not None and full_id >= self.instruction.rows:
             raise self._without_row(f"token of the language {language}", full_id)
-        # its token was not kept
+        # Trimming kept the tokens of the training text's languages only.
         raise new_language(language, self.instruction.languages)
 
     def _decoder_start(self, language_ids: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the decoder's first ids: the LLM's start token, the language token."""
         if not self._starts_with_its_own_token(bool(language_ids)):
             return language_ids
         own = self.instruction.start_token or 0
@@ -324,7 +321,10 @@ class TextCodec:
         return (self.trimmed_id(own), *language_ids)
 
     def _starts_with_its_own_token(self, starts_with_language: bool) -> bool:
-        """Not mBART, whose stored start, if any, is some language's token."""
+        """Return whether the decoder begins with the start token of the LLM's config.
+
+        The config of mBART may have a language token there, which must not be used.
+        """
         start = self.instruction.start_token
         ordinary = {
             self.tokenizer.pad_token_id,
@@ -334,7 +334,7 @@ class TextCodec:
         return start is not None and (start in ordinary or not starts_with_language)
 
     def save(self, folder: Path) -> None:
-        """Tokenizer files and the map of kept pieces, in the Hugging Face layout."""
+        """Write the tokenizer in the Hugging Face layout, and `VOCABULARY_FILE`."""
         self.tokenizer.save_pretrained(folder)
         content = {
             **dataclasses.asdict(self.instruction),
@@ -344,13 +344,17 @@ class TextCodec:
 
     @classmethod
     def load(cls, folder: Path, hub_code: bool = False) -> "TextCodec":
-        """What `save` wrote. Raises UserError where the folder is not whole."""
+        """Load a codec that `save` wrote.
+
+        hub_code: run the Python code in the tokenizer's repository.
+        Raises UserError if a file is missing or damaged.
+        """
         try:
             content = json.loads((folder / VOCABULARY_FILE).read_text(encoding="utf-8"))
             kept_ids = content.pop("kept_ids")
-            # A bool is an int to isinstance, and a hub's file may hold anything.
+            # The file may come from anyone. isinstance would accept a bool as an int.
             if not kept_ids or not all(type(i) is int and i >= 0 for i in kept_ids):
-                raise ValueError("kept_ids must be ids of tokens")
+                raise ValueError("kept_ids must be token ids, got other values")
             content["languages"] = tuple(content["languages"])
             instruction = Instruction(**content)
         except (
@@ -362,18 +366,20 @@ class TextCodec:
             RecursionError,
         ) as error:
             raise UserError(
-                f"{folder / VOCABULARY_FILE} must be a codec's file, but is not ({error})."
+                f"Cannot read the vocabulary {folder / VOCABULARY_FILE}: {error}. Copy or "
+                "export the folder again."
             ) from error
         tokenizer = load_tokenizer(str(folder), hub_code)
         if max(kept_ids) >= len(tokenizer):
             raise UserError(
-                f"the tokenizer in {folder} must hold the pieces of {VOCABULARY_FILE}, but "
-                "holds fewer."
+                f"The tokenizer in {folder} must have all tokens of {VOCABULARY_FILE} (ids "
+                f"up to {max(kept_ids)}), got {len(tokenizer)} tokens. Copy or export the "
+                "folder again."
             )
         return cls(tokenizer, instruction, kept_ids)
 
     def untrimmed(self) -> "TextCodec":
-        """The same with all pieces of its tokenizer."""
+        """Return the codec with the full vocabulary of its tokenizer."""
         return TextCodec(self.tokenizer, self.instruction)
 
     @classmethod
@@ -385,19 +391,21 @@ class TextCodec:
         trim: bool,
         hub_code: bool = False,
     ) -> "TextCodec":
-        """The codec of the LLM `name` (hub id or folder) for sentences in
-        `instruction.languages`.
+        """Make the codec of an LLM for a training text.
 
-        trim: keep only the pieces of `texts` and of the prompts, the specials, the
-        language ids, and bytes where pieces are spelled in them (FLa-LLM, section 4.1).
-        Raises UserError for a language that the LLM cannot be told, or where there are
-        several and nothing tells it which.
+        name: hub id or folder of the LLM.
+        trim: keep only the tokens of `texts` and of the prompts, the special tokens, the
+        language tokens and the tokens for bytes (FLa-LLM, section 4.1).
+        hub_code: run the Python code in the tokenizer's repository.
+        Raises UserError if the LLM cannot write a language, or cannot tell which of several
+        languages to write.
         """
         check_llm_source(name)
         tokenizer = load_tokenizer(name, hub_code)
         if tokenizer.eos_token_id is None:
             raise UserError(
-                f"the tokenizer of {name} must have an end-of-sentence token, but has none."
+                f"The tokenizer of {name} must have an end-of-sentence token, got none. Give "
+                "another --llm.name."
             )
         whole = cls(tokenizer, instruction)
         languages: Sequence[str] = instruction.languages or [""]
@@ -407,14 +415,15 @@ class TextCodec:
         wordings = set(starmap(whole.wording, product(languages, corpora)))
         if len(set(map(whole.wording, languages))) < len(set(languages)):
             raise UserError(
-                f"the LLM {name} must be told which of {', '.join(languages)} to speak, "
-                "but its tokenizer has no tokens for them. Give a --llm.prompt with "
-                "{language}."
+                "llm.prompt must contain {language}, because the tokenizer of "
+                f"{name} has no tokens for the target languages ({', '.join(languages)}), "
+                f"got {instruction.prompt!r}. Give a --llm.prompt with {{language}}."
             )
         if not trim:
             return whole
 
-        # Full ids of all that the run reads or writes, as far as the embedding has rows.
+        # Full ids of all tokens that the run reads or writes and that have a row in the
+        # embedding.
         kept = set(tokenizer.all_special_ids) | byte_tokens(whole._vocabulary)
         for wording in wordings:
             around = [*wording.before, *wording.after, *wording.start]

@@ -1,8 +1,8 @@
-"""Spoken languages: the one place that knows how people, corpora and tokenizers name them.
+"""Look up spoken languages by the names that people, corpora and tokenizers use.
 
-A language has one tag, which shards, runs and scores use: its ISO 639 code, and its
-script where that is not the usual one (de, zh, zh-Hant, sr-Latn). Codes, names, and the
-script that a region implies come from Unicode (CLDR), by Babel.
+Each language has one tag, which shards, runs and scores use: its ISO 639 code, with its
+script if that is not the usual one (de, zh, zh-Hant, sr-Latn). Codes, names, and the script
+that a region implies come from Unicode's CLDR, through the package Babel.
 """
 
 import re
@@ -25,16 +25,17 @@ WordRule = Literal["13a", "zh", "char"]
 
 @dataclass(frozen=True)
 class Language:
-    """A spoken language as it is written."""
+    """A spoken language in one script."""
 
-    # BCP-47 tag, without a region, and without the script that is the usual one
+    # BCP-47 tag without a region, and without the script if that is the usual one
     code: str
     name: str  # in English, empty for a rare language without one
-    script: str  # ISO 15924, empty where it is not known
-    # of most corpora with this language; "sign language" where it is not known
+    script: str  # code of ISO 15924, empty if it is not known
+    # the sign language of most corpora with this language, "sign language" if not known
     sign_language: str
 
 
+# Spoken language -> first words of the name of its sign language.
 _SIGN_LANGUAGES = {
     "ar": "Arabic", "az": "Azerbaijani", "bg": "Bulgarian", "bn": "Bengali",
     "ca": "Catalan", "cs": "Czech",
@@ -56,6 +57,7 @@ _SIGN_LANGUAGES = {
     "sv": "Swedish", "th": "Thai", "tr": "Turkish", "uk": "Ukrainian", "ur": "Pakistan",
     "vi": "Vietnamese", "yue": "Hong Kong", "zh": "Chinese",
 }  # fmt: skip
+# Spoken language -> codes (ISO 639-3) of the sign languages of its countries.
 _SIGN_LANGUAGE_CODES = {
     "ar": "sdl", "bg": "bqn", "cs": "cse", "da": "dsl", "de": "gsg asq sgg", "el": "gss",
     "en": "ase bfi asf nzs isg sfs ins psp", "es": "ssp mfs aed csg csn prl vsl csc",
@@ -68,30 +70,32 @@ _SIGN_LANGUAGE_CODES = {
     "th": "tsq",
     "tr": "tsm", "uk": "ukl", "zh": "csl tss hks",
 }  # fmt: skip
-# The written language of a country by the code of its sign language (ISO 639-3).
+# Code of a sign language -> written language of its country.
 WRITTEN_WITH: dict[str, str] = {}
 for _written, _signs in _SIGN_LANGUAGE_CODES.items():
     WRITTEN_WITH.update(dict.fromkeys(_signs.split(), _written))
 _OWN_SIGN_LANGUAGE_NAMES = {"nl": "Sign Language of the Netherlands"}
 
-# Where tokenizers tell apart what Unicode joins, or join what Unicode tells apart.
+# Codes for which tokenizers differ from Unicode: code -> code of this module.
 _CODES = {
-    # M2M100 and MADLAD have one token for Norwegian; Nynorsk is another
+    # M2M100 and MADLAD have one token for Norwegian, and none for Nynorsk alone
     "nb": "no", "nob": "no",
     "ns": "nso",  # M2M100's code of Northern Sotho
     "pbt": "ps",  # NLLB's only Pashto
-    # NLLB has these next to fa, ak and apc
+    # NLLB has these in addition to fa, ak and apc
     "prs": "prs", "twi": "tw", "tw": "tw", "ajp": "ajp",
 }  # fmt: skip
-# What Unicode has no entry for: English name and usual script.
+# Languages without an entry in Unicode: English name and usual script.
 _ADDED = {
     "ajp": ("South Levantine Arabic", "Arab"), "ber": ("Berber", "Tfng"), "prs": ("Dari",
     "Arab"),
     "quh": ("South Bolivian Quechua", "Latn"), "tw": ("Twi", "Latn"),
 }  # fmt: skip
-_NO_LANGUAGE = {"und", "zxx", "mul", "mis", "root"}
-# narrower or wider names
+# Codes that stand for no language.
+_NO_LANGUAGE = {"und", "zxx", "mul", "mis", "root"}  # codespell:ignore mis
+# Script -> the one with a narrower or wider name that is used here.
 _SCRIPTS = {"Hang": "Kore", "Aran": "Arab", "Hrkt": "Jpan", "Hanb": "Hant"}
+# Variants that imply the Latin script.
 _ROMANISATIONS = {
     "pinyin",
     "wadegile",
@@ -102,21 +106,21 @@ _ROMANISATIONS = {
     "alalc97",
     "alaluc",
 }
-# English names beside those of Unicode.
+# English names in addition to those of Unicode.
 _NAMES = {
     "bengali": "bn", "cambodian": "km", "castilian": "es", "dari": "prs", "farsi": "fa",
     "frisian": "fy",
     "haitian": "ht", "kirghiz": "ky", "kurmanji": "ku", "laotian": "lo", "mandarin": "zh",
-    "mandarin "
-    "chinese": "zh", "modern greek": "el", "moldovan": "ro", "myanmar": "my", "oriya": "or",
-    "panjabi": "pa", "pushto": "ps", "sinhalese": "si", "slovene": "sl", "sorani": "ckb",
-    "twi": "tw",
+    "mandarin chinese": "zh", "modern greek": "el", "moldovan": "ro", "myanmar": "my",
+    "oriya": "or", "panjabi": "pa", "pushto": "ps", "sinhalese": "si", "slovene": "sl",
+    "sorani": "ckb", "twi": "tw",
     "uighur": "ug", "valencian": "ca",
 }  # fmt: skip
-_SHOWN_NAMES = {"bn": "Bengali"}  # as prompts have said since the first model
+# Names in prompts that differ from Unicode's: earlier models were trained with them.
+_SHOWN_NAMES = {"bn": "Bengali"}
 
-# Scripts that put no spaces between words. sacreBLEU has a tokenizer for Chinese; texts
-# in the others are split into characters. Korean and Vietnamese have spaces.
+# Scripts without spaces between words. sacreBLEU has a tokenizer for Chinese; texts in the
+# other scripts are split into characters. Korean and Vietnamese have spaces.
 _CHINESE_SCRIPTS = {"Hans", "Hant", "Hani"}
 _OTHER_UNSPACED_SCRIPTS = {
     "Jpan", "Hira", "Kana", "Thai", "Khmr", "Laoo", "Mymr", "Tibt", "Lana", "Talu", "Tavt",
@@ -131,19 +135,19 @@ _TAG = re.compile(
 
 @dataclass(frozen=True)
 class TokenStyle:
-    """How a family of tokenizers writes a language, and where its models read it.
+    """Tokens of a family of tokenizers for languages.
 
-    pattern: regular expression of a whole token; its group is the language. place:
-    `decoder` is told it by its first tokens, `source` by a token ahead of what is
-    translated.
+    pattern: regular expression for a whole token; its group is the language.
+    place: where the model reads the token: `decoder` for the first tokens of the output,
+    `source` for a token before the input.
     """
 
     pattern: re.Pattern[str]
     place: Place
 
 
-# Models with none of these (T5, Qwen, Llama, ...) are told the language by a prompt, or
-# not at all.
+# Models without such tokens (T5, Qwen, Llama, ...) get the language from a prompt, or not
+# at all.
 TOKEN_STYLES = (
     TokenStyle(re.compile(r"([a-z]{2,3}_[A-Z]{2})"), "decoder"),  # mBART, mBART-50: de_DE
     TokenStyle(re.compile(r"([a-z]{3}_[A-Z][a-z]{3})"), "decoder"),  # NLLB: deu_Latn
@@ -152,6 +156,7 @@ TOKEN_STYLES = (
     # MADLAD-400: <2de>, <2zh_Hant>, <2az_RU>
     TokenStyle(re.compile(r"<2([a-z]{2,3}(?:_[A-Z][a-z]{3})?(?:_[A-Z]{2})?)>"), "source"),
 )
+# The tokens of mBART and mBART-50, because ordinary text can have the same form (en_US).
 _MBART_TOKENS = {
     "af_ZA", "ar_AR", "az_AZ", "bn_IN", "cs_CZ", "de_DE", "en_XX", "es_XX", "et_EE",
     "fa_IR", "fi_FI",
@@ -167,35 +172,36 @@ _WRAPPED = re.compile(r"__(.+)__|<2(.+)>")
 
 
 def language_tag(name: str, what: str) -> str:
-    """Return the tag of a language that people or corpora name; see `find_language`.
+    """Return the tag of a language; see `find_language` for the names.
 
-    what: the option or place that the name comes from; it begins the message.
-    Raises UserError where the name is unknown.
+    what: the option or place of the name, for the message.
+    Raises UserError if the name is unknown.
     """
     found = find_language(name)
     if found is None:
         near = nearest_languages(name)
+        end = f": {near}" if near else "."
         raise UserError(
-            f"{what} must be that of the text, as a code (de, zh-Hant) or in English "
-            f"(German), got {name!r}{f': {near}' if near else '.'}"
+            f"{what} must be the language of the text, as a code (de, zh-Hant) or in English "
+            f"(German), got {name!r}{end}"
         )
     return found.code
 
 
 def tag_of(name: str) -> str:
-    """Return the tag of a language, or the name as it is where the language is unknown."""
+    """Return the tag of a language, or the name itself if the language is unknown."""
     found = find_language(name)
     return name if found is None else found.code
 
 
 @lru_cache(maxsize=4096)
 def find_language(name: str) -> Language | None:
-    """Return the language of a name, None for a name that is unknown.
+    """Return the language with this name, None if the name is unknown.
 
     name: a code of ISO 639 (de, deu, ger, iw), a BCP-47 tag (de-AT, de_AT, zh-TW), an
     English name (German, Norwegian Bokmål, Chinese (Traditional)) or a tokenizer's token
-    (de_DE, deu_Latn, __de__, <2de>). Case does not matter. A region decides the script
-    where it implies one (zh-TW is zh-Hant), and is left out.
+    (de_DE, deu_Latn, __de__, <2de>), in upper or lower case. A region can imply the script
+    (zh-TW is zh-Hant); apart from that it is ignored.
     """
     plain = " ".join(name.split())
     wrapped = _WRAPPED.fullmatch(plain)
@@ -204,11 +210,12 @@ def find_language(name: str) -> Language | None:
 
 
 def nearest_languages(name: str) -> str:
-    """Return `did you mean …?` with the closest names; empty where nothing is close."""
+    """Return `did you mean …?` with the closest names; empty if no name is close."""
     written = re.sub(r" sign language$", "", name, flags=re.IGNORECASE)
     for part in (WRITTEN_WITH.get(name.lower(), ""), written, re.split("[-_]", name)[0]):
         meant = find_language(part)
-        if meant is not None:  # gsg, German Sign Language, or a wrong region: de_DF
+        # A sign language (gsg, German Sign Language), or a wrong region (de_DF).
+        if meant is not None:
             return f"did you mean {meant.code}?"
     names = filter(find_language, _english().languages.values())
     near = nearest(name, [*names, *map(str.title, _NAMES)])
@@ -216,10 +223,9 @@ def nearest_languages(name: str) -> str:
 
 
 def word_rule(language: str) -> WordRule:
-    """Return the sacreBLEU tokenizer that finds the words of a text.
+    """Return the sacreBLEU tokenizer of a language; 13a if words have spaces.
 
-    language: of the text, by any name (see `find_language`). 13a where spaces separate
-    the words.
+    language: any name of the language; see `find_language`.
     """
     found = find_language(language)
     script = found.script if found else ""
@@ -231,18 +237,19 @@ def word_rule(language: str) -> WordRule:
 def language_tokens(
     vocabulary: Iterable[str], added: Iterable[str] = ()
 ) -> dict[str, Place]:
-    """Return the tokens that stand for a language, and where a model reads each of them.
+    """Return the vocabulary's tokens for languages, and where the model reads each token.
 
-    added: those of the vocabulary that are no ordinary text, as the tokenizer says.
+    added: tokens that were added to the vocabulary and do not come from text.
     """
     found: dict[str, Place] = {}
     vocabulary = list(vocabulary)
     sure = _MBART_TOKENS.union(added)
     for style in TOKEN_STYLES:
         tokens = list(filter(style.pattern.fullmatch, vocabulary))
-        if style is TOKEN_STYLES[0]:  # as ordinary text looks: en_US
+        # Ordinary text can have mBART's form (en_US), so only certain tokens count.
+        if style is TOKEN_STYLES[0]:
             tokens = [token for token in tokens if token in sure]
-        # one alone may be ordinary text
+        # A single token may be ordinary text.
         if len(list(filter(find_language, tokens))) > 1:
             found |= dict.fromkeys(tokens, style.place)
     return found
@@ -251,12 +258,14 @@ def language_tokens(
 def token_of(
     language: str, places: Mapping[str, Place], option: str = "llm.language"
 ) -> tuple[str, Place] | None:
-    """Return (the tokenizer's token of a language, where it is read).
+    """Return (the tokenizer's token for a language, where the model reads it).
 
-    None where the tokenizer has no such tokens. language: as for `find_language`, or one
-    of the tokenizer's own tokens. places: of `language_tokens`. option: for the message.
-    Raises UserError where the tokenizer has tokens of languages, but not of this one in
-    this script.
+    None if the tokenizer has no tokens for languages.
+    language: a name as in `find_language`, or a token of the tokenizer.
+    places: result of `language_tokens`.
+    option: name of the option, for the message.
+    Raises UserError if the tokenizer has tokens for languages, but none for this language
+    in this script.
     """
     if language in places:
         return language, places[language]
@@ -264,28 +273,30 @@ def token_of(
         return None
     wanted = find_language(language)
     tags = {token: tag_of(token) for token in places}
-    same: list[str] = []
-    other: list[str] = []  # the same language in another script
+    same: list[str] = []  # tokens of this language in this script
+    other: list[str] = []  # tokens of this language in another script
     for token, tag in tags.items():
         if wanted is not None and tag == wanted.code:
             same.append(token)
         elif wanted is not None and tag.split("-")[0] == wanted.code.split("-")[0]:
             other.append(token)
     if same:
-        # The shortest first: MADLAD has <2fr_CA> next to <2fr>.
+        # The shortest token has no region: MADLAD has <2fr_CA> next to <2fr>.
         token = min(same, key=lambda token: (len(token), token))
         return token, places[token]
 
-    error = f"{option} must be one that the LLM's tokenizer has a token for, but is {language!r}: "
+    error = (
+        f"{option} must be a language with a token in the LLM's tokenizer, got {language!r}"
+    )
     if not other:
         near = nearest(language, tags)
         if wanted is None and not near.startswith("did you mean"):
             near = nearest_languages(language) or near
-        raise UserError(f"{error}{near}")
+        raise UserError(f"{error}: {near}")
     other.sort()
     scripts = ", ".join(f"{token} ({script_name(token)})" for token in other)
     raise UserError(
-        f"{error}of this language it has {scripts} only, in another script. Give "
+        f"{error}: it has {scripts} only, in another script. Give "
         f"--{option}={tags[other[0]]} to use that token for all clips, or another LLM."
     )
 
@@ -300,7 +311,7 @@ def script_name(language: str) -> str:
 
 
 def _of_tag(text: str) -> Language | None:
-    """The language of a code or a BCP-47 tag; None for what is none, or holds an unknown part."""
+    """Return the language of a code or a BCP-47 tag, None if a part is unknown."""
     match = _TAG.fullmatch(text.lower().replace("_", "-"))
     if match is None:
         return None
@@ -322,8 +333,7 @@ def _of_tag(text: str) -> Language | None:
 
 
 def _region(region: str) -> str | None:
-    """A region's two letters or three digits; empty for none and mBART's XX; None where
-    unknown."""
+    """Return a region's code; empty for none and mBART's XX, None if it is unknown."""
     if region in ("", "XX"):
         return ""
     alias: str = get_global("territory_aliases").get(region, [region])[0]
@@ -331,7 +341,8 @@ def _region(region: str) -> str | None:
 
 
 def _language(code: str, script: str, region: str) -> Language | None:
-    # The code of today, by our own table first: Unicode joins what NLLB tells apart.
+    """Return the language of the parts of a tag, None if there is no such language."""
+    # Replace outdated codes. `_CODES` comes first: Unicode joins codes that NLLB separates.
     likely = get_global("likely_subtags")
     alias: str = _CODES.get(code) or get_global("language_aliases").get(code, code)
     replaced, *more = alias.split("_")
@@ -341,11 +352,11 @@ def _language(code: str, script: str, region: str) -> Language | None:
     names: dict[str, str] = dict(_english().languages)
     name, usual = _ADDED.get(code, (names.get(code, ""), _script_of(likely.get(code, ""))))
     name = _SHOWN_NAMES.get(code, name)
-    # Unicode lists sign languages among the others; they are not what a model writes.
+    # Unicode lists sign languages too, but a model does not write them.
     if code in _NO_LANGUAGE or name.endswith("Sign Language") or not (name or usual):
         return None
 
-    # The script: as given, or as the region implies (zh_TW is Hant), or the usual one.
+    # The given script, or the region's (zh_TW is Hant), or the usual one.
     if not script and region:
         script = _script_of(likely.get(f"{code}_{region}", ""))
     script = script or usual
@@ -364,7 +375,7 @@ def _language(code: str, script: str, region: str) -> Language | None:
 
 
 def _script_of(likely: str) -> str:
-    """The script of Unicode's likely subtags, zh_Hans_CN; empty where they name none."""
+    """Return the script in Unicode's likely subtags (zh_Hans_CN); empty if none."""
     for part in likely.split("_")[1:]:
         if len(part) == 4:
             return _SCRIPTS.get(part, part)
@@ -372,6 +383,7 @@ def _script_of(likely: str) -> str:
 
 
 def _script_name(script: str) -> str:
+    """Return the English name of a script, or its code if it has no name."""
     return str(_english().scripts.get(script, script))
 
 
@@ -379,8 +391,10 @@ def _script_name(script: str) -> str:
 
 
 def _of_name(text: str) -> Language | None:
-    """The language of `German`, `Simplified Chinese`, `Chinese (Traditional)`,
-    `Portuguese (Brazil)`."""
+    """Return the language of an English name, None if it is unknown.
+
+    Forms: `German`, `Simplified Chinese`, `Chinese (Traditional)`, `Portuguese (Brazil)`.
+    """
     tag = _tags_by_name().get(_folded(text))
     if tag is not None:
         return _of_tag(tag)
@@ -393,29 +407,31 @@ def _of_name(text: str) -> Language | None:
 
 
 def _folded(name: str) -> str:
-    """A name without case and accents: Norwegian Bokmål is norwegian bokmal."""
+    """Return a name without case and accents: Norwegian Bokmål is norwegian bokmal."""
     letters = unicodedata.normalize("NFKD", name.casefold())
     return "".join(filterfalse(unicodedata.combining, letters))
 
 
 def _codes_by_name(names: Mapping[str, str]) -> dict[str, str]:
-    """The codes of a table of Unicode by their English names, folded."""
+    """Return folded name -> code of one of Unicode's tables."""
     return {_folded(name): code for code, name in names.items()}
 
 
 @lru_cache(maxsize=1)
 def _english() -> Locale:
+    """Return Unicode's English names of languages, scripts and regions."""
     return Locale("en")
 
 
 @lru_cache(maxsize=1)
 def _tags_by_name() -> dict[str, str]:
+    """Return folded name -> tag of all languages."""
     return _codes_by_name(_english().languages) | _NAMES
 
 
 @lru_cache(maxsize=1)
 def _parts_by_name() -> dict[str, str]:
-    """Scripts and regions by their names."""
+    """Return folded name -> code of all scripts and regions."""
     regions = _codes_by_name(_english().territories)
     scripts = _codes_by_name(_english().scripts)
     return regions | {"us": "US", "uk": "GB"} | scripts

@@ -1,9 +1,9 @@
-"""The normaliser of a SentencePiece vocabulary, which transformers may leave out.
+"""Restore the normaliser of a SentencePiece vocabulary if transformers dropped it.
 
-A vocabulary that was made under `nmt_nfkc`, as most were, holds `,` and `fi`, but not `，`
-and `ﬁ`: text must be written in its characters before it is split, or they become
-unknown. The rules are a character map in the SentencePiece model, of which
-`tokenizer.json` holds a copy.
+Most vocabularies were trained with the rules `nmt_nfkc`: they have `,` and `fi`, but not
+`，` and `ﬁ`. Text must be normalised in the same way before it is split into tokens, or
+such characters become unknown. The rules are a character map in the SentencePiece model;
+`tokenizer.json` has a copy.
 """
 
 import base64
@@ -20,29 +20,30 @@ from transformers.utils import cached_file
 
 Settings = dict[str, Any]
 
-# protobuf makes the class at import
+# protobuf creates the class at import, so type checkers do not find it.
 ModelProto: Any = vars(sentencepiece_model_pb2)["ModelProto"]
 
 _MODEL_FILES = ("sentencepiece.bpe.model", "spiece.model", "tokenizer.model")
-_OF_SPACES = {"Replace", "Strip", "Prepend"}  # normalisers that change spaces alone
+_OF_SPACES = {"Replace", "Strip", "Prepend"}  # normalisers that change spaces only
 
 
 def restore_normalizer(tokenizer: Any, name: str) -> None:
-    """Put back the character map that a tokenizer's class dropped, as MBartTokenizer and
-    XGLMTokenizer do.
+    """Restore the character map that some tokenizer classes drop.
 
-    name: the hub id or folder that the tokenizer was read from; its files have the map.
-    Where they do not, a SentencePiece vocabulary without bytes gets that of `nmt_nfkc`,
-    unless it holds what that would change. `save_pretrained` writes the map into
-    tokenizer.json.
+    MBartTokenizer and XGLMTokenizer do.
+    name: the hub id or folder of the tokenizer. The map is read from its files. Without
+    one, a SentencePiece vocabulary without tokens for bytes gets the map of `nmt_nfkc`, if
+    that map changes none of the tokens.
+
+    `save_pretrained` then writes the map into tokenizer.json.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    # A tokenizer without a backend, as of M2M100, calls SentencePiece, which normalises.
+    # A tokenizer without a backend (M2M100) calls SentencePiece, which normalises.
     if not isinstance(backend, Tokenizer) or _map_in(_settings(backend)) is not None:
         return
     vocabulary = backend.get_vocab(with_added_tokens=False)
     if not any(token.startswith("▁") for token in vocabulary):
-        return  # not by SentencePiece
+        return  # not a SentencePiece vocabulary
     charsmap = _map_of_files(tokenizer, name)
     if charsmap is None and _was_made_normalised(backend, vocabulary):
         charsmap = nmt_nfkc()
@@ -54,10 +55,10 @@ def restore_normalizer(tokenizer: Any, name: str) -> None:
 
 
 def normalizer_of(tokenizer: Any) -> SentencePieceNormalizer | None:
-    """SentencePiece's own normaliser by the tokenizer's character map; None where it has no map.
+    """Return SentencePiece's normaliser with the tokenizer's map, None if it has no map.
 
-    `tokenizers` reads the same map one character at a time. It misses what joins several:
-    the second half of `ﾊﾞ`, or Korean written in single letters.
+    The library `tokenizers` applies the map to single characters. It misses sequences, such
+    as `ﾊﾞ` or Korean in single letters.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     charsmap = _map_in(_settings(backend)) if isinstance(backend, Tokenizer) else None
@@ -65,8 +66,7 @@ def normalizer_of(tokenizer: Any) -> SentencePieceNormalizer | None:
 
 
 def normalizer_by(charsmap: bytes) -> SentencePieceNormalizer:
-    """SentencePiece's normaliser by a character map. It leaves spaces at the ends and in
-    a row."""
+    """Return SentencePiece's normaliser with a character map. It keeps all spaces."""
     model = ModelProto()
     model.normalizer_spec.precompiled_charsmap = charsmap
     return SentencePieceNormalizer(
@@ -78,21 +78,20 @@ def normalizer_by(charsmap: bytes) -> SentencePieceNormalizer:
 
 
 def nmt_nfkc() -> bytes:
-    """The character map of SentencePiece's default: NFKC, and one space for all kinds of
-    space."""
+    """Return SentencePiece's default character map: NFKC, and one kind of space."""
     return _map_of_model(
         SentencePieceNormalizer(rule_name="nmt_nfkc").serialized_model_proto()
     )
 
 
 def _map_of_model(serialized: bytes) -> bytes:
-    """The character map in a SentencePiece model; empty where it does not normalise."""
+    """Return the character map of a SentencePiece model; empty if it has none."""
     model = ModelProto.FromString(serialized)
     return bytes(model.normalizer_spec.precompiled_charsmap)
 
 
 def _settings(backend: Tokenizer) -> Settings | None:
-    """Of the backend's normaliser, as tokenizer.json has them."""
+    """Return the settings of the backend's normaliser, as in tokenizer.json."""
     if backend.normalizer is None:
         return None
     settings: Settings = json.loads(backend.normalizer.__getstate__())
@@ -100,18 +99,19 @@ def _settings(backend: Tokenizer) -> Settings | None:
 
 
 def _parts(settings: Settings | None) -> list[Settings]:
-    """The normalisers of a sequence, or the only one."""
+    """Return the settings of each normaliser, also of those in a sequence."""
     if settings is None:
         return []
     if settings["type"] != "Sequence":
         return [settings]
     parts: list[Settings] = []
-    for part in settings["normalizers"]:  # sequences may hold sequences
+    for part in settings["normalizers"]:  # a part may be a sequence too
         parts += _parts(part)
     return parts
 
 
 def _map_in(settings: Settings | None) -> bytes | None:
+    """Return the character map in a normaliser's settings."""
     for part in _parts(settings):
         if part["type"] == "Precompiled":
             return base64.b64decode(part["precompiled_charsmap"])
@@ -119,15 +119,17 @@ def _map_in(settings: Settings | None) -> bytes | None:
 
 
 def _map_of_files(tokenizer: Any, name: str) -> bytes | None:
-    """The character map in a tokenizer's files; empty where they say that there is none,
-    else None."""
+    """Return the character map in a tokenizer's files.
+
+    Empty if the vocabulary was made without a map, None if the files do not say.
+    """
     models = [type(tokenizer).vocab_files_names.get("vocab_file", "")]
     if Path(name).is_dir():
         models += _MODEL_FILES
     for file in models:
         path = _path_of(name, file) if file.endswith(".model") else None
         if path is not None:
-            # tiktoken's files have such names too
+            # Files of tiktoken have the same names.
             with contextlib.suppress(OSError, DecodeError):
                 return _map_of_model(path.read_bytes())
     path = _path_of(name, "tokenizer.json")
@@ -137,7 +139,7 @@ def _map_of_files(tokenizer: Any, name: str) -> bytes | None:
 
 
 def _path_of(name: str, file: str) -> Path | None:
-    """A file of a folder, or of the hub's cache, where the tokenizer has been read from."""
+    """Return the path of a file in the folder or in the hub's cache, None if missing."""
     found = cached_file(
         name,
         file,
@@ -149,11 +151,13 @@ def _path_of(name: str, file: str) -> Path | None:
 
 
 def _was_made_normalised(backend: Tokenizer, vocabulary: Iterable[str]) -> bool:
-    """Whether a vocabulary whose files say nothing cannot spell in bytes, and holds NFKC
-    text alone."""
+    """Return whether a vocabulary was probably made from NFKC text.
+
+    For vocabularies whose files do not say. Those with tokens for bytes need no map.
+    """
     kinds = {part["type"] for part in _parts(_settings(backend))}
     if kinds - _OF_SPACES or "<0x00>" in vocabulary:
         return False
-    # No token changes under NFKC: text in other characters was never seen.
+    # The training text had no other characters if NFKC changes no token.
     tokens = [token.replace("▁", " ") for token in vocabulary]
     return bool(normalizer_by(nmt_nfkc()).normalize(tokens) == tokens)

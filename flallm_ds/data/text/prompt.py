@@ -1,4 +1,4 @@
-"""What an LLM is told around a clip: the prompt, and the language of its answer."""
+"""Build the prompt of an LLM and the target language of its answer."""
 
 import string
 from collections.abc import Mapping, Sequence
@@ -17,33 +17,36 @@ _PROMPT_FIELDS = {"sign_language", "language", "video"}
 
 @dataclass(frozen=True)
 class Instruction:
-    """How an LLM is told what to say of a video.
+    """Settings of the LLM's input and target language.
 
-    prompt: text around {video}, with {language} and {sign_language}; empty:
-    `DECODER_ONLY_PROMPT` for a decoder-only LLM, nothing for an encoder-decoder.
-    start_token: the encoder-decoder's own first token, an id of its whole vocabulary.
-    rows: of its embedding, which may be fewer than its tokenizer has pieces. language: of
-    all clips, as the user named it; empty: each clip's own.
+    decoder_only: whether the LLM has no encoder.
+    start_token: first token of an encoder-decoder's output, an id of the full vocabulary.
+    rows: rows of the LLM's embedding, which may be fewer than the tokenizer has tokens.
+    language: target language of all clips, as the user named it; empty: each clip's own.
+    languages: tags of the languages of the training text.
+    prompt: text with {video}, {language} and {sign_language}. Empty: `DECODER_ONLY_PROMPT`
+    for a decoder-only LLM, no text for an encoder-decoder.
+    sign_languages: corpus -> name of its sign language, if it is not the usual one.
     """
 
     decoder_only: bool = False
     start_token: int | None = None
     rows: int | None = None
     language: str = ""
-    languages: tuple[str, ...] = ()  # of the training text; their tags
+    languages: tuple[str, ...] = ()
     prompt: str = ""
-    # by corpus, if not the usual one
     sign_languages: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        # Vocabularies of earlier versions hold languages as their corpora named them.
-        object.__setattr__(
-            self, "languages", tuple(dict.fromkeys(map(tag_of, self.languages)))
-        )
+        # Vocabularies of earlier versions have the languages as their corpora named them.
+        tags = dict.fromkeys(map(tag_of, self.languages))
+        object.__setattr__(self, "languages", tuple(tags))
 
     def parts(self, language: str, corpus: str) -> tuple[str, str]:
-        """The text (before, after) the video. Raises UserError for a language that the
-        prompt cannot name."""
+        """Return the prompt's text (before, after) the video.
+
+        Raises UserError if the prompt has a field without a value for this language.
+        """
         template = self.prompt or (DECODER_ONLY_PROMPT if self.decoder_only else "{video}")
         check_prompt(template)
         found = find_language(language)
@@ -57,59 +60,62 @@ class Instruction:
             names["sign_language"] = names["sign_language"] or found.sign_language
         for name in sorted(set(_fields(template))):
             if not names[name]:
-                error = unknown_language(language, f"has a {name} that the prompt can name")
-                raise UserError(f"{error} Or give a --llm.prompt of your own.")
+                error = unknown_language(
+                    language, f"a language with a {name} for the prompt"
+                )
+                raise UserError(f"{error} Or give a --llm.prompt without {{{name}}}.")
         before, after = template.format_map(names).split("{video}")
         return before, after
 
 
-def unknown_language(language: str, must: str) -> UserError:
-    near = (
-        nearest_languages(language)
-        or "give a code (de, zh-Hant) or an English name (German)."
+def unknown_language(language: str, kind: str) -> UserError:
+    """Return the error for a target language that is not of this kind."""
+    near = nearest_languages(language)
+    remedy = (
+        f": {near}" if near else ". Give a code (de, zh-Hant) or an English name (German)."
     )
-    return UserError(f"llm.language must be one that {must}, but is {language!r}: {near}")
+    return UserError(f"llm.language must be {kind}, got {language!r}{remedy}")
 
 
 def new_language(language: str, known: Sequence[str]) -> UserError:
+    """Return the error for a clip in a language that is not in the training text."""
     return UserError(
-        f"the language of each clip must be one of the training text ({', '.join(known)}), "
-        f"but one is {language!r}. Leave such clips out, or train on text of that language "
-        "too."
+        "The language of each clip must be one of the training text "
+        f"({', '.join(known)}), got {language!r}. Leave such clips out, or train on text "
+        "of that language too."
     )
 
 
 def check_prompt(template: str) -> None:
-    """Raise UserError if a prompt does not hold {video} once, or holds a field that does
-    not exist."""
+    """Raise UserError unless the prompt has {video} once and only known fields."""
     try:
         names = _fields(template)
     except ValueError as error:
         raise UserError(
-            f"llm.prompt must be text with fields in braces, but {error}: {template}."
+            f"llm.prompt must be text with fields in braces, got {template!r} ({error})."
         ) from None
     if set(names) - _PROMPT_FIELDS or names.count("video") != 1:
         raise UserError(
-            "llm.prompt must hold {video} once, and else only {language} and "
-            f"{{sign_language}}, but is {template!r}."
+            "llm.prompt must contain {video} once, and otherwise only {language} and "
+            f"{{sign_language}}, got {template!r}."
         )
 
 
 def _fields(template: str) -> list[str]:
-    """The names in braces, in order. Raises ValueError where the braces do not match."""
+    """Return the names in braces, in order; raise ValueError if the braces do not match."""
     names = []
     for _, name, _, _ in string.Formatter().parse(template):
-        if name is not None:  # as it is after the last field
+        if name is not None:  # None for text after the last field
             names.append(name)
     return names
 
 
 @dataclass(frozen=True)
 class Wording:
-    """Ids around the visual tokens of one clip.
+    """Token ids around the visual tokens of a clip.
 
-    before, after: ahead of and behind them, in the LLM's input. start: the decoder's
-    first ids; none for a decoder-only LLM.
+    before, after: in the LLM's input, before and after the visual tokens.
+    start: first ids of the decoder; empty for a decoder-only LLM.
     """
 
     before: tuple[int, ...] = ()

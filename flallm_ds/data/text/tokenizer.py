@@ -1,4 +1,4 @@
-"""Load a Hugging Face tokenizer, and find its tokens for bytes."""
+"""Load a Hugging Face tokenizer and find its tokens for bytes."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,13 +11,15 @@ from flallm_ds.data.text.normalizer import restore_normalizer
 from flallm_ds.errors import UserError
 from flallm_ds.models.pretrained import check_llm_source
 
-# SentencePiece's byte fallback
+# the tokens of SentencePiece's byte fallback
 _BYTE_TOKENS = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 
 
 def byte_tokens(vocabulary: Mapping[str, int]) -> set[int]:
-    """Ids of the 256 pieces that stand for bytes, of byte-level BPE or of SentencePiece's
-    byte fallback."""
+    """Return the ids of the 256 tokens that stand for bytes; empty if there are none.
+
+    They are those of byte-level BPE or of SentencePiece's byte fallback.
+    """
     for tokens in (ByteLevel.alphabet(), _BYTE_TOKENS):
         if vocabulary.keys() >= set(tokens):
             return {vocabulary[token] for token in tokens}
@@ -25,18 +27,17 @@ def byte_tokens(vocabulary: Mapping[str, int]) -> set[int]:
 
 
 def load_tokenizer(name: str, hub_code: bool = False) -> Any:
-    """AutoTokenizer from a hub id or a folder, with its normaliser; UserError where there
-    is none.
+    """Load a tokenizer from a hub id or a folder, with its normaliser.
 
-    hub_code: run code that comes with the tokenizer.
+    hub_code: run the Python code in the tokenizer's repository.
+    Raises UserError if there is no tokenizer.
     """
     if not Path(name).is_dir():
         check_llm_source(name)
-    reason = "there are no files of one."
+    reason = "it has no files"
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=hub_code)
-        # Where there are no files, transformers makes one that knows its special tokens
-        # alone.
+        # Without files, transformers makes a tokenizer that has special tokens only.
         ordinary = set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)
         if len(ordinary) > 1:
             restore_normalizer(tokenizer, name)
@@ -44,6 +45,6 @@ def load_tokenizer(name: str, hub_code: bool = False) -> Any:
     except (OSError, ValueError, TypeError) as error:
         reason = str(error).splitlines()[0]
     raise UserError(
-        f"the tokenizer of {name} must load, but did not: {reason} "
-        "Name a folder that holds one, or connect to the hub."
+        f"Cannot load the tokenizer of {name}: {reason.rstrip('.')}. Give a folder with a "
+        "tokenizer, or connect to the hub."
     )

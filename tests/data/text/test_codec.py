@@ -50,7 +50,7 @@ def test_the_training_text_survives_encoding_and_decoding(tiny_corpus):
     )
 
 
-def test_trimmed_ids_are_the_full_ones_numbered_anew(trimmed, whole):
+def test_trimmed_ids_are_the_full_ones_with_new_numbers(trimmed, whole):
     assert trimmed.vocab_size < whole.vocab_size == len(whole.tokenizer)
     for text in TRAINING_TEXT:
         assert trimmed.kept_ids[trimmed.encode(text)].tolist() == whole.encode(text)
@@ -59,20 +59,20 @@ def test_trimmed_ids_are_the_full_ones_numbered_anew(trimmed, whole):
     )
 
 
-def test_trimming_keeps_the_pieces_the_specials_and_the_language(trimmed):
+def test_trimming_keeps_the_tokens_the_specials_and_the_language(trimmed):
     tokenizer = trimmed.tokenizer
-    pieces = {
+    tokens = {
         i
         for text in TRAINING_TEXT
         for i in tokenizer(text, add_special_tokens=False)["input_ids"]
     }
     language = tokenizer.convert_tokens_to_ids("de_DE")
-    assert set(trimmed.kept_ids.tolist()) == pieces | set(tokenizer.all_special_ids) | {
+    assert set(trimmed.kept_ids.tolist()) == tokens | set(tokenizer.all_special_ids) | {
         language
     }
 
 
-def test_the_specials_are_where_the_codec_says(trimmed):
+def test_the_ids_of_the_specials_are_those_of_the_tokenizer(trimmed):
     tokenizer = trimmed.tokenizer
     for trimmed_id, token in (
         (trimmed.pad_id, "<pad>"),
@@ -123,7 +123,7 @@ def test_a_saved_codec_is_the_same_when_loaded(trimmed, tmp_path):
     assert loaded.encode(text) == trimmed.encode(text)
 
 
-def test_a_folder_that_is_not_there_is_refused(tmp_path):
+def test_a_missing_folder_is_refused(tmp_path):
     with pytest.raises(UserError, match="there is nothing at"):
         TextCodec.for_training_text(
             str(tmp_path / "none"), Instruction(language="de_DE"), TRAINING_TEXT, trim=True
@@ -167,7 +167,7 @@ def codec_of(folder, texts=SENTENCES, trim=True, **instruction):
     )
 
 
-def pieces(codec, ids):
+def tokens_of(codec, ids):
     return tuple(codec.tokenizer.convert_ids_to_tokens(codec.kept_ids[list(ids)].tolist()))
 
 
@@ -206,8 +206,8 @@ def test_text_that_was_never_seen_is_spelled_or_unknown_and_ends_once(
 # Dense in punctuation, of full and of half width.
 PUNCTUATED = {
     "de": [
-        "„Morgen“, sagt sie, „regnet es – vielleicht!“",
-        "Am Tag (im Norden): 5…8 °C; nachts, Ende Mai, -2 °C?",
+        "„Morgen“, sagt sie, „regnet es – vielleicht!“",  # codespell:ignore sie
+        "Am Tag (im Norden): 5…8 °C; nachts, Ende Mai, -2 °C?",  # codespell:ignore ende
         "Nein, nein, nein! Die Sonne? Die scheint – wie immer – im Süden.",
     ],
     "en": [
@@ -312,21 +312,19 @@ STARTS = {
     "family", [f for f, entry in FAMILIES.items() if not entry.decoder_only]
 )
 @pytest.mark.parametrize("trim", [False, True])
-def test_an_encoder_decoder_is_told_the_language_where_it_looks_for_it(
-    folders, family, trim
-):
+def test_an_encoder_decoder_reads_the_language_token_in_its_place(folders, family, trim):
     codec = codec_of(folders[family], trim=trim)
     wording = codec.wording("de")
-    assert pieces(codec, wording.start) == STARTS[family]
-    assert pieces(codec, wording.before) == (("<2de>",) if family == "madlad" else ())
+    assert tokens_of(codec, wording.start) == STARTS[family]
+    assert tokens_of(codec, wording.before) == (("<2de>",) if family == "madlad" else ())
     assert wording.after == ()
 
 
 @pytest.mark.parametrize("family", ["mbart", "mbart50", "m2m100", "nllb", "madlad"])
-def test_each_clip_is_told_its_own_language(folders, family):
+def test_each_clip_has_its_own_target_language(folders, family):
     codec = codec_of(folders[family], languages=("de", "en", "zh"))
-    told = [
-        pieces(codec, (*w.before, *w.start))[-1 if family != "madlad" else 0]
+    found = [
+        tokens_of(codec, (*w.before, *w.start))[-1 if family != "madlad" else 0]
         for w in map(codec.wording, ("de", "en", "zh"))
     ]
     tokens = {
@@ -336,16 +334,14 @@ def test_each_clip_is_told_its_own_language(folders, family):
         "nllb": ["deu_Latn", "eng_Latn", "zho_Hans"],
         "madlad": ["<2de>", "<2en>", "<2zh>"],
     }
-    assert told == tokens[family]
+    assert found == tokens[family]
 
 
 @pytest.mark.parametrize("family", ["madlad", "mt5", "qwen3"])
-def test_a_clip_in_a_language_that_training_had_not(folders, family):
-    """MADLAD's own token of it was not kept; Light-T has no id that stands for it."""
+def test_a_clip_in_a_new_language_is_refused(folders, family):
+    """MADLAD's token for it was not kept, and Light-T has no id for it."""
     codec = codec_of(folders[family], languages=("de", "en"), prompt="{language}: {video}")
-    with pytest.raises(
-        UserError, match=r"one of the training text \(de, en\), but one is 'zh'"
-    ):
+    with pytest.raises(UserError, match=r"one of the training text \(de, en\), got 'zh'"):
         codec.for_light_t().wording("zh")
 
 
@@ -353,13 +349,13 @@ def test_a_clip_in_a_language_that_training_had_not(folders, family):
     "language", ["de", "German", "de_DE", "deu_Latn", "<2de>", "__de__", "de-AT"]
 )
 @pytest.mark.parametrize("family", ["mbart", "nllb", "m2m100", "madlad"])
-def test_a_language_may_be_named_in_anybodys_words(folders, family, language):
+def test_a_language_may_have_any_of_its_names(folders, family, language):
     codec = codec_of(folders[family], language=language)
     # llm.language is for all clips
     assert codec.wording("en") == codec_of(folders[family]).wording("de")
 
 
-TOLD = {
+TOKENS_OF = {
     "mbart": {"Chinese": "zh_CN", "cmn": "zh_CN", "zh-Hans": "zh_CN", "ja": "ja_XX", "Burmese": "my_MM"},
     "mbart50": {"iw": "he_IL", "he": "he_IL", "tl": "tl_XX", "pt-BR": "pt_XX", "mk": "mk_MK"},
     "m2m100": {"bg": "__bg__", "is": "__is__", "iw": "__he__", "nb": "__no__", "cmn": "__zh__",
@@ -372,25 +368,23 @@ TOLD = {
 
 
 @pytest.mark.parametrize(
-    ("family", "language"), [(f, name) for f, names in TOLD.items() for name in names]
+    ("family", "language"), [(f, name) for f, names in TOKENS_OF.items() for name in names]
 )
-def test_every_language_that_a_tokenizer_knows_may_be_named(folders, family, language):
+def test_every_language_of_a_tokenizer_is_accepted(folders, family, language):
     of_all, of_each = (
         codec_of(folders[family], language=language),
         codec_of(folders[family], languages=(language,)),
     )
-    assert TOLD[family][language] in pieces(
+    assert TOKENS_OF[family][language] in tokens_of(
         of_all, (*of_all.wording().before, *of_all.wording().start)
     )
-    if language != "<2fr_CA>":  # its tag is fr, as the region is no language
+    if language != "<2fr_CA>":  # its tag is fr, without the region
         assert of_each.wording() == of_all.wording()
 
 
 @pytest.mark.parametrize("family", ["mbart", "mbart50", "m2m100"])
 @pytest.mark.parametrize("language", ["zh-Hant", "zh_TW", "Traditional Chinese"])
-def test_a_script_that_the_tokenizer_has_no_token_for_is_refused_with_the_remedy(
-    folders, family, language
-):
+def test_a_script_without_a_token_is_refused_with_a_remedy(folders, family, language):
     for given in ({"language": language}, {"languages": (language,)}):
         with pytest.raises(
             UserError,
@@ -405,10 +399,10 @@ def test_a_script_that_the_tokenizer_has_no_token_for_is_refused_with_the_remedy
 
 def test_a_prompt_names_the_script(folders):
     codec = codec_of(folders["qwen3"], trim=False, languages=("zh", "zh-Hant", "bg"))
-    told = [
+    found = [
         codec.tokenizer.decode(codec.wording(tag).before) for tag in ("zh-Hant", "zh", "bg")
     ]
-    assert told == [
+    assert found == [
         "Translate this Chinese Sign Language video into Traditional Chinese:",
         "Translate this Chinese Sign Language video into Chinese:",
         "Translate this Bulgarian Sign Language video into Bulgarian:",
@@ -416,15 +410,15 @@ def test_a_prompt_names_the_script(folders):
 
 
 @pytest.mark.parametrize("family", ["t5", "qwen3"])
-def test_a_misspelt_language_is_refused_also_where_no_prompt_names_it(folders, family):
+def test_a_misspelled_language_is_refused_if_the_prompt_does_not_name_it(folders, family):
     with pytest.raises(
-        UserError, match="must be one that is known, but is 'Germann': did you mean German"
+        UserError, match="must be a known language, got 'Germann': did you mean German"
     ):
         codec_of(folders[family], language="Germann", prompt="Translate: {video}")
 
 
 @pytest.mark.parametrize("family", ["mbart", "madlad", "mt5"])
-def test_a_vocabulary_of_an_earlier_version_names_languages_as_its_corpora_did(
+def test_a_vocabulary_of_an_earlier_version_with_other_names_of_languages_is_read(
     folders, family, tmp_path
 ):
     codec = codec_of(folders[family], languages=("de", "en"), prompt="{language}: {video}")
@@ -442,7 +436,7 @@ def test_a_vocabulary_of_an_earlier_version_names_languages_as_its_corpora_did(
 @pytest.mark.parametrize(
     "family", [f for f, entry in FAMILIES.items() if entry.decoder_only]
 )
-def test_a_decoder_only_llm_reads_a_prompt_as_its_tokenizer_begins_one(folders, family):
+def test_the_prompt_of_a_decoder_only_llm_begins_as_its_tokenizer_does(folders, family):
     codec = codec_of(folders[family], trim=False)
     before, after = "Translate this German Sign Language video into German:", "\n"
     wording = codec.wording("de")
@@ -463,14 +457,16 @@ def test_a_decoder_only_llm_reads_a_prompt_as_its_tokenizer_begins_one(folders, 
         "cohere": "<BOS_TOKEN>",
         "cohere2": "<BOS_TOKEN>",
     }
-    begun = pieces(codec, wording.before)[0]
+    begun = tokens_of(codec, wording.before)[0]
     assert (
         begun == first[family]
         if family in first
         else begun not in codec.tokenizer.all_special_tokens
     )
     trimmed = codec_of(folders[family])
-    assert pieces(trimmed, trimmed.wording("de").before) == pieces(codec, wording.before)
+    assert tokens_of(trimmed, trimmed.wording("de").before) == tokens_of(
+        codec, wording.before
+    )
 
 
 def test_a_prompt_names_language_and_sign_language_of_the_clip(folders):
@@ -482,8 +478,8 @@ def test_a_prompt_names_language_and_sign_language_of_the_clip(folders):
         sign_languages={"bsl_news": "British Sign Language"},
     )
     asked = [("de", ""), ("en", ""), ("en", "bsl_news")]
-    told = [codec.tokenizer.decode(codec.wording(*of).before) for of in asked]
-    assert told == [
+    found = [codec.tokenizer.decode(codec.wording(*of).before) for of in asked]
+    assert found == [
         "German Sign Language to German: ",
         "American Sign Language to English: ",
         "British Sign Language to English: ",
@@ -491,7 +487,7 @@ def test_a_prompt_names_language_and_sign_language_of_the_clip(folders):
 
 
 @pytest.mark.parametrize("family", ["t5", "mt5", "flan_t5"])
-def test_t5_takes_a_prompt_where_one_is_given(folders, family):
+def test_t5_reads_a_prompt_if_one_is_given(folders, family):
     codec = codec_of(
         folders[family], trim=False, languages=("de", "en"), prompt="to {language}: {video}"
     )
@@ -500,7 +496,7 @@ def test_t5_takes_a_prompt_where_one_is_given(folders, family):
         "to German:",
         "to English:",
     ]
-    assert {pieces(codec, w.start) for w in wordings} == {("<pad>",)}
+    assert {tokens_of(codec, w.start) for w in wordings} == {("<pad>",)}
 
 
 @pytest.mark.parametrize(
@@ -525,44 +521,44 @@ def test_an_unknown_language_is_refused_with_near_ones(folders, family, near):
 def test_a_prompt_for_an_unknown_language_is_refused_with_near_ones(folders):
     with pytest.raises(
         UserError,
-        match=r"must be one that has a language .* 'Germann': did you mean German.*prompt",
+        match=r"a language with a language for .* 'Germann': did you mean German.*prompt",
     ):
         codec_of(folders["qwen3"], language="Germann")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_llm_folder_without_a_tokenizer_is_refused(folders, tmp_path, family):
-    """transformers makes a tokenizer of special tokens alone where there are no files."""
+    """Without files, transformers makes a tokenizer with special tokens only."""
     for path in folders[family].iterdir():
         if path.name.endswith(("config.json", ".safetensors")) and not path.name.startswith(
             "tokenizer"
         ):
             shutil.copy(path, tmp_path)
     with pytest.raises(
-        UserError, match=r"tokenizer of .* must load, but did not: .*Name a folder"
+        UserError, match=r"Cannot load the tokenizer of .*: .*\. Give a folder"
     ):
         codec_of(tmp_path)
 
 
-def test_a_misspelt_language_is_refused_where_the_llm_is_told_none(folders):
+def test_a_misspelled_language_is_refused_for_an_llm_without_a_language_token(folders):
     with pytest.raises(
-        UserError, match=r"must be one that is known, but is 'Germann': did you mean German"
+        UserError, match="must be a known language, got 'Germann': did you mean German"
     ):
         codec_of(folders["mt5"], language="Germann")
     assert codec_of(folders["mt5"], language="German").language == "German"
 
 
 @pytest.mark.parametrize("family", ["t5", "mt5", "flan_t5"])
-def test_two_languages_are_refused_where_nothing_tells_the_llm_which(folders, family):
+def test_two_languages_are_refused_without_language_tokens_or_prompt(folders, family):
     with pytest.raises(
         UserError,
-        match=r"must be told which of de, en .* Give a --llm\.prompt with \{language\}",
+        match=r"target languages \(de, en\), got ''\. Give a --llm\.prompt with \{language\}",
     ):
         codec_of(folders[family], languages=("de", "en"))
 
 
-def test_two_languages_are_refused_where_the_prompt_names_none(folders):
-    with pytest.raises(UserError, match="must be told which"):
+def test_two_languages_are_refused_if_the_prompt_names_none(folders):
+    with pytest.raises(UserError, match=r"llm\.prompt must contain \{language\}"):
         codec_of(folders["llama"], languages=("de", "en"), prompt="Translate: {video}")
     assert (
         codec_of(folders["llama"], languages=("de",), prompt="Translate: {video}")
@@ -579,9 +575,7 @@ def test_a_prompt_with_wrong_fields_is_refused(folders, prompt):
         codec_of(folders["llama"], prompt=prompt)
 
 
-def test_a_decoder_only_llm_is_told_by_the_prompt_whatever_words_are_in_its_vocabulary(
-    folders, tmp_path
-):
+def test_a_decoder_only_llm_uses_the_prompt_and_no_language_tokens(folders, tmp_path):
     texts = ["de_DE en_XX it_IT " * 9, *SENTENCES]
     folder = make_tiny_llm("bloom", tmp_path, texts)
     codec = codec_of(folder, languages=("ru",))
@@ -591,11 +585,10 @@ def test_a_decoder_only_llm_is_told_by_the_prompt_whatever_words_are_in_its_voca
     assert codec.wording("ru").before
 
 
-def test_mbart_is_trimmed_to_specials_languages_and_the_pieces_of_the_training_text(
+def test_mbart_is_trimmed_to_specials_languages_and_the_tokens_of_the_text(
     shared_data, tmp_path
 ):
-    """The rule of FLa-LLM's section 4.1, on real weather reports and a tokenizer trained
-    on the spot."""
+    """Test the rule of FLa-LLM's section 4.1 with real weather reports."""
     table = shared_data / "phoenix14t" / "full-test-split.PHOENIX-2014-T.test.corpus.csv"
     with table.open(encoding="utf-8", newline="") as file:
         reports = [row["translation"] for row in csv.DictReader(file, delimiter="|")]
@@ -625,11 +618,11 @@ def test_mbart_is_trimmed_to_specials_languages_and_the_pieces_of_the_training_t
     ]
 
 
-# --- what a vocabulary cannot write
+# --- unknown tokens
 
 
 @pytest.mark.parametrize("trim", [False, True])
-def test_unknown_characters_are_counted_as_they_stand_in_the_texts(folders, trim):
+def test_unknown_characters_are_counted_as_in_the_texts(folders, trim):
     texts = [*GERMAN, "Sonne ﹝heute﹞ ☀！", "Sonne ☀ ☀", "Sonne ☀ ☀"]
     codec = codec_of(folders["mbart"], texts, trim)
     unknown = codec.unknown_tokens(texts)
@@ -639,7 +632,7 @@ def test_unknown_characters_are_counted_as_they_stand_in_the_texts(folders, trim
         and unknown.num_unknown == ids.count(codec._unknown_id) > 0
     )
     assert unknown.characters[0] == ("☀", 5)
-    # not as the normaliser writes them
+    # without normalisation
     assert {"﹝", "﹞", "！"} <= dict(unknown.characters).keys()
     assert "'☀' (5)" in str(unknown) and str(unknown).startswith(
         f"{100 * unknown.num_unknown / len(ids):.2g} %"
@@ -647,7 +640,7 @@ def test_unknown_characters_are_counted_as_they_stand_in_the_texts(folders, trim
 
 
 @pytest.mark.parametrize("family", ["mbart", "m2m100", "nllb", "t5", "madlad", "xglm"])
-def test_every_family_tells_what_is_unknown(folders, family):
+def test_unknown_tokens_are_found_in_every_family(folders, family):
     codec = codec_of(folders[family])
     assert codec.unknown_tokens(SENTENCES).num_unknown == 0
     unknown = codec.unknown_tokens([*SENTENCES, "Sonne Ω", "Sonne Ω </s>"])
@@ -655,20 +648,20 @@ def test_every_family_tells_what_is_unknown(folders, family):
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama", "gemma2", "bloom"])
-def test_nothing_is_unknown_to_a_vocabulary_that_spells_in_bytes(folders, family):
+def test_a_vocabulary_with_bytes_has_no_unknown_tokens(folders, family):
     texts = ["Sonne Ω ☀！", *SENTENCES]
     assert codec_of(folders[family], texts).unknown_tokens(texts).num_unknown == 0
 
 
-def test_a_few_unknown_tokens_are_told_and_more_are_refused(folders, capsys):
+def test_a_few_unknown_tokens_are_printed_and_many_are_refused(folders, capsys):
     codec = codec_of(folders["mbart"], GERMAN)
     check_unknown(codec, GERMAN, "an/llm")
     assert capsys.readouterr().out == ""
     length = len(codec.encode(GERMAN[0]))
     many = [GERMAN[0]] * (1000 // length + 1)
     check_unknown(codec, [*many, "Ω"], "an/llm")
-    told = capsys.readouterr().out
-    assert told.startswith("unknown to the tokenizer of an/llm: 0.0") and told.endswith(
+    found = capsys.readouterr().out
+    assert found.startswith("unknown to the tokenizer of an/llm: 0.0") and found.endswith(
         "because of 'Ω' (1).\n"
     )
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""Names of languages: one tag for each, whatever people, corpora and tokenizers call it."""
+"""Each language has one tag for all names that people, corpora and tokenizers use."""
 
 import pytest
 from transformers.models.m2m_100.tokenization_m2m_100 import (
@@ -92,7 +92,7 @@ def test_every_name_of_a_language_has_one_tag(tag, name):
              "Sign "
              "Language", "de_DE.UTF-8", "sr_RS@latin", "<2>", "__", "1", "translate", "de/en"]
 )  # fmt: skip
-def test_what_is_no_written_language_is_not_taken_for_one(name):
+def test_other_names_are_not_taken_for_languages(name):
     assert find_language(name) is None and tag_of(name) == name and word_rule(name) == "13a"
 
 
@@ -120,7 +120,7 @@ def test_every_language_of_a_tokenizer_has_a_tag_that_gives_its_token_back(famil
         "<2en_xx_simple>",
     }
     assert set(places) <= set(vocabulary)
-    # a region is no language of its own
+    # a token with a region has the tag of the language
     regional = {"<2fr_CA>": "<2fr>", "<2ms_Arab_BN>": "<2ms_Arab>"}
     place = "source" if family == "madlad" else "decoder"
     for token in places:
@@ -134,11 +134,11 @@ def test_every_language_of_a_tokenizer_has_a_tag_that_gives_its_token_back(famil
 @pytest.mark.parametrize(
     "vocabulary", [ORDINARY, [*ORDINARY, "pt_BR", "nl_BE"], [*ORDINARY, "__de__"]]
 )
-def test_ordinary_text_is_no_language_token(vocabulary):
+def test_ordinary_text_is_not_taken_for_language_tokens(vocabulary):
     assert language_tokens(vocabulary) == {} and token_of("de", {}) is None
 
 
-def test_tokens_that_were_added_to_a_tokenizer_count():
+def test_tokens_that_were_added_to_a_tokenizer_are_language_tokens():
     vocabulary = [*ORDINARY, *MBART_CODES, "bg_BG", "xx_QQ"]
     assert token_of("Bulgarian", language_tokens(vocabulary, ["bg_BG", "xx_QQ"])) == (
         "bg_BG",
@@ -160,7 +160,7 @@ def test_tokens_that_were_added_to_a_tokenizer_count():
         ("nllb", "Serbian (Latin)", "sr"),
         ("nllb", "uz-Cyrl", "uz"),
         ("nllb", "kk-Latn", "kk"),
-        ("nllb", "sat", "sat-Beng"),
+        ("nllb", "sat", "sat-Beng"),  # codespell:ignore beng
         ("madlad", "uz-Cyrl", "uz"),
         ("mbart50", "az-Cyrl", "az"),
     ],
@@ -172,13 +172,13 @@ def test_another_script_is_refused_and_the_remedy_works(family, language, instea
     ) as error:
         token_of(language, places)
     token = token_of(instead, places)[0]
-    assert f"has {token} (" in str(error.value)
+    assert f"it has {token} (" in str(error.value)
 
 
-def test_a_language_that_a_tokenizer_lacks_is_refused():
+def test_a_language_without_a_token_is_refused():
     for language in ("yue", "nn", "bg", "is"):
         with pytest.raises(
-            UserError, match=rf"must be one .* has a token for, but is '{language}'"
+            UserError, match=rf"must be a language with a token .*, got '{language}'"
         ):
             token_of(language, language_tokens(MBART_CODES))
     with pytest.raises(UserError, match="did you mean Icelandic"):
@@ -201,7 +201,7 @@ def test_a_language_that_a_tokenizer_lacks_is_refused():
         ("13a", "de ko Korean kor_Hang vi zh-Latn ja-Latn hi ar en_XX id su jv"),
     ],
 )
-def test_words_are_found_by_the_script(rule, languages):
+def test_the_script_chooses_the_rule_for_words(rule, languages):
     assert {
         language: word_rule(language) for language in languages.split()
     } == dict.fromkeys(languages.split(), rule)
@@ -216,5 +216,5 @@ def test_names_and_sign_languages_for_prompts():
     assert facts["zh"] == ("Chinese", "Chinese Sign Language")
     assert facts["zh-Hant"][0] == "Traditional Chinese"
     assert facts["sr-Latn"] == ("Serbian (Latin)", "Serbian Sign Language")
-    assert facts["nso"] == ("Northern Sotho", "sign language")  # none is invented
+    assert facts["nso"] == ("Northern Sotho", "sign language")  # no known sign language
     assert find_language("bn").name == "Bengali" and find_language("no").name == "Norwegian"

@@ -1,4 +1,4 @@
-"""Text reaches a SentencePiece vocabulary as SentencePiece itself would write it."""
+"""Text is normalised for a SentencePiece vocabulary as SentencePiece does."""
 
 import csv
 import json
@@ -51,7 +51,7 @@ def codec_of(folder: Path, texts: list[str] = TEXTS, trim: bool = False) -> Text
 
 
 def again(codec: TextCodec, folder: Path) -> TextCodec:
-    """Saved and loaded twice, as for the run's folder and its export."""
+    """Save and load a codec twice, as for the run folder and its export."""
     for name in ("run", "export"):
         codec.save(folder / name)
         codec = TextCodec.load(folder / name)
@@ -60,7 +60,7 @@ def again(codec: TextCodec, folder: Path) -> TextCodec:
 
 @pytest.mark.parametrize("family", NORMALISED)
 @pytest.mark.parametrize("trim", [False, True])
-def test_odd_characters_are_written_in_those_of_the_vocabulary(
+def test_unusual_characters_are_normalised_to_those_of_the_vocabulary(
     folders, family, trim, tmp_path
 ):
     codec = codec_of(folders[family], [*TEXTS, *ODD], trim)
@@ -73,7 +73,7 @@ def test_odd_characters_are_written_in_those_of_the_vocabulary(
 
 
 @pytest.mark.parametrize("family", [*BYTE_LEVEL, *BYTE_FALLBACK])
-def test_a_vocabulary_that_spells_in_bytes_keeps_odd_characters(folders, family, tmp_path):
+def test_a_vocabulary_with_bytes_keeps_unusual_characters(folders, family, tmp_path):
     plain = AutoTokenizer.from_pretrained(folders[family])
     codec = again(codec_of(folders[family]), tmp_path)
     for text in [*TEXTS, *ODD]:
@@ -93,7 +93,7 @@ FILES = {
 
 @pytest.mark.parametrize("files", FILES)
 @pytest.mark.parametrize("family", ["mbart", "xglm", "mbart50", "nllb", "t5"])
-def test_the_normaliser_is_found_wherever_it_is(folders, family, files, tmp_path):
+def test_the_normaliser_is_found_in_each_kind_of_file(folders, family, files, tmp_path):
     folder = tmp_path / "llm"
     shutil.copytree(folders[family], folder)
     if not (folder / "tokenizer.json").is_file():  # no such file on the hub
@@ -114,15 +114,15 @@ def test_the_normaliser_is_found_wherever_it_is(folders, family, files, tmp_path
     assert {text: codec.decode(codec.encode(text)) for text in ODD} == ODD
 
 
-def test_a_vocabulary_that_holds_full_width_characters_is_left_as_it_is(folders, tmp_path):
-    """Nothing says how it was made, and it could not have been made under NFKC."""
+def test_a_vocabulary_with_full_width_characters_is_not_changed(folders, tmp_path):
+    """Its files do not say how it was made, but it was not made with NFKC."""
     folder = tmp_path / "llm"
     shutil.copytree(folders["mbart"], folder)
     (folder / "sentencepiece.bpe.model").unlink()
     content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     vocabulary = [
-        ["，" if piece == "," else piece, score]
-        for piece, score in content["model"]["vocab"]
+        ["，" if token == "," else token, score]
+        for token, score in content["model"]["vocab"]
     ]
     content["model"]["vocab"] = vocabulary
     content["normalizer"] = None
@@ -131,7 +131,7 @@ def test_a_vocabulary_that_holds_full_width_characters_is_left_as_it_is(folders,
     assert codec.decode(codec.encode("今天，好")) == "今天，好"
 
 
-def test_a_tokenizer_that_normalises_in_another_way_keeps_to_it(folders, tmp_path):
+def test_a_tokenizer_with_another_normaliser_keeps_it(folders, tmp_path):
     tokenizer = load_tokenizer(str(folders["t5"]))
     tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase()])
     tokenizer.save_pretrained(tmp_path)
@@ -168,7 +168,7 @@ def reports(shared_data: Path) -> list[str]:
 
 
 def by_sentencepiece(real: Path, text: str) -> list[int]:
-    """Ids in mBART's order, which has one special token more ahead and another unknown."""
+    """Return ids in mBART's order: one special token more at the start, another unknown id."""
     model = sentencepiece.SentencePieceProcessor(
         model_file=str(real / "sentencepiece.bpe.model")
     )
@@ -176,7 +176,7 @@ def by_sentencepiece(real: Path, text: str) -> list[int]:
 
 
 @pytest.mark.parametrize("trim", [False, True])
-def test_the_real_mbart_reads_text_as_its_sentencepiece_model_does(
+def test_the_real_mbart_encodes_as_its_sentencepiece_model_does(
     real, reports, trim, tmp_path
 ):
     texts = [*reports, *FULL_WIDTH, "regen，wind？ ﾊﾞﾝ schnee！"]
@@ -197,8 +197,8 @@ def test_the_real_mbart_reads_text_as_its_sentencepiece_model_does(
         )
 
 
-def test_the_real_mbart_knows_the_reports_and_says_what_it_does_not(real, reports):
-    """Its 2,427 pieces have no comma: NFKC alone does not make one known."""
+def test_the_real_mbart_encodes_the_reports_and_counts_unknown_tokens(real, reports):
+    """Its 2,427 tokens have no comma, so NFKC does not make the comma known."""
     codec = TextCodec.for_training_text(
         str(real), Instruction(language="de_DE"), reports, trim=False
     )
