@@ -16,6 +16,9 @@ from torch.nn import functional as F
 
 from flallm_ds.batch import VideoBatch
 
+# Shapes: B clips, N frames of all clips, H x W pixels of the canvas, C channels.
+# Draws: the columns of draws_B9 are numbers in [0, 1): crop (x and y offset), use of the
+# three augmentations, angle, scale, shift in two directions.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -60,6 +63,7 @@ class Preprocess:
         # These are not pinned, but CUDA copies so small a source before the call returns.
         theta_B23 = theta_B23.to(device, non_blocking=True)
         clips_N = clips_N.to(device, non_blocking=True)
+        # The same pixels by either way, up to rounding.
         function = _fused if device.type == "cuda" and _can_fuse(device) else resample
         return function(frames_NHWC, theta_B23, clips_N, self.crop_size, dtype)
 
@@ -83,7 +87,7 @@ class Preprocess:
         angle_B, scale_B, shift_B2 = self._augmentation(draws_B9, train)
 
         # From the crop to the square, in pixels: p = centre + R (q - centre) / scale +
-        # shift, with q = offset + (u + 1) / 2 * crop for the crop's coordinate u in [-1, 1].
+        # shift, with q = offset + (u + 1) / 2 * crop for a crop coordinate u in [-1, 1].
         cos_B, sin_B = torch.cos(angle_B) / scale_B, torch.sin(angle_B) / scale_B
         upper_B2 = torch.stack([cos_B, -sin_B], -1)
         lower_B2 = torch.stack([sin_B, cos_B], -1)
@@ -95,6 +99,7 @@ class Preprocess:
         # From the square to the canvas, with x before y.
         canvas_2 = torch.tensor([canvas_hw[1], canvas_hw[0]], dtype=torch.float32)
         stretch_B2 = 2 * size_B2.flip(1) / side / canvas_2
+        # The crop's coordinates run over [-1, 1], so half a crop is one unit.
         linear_B22 = turn_B22 * (crop / 2) * stretch_B2.unsqueeze(-1)
         constant_B21 = (shift_px_B2 * stretch_B2 - 1).unsqueeze(-1)
         return torch.cat([linear_B22, constant_B21], dim=-1)

@@ -109,6 +109,7 @@ class FrameSampling:
 
     def _num_groups(self, num_frames: np.ndarray, strides: np.ndarray) -> np.ndarray:
         """Return the number of groups of clips, float64. The last group may be short."""
+        # Group i begins at frame i * stride, rounded up; the last frame decides the number.
         groups: np.ndarray = np.floor((num_frames - 1 + _EDGE) / strides) + 1
         return groups
 
@@ -132,7 +133,7 @@ class FrameSampling:
         bounds = np.ceil(np.arange(num_groups + 1) * stride - _EDGE)
         bounds[-1] = num_frames
 
-        # One frame of each group.
+        # One frame of each group. The last group may be shorter than the others.
         firsts = bounds[:-1]
         sizes = bounds[1:] - firsts
         chosen = firsts if rng is None else firsts + rng.random(num_groups) * sizes
@@ -147,6 +148,7 @@ class FrameSampling:
 
         Use it for a video of unknown length.
         """
+        # The frame is kept if it is the first frame of its group.
         stride = self.stride(fps)
         group = int((frame + _EDGE) / stride)
         return math.ceil(group * stride - _EDGE) == frame

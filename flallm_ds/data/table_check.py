@@ -38,6 +38,7 @@ def check_table(
     shard_bytes: int64, the size of each tar (for cached features: of its smallest view).
     is_video: whether the clips are videos, not cached features.
     """
+    # A string column has two arrays: all bytes in a row, and where each string ends.
     required = list(types)
     for name in strings:
         required += [name, f"{name}_ends"]
@@ -53,10 +54,12 @@ def check_table(
         _must(within, numbers[name], f"{name} must be from {least:,} to {most:,}")
 
     num_frames = numbers["num_frames"]
+    # Two valid numbers can still give an impossible length.
     seconds = num_frames / numbers["fps"].astype(np.float64)
     short = seconds <= MAX_CLIP_S
     _must(short, seconds, f"num_frames / fps must be at most {MAX_CLIP_S:,} s")
     _check_places(numbers, shard_bytes)
+    # A frame takes at least a byte, so a small clip cannot ask for much memory.
     if is_video:
         fits = num_frames <= numbers["size"]
         _must(fits, num_frames, "num_frames must be at most size, a byte a frame")

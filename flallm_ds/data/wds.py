@@ -62,6 +62,7 @@ def _decode(
                 f"num_frames in the JSON must be at most the clip's size ({len(member)} "
                 f"bytes), got {facts['num_frames']}"
             )
+        # Evaluation draws nothing: rng is None.
         rng = np.random.default_rng(random.getrandbits(64)) if train else None
         picks = sampling.picks(facts["num_frames"], facts["fps"], rng)
         hw = facts["height"], facts["width"]
@@ -87,6 +88,7 @@ def _facts(sample: Mapping[str, Any]) -> dict[str, Any]:
     facts = json.loads(content)
     if not isinstance(facts, dict):
         raise ValueError(f"the JSON must be an object, got {type(facts).__name__}")
+    # The numbers decide how much memory is allocated, and a tar may come from anyone.
     for name, kind in _FACTS.items():
         if not isinstance(facts.get(name), kind):
             raise ValueError(

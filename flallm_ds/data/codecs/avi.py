@@ -18,6 +18,7 @@ _MAX_BYTES = 2**31 - 2**20
 _FRAME_ID = b"00dc"
 _FRAME_ID_U4 = int.from_bytes(_FRAME_ID, "little")
 _JPEG_BEGIN = b"\xff\xd8"
+# An index entry, 16 bytes per frame. Its offset counts from the word `movi`.
 _INDEX_ENTRY = np.dtype(
     [("id", "<u4"), ("flags", "<u4"), ("offset", "<u4"), ("size", "<u4")]
 )
@@ -138,7 +139,8 @@ def indexed_spans(member: bytes | memoryview) -> np.ndarray:
     offsets, sizes = index["offset"].astype(np.int64), index["size"].astype(np.int64)
     begins = offsets + movi + 8  # after the chunk's name and size
     ends = begins + sizes
-    # Frames are in order and do not overlap, so the last end bounds every span.
+    # A damaged or malicious index must not lead outside of the member. Frames are in order
+    # and do not overlap, so the last end bounds every span.
     if (
         (sizes < 4).any()
         or offsets[0] < 4

@@ -31,6 +31,8 @@ def check_whole(path: Path) -> None:
 
 def _mp4_bytes(file: BinaryIO, size: int) -> int:
     """Return where the last box with video data ends; other bytes may follow it."""
+    # An mp4 is a list of boxes: a length of 4 bytes, a name of 4 bytes, the content. Only
+    # these three hold what a decoder needs: headers, frames, and headers of fragments.
     position = needed = 0
     while position + 8 <= size:
         file.seek(position)

@@ -45,7 +45,8 @@ def decode_frames(
     jpegs = jpegs_of(member, picks, num_frames)
     height, width = hw
     out_THWC[:, height:] = 0
-    if out_THWC.shape[2] == width:  # the frame's memory is contiguous
+    # If the widths match, the frame's memory is contiguous and the decoder writes into it.
+    if out_THWC.shape[2] == width:
         for canvas, jpeg in zip(out_THWC, jpegs, strict=True):
             _decode(jpeg, canvas[:height], hw)
         return
@@ -72,6 +73,7 @@ def jpegs_of(
     # Only picked frames are checked: damage elsewhere does not matter here.
     picked = spans[picks]
     avi.check_frames(member, picked)
+    # Views keep `member` alive and copy nothing.
     view = memoryview(member)
     return [view[begin : begin + size] for begin, size in picked.tolist()]
 

@@ -67,6 +67,7 @@ def encode_h264(frames: Iterable[np.ndarray], fps: float, gop: int, crf: int) ->
             "x264-params": f"keyint={gop}:min-keyint={gop}:scenecut=0:bframes=0:open-gop=0:"
             "cpu-independent=1",
         }
+        # The stream gets its size from the first frame.
         num_frames = 0
         for num_frames, frame in enumerate(_yuv(frames), 1):
             if num_frames == 1:
@@ -96,6 +97,7 @@ def _yuv(frames: Iterable[np.ndarray]) -> "Iterator[av.VideoFrame]":
                 "frames must be uint8 of one shape (height, width, 3), got "
                 f"{frame.dtype} of {frame.shape} after {shape}"
             )
+        # yuv420p has one colour for 2 x 2 pixels, so both sides must be even.
         even = np.pad(frame, ((0, shape[0] % 2), (0, shape[1] % 2), (0, 0)), "edge")
         yield reformatter.reformat(
             av.VideoFrame.from_ndarray(even, format="rgb24"),
@@ -126,6 +128,7 @@ def decode_frames(
     for place, number in enumerate(picks.tolist()):
         places.setdefault(number, []).append(place)
     reformatter = VideoReformatter()
+    # The canvas around the frames is black.
     out_THWC[:, height:] = 0
     out_THWC[:, :height, width:] = 0
     try:

@@ -179,6 +179,7 @@ class Video:
         end_s: float | None,
     ) -> "Iterator[Path | _Picture]":
         """Yield the frames that begin in the span, then set `fps` and `past_end_s`."""
+        # Half-open, so that adjacent spans share no frame.
         begin_s = -np.inf if start_s is None else start_s - _EDGE_S
         stop_s = np.inf if end_s is None else end_s - _EDGE_S
         times: list[float] = []

@@ -57,6 +57,7 @@ class FileCache:
         if num_bytes is not None and os.fstat(fd).st_size != num_bytes:
             os.close(fd)
             return None
+        # The time stamp tells which file was used least recently.
         with contextlib.suppress(OSError):  # the file may belong to another user
             os.utime(fd)
         return fd
@@ -102,6 +103,7 @@ class FileCache:
         while True:
             if (fd := self.find(place, num_bytes)) is not None:
                 return fd
+            # If the part cannot be locked, another process fetches it or needs the room.
             self.make_folder(part.parent)
             with disk_errors(self.folder):
                 claimed = self._claim(place, part, num_bytes or 0)
@@ -140,6 +142,7 @@ class FileCache:
 
     def _claim(self, place: str, part: Path, num_bytes: int) -> int | None:
         """Return a locked descriptor of the part, None if it is in use or has no room."""
+        # Under the folder's lock, so that two processes do not count the same free space.
         with self._folder_lock():
             # The file has just arrived, or has a wrong size.
             if (fd := self.find(place)) is not None:

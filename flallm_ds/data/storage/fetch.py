@@ -121,6 +121,8 @@ class FsspecSource:
 
     def _path(self, name: str) -> Any:
         """Return the path of a file for fsspec. A query stays at the end of the address."""
+        # Insert the name before a query, which may hold a signature: /data?sig=x becomes
+        # /data/NAME?sig=x.
         parts = urllib.parse.urlsplit(self.root)
         path = f"{parts.path.rstrip('/')}/{name}"
         url = urllib.parse.urlunsplit(parts._replace(path=path, fragment=""))
@@ -190,6 +192,7 @@ def fetch(
     Raises Refused at once if another attempt cannot help, otherwise RankError after the
     last attempt.
     """
+    # The deadline ends also an attempt that receives its bytes too slowly.
     deadline = time.monotonic() + patience.total_s
     persist(
         lambda: _attempt(source, name, fd, num_bytes, sha256, deadline),
@@ -304,6 +307,7 @@ def reason_of(error: BaseException) -> str:
 
 def _write(fd: int, data: bytes, at: int) -> None:
     """Write data at an offset. Raises RankError, so that `persist` does not try again."""
+    # pwrite may write less than all bytes.
     view = memoryview(data)
     try:
         while view:
@@ -330,4 +334,5 @@ def printable(root: str) -> str:
 
 def scrubbed(text: str) -> str:
     """Return `text` without the users, passwords and queries in its addresses."""
+    # `://user:password@host` becomes `://host`; everything after a `?` is removed.
     return re.sub(r"\?[^\s'\")]+", "", re.sub(r"://[^/\s'\"]*@", "://", text))

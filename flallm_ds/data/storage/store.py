@@ -206,7 +206,8 @@ class RemoteStore:
 
     def _table(self, name: str, sha256: str) -> Path:
         """Return the path of a file with this checksum, after fetching it if needed."""
-        if not _SHA256.fullmatch(sha256):  # it becomes part of a path
+        # The checksum becomes part of a path, so `../` in it must be refused.
+        if not _SHA256.fullmatch(sha256):
             raise UserError(
                 f"index.json of {self.root} must give the sha256 of {name}, got {sha256!r}. "
                 "Do not use these shards, or build them again."
@@ -233,6 +234,7 @@ class RemoteStore:
         brief = replace(
             self._patience, attempts=min(INDEX_ATTEMPTS, self._patience.attempts)
         )
+        # Fetch into a temporary file: a copy in the cache must survive a failed attempt.
         with tempfile.TemporaryFile() as file:
             try:
                 fetch(self._source, name, file.fileno(), None, None, brief)
@@ -251,6 +253,7 @@ class RemoteStore:
         return path
 
     def open(self, shard: Shard) -> BinaryIO:
+        # A shard that is opened leaves the list, which makes room to read the next one.
         with self._lock:
             moved = shard in self._wanted
             self._wanted.pop(shard, None)
@@ -312,6 +315,7 @@ class RemoteStore:
             if shard is None:
                 time.sleep(wait_s or 0)
                 continue
+            # Fetch it into the cache and close it at once.
             failed = True
             try:
                 fd = self._obtain(shard, wait=False)
@@ -384,6 +388,7 @@ class RemoteStore:
             self.open(shard).close()
 
 
+# All stores of this process, for the limit of reading ahead and for forks.
 _stores: "weakref.WeakSet[RemoteStore]" = weakref.WeakSet()
 _left_behind: list[FsspecSource] = []
 

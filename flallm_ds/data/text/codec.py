@@ -128,7 +128,7 @@ class TextCodec:
         )
 
     def encode(self, text: str) -> list[int]:
-        """Return the token ids of a sentence, with an end token and without a start token."""
+        """Return the token ids of a sentence with an end token, without a start token."""
         text = self._normal(text)
         if self._normalizer is not None:
             # SentencePiece joins spaces; some tokenizers made from its models do not.
@@ -172,6 +172,7 @@ class TextCodec:
 
     def unknown_tokens(self, texts: Iterable[str]) -> UnknownTokens:
         """Count the tokens and the unknown tokens of sentences, with their end tokens."""
+        # Equal sentences are encoded once.
         num_tokens = num_unknown = 0
         words: Counter[str] = Counter()  # words of sentences with unknown tokens
         for text, times in Counter(texts).items():
@@ -210,8 +211,8 @@ class TextCodec:
             return [trimmed]
         if self._unknown_id is not None:
             return [self._unknown_id]
-        # In a byte-level vocabulary each letter of a token stands for a byte and is itself a
-        # token.
+        # In a byte-level vocabulary each letter of a token stands for a byte, and is a
+        # token by itself.
         ids = []
         for letter in self.tokenizer.convert_ids_to_tokens(int(full_id)):
             byte_id = self.trimmed_id(self._vocabulary.get(letter, -1))
@@ -284,6 +285,7 @@ class TextCodec:
                 ids = ids[:-1]
             return Wording(tuple(ids), tuple(self._ids(after)))
 
+        # Encoder-decoders without language tokens (T5) have only the prompt.
         found = token_of(language, self._language_tokens)
         if found is None:
             if named and find_language(language) is None:
@@ -412,6 +414,7 @@ class TextCodec:
         if instruction.language:
             languages = [instruction.language]
         corpora = ["", *instruction.sign_languages]
+        # All prompts and decoder starts that a clip can have. They must differ by language.
         wordings = set(starmap(whole.wording, product(languages, corpora)))
         if len(set(map(whole.wording, languages))) < len(set(languages)):
             raise UserError(

@@ -23,6 +23,7 @@ Settings = dict[str, Any]
 # protobuf creates the class at import, so type checkers do not find it.
 ModelProto: Any = vars(sentencepiece_model_pb2)["ModelProto"]
 
+# Names of SentencePiece models in repositories on the hub.
 _MODEL_FILES = ("sentencepiece.bpe.model", "spiece.model", "tokenizer.model")
 _OF_SPACES = {"Replace", "Strip", "Prepend"}  # normalisers that change spaces only
 
@@ -47,6 +48,7 @@ def restore_normalizer(tokenizer: Any, name: str) -> None:
     charsmap = _map_of_files(tokenizer, name)
     if charsmap is None and _was_made_normalised(backend, vocabulary):
         charsmap = nmt_nfkc()
+    # The map comes first: the other parts change the spaces of its result.
     if charsmap:
         rest = [] if backend.normalizer is None else [backend.normalizer]
         backend.normalizer = normalizers.Sequence(
@@ -67,6 +69,7 @@ def normalizer_of(tokenizer: Any) -> SentencePieceNormalizer | None:
 
 def normalizer_by(charsmap: bytes) -> SentencePieceNormalizer:
     """Return SentencePiece's normaliser with a character map. It keeps all spaces."""
+    # All space options are off, so that the map is the only change.
     model = ModelProto()
     model.normalizer_spec.precompiled_charsmap = charsmap
     return SentencePieceNormalizer(
@@ -123,6 +126,7 @@ def _map_of_files(tokenizer: Any, name: str) -> bytes | None:
 
     Empty if the vocabulary was made without a map, None if the files do not say.
     """
+    # First the SentencePiece model, then tokenizer.json, which may be without the map.
     models = [type(tokenizer).vocab_files_names.get("vocab_file", "")]
     if Path(name).is_dir():
         models += _MODEL_FILES
@@ -155,6 +159,7 @@ def _was_made_normalised(backend: Tokenizer, vocabulary: Iterable[str]) -> bool:
 
     For vocabularies whose files do not say. Those with tokens for bytes need no map.
     """
+    # Other normalisers, such as NFC or lower case, say how the vocabulary was made.
     kinds = {part["type"] for part in _parts(_settings(backend))}
     if kinds - _OF_SPACES or "<0x00>" in vocabulary:
         return False

@@ -11,6 +11,7 @@ from flallm_ds.data.text.languages import (
 )
 from flallm_ds.errors import UserError
 
+# It ends with the video and a line break, after which the LLM writes the translation.
 DECODER_ONLY_PROMPT = "Translate this {sign_language} video into {language}:{video}\n"
 _PROMPT_FIELDS = {"sign_language", "language", "video"}
 
@@ -49,6 +50,7 @@ class Instruction:
         """
         template = self.prompt or (DECODER_ONLY_PROMPT if self.decoder_only else "{video}")
         check_prompt(template)
+        # The value of each field. {video} stays in the text, where it is split below.
         found = find_language(language)
         names = {
             "video": "{video}",
@@ -58,6 +60,7 @@ class Instruction:
         if found is not None:
             names["language"] = found.name
             names["sign_language"] = names["sign_language"] or found.sign_language
+        # An empty value would leave a gap in the sentence, so it is an error.
         for name in sorted(set(_fields(template))):
             if not names[name]:
                 error = unknown_language(

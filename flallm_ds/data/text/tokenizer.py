@@ -32,6 +32,7 @@ def load_tokenizer(name: str, hub_code: bool = False) -> Any:
     hub_code: run the Python code in the tokenizer's repository.
     Raises UserError if there is no tokenizer.
     """
+    # This raises an error with the cause if there is no such model on the hub.
     if not Path(name).is_dir():
         check_llm_source(name)
     reason = "it has no files"

@@ -20,6 +20,7 @@ class UnknownTokens:
         text = f"{share:.2g} % of {self.num_tokens:,} tokens"
         if not self.characters:
             return text
+        # The first ten are enough to recognise the cause.
         shown = self.characters[:10]
         listed = ", ".join(f"{character!r} ({times:,})" for character, times in shown)
         text += f", because of {listed}"
