@@ -48,7 +48,9 @@ def noise(num: int, height: int, width: int) -> torch.Tensor:
     )
 
 
-def pixels_of(preprocess: Preprocess, batch: Batch, train: bool = False) -> torch.Tensor:
+def pixels_of(
+    preprocess: Preprocess, batch: VideoBatch, train: bool = False
+) -> torch.Tensor:
     """Return pixels from 0 to 255 without the normalisation, of shape (N, 3, crop, crop)."""
     normalised = preprocess(batch, train, CPU)
     assert normalised.dtype == torch.float32

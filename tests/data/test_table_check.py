@@ -399,7 +399,7 @@ def test_a_truncated_tar_allocates_no_memory_for_its_missing_bytes(
     rewrite(folder, with_value(folder, "size", 5, 2**31))
     index = load_index(folder, "train")
     with pytest.raises(ValueError, match="must hold 2147483648 bytes at"):
-        ClipReader(index, FrameSampling(), 0, False).read(
+        VideoReader(index, FrameSampling(), 0, False).read(
             5, lambda size: pytest.fail("memory was allocated")
         )
     preview(folder, out=tmp_path / "look")
