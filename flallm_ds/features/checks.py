@@ -3,10 +3,15 @@
 from collections.abc import Mapping
 from typing import Any
 
-from flallm_ds.config import RunConfig
+from flallm_ds.config import DataConfig, RunConfig
 from flallm_ds.data.index import FeatureIndex, Index
 from flallm_ds.errors import UserError
 from flallm_ds.features.facts import OPTIONS
+
+
+def feature_options(data: DataConfig) -> dict[str, Any]:
+    """Return the options that decide the pixels of features (`OPTIONS`), with their values."""
+    return {name: getattr(data, name) for name in OPTIONS}
 
 
 def check_stage(config: RunConfig, train_index: Index) -> None:
@@ -14,11 +19,10 @@ def check_stage(config: RunConfig, train_index: Index) -> None:
     the run's stage."""
     data = config.data
     if config.trains_visual:
-        how = (
-            f"stage is {config.stage}"
-            if config.stage != "llm"
-            else f"visual.frozen is {config.visual.frozen}"
-        )
+        how = f"stage is {config.stage}"
+        if config.stage == "llm":
+            how = f"visual.frozen is {config.visual.frozen}"
+        # Cached features are constants: no gradient could reach the encoder.
         if isinstance(train_index, FeatureIndex):
             facts = train_index.features[0]
             raise UserError(
@@ -48,7 +52,7 @@ def check_run(
 
     encoder: its fingerprint.
     """
-    options = {name: getattr(config.data, name) for name in OPTIONS}
+    options = feature_options(config.data)
     for index in (train_index, dev_index):
         check_features(index, options, encoder, f"--visual_run={config.visual_run}")
     check_evaluation(dev_index)

@@ -54,33 +54,42 @@ class FeatureFacts:
                 digest=digest,
                 **manifest["features"],
             )
-            numbers = (facts.views, facts.width, facts.seed)
-            texts = (
-                facts.source,
-                facts.encoder,
-                facts.made_by,
-                entry["source_fingerprint"],
-            )
-            whole = (
-                facts.dtype in DTYPES
-                and all(type(number) is int for number in numbers)
-                and min(facts.views, facts.width) >= 1
-                and facts.width <= MAX_WIDTH
-                and facts.seed >= 0
-                and isinstance(facts.training, bool)
-                and all(isinstance(text, str) for text in texts)
+            is_valid = (
+                facts._is_valid()
+                and isinstance(entry["source_fingerprint"], str)
                 and len(entry["shards"]) % facts.views == 0
-                and set(facts.options) == set(OPTIONS)
-                and facts.sampling.has_types()
             )
-        except (KeyError, TypeError, ValueError):  # the last of a sampling that cannot be
-            whole = False
-        if not whole:
+        # ValueError: a sampling that is impossible
+        except (KeyError, TypeError, ValueError):
+            is_valid = False
+        if not is_valid:
             raise UserError(
                 f"index.json must say what its features are, but does not: {root}. Make "
                 "them again with launch/features.py."
             )
         return facts
+
+    def _is_valid(self) -> bool:
+        """Return whether each value has its type and range.
+
+        Raises TypeError or ValueError for some values that have not.
+        """
+        for number in (self.views, self.width, self.seed):
+            # Not isinstance: True is an int for it.
+            if type(number) is not int:
+                return False
+        for text in (self.source, self.encoder, self.made_by):
+            if not isinstance(text, str):
+                return False
+        return (
+            self.dtype in DTYPES
+            and self.views >= 1
+            and 1 <= self.width <= MAX_WIDTH
+            and self.seed >= 0
+            and isinstance(self.training, bool)
+            and set(self.options) == set(OPTIONS)
+            and self.sampling.has_types()
+        )
 
     @property
     def sampling(self) -> FrameSampling:
@@ -125,11 +134,15 @@ def from_npy(member: memoryview, shape: tuple[int, int], dtype: str) -> np.ndarr
     compared, not parsed: numpy parses it with `ast`, which fails where several threads do
     so at once (CPython issue 106905).
     """
+    # A member is the magic bytes, the length of the header in two bytes, the header, and
+    # the numbers.
     magic = np.lib.format.magic(1, 0)
     begin = len(magic) + 2
     end = begin + int.from_bytes(member[len(magic) : begin], "little")
     if bytes(member[: len(magic)]) != magic or end > len(member):
         raise ValueError("features must be in numpy's format 1.0, but are not")
+
+    # Compare the header with the only one that `to_npy` writes for this shape.
     header = bytes(member[begin:end]).decode("latin1").strip()
     expected = (
         f"{{'descr': '{np.dtype(dtype).str}', 'fortran_order': False, 'shape': {shape}, }}"
@@ -141,7 +154,9 @@ def from_npy(member: memoryview, shape: tuple[int, int], dtype: str) -> np.ndarr
         )
     if len(member) != end + shape[0] * shape[1] * np.dtype(dtype).itemsize:
         raise ValueError(f"features must be of shape {shape}, but are {len(member)} bytes")
+
     features_SD: np.ndarray = np.frombuffer(member, dtype, offset=end).reshape(shape)
+    # The writer stores NaN for a clip that did not decode.
     if not np.isfinite(features_SD).all():
         raise ValueError(
             "features must be finite, but are not: the clip was broken in their source"

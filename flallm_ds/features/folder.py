@@ -14,6 +14,7 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +67,10 @@ class FeatureFolder:
         UserError if the folder holds anything else, was begun by another plan, or is in
         use.
         """
+        # As it will be read: a tuple becomes a list.
         plan = json.loads(json.dumps(plan))
         path = self._begun / "plan.json"
-        if (
-            not path.is_file()
-            and self.out.exists()
-            and (not self.out.is_dir() or _holds_more(self.out))
-        ):
+        if not path.is_file() and not _is_free(self.out):
             raise UserError(
                 "--out must be a new or empty folder, or one of features that were begun, "
                 f"but {self.out} holds something else. Name another folder."
@@ -118,14 +116,22 @@ class FeatureFolder:
 
     def jobs(self) -> list[FeatureTar]:
         """All tars, those of a shard of the source beside each other."""
+        found: list[FeatureTar] = []
+        for split in self.sources:
+            found += self._jobs_of(split)
+        return found
+
+    def _jobs_of(self, split: str) -> list[FeatureTar]:
+        """Return the tars of a split, ordered by shard and then by view."""
+        # Group the rows by their shard; rows of one shard keep their order.
+        source = self.sources[split]
+        shards = source.arrays["shard"]
+        order = np.argsort(shards, kind="stable")
+        ends = np.cumsum(np.bincount(shards, minlength=source.num_shards))
         found = []
-        for split, source in self.sources.items():
-            shards = source.arrays["shard"]
-            order = np.argsort(shards, kind="stable")
-            ends = np.cumsum(np.bincount(shards, minlength=source.num_shards))
-            for shard, rows in enumerate(np.split(order, ends[:-1])):
-                for view in range(self.views[split]):
-                    found.append(FeatureTar(split, shard, view, rows))
+        for shard, rows in enumerate(np.split(order, ends[:-1])):
+            for view in range(self.views[split]):
+                found.append(FeatureTar(split, shard, view, rows))
         return found
 
     def left(self) -> list[FeatureTar]:
@@ -159,6 +165,7 @@ class FeatureFolder:
                 offset = tar.add_sample(strings["key"][row], "npy", member, facts)
                 places.append((offset, len(member)))
         entry = vars(tar.shard_entry) | {"file": job.name}
+        # The record last: a tar without it is written again.
         move(temporary, self.out / job.name)
         write_file(self._record(job), index_json({"shard": entry, "places": places}))
 
@@ -169,23 +176,22 @@ class FeatureFolder:
         """
         entries: dict[str, Any] = {}
         for split, source in self.sources.items():
-            arrays: dict[str, np.ndarray] = {
-                name: source.arrays[name]
-                for name in (
-                    *COLUMNS,
-                    *STRING_COLUMNS,
-                    *(f"{name}_ends" for name in STRING_COLUMNS),
-                )
-            }
-            arrays |= {
-                name: np.zeros(len(source), COLUMNS[name]) for name in ("offset", "size")
-            }
+            # Copy the table of the video: a clip keeps its row.
+            names = [*COLUMNS, *STRING_COLUMNS]
+            for name in STRING_COLUMNS:
+                names.append(f"{name}_ends")
+            arrays = {name: source.arrays[name] for name in names}
+
+            # Enter the places of the features, which are the same in all views of a shard.
+            for name in ("offset", "size"):
+                arrays[name] = np.zeros(len(source), COLUMNS[name])
             tars = []
-            for job in (job for job in self.jobs() if job.split == split):
+            for job in self._jobs_of(split):
                 record = _read(self._record(job))
                 places = np.array(record["places"], np.int64).reshape(-1, 2)
                 arrays["offset"][job.rows], arrays["size"][job.rows] = places.T
                 tars.append(record["shard"])
+
             table = self._begun / f"{split}.safetensors"
             entry = index_file.write_arrays(table, arrays)
             move(table, self.out / table.name)
@@ -195,13 +201,12 @@ class FeatureFolder:
                 "training": split == TRAINING,
                 "source_fingerprint": source.fingerprint,
             }
-        own = {"format": index_file.FORMAT, "kind": FeatureFacts.KIND}
-        kept = {
-            name: manifest[name]
-            for name in ("corpus", "language", "options", "notes")
-            if name in manifest
-        }
-        content = own | kept | {"splits": entries, "features": dict(facts)}
+        content: dict[str, Any] = {"format": index_file.FORMAT, "kind": FeatureFacts.KIND}
+        for name in ("corpus", "language", "options", "notes"):
+            if name in manifest:
+                content[name] = manifest[name]
+        content |= {"splits": entries, "features": dict(facts)}
+        # Last: a folder with index.json is complete.
         write_file(self.out / "index.json", index_json(content))
 
 
@@ -216,15 +221,23 @@ def share(
 
     sizes: frames of each clip, by split.
     """
-    frames = np.array([sizes[job.split][job.rows].sum() for job in jobs], np.float64)
+    frames = np.zeros(len(jobs))
+    for number, job in enumerate(jobs):
+        frames[number] = sizes[job.split][job.rows].sum()
+
+    # Divide the frames of all jobs into equal parts, one for each rank; a job belongs to
+    # the rank in whose part its middle frame is.
     middles = np.cumsum(frames) - frames / 2
     owners = (middles / max(frames.sum(), 1) * world_size).astype(int)
-    return [job for job, owner in zip(jobs, owners.tolist(), strict=True) if owner == rank]
+    return list(compress(jobs, owners == rank))
 
 
-def _holds_more(out: Path) -> bool:
-    """Whether a folder holds more than a beginning that was killed at once."""
-    return any(path.name != BEGUN for path in out.iterdir())
+def _is_free(out: Path) -> bool:
+    """Return whether features may be written to `out`: it is absent, empty, or holds what
+    a writing leaves that was killed at its start."""
+    if not out.exists():
+        return True
+    return out.is_dir() and all(path.name == BEGUN for path in out.iterdir())
 
 
 def _read(path: Path) -> Any:

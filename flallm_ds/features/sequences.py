@@ -75,10 +75,12 @@ def resampled_lengths(
     """
     # A corpus has few rates: one ratio for each, not for each clip.
     rates, which_B = np.unique(from_fps_B, return_inverse=True)
-    ratios = [_ratio(float(rate), to_fps) for rate in rates]
-    up = np.array([ratio.numerator for ratio in ratios], np.int64)
-    down = np.array([ratio.denominator for ratio in ratios], np.int64)
+    up, down = np.ones(len(rates), np.int64), np.ones(len(rates), np.int64)
+    for number, rate in enumerate(rates.tolist()):
+        ratio = _ratio(rate, to_fps)
+        up[number], down[number] = ratio.numerator, ratio.denominator
     up_B, down_B = up[which_B], down[which_B]
+    # Round up, as `resample` does: -(-a // b) is the ceiling of a / b.
     resampled_B: np.ndarray = -(-np.asarray(lengths_B, np.int64) * up_B // down_B)
     return resampled_B
 

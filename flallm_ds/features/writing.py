@@ -17,13 +17,13 @@ from flallm_ds import dist
 from flallm_ds.batch import Batch
 from flallm_ds.config import RunConfig
 from flallm_ds.data.device import on_device
-from flallm_ds.data.index import check_video, read_manifest
+from flallm_ds.data.index import Index, check_video, read_manifest
 from flallm_ds.data.loader import BrokenClips, Loader
 from flallm_ds.data.plan import EpochPlan
 from flallm_ds.data.readers import Clip, VideoReader
 from flallm_ds.data.sampling import FrameSampling
 from flallm_ds.errors import Preempted, RankError, UserError, require
-from flallm_ds.features.facts import OPTIONS
+from flallm_ds.features.checks import feature_options
 from flallm_ds.features.folder import TRAINING, FeatureFolder, FeatureTar, share
 from flallm_ds.models.encode import encode
 from flallm_ds.models.feature_extractor import FeatureExtractor
@@ -101,13 +101,15 @@ class Writing:
     ) -> "Writing":
         if config.visual_run != "none":
             stage_1_export(config)
-        sources = {split: open_index(config.data, split, world) for split in splits}
+        sources: dict[str, Index] = {}
+        for split in splits:
+            sources[split] = open_index(config.data, split, world)
         manifest = dist.main_first(lambda: read_manifest(sources[splits[0]].store), world)
         check_video(manifest, config.data.shards[0], "launch/features.py")
         # as in stage llm, where parts of the encoder may be random
         torch.manual_seed(config.train.seed)
         extractor = feature_extractor(config, world).to(world.device)
-        options = {name: getattr(config.data, name) for name in OPTIONS}
+        options = feature_options(config.data)
         facts = {
             "source": sources[splits[0]].root,
             "encoder": extractor.fingerprint(),
@@ -117,21 +119,24 @@ class Writing:
             "options": options,
             "seed": config.train.seed,
         }
-        folder = FeatureFolder(
-            out, sources, {split: views if split == TRAINING else 1 for split in splits}
-        )
+        # Training draws frames and augmentations, evaluation has a single view.
+        views_of = dict.fromkeys(splits, 1)
+        if TRAINING in splits:
+            views_of[TRAINING] = views
+        folder = FeatureFolder(out, sources, views_of)
+
+        # All that decides the bytes of the features, by the names that a message uses.
         plan = {
             "the encoder": facts["encoder"],
             "--views": views,
             "--dtype": dtype,
             "--splits": ",".join(splits),
             "train.seed": config.train.seed,
-            **{f"data.{name}": value for name, value in options.items()},
-            **{
-                f"the source of {split}": index.fingerprint
-                for split, index in sources.items()
-            },
         }
+        for name, value in options.items():
+            plan[f"data.{name}"] = value
+        for split, index in sources.items():
+            plan[f"the source of {split}"] = index.fingerprint
         dist.main_first(lambda: _written(out, lambda: folder.begin(plan)), world)
         dist.on_each_machine(folder.check_shared, world)
         return cls(config, world, extractor, folder, facts, manifest)
@@ -145,12 +150,17 @@ class Writing:
             self.folder.end()
 
     def _write(self, stop: StopRequest) -> None:
-        readers = {split: self.reader(split) for split in self.folder.sources}
-        sizes = {split: reader.num_places() for split, reader in readers.items()}
-        todo = set(
-            dist.main_first(lambda: [job.name for job in self.folder.left()], self.world)
-        )
-        jobs = [job for job in self.folder.jobs() if job.name in todo]
+        readers: dict[str, TolerantReader] = {}
+        sizes: dict[str, np.ndarray] = {}
+        for split in self.folder.sources:
+            readers[split] = self.reader(split)
+            sizes[split] = readers[split].num_places()
+
+        # Rank 0 alone looks which tars are left: ranks that look at different times could
+        # divide different lists.
+        left = dist.main_first(lambda: [job.name for job in self.folder.left()], self.world)
+        names = set(left)
+        jobs = [job for job in self.folder.jobs() if job.name in names]
         mine = share(jobs, sizes, self.world.rank, self.world.size)
         progress = Progress(len(mine), self.world.is_main)
         for split, reader in readers.items():
@@ -163,7 +173,8 @@ class Writing:
                         f"{job.name} could not be written to {self.folder.out}: {error}."
                     ) from error
                 progress.tar(sum(map(len, clips)))
-        # when all have written theirs, or stopped
+
+        # All ranks meet here, after their last tar or when they were asked to stop.
         if any(dist.gather_objects(bool(stop), self.world)):
             raise Preempted(
                 "stopped; the same command goes on with the tars that are left."
@@ -198,24 +209,23 @@ class Writing:
         if not jobs:
             return
         plan, last_steps = plan_of(jobs, reader.num_places())
-        loader = Loader(
-            reader, plan, threads=decode_threads(self.config.data.threads, self.world)
-        )
-        found: dict[int, np.ndarray] = {}
+        threads = decode_threads(self.config.data.threads, self.world)
+        loader = Loader(reader, plan, threads=threads)
+        found: dict[int, np.ndarray] = {}  # by row: the features of the current job
         for step, (batch,) in enumerate(on_device(loader.steps(), self.world.device)):
             if stop:
                 return
             view = int(plan.passes[plan.places_of(step)[0][0]])
             rows = plan.micro_batches_of(step)[0].tolist()
-            for row, features_SD in zip(
-                rows, self.features_of(batch, reader.train), strict=True
-            ):
+            features = self.features_of(batch, reader.train)
+            for row, features_SD in zip(rows, features, strict=True):
+                # NaN marks a broken clip: training then replaces it as it does on video.
                 if (row, view) in reader.lost:
                     features_SD = np.full_like(features_SD, np.nan)
                 elif not np.isfinite(features_SD).all():
+                    key = reader.index.strings("key")[row]
                     raise RankError(
-                        "features must be finite, but those of "
-                        f"{reader.index.strings('key')[row]} are not in "
+                        f"features must be finite, but those of {key} are not in "
                         f"{features_SD.dtype}. Give --dtype=float32, or look at the "
                         "encoder."
                     )
@@ -268,17 +278,18 @@ def plan_of(
     views: list[int] = []
     last_steps = {}
     for job in jobs:
+        # Begin a batch at each clip whose last frame is in another block of BATCH_FRAMES
+        # than that of the clip before.
         sums = np.cumsum(num_kept[job.rows])
         cuts = np.flatnonzero(np.diff((sums - 1) // BATCH_FRAMES)) + 1
         parts = np.split(job.rows, cuts)
         batches += parts
         views += [job.view] * len(parts)
         last_steps[len(batches) - 1] = job
-    sizes = [len(batch) for batch in batches]
+    sizes = list(map(len, batches))
     order, passes = np.concatenate(batches), np.repeat(views, sizes)
-    return EpochPlan(
-        order, passes, np.cumsum(sizes), num_kept, num_micro_batches=1
-    ), last_steps
+    plan = EpochPlan(order, passes, np.cumsum(sizes), num_kept, num_micro_batches=1)
+    return plan, last_steps
 
 
 class Progress:

@@ -48,13 +48,14 @@ def save(
         partial.mkdir(parents=True)
 
     def commit() -> None:
-        names = sorted(
-            p.relative_to(partial).as_posix() for p in partial.rglob("*") if p.is_file()
-        )
-        files = {name: file_sha256(partial / name) for name in names}
+        files: dict[str, str] = {}
+        for path in sorted(partial.rglob("*"), key=Path.as_posix):
+            if path.is_file():
+                files[path.relative_to(partial).as_posix()] = file_sha256(path)
         _write_manifest(partial, files, state)
         put_folder(partial, final)
         sync(folder)
+        # Only now: at each moment of a save, a complete checkpoint is on the disk.
         for old in committed(folder)[:-keep]:
             shutil.rmtree(old)
 
@@ -87,7 +88,7 @@ def _together(action: Callable[[], None] | None, final: Path, world: World) -> N
     # on a full disk torch.save raises a RuntimeError
     except (OSError, RuntimeError) as error:
         problem = f"rank {world.rank}: {error}"
-    problems = [p for p in gather_objects(problem, world) if p]
+    problems = list(filter(None, gather_objects(problem, world)))
     if problems:
         raise UserError(
             f"the checkpoint {final} could not be written ({problems[0]}). Earlier "
@@ -146,6 +147,7 @@ def set_aside(damaged: Iterable[Path]) -> None:
     hide newer ones."""
     for path in damaged:
         aside = path.with_name(f"damaged-{path.name}")
+        # One of the same step, from an earlier resume.
         if aside.exists():
             shutil.rmtree(aside)
         path.rename(aside)
@@ -153,7 +155,8 @@ def set_aside(damaged: Iterable[Path]) -> None:
 
 def committed(folder: Path) -> list[Path]:
     """Committed checkpoints, oldest first."""
-    return sorted(p for p in folder.glob("step-*") if (p / MANIFEST).is_file())
+    # A folder without a manifest is the copy of a checkpoint that was cut off.
+    return sorted(path for path in folder.glob("step-*") if (path / MANIFEST).is_file())
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -165,10 +168,10 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     manifest = _read_manifest(checkpoint)
     for name, sha256 in manifest["files"].items():
         path = checkpoint / name
-        if not path.is_file() or file_sha256(path) != sha256:
-            raise _broken(
-                checkpoint, name, "was changed" if path.is_file() else "is missing"
-            )
+        if not path.is_file():
+            raise _broken(checkpoint, name, "is missing")
+        if file_sha256(path) != sha256:
+            raise _broken(checkpoint, name, "was changed")
     return dict(manifest["state"])
 
 

@@ -92,21 +92,26 @@ def _must_be_objects(config: dict[str, Any], names: Iterable[str], path: Path) -
 
 def for_cpu(config: dict[str, Any]) -> dict[str, Any]:
     """The same ZeRO without a GPU: fp32, no pinned memory, tiny models really partitioned."""
-    twin = {key: value for key, value in config.items() if key not in _PRECISIONS}
-    zero = dict(twin.get("zero_optimization", {}))
+    # Copies, because the caller keeps the JSON. A machine without a GPU computes in fp32.
+    on_cpu = dict(config)
+    for key in _PRECISIONS:
+        on_cpu.pop(key, None)
+    zero = dict(on_cpu.get("zero_optimization", {}))
     zero["overlap_comm"] = False
     for part in ("offload_optimizer", "offload_param"):
         if part in zero:
+            # Offload to NVMe becomes offload to memory: tests need no fast disk.
             device = "none" if zero[part].get("device", "none") == "none" else "cpu"
             zero[part] = {**zero[part], "pin_memory": False, "device": device}
     zero.pop("zero_hpz_partition_size", None)  # of a node's GPUs
+    # Parameters below the threshold are not partitioned: tiny models would have no others.
     if zero.get("stage") == 3:
         zero["stage3_param_persistence_threshold"] = 0
-    twin["zero_optimization"] = zero
+    on_cpu["zero_optimization"] = zero
     # A CPU op is compiled at first use, for minutes, with a lock that outlives a killed
     # build.
-    twin["zero_force_ds_cpu_optimizer"] = False
-    return twin
+    on_cpu["zero_force_ds_cpu_optimizer"] = False
+    return on_cpu
 
 
 def scales_loss(config: dict[str, Any]) -> bool:
@@ -134,7 +139,8 @@ def complete(
     clip: float,
 ) -> dict[str, Any]:
     """The JSON with what RunConfig owns filled in, for this device."""
-    config = config if device.type == "cuda" else for_cpu(config)
+    if device.type != "cuda":
+        config = for_cpu(config)
     return {
         # It would refuse SGD; of AdamW `_optimizer` takes DeepSpeed's own.
         "zero_force_ds_cpu_optimizer": False,

@@ -23,15 +23,26 @@ def frozen_digest(module: nn.Module, gathered: Gather, world: World) -> str:
     It does not depend on the number of ranks, each of which reads a part. Every rank must
     call it.
     """
+    frozen: list[tuple[str, nn.Parameter]] = []
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            frozen.append((name, parameter))
+
+    # All ranks gather each parameter, because gathering is collective; the ranks take
+    # turns in computing digests.
     own: dict[str, str] = {}
-    frozen = [(n, p) for n, p in module.named_parameters() if not p.requires_grad]
     for number, (name, parameter) in enumerate(frozen):
         with gathered([parameter]):
             if number % world.size == world.rank:
                 own[name] = _sha256(parameter)
-    parts = gather_objects(own, world)
-    of_all = sorted(item for part in parts for item in part.items())
-    return hashlib.sha256(json.dumps(of_all).encode()).hexdigest() if of_all else ""
+
+    # Sorted by name: the result does not depend on the rank that computed a digest.
+    digests: dict[str, str] = {}
+    for part in gather_objects(own, world):
+        digests |= part
+    if not digests:
+        return ""
+    return hashlib.sha256(json.dumps(sorted(digests.items())).encode()).hexdigest()
 
 
 def write_digest(checkpoint: Path, digest: str) -> None:

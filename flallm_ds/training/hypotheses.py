@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from operator import attrgetter
 
 from flallm_ds.batch import Batch, Hypothesis
 from flallm_ds.data.device import on_device
@@ -41,6 +43,7 @@ class Evaluation:
         for step, batches in enumerate(on_device(self.loader.steps(), self.world.device)):
             for batch in batches:
                 for row, candidates in enumerate(self.generate(batch)):
+                    # Clips repeated as padding keep the number of calls equal on all ranks.
                     if batch.real_B[row]:
                         found.append(self._hypothesis(batch, row, candidates))
             if report is not None:
@@ -49,32 +52,35 @@ class Evaluation:
                 raise Preempted(
                     "stopped while clips were scored; the same command scores them anew."
                 )
-        gathered = [h for part in gather_objects(found, self.world) for h in part]
-        by_key = {h.key: h for h in gathered}
-        if not len(by_key) == len(gathered) == len(self.loader.reader.index):
+        by_rank = gather_objects(found, self.world)
+        gathered: list[Hypothesis] = sorted(chain(*by_rank), key=attrgetter("key"))
+        num_keys = len(set(map(attrgetter("key"), gathered)))
+        if not num_keys == len(gathered) == len(self.loader.reader.index):
             raise UserError(
                 f"each of {len(self.loader.reader.index)} clips must be scored once, but "
-                f"{len(gathered)} hypotheses came for {len(by_key)} clips. Run "
+                f"{len(gathered)} hypotheses came for {num_keys} clips. Run "
                 "shards/verify.py on the shards."
             )
-        return [by_key[key] for key in sorted(by_key)]
+        return gathered
 
     def _hypothesis(
         self, batch: Batch, row: int, candidates: Sequence[Candidate]
     ) -> Hypothesis:
-        sentences = [self.codec.decode(candidate.ids) for candidate in candidates]
-        scored = [
-            (s, c.score)
-            for s, c in zip(sentences, candidates, strict=True)
-            if c.score is not None
-        ]
+        # A search that returns one hypothesis has no score, and no n-best list.
+        sentences: list[str] = []
+        scored: list[tuple[str, float]] = []
+        for candidate in candidates:
+            sentence = self.codec.decode(candidate.ids)
+            sentences.append(sentence)
+            if candidate.score is not None:
+                scored.append((sentence, candidate.score))
+        # llm.language sets one language for all clips; otherwise each clip has its own.
+        language = tag_of(self.codec.instruction.language) or batch.languages[row]
         return Hypothesis(
             key=batch.keys[row],
             hypothesis=sentences[0],
             reference=batch.texts[row],
             corpus=batch.corpora[row],
-            language=tag_of(self.codec.instruction.language)
-            or batch.languages[row]
-            or self.codec.language,
+            language=language or self.codec.language,
             nbest=tuple(scored),
         )

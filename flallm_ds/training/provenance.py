@@ -45,9 +45,9 @@ def record_start(folder: Path, world: World) -> None:
 
     Every rank must call it. Raises UserError on every rank where it fails.
     """
-    device = (
-        torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
-    )
+    device = "cpu"
+    if world.device.type == "cuda":
+        device = torch.cuda.get_device_name(world.device)
     devices = gather_objects(device, world)
     main_first(lambda: _append(folder / VERSIONS, facts(devices)), world)
 
@@ -71,6 +71,7 @@ def facts(devices: list[str]) -> dict[str, Any]:
     """Plain values about this start. devices: the name of each rank's device."""
     on_gpu = torch.cuda.is_available()
     commit, dirty = _commit(REPOSITORY)
+    packages = {name: metadata.version(name) for name in PACKAGES}
     return {
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "command": sys.argv,
@@ -79,7 +80,7 @@ def facts(devices: list[str]) -> dict[str, Any]:
         "dirty": dirty,
         "flallm_ds": __version__,
         "python": platform.python_version(),
-        **{name: metadata.version(name) for name in PACKAGES},
+        **packages,
         "ranks": len(devices),
         "devices": dict(Counter(devices)),
         "cuda": torch.version.cuda,
@@ -122,7 +123,6 @@ def _driver() -> str | None:
     """Version of NVIDIA's kernel module."""
     if not DRIVER.is_file():
         return None
-    found = re.search(
-        r"\b\d+\.\d+(\.\d+)?\b", DRIVER.read_text(encoding="utf-8", errors="replace")
-    )
+    text = DRIVER.read_text(encoding="utf-8", errors="replace")
+    found = re.search(r"\b\d+\.\d+(\.\d+)?\b", text)
     return found.group() if found else None

@@ -102,7 +102,8 @@ def _check_free(folder: Path) -> None:
     if config.is_file() or not folder.exists():
         return
     left = {LOCK, LOG, partial_of(config).name}
-    if not folder.is_dir() or any(path.name not in left for path in folder.iterdir()):
+    is_free = folder.is_dir() and all(path.name in left for path in folder.iterdir())
+    if not is_free:
         raise UserError(
             f"run must name a new, an empty or a run's folder, but {folder} holds "
             "something else. Give another --run=FOLDER."
@@ -143,6 +144,7 @@ class Metrics:
 
     def write(self, kind: str, global_step: int, values: dict[str, Any]) -> None:
         def events() -> None:
+            # TensorBoard draws numbers alone; metrics.jsonl has the texts, too.
             for name, value in values.items():
                 if isinstance(value, int | float):
                     self._events.add_scalar(f"{kind}/{name}", value, global_step)
@@ -155,12 +157,14 @@ class Metrics:
     ) -> None:
         """Keep a few hypotheses of a scoring. epoch: the one that is scored, from 1."""
         for one in hypotheses:
-            texts = {
+            record = {
+                "kind": split,
+                "global_step": global_step,
+                "epoch": epoch,
                 "key": one.key,
                 "hypothesis": one.hypothesis,
                 "reference": one.reference,
             }
-            record = {"kind": split, "global_step": global_step, "epoch": epoch, **texts}
             self._append(self._hypotheses, record)
         table = _table(hypotheses)
         self._try(
@@ -215,8 +219,11 @@ def _continued(path: Path, global_step: int, epoch: int) -> IO[str]:
     """A file of JSON lines, opened to append, without what a resumed run makes again."""
     if path.is_file():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        whole = (line for line in lines if line.endswith("\n"))
-        kept = [line for line in whole if _is_before(line, global_step, epoch)]
+        kept = []
+        for line in lines:
+            # A kill may cut off the last line, also just its end.
+            if line.endswith("\n") and _is_before(line, global_step, epoch):
+                kept.append(line)
         if kept != lines:
             replace_file(path, "".join(kept))
     return path.open("a", encoding="utf-8")
@@ -227,6 +234,8 @@ def _is_before(line: str, global_step: int, epoch: int) -> bool:
         record = json.loads(line)
         if int(record["global_step"]) > global_step:
             return False
+        # The steps of an epoch and its scoring have the same global_step: a checkpoint
+        # between them lacks the scoring, which is done again.
         is_scoring = has_scores(record) or "hypothesis" in record
         return not is_scoring or bool(record["epoch"] <= epoch)
     except (ValueError, KeyError, TypeError):

@@ -60,6 +60,7 @@ class _Tee:
         self._begun = ""
 
     def write(self, text: str) -> int:
+        # The last part has no end yet: keep it for the next write.
         *lines, self._begun = (self._begun + text).split("\n")
         for line in lines:
             self._log.line(line)
@@ -85,8 +86,8 @@ def run_log(folder: Path, world: World) -> Iterator[RunLog | None]:
     (log,) = opened
     try:
         log.line(f"== {' '.join(sys.argv)}")
-        out, err = (cast(IO[str], _Tee(stream, log)) for stream in (sys.stdout, sys.stderr))
-        with redirect_stdout(out), redirect_stderr(err):
+        out, err = _Tee(sys.stdout, log), _Tee(sys.stderr, log)
+        with redirect_stdout(cast(IO[str], out)), redirect_stderr(cast(IO[str], err)):
             yield log
     except UserError as error:
         log.line(f"error: {error}")

@@ -5,7 +5,7 @@ another revision tomorrow; the digests do not.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +62,12 @@ def read_weights(folder: Path) -> dict[str, Any]:
 
 def _without_folders(entry: dict[str, Any]) -> dict[str, Any]:
     """An entry as others may see it: an absolute path is cut to its last part."""
-    name = Path(entry["name"]).name if entry["name"].startswith("/") else entry["name"]
-    return {part: value for part, value in entry.items() if part != "path"} | {"name": name}
+    name = entry["name"]
+    if name.startswith("/"):
+        name = Path(name).name
+    public = entry | {"name": name}
+    public.pop("path", None)
+    return public
 
 
 def loaded(config: RunConfig) -> dict[str, Any]:
@@ -99,29 +103,43 @@ def _entry(name: str, files: Iterable[Path], revision: str | None) -> dict[str, 
 def _export_files(folder: Path) -> list[Path]:
     """What stage 2 reads of stage 1."""
     names = (export.SETTINGS_FILE, export.VISUAL_FILE, export.FEATURES_FILE)
-    return [folder / name for name in names if (folder / name).is_file()]
+    return list(filter(Path.is_file, map(folder.joinpath, names)))
 
 
 def _backbone_files(weights: str, pretrained: bool) -> tuple[list[Path], str | None]:
     if weights == "none":
         return [], None
-    name, _, file = (
-        weights.partition("@") if weights.startswith(TIMM) else (weights, "", "")
-    )
-    if file or Path(weights).is_file():
-        return [Path(file or weights)] if pretrained else [], None
+    # timm/NAME@FILE names the weights of an architecture of timm.
+    name, file = weights, ""
+    if weights.startswith(TIMM):
+        name, _, file = weights.partition("@")
+    if not file and Path(weights).is_file():
+        file = weights
+    if file:
+        return [Path(file)] if pretrained else [], None
     return _model_files(hub_id(name), pretrained)
 
 
 def _model_files(name: str, with_weights: bool) -> tuple[list[Path], str | None]:
     """(the files that were read of a hub's model or a folder, the hub's commit)."""
-    cached = None if Path(name).is_dir() else try_to_load_from_cache(name, "config.json")
-    folder = Path(cached).parent if isinstance(cached, str) else Path(name)
-    there = [path for path in folder.glob("*") if path.is_file()]
-    files = [path for path in there if path.suffix in _SMALL]
+    folder, revision = Path(name), None
+    if not folder.is_dir():
+        cached = try_to_load_from_cache(name, "config.json")
+        if isinstance(cached, str):
+            # The hub's cache names the folder of a snapshot after its commit.
+            folder = Path(cached).parent
+            revision = folder.name
+    files = _with_suffix(folder, _SMALL)
     if with_weights:
         try:
             files += checkpoint_files(str(folder))
         except OSError:  # under another name, as some of timm's are
-            files += [path for path in there if path.suffix in _WEIGHTS]
-    return files, folder.name if isinstance(cached, str) else None
+            files += _with_suffix(folder, _WEIGHTS)
+    return files, revision
+
+
+def _with_suffix(folder: Path, suffixes: Sequence[str]) -> list[Path]:
+    """Return the files of a folder that have one of these suffixes."""
+    # Not iterdir: the folder may be absent.
+    files = filter(Path.is_file, folder.glob("*"))
+    return [path for path in files if path.suffix in suffixes]

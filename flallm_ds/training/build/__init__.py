@@ -37,22 +37,27 @@ def build_task(config: RunConfig, folder: Path, world: World) -> Task:
     train_index, dev_index = open_indexes(config, world)
     ds_config = deepspeed_config(config, world)
     on_each_machine(ds.check_compilation_locks, world)
-    torch.manual_seed(config.train.seed)  # the same initial weights on every rank
+
+    # Seeded here, so that all ranks draw the same initial weights. The order of what
+    # follows decides which weights those are.
+    torch.manual_seed(config.train.seed)
     codec = open_codec(config, folder, train_index, world)
     extractor = feature_extractor(config, world).to(world.device)
     if isinstance(train_index, FeatureIndex) and isinstance(dev_index, FeatureIndex):
         check_run(config, train_index, dev_index, extractor.fingerprint())
-    model = (
-        visual_model(config, codec, extractor).to(world.device)
-        if config.stage == "visual"
-        else llm_model(config, codec, folder, extractor, ds_config, world)
-    )
+    if config.stage == "visual":
+        model = visual_model(config, codec, extractor).to(world.device)
+    else:
+        model = llm_model(config, codec, folder, extractor, ds_config, world)
+
     train = make_split(train_index, config, codec, world, train=True)
     dev = make_split(dev_index, config, codec, world, train=False)
     check_clips(config, (train, dev), codec, model, extractor)
     record_weights(config, folder, world)
+
     groups = parameter_groups(model, config)
     engine = ds.Engine(model, groups, config.optim, ds_config, world)
+    search = config.eval
     task = Task(
         config=config,
         world=world,
@@ -61,9 +66,7 @@ def build_task(config: RunConfig, folder: Path, world: World) -> Task:
         codec=codec,
         preprocess=make_preprocess(config.data),
         masks=make_masks(config.data),
-        beam=Beam(
-            config.eval.num_beams, config.eval.length_penalty, config.eval.max_new_tokens
-        ),
+        beam=Beam(search.num_beams, search.length_penalty, search.max_new_tokens),
         frozen=None if config.trains_visual else extractor,
         engine=engine,
         lrs=tuple(group["lr"] for group in groups),

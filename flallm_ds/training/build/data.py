@@ -51,9 +51,8 @@ def open_index(data: DataConfig, split: str, world: World) -> Index:
 def check_jpegs(data: DataConfig) -> None:
     """Raise UserError where shards hold H.264, of which the GPU's JPEG decoder makes nothing."""
     for folder in data.shards:
-        options = read_manifest(open_store(folder, CacheOptions.of_run(data))).get(
-            "options", {}
-        )
+        manifest = read_manifest(open_store(folder, CacheOptions.of_run(data)))
+        options = manifest.get("options", {})
         require(
             options.get("clip_format") != "h264",
             f"data.decoder must be cpu where shards hold H.264, but is {data.decoder} for "
@@ -67,13 +66,15 @@ def make_split(
     """Plan a split and how this rank loads it. train: as in training, else as in evaluation."""
     data = config.data
     reader = make_reader(index, config, train)
+    # No broken clip is replaced in evaluation: a score is of all clips of the split.
+    max_broken = math.ceil(data.max_broken * len(index)) if train else 0
     return Split(
         reader,
         make_plan(reader, config),
         codec,
         world,
         threads=decode_threads(data.threads, world),
-        broken=BrokenClips(math.ceil(data.max_broken * len(index)) if train else 0),
+        broken=BrokenClips(max_broken),
     )
 
 
@@ -94,6 +95,7 @@ def make_plan(reader: ClipReader, config: RunConfig) -> Plan:
     """Plan the batches of a run, with each corpus's share of an epoch."""
     data = config.data
     weights = data.weights
+    # The share of a corpus is its number of clips to the power of 1 / temperature.
     if data.temperature != 1 and len(data.shards) > 1:
         num_clips = np.bincount(reader.index.arrays["corpus"]).tolist()
         weights = temperature_weights(num_clips, data.temperature)
@@ -131,21 +133,33 @@ def check_clips(
 
     Raises UserError.
     """
+    # Find all languages and the longest clip of the run.
     languages = set[str]()
+    longest = 0
     for split in splits:
         languages.update(split.index.strings("language"))
-    around = max(
-        len(w.before) + len(w.after) for w in map(codec.wording, sorted(languages))
-    )
+        longest = max(longest, int(split.plan.num_kept.max()))
+
+    # The prompt takes a part of the LLM's positions; its length depends on the language.
+    wording = codec.light_wording if config.stage == "visual" else codec.wording
+    around = 0
+    for language in sorted(languages):
+        words = wording(language)
+        around = max(around, len(words.before) + len(words.after))
+
+    # A table of position embeddings is a limit; rotary and relative positions are none.
+    limits = []
     reads = longest_input(model.language_model)
-    limits = [reads - around] if reads is not None else []
+    if reads is not None:
+        limits.append(reads - around)
     if extractor.light_t_encoder is not None:
         limits.append(extractor.light_t_encoder.config.max_position_embeddings)
-    longest = max(int(split.plan.num_kept.max()) for split in splits)
+    if not limits:
+        return
+    limit = min(limits)
     require(
-        not limits or longest <= min(limits),
-        f"clips must have at most {min(limits, default=0)} frames, which is as much as "
-        f"what reads them can tell apart, but one keeps {longest}. Give "
-        f"--data.max_frames={min(limits, default=0)}, or a larger --data.keep_every (of "
-        "cached features: a smaller --data.feature_fps).",
+        longest <= limit,
+        f"clips must have at most {limit} frames, which is as much as what reads them can "
+        f"tell apart, but one keeps {longest}. Give --data.max_frames={limit}, or a larger "
+        "--data.keep_every (of cached features: a smaller --data.feature_fps).",
     )

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from flallm_ds.config import RunConfig
+from flallm_ds.config import OptimConfig, RunConfig
 from flallm_ds.dist import World
 from flallm_ds.errors import require
 from flallm_ds.models.sign_translator import SignTranslator
@@ -27,12 +27,10 @@ def deepspeed_config(config: RunConfig, world: World) -> dict[str, Any]:
     check_rates(config, json_config, path)
     accumulation = config.data.micro_batches // world.size
     ds_config = complete(json_config, world.device, accumulation, config.optim.clip)
+    # Under ZeRO-3 each forward pass is collective, so all ranks must make as many.
+    is_partitioned = config.trains_visual and zero_stage(ds_config) == 3
     require(
-        not (
-            config.visual.chunk_frames
-            and config.trains_visual
-            and zero_stage(ds_config) == 3
-        ),
+        not (is_partitioned and config.visual.chunk_frames),
         "visual.chunk_frames must be 0 where ZeRO-3 partitions the visual encoder, "
         "because ranks with fewer chunks would leave the others waiting, but is "
         f"{config.visual.chunk_frames}.",
@@ -46,20 +44,23 @@ def deepspeed_json(config: RunConfig) -> Path:
 
     Outside a checkout, ds_configs/NAME.json is found in the installed package.
     """
-    own = DS_CONFIGS / ("zero2.json" if config.trains_visual else "zero3_offload.json")
-    path = Path(config.train.deepspeed) if config.train.deepspeed else own
+    if not config.train.deepspeed:
+        name = "zero2.json" if config.trains_visual else "zero3_offload.json"
+        return DS_CONFIGS / name
+    path = Path(config.train.deepspeed)
     packaged = DS_CONFIGS / path.name
-    is_packaged = (
-        path.parent == Path("ds_configs") and not path.exists() and packaged.is_file()
-    )
-    return packaged if is_packaged else path
+    if path.parent == Path("ds_configs") and not path.exists() and packaged.is_file():
+        return packaged
+    return path
 
 
 def check_precision(config: RunConfig, json_config: dict[str, Any], path: Path) -> None:
     """Raise UserError for BatchNorm in an engine that casts parameters but not statistics."""
+    if not config.trains_visual:
+        return
     for precision in ("bf16", "fp16"):
         require(
-            not (config.trains_visual and json_config.get(precision, {}).get("enabled")),
+            not json_config.get(precision, {}).get("enabled"),
             "train.deepspeed must compute by torch_autocast where the visual encoder is "
             f"trained, because BatchNorm's statistics stay fp32, but {path} enables "
             f"{precision}. Take ds_configs/zero2.json or leave --visual.frozen=all.",
@@ -73,10 +74,11 @@ def check_rates(config: RunConfig, json_config: dict[str, Any], path: Path) -> N
     if lowest is None:
         return
     flag, least = lowest
+    # The learning rates of the parameters that this run trains.
     optim, llm = config.optim, config.llm
     rates = {"lr": optim.lr}
     if config.trains_visual:
-        rates["backbone_lr"] = optim.lr if optim.backbone_lr is None else optim.backbone_lr
+        rates["backbone_lr"] = _backbone_rate(optim)
     if config.stage != "visual" and (llm.tune != "frozen" or llm.layers):
         rates["llm_lr"] = optim.llm_lr
     for name, rate in rates.items():
@@ -92,22 +94,29 @@ def check_rates(config: RunConfig, json_config: dict[str, Any], path: Path) -> N
 def parameter_groups(model: SignTranslator, config: RunConfig) -> list[dict[str, Any]]:
     """Group the trained parameters by base learning rate: the backbone, the LLM, and the rest."""
     optim = config.optim
-    rates = {
-        # The module `visual` is the feature extractor; its part `visual` is the visual
-        # encoder.
-        "visual.visual.backbone.": optim.lr
-        if optim.backbone_lr is None
-        else optim.backbone_lr,
-        "language_model.": optim.lr if config.stage == "visual" else optim.llm_lr,
-        "": optim.lr,  # all that no other prefix took
-    }
-    groups: dict[str, list[torch.nn.Parameter]] = {prefix: [] for prefix in rates}
+    backbone: list[torch.nn.Parameter] = []
+    language: list[torch.nn.Parameter] = []
+    others: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        groups[next(prefix for prefix in rates if name.startswith(prefix))].append(
-            parameter
-        )
-    return [
-        {"params": group, "lr": rates[prefix]} for prefix, group in groups.items() if group
+        # `visual` is the feature extractor, `visual.visual` its visual encoder.
+        if name.startswith("visual.visual.backbone."):
+            backbone.append(parameter)
+        elif name.startswith("language_model."):
+            language.append(parameter)
+        else:
+            others.append(parameter)
+
+    # Light-T is trained from scratch, as fast as the encoder.
+    language_rate = optim.lr if config.stage == "visual" else optim.llm_lr
+    groups = [
+        {"params": backbone, "lr": _backbone_rate(optim)},
+        {"params": language, "lr": language_rate},
+        {"params": others, "lr": optim.lr},
     ]
+    return [group for group in groups if group["params"]]
+
+
+def _backbone_rate(optim: OptimConfig) -> float:
+    return optim.lr if optim.backbone_lr is None else optim.backbone_lr

@@ -56,6 +56,8 @@ def open_codec(
 
 def _instruction(config: RunConfig, train_index: Index) -> Instruction:
     llm = llm_config(config.llm.name, config.llm.hub_code)
+    # Each entry is CORPUS=NAME, which the config has checked.
+    sign_languages = dict(entry.split("=") for entry in config.llm.sign_languages)
     return Instruction(
         decoder_only=is_decoder_only(llm),
         start_token=getattr(llm, "decoder_start_token_id", None),
@@ -63,7 +65,7 @@ def _instruction(config: RunConfig, train_index: Index) -> Instruction:
         language=config.llm.language,
         languages=tuple(sorted(set(train_index.strings("language")))),
         prompt=config.llm.prompt,
-        sign_languages=dict(entry.split("=") for entry in config.llm.sign_languages),
+        sign_languages=sign_languages,
     )
 
 
@@ -110,11 +112,11 @@ def llm_model(
     check_bits(config.llm.bits, config.llm.tune, zero_stage(ds_config), world.device)
     if config.llm.trim_vocabulary:
         trimmed = folder / "llm_trimmed"
-        _write_once(
-            trimmed,
-            lambda out: trim_llm(config.llm.name, codec, out, config.llm.hub_code),
-            world,
-        )
+
+        def trim(out: Path) -> None:
+            trim_llm(config.llm.name, codec, out, config.llm.hub_code)
+
+        _write_once(trimmed, trim, world)
         name = str(trimmed)
     partitioning = ds.model_loading(ds_config)  # held until the model is loaded
     if not config.llm.pretrained:
@@ -139,14 +141,17 @@ def llm_model(
 
 def llm_options(config: RunConfig, ds_config: dict[str, Any]) -> LlmOptions:
     llm = config.llm
+    # Load in the precision in which DeepSpeed keeps the weights, or quantised.
     bits: Literal[32, 16, 8, 4] = 16 if ds_config.get("bf16", {}).get("enabled") else 32
+    if llm.bits < 16:
+        bits = llm.bits
     return LlmOptions(
         llm.dropout,
         llm.attention_dropout,
         llm.attention,
         llm.pretrained,
         llm.hub_code,
-        llm.bits if llm.bits < 16 else bits,
+        bits,
     )
 
 
@@ -165,16 +170,14 @@ def llm_tuning(config: RunConfig) -> Tuning:
 def check_llm_of(config: RunConfig) -> None:
     """Raise UserError for an LLM that cannot be loaded, if this run still has to read it."""
     run, llm = Path(config.run), config.llm
+    # A resumed run reads the copies in its folder. Stage visual reads the tokenizer alone.
+    is_visual = config.stage == "visual"
     has_codec, has_llm = (run / "tokenizer").is_dir(), (run / "llm_trimmed").is_dir()
-    if has_codec and (has_llm or config.stage == "visual"):
+    if has_codec and (has_llm or is_visual):
         return
-    as_it_is = config.stage != "visual" and not llm.trim_vocabulary
-    check_llm(
-        llm.name,
-        llm.pretrained and config.stage != "visual",
-        llm.hub_code,
-        llm.bits if as_it_is else 16,
-    )
+    # What is trimmed is quantised later: trimming itself reads 16 bits.
+    bits = 16 if is_visual or llm.trim_vocabulary else llm.bits
+    check_llm(llm.name, llm.pretrained and not is_visual, llm.hub_code, bits)
 
 
 def _write_once(folder: Path, write: Callable[[Path], None], world: World) -> None:

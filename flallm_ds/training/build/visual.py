@@ -63,13 +63,12 @@ def _load_backbone(config: RunConfig, world: World) -> Backbone:
     Raises UserError where it cannot be loaded, RankError where that is so on one machine.
     """
     visual = config.visual
-    made = list[Backbone]()
+    crop_size = config.data.crop_size
+    made: list[Backbone] = []
 
     def load() -> None:
         made.append(
-            build_backbone(
-                visual.weights, visual.width, visual.pretrained, config.data.crop_size
-            )
+            build_backbone(visual.weights, visual.width, visual.pretrained, crop_size)
         )
 
     def first() -> None:
