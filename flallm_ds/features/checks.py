@@ -1,4 +1,4 @@
-"""Whether a run may train on, or be scored on, features that launch/features.py wrote."""
+"""Check that cached features, written by launch/features.py, fit a run or an evaluation."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,13 +10,15 @@ from flallm_ds.features.facts import OPTIONS
 
 
 def feature_options(data: DataConfig) -> dict[str, Any]:
-    """Return the options that decide the pixels of features (`OPTIONS`), with their values."""
+    """Return the values of the options that decide the pixels of features (`OPTIONS`)."""
     return {name: getattr(data, name) for name in OPTIONS}
 
 
 def check_stage(config: RunConfig, train_index: Index) -> None:
-    """Raise UserError where cached features, or an option for frozen ones, do not go with
-    the run's stage."""
+    """Raise UserError if the stage of a run cannot use cached features, or their options.
+
+    train_index: of the training split.
+    """
     data = config.data
     if config.trains_visual:
         how = f"stage is {config.stage}"
@@ -26,20 +28,22 @@ def check_stage(config: RunConfig, train_index: Index) -> None:
         if isinstance(train_index, FeatureIndex):
             facts = train_index.features[0]
             raise UserError(
-                "data.shards must be video where the visual encoder is trained, but "
-                f"{facts.root} holds features and {how}. Give the shards that they were "
-                f"made from ({facts.source})."
+                f"data.shards must be video where the visual encoder is trained ({how}), "
+                f"got features in {facts.root}. Use the shards that they were computed "
+                f"from ({facts.source})."
             )
+        # A mask sets frozen features to zero; a trained encoder has augmentations instead.
         for name in ("time_masks", "feature_masks"):
             if getattr(data, name):
                 raise UserError(
-                    f"data.{name} must be 0 where the visual encoder is trained, because "
-                    f"it masks frozen features, but is {getattr(data, name)} and {how}."
+                    f"data.{name} must be 0 where the visual encoder is trained ({how}), "
+                    f"got {getattr(data, name)}. Set --data.{name}=0."
                 )
+    # Frames of a video are dropped before the encoder instead.
     if data.feature_fps is not None and not isinstance(train_index, FeatureIndex):
         raise UserError(
-            "data.feature_fps must be none where data.shards are video, but is "
-            f"{data.feature_fps}. Write features with launch/features.py, or give "
+            "data.feature_fps must be none where data.shards are video, got "
+            f"{data.feature_fps}. Write features with launch/features.py, or use "
             "--data.target_fps."
         )
 
@@ -47,10 +51,9 @@ def check_stage(config: RunConfig, train_index: Index) -> None:
 def check_run(
     config: RunConfig, train_index: FeatureIndex, dev_index: FeatureIndex, encoder: str
 ) -> None:
-    """Raise UserError unless the features are what this run's frozen encoder would make
-    of the video.
+    """Raise UserError unless the frozen encoder of a run would compute these features.
 
-    encoder: its fingerprint.
+    encoder: the fingerprint of that encoder.
     """
     options = feature_options(config.data)
     for index in (train_index, dev_index):
@@ -59,46 +62,52 @@ def check_run(
     for facts in train_index.features:
         if not facts.training:
             raise UserError(
-                "the training split must hold training's views, but does not: "
-                f"{facts.root}."
+                "The training split must have training views, got evaluation views in "
+                f"{facts.root}. Write the features again with launch/features.py."
             )
+        # A run on video would draw its frames and augmentations with train.seed.
         if facts.seed_matters and facts.seed != config.train.seed:
             raise UserError(
-                f"train.seed must be {facts.seed}, with which the views of {facts.root} "
-                f"were drawn, but is {config.train.seed}. Give --train.seed={facts.seed}, "
-                "or make features with this seed."
+                f"Features {facts.root} were made with another seed (train.seed "
+                f"{facts.seed}, got {config.train.seed}). Use --train.seed={facts.seed}, "
+                "or write features with this seed."
             )
 
 
 def check_features(
     index: FeatureIndex, options: Mapping[str, Any], encoder: str, encoder_of: str
 ) -> None:
-    """Raise UserError unless features are of this encoder and of frames by these options
-    (of `OPTIONS`)."""
+    """Raise UserError unless features were computed by this encoder with these options.
+
+    options: values of `OPTIONS`. encoder: a fingerprint; encoder_of: the option that names
+    the encoder, for the message.
+    """
     for facts in index.features:
         if facts.encoder != encoder:
             raise UserError(
-                f"features must be of the encoder of {encoder_of} ({encoder[:12]}), but "
-                f"those in {facts.root} are of {facts.made_by} ({facts.encoder[:12]}). "
-                "Name that run, or make features anew with launch/features.py."
+                f"Features {facts.root} were made by another encoder ({facts.made_by} "
+                f"{facts.encoder[:12]}, got {encoder_of} {encoder[:12]}). Use that encoder, "
+                "or write the features again with launch/features.py."
             )
         for name, value in options.items():
             before = facts.options[name]
             if before != value:
                 raise UserError(
-                    f"data.{name} must be {before} as when the features in {facts.root} "
-                    f"were made, but is {value}. Give --data.{name}={before}, or make "
-                    "others with launch/features.py."
+                    f"Features {facts.root} were made with another data.{name} ({before}, "
+                    f"got {value}). Use --data.{name}={before}, or write the features again "
+                    "with launch/features.py."
                 )
 
 
 def check_evaluation(index: FeatureIndex) -> None:
-    """Raise UserError where features are of training's random picks, which no score
-    should come from."""
+    """Raise UserError if features have training views, which are not used for scores.
+
+    Training views come from random frames and augmentations.
+    """
     for facts in index.features:
         if facts.training:
             raise UserError(
-                "features that are scored must be evaluation's view, but split "
-                f"{index.split} of {facts.root} holds training's. Score another split, or "
-                f"the video in {facts.source}."
+                "Features for scores must have the evaluation view, got training views of "
+                f"split {index.split} in {facts.root}. Score another split, or the video "
+                f"in {facts.source}."
             )

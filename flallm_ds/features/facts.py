@@ -1,4 +1,7 @@
-"""What a folder of features says of itself, and one clip's features as bytes. numpy alone."""
+"""The description of a folder of cached features, and the features of a clip as bytes.
+
+This module must not import torch, because data/index.py imports it.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,22 +14,23 @@ from flallm_ds.data.sampling import SAMPLING_OPTIONS, FrameSampling
 from flallm_ds.errors import UserError
 
 DTYPES = ("float32", "float16")
-MAX_WIDTH = 2**16  # of a feature; the widest encoders have 6,144
-# The options of a run (data.NAME) that decide which pixels the encoder saw.
+MAX_WIDTH = 2**16  # channels of a feature; the widest encoders have 6,144
+# The options of a run (data.NAME) that decide the pixels that the encoder reads.
 OPTIONS = (*SAMPLING_OPTIONS, "frame_size", "crop_size", "augment")
 
 
 @dataclass(frozen=True)
 class FeatureFacts:
-    """The features of one split of one folder.
+    """Describes the cached features of one split in one folder.
 
-    root: where they lie. encoder: the fingerprint of what made them; made_by: where that
-    was read from. options: the values of `OPTIONS`. training: whether the views are
-    training's (random picks, augmented), drawn with `seed`; else there is one view,
-    evaluation's. digest: of the tars' bytes.
+    root: the folder or address. source: the video shards. encoder: the fingerprint of the
+    encoder; made_by: the run that the encoder was read from. width: channels of a feature.
+    options: the values of `OPTIONS`. training: whether the views come from random frames
+    and augmentations, drawn with `seed`; otherwise there is one view, for evaluation.
+    digest: changes with the bytes of the tars.
     """
 
-    KIND: ClassVar[str] = "features"  # of the folder, in index.json
+    KIND: ClassVar[str] = "features"  # the kind of the folder in index.json
 
     root: str
     source: str
@@ -44,8 +48,10 @@ class FeatureFacts:
     def load(
         cls, manifest: Mapping[str, Any], entry: Mapping[str, Any], root: str, digest: str
     ) -> "FeatureFacts":
-        """From index.json and its entry of the split. Raises UserError where they do not
-        fit each other."""
+        """Return the description in index.json and its entry for the split.
+
+        Raises UserError if a value is missing, wrong, or does not fit the others.
+        """
         try:
             facts = cls(
                 root=root,
@@ -64,15 +70,15 @@ class FeatureFacts:
             is_valid = False
         if not is_valid:
             raise UserError(
-                f"index.json must say what its features are, but does not: {root}. Make "
-                "them again with launch/features.py."
+                "index.json must describe the features, got missing or wrong values in "
+                f"{root}. Write the features again with launch/features.py."
             )
         return facts
 
     def _is_valid(self) -> bool:
-        """Return whether each value has its type and range.
+        """Return whether each value has the right type and range.
 
-        Raises TypeError or ValueError for some values that have not.
+        Raises TypeError or ValueError for some wrong values.
         """
         for number in (self.views, self.width, self.seed):
             # Not isinstance: True is an int for it.
@@ -93,13 +99,16 @@ class FeatureFacts:
 
     @property
     def sampling(self) -> FrameSampling:
-        """Which frames the encoder saw."""
+        """The sampling of the frames that the encoder read."""
         return FrameSampling.of_settings(self.options)
 
     def check_sizes(
         self, num_frames: np.ndarray, fps: np.ndarray, sizes: np.ndarray
     ) -> None:
-        """Raise ValueError where a clip's bytes are too few for its features."""
+        """Raise ValueError if a clip has fewer bytes than its features need.
+
+        num_frames, fps, sizes: columns of the table, one entry per clip.
+        """
         kept = self.sampling.num_kept(num_frames, fps)
         least = kept * self.width * np.dtype(self.dtype).itemsize
         if (sizes < least).any():
@@ -111,14 +120,15 @@ class FeatureFacts:
 
     @property
     def seed_matters(self) -> bool:
-        """Whether anything was drawn."""
+        """Whether the features depend on the seed."""
+        # A crop as large as the frame has a single position.
         crops = self.options["crop_size"] != self.options["frame_size"]
         augments = crops or bool(self.options["augment"])
         return self.training and (augments or not self.sampling.draws_nothing)
 
 
 def to_npy(features_SD: np.ndarray) -> bytes:
-    """A member's bytes: numpy's plain format."""
+    """Return the bytes of a member: features in numpy's format 1.0, without pickle."""
     file = BytesIO()
     np.lib.format.write_array(
         file, np.ascontiguousarray(features_SD), version=(1, 0), allow_pickle=False
@@ -127,11 +137,11 @@ def to_npy(features_SD: np.ndarray) -> bytes:
 
 
 def from_npy(member: memoryview, shape: tuple[int, int], dtype: str) -> np.ndarray:
-    """A view of the member's numbers. Raises ValueError unless it is an array of this
-    shape, all finite.
+    """Return a view of the features in a member, without a copy.
 
-    Nothing is unpickled, and no memory is taken for what a header claims. The header is
-    compared, not parsed: numpy parses it with `ast`, which fails where several threads do
+    Raises ValueError unless they are an array of this shape and dtype, all finite. Nothing
+    is unpickled, and no memory is allocated for the shape that a header claims. The header
+    is compared, not parsed: numpy parses it with `ast`, which fails if several threads do
     so at once (CPython issue 106905).
     """
     # A member is the magic bytes, the length of the header in two bytes, the header, and
@@ -140,7 +150,7 @@ def from_npy(member: memoryview, shape: tuple[int, int], dtype: str) -> np.ndarr
     begin = len(magic) + 2
     end = begin + int.from_bytes(member[len(magic) : begin], "little")
     if bytes(member[: len(magic)]) != magic or end > len(member):
-        raise ValueError("features must be in numpy's format 1.0, but are not")
+        raise ValueError("features must be in numpy's format 1.0, got other bytes")
 
     # Compare the header with the only one that `to_npy` writes for this shape.
     header = bytes(member[begin:end]).decode("latin1").strip()
@@ -149,16 +159,15 @@ def from_npy(member: memoryview, shape: tuple[int, int], dtype: str) -> np.ndarr
     )
     if header != expected:
         raise ValueError(
-            f"features must be {dtype} of shape {shape}, but their header says "
-            f"{header[:200]}"
+            f"features must be {dtype} of shape {shape}, got the header {header[:200]}"
         )
     if len(member) != end + shape[0] * shape[1] * np.dtype(dtype).itemsize:
-        raise ValueError(f"features must be of shape {shape}, but are {len(member)} bytes")
+        raise ValueError(f"features must be of shape {shape}, got {len(member)} bytes")
 
     features_SD: np.ndarray = np.frombuffer(member, dtype, offset=end).reshape(shape)
     # The writer stores NaN for a clip that did not decode.
     if not np.isfinite(features_SD).all():
         raise ValueError(
-            "features must be finite, but are not: the clip was broken in their source"
+            "features must be finite, got NaN or infinity: the clip was broken in the video"
         )
     return features_SD

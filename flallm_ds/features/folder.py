@@ -1,13 +1,12 @@
-"""A folder of features while it is written: which tars are finished, which are left, the
-index at the end.
+"""Write a folder of cached features: its tars, and its tables and index.json at the end.
 
     <out>/
-      train-000012.view3.tar        whole: a tar gets this name when it is on the disk
-      .begun/                       plan.json, lock, and a record for each finished tar
-      {split}.safetensors, index.json   last
+      train-000012.view3.tar        complete: a tar gets this name when it is on the disk
+      .begun/                       plan.json, lock, and a record of each finished tar
+      {split}.safetensors, index.json   written last
 
-So the writing may be killed at any moment; the same command goes on with the tars that
-are left. A tar that is taken away is made again by the same command.
+The writing may be killed at any moment: the same command then continues with the
+remaining tars. The same command also writes a tar again that was deleted.
 """
 
 import json
@@ -29,15 +28,18 @@ from flallm_ds.files import move, take_lock, write_file
 from flallm_ds.sharding.writer import SHARD_NAME, ShardWriter, index_json
 
 BEGUN = ".begun"
-TRAINING = "train"  # the split whose views are training's: random picks, augmented
-# of a clip, in the JSON behind its features
+TRAINING = "train"  # the split with training views: random frames, augmentations
+# Columns that are stored as JSON after the features of a clip.
 _FACTS = ("id", "text", "signer", "video", "language")
 
 
 @dataclass(frozen=True)
 class FeatureTar:
-    """One tar to write: the clips of one shard of the source, in stored order, seen for
-    the `view`th time."""
+    """One tar to write: a view of the clips of one shard of the video.
+
+    view: from 0; each view has other random frames and augmentations. rows: the clips, in
+    stored order.
+    """
 
     split: str
     shard: int
@@ -51,7 +53,10 @@ class FeatureTar:
 
 
 class FeatureFolder:
-    """`out`, over the splits' indexes of the source and the number of views of each."""
+    """Writes the features of several splits to the folder `out`.
+
+    sources: the index of the video, by split. views: the number of views, by split.
+    """
 
     def __init__(
         self, out: Path, sources: Mapping[str, Index], views: Mapping[str, int]
@@ -61,26 +66,25 @@ class FeatureFolder:
         self._lock: FileLock | None = None
 
     def begin(self, plan: Mapping[str, Any]) -> None:
-        """Take the folder, or go on with it, alone until `end`.
+        """Create the folder or continue with it, and lock it until `end`.
 
         plan: plain values that decide every byte, by the names of their options. Raises
-        UserError if the folder holds anything else, was begun by another plan, or is in
-        use.
+        UserError if the folder has other content, belongs to another plan, or is in use.
         """
-        # As it will be read: a tuple becomes a list.
+        # Convert to what the file returns when it is read: a tuple becomes a list.
         plan = json.loads(json.dumps(plan))
         path = self._begun / "plan.json"
         if not path.is_file() and not _is_free(self.out):
             raise UserError(
-                "--out must be a new or empty folder, or one of features that were begun, "
-                f"but {self.out} holds something else. Name another folder."
+                "--out must be a new folder, an empty one, or one of unfinished features, "
+                f"got {self.out} with other content. Use another folder."
             )
         self._begun.mkdir(parents=True, exist_ok=True)
         lock = take_lock(self._begun / "lock")
         if lock is None:
             raise UserError(
-                f"one command at a time may write to {self.out}, but another does. Wait "
-                "for it."
+                f"Folder {self.out} is in use by another command. Wait for it to end, or "
+                "use another --out."
             )
         try:
             self._compare(plan, path)
@@ -90,32 +94,33 @@ class FeatureFolder:
         self._lock = lock
 
     def _compare(self, plan: Mapping[str, Any], path: Path) -> None:
+        """Raise UserError if the plan differs from that in `path`, which a new folder gets."""
         if not path.is_file():
             write_file(path, index_json(plan))
         before = _read(path)
         for name in before | plan:
             if before.get(name) != plan.get(name):
                 raise UserError(
-                    f"{name} must be {before.get(name)} as when the features in {self.out} "
-                    f"were begun, but is {plan.get(name)}. Leave it, or write to another "
-                    "--out."
+                    f"Folder {self.out} belongs to other features ({name} "
+                    f"{before.get(name)}, got {plan.get(name)}). Use the same value, or "
+                    "another --out."
                 )
 
     def check_shared(self) -> None:
-        """Raise UserError on a machine that does not see what `begin` made."""
+        """Raise UserError on a machine without access to the folder of `begin`."""
         if not self._begun.is_dir():
             raise UserError(
-                f"--out must lie on a disk that all machines share, but {self.out} does "
-                "not."
+                f"--out must be on a disk that all machines share, got {self.out}. Use a "
+                "folder of a shared disk."
             )
 
     def end(self) -> None:
-        """Let others at the folder."""
+        """Unlock the folder."""
         if self._lock is not None:
             self._lock.release()
 
     def jobs(self) -> list[FeatureTar]:
-        """All tars, those of a shard of the source beside each other."""
+        """Return all tars; those of one shard of the video are next to each other."""
         found: list[FeatureTar] = []
         for split in self.sources:
             found += self._jobs_of(split)
@@ -135,10 +140,11 @@ class FeatureFolder:
         return found
 
     def left(self) -> list[FeatureTar]:
-        """Those that are not finished."""
+        """Return the tars that are not finished."""
         return [job for job in self.jobs() if not self._is_done(job)]
 
     def _is_done(self, job: FeatureTar) -> bool:
+        # Both must be there, because a user may delete a tar to have it written again.
         path, record = self.out / job.name, self._record(job)
         return (
             record.is_file()
@@ -150,8 +156,10 @@ class FeatureFolder:
         return self._begun / f"{job.name}.json"
 
     def write(self, job: FeatureTar, features: Sequence[np.ndarray]) -> None:
-        """Write a tar: the features of each clip, (S, D), in order. Raises OSError if the
-        disk refuses."""
+        """Write a tar and its record.
+
+        features: (S, D) of each clip, in the order of the rows. Raises OSError.
+        """
         source = self.sources[job.split]
         strings = {name: source.strings(name) for name in ("key", *_FACTS)}
         temporary = self._begun / f"{job.name}.tmp"
@@ -165,24 +173,26 @@ class FeatureFolder:
                 offset = tar.add_sample(strings["key"][row], "npy", member, facts)
                 places.append((offset, len(member)))
         entry = vars(tar.shard_entry) | {"file": job.name}
-        # The record last: a tar without it is written again.
+        # Write the record last: a tar without a record is written again.
         move(temporary, self.out / job.name)
         write_file(self._record(job), index_json({"shard": entry, "places": places}))
 
     def finish(self, facts: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
-        """Write tables and index.json. facts: the fields of `FeatureFacts` that all splits share.
+        """Write the tables and index.json.
 
-        manifest: the source's index.json.
+        facts: the fields of `FeatureFacts` that all splits share. manifest: index.json of
+        the video.
         """
         entries: dict[str, Any] = {}
         for split, source in self.sources.items():
-            # Copy the table of the video: a clip keeps its row.
+            # Copy the table of the video, so that each clip keeps its row.
             names = [*COLUMNS, *STRING_COLUMNS]
             for name in STRING_COLUMNS:
                 names.append(f"{name}_ends")
             arrays = {name: source.arrays[name] for name in names}
 
-            # Enter the places of the features, which are the same in all views of a shard.
+            # Replace the places of the video by those of the features. All views of a shard
+            # have the same places, because a view changes neither lengths nor texts.
             for name in ("offset", "size"):
                 arrays[name] = np.zeros(len(source), COLUMNS[name])
             tars = []
@@ -206,7 +216,7 @@ class FeatureFolder:
             if name in manifest:
                 content[name] = manifest[name]
         content |= {"splits": entries, "features": dict(facts)}
-        # Last: a folder with index.json is complete.
+        # Write index.json last: a folder with it is complete.
         write_file(self.out / "index.json", index_json(content))
 
 
@@ -216,10 +226,11 @@ def share(
     rank: int,
     world_size: int,
 ) -> list[FeatureTar]:
-    """A rank's part of the jobs: neighbours, so that few read the same shard of the
-    source, and about as many frames as others have.
+    """Return the tars that a rank writes: consecutive ones, with about as many frames as
+    those of the other ranks.
 
-    sizes: frames of each clip, by split.
+    sizes: frames of each clip, by split. Consecutive tars read the same shard of the video,
+    so that few ranks read the same shard.
     """
     frames = np.zeros(len(jobs))
     for number, job in enumerate(jobs):
@@ -233,10 +244,10 @@ def share(
 
 
 def _is_free(out: Path) -> bool:
-    """Return whether features may be written to `out`: it is absent, empty, or holds what
-    a writing leaves that was killed at its start."""
+    """Return whether a new writing may use `out`: it is absent, or empty."""
     if not out.exists():
         return True
+    # A writing that was killed at its start leaves .begun alone.
     return out.is_dir() and all(path.name == BEGUN for path in out.iterdir())
 
 
@@ -244,5 +255,5 @@ def _read(path: Path) -> Any:
     with suppress(ValueError):
         return json.loads(path.read_text(encoding="utf-8"))
     raise UserError(
-        f"{path} must be JSON, but is not. Remove it: its tar is then made again."
+        f"Cannot read {path}: it is not JSON. Delete it; its tar is then written again."
     )

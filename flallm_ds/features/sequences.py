@@ -1,6 +1,6 @@
-"""Sequences of visual features: resampled to another rate, and masked.
+"""Resample sequences of visual features to another frame rate, and mask them.
 
-Corpora have 24, 25, 30 or 50 frames a second.
+Corpora have 24, 25, 30 or 50 frames per second.
 """
 
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ import torch
 from torchaudio import functional as F
 from torchaudio.transforms import TimeMasking
 
-# Of the ratio of two rates: the filter bank grows with it, and 25 / 29.97 is 5 / 6 to 0.1
-# %.
+# Largest denominator of the ratio of two rates: the filter bank grows with it, and 5 / 6
+# differs from 25 / 29.97 by only 0.1 %.
 MAX_DENOMINATOR = 24
-# Of the real features in an output place: the side lobes of the filter alone are no
-# signal.
+# Lowest weight of the real features in an output place: where only side lobes of the
+# filter reach, there is no signal to scale up.
 _LEAST_WEIGHT = 1e-3
 
 
@@ -24,9 +24,9 @@ def resample(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return features_BSD at `to_fps` and their lengths, anti-aliased along time.
 
-    features_BTD: float, padded with anything; lengths_B: int64, places of each sequence.
-    Each sequence is resampled by its own length: padding changes nothing. Raises
-    ValueError if a rate is not above 0, or where the rates are too far apart.
+    features_BTD: float, with any values as padding. lengths_B: int64, places of each
+    sequence. Each sequence is resampled on its own: padding changes nothing. Raises
+    ValueError if a rate is not above 0, or if the rates are too far apart.
     """
     ratio = _ratio(from_fps, to_fps)
     if ratio == 1:
@@ -41,9 +41,8 @@ def resample(
     together_BCT = torch.cat([masked_BTD, mask_BT1], dim=2).mT.contiguous()
     resampled_BCS = F.resample(together_BCT, ratio.denominator, ratio.numerator)
 
-    # The filter takes what lies beyond a sequence for zeros, which would turn a constant
-    # into 0.41 at its end. Divided by what the filter made of the ones, a constant stays
-    # constant.
+    # The filter reads zeros beyond a sequence, which would turn a constant 1 into 0.41 at
+    # its end. Divide by the filtered ones, so that a constant stays constant.
     weights_BS1 = resampled_BCS[:, -1:].mT.clamp_min(_LEAST_WEIGHT)
     features_BSD = resampled_BCS[:, :-1].mT / weights_BS1
 
@@ -55,25 +54,27 @@ def resample(
 def _ratio(from_fps: float, to_fps: float) -> Fraction:
     """Return `to_fps` / `from_fps` with a small denominator.
 
-    Raises ValueError if a rate is not above 0, or where they are too far apart.
+    Raises ValueError if a rate is not above 0, or if the rates are too far apart.
     """
     if min(from_fps, to_fps) <= 0:
-        raise ValueError(f"rates must be above 0, but are {from_fps} and {to_fps}")
+        raise ValueError(f"frame rates must be above 0, got {from_fps} and {to_fps}")
     ratio = Fraction(to_fps / from_fps).limit_denominator(MAX_DENOMINATOR)
     if ratio == 0:
-        limit = f"rates must not differ by more than {MAX_DENOMINATOR} times"
-        raise ValueError(f"{limit}, but are {from_fps}, {to_fps}")
+        raise ValueError(
+            f"frame rates must not differ by more than {MAX_DENOMINATOR} times, got "
+            f"{from_fps} and {to_fps}"
+        )
     return ratio
 
 
 def resampled_lengths(
     lengths_B: np.ndarray, from_fps_B: np.ndarray, to_fps: float
 ) -> np.ndarray:
-    """Return what `resample` makes of these lengths at these rates, int64 (B,).
+    """Return the lengths that `resample` returns for these lengths and rates, int64 (B,).
 
     Raises ValueError as `resample` does.
     """
-    # A corpus has few rates: one ratio for each, not for each clip.
+    # Compute one ratio per rate, not per clip: a corpus has few rates.
     rates, which_B = np.unique(from_fps_B, return_inverse=True)
     up, down = np.ones(len(rates), np.int64), np.ones(len(rates), np.int64)
     for number, rate in enumerate(rates.tolist()):
@@ -87,12 +88,11 @@ def resampled_lengths(
 
 @dataclass(frozen=True)
 class FeatureMasks:
-    """Masks packed features with SpecAugment (arXiv 1904.08779): spans of them become zeros.
+    """Sets random spans of packed features to zero, as SpecAugment does (arXiv 1904.08779).
 
-    times, time_width: spans of time in a clip, and the most features that one spans; it
-    never spans a whole clip. channels, channel_width: the same along the feature
-    dimension. The spans of a clip come from the draws of that clip alone, whatever else
-    is in the batch.
+    times: spans of time in a clip. time_width: the most features in one span, which never
+    covers a whole clip. channels, channel_width: the same along the feature dimension. The
+    spans of a clip depend on the draws of that clip alone, not on the rest of the batch.
     """
 
     times: int = 0
@@ -103,12 +103,15 @@ class FeatureMasks:
     def __call__(
         self, features_ND: torch.Tensor, num_frames_B: torch.Tensor, draws_B9: torch.Tensor
     ) -> torch.Tensor:
-        """Return features_ND with zeros in the spans. num_frames_B, draws_B9: on the host."""
+        """Return features_ND with zeros in the spans.
+
+        num_frames_B, draws_B9: on the host.
+        """
         if not self.times and not self.channels:
             return features_ND
         device, width = features_ND.device, features_ND.shape[1]
 
-        # The spans of each clip: along its time, and along the feature dimension.
+        # Draw the spans of each clip, along time and along the feature dimension.
         times, channels = [], []
         for length, draws_9 in zip(num_frames_B.tolist(), draws_B9, strict=True):
             time, channel = self.keep(length, width, draws_9)
@@ -117,7 +120,7 @@ class FeatureMasks:
         time_N = torch.cat(times).to(device, non_blocking=True)
         channel_BD = torch.stack(channels).to(device, non_blocking=True)
 
-        # The clip that each packed feature belongs to.
+        # Find the clip of each packed feature, to give it the channels of that clip.
         clips_N = torch.arange(len(num_frames_B)).repeat_interleave(num_frames_B).to(device)
         return features_ND * time_N[:, None] * channel_BD[clips_N]
 
@@ -127,16 +130,16 @@ class FeatureMasks:
         width: int,
         draws_9: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return a mask of the clip's places and one of its channels: 0 in the spans, 1
-        elsewhere.
+        """Return the masks of a clip, (length,) and (width,): 0 in the spans, 1 elsewhere.
 
         length: features of the clip. width: channels of a feature. draws_9: float32, on
         the host.
         """
+        # Seed with the bits of the draws, which are the same on any number of ranks.
         words = draws_9.contiguous().view(torch.int32).numpy().view(np.uint32)
         seed = int(np.random.SeedSequence(words.tolist()).generate_state(1)[0])
         with torch.random.fork_rng(devices=[]):
-            # Not torch.manual_seed, which seeds the GPUs as well.
+            # Not torch.manual_seed, which also seeds the GPUs.
             torch.default_generator.manual_seed(seed)
             time = _kept(self.times, self.time_width, length)
             channel = _kept(self.channels, self.channel_width, width)
@@ -144,7 +147,7 @@ class FeatureMasks:
 
 
 def _kept(masks: int, width: int, size: int) -> torch.Tensor:
-    """Return `size` ones, with zeros in `masks` random spans of up to `width`."""
+    """Return a mask (size,) of ones with zeros in `masks` random spans of up to `width`."""
     if not masks:
         return torch.ones(size)
     # torchaudio's parameter is one more than the widest span.

@@ -1,5 +1,7 @@
-"""Run stage 2's frozen encoder once over a shard folder. Killed at any moment, the
-writing can be resumed."""
+"""Write cached features: run a frozen visual encoder once over a shard folder.
+
+The writing may be killed at any moment: the same command resumes it.
+"""
 
 import math
 import time
@@ -32,8 +34,8 @@ from flallm_ds.training.build.data import decode_threads, make_preprocess, open_
 from flallm_ds.training.build.visual import feature_extractor, stage_1_export
 from flallm_ds.training.stop import StopRequest
 
-BATCH_FRAMES = 256  # that the encoder sees at once, if a clip has no more
-PATIENCE = timedelta(hours=12)  # of a rank that has finished for those that have not
+BATCH_FRAMES = 256  # frames that the encoder reads at once; a longer clip is read whole
+PATIENCE = timedelta(hours=12)  # how long a rank that has finished waits for the others
 
 
 def write_features(
@@ -43,23 +45,23 @@ def write_features(
     dtype: Literal["float32", "float16"],
     splits: tuple[str, ...],
 ) -> None:
-    """Write the features of a stage-1 result's frozen encoder to `out`, with all ranks.
+    """Write the features of a frozen visual encoder to `out`, with all ranks.
 
-    config: of the stage llm that is to train on them. views: how many epochs' frame picks
-    and augmentations of the training clips. Raises UserError for options that do not fit,
-    Preempted when asked to stop.
+    config: of the run of stage llm that will train on the features. views: number of views
+    of each training clip; each has other random frames and augmentations. Raises UserError
+    for wrong options, Preempted when asked to stop.
     """
-    require(views >= 1, f"--views must be at least 1, but is {views}.")
-    require(bool(splits), "--splits must name a split, but is empty.")
+    require(views >= 1, f"--views must be at least 1, got {views}.")
+    require(bool(splits), "--splits must name a split, got none. Use --splits=train,dev.")
     require(
         len(config.data.shards) == 1,
-        f"--data.shards must name one folder, but names {len(config.data.shards)}: write "
-        "the features of each, and give all of them to stage llm.",
+        f"--data.shards must name one folder, got {len(config.data.shards)}. Write the "
+        "features of each folder, and pass all of them to stage llm.",
     )
     require(
         not config.trains_visual,
-        "visual.frozen must be all where features are written, but is "
-        f"{config.visual.frozen}.",
+        f"visual.frozen must be all where features are written, got {config.visual.frozen}. "
+        "Set --visual.frozen=all.",
     )
     stop = StopRequest()
     world = dist.start(PATIENCE)
@@ -70,24 +72,25 @@ def write_features(
 
 
 def _written(out: Path, write: Callable[[], None]) -> None:
+    """Call `write`. Raises UserError for an OSError."""
     try:
         write()
     except OSError as error:
         raise UserError(
-            f"--out must be where files can be written, but {out}: {error}."
+            f"Cannot write to --out={out}: {error}. Use another folder, or free some space."
         ) from error
 
 
 @dataclass(frozen=True)
 class Writing:
-    """What one rank needs to write its part."""
+    """Writes the part of one rank."""
 
     config: RunConfig
     world: dist.World
     extractor: FeatureExtractor
     folder: FeatureFolder
     facts: Mapping[str, Any]
-    manifest: Mapping[str, Any]  # the source's index.json
+    manifest: Mapping[str, Any]  # index.json of the video
 
     @classmethod
     def begin(
@@ -99,6 +102,11 @@ class Writing:
         dtype: str,
         splits: tuple[str, ...],
     ) -> "Writing":
+        """Load the encoder and create or continue the folder. Every rank must call it.
+
+        Raises UserError if the options, the video and the folder do not fit each other.
+        """
+        # Fail early if there is no stage-1 result.
         if config.visual_run != "none":
             stage_1_export(config)
         sources: dict[str, Index] = {}
@@ -106,7 +114,7 @@ class Writing:
             sources[split] = open_index(config.data, split, world)
         manifest = dist.main_first(lambda: read_manifest(sources[splits[0]].store), world)
         check_video(manifest, config.data.shards[0], "launch/features.py")
-        # as in stage llm, where parts of the encoder may be random
+        # Seed as stage llm does, because parts of the encoder may be random.
         torch.manual_seed(config.train.seed)
         extractor = feature_extractor(config, world).to(world.device)
         options = feature_options(config.data)
@@ -119,13 +127,13 @@ class Writing:
             "options": options,
             "seed": config.train.seed,
         }
-        # Training draws frames and augmentations, evaluation has a single view.
+        # Training draws random frames and augmentations; evaluation has a single view.
         views_of = dict.fromkeys(splits, 1)
         if TRAINING in splits:
             views_of[TRAINING] = views
         folder = FeatureFolder(out, sources, views_of)
 
-        # All that decides the bytes of the features, by the names that a message uses.
+        # Collect all that decides the bytes of the features, by the names for messages.
         plan = {
             "the encoder": facts["encoder"],
             "--views": views,
@@ -142,7 +150,7 @@ class Writing:
         return cls(config, world, extractor, folder, facts, manifest)
 
     def run(self, stop: StopRequest) -> None:
-        """Write what is left. Raises Preempted where it is asked to stop."""
+        """Write the remaining tars of this rank. Raises Preempted when asked to stop."""
         stop.begin()
         try:
             self._write(stop)
@@ -170,15 +178,14 @@ class Writing:
                     self.folder.write(job, clips)
                 except OSError as error:
                     raise RankError(
-                        f"{job.name} could not be written to {self.folder.out}: {error}."
+                        f"Cannot write {job.name} to {self.folder.out}: {error}. Free some "
+                        "space and run the same command again."
                     ) from error
                 progress.tar(sum(map(len, clips)))
 
-        # All ranks meet here, after their last tar or when they were asked to stop.
+        # Wait for all ranks: each has written its last tar, or was asked to stop.
         if any(dist.gather_objects(bool(stop), self.world)):
-            raise Preempted(
-                "stopped; the same command goes on with the tars that are left."
-            )
+            raise Preempted("stopped; the same command continues with the remaining tars.")
         finish = partial(self.folder.finish, self.facts, self.manifest)
         dist.main_first(lambda: _written(self.folder.out, finish), self.world)
         if self.world.is_main:
@@ -189,7 +196,7 @@ class Writing:
             )
 
     def reader(self, split: str) -> "TolerantReader":
-        """Return what reads the clips of a split of the source."""
+        """Return the reader of the video of a split."""
         data, index = self.config.data, self.folder.sources[split]
         training = split == TRAINING
         budget = math.ceil(data.max_broken * len(index)) if training else 0
@@ -201,10 +208,10 @@ class Writing:
     def encoded(
         self, jobs: list[FeatureTar], reader: "TolerantReader", stop: StopRequest
     ) -> Iterator[tuple[FeatureTar, list[np.ndarray]]]:
-        """Yield the jobs of the reader's split in order, each with features_SD of its
-        clips; NaN if broken.
+        """Yield each job with features_SD of its clips: NaN for a broken clip.
 
-        It ends early where this rank is asked to stop.
+        jobs: of the split of the reader; the order is kept. Ends early when this rank is
+        asked to stop. Raises RankError for features that are not finite.
         """
         if not jobs:
             return
@@ -219,15 +226,14 @@ class Writing:
             rows = plan.micro_batches_of(step)[0].tolist()
             features = self.features_of(batch, reader.train)
             for row, features_SD in zip(rows, features, strict=True):
-                # NaN marks a broken clip: training then replaces it as it does on video.
+                # NaN marks a broken clip, which training replaces as it does with video.
                 if (row, view) in reader.lost:
                     features_SD = np.full_like(features_SD, np.nan)
                 elif not np.isfinite(features_SD).all():
                     key = reader.index.strings("key")[row]
                     raise RankError(
-                        f"features must be finite, but those of {key} are not in "
-                        f"{features_SD.dtype}. Give --dtype=float32, or look at the "
-                        "encoder."
+                        f"Cannot store the features of {key} as {features_SD.dtype}: a "
+                        "value is not finite. Use --dtype=float32, or check the encoder."
                     )
                 found[row] = features_SD
             if step in last_steps:
@@ -236,19 +242,24 @@ class Writing:
                 found = {}
 
     def features_of(self, batch: Batch, train: bool) -> list[np.ndarray]:
-        """Encode a batch: features_SD of each clip, in the dtype of the folder."""
+        """Return features_SD of each clip of a batch, in the dtype of the folder."""
         preprocess = make_preprocess(self.config.data)
         encoded_ND = encode(
             batch, self.extractor, preprocess, train=train, device=self.world.device
         )
-        with np.errstate(over="ignore"):  # `encoded` looks for values that are not finite
+        # `encoded` checks for values that are not finite.
+        with np.errstate(over="ignore"):
             features_ND = encoded_ND.cpu().numpy().astype(self.facts["dtype"])
         return np.split(features_ND, np.cumsum(batch.num_frames_B.numpy())[:-1])
 
 
 @dataclass(frozen=True)
 class TolerantReader(VideoReader):
-    """Reads a clip that does not decode as black frames, and remembers (row, view)."""
+    """Reads a clip that does not decode as black frames, and records it in `lost`.
+
+    broken: raises RankError after too many broken clips. lost: (row, view) of each broken
+    clip.
+    """
 
     broken: BrokenClips = field(default_factory=lambda: BrokenClips(0))
     lost: set[tuple[int, int]] = field(default_factory=set)
@@ -261,6 +272,7 @@ class TolerantReader(VideoReader):
                 self.index.tar(row).file, self.index.strings("key")[row], str(error)
             )
             self.lost.add((row, epoch))
+            # Any frames will do: `Writing.encoded` replaces the features by NaN.
             part.zero_()
             return Clip(self.draws(row, epoch)[0])
 
@@ -269,17 +281,18 @@ def plan_of(
     jobs: Sequence[FeatureTar],
     num_kept: np.ndarray,
 ) -> tuple[EpochPlan, dict[int, FeatureTar]]:
-    """(batches of clips, none of two jobs; the job that each last batch of one ends).
+    """Return the batches of the jobs, and for each last batch of a job, that job.
 
-    Which clips are seen together depends on the job alone, whatever the ranks and what
-    was written before: so the bytes of a tar do not, either.
+    num_kept: frames of each clip. No batch has clips of two jobs: which clips are encoded
+    together depends on the job alone, and so do the bytes of a tar. They depend neither on
+    the number of ranks nor on the tars that were written before.
     """
     batches: list[np.ndarray] = []
     views: list[int] = []
     last_steps = {}
     for job in jobs:
-        # Begin a batch at each clip whose last frame is in another block of BATCH_FRAMES
-        # than that of the clip before.
+        # Count the frames of the job in blocks of BATCH_FRAMES. A batch has the clips
+        # whose last frame is in the same block.
         sums = np.cumsum(num_kept[job.rows])
         cuts = np.flatnonzero(np.diff((sums - 1) // BATCH_FRAMES)) + 1
         parts = np.split(job.rows, cuts)
@@ -293,7 +306,7 @@ def plan_of(
 
 
 class Progress:
-    """Lines of rank 0 for a person."""
+    """Prints the progress of rank 0: one line per 10 s, and one after its last tar."""
 
     def __init__(self, num_tars: int, enabled: bool) -> None:
         self._num_tars, self._enabled = num_tars, enabled
@@ -301,6 +314,7 @@ class Progress:
         self._done = self._frames = 0
 
     def tar(self, frames: int) -> None:
+        """Count a tar that was written, with this number of frames."""
         self._done, self._frames = self._done + 1, self._frames + frames
         now = time.perf_counter()
         if not self._enabled or (now - self._said < 10 and self._done < self._num_tars):

@@ -232,10 +232,10 @@ def test_a_member_is_numpys_plain_format_and_anything_else_is_broken(tmp_path):
     assert np.array_equal(np.load(tmp_path / "one.npy", allow_pickle=False), features_SD)
     assert np.array_equal(from_npy(memoryview(member), (3, 2), "float32"), features_SD)
     wrong = {
-        r"shape \(3, 2\), but .*'shape': \(2, 3\)": to_npy(features_SD.T),
+        r"shape \(3, 2\), got .*'shape': \(2, 3\)": to_npy(features_SD.T),
         "float32 of shape .*'<f8'": to_npy(features_SD.astype(np.float64)),
         r"float32 of shape .*'\|O'": to_npy_of_objects(),
-        "but are 151 bytes": member[:-1],
+        "got 151 bytes": member[:-1],
         "numpy's format 1.0": member[:100],
         "numpy's format": b"RIFF" + member,
         "finite": to_npy(np.full((3, 2), np.nan, np.float32)),
@@ -346,12 +346,12 @@ def test_an_index_that_does_not_say_what_its_features_are(copy):
             json.dumps(manifest | {"features": manifest["features"] | change})
         )
         with pytest.raises(
-            UserError, match=r"must say what its features are.*launch/features\.py"
+            UserError, match=r"must describe the features.*launch/features\.py"
         ):
             load_index(copy, "train")
 
 
-# --- the folder while it is written
+# --- wrong values in index.json
 
 
 @pytest.mark.parametrize(
@@ -381,9 +381,7 @@ def test_facts_of_features_that_cannot_be_are_one_sentence(copy, change):
         {"options": own["options"] | change["options"]} if "options" in change else {}
     )
     (copy / "index.json").write_text(json.dumps(manifest | {"features": own | change}))
-    with pytest.raises(
-        UserError, match=r"must say what its features are.*launch/features\.py"
-    ):
+    with pytest.raises(UserError, match=r"must describe the features.*launch/features\.py"):
         load_index(copy, "train")
 
 
@@ -422,9 +420,10 @@ def test_what_shows_video_says_that_these_are_features(features, tmp_path):
         preview(features, out=tmp_path / "sheet")
 
 
-def test_the_bytes_are_the_same_whenever_and_wherever_they_are_written(
-    features, tiny_corpus, tmp_path
-):
+# --- the folder during the writing
+
+
+def test_the_same_command_writes_the_same_bytes(features, tiny_corpus, tmp_path):
     again = write(tiny_corpus / "shards", tmp_path / "again")
     names = {p.name for p in features.iterdir()}
     assert names == {p.name for p in again.iterdir()}
@@ -450,17 +449,16 @@ def test_another_plan_something_else_and_a_second_writer_are_refused(
     features, tmp_path, tiny_corpus
 ):
     sources = {"train": load_index(tiny_corpus / "shards", "train")}
-    with pytest.raises(UserError, match=r"data\.keep_every must be 2 .*, but is 4.*--out"):
+    with pytest.raises(UserError, match=r"\(data\.keep_every 2, got 4\).*--out"):
         FeatureFolder(features, sources, {"train": 1}).begin({"data.keep_every": 4})
     (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(UserError, match="holds something else"):
+    with pytest.raises(UserError, match="with other content"):
         FeatureFolder(tmp_path, sources, {"train": 1}).begin({"data.keep_every": 4})
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
-    first, second = (
-        FeatureFolder(tmp_path / "out", sources, {"train": 1}) for _ in range(2)
-    )
+    first = FeatureFolder(tmp_path / "out", sources, {"train": 1})
+    second = FeatureFolder(tmp_path / "out", sources, {"train": 1})
     first.begin({})
-    with pytest.raises(UserError, match="one command at a time"):
+    with pytest.raises(UserError, match="is in use by another command"):
         second.begin({})
     first.end()
     second.begin({})

@@ -1,5 +1,7 @@
-"""Stage llm on cached features: the losses of video. Two gloo ranks, fp32, under ZeRO-3
-with offload."""
+"""Test that stage llm has the same losses on cached features as on video.
+
+Two gloo ranks train in fp32, with ZeRO-3 and offload.
+"""
 
 import json
 import shutil
@@ -45,7 +47,7 @@ from tests.helpers.paths import RANKS
 
 @pytest.fixture(scope="module")
 def runs(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What feature_ranks.py leaves, written and trained by two ranks."""
+    """Return the folder of features and runs that two ranks create (ranks/features.py)."""
     folder = tmp_path_factory.mktemp("features")
     script = RANKS / "features.py"
     done = launch(script, f"--folder={folder}", f"--corpus={tiny_corpus}")
@@ -54,7 +56,7 @@ def runs(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write(corpus: Path, runs: Path, out: Path, **more: object) -> None:
-    """Write features as in `runs`, but for `more`, in this process."""
+    """Write features as in `runs`, with other options `more`, in this process."""
     options = tiny_options(
         corpus, "llm", runs / "unused", **{"views": 2, "out": out} | more
     )
@@ -62,7 +64,7 @@ def write(corpus: Path, runs: Path, out: Path, **more: object) -> None:
 
 
 def writing(corpus: Path, runs: Path, out: Path, **more: object) -> list[str]:
-    """The command line that writes features as in `runs`, but for `more`."""
+    """Return the options that write features as in `runs`, with other options `more`."""
     options = tiny_options(
         corpus, "llm", runs / "unused", **{"views": 2, "out": out} | more
     )
@@ -70,8 +72,8 @@ def writing(corpus: Path, runs: Path, out: Path, **more: object) -> list[str]:
 
 
 def test_two_epochs_on_features_have_the_losses_of_video(runs: Path) -> None:
-    """Equal to the bit where this was written; but other batches may be summed in another
-    order."""
+    """They are equal to the bit on the machine of this test, but another CPU may add in
+    another order."""
     video, cached = losses(runs / "video"), losses(runs / "cached")
     assert len(video) == 10 and len(set(video)) == 10
     np.testing.assert_allclose(cached, video, rtol=0, atol=2e-6)
@@ -82,8 +84,8 @@ def test_a_resumed_run_on_features_has_the_same_losses(runs: Path) -> None:
 
 
 def test_a_run_on_video_is_not_resumed_with_another_encoder(runs: Path) -> None:
-    """No checkpoint holds the frozen encoder: a stage 1 that went on since would change
-    the losses unseen."""
+    """No checkpoint contains the frozen encoder: a stage 1 that was trained further would
+    change the losses without an error."""
     for rank in (0, 1):
         sentence = (runs / f"another_encoder_{rank}.txt").read_text()
         assert (
@@ -92,7 +94,9 @@ def test_a_run_on_video_is_not_resumed_with_another_encoder(runs: Path) -> None:
         )
 
 
-def test_features_of_one_split_alone(runs: Path, tiny_corpus: Path, tmp_path: Path) -> None:
+def test_features_of_a_single_split_give_the_hypotheses_of_video(
+    runs: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
     write(tiny_corpus, runs, tmp_path / "features", splits="test")
     evaluate(
         run=str(runs / "video"), split="test", beams=2, shards=(str(tmp_path / "features"),)
@@ -141,7 +145,7 @@ def test_masks_are_the_same_on_video_and_on_features(runs: Path) -> None:
 def test_features_are_those_that_stage_llm_computes_from_video(
     runs: Path, tiny_corpus: Path, tmp_path: Path, kind: str, dtype: str, tolerance: float
 ) -> None:
-    """Batch by batch over two epochs and the dev split; every kind of input."""
+    """Compare each batch of two epochs and of the dev split, for every kind of input."""
     out, world = tmp_path / "features", World(0, 1, 0, 1)
     write(tiny_corpus, runs, out, dtype=dtype, **{"llm.input": kind})
     config = resolve(
@@ -171,14 +175,14 @@ def test_features_are_those_that_stage_llm_computes_from_video(
     assert len(seen) == 12 and min(seen) > 0.05
 
 
-def test_at_another_rate_there_are_as_many_features_as_it_says(runs: Path) -> None:
+def test_the_number_of_features_follows_feature_fps(runs: Path) -> None:
     def num_features(run: str) -> int:
-        lines = map(json.loads, (runs / run / "metrics.jsonl").read_text().splitlines())
-        return sum(
-            line["frames"]
-            for line in lines
-            if line["kind"] == "train" and line["epoch"] == 0
-        )
+        num = 0
+        for text in (runs / run / "metrics.jsonl").read_text().splitlines():
+            line = json.loads(text)
+            if line["kind"] == "train" and line["epoch"] == 0:
+                num += line["frames"]
+        return num
 
     ratio = num_features("slower") / num_features("cached")
     assert 8 / 12.5 <= ratio < 8 / 12.5 * 1.1  # a clip's last part rounds up
@@ -186,10 +190,10 @@ def test_at_another_rate_there_are_as_many_features_as_it_says(runs: Path) -> No
     assert settings["frames"]["feature_fps"] == 8
 
 
-# --- what a run on features leaves is as good as another
+# --- the results of a run on features
 
 
-def test_a_run_on_features_leaves_the_export_of_one_on_video(runs: Path) -> None:
+def test_a_run_on_features_writes_the_export_of_a_run_on_video(runs: Path) -> None:
     video, cached = runs / "video" / "best", runs / "cached" / "best"
     names = [p.relative_to(video) for p in video.rglob("*.safetensors")]
     assert len(names) >= 3
@@ -203,7 +207,7 @@ def test_a_run_on_features_leaves_the_export_of_one_on_video(runs: Path) -> None
         assert ours[part] == theirs[part]
 
 
-def test_it_is_scored_on_features_as_on_video_and_translates_videos(
+def test_its_export_gives_the_same_hypotheses_on_video_and_translates_videos(
     runs: Path, tiny_corpus: Path, tmp_path: Path
 ) -> None:
     found = []
@@ -213,7 +217,7 @@ def test_it_is_scored_on_features_as_on_video_and_translates_videos(
         found.append((run / "evaluation" / "test.hypotheses.jsonl").read_text())
     assert found[0] == found[1] and len(found[0].splitlines()) == 9
     with pytest.raises(
-        UserError, match=r"must be evaluation's view, but split train of .*features"
+        UserError, match=r"evaluation view, got training views of split train in .*features"
     ):
         evaluate(run=str(runs / "cached"), split="train")
     video = tmp_path / "video"
@@ -231,7 +235,7 @@ def test_it_is_scored_on_features_as_on_video_and_translates_videos(
 def test_the_bytes_do_not_depend_on_the_ranks(
     runs: Path, tiny_corpus: Path, tmp_path: Path
 ) -> None:
-    """Two ranks wrote `runs`; here it is one."""
+    """Two ranks have written `runs`; here it is one."""
     out = tmp_path / "features"
     write(tiny_corpus, runs, out)
     names = sorted(p.name for p in (runs / "features").iterdir() if p.is_file())
@@ -245,7 +249,7 @@ def test_the_bytes_do_not_depend_on_the_ranks(
     assert {p: p.stat().st_mtime_ns for p in out.glob("*.tar")} == before
 
 
-def test_killed_in_the_middle_it_goes_on(
+def test_a_writing_that_was_killed_is_resumed(
     runs: Path, tiny_corpus: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "features"
@@ -309,8 +313,10 @@ def test_a_clip_that_does_not_decode_is_replaced_as_on_video(
 def refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> Callable[..., str]:
-    """Run a command line that must be refused; its one sentence. Nothing is left in the
-    test's folder."""
+    """Return a function that runs a command which must fail, and returns its one error.
+
+    The command must leave no file in the folder of the test.
+    """
 
     def run(target: Any, *arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", ["command", *arguments])
@@ -335,12 +341,12 @@ def refused(
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ({"data.keep_every": 4}, "data.keep_every must be 2 as when the features in"),
-        ({"data.crop_size": 24}, "data.crop_size must be 28"),
-        ({"data.augment": False}, "data.augment must be True"),
-        ({"train.seed": 1}, "train.seed must be 0, with which the views of"),
-        ({"eval.split": "train"}, "but split train of"),
-        ({"llm.input": "frames"}, "features must be of the encoder of --visual_run="),
+        ({"data.keep_every": 4}, "were made with another data.keep_every (2, got 4)"),
+        ({"data.crop_size": 24}, "data.crop_size (28, got 24)"),
+        ({"data.augment": False}, "data.augment (True, got False)"),
+        ({"train.seed": 1}, "were made with another seed (train.seed 0, got 1)"),
+        ({"eval.split": "train"}, "got training views of split train in"),
+        ({"llm.input": "frames"}, "were made by another encoder ("),
         (
             {"visual.frozen": "backbone"},
             "must be video where the visual encoder is trained",
@@ -380,7 +386,7 @@ def test_features_that_do_not_fit_the_run_are_refused(
     assert said in refused(train, *flags(stage, options))
 
 
-def test_features_of_another_encoder_are_refused_by_both_names(
+def test_the_error_for_another_encoder_names_both_encoders(
     runs: Path, tiny_corpus: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     other = Path(shutil.copytree(runs / "visual" / "best", tmp_path / "other"))
@@ -391,12 +397,12 @@ def test_features_of_another_encoder_are_refused_by_both_names(
     options = tiny_options(tiny_corpus, "llm", tmp_path / "run", **more)
     options["visual_run"] = str(other)
     sentence = refused(train, *flags("llm", options))
-    assert (
-        f"--visual_run={other} (" in sentence and f"are of {runs / 'visual'} (" in sentence
-    )
+    assert f"made by another encoder ({runs / 'visual'} " in sentence
+    assert f", got --visual_run={other} " in sentence
     given = writing(tiny_corpus, runs, runs / "features")
     given = [word for word in given if not word.startswith("--visual_run=")]
-    assert "the encoder must be" in refused(features, *given, f"--visual_run={other}")
+    sentence = refused(features, *given, f"--visual_run={other}")
+    assert "belongs to other features (the encoder " in sentence
 
 
 @pytest.mark.parametrize(
@@ -407,11 +413,11 @@ def test_features_of_another_encoder_are_refused_by_both_names(
         ({"splits": "train,exam"}, "split must be one of train, dev, test"),
         ({"data.keep_evry": 2}, "did you mean data.keep_every"),
         ({"visual.frozen": "none"}, "visual.frozen must be all where features are written"),
-        ({"data.shards": "a,b"}, "--data.shards must name one folder, but names 2"),
+        ({"data.shards": "a,b"}, "--data.shards must name one folder, got 2"),
         ({"shards": "a"}, "--shards and --data.shards must not be given together"),
     ],
 )
-def test_features_that_cannot_be_written_are_refused(
+def test_wrong_options_for_writing_features_are_refused(
     runs: Path,
     tiny_corpus: Path,
     tmp_path: Path,
@@ -422,15 +428,15 @@ def test_features_that_cannot_be_written_are_refused(
     assert said in refused(features, *writing(tiny_corpus, runs, tmp_path / "out", **more))
 
 
-def test_features_are_not_written_where_nothing_can_be(
+def test_an_out_folder_that_cannot_be_created_is_an_error(
     runs: Path, tiny_corpus: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     (tmp_path / "file").touch()
     words = writing(tiny_corpus, runs, tmp_path / "file" / "out")
-    assert "--out must be where files can be written" in refused(features, *words)
+    assert "Cannot write to --out=" in refused(features, *words)
 
 
-def test_features_are_not_written_from_features_nor_over_others(
+def test_features_are_not_written_from_features_nor_over_other_features(
     runs: Path, tiny_corpus: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     def sentence(out: Path, **more: object) -> str:
@@ -440,10 +446,8 @@ def test_features_are_not_written_from_features_nor_over_others(
     assert "launch/features.py must be given video shards" in sentence(
         tmp_path / "out", **cached
     )
-    assert "--views must be 2 as when the features in" in sentence(
-        runs / "features", views=3
-    )
-    assert "data.keep_every must be 2" in sentence(
+    assert "(--views 2, got 3)" in sentence(runs / "features", views=3)
+    assert "(data.keep_every 2, got 4)" in sentence(
         runs / "features", **{"data.keep_every": 4}
     )
-    assert "holds something else" in sentence(runs / "visual")
+    assert "with other content" in sentence(runs / "visual")

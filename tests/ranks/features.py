@@ -1,5 +1,5 @@
-"""Started under a launcher by test_cached_features.py: writes features and trains on
-them, all in one go."""
+"""Write features and train on them; test_training_on_features.py starts it under a
+launcher."""
 
 import shutil
 from pathlib import Path
@@ -25,7 +25,7 @@ ONE_EPOCH = {"train.epochs": 1, "eval.every_epochs": 1}
 
 
 def another_encoder(exported: Path, out: Path) -> None:
-    """A copy whose visual encoder has one other weight."""
+    """Copy an export, and change one weight of its visual encoder."""
     shutil.copytree(exported, out)
     state = load_file(out / "visual_encoder.safetensors")
     state["temporal.conv.bias"][0] += 1e-3
@@ -33,15 +33,13 @@ def another_encoder(exported: Path, out: Path) -> None:
 
 
 def first_features(task: Task) -> torch.Tensor:
-    """Return what the LLM-Adapter reads at the first training step of this rank, masks
-    included."""
+    """Return the inputs of the adapter at the first training step of this rank, masked."""
     batches = next(iter(task.train_loader(0).steps(0)))
     return torch.cat([task.inputs(batch, train=True) for batch in batches])
 
 
 def runs(*, folder: Path, corpus: Path) -> None:
-    """In `folder`: visual/, its features/, and runs of stage llm on the video and on the
-    features."""
+    """Create in `folder`: visual/, features/, and runs of stage llm on video and features."""
     world = dist.start()
     stop = StopRequest()
 
