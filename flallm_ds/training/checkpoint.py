@@ -1,7 +1,9 @@
-"""Checkpoints that are whole or absent: every rank writes, all agree, then one rename commits.
+"""Save and read checkpoints, each complete or absent: every rank writes, then one rename
+commits.
 
-checkpoints/step-00001200/  engine/ (DeepSpeed's shards)  manifest.json (state, and sha256
-of each file)
+checkpoints/step-00001200/
+  engine/        the shards of DeepSpeed
+  manifest.json  the state of the trainer, and the sha256 of each file
 """
 
 import hashlib
@@ -34,11 +36,11 @@ def save(
     world: World,
     keep: int,
 ) -> Path:
-    """Commit `checkpoints/step-…`: `write(folder)` runs on every rank, then rank 0 adds
-    `state` and renames.
+    """Save a checkpoint and return its folder, `step-00001200`.
 
-    keep: how many committed checkpoints stay. Raises UserError on every rank if any rank
-    could not write.
+    write: called on every rank with a temporary folder; rank 0 then adds the state and
+    renames the folder. keep: number of checkpoints to keep; older ones are deleted. Raises
+    UserError on every rank if any rank cannot write.
     """
     final = folder / f"step-{step:08d}"
     partial = partial_of(final)
@@ -48,6 +50,7 @@ def save(
         partial.mkdir(parents=True)
 
     def commit() -> None:
+        # The order of the paths, because the digest of the manifest depends on it.
         files: dict[str, str] = {}
         for path in sorted(partial.rglob("*"), key=Path.as_posix):
             if path.is_file():
@@ -55,7 +58,7 @@ def save(
         _write_manifest(partial, files, state)
         put_folder(partial, final)
         sync(folder)
-        # Only now: at each moment of a save, a complete checkpoint is on the disk.
+        # Delete last: at each moment, a complete checkpoint is on the disk.
         for old in committed(folder)[:-keep]:
             shutil.rmtree(old)
 
@@ -66,9 +69,9 @@ def save(
 
 
 def replace_state(folder: Path, step: int, state: dict[str, Any], world: World) -> None:
-    """Give the committed checkpoint of that step another state, where the engine is as it was.
+    """Replace the state in the checkpoint of a step, whose engine has not changed since.
 
-    Raises UserError on every rank if it could not be written.
+    Raises UserError on every rank if rank 0 cannot write.
     """
     final = folder / f"step-{step:08d}"
 
@@ -79,27 +82,29 @@ def replace_state(folder: Path, step: int, state: dict[str, Any], world: World) 
 
 
 def _together(action: Callable[[], None] | None, final: Path, world: World) -> None:
-    """Run a part of a save and wait for all ranks; raises UserError on every rank if any
-    could not write."""
+    """Run one part of a save and wait for all ranks.
+
+    action: None on a rank without work. Raises UserError on every rank if any cannot write.
+    """
     problem = None
     try:
         if action is not None:
             action()
-    # on a full disk torch.save raises a RuntimeError
+    # torch.save raises a RuntimeError on a full disk.
     except (OSError, RuntimeError) as error:
-        problem = f"rank {world.rank}: {error}"
+        problem = f"{error} (rank {world.rank})"
+    # Collective also on ranks that failed: otherwise the others would wait for them.
     problems = list(filter(None, gather_objects(problem, world)))
     if problems:
         raise UserError(
-            f"the checkpoint {final} could not be written ({problems[0]}). Earlier "
-            "checkpoints are whole; free some space and run the same command again."
+            f"Cannot write checkpoint {final}: {problems[0]}. Earlier checkpoints are "
+            "complete. Free some space and run the same command again."
         )
 
 
 @dataclass(frozen=True)
 class Saved:
-    """The newest checkpoint that is whole. damaged: those that are newer, each with what
-    is wrong with it."""
+    """The newest complete checkpoint. damaged: newer checkpoints, each with its error."""
 
     path: Path
     state: dict[str, Any]
@@ -107,10 +112,11 @@ class Saved:
 
 
 def newest(folder: Path) -> Saved | None:
-    """The newest checkpoint of which every file has its checksum; None where there never was one.
+    """Return the newest checkpoint whose files all match their checksums, or None if the
+    folder has no checkpoint.
 
-    Raises UserError where none of several is whole: a run must not start from scratch
-    unasked.
+    Raises UserError if all checkpoints are damaged: a run must not start from scratch by
+    accident.
     """
     damaged: dict[Path, str] = {}
     for path in sorted(folder.glob("step-*"), reverse=True):
@@ -122,20 +128,20 @@ def newest(folder: Path) -> Saved | None:
             damaged[path] = file_problem(error)
     if damaged:
         raise UserError(
-            f"Cannot resume from {folder}: no checkpoint is whole. "
-            f"{next(iter(damaged.values()))} Put a copy of a whole checkpoint there, or "
+            f"Cannot resume from {folder}: no checkpoint is complete. "
+            f"{next(iter(damaged.values()))} Put a copy of a complete checkpoint there, or "
             "start another run with --run=FOLDER."
         )
     return None
 
 
 def resumable(run: Path) -> Saved | None:
-    """Find what a run resumes from, once its folders are whole again; None for a run
-    without checkpoints.
+    """Return the checkpoint that a run resumes from, or None if it has none.
 
-    Every file of the checkpoint is read, so call it once at a start. Raises UserError as
-    `newest`.
+    Every file of the checkpoint is read, so call it once per start. Raises UserError as
+    `newest` does.
     """
+    # A kill during the replacement of a folder leaves it under another name.
     checkpoints = run / "checkpoints"
     for parent in (run, checkpoints):
         recover_folders(parent)
@@ -143,25 +149,26 @@ def resumable(run: Path) -> Saved | None:
 
 
 def set_aside(damaged: Iterable[Path]) -> None:
-    """Give damaged checkpoints names under which they neither count as checkpoints nor
-    hide newer ones."""
+    """Rename damaged checkpoints, so that they no longer count as checkpoints.
+
+    They are not deleted: a user may still get something out of them.
+    """
     for path in damaged:
         aside = path.with_name(f"damaged-{path.name}")
-        # One of the same step, from an earlier resume.
+        # An earlier resume may have renamed one of the same step.
         if aside.exists():
             shutil.rmtree(aside)
         path.rename(aside)
 
 
 def committed(folder: Path) -> list[Path]:
-    """Committed checkpoints, oldest first."""
-    # A folder without a manifest is the copy of a checkpoint that was cut off.
+    """Return the committed checkpoints, oldest first."""
+    # A folder without a manifest is an incomplete copy of a checkpoint.
     return sorted(path for path in folder.glob("step-*") if (path / MANIFEST).is_file())
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The state saved next to the engine's shards, after every file was checked against
-    its checksum.
+    """Return the state in a checkpoint after comparing every file with its checksum.
 
     Raises UserError that names a missing or changed file.
     """
@@ -181,6 +188,7 @@ def _write_manifest(checkpoint: Path, files: dict[str, str], state: dict[str, An
 
 
 def _sha256(files: dict[str, str], state: dict[str, Any]) -> str:
+    """Return the digest of a manifest, so that a changed state is found, too."""
     return hashlib.sha256(json.dumps([files, state], sort_keys=True).encode()).hexdigest()
 
 
@@ -190,13 +198,13 @@ def _read_manifest(checkpoint: Path) -> dict[str, Any]:
         raise _broken(checkpoint, MANIFEST, "is missing")
     try:
         manifest = dict(json.loads(path.read_text(encoding="utf-8")))
-        is_whole = manifest["sha256"] == _sha256(manifest["files"], manifest["state"])
+        is_complete = manifest["sha256"] == _sha256(manifest["files"], manifest["state"])
     except (ValueError, KeyError, TypeError):
-        is_whole = False
-    if not is_whole:
+        is_complete = False
+    if not is_complete:
         raise _broken(checkpoint, MANIFEST, "was changed")
     return manifest
 
 
 def _broken(checkpoint: Path, name: str, what: str) -> UserError:
-    return UserError(f"The checkpoint {checkpoint} is damaged: {name} {what}.")
+    return UserError(f"Cannot read checkpoint {checkpoint}: {name} {what}.")

@@ -1,4 +1,5 @@
-"""The frozen parameters of a run: no checkpoint holds them, only a digest of them."""
+"""Check that a resumed run has the same frozen parameters: a checkpoint contains only their
+digest."""
 
 import hashlib
 import json
@@ -12,31 +13,31 @@ from torch import nn
 from flallm_ds.dist import World, gather_objects
 from flallm_ds.errors import UserError
 
-FROZEN = "engine/frozen.json"  # of a checkpoint
-# Within what it returns, every rank holds these parameters whole.
+FROZEN = "engine/frozen.json"  # in a checkpoint
+# Returns a context in which every rank has the whole parameters.
 Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager[object]]
 
 
 def frozen_digest(module: nn.Module, gathered: Gather, world: World) -> str:
-    """sha256 over names, shapes and values of the frozen parameters; empty where there are none.
+    """Return a sha256 of the names, shapes and values of the frozen parameters.
 
-    It does not depend on the number of ranks, each of which reads a part. Every rank must
-    call it.
+    Empty if there are none. It does not depend on the number of ranks. Every rank must
+    call this function.
     """
     frozen: list[tuple[str, nn.Parameter]] = []
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             frozen.append((name, parameter))
 
-    # All ranks gather each parameter, because gathering is collective; the ranks take
-    # turns in computing digests.
+    # All ranks gather each parameter, because that is collective. The ranks take turns in
+    # computing the digests.
     own: dict[str, str] = {}
     for number, (name, parameter) in enumerate(frozen):
         with gathered([parameter]):
             if number % world.size == world.rank:
                 own[name] = _sha256(parameter)
 
-    # Sorted by name: the result does not depend on the rank that computed a digest.
+    # Sort by name, so that the result does not depend on the number of ranks.
     digests: dict[str, str] = {}
     for part in gather_objects(own, world):
         digests |= part
@@ -46,22 +47,23 @@ def frozen_digest(module: nn.Module, gathered: Gather, world: World) -> str:
 
 
 def write_digest(checkpoint: Path, digest: str) -> None:
-    """Put the digest into a checkpoint. Raises OSError."""
+    """Write the digest to a checkpoint. Raises OSError."""
     text = json.dumps({"sha256": digest}) + "\n"
     (checkpoint / FROZEN).write_text(text, encoding="utf-8")
 
 
 def check_digest(checkpoint: Path, digest: str) -> None:
-    """Raise UserError where a checkpoint was saved with other frozen parameters."""
+    """Raise UserError if a checkpoint was saved with other frozen parameters."""
     saved = json.loads((checkpoint / FROZEN).read_text(encoding="utf-8"))["sha256"]
     if digest != saved:
         raise UserError(
-            f"the frozen parameters must be those with which {checkpoint} was saved, but "
-            "are others. Give the LLM, the visual encoder and the DeepSpeed JSON of then, "
-            "or start another run."
+            f"Checkpoint {checkpoint} was saved with other frozen parameters. Use the LLM, "
+            "the visual encoder and the DeepSpeed JSON of that run, or start another run."
         )
 
 
 def _sha256(tensor: torch.Tensor) -> str:
+    """Return the shape of a tensor and the sha256 of its bytes."""
+    # As bytes, because numpy has no bfloat16.
     values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
     return f"{tuple(tensor.shape)} {hashlib.sha256(values.data).hexdigest()}"

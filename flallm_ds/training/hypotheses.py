@@ -1,4 +1,4 @@
-"""Hypotheses for a whole split on all ranks, each clip exactly once."""
+"""Generate the hypotheses of a split on all ranks, exactly one for each clip."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,13 +15,17 @@ from flallm_ds.errors import Preempted, UserError
 from flallm_ds.models.sign_translator import Candidate
 from flallm_ds.training.stop import StopRequest
 
-# The hypotheses of each clip of a batch, best first.
+# Returns the hypotheses of each clip of a batch, best first.
 Generate = Callable[[Batch], list[list[Candidate]]]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A loader over a split in length order, and how its batches become token ids."""
+    """Generates hypotheses for the batches of a loader.
+
+    loader: reads a split, longest clip first. generate: returns the token ids of a batch.
+    codec: decodes them.
+    """
 
     loader: Loader
     generate: Generate
@@ -33,11 +37,11 @@ class Evaluation:
         report: Callable[[int, int], None] | None = None,
         stop: StopRequest | None = None,
     ) -> list[Hypothesis]:
-        """Every clip's hypothesis, sorted by key, the same list on every rank.
+        """Return the hypotheses of all clips, sorted by key; the same list on every rank.
 
-        Every rank makes the same number of `generate` calls. report(clips done, all
-        clips): called after each step. Raises Preempted on every rank soon after any of
-        them was asked to stop.
+        Every rank must call it, and calls `generate` equally often. report: called after
+        each step with the number of clips done and of all clips. Raises Preempted on every
+        rank after the step in which a rank was asked to stop.
         """
         found: list[Hypothesis] = []
         for step, batches in enumerate(on_device(self.loader.steps(), self.world.device)):
@@ -50,23 +54,25 @@ class Evaluation:
                 report(int(self.loader.plan.ends[step]), len(self.loader.reader.index))
             if stop is not None and all_reduce_sum([bool(stop)], self.world)[0]:
                 raise Preempted(
-                    "stopped while clips were scored; the same command scores them anew."
+                    "stopped while clips were scored; the same command scores them again."
                 )
+
         by_rank = gather_objects(found, self.world)
         gathered: list[Hypothesis] = sorted(chain(*by_rank), key=attrgetter("key"))
         num_keys = len(set(map(attrgetter("key"), gathered)))
-        if not num_keys == len(gathered) == len(self.loader.reader.index):
+        num_clips = len(self.loader.reader.index)
+        if not num_keys == len(gathered) == num_clips:
             raise UserError(
-                f"each of {len(self.loader.reader.index)} clips must be scored once, but "
-                f"{len(gathered)} hypotheses came for {num_keys} clips. Run "
-                "shards/verify.py on the shards."
+                f"Each of {num_clips} clips must be scored once, got {len(gathered)} "
+                f"hypotheses for {num_keys} clips. Run shards/verify.py on the shards."
             )
         return gathered
 
     def _hypothesis(
         self, batch: Batch, row: int, candidates: Sequence[Candidate]
     ) -> Hypothesis:
-        # A search that returns one hypothesis has no score, and no n-best list.
+        """Return the hypothesis of a clip, with all candidates that have a score."""
+        # A search that returns one candidate gives no score: its n-best list is empty.
         sentences: list[str] = []
         scored: list[tuple[str, float]] = []
         for candidate in candidates:

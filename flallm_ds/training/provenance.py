@@ -1,7 +1,7 @@
-"""versions.json: on what and with what a run was started, each time.
+"""Record each start of a run in versions.json: commit, command, devices and versions.
 
-The first start's facts are at the top; `starts` holds those of every start, also on other
-machines.
+The values of the first start are at the top level; `starts` contains those of every start,
+because a run may be resumed on another machine.
 """
 
 import json
@@ -35,7 +35,7 @@ PACKAGES = (
     "numpy",
 )
 REPOSITORY = Path(__file__).resolve().parents[2]
-# what of the repository a run depends on
+# The folders of the repository that a run depends on.
 CODE = ("flallm_ds", "launch", "shards", "ds_configs")
 DRIVER = Path("/proc/driver/nvidia/version")
 
@@ -43,7 +43,7 @@ DRIVER = Path("/proc/driver/nvidia/version")
 def record_start(folder: Path, world: World) -> None:
     """Add this start to versions.json.
 
-    Every rank must call it. Raises UserError on every rank where it fails.
+    Every rank must call it. Raises UserError on every rank if it fails.
     """
     device = "cpu"
     if world.device.type == "cuda":
@@ -57,7 +57,7 @@ def _append(path: Path, start: dict[str, Any]) -> None:
     if path.is_file():
         try:
             content = dict(json.loads(path.read_text(encoding="utf-8")))
-            # An older version wrote the first start alone.
+            # An older version recorded only the first start.
             starts = list(content.get("starts", [content]))
         except (ValueError, TypeError) as error:
             raise UserError(
@@ -68,7 +68,10 @@ def _append(path: Path, start: dict[str, Any]) -> None:
 
 
 def facts(devices: list[str]) -> dict[str, Any]:
-    """Plain values about this start. devices: the name of each rank's device."""
+    """Return plain values that describe this start.
+
+    devices: the name of the device of each rank.
+    """
     on_gpu = torch.cuda.is_available()
     commit, dirty = _commit(REPOSITORY)
     packages = {name: metadata.version(name) for name in PACKAGES}
@@ -91,11 +94,12 @@ def facts(devices: list[str]) -> dict[str, Any]:
 
 
 def _commit(repository: Path) -> tuple[str | None, bool | None]:
-    """(commit, whether the code was changed since); (None, None) without a checkout."""
-    # a repository around site-packages is not ours
+    """Return the commit and whether the code differs from it; (None, None) without a
+    checkout."""
+    # Git also finds a repository of a user around site-packages, which is not this one.
     if not (repository / ".git").exists():
         return None, None
-    # A container's root may not be the owner of a mounted checkout.
+    # Git refuses a checkout of another owner, as root in a container has it.
     git = ["git", "-C", str(repository), "-c", f"safe.directory={repository}"]
     try:
         head = _output([*git, "rev-parse", "HEAD"])
@@ -106,6 +110,7 @@ def _commit(repository: Path) -> tuple[str | None, bool | None]:
 
 
 def _output(command: list[str]) -> str:
+    """Return what a command prints. Raises OSError or SubprocessError if it fails."""
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
     return done.stdout.strip()
 
@@ -120,7 +125,7 @@ def _nccl() -> str:
 
 
 def _driver() -> str | None:
-    """Version of NVIDIA's kernel module."""
+    """Return the version of the kernel module of NVIDIA, or None if there is none."""
     if not DRIVER.is_file():
         return None
     text = DRIVER.read_text(encoding="utf-8", errors="replace")

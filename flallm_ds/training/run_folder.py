@@ -1,7 +1,7 @@
-"""The run folder: what a run was, what it measured, and where it goes on.
+"""Open the folder of a run, lock it, and record metrics and hypotheses in it.
 
 config.json  versions.json  metrics.jsonl  hypotheses.jsonl  log.txt  tensorboard/  checkpoints/
-tokenizer/  best/ (an export)  evaluation/  .lock (while a job is at work)
+tokenizer/  best/ (an export)  evaluation/  .lock (during a job)
 """
 
 import html
@@ -26,19 +26,20 @@ from flallm_ds.training.weights_record import FILE as WEIGHTS
 
 LOCK = ".lock"
 EVENTS = "tensorboard"
-# What is there before the first step.
+# Files and folders that are created before the first step.
 BUILT = ("config.json", VERSIONS, WEIGHTS, LOG, "tokenizer", "llm_trimmed")
-SHOWN = 5  # hypotheses at each scoring
+SHOWN = 5  # number of hypotheses that are recorded at each scoring
 
 
 @contextmanager
 def locked_run(config: RunConfig, world: World) -> Iterator[None]:
-    """No other job may read or write the run's folder as its own meanwhile.
+    """Lock the folder of a run against other jobs while the block runs.
 
-    Raises UserError on every rank where one does, or where the folder holds something
-    else.
+    Raises UserError on every rank if another job has locked it, or if the folder has other
+    content.
     """
     folder = Path(config.run)
+    # Check first: locking would create a file in a folder that is not a run's.
     main_first(lambda: _check_free(folder), world)
     with locked_by_main(
         folder / LOCK, f"Run folder {folder}", "use another --run=FOLDER", world
@@ -48,9 +49,13 @@ def locked_run(config: RunConfig, world: World) -> Iterator[None]:
 
 @contextmanager
 def run_folder(config: RunConfig, world: World) -> Iterator[Path]:
-    """`open_run_folder` on all ranks while a run is built; a refused one leaves nothing new."""
+    """Open the folder of a run on all ranks for a block that builds the run.
+
+    If the block fails, the files that a new run has created are removed. Raises UserError
+    on every rank, as `open_run_folder` does.
+    """
     path = Path(config.run)
-    # A new one is empty, or it is refused at once.
+    # A folder without config.json is empty, or `open_run_folder` raises an error.
     is_new = world.is_main and not (path / "config.json").is_file()
     was_there = path.exists()
     folder = main_first(lambda: open_run_folder(config), world)
@@ -67,7 +72,7 @@ def run_folder(config: RunConfig, world: World) -> Iterator[Path]:
 
 
 def _remove_built(folder: Path) -> None:
-    """Remove what building a run makes, also where it was cut off, and nothing else."""
+    """Remove what the building of a run creates, complete or not, and nothing else."""
     for name in BUILT:
         for path in (folder / name, partial_of(folder / name)):
             if path.is_dir():
@@ -77,10 +82,10 @@ def _remove_built(folder: Path) -> None:
 
 
 def open_run_folder(config: RunConfig) -> Path:
-    """Make the folder of a new run, or check that an existing one is of this very run.
+    """Create the folder of a new run, or check that an existing one belongs to this run.
 
-    Raises UserError where the folder is not empty and not a run's, or an option that
-    changes numbers differs.
+    Raises UserError if the folder has other content, or if an option differs that changes
+    numbers.
     """
     folder = Path(config.run)
     path = folder / "config.json"
@@ -94,45 +99,44 @@ def open_run_folder(config: RunConfig) -> Path:
 
 
 def _check_free(folder: Path) -> None:
-    """Raise UserError where a folder is neither a run's nor empty.
-
-    What a killed start leaves does not count.
-    """
+    """Raise UserError unless a folder is absent, empty, or the folder of a run."""
     config = folder / "config.json"
     if config.is_file() or not folder.exists():
         return
+    # A start that was killed leaves these.
     left = {LOCK, LOG, partial_of(config).name}
     is_free = folder.is_dir() and all(path.name in left for path in folder.iterdir())
     if not is_free:
         raise UserError(
-            f"run must name a new, an empty or a run's folder, but {folder} holds "
-            "something else. Give another --run=FOLDER."
+            "--run must be a new folder, an empty one, or the folder of a run, got "
+            f"{folder} with other content. Use another --run=FOLDER."
         )
 
 
-def _check_same_run(now: RunConfig, before: RunConfig, folder: Path) -> None:
-    mine, its = now.options(), before.options()
-    for name, value in its.items():
-        if name not in FREE_TO_CHANGE and mine[name] != value:
+def _check_same_run(config: RunConfig, saved: RunConfig, folder: Path) -> None:
+    """Raise UserError if an option differs from the saved one and changes numbers."""
+    options = config.options()
+    for name, value in saved.options().items():
+        if name not in FREE_TO_CHANGE and options[name] != value:
             raise UserError(
-                f"{name} must be {value!r} as when the run in {folder} began, but is "
-                f"{mine[name]!r}. Leave it, or start another run with --run=FOLDER."
+                f"Run folder {folder} belongs to another configuration ({name} {value!r}, "
+                f"got {options[name]!r}). Use the same value, or another --run=FOLDER."
             )
 
 
 class Metrics:
-    """What rank 0 records: metrics.jsonl, hypotheses.jsonl and TensorBoard events.
+    """Writes metrics.jsonl, hypotheses.jsonl and TensorBoard events, on rank 0.
 
-    A resume forgets what came after its checkpoint. A write that fails is kept in mind
-    and raised by `check`, where all ranks hear of it.
+    A resumed run drops the records that are newer than its checkpoint. An error of a write
+    is kept until `check` raises it, so that all ranks can get it.
     """
 
     def __init__(self, folder: Path, global_step: int, epoch: int) -> None:
-        """Open the files, without what a resumed run makes again. Raises OSError.
+        """Open the files, and drop the records that a resumed run writes again.
 
-        global_step: steps made. epoch: epochs that are done, with their scoring.
+        global_step: steps done. epoch: epochs done, with their scoring. Raises OSError.
         """
-        # Not at the top: slow to import, and rank 0 alone writes events.
+        # Imported here because it is slow, and only rank 0 writes events.
         from torch.utils.tensorboard import SummaryWriter
 
         self.folder = folder
@@ -143,8 +147,10 @@ class Metrics:
         self._events = SummaryWriter(str(folder / EVENTS), purge_step=global_step + 1)
 
     def write(self, kind: str, global_step: int, values: dict[str, Any]) -> None:
+        """Append a record of a step or of a scoring. kind: "train", or the scored split."""
+
         def events() -> None:
-            # TensorBoard draws numbers alone; metrics.jsonl has the texts, too.
+            # TensorBoard plots numbers only; metrics.jsonl also has the texts.
             for name, value in values.items():
                 if isinstance(value, int | float):
                     self._events.add_scalar(f"{kind}/{name}", value, global_step)
@@ -155,7 +161,7 @@ class Metrics:
     def write_hypotheses(
         self, split: str, epoch: int, global_step: int, hypotheses: Sequence[Hypothesis]
     ) -> None:
-        """Keep a few hypotheses of a scoring. epoch: the one that is scored, from 1."""
+        """Append hypotheses of a scoring. epoch: the scored epoch, from 1."""
         for one in hypotheses:
             record = {
                 "kind": split,
@@ -172,21 +178,21 @@ class Metrics:
         )
 
     def flush(self) -> None:
-        """Wait until all is in the files."""
+        """Wait until all events are in their file."""
         self._try(EVENTS, self._events.flush)
 
     def close(self) -> None:
+        """Close the files, also after an error."""
         for file in (self._metrics, self._hypotheses):
             self._try(file.name, file.close, in_any_case=True)
         self._try(EVENTS, self._events.close, in_any_case=True)
 
     def check(self) -> None:
-        """Raise UserError where something could not be written."""
+        """Raise UserError if a record could not be written."""
         if self.problem is not None:
-            problem = file_problem(self.problem)
             raise UserError(
-                f"The records in {self.folder} are not complete. {problem} The run resumes "
-                "from its last checkpoint."
+                f"{file_problem(self.problem)} The records in {self.folder} are "
+                "incomplete; the run resumes from its last checkpoint."
             )
 
     def _append(self, file: IO[str], record: dict[str, Any]) -> None:
@@ -199,8 +205,10 @@ class Metrics:
     def _try(
         self, name: str, action: Callable[[], None], in_any_case: bool = False
     ) -> None:
+        """Call `action` and keep its OSError, unless there was an error before."""
+        # A file with a gap would be worse than one that ends early.
         if self.problem is not None and not in_any_case:
-            return  # a file with a gap would be worse than one that ends
+            return
         try:
             action()
         except OSError as error:
@@ -209,19 +217,26 @@ class Metrics:
 
 
 def shown(hypotheses: Sequence[Hypothesis]) -> list[Hypothesis]:
-    """The same few clips at each scoring, spread evenly over the keys in order."""
+    """Return a few hypotheses, of the same clips at each scoring.
+
+    The clips are spread evenly over the sorted keys.
+    """
     by_key = sorted(hypotheses, key=lambda one: one.key)
     count = min(SHOWN, len(by_key))
     return [by_key[number * len(by_key) // count] for number in range(count)]
 
 
 def _continued(path: Path, global_step: int, epoch: int) -> IO[str]:
-    """A file of JSON lines, opened to append, without what a resumed run makes again."""
+    """Open a file of JSON lines to append; first drop the lines that a resumed run writes
+    again.
+
+    global_step, epoch: as for `Metrics`. Raises OSError.
+    """
     if path.is_file():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = []
         for line in lines:
-            # A kill may cut off the last line, also just its end.
+            # A kill may cut off the last line, or only the newline after it.
             if line.endswith("\n") and _is_before(line, global_step, epoch):
                 kept.append(line)
         if kept != lines:
@@ -230,20 +245,21 @@ def _continued(path: Path, global_step: int, epoch: int) -> IO[str]:
 
 
 def _is_before(line: str, global_step: int, epoch: int) -> bool:
+    """Return whether the checkpoint of this step and epoch includes a record."""
     try:
         record = json.loads(line)
         if int(record["global_step"]) > global_step:
             return False
-        # The steps of an epoch and its scoring have the same global_step: a checkpoint
-        # between them lacks the scoring, which is done again.
+        # The last step of an epoch and its scoring have the same global_step. A checkpoint
+        # that was saved between them does not include the scoring.
         is_scoring = has_scores(record) or "hypothesis" in record
         return not is_scoring or bool(record["epoch"] <= epoch)
     except (ValueError, KeyError, TypeError):
-        return False  # a line cut off by a kill
+        return False  # a line that a kill has cut off
 
 
 def _table(hypotheses: Sequence[Hypothesis]) -> str:
-    """For TensorBoard, which reads Markdown."""
+    """Return a table of hypotheses in Markdown, which TensorBoard renders."""
     lines = ["| clip | reference | hypothesis |", "|---|---|---|"]
     for one in hypotheses:
         cells = map(_cell, (one.key, one.reference, one.hypothesis))
@@ -252,15 +268,16 @@ def _table(hypotheses: Sequence[Hypothesis]) -> str:
 
 
 def _cell(text: str) -> str:
-    """A text as one cell of a table, in which nothing is markup."""
+    """Return a text as a cell of a Markdown table, with its markup escaped."""
+    # A lone surrogate cannot be encoded as UTF-8.
     encodable = one_line(text).encode("utf-8", "backslashreplace").decode()
     return html.escape(encodable).replace("|", "&#124;")
 
 
 def _without_events_thread(args: threading.ExceptHookArgs) -> None:
-    """Print a thread's error, but not one of TensorBoard's.
+    """Print the error of a thread, except for an OSError of the writer of TensorBoard.
 
-    Its next write raises the error again, and there it is handled.
+    The next write of TensorBoard raises that error again, and `Metrics` handles it.
     """
     is_of_events = type(args.thread).__name__ == "_AsyncWriterThread"
     if not (is_of_events and isinstance(args.exc_value, OSError)):

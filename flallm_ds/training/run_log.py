@@ -1,4 +1,4 @@
-"""log.txt of a run: every line that rank 0 prints, with its time."""
+"""Write log.txt of a run: every line that rank 0 prints, with its time."""
 
 import sys
 import time
@@ -16,7 +16,7 @@ LOG = "log.txt"
 
 
 class RunLog:
-    """The open log of rank 0. A write that fails is kept in mind and raised by `check`."""
+    """Writes the log of rank 0. An error of a write is kept until `check` raises it."""
 
     def __init__(self, path: Path) -> None:
         """Open the log to append. Raises OSError."""
@@ -26,24 +26,29 @@ class RunLog:
         self._file = path.open("a", encoding="utf-8", errors="backslashreplace")
 
     def line(self, text: str) -> None:
-        text = one_line(text.rsplit("\r", 1)[-1])  # of a progress bar the last state
+        """Append a line with the current time."""
+        # A progress bar prints each state after a carriage return: keep the last one.
+        text = one_line(text.rsplit("\r", 1)[-1])
         self._try(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def check(self) -> None:
-        """Raise UserError where a line could not be written."""
+        """Raise UserError if a line could not be written."""
         if self.problem is not None:
             raise UserError(
-                f"The log {self.path} is not complete. {file_problem(self.problem)}"
+                f"{file_problem(self.problem)} The log {self.path} is incomplete."
             )
 
     def close(self) -> None:
+        """Close the file, also after an error."""
         self._try("")
         try:
             self._file.close()
-        except OSError as error:  # what could not be written before
+        # Closing tries again to write text that a full disk refused.
+        except OSError as error:
             self.problem = self.problem or error
 
     def _try(self, text: str) -> None:
+        """Write a text and keep the first OSError."""
         try:
             self._file.write(text)
             self._file.flush()
@@ -53,15 +58,14 @@ class RunLog:
 
 
 class _Tee:
-    """A stream that passes everything on as it is, and gives each whole line to the log."""
+    """Writes text to a stream unchanged, and each complete line also to a log."""
 
     def __init__(self, stream: IO[str], log: RunLog) -> None:
         self._stream, self._log = stream, log
-        self._begun = ""
+        self._incomplete = ""  # the line that has no end yet
 
     def write(self, text: str) -> int:
-        # The last part has no end yet: keep it for the next write.
-        *lines, self._begun = (self._begun + text).split("\n")
+        *lines, self._incomplete = (self._incomplete + text).split("\n")
         for line in lines:
             self._log.line(line)
         return self._stream.write(text)
@@ -72,15 +76,16 @@ class _Tee:
 
 @contextmanager
 def run_log(folder: Path, world: World) -> Iterator[RunLog | None]:
-    """Log what rank 0 prints meanwhile, and the error that it ends with. None on the other ranks.
+    """Log what rank 0 prints while the block runs, and the error that ends the block.
 
-    Raises UserError on every rank where the log cannot be opened, or where a line was
-    lost.
+    Yields the log, or None on the other ranks. Every rank must call it. Raises UserError
+    on every rank if the log cannot be opened, or if a line could not be written.
     """
     opened: list[RunLog] = []
     main_first(lambda: opened.append(RunLog(folder / LOG)), world)
     if not opened:
         yield None
+        # The counterpart of `check` on rank 0, which raises its error here, too.
         main_first(lambda: None, world)
         return
     (log,) = opened
@@ -95,6 +100,7 @@ def run_log(folder: Path, world: World) -> Iterator[RunLog | None]:
     except Preempted as stop:
         log.line(str(stop))
         raise
+    # An unexpected error, or Ctrl-C: its traceback is printed only after the block.
     except BaseException:
         for line in traceback.format_exc().splitlines():
             log.line(line)

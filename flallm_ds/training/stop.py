@@ -1,4 +1,4 @@
-"""How a run is asked to stop between two steps of training or of scoring."""
+"""Ask a run to stop between two steps of training or of scoring."""
 
 import atexit
 import os
@@ -10,25 +10,28 @@ from types import FrameType
 from flallm_ds.command import process_rank
 
 STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
-# torchrun passes Ctrl-C on to ranks that the terminal has sent it to already
+# Two signals within this time count as one Ctrl-C: the terminal sends it to all ranks, and
+# torchrun sends it to them again.
 TWICE_S = 0.3
 
 
 class StopRequest:
-    """Set by a signal or the launcher's death; ranks agree on it at the next step.
+    """Becomes true after a signal or the end of the launcher; ranks agree on it at the next
+    step.
 
-    SIGTERM and SIGUSR1 count at any time. Ctrl-C and a lost terminal (SIGHUP) end a
-    command at once while there is nothing to save, that is before `begin`; a second
-    Ctrl-C always does. What is ignored, as SIGHUP under nohup, stays ignored.
+    SIGTERM and SIGUSR1 count at any time. Before `begin`, when there is nothing to save,
+    Ctrl-C and a lost terminal (SIGHUP) end the command at once. A second Ctrl-C always
+    does. Signals that are ignored, as SIGHUP is under nohup, stay ignored.
     """
 
     def __init__(self) -> None:
         self._asked = self._begun = False
         self._ended_by: int | None = None  # the signal that came before `begin`
-        self._interrupted_at = -1.0  # by the monotonic clock; not yet
+        self._interrupted_at = -1.0  # the first Ctrl-C, by the monotonic clock
+        # The deepspeed launcher forwards no signals. When it ends, the parent changes.
         self._parent = os.getppid()
-        # A thread hears the second Ctrl-C: handlers wait while the main thread waits for
-        # other ranks.
+        # A thread receives the second Ctrl-C, because Python runs no handler while the main
+        # thread waits for other ranks.
         reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         for number in STOPS:
@@ -37,13 +40,17 @@ class StopRequest:
         signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         self._watcher = threading.Thread(target=self._watch, args=(reader,), daemon=True)
         self._watcher.start()
-        # A thread that prints while Python is taken down would hold the lock of stdout,
-        # which is fatal.
+        # A thread that prints while Python shuts down would hold the lock of stdout, which
+        # is a fatal error.
         atexit.register(self._end_watcher)
 
     def begin(self) -> None:
-        """From now on there is something to save."""
-        # raised within a library's __del__, which Python ignores
+        """Let signals stop the run at its next step from now on, because there is work to
+        save.
+
+        Raises KeyboardInterrupt for an earlier Ctrl-C.
+        """
+        # Python ignores an exception in __del__, so the one of `_ask` may be lost.
         if self._ended_by is not None:
             raise KeyboardInterrupt(self._ended_by)
         self._begun = True
@@ -52,12 +59,14 @@ class StopRequest:
         return self._asked or os.getppid() != self._parent
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal, in the main thread."""
         if number in (signal.SIGINT, signal.SIGHUP) and not self._begun:
             self._ended_by = number
             raise KeyboardInterrupt(number)
         self._asked = True
 
     def _watch(self, reader: int) -> None:
+        """Read the number of each signal from the pipe until it is closed, in the thread."""
         while numbers := os.read(reader, 1):
             self._hear(numbers[0])
 
@@ -67,6 +76,7 @@ class StopRequest:
         self._watcher.join()
 
     def _hear(self, number: int) -> None:
+        """Print a line at the first Ctrl-C, and end the process at the second one."""
         if number != signal.SIGINT:
             return
         is_main = process_rank() == 0
@@ -74,10 +84,12 @@ class StopRequest:
             self._interrupted_at = time.monotonic()
             if self._begun and is_main:
                 print(
-                    "stopping: this step is finished and saved; Ctrl-C again ends at once.",
+                    "stopping after this step, which is saved; press Ctrl-C again to end at "
+                    "once.",
                     flush=True,
                 )
         elif time.monotonic() - self._interrupted_at > TWICE_S:
             if is_main:
-                print("stopped at once; what was saved before counts.", flush=True)
+                print("stopped at once; everything saved before is kept.", flush=True)
+            # Not sys.exit: the main thread may wait for another rank.
             os._exit(128 + number)

@@ -1,7 +1,7 @@
-"""What a new run really began with, in `weights.json`: files, digests, the hub's revision.
+"""Record the initial weights of a new run in weights.json: files, digests, revision.
 
-config.json says what was asked for. A folder's files may change later, and a hub id names
-another revision tomorrow; the digests do not.
+config.json has only the names. The files of a folder may change later, and a hub id may
+name another revision; the digests identify the weights.
 """
 
 import json
@@ -21,20 +21,21 @@ from flallm_ds.models.backbones.from_timm import TIMM
 from flallm_ds.models.llm.stored import checkpoint_files
 
 FILE = "weights.json"
-# Next to the weights: configs, tokenizers, and code that came with a model.
+# Files next to the weights: configs, tokenizers, and code of the model.
 _SMALL = (".json", ".model", ".py", ".txt")
 _WEIGHTS = (".safetensors", ".bin", ".pth", ".npz")
 
 
 def record_weights(config: RunConfig, folder: Path, world: World) -> None:
-    """Write weights.json on rank 0, once.
+    """Write weights.json on rank 0, at the first start of a run.
 
-    Raises UserError on every rank where a file cannot be read. Every file is read once to
-    digest it: about 1 s a GB on one core, or as long as the disk takes. A run that was
-    begun before there was such a file goes on without.
+    Every file is read to compute its digest: about 1 s per GB on one core, or as long as
+    the disk takes. Raises UserError on every rank if a file cannot be read.
     """
 
     def write() -> None:
+        # A run with checkpoints but without weights.json is of an older version. Its files
+        # may have changed since its first start.
         if (folder / FILE).is_file() or (folder / "checkpoints").is_dir():
             return
         try:
@@ -42,17 +43,17 @@ def record_weights(config: RunConfig, folder: Path, world: World) -> None:
             replace_file(folder / FILE, content + "\n")
         except OSError as error:
             raise UserError(
-                f"{folder / FILE} must be written, but was not ({error}). Check the "
-                "model's files and the disk, then give the same command again."
+                f"Cannot write {folder / FILE}: {error}. Check the files of the model and "
+                "the disk, then run the same command again."
             ) from error
 
     main_first(write, world)
 
 
 def read_weights(folder: Path) -> dict[str, Any]:
-    """What `record_weights` wrote, without the paths of this machine: for an export.
+    """Return the content of weights.json without the paths of this machine, for an export.
 
-    Empty where it wrote nothing.
+    Empty if there is no such file.
     """
     if not (folder / FILE).is_file():
         return {}
@@ -61,7 +62,7 @@ def read_weights(folder: Path) -> dict[str, Any]:
 
 
 def _without_folders(entry: dict[str, Any]) -> dict[str, Any]:
-    """An entry as others may see it: an absolute path is cut to its last part."""
+    """Return an entry without its path, and with the last part of a name that is a path."""
     name = entry["name"]
     if name.startswith("/"):
         name = Path(name).name
@@ -71,10 +72,11 @@ def _without_folders(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def loaded(config: RunConfig) -> dict[str, Any]:
-    """By option (visual.weights, visual_run, llm.name): name, place, revision and files.
+    """Return name, path, revision and files of the weights that each option names.
 
-    revision: the commit of a hub's model, else none. files: with size and sha256; without
-    the weights where they are random.
+    The options are visual.weights or visual_run, and llm.name. revision: the commit of a
+    model of the hub, otherwise None. files: with size and sha256; no weights if they are
+    random. Raises OSError if a file cannot be read.
     """
     visual = config.visual
     found = {}
@@ -84,9 +86,9 @@ def loaded(config: RunConfig) -> dict[str, Any]:
     else:
         files, revision = _backbone_files(visual.weights, visual.pretrained)
         found["visual.weights"] = _entry(visual.weights, files, revision)
-    # stage 1 takes the tokenizer alone
-    whole = config.llm.pretrained and config.stage != "visual"
-    files, revision = _model_files(config.llm.name, whole)
+    # Stage visual reads only the tokenizer.
+    with_weights = config.llm.pretrained and config.stage != "visual"
+    files, revision = _model_files(config.llm.name, with_weights)
     return found | {"llm.name": _entry(config.llm.name, files, revision)}
 
 
@@ -101,15 +103,16 @@ def _entry(name: str, files: Iterable[Path], revision: str | None) -> dict[str, 
 
 
 def _export_files(folder: Path) -> list[Path]:
-    """What stage 2 reads of stage 1."""
+    """Return the files of a stage-1 export that stage llm reads."""
     names = (export.SETTINGS_FILE, export.VISUAL_FILE, export.FEATURES_FILE)
     return list(filter(Path.is_file, map(folder.joinpath, names)))
 
 
 def _backbone_files(weights: str, pretrained: bool) -> tuple[list[Path], str | None]:
+    """Return the files of a backbone, and the commit of a model of the hub."""
     if weights == "none":
         return [], None
-    # timm/NAME@FILE names the weights of an architecture of timm.
+    # timm/NAME@FILE: an architecture of timm with the weights in FILE.
     name, file = weights, ""
     if weights.startswith(TIMM):
         name, _, file = weights.partition("@")
@@ -121,25 +124,29 @@ def _backbone_files(weights: str, pretrained: bool) -> tuple[list[Path], str | N
 
 
 def _model_files(name: str, with_weights: bool) -> tuple[list[Path], str | None]:
-    """(the files that were read of a hub's model or a folder, the hub's commit)."""
+    """Return the files of a model, and the commit of a model of the hub.
+
+    name: a folder or a hub id. with_weights: whether the run reads the weights.
+    """
     folder, revision = Path(name), None
     if not folder.is_dir():
         cached = try_to_load_from_cache(name, "config.json")
         if isinstance(cached, str):
-            # The hub's cache names the folder of a snapshot after its commit.
+            # The cache of the hub names the folder of a snapshot after its commit.
             folder = Path(cached).parent
             revision = folder.name
     files = _with_suffix(folder, _SMALL)
     if with_weights:
         try:
             files += checkpoint_files(str(folder))
-        except OSError:  # under another name, as some of timm's are
+        except OSError:
+            # Some models of timm have other file names than those of transformers.
             files += _with_suffix(folder, _WEIGHTS)
     return files, revision
 
 
 def _with_suffix(folder: Path, suffixes: Sequence[str]) -> list[Path]:
     """Return the files of a folder that have one of these suffixes."""
-    # Not iterdir: the folder may be absent.
+    # Not iterdir, which fails if the folder is absent.
     files = filter(Path.is_file, folder.glob("*"))
     return [path for path in files if path.suffix in suffixes]

@@ -24,7 +24,7 @@ def scenarios(*, file: Path) -> None:
 
     "nan_at" or "full_at": the step before which one rank's gradient is NaN, or rank 0's
     files cannot grow; "damaged": whether a byte of the newest checkpoint is flipped
-    before the start. With them each rank's error is written beside the run, to
+    before the start. The error of each rank is written next to the run, to
     NAME.FAULT.rank-0 and so on.
     """
     world = dist.start()

@@ -1,5 +1,4 @@
-"""Checkpoints of a world of one; two ranks and kills at every point are in test_parity
-and its scenarios."""
+"""Test checkpoints of one rank. test_parity.py tests those of two ranks, and kills."""
 
 import errno
 import os
@@ -24,7 +23,7 @@ def save(folder: Path, step: int, keep: int = 2, write=write_weights) -> Path:
     return checkpoint.save(folder, step, {"step": step, "text": "ä"}, write, ALONE, keep)
 
 
-def test_a_committed_checkpoint_holds_what_was_written(tmp_path):
+def test_a_committed_checkpoint_contains_state_and_weights(tmp_path):
     path = save(tmp_path, 1200)
     assert path == tmp_path / "step-00001200" and checkpoint.committed(tmp_path) == [path]
     assert checkpoint.read_state(path) == {"step": 1200, "text": "ä"}
@@ -32,7 +31,7 @@ def test_a_committed_checkpoint_holds_what_was_written(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["step-00001200"]
 
 
-def test_only_the_newest_are_kept_in_the_order_of_steps(tmp_path):
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
     for step in (5, 90, 100, 1000):
         save(tmp_path, step, keep=3)
     assert [p.name for p in checkpoint.committed(tmp_path)] == [
@@ -41,7 +40,7 @@ def test_only_the_newest_are_kept_in_the_order_of_steps(tmp_path):
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_a_step_saved_again_is_replaced(tmp_path):
+def test_saving_a_step_again_replaces_its_checkpoint(tmp_path):
     save(tmp_path, 7)
     path = save(tmp_path, 7, write=lambda folder: write_weights(folder, 2.0))
     assert (
@@ -54,9 +53,7 @@ def test_a_folder_without_checkpoints_has_none_committed(tmp_path):
     assert checkpoint.committed(tmp_path / "none") == []
 
 
-def test_a_checkpoint_without_a_commit_is_never_taken_and_the_next_save_clears_it_away(
-    tmp_path,
-):
+def test_an_incomplete_checkpoint_is_not_used_and_the_next_save_removes_it(tmp_path):
     save(tmp_path, 1)
 
     def killed(folder: Path) -> None:
@@ -66,7 +63,7 @@ def test_a_checkpoint_without_a_commit_is_never_taken_and_the_next_save_clears_i
     with pytest.raises(KeyboardInterrupt):
         save(tmp_path, 2, write=killed)
     assert (tmp_path / ".partial-step-00000002" / "engine" / "model.pt").is_file()
-    # someone's copy that was cut off
+    # An incomplete copy by a user.
     (tmp_path / "step-00000009" / "engine").mkdir(parents=True)
     assert [p.name for p in checkpoint.committed(tmp_path)] == ["step-00000001"]
     save(tmp_path, 2)
@@ -77,26 +74,26 @@ def test_a_checkpoint_without_a_commit_is_never_taken_and_the_next_save_clears_i
     assert not (tmp_path / ".partial-step-00000002").exists()
 
 
-def test_a_flipped_bit_is_named(tmp_path):
+def test_a_flipped_bit_is_an_error_that_names_the_file(tmp_path):
     path = save(tmp_path, 3)
     file = path / "engine" / "model.pt"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     with pytest.raises(
-        UserError, match=r"step-00000003 is damaged: engine/model\.pt was changed"
+        UserError, match=r"Cannot read .*step-00000003: engine/model\.pt was changed"
     ):
         checkpoint.read_state(path)
 
 
-def test_a_missing_file_is_named(tmp_path):
+def test_a_missing_file_is_an_error_that_names_it(tmp_path):
     path = save(tmp_path, 3)
     (path / "engine" / "model.pt").unlink()
     with pytest.raises(UserError, match=r"engine/model\.pt is missing"):
         checkpoint.read_state(path)
 
 
-def test_a_changed_state_is_named(tmp_path):
+def test_a_changed_state_is_an_error_that_names_the_manifest(tmp_path):
     manifest = save(tmp_path, 3) / "manifest.json"
     whole = manifest.read_text()
     for changed in (whole.replace('"step": 3', '"step": 4'), whole[:-9], "{}"):
@@ -106,7 +103,7 @@ def test_a_changed_state_is_named(tmp_path):
             checkpoint.read_state(manifest.parent)
 
 
-def test_a_state_may_be_replaced_whole(tmp_path):
+def test_replace_state_leaves_the_engine_unchanged(tmp_path):
     path = save(tmp_path, 3)
     engine = (path / "engine" / "model.pt").read_bytes()
     checkpoint.replace_state(tmp_path, 3, {"step": 3, "epoch": 1}, ALONE)
@@ -114,10 +111,10 @@ def test_a_state_may_be_replaced_whole(tmp_path):
     assert (path / "engine" / "model.pt").read_bytes() == engine
 
 
-def test_a_state_that_cannot_be_replaced_stays(tmp_path):
+def test_a_failed_replace_state_keeps_the_old_state(tmp_path):
     path = save(tmp_path, 3)
     (path / ".partial-manifest.json").mkdir()
-    with pytest.raises(UserError, match="could not be written"):
+    with pytest.raises(UserError, match="Cannot write checkpoint"):
         checkpoint.replace_state(tmp_path, 3, {"step": 4}, ALONE)
     assert checkpoint.read_state(path)["step"] == 3
 
@@ -128,17 +125,15 @@ def no_space(folder: Path) -> None:
 
 
 def full_disk(folder: Path) -> None:
-    """What torch.save does on a full disk: a RuntimeError, not an OSError."""
+    """Fill the disk: torch.save then raises a RuntimeError, not an OSError."""
     torch.save(torch.zeros(1_000_000), "/dev/full")
 
 
 @pytest.mark.parametrize("write", [no_space, full_disk])
-def test_a_disk_that_is_full_is_an_error_and_leaves_earlier_checkpoints_whole(
-    tmp_path, write
-):
+def test_a_full_disk_is_an_error_and_leaves_earlier_checkpoints_complete(tmp_path, write):
     earlier = save(tmp_path, 1, keep=1)
     with pytest.raises(
-        UserError, match=r"step-00000002 could not be written \(rank 0: .*Earlier .* whole"
+        UserError, match=r"step-00000002: .* \(rank 0\)\. Earlier checkpoints are complete"
     ):
         save(tmp_path, 2, keep=1, write=write)
     assert (
@@ -147,23 +142,23 @@ def test_a_disk_that_is_full_is_an_error_and_leaves_earlier_checkpoints_whole(
     )
 
 
-def test_a_commit_that_cannot_be_written_is_an_error_too(tmp_path):
-    """The disk fills between the shards and the manifest: every rank must hear of it, or
-    the others wait."""
+def test_a_failed_commit_is_an_error(tmp_path):
+    """If the disk fills between the shards and the manifest, every rank must raise the
+    error: otherwise the others would wait."""
     earlier = save(tmp_path, 1)
 
     def blocked(folder: Path) -> None:
         write_weights(folder)
         (folder / "manifest.json").mkdir()
 
-    with pytest.raises(UserError, match="could not be written"):
+    with pytest.raises(UserError, match="Cannot write checkpoint"):
         save(tmp_path, 2, write=blocked)
     assert checkpoint.committed(tmp_path) == [earlier]
 
 
-def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
+def test_a_folder_that_cannot_be_created_is_an_error(tmp_path):
     (tmp_path / "checkpoints").write_text("a file in the way")
-    with pytest.raises(UserError, match="could not be written"):
+    with pytest.raises(UserError, match="Cannot write checkpoint"):
         save(tmp_path / "checkpoints", 1)
 
 
@@ -200,30 +195,28 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, damage):
+def test_the_checkpoint_before_a_damaged_one_is_used(tmp_path, damage):
     before, newest = save(tmp_path, 5), save(tmp_path, 10)
     damage(newest)
     found = checkpoint.newest(tmp_path)
     assert (found.path, found.state["step"], list(found.damaged)) == (before, 5, [newest])
     (sentence,) = found.damaged.values()
-    assert sentence.startswith(f"The checkpoint {newest} is damaged: ")
+    assert sentence.startswith(f"Cannot read checkpoint {newest}: ")
     checkpoint.set_aside(found.damaged)
     assert checkpoint.newest(tmp_path).damaged == {}
     save(tmp_path, 7, keep=1)
     assert [p.name for p in checkpoint.committed(tmp_path)] == ["step-00000007"]
-    assert (tmp_path / "damaged-step-00000010").is_dir(), (
-        "it may still be of use to somebody"
-    )
+    assert (tmp_path / "damaged-step-00000010").is_dir(), "a user may still need it"
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_run_whose_checkpoints_are_all_damaged_is_refused(tmp_path, damage):
-    """It must not start from scratch as if there had been none."""
+    """The run must not start from scratch as if it had no checkpoint."""
     for step in (5, 10):
         damage(save(tmp_path, step))
     with pytest.raises(
         UserError,
-        match=r"Cannot resume .*no checkpoint is whole\. .*step-00000010 is damaged",
+        match=r"Cannot resume .*no checkpoint is complete\. Cannot read .*step-00000010: ",
     ):
         checkpoint.newest(tmp_path)
     assert len(list(tmp_path.iterdir())) == 2

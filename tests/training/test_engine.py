@@ -112,10 +112,7 @@ def test_a_checkpoint_leaves_frozen_parameters_out_and_refuses_others(
 ) -> None:
     """Names of tied parameters after the first stay in DeepSpeed's file, as one tensor."""
     sentence = results[f"resumed/{case}"]["another_base"]
-    assert (
-        sentence.startswith("the frozen parameters must be those with which")
-        and "\n" not in sentence
-    )
+    assert "was saved with other frozen parameters" in sentence and "\n" not in sentence
     stored = 0
     for file in (results["out"] / "saved" / case / "engine").glob("*model_states.pt"):
         with torch.serialization.safe_globals(ds.CHECKPOINT_CLASSES):

@@ -1,4 +1,4 @@
-"""One rank of two cannot write its shards: all must hear of it, at once."""
+"""Test that both ranks raise an error at once if one of them cannot write its shards."""
 
 import subprocess
 import sys
@@ -35,7 +35,7 @@ if world.rank == 1:
 try:
     checkpoint.save(folder, 2, {}, engine.save, world, 2)
 except UserError as error:
-    print(f"heard: {error}", flush=True)
+    print(f"error: {error}", flush=True)
 resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 checkpoint.save(folder, 3, {}, engine.save, world, 2)
 dist.stop()
@@ -43,35 +43,35 @@ end_process(0)
 """
 
 
-def test_a_rank_that_cannot_write_tells_the_others_and_the_run_can_go_on(
+def start_rank(rank: int, port: int, folder: Path) -> subprocess.Popen[str]:
+    """Start one of two ranks that run `SCRIPT`."""
+    launcher = {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(folder)],
+        cwd=ROOT,
+        env={**environment(), "PYTHONPATH": str(ROOT), **launcher},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def test_an_error_of_one_rank_is_raised_by_both_and_the_run_can_continue(
     tmp_path: Path,
 ) -> None:
-    port = str(free_port())
-    places = [
-        {
-            "RANK": str(r),
-            "LOCAL_RANK": str(r),
-            "WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-        }
-        for r in range(2)
-    ]
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, str(tmp_path)],
-            cwd=ROOT,
-            env={**environment(), "PYTHONPATH": str(ROOT), **place},
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for place in places
-    ]
+    port = free_port()
+    ranks = [start_rank(rank, port, tmp_path) for rank in range(2)]
     outputs = [rank.communicate(timeout=200)[0] for rank in ranks]
     for rank, output in zip(ranks, outputs, strict=True):
         assert rank.returncode == 0, output
-        assert "heard: the checkpoint" in output and "(rank 1: " in output, output
+        assert "error: Cannot write checkpoint" in output, output
+        assert " (rank 1). Earlier" in output, output
     assert [p.name for p in checkpoint.committed(tmp_path)] == [
         "step-00000001",
         "step-00000003",

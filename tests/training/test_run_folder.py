@@ -31,7 +31,7 @@ def config(tmp_path):
     return RunConfig(stage="visual", run=str(tmp_path / "runs" / "one"))
 
 
-def test_a_new_run_records_what_it_is(config):
+def test_a_new_run_writes_its_config_and_versions(config):
     with run_folder(config, ALONE) as folder:
         assert sorted(p.name for p in folder.iterdir()) == ["config.json", "versions.json"]
     assert RunConfig.load(folder / "config.json") == config
@@ -66,7 +66,7 @@ def test_a_record_of_an_older_version_becomes_the_first_start(config):
 
 
 def test_the_commit_is_that_of_the_checkout(tmp_path):
-    """Not of a repository around it, as that of a user whose environment lies in it."""
+    """A repository around the checkout does not count."""
     repository = tmp_path / "outer"
     code = repository / "flallm_ds"
     code.mkdir(parents=True)
@@ -87,7 +87,7 @@ def test_an_empty_folder_may_become_a_run(config, tmp_path):
 
 
 @pytest.mark.parametrize("before", ["nothing", "a folder", "a link"])
-def test_a_run_that_cannot_be_built_leaves_what_was_there(config, tmp_path, before):
+def test_a_failed_build_leaves_the_folder_as_it_was(config, tmp_path, before):
     path = tmp_path / "runs" / "one"
     if before == "a folder":
         path.mkdir(parents=True)
@@ -104,7 +104,7 @@ def test_a_run_that_cannot_be_built_leaves_what_was_there(config, tmp_path, befo
     assert not path.exists() or list(path.iterdir()) == []
 
 
-def test_a_run_that_cannot_be_built_takes_away_what_it_made_and_no_more(config, tmp_path):
+def test_a_failed_build_removes_its_own_files_only(config, tmp_path):
     path = tmp_path / "runs" / "one"
     with (
         pytest.raises(UserError, match="no such LLM"),
@@ -119,9 +119,7 @@ def test_a_run_that_cannot_be_built_takes_away_what_it_made_and_no_more(config, 
     assert [p.name for p in path.iterdir()] == ["notes.txt"]
 
 
-def test_a_start_that_was_killed_at_once_leaves_a_folder_that_may_become_a_run(
-    config, tmp_path
-):
+def test_a_folder_of_a_start_that_was_killed_may_become_a_run(config, tmp_path):
     path = tmp_path / "runs" / "one"
     path.mkdir(parents=True)
     for name in (".lock", "log.txt", ".partial-config.json"):
@@ -134,19 +132,19 @@ def test_the_same_run_opens_again(config):
     assert open_run_folder(config) == open_run_folder(config)
 
 
-def test_a_folder_of_something_else_is_refused_and_left_alone(config, tmp_path):
+def test_a_folder_with_other_content_is_refused_and_not_changed(config, tmp_path):
     folder = tmp_path / "runs" / "one"
     folder.mkdir(parents=True)
     (folder / "holiday.jpg").touch()
-    with pytest.raises(UserError, match=r"holds something else.*--run=FOLDER"):
+    with pytest.raises(UserError, match=r"with other content\. Use another --run=FOLDER"):
         open_run_folder(config)
     assert [p.name for p in folder.iterdir()] == ["holiday.jpg"]
 
 
-def test_a_file_in_the_place_of_the_folder_is_refused(config, tmp_path):
+def test_a_file_instead_of_a_folder_is_refused(config, tmp_path):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "one").touch()
-    with pytest.raises(UserError, match="holds something else"):
+    with pytest.raises(UserError, match="with other content"):
         open_run_folder(config)
 
 
@@ -161,21 +159,23 @@ def test_a_file_in_the_place_of_the_folder_is_refused(config, tmp_path):
 )
 def test_a_changed_option_is_named_with_both_values(config, name, value):
     open_run_folder(config)
-    overrides = {name: value, **({"visual_run": "elsewhere"} if name == "stage" else {})}
+    overrides = {name: value}
+    if name == "stage":
+        overrides["visual_run"] = "elsewhere"
     changed = config.with_overrides(overrides)
     with pytest.raises(UserError) as caught:
         open_run_folder(changed)
     before, now = config.options()[name], changed.options()[name]
-    assert f"{name} must be {before!r} as when the run" in str(caught.value)
-    assert f"but is {now!r}" in str(caught.value)
+    assert "belongs to another configuration" in str(caught.value)
+    assert f"({name} {before!r}, got {now!r})" in str(caught.value)
 
 
-def test_options_that_change_no_number_may_change(config):
+def test_options_that_do_not_change_numbers_may_change(config):
     folder = open_run_folder(config)
-    values = {"run": str(folder), "visual_run": "elsewhere"}
-    values |= {"data.check_shards": "true", "data.max_broken": "0.3"}
-    values |= {"eval.gather": "never"}
-    free = {name: values.get(name, "3") for name in FREE_TO_CHANGE}
+    free = dict.fromkeys(FREE_TO_CHANGE, "3")
+    free |= {"run": str(folder), "visual_run": "elsewhere"}
+    free |= {"data.check_shards": "true", "data.max_broken": "0.3"}
+    free |= {"eval.gather": "never"}
     assert open_run_folder(config.with_overrides(free)) == folder
     assert RunConfig.load(folder / "config.json") == config
 
@@ -190,13 +190,12 @@ def test_a_config_that_was_cut_off_is_an_error_that_names_it(config):
 # --- metrics
 
 
-def lines(folder) -> list[dict]:
-    return [
-        json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()
-    ]
+def lines(folder, name: str = "metrics.jsonl") -> list[dict]:
+    """Return the records of a file of JSON lines."""
+    return list(map(json.loads, (folder / name).read_text().splitlines()))
 
 
-def test_metrics_are_one_line_a_step(tmp_path):
+def test_metrics_are_one_line_per_record(tmp_path):
     metrics = Metrics(tmp_path, 0, 0)
     metrics.write("train", 1, {"loss": 2.5, "epoch": 0})
     assert lines(tmp_path) == [
@@ -208,7 +207,7 @@ def test_metrics_are_one_line_a_step(tmp_path):
     assert list((tmp_path / "tensorboard").iterdir())
 
 
-def test_a_resumed_run_forgets_what_came_after_its_checkpoint(tmp_path):
+def test_a_resumed_run_drops_records_after_its_checkpoint(tmp_path):
     metrics = Metrics(tmp_path, 0, 0)
     for step in range(1, 8):
         metrics.write("train", step, {"loss": float(step)})
@@ -222,8 +221,8 @@ def test_a_resumed_run_forgets_what_came_after_its_checkpoint(tmp_path):
 @pytest.mark.parametrize(
     "cut", ['{"kind": "train", "global', '{"kind": "train", "global_step": 1}']
 )
-def test_a_line_cut_off_by_a_kill_is_forgotten(tmp_path, cut):
-    """Also one that lacks its line end alone: the next line would be glued to it."""
+def test_a_line_that_a_kill_has_cut_off_is_dropped(tmp_path, cut):
+    """Also one that lacks only its newline: the next record would be in the same line."""
     metrics = Metrics(tmp_path, 0, 0)
     metrics.write("train", 1, {"loss": 1.0})
     metrics.close()
@@ -235,8 +234,8 @@ def test_a_line_cut_off_by_a_kill_is_forgotten(tmp_path, cut):
     assert [line["global_step"] for line in lines(tmp_path)] == [1, 2]
 
 
-def test_a_resumed_run_forgets_scores_that_its_checkpoint_does_not_know(tmp_path):
-    """The checkpoint was saved before the scoring, at the same step: the scoring comes again."""
+def test_a_resumed_run_drops_scores_that_its_checkpoint_does_not_include(tmp_path):
+    """The checkpoint was saved before the scoring of the same step, which is done again."""
     metrics = Metrics(tmp_path, 0, 0)
     for epoch in (1, 2):
         metrics.write("train", 5 * epoch, {"epoch": epoch - 1, "loss": 1.0})
@@ -245,10 +244,7 @@ def test_a_resumed_run_forgets_scores_that_its_checkpoint_does_not_know(tmp_path
     metrics.close()
     Metrics(tmp_path, 10, 1).close()
     assert [line["kind"] for line in lines(tmp_path)] == ["train", "dev", "train"]
-    kept = [
-        json.loads(line)
-        for line in (tmp_path / "hypotheses.jsonl").read_text().splitlines()
-    ]
+    kept = lines(tmp_path, "hypotheses.jsonl")
     assert [line["epoch"] for line in kept] == [1]
 
 
@@ -258,7 +254,7 @@ def said(*keys: str) -> list[Hypothesis]:
     ]
 
 
-def test_the_same_five_clips_are_shown_whatever_their_order():
+def test_the_same_five_clips_are_recorded_in_any_order():
     keys = [f"{number:03}" for number in range(23)]
     chosen = [one.key for one in shown(said(*keys))]
     assert len(set(chosen)) == 5
@@ -266,15 +262,12 @@ def test_the_same_five_clips_are_shown_whatever_their_order():
     assert [one.key for one in shown(said("b", "a"))] == ["a", "b"] and shown([]) == []
 
 
-def test_hypotheses_go_to_their_file_and_to_tensorboard(tmp_path):
+def test_hypotheses_are_written_to_their_file_and_to_tensorboard(tmp_path):
     metrics = Metrics(tmp_path, 0, 0)
     metrics.write_hypotheses("dev", 1, 5, said("a", "b"))
     metrics.close()
     metrics.check()
-    kept = [
-        json.loads(line)
-        for line in (tmp_path / "hypotheses.jsonl").read_text().splitlines()
-    ]
+    kept = lines(tmp_path, "hypotheses.jsonl")
     assert [line["key"] for line in kept] == ["a", "b"]
     assert kept[0]["reference"] == "<b>\x1b[2J" and kept[0]["global_step"] == 5
     events = EventAccumulator(str(tmp_path / "tensorboard"))
@@ -285,7 +278,7 @@ def test_hypotheses_go_to_their_file_and_to_tensorboard(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "hypotheses.jsonl", "tensorboard"])
-def test_a_record_that_cannot_be_written_is_kept_in_mind(tmp_path, name, capfd):
+def test_an_error_of_a_write_is_raised_by_check(tmp_path, name, capfd):
     metrics = Metrics(tmp_path, 0, 0)
     if name == "tensorboard":
         (tmp_path / name).rename(tmp_path / "gone")
@@ -303,14 +296,14 @@ def test_a_record_that_cannot_be_written_is_kept_in_mind(tmp_path, name, capfd):
     finally:
         limit_bytes(resource.RLIM_INFINITY)
     with pytest.raises(
-        UserError, match=r"are not complete\. Cannot read or write .*Free some space"
+        UserError, match=r"Cannot read or write .*Free some space.* are incomplete"
     ):
         metrics.check()
     assert capfd.readouterr().err == ""
 
 
 def limit_bytes(size: int) -> None:
-    """Of each file of this process, as a quota does it."""
+    """Limit the size of each file of this process, as a quota does."""
     resource.setrlimit(
         resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
     )
@@ -319,7 +312,9 @@ def limit_bytes(size: int) -> None:
 # --- the log
 
 
-def test_the_log_has_each_line_with_its_time_and_the_terminal_what_it_had(tmp_path, capsys):
+def test_the_log_has_each_line_with_its_time_and_the_terminal_is_unchanged(
+    tmp_path, capsys
+):
     for number in range(2):
         with run_log(tmp_path, ALONE):
             print("one", number, end="")
@@ -330,8 +325,9 @@ def test_the_log_has_each_line_with_its_time_and_the_terminal_what_it_had(tmp_pa
     log = (tmp_path / "log.txt").read_text().splitlines()
     assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line) for line in log)
     texts = [line[20:] for line in log if not line[20:].startswith("== ")]
-    both = [text for n in range(2) for text in (f"one {n} of two", "three", "bar 2")]
-    assert texts == [*both, "error: no such thing"]
+    first = ["one 0 of two", "three", "bar 2"]
+    second = ["one 1 of two", "three", "bar 2"]
+    assert texts == [*first, *second, "error: no such thing"]
     out, err = capsys.readouterr()
     assert (
         out == "one 0 of two\nthree\none 1 of two\nthree\n" and err == "bar 1\rbar 2\n" * 2
@@ -341,9 +337,7 @@ def test_the_log_has_each_line_with_its_time_and_the_terminal_what_it_had(tmp_pa
 def test_a_log_that_cannot_be_written_is_an_error_at_the_end(tmp_path):
     (tmp_path / "log.txt").symlink_to("/dev/full")
     with (
-        pytest.raises(
-            UserError, match=r"log\.txt is not complete\. Cannot.* No space left"
-        ),
+        pytest.raises(UserError, match=r"Cannot.* No space left.*log\.txt is incomplete"),
         run_log(tmp_path, ALONE),
     ):
         print("one")

@@ -390,7 +390,7 @@ def test_a_start_reads_its_checkpoint_once_and_before_it_builds_anything(
             "flallm_ds.training.stages.build_task", lambda *_: pytest.fail("was built")
         )
         with pytest.raises(
-            UserError, match=r"Cannot resume from .*: no checkpoint is whole\."
+            UserError, match=r"Cannot resume from .*: no checkpoint is complete\."
         ):
             run_stage(config, world, StopRequest())
 
@@ -555,6 +555,6 @@ def test_nvjpeg_is_refused_where_shards_hold_h264(
     data = DataConfig(shards=(str(tmp_path / "mjpeg"),), decoder="nvjpeg")
     check_jpegs(data)
     with pytest.raises(
-        UserError, match=r"must be cpu where shards hold H.264, but is nvjpeg for .*h264"
+        UserError, match=r"must be cpu where shards contain H.264, got nvjpeg for .*h264"
     ):
         check_jpegs(replace(data, shards=(*data.shards, str(tmp_path / "h264"))))

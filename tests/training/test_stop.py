@@ -1,5 +1,5 @@
-"""A run that is signalled or killed under the real launcher goes on to the losses of an
-undisturbed one."""
+"""Test that a run that is signalled or killed under the real launcher resumes, and ends
+with the losses of an undisturbed run."""
 
 import fcntl
 import json
@@ -43,12 +43,13 @@ def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
 
 
 def ranks_of(launcher: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    """The trainer's processes, rank 0 first."""
-    children = psutil.Process(launcher.pid).children(recursive=True)
-    found = [p for p in children if any(a.startswith("--local_rank") for a in p.cmdline())]
-    return sorted(
-        found, key=lambda p: next(a for a in p.cmdline() if a.startswith("--local_rank"))
-    )
+    """Return the processes of the trainer, rank 0 first."""
+    ranks: dict[str, psutil.Process] = {}
+    for process in psutil.Process(launcher.pid).children(recursive=True):
+        for argument in process.cmdline():
+            if argument.startswith("--local_rank"):
+                ranks[argument] = process
+    return [ranks[argument] for argument in sorted(ranks)]
 
 
 def wait_for(reached: Callable[[], bool], what: str) -> None:
@@ -77,7 +78,7 @@ def undisturbed(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture
 def launchers() -> Iterator[list[subprocess.Popen[bytes]]]:
-    """Whatever a failing test leaves running is ended."""
+    """Yield a list of launchers, and end those that a failed test leaves running."""
     started: list[subprocess.Popen[bytes]] = []
     yield started
     for launcher in started:
@@ -89,15 +90,15 @@ def launchers() -> Iterator[list[subprocess.Popen[bytes]]]:
 @pytest.mark.parametrize(
     "number", [signal.SIGUSR1, signal.SIGKILL], ids=["signalled", "killed"]
 )
-def test_one_rank_signalled_or_killed(
+def test_a_run_with_one_rank_signalled_or_killed_resumes(
     number: signal.Signals,
     undisturbed: list[float],
     tiny_corpus: Path,
     tmp_path: Path,
     launchers: list[subprocess.Popen[bytes]],
 ) -> None:
-    """SIGUSR1 to rank 1 alone saves at the next step (code 75); after kill -9 the last
-    checkpoint counts."""
+    """SIGUSR1 to rank 1 alone saves at the next step (code 75); after kill -9 the run
+    resumes from the last checkpoint."""
     run = tmp_path / "run"
     launchers.append(start(options(tiny_corpus, run), tmp_path / "log"))
     wait_for_steps(run, 8)
@@ -127,8 +128,7 @@ def test_one_rank_signalled_or_killed(
 def test_ranks_whose_launcher_is_killed_stop_and_save(
     tiny_corpus: Path, tmp_path: Path, launchers: list[subprocess.Popen[bytes]]
 ) -> None:
-    """The deepspeed launcher forwards no signals: killed, it would leave its ranks
-    training for ever."""
+    """The deepspeed launcher forwards no signals: its ranks would train forever."""
     run = tmp_path / "run"
     launchers.append(start(options(tiny_corpus, run), tmp_path / "log"))
     wait_for_steps(run, 8)
@@ -144,8 +144,8 @@ def test_ranks_whose_launcher_is_killed_stop_and_save(
     assert (run / "checkpoints" / f"step-{reached:08d}").is_dir()
 
 
-# What a command does, without a model: it starts, it works, and it looks at its request
-# between two steps.
+# A command without a model: it starts, it works, and it checks its request between two
+# steps.
 STEPS = """
 import hashlib, signal, sys, time
 from flallm_ds.command import main
@@ -216,7 +216,7 @@ class Steps:
         return self.process.wait(60), said
 
 
-STOPPING = "stopping: this step is finished and saved; Ctrl-C again ends at once.\n"
+STOPPING = "stopping after this step, which is saved; press Ctrl-C again to end at once.\n"
 
 
 @pytest.mark.parametrize(
@@ -230,8 +230,7 @@ def test_a_run_that_has_begun_saves(number: signal.Signals) -> None:
     assert (code, said.replace(STOPPING, "")) == (75, "saved.\n")
 
 
-# A signal comes just before the end: the line about it is still being written when Python
-# is taken down.
+# A signal comes just before the end: Python shuts down while the line about it is written.
 ENDS_WHILE_IT_PRINTS = """
 import io, os, signal, sys, time
 from flallm_ds.training.stop import StopRequest
@@ -251,7 +250,7 @@ sys.exit(0 if stop else 1)
 """
 
 
-def test_a_run_that_ends_while_it_says_that_it_stops_ends_well() -> None:
+def test_a_run_that_ends_while_it_prints_that_it_stops_exits_cleanly() -> None:
     done = subprocess.run(
         [sys.executable, "-c", ENDS_WHILE_IT_PRINTS],
         capture_output=True,
@@ -262,14 +261,14 @@ def test_a_run_that_ends_while_it_says_that_it_stops_ends_well() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
-def test_before_the_first_step_there_is_nothing_to_save(number: signal.Signals) -> None:
+def test_ctrl_c_before_the_first_step_ends_the_run_at_once(number: signal.Signals) -> None:
     steps = Steps()
     steps.process.send_signal(number)
     assert steps.end() == (128 + number, "stopped.\n")
 
 
-def test_ctrl_c_that_a_library_loses_ends_the_run_before_its_first_step() -> None:
-    """Python ignores what is raised while it deletes an object."""
+def test_ctrl_c_during_a_deletion_ends_the_run_before_its_first_step() -> None:
+    """Python ignores an exception that is raised in __del__."""
     steps = Steps()
     steps.go("delete")
     assert steps.line() == "deleting\n"
@@ -279,7 +278,7 @@ def test_ctrl_c_that_a_library_loses_ends_the_run_before_its_first_step() -> Non
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_request_of_the_cluster_counts_before_the_first_step_too(
+def test_sigterm_before_the_first_step_stops_the_run_at_its_first_step(
     number: signal.Signals,
 ) -> None:
     steps = Steps()
@@ -288,7 +287,7 @@ def test_a_request_of_the_cluster_counts_before_the_first_step_too(
     assert steps.end() == (75, "saved.\n")
 
 
-def test_a_second_ctrl_c_ends_a_step_that_hears_nothing() -> None:
+def test_a_second_ctrl_c_ends_a_step_that_runs_no_signal_handler() -> None:
     steps = Steps()
     steps.begin()
     steps.go("long step")
@@ -297,7 +296,7 @@ def test_a_second_ctrl_c_ends_a_step_that_hears_nothing() -> None:
     assert steps.line() == STOPPING
     time.sleep(0.5)  # as a person does
     steps.process.send_signal(signal.SIGINT)
-    assert steps.end() == (130, "stopped at once; what was saved before counts.\n")
+    assert steps.end() == (130, "stopped at once; everything saved before is kept.\n")
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
@@ -339,7 +338,7 @@ class Terminal:
         os.close(other)
 
     def read(self) -> str:
-        """All that was printed so far; a run whose output is not read waits."""
+        """Return all text printed so far; a run whose output is not read waits."""
         with suppress(BlockingIOError, OSError):  # nothing new; nobody writes any more
             while new := os.read(self._own, 65536):
                 self.said += new.decode()
@@ -363,8 +362,8 @@ def test_ctrl_c_and_a_lost_terminal_save(
     tmp_path: Path,
     launchers: list[subprocess.Popen[bytes]],
 ) -> None:
-    """Ranks, launcher and its agent get the signal at once; the launcher ends, and the
-    ranks save."""
+    """The ranks, the launcher and its agent get the signal at the same time; the launcher
+    ends, and the ranks save."""
     run = tmp_path / "run"
     for first, disturb in ((5, Terminal.press_ctrl_c), (14, Terminal.close)):
         terminal = Terminal(options(tiny_corpus, run))
@@ -383,10 +382,7 @@ def test_ctrl_c_and_a_lost_terminal_save(
         if disturb is Terminal.press_ctrl_c:
             said = terminal.read()
             terminal.close()
-            assert (
-                "stopping: this step is finished and saved; Ctrl-C again ends at once."
-                in said
-            )
+            assert STOPPING.strip() in said
             assert (
                 f"Stopped after step {reached}. Run the same command again to resume"
                 in said
@@ -399,13 +395,13 @@ def test_ctrl_c_and_a_lost_terminal_save(
 @pytest.mark.parametrize(
     "number", [signal.SIGUSR1, signal.SIGKILL], ids=["signalled", "killed"]
 )
-def test_disturbed_while_scored(
+def test_a_run_stopped_during_scoring_keeps_its_steps(
     number: signal.Signals,
     tiny_corpus: Path,
     tmp_path: Path,
     launchers: list[subprocess.Popen[bytes]],
 ) -> None:
-    """Whatever ends the scoring, the epoch's steps are kept, and the next start scores anew."""
+    """The steps of the epoch are kept, and the next start scores again."""
     run, log = tmp_path / "run", tmp_path / "log"
     more = {
         "train.epochs": 1,

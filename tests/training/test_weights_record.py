@@ -1,5 +1,4 @@
-"""weights.json: what a run really began with. Of a real run:
-tests/training/test_backbone_training.py."""
+"""Test weights.json. tests/training/test_backbone_training.py tests that of a real run."""
 
 import hashlib
 import json
@@ -19,7 +18,7 @@ WORLD = World(0, 1, 0, 1)
 
 @pytest.fixture
 def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The hub's cache with microsoft/resnet-18 in it, as its client lays it out; no network."""
+    """Create a cache of the hub that contains microsoft/resnet-18, without a network."""
     repo = tmp_path / "hub" / "models--microsoft--resnet-18"
     snapshot = repo / "snapshots" / COMMIT
     (repo / "refs").mkdir(parents=True)
@@ -54,21 +53,20 @@ def test_a_model_of_the_hub_has_its_revision_and_digests(cached, tmp_path):
     entry = loaded(config_of(tmp_path, "microsoft/resnet-18"))["visual.weights"]
     assert entry["name"] == "microsoft/resnet-18" and entry["revision"] == COMMIT
     assert entry["path"] == str(cached)
-    files = {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in cached.iterdir()
-    }
-    assert digests(entry) == files and "model.safetensors" in files
-    assert {f["file"]: f["bytes"] for f in entry["files"]} == {
-        p.name: p.stat().st_size for p in cached.iterdir()
-    }
+    files = {file["file"]: file for file in entry["files"]}
+    assert "model.safetensors" in files
+    for path in cached.iterdir():
+        file = files.pop(path.name)
+        assert file["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+        assert file["bytes"] == path.stat().st_size
+    assert not files
 
 
-def test_random_weights_are_no_files(tmp_path):
+def test_random_weights_have_no_files(tmp_path):
     assert loaded(config_of(tmp_path, "none"))["visual.weights"]["files"] == []
 
 
-def test_a_file_is_recorded_itself(tmp_path):
+def test_weights_in_a_file_are_recorded_without_a_revision(tmp_path):
     torch.save({}, tmp_path / "resnet18.pth")
     for weights in (
         str(tmp_path / "resnet18.pth"),
@@ -78,8 +76,8 @@ def test_a_file_is_recorded_itself(tmp_path):
         assert list(digests(entry)) == ["resnet18.pth"] and entry["revision"] is None
 
 
-def test_an_llm_is_recorded_as_far_as_it_was_read(tmp_path):
-    """Stage 1 reads its tokenizer; random weights come from its config alone."""
+def test_only_the_files_of_an_llm_that_were_read_are_recorded(tmp_path):
+    """Stage 1 reads the tokenizer; random weights need only the config."""
     joint = loaded(config_of(tmp_path, "none", "joint"))["llm.name"]
     assert digests(joint)["model.safetensors"] == hashlib.sha256(b"the LLM").hexdigest()
     for config in (
@@ -89,7 +87,7 @@ def test_an_llm_is_recorded_as_far_as_it_was_read(tmp_path):
         assert list(digests(loaded(config)["llm.name"])) == ["config.json"]
 
 
-def test_it_is_written_once_and_read_without_folders(tmp_path):
+def test_the_record_is_written_once_and_read_without_paths(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     config = config_of(tmp_path, "none", "joint")
@@ -104,7 +102,7 @@ def test_it_is_written_once_and_read_without_folders(tmp_path):
     ) not in json.dumps(read_weights(folder))
 
 
-def test_a_run_that_was_begun_without_it_goes_on_without_it(tmp_path):
+def test_a_run_of_an_older_version_gets_no_record(tmp_path):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     record_weights(config_of(tmp_path, "none"), tmp_path / "run", WORLD)
     assert not (tmp_path / "run" / FILE).exists() and read_weights(tmp_path / "run") == {}

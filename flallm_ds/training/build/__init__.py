@@ -1,4 +1,8 @@
-"""The only place that turns a RunConfig into objects: `build_task`, and a file for each kind."""
+"""Build the objects of a run from its RunConfig: `build_task`, with one file per kind of
+object.
+
+Together with `flallm_ds/cli`, this is the only code that reads a config to create objects.
+"""
 
 from pathlib import Path
 
@@ -27,19 +31,20 @@ from flallm_ds.training.weights_record import record_weights
 
 
 def build_task(config: RunConfig, folder: Path, world: World) -> Task:
-    """Load the data, the texts' codec, the models and the engine of a run whose folder is open.
+    """Build the data, the codec of the texts, the models and the engine of a run.
 
-    Every rank must call it. Raises UserError where options, data and models do not fit
-    one another.
+    folder: of the run, opened by `run_folder`. Every rank must call it. Raises UserError if
+    options, data and models do not fit each other.
     """
+    # Open the data first: most mistakes in options show there, within seconds.
     ds.prepare()
     transformers_logging.disable_progress_bar()
     train_index, dev_index = open_indexes(config, world)
     ds_config = deepspeed_config(config, world)
     on_each_machine(ds.check_compilation_locks, world)
 
-    # Seeded here, so that all ranks draw the same initial weights. The order of what
-    # follows decides which weights those are.
+    # Seed all ranks equally, so that they draw the same initial weights. The order of the
+    # calls below decides those weights.
     torch.manual_seed(config.train.seed)
     codec = open_codec(config, folder, train_index, world)
     extractor = feature_extractor(config, world).to(world.device)
@@ -50,6 +55,7 @@ def build_task(config: RunConfig, folder: Path, world: World) -> Task:
     else:
         model = llm_model(config, codec, folder, extractor, ds_config, world)
 
+    # Check the clips before DeepSpeed starts, because its start takes the longest.
     train = make_split(train_index, config, codec, world, train=True)
     dev = make_split(dev_index, config, codec, world, train=False)
     check_clips(config, (train, dev), codec, model, extractor)
@@ -73,5 +79,6 @@ def build_task(config: RunConfig, folder: Path, world: World) -> Task:
         statistics=BatchStatistics(engine.module, world),
         kept=KeptStatistics(engine.module.train()),
     )
+    # A model that cannot generate would fail only at the first scoring, after an epoch.
     task.check_generation()
     return task

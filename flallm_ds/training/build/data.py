@@ -1,4 +1,4 @@
-"""Build the data of a run: indexes, plans, what loads their batches, and checks of the clips."""
+"""Build the data of a run: indexes, plans, readers, and checks of the clips."""
 
 import math
 import os
@@ -28,7 +28,8 @@ from flallm_ds.training.task import Split
 
 
 def open_indexes(config: RunConfig, world: World) -> tuple[Index, Index]:
-    """Open the training and the dev index. Raises UserError where they do not fit the run."""
+    """Open the training and the dev index. Raises UserError if they do not fit the run."""
+    # Check the options that need no data first.
     data = config.data
     micro_batches_of_rank(data.micro_batches, world.rank, world.size)
     if data.decoder == "nvjpeg":
@@ -41,32 +42,38 @@ def open_indexes(config: RunConfig, world: World) -> tuple[Index, Index]:
 
 
 def open_index(data: DataConfig, split: str, world: World) -> Index:
-    """Open the index of a split of data.shards; check that every machine has each shard,
-    whole."""
+    """Open the index of a split of data.shards, and check the shards on every machine.
+
+    Raises UserError on every rank if a machine lacks a shard, or has an incomplete one.
+    """
     index = mixture.open_indexes(data.shards, split, CacheOptions.of_run(data))
     on_each_machine(lambda: index.store.check(index.shards, data.check_shards), world)
     return index
 
 
 def check_jpegs(data: DataConfig) -> None:
-    """Raise UserError where shards hold H.264, of which the GPU's JPEG decoder makes nothing."""
+    """Raise UserError if shards contain H.264, which the JPEG decoder of the GPU cannot
+    decode."""
     for folder in data.shards:
         manifest = read_manifest(open_store(folder, CacheOptions.of_run(data)))
         options = manifest.get("options", {})
         require(
             options.get("clip_format") != "h264",
-            f"data.decoder must be cpu where shards hold H.264, but is {data.decoder} for "
-            f"{folder}.",
+            f"data.decoder must be cpu where shards contain H.264, got {data.decoder} for "
+            f"{folder}. Set --data.decoder=cpu.",
         )
 
 
 def make_split(
     index: Index, config: RunConfig, codec: TextCodec, world: World, train: bool
 ) -> Split:
-    """Plan a split and how this rank loads it. train: as in training, else as in evaluation."""
+    """Plan the batches of a split and the part of this rank.
+
+    train: shuffled, with random frames; otherwise as for evaluation.
+    """
     data = config.data
     reader = make_reader(index, config, train)
-    # No broken clip is replaced in evaluation: a score is of all clips of the split.
+    # Evaluation replaces no broken clip, because a score is of all clips of the split.
     max_broken = math.ceil(data.max_broken * len(index)) if train else 0
     return Split(
         reader,
@@ -79,7 +86,8 @@ def make_split(
 
 
 def make_reader(index: Index, config: RunConfig, train: bool) -> ClipReader:
-    """Make the reader of a split. Only training decodes JPEGs on the GPU."""
+    """Return the reader of a split. Only training decodes JPEGs on the GPU."""
+    # The pixels of the GPU decoder differ by a few levels; scores always use the CPU.
     data = config.data
     return open_reader(
         index,
@@ -92,10 +100,10 @@ def make_reader(index: Index, config: RunConfig, train: bool) -> ClipReader:
 
 
 def make_plan(reader: ClipReader, config: RunConfig) -> Plan:
-    """Plan the batches of a run, with each corpus's share of an epoch."""
+    """Return the plan of the batches, with the share of each corpus in an epoch."""
     data = config.data
     weights = data.weights
-    # The share of a corpus is its number of clips to the power of 1 / temperature.
+    # A temperature above 1 gives small corpora a larger share.
     if data.temperature != 1 and len(data.shards) > 1:
         num_clips = np.bincount(reader.index.arrays["corpus"]).tolist()
         weights = temperature_weights(num_clips, data.temperature)
@@ -108,15 +116,17 @@ def make_plan(reader: ClipReader, config: RunConfig) -> Plan:
 
 
 def decode_threads(asked: int, world: World) -> int:
-    """Return the threads asked for; 0 means the cores of this rank, of which 8 are enough."""
+    """Return the number of data-loading threads; 0 means one per core, up to 8."""
     return asked or min(8, cores_of_rank(world.local_size, os.environ))
 
 
 def make_preprocess(data: DataConfig) -> Preprocess:
+    """Return the preprocessing of frames on the device."""
     return Preprocess(data.frame_size, data.crop_size, data.augment)
 
 
 def make_masks(data: DataConfig) -> FeatureMasks:
+    """Return the masks for frozen features, which are applied in training."""
     return FeatureMasks(
         data.time_masks, data.time_mask_frames, data.feature_masks, data.feature_mask_width
     )
@@ -129,10 +139,8 @@ def check_clips(
     model: SignTranslator,
     extractor: FeatureExtractor,
 ) -> None:
-    """Check that the codec knows all languages and that no clip is too long for the models.
-
-    Raises UserError.
-    """
+    """Raise UserError if the codec lacks a language of the clips, or if a clip is too long
+    for the models."""
     # Find all languages and the longest clip of the run.
     languages = set[str]()
     longest = 0
@@ -140,14 +148,15 @@ def check_clips(
         languages.update(split.index.strings("language"))
         longest = max(longest, int(split.plan.num_kept.max()))
 
-    # The prompt takes a part of the LLM's positions; its length depends on the language.
+    # Find the longest prompt: its tokens take positions of the LLM, too. The codec raises
+    # UserError for a language that it lacks.
     wording = codec.light_wording if config.stage == "visual" else codec.wording
     around = 0
     for language in sorted(languages):
         words = wording(language)
         around = max(around, len(words.before) + len(words.after))
 
-    # A table of position embeddings is a limit; rotary and relative positions are none.
+    # A table of position embeddings is a limit; rotary and relative positions have none.
     limits = []
     reads = longest_input(model.language_model)
     if reads is not None:
@@ -159,7 +168,7 @@ def check_clips(
     limit = min(limits)
     require(
         longest <= limit,
-        f"clips must have at most {limit} frames, which is as much as what reads them can "
-        f"tell apart, but one keeps {longest}. Give --data.max_frames={limit}, or a larger "
-        "--data.keep_every (of cached features: a smaller --data.feature_fps).",
+        f"A clip must have at most {limit} frames, the number of positions of the model, "
+        f"got {longest}. Use --data.max_frames={limit}, or a larger --data.keep_every (for "
+        "cached features: a smaller --data.feature_fps).",
     )

@@ -1,4 +1,4 @@
-"""Build what the engine needs: its DeepSpeed configuration and its parameter groups."""
+"""Build the DeepSpeed configuration and the parameter groups of the engine."""
 
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,14 @@ from flallm_ds.models.sign_translator import SignTranslator
 from flallm_ds.training import engine as ds
 from flallm_ds.training.deepspeed_json import complete, lowest_rate, zero_stage
 
-# also in an installed wheel
+# A link in the package, so that an installed wheel contains the JSONs, too.
 DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 
 
 def deepspeed_config(config: RunConfig, world: World) -> dict[str, Any]:
-    """Read the DeepSpeed JSON of a run and add what the options of the run decide.
+    """Read the DeepSpeed JSON of a run and add the values that options of the run set.
 
-    Raises UserError where JSON and options do not fit each other.
+    Raises UserError if JSON and options do not fit each other.
     """
     path = deepspeed_json(config)
     json_config = ds.read_deepspeed_config(path)
@@ -27,22 +27,21 @@ def deepspeed_config(config: RunConfig, world: World) -> dict[str, Any]:
     check_rates(config, json_config, path)
     accumulation = config.data.micro_batches // world.size
     ds_config = complete(json_config, world.device, accumulation, config.optim.clip)
-    # Under ZeRO-3 each forward pass is collective, so all ranks must make as many.
+    # ZeRO-3 gathers parameters in each forward pass, so all ranks must run equally many.
     is_partitioned = config.trains_visual and zero_stage(ds_config) == 3
     require(
         not (is_partitioned and config.visual.chunk_frames),
-        "visual.chunk_frames must be 0 where ZeRO-3 partitions the visual encoder, "
-        "because ranks with fewer chunks would leave the others waiting, but is "
-        f"{config.visual.chunk_frames}.",
+        "visual.chunk_frames must be 0 where ZeRO-3 partitions the visual encoder, got "
+        f"{config.visual.chunk_frames}: ranks would wait for others with fewer chunks. Set "
+        "--visual.chunk_frames=0.",
     )
     return ds_config
 
 
 def deepspeed_json(config: RunConfig) -> Path:
-    """Choose the DeepSpeed JSON of a run: what train.deepspeed names, otherwise that of
-    the stage.
+    """Return the path of the DeepSpeed JSON: train.deepspeed, or the default of the stage.
 
-    Outside a checkout, ds_configs/NAME.json is found in the installed package.
+    Outside a checkout, ds_configs/NAME.json is that of the installed package.
     """
     if not config.train.deepspeed:
         name = "zero2.json" if config.trains_visual else "zero3_offload.json"
@@ -55,26 +54,28 @@ def deepspeed_json(config: RunConfig) -> Path:
 
 
 def check_precision(config: RunConfig, json_config: dict[str, Any], path: Path) -> None:
-    """Raise UserError for BatchNorm in an engine that casts parameters but not statistics."""
+    """Raise UserError if the engine casts the parameters of BatchNorm but not its
+    statistics."""
+    # A frozen encoder is not part of the engine.
     if not config.trains_visual:
         return
     for precision in ("bf16", "fp16"):
         require(
             not json_config.get(precision, {}).get("enabled"),
-            "train.deepspeed must compute by torch_autocast where the visual encoder is "
-            f"trained, because BatchNorm's statistics stay fp32, but {path} enables "
-            f"{precision}. Take ds_configs/zero2.json or leave --visual.frozen=all.",
+            "train.deepspeed must use torch_autocast where the visual encoder is trained, "
+            f"got {precision} in {path}: the statistics of BatchNorm stay fp32. Use "
+            "ds_configs/zero2.json, or --visual.frozen=all.",
         )
 
 
 def check_rates(config: RunConfig, json_config: dict[str, Any], path: Path) -> None:
-    """Raise UserError for a learning rate whose updates low-precision master weights
-    round away."""
+    """Raise UserError if a learning rate is so low that its updates of low-precision master
+    weights are rounded away."""
     lowest = lowest_rate(json_config)
     if lowest is None:
         return
     flag, least = lowest
-    # The learning rates of the parameters that this run trains.
+    # Collect the learning rates of the parameters that this run trains.
     optim, llm = config.optim, config.llm
     rates = {"lr": optim.lr}
     if config.trains_visual:
@@ -84,15 +85,15 @@ def check_rates(config: RunConfig, json_config: dict[str, Any], path: Path) -> N
     for name, rate in rates.items():
         require(
             rate >= least or rate == 0,
-            f"optim.{name} must be at least {least:g} where {path} sets {flag}, because "
-            f"smaller updates of most weights are rounded away, got {rate:g}. Set "
-            f"--optim.{name}={least:g} or a JSON with fp32 master weights, such as "
-            "ds_configs/zero3_offload.json.",
+            f"optim.{name} must be at least {least:g} where {path} sets {flag}, got "
+            f"{rate:g}: most updates would be rounded away. Set --optim.{name}={least:g}, "
+            "or use a JSON with fp32 master weights, such as ds_configs/zero3_offload.json.",
         )
 
 
 def parameter_groups(model: SignTranslator, config: RunConfig) -> list[dict[str, Any]]:
-    """Group the trained parameters by base learning rate: the backbone, the LLM, and the rest."""
+    """Return the trained parameters in groups for the optimizer, each with its learning
+    rate: the backbone, the language model, and the rest."""
     optim = config.optim
     backbone: list[torch.nn.Parameter] = []
     language: list[torch.nn.Parameter] = []
@@ -108,7 +109,7 @@ def parameter_groups(model: SignTranslator, config: RunConfig) -> list[dict[str,
         else:
             others.append(parameter)
 
-    # Light-T is trained from scratch, as fast as the encoder.
+    # Light-T is trained from scratch, with the learning rate of the encoder.
     language_rate = optim.lr if config.stage == "visual" else optim.llm_lr
     groups = [
         {"params": backbone, "lr": _backbone_rate(optim)},
@@ -119,4 +120,5 @@ def parameter_groups(model: SignTranslator, config: RunConfig) -> list[dict[str,
 
 
 def _backbone_rate(optim: OptimConfig) -> float:
+    """Return the learning rate of the backbone: optim.lr if there is no own one."""
     return optim.lr if optim.backbone_lr is None else optim.backbone_lr

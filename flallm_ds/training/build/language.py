@@ -27,14 +27,18 @@ from flallm_ds.models.sign_translator import SignTranslator
 from flallm_ds.training import engine as ds
 from flallm_ds.training.deepspeed_json import zero_stage
 
-# of the training tokens: a model learns to leave out what it reads as unknown
+# Largest share of unknown tokens in the training text: a model learns to leave them out.
 MOST_UNKNOWN = 0.001
 
 
 def open_codec(
     config: RunConfig, folder: Path, train_index: Index, world: World
 ) -> TextCodec:
-    """Make the codec of the training text, on rank 0 and once a run; every rank reads it."""
+    """Open the codec of the training text; rank 0 writes it at the first start of a run.
+
+    Every rank must call it. Raises UserError on every rank if it cannot be written, or if
+    the tokenizer of the LLM does not fit the texts.
+    """
     path = folder / "tokenizer"
 
     def write(out: Path) -> None:
@@ -55,8 +59,10 @@ def open_codec(
 
 
 def _instruction(config: RunConfig, train_index: Index) -> Instruction:
+    """Return the prompt and the languages of a run, and the facts about its LLM that decide
+    the format."""
     llm = llm_config(config.llm.name, config.llm.hub_code)
-    # Each entry is CORPUS=NAME, which the config has checked.
+    # The config has checked that each entry is CORPUS=NAME.
     sign_languages = dict(entry.split("=") for entry in config.llm.sign_languages)
     return Instruction(
         decoder_only=is_decoder_only(llm),
@@ -70,17 +76,17 @@ def _instruction(config: RunConfig, train_index: Index) -> Instruction:
 
 
 def check_unknown(codec: TextCodec, texts: Iterable[str], name: str) -> None:
-    """Raise UserError where the LLM's tokenizer cannot write the texts; print a few unknown ones.
+    """Raise UserError if too many tokens of the texts are unknown; print a few if any are.
 
-    name: of the LLM.
+    name: the LLM of the tokenizer.
     """
     unknown = codec.unknown_tokens(texts)
     require(
         unknown.num_unknown <= MOST_UNKNOWN * unknown.num_tokens,
-        "llm.name must have a tokenizer that can write the training text, at most "
-        f"{100 * MOST_UNKNOWN:g} % of the tokens unknown, got {name} with {unknown}. Give "
-        "another --llm.name (a stand-in LLM: one with a larger --vocab_size), or replace "
-        "these characters in the texts.",
+        "llm.name must have a tokenizer that can write the training text, with at most "
+        f"{100 * MOST_UNKNOWN:g} % unknown tokens, got {name} with {unknown}. Use another "
+        "--llm.name (a stand-in LLM: one with a larger --vocab_size), or replace these "
+        "characters in the texts.",
     )
     if unknown.num_unknown:
         print(f"unknown to the tokenizer of {name}: {unknown}.", flush=True)
@@ -89,7 +95,7 @@ def check_unknown(codec: TextCodec, texts: Iterable[str], name: str) -> None:
 def visual_model(
     config: RunConfig, codec: TextCodec, visual: FeatureExtractor
 ) -> SignTranslator:
-    """Build what stage visual trains: the encoder, an adapter, and Light-T."""
+    """Build the model of stage visual: the visual encoder, an adapter, and Light-T."""
     light_t = build_light_translator(config.light_t.size, codec, config.light_t.dropout)
     adapter = Adapter(visual.feature_width, llm_width(light_t), embedding_scale(light_t))
     return SignTranslator(visual, adapter, light_t, codec)
@@ -103,10 +109,10 @@ def llm_model(
     ds_config: dict[str, Any],
     world: World,
 ) -> SignTranslator:
-    """Build what stages llm and joint train. Raises UserError where the LLM cannot be loaded.
+    """Build the model of stages llm and joint: the LLM, an adapter, and a trained encoder.
 
-    folder: of the run, for the LLM with a trimmed vocabulary. A frozen encoder is left
-    out.
+    folder: of the run, for the LLM with a trimmed vocabulary. Every rank must call it.
+    Raises UserError if the LLM cannot be loaded, RankError if only some ranks cannot.
     """
     name = config.llm.name
     check_bits(config.llm.bits, config.llm.tune, zero_stage(ds_config), world.device)
@@ -120,14 +126,16 @@ def llm_model(
         name = str(trimmed)
     partitioning = ds.model_loading(ds_config)  # held until the model is loaded
     if not config.llm.pretrained:
-        # a resumed run, which trims nothing, draws the same weights
+        # Seed again, because trimming may have drawn numbers: a resumed run trims nothing,
+        # but must draw the same weights.
         torch.manual_seed(config.train.seed)
     try:
         llm = load_llm(name, llm_options(config, ds_config))
     except UserError as error:
+        # Rank 0 prints the UserErrors of all ranks. A file may be missing only on another
+        # machine: one rank of each machine prints that itself.
         if world.is_main or world.local_rank:
             raise
-        # rank 0 may not have met it
         raise RankError(f"{error} (On {socket.gethostname()}.)") from error
     tune(llm, llm_tuning(config), config.train.seed)
     del partitioning
@@ -136,12 +144,14 @@ def llm_model(
     adapter = Adapter(extractor.feature_width, llm_width(llm), embedding_scale(llm))
     visual = extractor if config.trains_visual else None
     model = SignTranslator(visual, adapter, llm, codec, config.llm.loss)
+    # ZeRO-3 has partitioned the parameters already, and decides their device.
     return model if zero_stage(ds_config) == 3 else model.to(world.device)
 
 
 def llm_options(config: RunConfig, ds_config: dict[str, Any]) -> LlmOptions:
+    """Return the options for loading the LLM of a run."""
     llm = config.llm
-    # Load in the precision in which DeepSpeed keeps the weights, or quantised.
+    # Load in the precision of the weights in DeepSpeed, or quantised.
     bits: Literal[32, 16, 8, 4] = 16 if ds_config.get("bf16", {}).get("enabled") else 32
     if llm.bits < 16:
         bits = llm.bits
@@ -156,6 +166,7 @@ def llm_options(config: RunConfig, ds_config: dict[str, Any]) -> LlmOptions:
 
 
 def llm_tuning(config: RunConfig) -> Tuning:
+    """Return which parameters of the LLM a run trains, and the settings of LoRA."""
     llm = config.llm
     return Tuning(
         llm.tune,
@@ -168,21 +179,21 @@ def llm_tuning(config: RunConfig) -> Tuning:
 
 
 def check_llm_of(config: RunConfig) -> None:
-    """Raise UserError for an LLM that cannot be loaded, if this run still has to read it."""
+    """Raise UserError if the LLM of a run cannot be loaded, unless the run has a copy."""
     run, llm = Path(config.run), config.llm
-    # A resumed run reads the copies in its folder. Stage visual reads the tokenizer alone.
+    # A resumed run reads the copies in its folder. Stage visual reads only the tokenizer.
     is_visual = config.stage == "visual"
     has_codec, has_llm = (run / "tokenizer").is_dir(), (run / "llm_trimmed").is_dir()
     if has_codec and (has_llm or is_visual):
         return
-    # What is trimmed is quantised later: trimming itself reads 16 bits.
+    # Trimming reads 16 bits; the trimmed copy is quantised when it is loaded.
     bits = 16 if is_visual or llm.trim_vocabulary else llm.bits
     check_llm(llm.name, llm.pretrained and not is_visual, llm.hub_code, bits)
 
 
 def _write_once(folder: Path, write: Callable[[Path], None], world: World) -> None:
-    """Write a folder on rank 0 if it is not there. Raises UserError on every rank if it
-    cannot."""
+    """Write a folder on rank 0, unless it exists. Raises UserError on every rank if rank 0
+    cannot write it."""
 
     def first() -> None:
         if folder.is_dir():
@@ -191,8 +202,8 @@ def _write_once(folder: Path, write: Callable[[Path], None], world: World) -> No
             replace_folder(folder, write)
         except (OSError, SafetensorError) as error:
             raise UserError(
-                f"{folder} must be written, but was not ({error}). Free some space and "
-                "give the same command again."
+                f"Cannot write {folder}: {error}. Free some space and run the same command "
+                "again."
             ) from error
 
     main_first(first, world)

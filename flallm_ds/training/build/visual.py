@@ -1,4 +1,4 @@
-"""Build the visual side of a run: the backbone, the encoder, and what of it is trained."""
+"""Build the visual encoder of a run, and freeze the parts that are not trained."""
 
 import socket
 from pathlib import Path
@@ -15,8 +15,11 @@ from flallm_ds.models.visual_encoder import VisualEncoder, resnet_width
 
 
 def feature_extractor(config: RunConfig, world: World) -> FeatureExtractor:
-    """Build the visual encoder, from stage 1 or with ImageNet weights; freeze its
-    untrained parts."""
+    """Build the feature extractor of a run, and freeze the parts that are not trained.
+
+    Its encoder comes from a stage-1 result, or has the weights of visual.weights. Every
+    rank must call it. Raises UserError or RankError if weights cannot be loaded.
+    """
     if config.stage != "llm" or config.visual_run == "none":
         kind = "signs" if config.stage == "visual" else config.llm.input
         extractor = FeatureExtractor(imagenet_encoder(config, world), kind)
@@ -25,42 +28,46 @@ def feature_extractor(config: RunConfig, world: World) -> FeatureExtractor:
     if config.stage != "llm" or config.visual.frozen == "none":
         _tune_backbone(extractor.visual.backbone, config)
     extractor.visual.chunk_frames = config.visual.chunk_frames
+    # Only a backward pass reads activations.
     if config.visual.checkpointing and config.trains_visual:
         extractor.visual.backbone.checkpoint_activations()
     return extractor.freeze(config.visual.frozen if config.stage == "llm" else "none")
 
 
 def stage_1_export(config: RunConfig) -> Path:
-    """Find the export that stage llm begins with.
+    """Return the folder of the stage-1 export that visual_run names.
 
-    Raises UserError where there is none, or one of another width.
+    Raises UserError if there is none, or if its backbone has another width.
     """
     try:
         folder = export.find(config.visual_run or "")
     except UserError as error:
         raise UserError(
-            f"stage llm needs a result of stage visual: {error} Make one with: "
+            f"Cannot find the stage-1 result for stage llm: {error} Create one with: "
             f"deepspeed launch/train.py --stage visual --run={config.visual_run}"
         ) from error
+    # None: visual.width does not apply to backbones that are not plain ResNets.
     width = resnet_width(export.read_settings(folder)["visual"])
     if width not in (None, config.visual.width):
         raise UserError(
-            f"visual.width must be {width} as in the stage-1 result {folder}, but is "
-            f"{config.visual.width}. Give --visual.width={width} or a --visual_run."
+            f"Stage-1 result {folder} was trained with another width (visual.width "
+            f"{width}, got {config.visual.width}). Use --visual.width={width}, or another "
+            "--visual_run."
         )
     return folder
 
 
 def imagenet_encoder(config: RunConfig, world: World) -> VisualEncoder:
-    """Build a visual encoder of the backbone of visual.weights and a new temporal module."""
+    """Build a visual encoder: the backbone of visual.weights, and a new temporal module."""
     backbone = _load_backbone(config, world)
     return VisualEncoder(temporal_kernel=config.visual.temporal_kernel, backbone=backbone)
 
 
 def _load_backbone(config: RunConfig, world: World) -> Backbone:
-    """Load the backbone of visual.weights, first on rank 0, which fills the hub's cache.
+    """Load the backbone of visual.weights.
 
-    Raises UserError where it cannot be loaded, RankError where that is so on one machine.
+    Rank 0 loads it first, which fills the cache of the hub for the others. Raises
+    UserError if rank 0 cannot load it, RankError if another rank cannot.
     """
     visual = config.visual
     crop_size = config.data.crop_size
@@ -77,28 +84,29 @@ def _load_backbone(config: RunConfig, world: World) -> Backbone:
         try:
             load()
         except OSError as error:
+            # transformers adds lines of general advice to the first one.
+            reason = str(error).splitlines()[0].rstrip(".")
             raise UserError(
-                f"visual.weights must be within reach, but {visual.weights} is not: "
-                f"{str(error).splitlines()[0]} Give a folder or file of this machine, or "
-                "--visual.weights=none to train from random weights, which costs accuracy."
+                f"Cannot load visual.weights {visual.weights}: {reason}. Use a folder or "
+                "file of this machine, or --visual.weights=none to train from random "
+                "weights, which costs accuracy."
             ) from error
 
     main_first(first, world)
     try:
+        # Rank 0 has loaded it.
         if not made:
             load()
     except OSError as error:
         raise RankError(
-            f"visual.weights must be within reach of every machine, but {visual.weights} "
-            f"is not of {socket.gethostname()}: {error}. Give a folder that all machines "
-            "see."
+            f"Cannot load visual.weights {visual.weights} on {socket.gethostname()}: "
+            f"{error}. Use a folder that all machines can read."
         ) from error
     return made[0]
 
 
 def _tune_backbone(backbone: Backbone, config: RunConfig) -> None:
-    """Freeze parts of a backbone that is trained, and add LoRA layers where they are
-    asked for."""
+    """Freeze parts of a trained backbone, and add LoRA layers if visual.tune is lora."""
     visual = config.visual
     backbone.freeze_batch_norm = visual.freeze_batch_norm
     backbone.freeze(visual.frozen_stages)
