@@ -55,6 +55,7 @@ def check_run(
 
     encoder: the fingerprint of that encoder.
     """
+    # Each folder of a mixture has its own features, so all are compared.
     options = feature_options(config.data)
     for index in (train_index, dev_index):
         check_features(index, options, encoder, f"--visual_run={config.visual_run}")
@@ -83,6 +84,7 @@ def check_features(
     the encoder, for the message.
     """
     for facts in index.features:
+        # 12 of the 64 digits of a fingerprint are enough to compare by eye.
         if facts.encoder != encoder:
             raise UserError(
                 f"Features {facts.root} were made by another encoder ({facts.made_by} "

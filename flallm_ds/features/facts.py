@@ -109,6 +109,7 @@ class FeatureFacts:
 
         num_frames, fps, sizes: columns of the table, one entry per clip.
         """
+        # A lower bound without the header: it finds a wrong width before the first batch.
         kept = self.sampling.num_kept(num_frames, fps)
         least = kept * self.width * np.dtype(self.dtype).itemsize
         if (sizes < least).any():

@@ -133,6 +133,7 @@ class FeatureFolder:
         shards = source.arrays["shard"]
         order = np.argsort(shards, kind="stable")
         ends = np.cumsum(np.bincount(shards, minlength=source.num_shards))
+
         found = []
         for shard, rows in enumerate(np.split(order, ends[:-1])):
             for view in range(self.views[split]):
@@ -162,6 +163,7 @@ class FeatureFolder:
         """
         source = self.sources[job.split]
         strings = {name: source.strings(name) for name in ("key", *_FACTS)}
+        # A writing that was killed may have left a part of this tar.
         temporary = self._begun / f"{job.name}.tmp"
         temporary.unlink(missing_ok=True)
         places = []

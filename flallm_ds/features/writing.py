@@ -63,6 +63,7 @@ def write_features(
         f"visual.frozen must be all where features are written, got {config.visual.frozen}. "
         "Set --visual.frozen=all.",
     )
+    # Created before `dist.start`, so that no signal during the start is lost.
     stop = StopRequest()
     world = dist.start(PATIENCE)
     try:
@@ -198,6 +199,7 @@ class Writing:
     def reader(self, split: str) -> "TolerantReader":
         """Return the reader of the video of a split."""
         data, index = self.config.data, self.folder.sources[split]
+        # A broken clip of training may be replaced; evaluation scores all clips.
         training = split == TRAINING
         budget = math.ceil(data.max_broken * len(index)) if training else 0
         sampling = FrameSampling.of(data)

@@ -46,6 +46,7 @@ def save(
     partial = partial_of(final)
 
     def begin() -> None:
+        # A save that was killed may have left a part of this checkpoint.
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
 
@@ -62,6 +63,8 @@ def save(
         for old in committed(folder)[:-keep]:
             shutil.rmtree(old)
 
+    # Three parts with a barrier after each: no rank writes before the folder exists, and
+    # rank 0 commits only after all ranks have written.
     _together(begin if world.is_main else None, final, world)
     _together(lambda: write(partial), final, world)
     _together(commit if world.is_main else None, final, world)

@@ -77,6 +77,7 @@ def read_json(path: Path, zero_keys: Sequence[str]) -> dict[str, Any]:
                 f"A key of {path} must be one that DeepSpeed reads, got {name!r}: "
                 f"{nearest(name, OWNED_BY_JSON)}"
             )
+    # Without this check, DeepSpeed makes the step.
     checks_overflow = config.get("bf16", {}).get("check_grad_overflow", True)
     if checks_overflow is not True:
         raise UserError(

@@ -52,11 +52,14 @@ class Evaluation:
                         found.append(self._hypothesis(batch, row, candidates))
             if report is not None:
                 report(int(self.loader.plan.ends[step]), len(self.loader.reader.index))
+            # A signal may reach one rank only, but all must stop after the same step.
             if stop is not None and all_reduce_sum([bool(stop)], self.world)[0]:
                 raise Preempted(
                     "stopped while clips were scored; the same command scores them again."
                 )
 
+        # Join the parts of all ranks. A clip that is missing or comes twice would change
+        # the scores without an error.
         by_rank = gather_objects(found, self.world)
         gathered: list[Hypothesis] = sorted(chain(*by_rank), key=attrgetter("key"))
         num_keys = len(set(map(attrgetter("key"), gathered)))

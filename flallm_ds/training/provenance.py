@@ -63,6 +63,7 @@ def _append(path: Path, start: dict[str, Any]) -> None:
             raise UserError(
                 f"Cannot read {path}: {error}. Delete it; the run resumes without it."
             ) from error
+    # The values of the first start stay at the top level.
     content = {**content, "starts": [*starts, start]}
     replace_file(path, json.dumps(content, indent=2) + "\n")
 

@@ -65,6 +65,7 @@ def run_folder(config: RunConfig, world: World) -> Iterator[Path]:
     except BaseException:  # Ctrl-C, too
         if is_new:
             _remove_built(path)
+            # The folder stays if it is not empty: the log of this start may be in it.
             if not was_there:
                 with suppress(OSError):
                     path.rmdir()
@@ -73,6 +74,7 @@ def run_folder(config: RunConfig, world: World) -> Iterator[Path]:
 
 def _remove_built(folder: Path) -> None:
     """Remove what the building of a run creates, complete or not, and nothing else."""
+    # Other files in the folder belong to the user.
     for name in BUILT:
         for path in (folder / name, partial_of(folder / name)):
             if path.is_dir():
@@ -143,6 +145,7 @@ class Metrics:
         self.problem: OSError | None = None
         self._metrics = _continued(folder / "metrics.jsonl", global_step, epoch)
         self._hypotheses = _continued(folder / "hypotheses.jsonl", global_step, epoch)
+        # TensorBoard writes in a thread. `_try` reports the errors of that thread.
         threading.excepthook = _without_events_thread
         self._events = SummaryWriter(str(folder / EVENTS), purge_step=global_step + 1)
 
@@ -197,6 +200,7 @@ class Metrics:
 
     def _append(self, file: IO[str], record: dict[str, Any]) -> None:
         def append() -> None:
+            # Flush each line, so that a kill loses at most the last one.
             file.write(json.dumps(record) + "\n")
             file.flush()
 

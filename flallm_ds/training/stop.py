@@ -32,6 +32,7 @@ class StopRequest:
         self._parent = os.getppid()
         # A thread receives the second Ctrl-C, because Python runs no handler while the main
         # thread waits for other ranks.
+        # The interpreter writes the number of each signal to this pipe, from C.
         reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         for number in STOPS:
@@ -79,6 +80,7 @@ class StopRequest:
         """Print a line at the first Ctrl-C, and end the process at the second one."""
         if number != signal.SIGINT:
             return
+        # All ranks get Ctrl-C; one of them prints.
         is_main = process_rank() == 0
         if self._interrupted_at < 0:
             self._interrupted_at = time.monotonic()

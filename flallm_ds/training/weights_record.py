@@ -78,6 +78,7 @@ def loaded(config: RunConfig) -> dict[str, Any]:
     model of the hub, otherwise None. files: with size and sha256; no weights if they are
     random. Raises OSError if a file cannot be read.
     """
+    # The visual weights come from a stage-1 result, or from visual.weights.
     visual = config.visual
     found = {}
     if config.stage == "llm" and config.visual_run != "none":

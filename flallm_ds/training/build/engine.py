@@ -46,6 +46,7 @@ def deepspeed_json(config: RunConfig) -> Path:
     if not config.train.deepspeed:
         name = "zero2.json" if config.trains_visual else "zero3_offload.json"
         return DS_CONFIGS / name
+    # A path as in the documentation, but outside a checkout.
     path = Path(config.train.deepspeed)
     packaged = DS_CONFIGS / path.name
     if path.parent == Path("ds_configs") and not path.exists() and packaged.is_file():
@@ -84,7 +85,7 @@ def check_rates(config: RunConfig, json_config: dict[str, Any], path: Path) -> N
         rates["llm_lr"] = optim.llm_lr
     for name, rate in rates.items():
         require(
-            rate >= least or rate == 0,
+            rate >= least or rate == 0,  # 0 keeps parameters unchanged
             f"optim.{name} must be at least {least:g} where {path} sets {flag}, got "
             f"{rate:g}: most updates would be rounded away. Set --optim.{name}={least:g}, "
             "or use a JSON with fp32 master weights, such as ds_configs/zero3_offload.json.",

@@ -1,4 +1,4 @@
-"""Build the language side of a run: the codec of its texts, and Light-T or the LLM."""
+"""Build the codec of the texts of a run, and its language model: Light-T or the LLM."""
 
 import socket
 from collections.abc import Callable, Iterable
@@ -41,6 +41,8 @@ def open_codec(
     """
     path = folder / "tokenizer"
 
+    # A resumed run must decode with the same vocabulary, even if the tokenizer of the LLM
+    # has changed on the hub. So the codec is written once and then read from the run.
     def write(out: Path) -> None:
         texts = train_index.strings("text")
         codec = TextCodec.for_training_text(
@@ -129,6 +131,7 @@ def llm_model(
         # Seed again, because trimming may have drawn numbers: a resumed run trims nothing,
         # but must draw the same weights.
         torch.manual_seed(config.train.seed)
+    # Under ZeRO-3, each parameter is partitioned as soon as it is created.
     try:
         llm = load_llm(name, llm_options(config, ds_config))
     except UserError as error:
@@ -142,6 +145,7 @@ def llm_model(
     if config.llm.checkpointing:
         checkpoint_llm(llm)
     adapter = Adapter(extractor.feature_width, llm_width(llm), embedding_scale(llm))
+    # A frozen encoder stays outside the model: neither DeepSpeed nor a checkpoint needs it.
     visual = extractor if config.trains_visual else None
     model = SignTranslator(visual, adapter, llm, codec, config.llm.loss)
     # ZeRO-3 has partitioned the parameters already, and decides their device.

@@ -20,6 +20,7 @@ def feature_extractor(config: RunConfig, world: World) -> FeatureExtractor:
     Its encoder comes from a stage-1 result, or has the weights of visual.weights. Every
     rank must call it. Raises UserError or RankError if weights cannot be loaded.
     """
+    # Only stage llm starts from a stage-1 result; --visual_run=none skips stage 1.
     if config.stage != "llm" or config.visual_run == "none":
         kind = "signs" if config.stage == "visual" else config.llm.input
         extractor = FeatureExtractor(imagenet_encoder(config, world), kind)
