@@ -94,7 +94,7 @@ class FeatureFolder:
         self._lock = lock
 
     def _compare(self, plan: Mapping[str, Any], path: Path) -> None:
-        """Raise UserError if the plan differs from that in `path`, which a new folder gets."""
+        """Raise UserError if the plan differs from the one in `path`; write a first one."""
         if not path.is_file():
             write_file(path, index_json(plan))
         before = _read(path)

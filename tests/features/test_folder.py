@@ -1,5 +1,4 @@
-"""Test folders of cached features: they give the same batches as video, and damaged ones are
-errors.
+"""Test that cached features give the same batches as video, and that damage is an error.
 
 The real writer creates them, but without an encoder.
 """
