@@ -150,10 +150,9 @@ def check_clips(
 
     # Find the longest prompt: its tokens take positions of the LLM, too. The codec raises
     # UserError for a language that it lacks.
-    wording = codec.light_wording if config.stage == "visual" else codec.wording
     around = 0
     for language in sorted(languages):
-        words = wording(language)
+        words = codec.wording(language)
         around = max(around, len(words.before) + len(words.after))
 
     # A table of position embeddings is a limit; rotary and relative positions have none.
