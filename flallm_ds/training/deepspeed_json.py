@@ -141,6 +141,17 @@ def scales_loss(config: dict[str, Any]) -> bool:
     return autocast.get("enabled", False) and "float16" in dtype.split(".")
 
 
+def precision(config: dict[str, Any]) -> str:
+    """Return the number format of the forward pass, in one word or two."""
+    for name in ("bf16", "fp16"):
+        if config.get(name, {}).get("enabled", False):
+            return name
+    autocast = config.get("torch_autocast", {})
+    if autocast.get("enabled", False):
+        return f"autocast {str(autocast.get('dtype', 'bfloat16')).removeprefix('torch.')}"
+    return "fp32"
+
+
 # Lowest learning rate for master weights of 8 and of 11 significant bits, by the flag that
 # sets them. Adam changes a weight by about the learning rate, but a bf16 weight of 0.05
 # changes by at least 1.2e-4: at 1e-5, 85 % of the weights of an LLM never change.

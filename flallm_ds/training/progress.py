@@ -1,4 +1,4 @@
-"""What a person sees while a run trains or is scored: loss, rate, waiting for data, time left."""
+"""Lines of progress while a run trains or is scored: loss, frames/s, waiting, time left."""
 
 import time
 
@@ -6,7 +6,7 @@ from flallm_ds.terminal import clock
 
 
 class Progress:
-    """Prints a line every `every_s` seconds, on rank 0 alone."""
+    """Print a line every `every_s` seconds, on rank 0 alone."""
 
     def __init__(self, every_s: float, enabled: bool, stage: str) -> None:
         self.every_s, self.enabled, self.stage = every_s, enabled, stage
@@ -29,7 +29,7 @@ class Progress:
             print(line, flush=True)
 
     def pause(self, seconds: float) -> None:
-        """Count time that was spent on scores or checkpoints, for the time left."""
+        """Count seconds that scoring or a checkpoint took, for the estimate of the time left."""
         self._busy_s += seconds
 
     def step(
@@ -42,9 +42,9 @@ class Progress:
         seconds: float,
         waited: float,
     ) -> None:
-        """Count a step of `seconds`, of which it `waited` for data.
+        """Count a step that took `seconds`, `waited` of them for data.
 
-        frames: kept frames over all ranks.
+        frames: number of kept frames over all ranks.
         """
         if self._first_fraction is None:
             self._first_fraction = (epoch + (step - 1) / num_steps) / self._epochs
@@ -72,9 +72,9 @@ class Progress:
 
 
 class ScoringProgress:
-    """Prints how far a split is every `every_s` seconds, on rank 0 alone.
+    """Print how many clips of a split are scored every `every_s` seconds, on rank 0 alone.
 
-    Call it with the number of clips that are done, and of all.
+    Call it with the number of scored clips and the number of all clips.
     """
 
     def __init__(self, split: str, every_s: float, enabled: bool) -> None:

@@ -1,4 +1,4 @@
-"""A stage of training from its options, or both stages, and whether they are done."""
+"""Train one stage, or both in turn, and tell whether they are finished."""
 
 import gc
 import shlex
@@ -20,6 +20,7 @@ from flallm_ds.training.build import build_task
 from flallm_ds.training.build.data import open_index
 from flallm_ds.training.build.language import check_llm_of
 from flallm_ds.training.build.visual import stage_1_export
+from flallm_ds.training.opening import opening
 from flallm_ds.training.run_folder import locked_run, open_run_folder, run_folder
 from flallm_ds.training.run_log import run_log
 from flallm_ds.training.stop import StopRequest
@@ -28,13 +29,13 @@ from flallm_ds.training.trainer import Trainer
 SPLIT = "test"  # that --stage both ends with
 
 
-def run_stage(config: RunConfig, world: World, stop: StopRequest) -> bool:
-    """Train a stage from where it is; False if it stopped at train.max_steps before its end.
+def run_stage(config: RunConfig, world: World, stop: StopRequest, recipe: str = "") -> bool:
+    """Train a stage from its last checkpoint; return False if it stopped at train.max_steps.
 
-    The caller holds the run folder (`locked_run`). Raises UserError for options that do
-    not fit, Preempted when asked to stop.
+    The caller holds the run folder (`locked_run`). recipe: its name, to be printed. Raises
+    UserError for options that do not fit, Preempted when asked to stop.
     """
-    # Checkpoints are read once, and before the models: damaged ones end the start at
+    # Checkpoints are read once, and before the models: a damaged one ends the start at
     # once.
     saved = main_first(lambda: begun(config), world)
     if main_first(lambda: is_finished(config, saved), world):
@@ -44,6 +45,8 @@ def run_stage(config: RunConfig, world: World, stop: StopRequest) -> bool:
     with run_log(Path(config.run), world) as log:
         with run_folder(config, world) as folder:
             task = build_task(config, folder, world)
+        if world.is_main:
+            print(opening(task, folder, recipe), flush=True)
         trainer = Trainer(task, folder, stop, log)
         trainer.run(saved)
         finished = trainer.at.epoch >= config.train.epochs
@@ -62,10 +65,10 @@ def run_stage(config: RunConfig, world: World, stop: StopRequest) -> bool:
 
 
 def begun(config: RunConfig) -> checkpoint.Saved | None:
-    """Find the checkpoint that the run resumes from; None where it has none yet.
+    """Return the checkpoint that the run resumes from, or None before the first one.
 
-    Raises UserError where the folder is of another run, or none of its checkpoints is
-    whole.
+    Raises UserError where the folder belongs to another run, or none of its checkpoints
+    is complete.
     """
     folder = Path(config.run)
     if not (folder / "config.json").is_file():
@@ -75,8 +78,7 @@ def begun(config: RunConfig) -> checkpoint.Saved | None:
 
 
 def is_finished(config: RunConfig, saved: checkpoint.Saved | None) -> bool:
-    """Return whether the run has an export, and its checkpoint is of the end of its last
-    epoch."""
+    """Return whether the run has an export and a checkpoint after its last epoch."""
     has_export = (Path(config.run) / "best" / export.SETTINGS_FILE).is_file()
     return (
         has_export
@@ -86,7 +88,7 @@ def is_finished(config: RunConfig, saved: checkpoint.Saved | None) -> bool:
 
 
 def summary(config: RunConfig) -> str:
-    """Say where a finished stage is, and how good its best model was when it was scored."""
+    """Return where a finished stage is stored, and the dev BLEU-4 of its best model."""
     best = Path(config.run) / "best"
     scores = export.read_settings(best)["scores"]
     bleu4 = scores[config.eval.split]["bleu4"]
@@ -97,16 +99,17 @@ def summary(config: RunConfig) -> str:
 
 
 def is_evaluated(config: RunConfig, split: str) -> bool:
-    """Whether the run's best export has been scored on this split of its own shards,
-    where they are now."""
+    """Return whether the run's best export has been scored on this split of its shards."""
     return split in export.evaluated(Path(config.run) / "best", config.data.shards)
 
 
-def train_stages(configs: tuple[RunConfig, ...], world: World, stop: StopRequest) -> bool:
-    """Train one stage, or both, each of them then scored; False if a stage stopped before
-    its end.
+def train_stages(
+    configs: tuple[RunConfig, ...], world: World, stop: StopRequest, recipe: str = ""
+) -> bool:
+    """Train one stage, or both and score each; return False if a stage stopped early.
 
-    Raises UserError for options that do not fit, Preempted when asked to stop.
+    recipe: its name, to be printed. Raises UserError for options that do not fit,
+    Preempted when asked to stop.
     """
     both = len(configs) > 1
     _check_and_prepare(configs, world)
@@ -114,7 +117,7 @@ def train_stages(configs: tuple[RunConfig, ...], world: World, stop: StopRequest
         if both and world.is_main:
             print(f"== stage {config.stage}: {config.run}", flush=True)
         with locked_run(config, world):
-            if not run_stage(config, world, stop):
+            if not run_stage(config, world, stop, recipe):
                 return False
             if both and not main_first(partial(is_evaluated, config, SPLIT), world):
                 search = Search(hub_code=config.llm.hub_code)
@@ -128,28 +131,32 @@ def train_stages(configs: tuple[RunConfig, ...], world: World, stop: StopRequest
 def next_commands(
     configs: tuple[RunConfig, ...], recipe: str | None, overrides: Mapping[str, str]
 ) -> list[str]:
-    """What to run after these stages: stage llm with the same options, or a model's
-    scores and its use."""
+    """Return what to run next: stage llm with the same options, or the use of a model."""
     run = configs[-1].run
     if configs[-1].stage != "visual":
-        scored = [f"deepspeed launch/evaluate.py --run {shlex.quote(run)} --split {SPLIT}"]
+        evaluate = f"deepspeed launch/evaluate.py --run {shlex.quote(run)} --split {SPLIT}"
         translate = f"flallm translate VIDEO --model {shlex.quote(run)}"
-        return [*(scored if len(configs) == 1 else []), translate]
-    options = {"visual_run": run} | {
-        name: value for name, value in overrides.items() if name != "run"
-    }
+        # --stage both has scored its model already.
+        return [evaluate, translate] if len(configs) == 1 else [translate]
+    # The same command line with stage llm and the run of stage visual.
+    options: dict[str, str] = {}
     if recipe is not None:
-        options = {"recipe": recipe.removesuffix("_visual")} | options
+        options["recipe"] = recipe.removesuffix("_visual")
+    options["visual_run"] = run
+    options |= overrides
     if "run" in overrides:
         options["run"] = f"{run.removesuffix('_visual')}_llm"
-    words = [shlex.quote(f"--{name}={value}") for name, value in options.items()]
-    return [" ".join(["deepspeed launch/train.py --stage llm", *words])]
+    command = "deepspeed launch/train.py --stage llm"
+    for name, value in options.items():
+        command += f" {shlex.quote(f'--{name}={value}')}"
+    return [command]
 
 
 def _check_and_prepare(configs: tuple[RunConfig, ...], world: World) -> None:
-    """Raise UserError for what would only be found after minutes, or after a whole stage."""
+    """Raise UserError for faults that would otherwise be found minutes or a stage later."""
     if configs[0].stage == "llm" and configs[0].visual_run != "none":
         stage_1_export(configs[0])
+    # The quickstart's corpus takes minutes to make: only after the check above.
     quickstart = config_of("quickstart_visual")
     if any(config.data.shards == quickstart.data.shards for config in configs):
         main_first(prepare, world)
@@ -160,8 +167,7 @@ def _check_and_prepare(configs: tuple[RunConfig, ...], world: World) -> None:
     widths = [config.visual.width for config in configs]
     if widths[0] != widths[1]:
         raise UserError(
-            f"visual.width must be the same in both stages, but is {widths[0]} and "
-            f"{widths[1]}."
+            f"visual.width must be the same in both stages, got {widths[0]} and {widths[1]}."
         )
     for config in configs:
         open_index(config.data, SPLIT, world)

@@ -7,6 +7,7 @@ from flallm_ds import export
 from flallm_ds.config import RunConfig
 from flallm_ds.dist import World, main_first
 from flallm_ds.errors import RankError, UserError
+from flallm_ds.export_folder import find_stage_1
 from flallm_ds.models.backbones.build import build_backbone, check_reachable
 from flallm_ds.models.backbones.interface import Backbone
 from flallm_ds.models.feature_extractor import FeatureExtractor
@@ -40,13 +41,7 @@ def stage_1_export(config: RunConfig) -> Path:
 
     Raises UserError if there is none, or if its backbone has another width.
     """
-    try:
-        folder = export.find(config.visual_run or "")
-    except UserError as error:
-        raise UserError(
-            f"Cannot find the stage-1 result for stage llm: {error} Create one with: "
-            f"deepspeed launch/train.py --stage visual --run={config.visual_run}"
-        ) from error
+    folder = find_stage_1(config.visual_run)
     # None: visual.width does not apply to backbones that are not plain ResNets.
     width = resnet_width(export.read_settings(folder)["visual"])
     if width not in (None, config.visual.width):
