@@ -11,17 +11,15 @@ from flallm_ds.recipes import config_of
 def test_everything_is_made_where_the_recipes_look_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both by paths relative to the current folder, whatever that is."""
-    commands: list[list[str]] = []
-    monkeypatch.setattr(quickstart, "_run", commands.append)
+    """Both use paths relative to the current folder."""
+    made: list[str] = []
+
+    def record(command: list[str], environment: object) -> None:
+        made.extend(w.removeprefix("--out=") for w in command if w.startswith("--out="))
+
+    monkeypatch.setattr(quickstart, "_run", record)
     monkeypatch.chdir(tmp_path)
     quickstart.prepare()
-    made = [
-        word.removeprefix("--out=")
-        for words in commands
-        for word in words
-        if "--out=" in word
-    ]
     for recipe in ("quickstart_visual", "quickstart_llm", "quickstart_joint"):
         config = config_of(recipe)
         looked_for = {*config.data.shards, config.visual.weights, config.llm.name}
@@ -30,7 +28,7 @@ def test_everything_is_made_where_the_recipes_look_for_it(
     assert list((tmp_path / "data").rglob("*")) == []
 
 
-def test_what_is_there_is_not_made_again(
+def test_existing_results_are_not_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -38,4 +36,9 @@ def test_what_is_there_is_not_made_again(
         (tmp_path / "data" / "signsim" / name).mkdir(parents=True)
     monkeypatch.setattr(quickstart, "_run", pytest.fail)
     quickstart.prepare()
-    assert capsys.readouterr().out.count("is there already") == 4
+    assert capsys.readouterr().out.count("exists already") == 4
+
+
+def test_the_launcher_prints_no_lines_of_its_own() -> None:
+    command, _ = quickstart._launcher()
+    assert "--quiet" in command
