@@ -1,17 +1,15 @@
-"""How every command line of the project is read: each word is checked, fire sorts them,
-then the call.
+"""Command lines: every word is checked, fire sorts words from options, then a function is
+called.
 
-fire alone drops what stands after `--`, reads `-` as the end of a call, takes an option
-that is given twice by its last value, and guesses (`2024_01` becomes 202401, `--notes`
-means tes=False). So `checked` lets pass only words and `--name=value`, which fire sorts
-into words and options, all strings. A function is called once every name is known and
-every value is of the annotated type.
+fire alone drops what follows `--`, reads `-` as the end of a call, takes the last value of
+an option that is given twice, and guesses (`2024_01` becomes 202401, `--notes` means
+tes=False). So `checked` accepts only words and `--name=value`, which fire sorts into words
+and options, all strings. A function is called when every name is known and every value
+has the annotated type.
 """
 
 import atexit
 import difflib
-import importlib
-import inspect
 import math
 import os
 import re
@@ -21,44 +19,56 @@ import threading
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from inspect import Parameter
 from pathlib import Path
 from typing import Any, NoReturn
 
 import fire
 
 from flallm_ds import terminal
+from flallm_ds.command_help import (
+    Command,
+    Verb,
+    VerbTable,
+    function_help,
+    named_parameters,
+    program_name,
+    table_help,
+    takes_overrides,
+    usage,
+)
 from flallm_ds.errors import Preempted, RankError, UserError, file_problem
 
 _OPTION = re.compile(r"--(?P<name>[A-Za-z][A-Za-z0-9_.-]*)(?P<value>=.*)?", re.DOTALL)
-# Of typeset documents, where two hyphens often become one of them.
+# Word processors replace two hyphens by one of these.
 _OTHER_DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"
+_HELP = ("--help", "-h")
 
 
 class NoValue(str):
-    """The value of an option that was given without one; only an option that is true or
-    false can be."""
+    """The value of an option that stands alone; only a bool option accepts it."""
 
 
 def checked(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """(positional words, options) of a command line: `--a.b=1` and `--a.b 1` are options,
-    hyphens as `_`.
+    """Return the positional words and the options of a command line.
 
-    Raises UserError for a word that is neither, and for an option that is given twice:
-    nothing is dropped.
+    `--a.b=1` and `--a.b 1` are options; hyphens in names become `_`. Raises UserError for
+    a word that is neither, and for an option that is given twice: nothing is dropped.
     """
     words: list[str] = []
     options: dict[str, str] = {}
     rest = list(argv)
     while rest:
         word = rest.pop(0)
+        # A word: VIDEO, or the name of a verb.
         if not _is_option(word):
             words.append(word)
             continue
         found = _OPTION.fullmatch(word)
         if found is None:
-            raise UserError(_no_option(word))
+            raise UserError(_not_an_option(word))
         name = found["name"].replace("-", "_")
+        # --name=value, then --name alone, then --name value.
         if found["value"] is not None:
             value = found["value"][1:]
         elif not rest or _is_option(rest[0]):
@@ -72,35 +82,35 @@ def checked(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
                 )
         if name in options:
             raise UserError(
-                f"--{name} must be given once, but was given twice: {options[name]}, then "
-                f"{value}."
+                f"--{name} must be given once, got it twice: {options[name]}, then {value}."
             )
         options[name] = value
     return words, options
 
 
 def _is_option(word: str) -> bool:
-    """Whether a word looks like an option, right or wrong; -1 and -0.5 are values."""
-    return word[:1] in tuple(_OTHER_DASHES) or (
-        word.startswith("-") and not re.fullmatch(r"-\.?\d.*", word)
-    )
+    """Return whether a word looks like an option, right or wrong; -1 and -0.5 are values."""
+    # Negative numbers are values: --lr -1.
+    is_number = re.fullmatch(r"-\.?\d.*", word) is not None
+    return word.startswith(tuple(_OTHER_DASHES)) or (word.startswith("-") and not is_number)
 
 
-def _no_option(word: str) -> str:
-    """The sentence about a word that begins with a dash and is no option."""
+def _not_an_option(word: str) -> str:
+    """Return the error for a word that begins with a dash but is not an option."""
     if word in ("-", "--"):
-        return f"options must be written --name=value, got a {word!r} that stands alone. Remove it."
+        return f"Options must be written --name=value, got a {word!r} that stands alone. Remove it."
+    # One hyphen, three, or a typeset dash before a correct name: show how to write it.
     name = word.lstrip(f"-{_OTHER_DASHES}")
     if _OPTION.fullmatch(f"--{name}"):
         return (
-            f"an option must begin with two hyphens, --{name}, got {word!a}. (A value or a "
+            f"An option must begin with two hyphens, --{name}, got {word!a}. (A value or a "
             f"file whose name begins with a hyphen: write --option={word} or ./{word}.)"
         )
-    return f"options must be written --name=value, got {word!a}."
+    return f"Options must be written --name=value, got {word!a}."
 
 
 def read_words(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """(positional words, options) of a command line, all strings.
+    """Return the positional words and the options of a command line, all strings.
 
     An option without a value has the value NoValue. Raises UserError as `checked` does.
     """
@@ -113,167 +123,168 @@ def read_words(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         words.extend(args)
         options.update(kwargs)
 
-    fire.Fire(
-        collect,
-        command=[*given_words, *(f"--{name}={value}" for name, value in given.items())],
-    )
+    # SetParseFn(str) keeps fire from reading values as Python literals.
+    for_fire = list(given_words)
+    for name, value in given.items():
+        for_fire.append(f"--{name}={value}")
+    fire.Fire(collect, command=for_fire)
     assert (words, options) == (given_words, given), "fire must pass on what it is given"
-    return words, given  # with what fire has no sign for: that a value is missing
+    return words, given  # not fire's copy, in which a NoValue is an ordinary string
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """`Did you mean …?` with the closest valid names, or the list of all where nothing is
-    close."""
-    valid = list(valid)
-    lowered = {v.lower(): v for v in valid}
+    """Return `did you mean ...?` with the closest names, or the list of valid names."""
+    by_lower_case: dict[str, str] = {}
+    for candidate in valid:
+        by_lower_case[candidate.lower()] = candidate
     name = name.lower()
-    # the section was left out
-    close = [v for low, v in lowered.items() if low.endswith(f".{name}")]
-    close = close or [
-        lowered[low] for low in difflib.get_close_matches(name, lowered, n=3, cutoff=0.5)
-    ]
-    return f"did you mean {' or '.join(close)}?" if close else f"valid: {', '.join(valid)}."
+    # `lr` is close to optim.lr: the section was left out.
+    close = [lower for lower in by_lower_case if lower.endswith(f".{name}")]
+    if not close:
+        close = difflib.get_close_matches(name, by_lower_case, n=3, cutoff=0.5)
+    if not close:
+        return f"valid: {', '.join(by_lower_case.values())}."
+    return f"did you mean {' or '.join(map(by_lower_case.__getitem__, close))}?"
 
 
 def coerce(value: str, hint: Any, name: str) -> Any:
-    """`value` as the annotated type (bool, int, float, str, Path, a Literal, `X | None`,
-    tuple of X).
+    """Convert a value to the annotated type.
 
-    Raises UserError that names the option, the type it must have, and what came. A value
-    is missing where the option stood alone (not of a bool), or is empty where neither a
-    text nor a tuple can be.
+    The types are bool, int, float, str, Path, a Literal, `X | None` and a tuple of X.
+    Raises UserError with the option, the type and the value. A value is missing if the
+    option stood alone (bool options may), or is empty where neither a text nor a tuple
+    is expected.
     """
     if isinstance(value, NoValue) and hint is not bool:
         raise UserError(f"--{name} must have a value, got none. Write --{name}=VALUE.")
-    if hint is Path and not value:
-        raise UserError(f"--{name} must name a file or a folder, but is empty.")
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    # `X | None`: `none` is None, any other value is of type X.
     if origin in (typing.Union, types.UnionType):
         if value.lower() in ("none", "null") and type(None) in args:
             return None
-        return coerce(value, next(a for a in args if a is not type(None)), name)
+        (inner,) = set(args) - {type(None)}
+        return coerce(value, inner, name)
     if origin is typing.Literal:
-        found = next((choice for choice in args if str(choice) == value), None)
-        if found is None:
-            raise UserError(
-                f"--{name} must be one of {', '.join(map(str, args))}, but is {value!r}."
-            )
-        return found
+        return _choice(value, args, name)
     if origin is tuple:
-        if not value.strip():
-            return ()
-        if (value[0], value[-1]) in (("(", ")"), ("[", "]")):
-            value = value[1:-1].removesuffix(",")
-        parts = [part.strip() for part in value.split(",")] if value.strip() else []
-        if not all(parts):
-            raise UserError(
-                f"--{name} must have something before and after each comma, but is "
-                f"{value!r}."
-            )
-        return tuple(coerce(part, args[0], name) for part in parts)
+        return tuple(coerce(part, args[0], name) for part in _split(value, name))
+    if hint is Path:
+        if not value:
+            raise UserError(f"--{name} must name a file or a folder, got an empty value.")
+        return Path(value)
     if hint is bool:
-        lowered = value.lower()
-        if lowered not in ("true", "false", "1", "0", "yes", "no"):
-            raise UserError(f"--{name} must be true or false, but is {value!r}.")
-        return lowered in ("true", "1", "yes")
+        return _bool(value, name)
     if hint in (int, float):
-        try:
-            number = hint(value)
-            if not math.isfinite(number):
-                raise ValueError("not a number")
-            return number
-        except ValueError:
-            kind = "a whole number" if hint is int else "a number"
-            raise UserError(f"--{name} must be {kind}, but is {value!r}.") from None
-    return Path(value) if hint is Path else value
+        return _number(value, hint, name)
+    return value
+
+
+def _choice(value: str, choices: Sequence[Any], name: str) -> Any:
+    for choice in choices:
+        if str(choice) == value:
+            return choice
+    valid = ", ".join(map(str, choices))
+    raise UserError(f"--{name} must be one of {valid}, got {value!r}.")
+
+
+def _split(value: str, name: str) -> list[str]:
+    """Return the parts of `a,b`, `(a, b)` or `[a, b]`."""
+    value = value.strip()
+    if (value[:1], value[-1:]) in (("(", ")"), ("[", "]")):
+        value = value[1:-1].strip().removesuffix(",")  # Python writes (1,) for one value
+    if not value:
+        return []
+    parts = [part.strip() for part in value.split(",")]
+    if not all(parts):
+        raise UserError(
+            f"--{name} must have a value before and after each comma, got {value!r}."
+        )
+    return parts
+
+
+def _bool(value: str, name: str) -> bool:
+    lowered = value.lower()
+    if lowered not in ("true", "false", "1", "0", "yes", "no"):
+        raise UserError(f"--{name} must be true or false, got {value!r}.")
+    return lowered in ("true", "1", "yes")
+
+
+def _number(value: str, kind: type[int] | type[float], name: str) -> int | float:
+    try:
+        number = kind(value)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        wanted = "a whole number" if kind is int else "a number"
+        raise UserError(f"--{name} must be {wanted}, got {value!r}.")
+    return number
 
 
 def bind(
-    function: Callable[..., Any], words: list[str], options: Mapping[str, str]
+    function: Callable[..., Any],
+    words: list[str],
+    options: Mapping[str, str],
+    program: str = "",
 ) -> dict[str, Any]:
-    """Arguments for `function` from words and options; raises UserError where they do not
-    fit its signature.
+    """Return the arguments of `function` from words and options.
 
-    A function that takes **overrides receives the options it does not name as they came
-    (strings). What is positional-only is for callers in Python.
+    A function that takes **overrides receives the options that it does not name as
+    strings. program: how the command is called, for the error about a missing argument.
+    Raises UserError where words and options do not fit the signature.
     """
-    parameters = inspect.signature(function).parameters
     hints = typing.get_type_hints(function)
-    named = {
-        n: p
-        for n, p in parameters.items()
-        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-    }
-    open_ended = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
-    positional = [n for n, p in named.items() if p.kind == p.POSITIONAL_OR_KEYWORD]
-    if len(words) > len(positional):
+    named = named_parameters(function)
+    # Required arguments before the `*` of a signature may be given as plain words.
+    by_place: list[str] = []
+    for name, parameter in named.items():
+        if parameter.kind == Parameter.POSITIONAL_OR_KEYWORD:
+            by_place.append(name)
+    if len(words) > len(by_place):
         raise UserError(
-            f"{words[len(positional)]!r} is one word too many: options are written "
-            "--name=value."
+            f"Arguments must be at most {len(by_place)} word(s) and options "
+            f"--name=value, got {words[len(by_place)]!r}, one word too many."
         )
     arguments: dict[str, Any] = {}
-    for name, word in zip(positional, words, strict=False):
+    for name, word in zip(by_place, words, strict=False):
         arguments[name] = coerce(word, hints[name], name)
         check_not_empty(word, named[name].default, name)
     for name, value in options.items():
         if name in arguments:
-            raise UserError(f"--{name} must be given once, but was given twice.")
+            raise UserError(f"--{name} must be given once, got it twice.")
         if name in named:
             arguments[name] = coerce(value, hints[name], name)
             check_not_empty(value, named[name].default, name)
-        elif open_ended:
+        elif takes_overrides(function):
             arguments[name] = value
         else:
-            raise UserError(f"there is no option --{name}: {nearest(name, named)}")
-    missing = [n for n, p in named.items() if p.default is p.empty and n not in arguments]
-    if missing:
-        raise UserError(f"--{missing[0]} must be given. {usage(function)}")
+            raise unknown_option(name, named)
+    # Report the first missing argument alone: one line says what is missing, one how to call.
+    for name, parameter in named.items():
+        if parameter.default is parameter.empty and name not in arguments:
+            label = name.upper() if name in by_place else f"--{name}"
+            raise UserError(
+                f"{label} must be given, got nothing.\nUsage: {usage(function, program)} "
+                f"(all options: {program} --help)"
+            )
     return arguments
 
 
+def unknown_option(name: str, valid: Iterable[str]) -> UserError:
+    """Return the error for an option that does not exist, with the nearest valid names."""
+    return UserError(
+        f"Cannot set --{name}: there is no option --{name}; {nearest(name, valid)}"
+    )
+
+
 def check_not_empty(value: str, default: Any, name: str) -> None:
-    """Raise UserError for an empty text (of a shell variable that is not set?) that is
-    not the default."""
-    if not value and default not in ("", ()):
-        raise UserError(f"--{name} must not be empty. Give it a value, or leave it out.")
+    """Raise UserError for an empty text that is not the default.
 
-
-def usage(function: Callable[..., Any]) -> str:
-    parts = []
-    for name, p in inspect.signature(function).parameters.items():
-        if p.kind == p.POSITIONAL_ONLY:
-            continue
-        if p.kind == p.VAR_KEYWORD:
-            parts.append("[--section.field=VALUE ...]")
-        elif p.default is p.empty:
-            parts.append(
-                f"{name.upper()}" if p.kind == p.POSITIONAL_OR_KEYWORD else f"--{name}=..."
-            )
-        else:
-            parts.append(f"[--{name}={p.default}]")
-    return f"usage: {' '.join(parts)}"
-
-
-@dataclass(frozen=True)
-class Verb:
-    """A verb of a command line, whose module is imported when the verb is used.
-
-    summary: one line for the list of verbs. target: `module:name` of a function or of a
-    table of verbs.
+    It usually comes from a shell variable that is not set.
     """
-
-    summary: str
-    target: str
-
-    def load(self) -> "Command":
-        """Import the module and return the function or the table."""
-        module, _, name = self.target.partition(":")
-        found: Command = getattr(importlib.import_module(module), name)
-        return found
-
-
-Verbs = Mapping[str, "Verb | Callable[..., Any]"]
-Command = Callable[..., Any] | Verbs
+    if not value and default not in ("", ()):
+        raise UserError(
+            f"--{name} must not be empty, got ''. Give it a value, or leave it out."
+        )
 
 
 def main(command: Command | Verb) -> NoReturn:
@@ -286,24 +297,22 @@ def main(command: Command | Verb) -> NoReturn:
     answer_signals(importing=True)
     argv = sys.argv[1:]
     if argv and re.fullmatch(r"--local[_-]rank=\d+", argv[0]):
-        argv.pop(0)  # the deepspeed launcher puts it before what was typed
+        argv.pop(0)  # the deepspeed launcher puts it before the user's arguments
     try:
-        while not callable(command):
-            command = command.load() if isinstance(command, Verb) else _verb(command, argv)
-        function = command
+        function, program = _find_function(command, argv)
+        # The command is imported: from here on, signals unwind it.
         answer_signals()
-        if "--help" in argv or "-h" in argv:
-            if process_rank() == 0:
-                print(f"{inspect.getdoc(function) or ''}\n\n{usage(function)}")
+        if set(_HELP).intersection(argv):
+            _print_help(function_help(function, program))
             sys.exit(0)
         words, options = read_words(argv)
-        function(**bind(function, words, options))
+        function(**bind(function, words, options, program))
         code = 0
     except UserError as error:
         if isinstance(error, RankError) or process_rank() == 0:
             _say_error(str(error))
         code = error.exit_code
-    except OSError as error:  # of a file that no other sentence is about
+    except OSError as error:  # of a file, and not turned into a UserError before
         _say_error(file_problem(error))
         code = RankError.exit_code
     except Preempted as stop:
@@ -314,13 +323,46 @@ def main(command: Command | Verb) -> NoReturn:
         if process_rank() == 0:
             print("stopped.", file=sys.stderr, flush=True)
         code = 128 + (stop.args[0] if stop.args else signal.SIGINT)
+    # A log file on a full disk must not pass for a complete one.
     if (reason := terminal.write_error()) and code == 0:
         _say_error(
             f"Cannot write all of the output: {reason}. Make room, or send it elsewhere."
         )
         code = RankError.exit_code
-    # not sooner: the error holds frames, and in them what is still to be closed
+    # Outside the except blocks: the error holds frames, and their objects are not closed
+    # before the error is gone.
     end_process(code)
+
+
+def _find_function(
+    command: Command | Verb, argv: list[str]
+) -> tuple[Callable[..., Any], str]:
+    """Take the verbs off `argv`; return the function that they name and how it is called.
+
+    Exits after printing the list of verbs where none is given. Raises UserError for a
+    verb that does not exist.
+    """
+    program = program_name(sys.argv[0])
+    while True:
+        if isinstance(command, Verb):
+            command = command.load()
+        if not isinstance(command, VerbTable):
+            return command, program
+        if not argv or argv[0] in _HELP:
+            _print_help(table_help(command, program))
+            sys.exit(0 if argv else 2)
+        name = argv.pop(0)
+        if name not in command.verbs:
+            hint = nearest(name, command.verbs)
+            raise UserError(f"Cannot run {name!r}: there is no verb {name!r}; {hint}")
+        command = command.verbs[name]
+        program = f"{program} {name}"
+
+
+def _print_help(text: str) -> None:
+    """Print a help text on rank 0 alone."""
+    if process_rank() == 0:
+        print(text)
 
 
 def _say_error(sentence: str) -> None:
@@ -331,9 +373,9 @@ def answer_signals(importing: bool = False) -> None:
     """Let Ctrl-C, SIGTERM and a lost terminal (SIGHUP) end the process without a traceback.
 
     They unwind the command, so that it tidies up; a second Ctrl-C does not wait for that.
-    A signal that is ignored, as SIGHUP under nohup, stays so. Of several ranks, SIGTERM
-    and SIGHUP end each at once: one that waits for another would not wake up. importing:
-    called before slow imports, Ctrl-C ends at once.
+    A signal that is ignored, as SIGHUP under nohup, stays ignored. In a run of several
+    ranks, SIGTERM and SIGHUP end each rank at once: one that waits for another would not
+    wake up. importing: set before slow imports, during which Ctrl-C ends at once.
     """
     sys.unraisablehook = _report_ignored
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
@@ -349,8 +391,7 @@ def _interrupt(number: int, frame: types.FrameType | None) -> NoReturn:
 
 
 def _report_ignored(ignored: "sys.UnraisableHookArgs") -> None:
-    """As Python does, but without a traceback of a Ctrl-C that came while an object was
-    deleted."""
+    """Report an exception of a destructor as Python does, except a Ctrl-C."""
     if not issubclass(ignored.exc_type, KeyboardInterrupt):
         sys.__unraisablehook__(ignored)
 
@@ -365,49 +406,34 @@ def _leave(number: int, frame: types.FrameType | None) -> NoReturn:
     os._exit(128 + number)
 
 
-def _verb(commands: Verbs, argv: list[str]) -> Verb | Callable[..., Any]:
-    """Take the first word off and return the verb that it names."""
-    if not argv or argv[0] in ("--help", "-h"):
-        lines = [f"  {name:14} {_summary(command)}" for name, command in commands.items()]
-        print("\n".join(["verbs (each takes --help):", *lines]))
-        sys.exit(0 if argv else 2)
-    name = argv.pop(0)
-    if name not in commands:
-        raise UserError(f"there is no verb {name!r}: {nearest(name, commands)}")
-    return commands[name]
-
-
-def _summary(command: Verb | Callable[..., Any]) -> str:
-    if isinstance(command, Verb):
-        return command.summary
-    return (inspect.getdoc(command) or "").splitlines()[0]
-
-
 _RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
+_WORLD_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 
 
 def process_rank() -> int:
-    """This process's rank as its launcher says, before any process group exists."""
-    return int(next((os.environ[name] for name in _RANKS if name in os.environ), "0"))
+    """Return this process's rank as its launcher set it, before any process group exists."""
+    for name in _RANKS:
+        if name in os.environ:
+            return int(os.environ[name])
+    return 0
 
 
 def _is_rank() -> bool:
-    """Whether a launcher started this process as one of several."""
-    sizes = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
-    return any(int(os.environ.get(name, "1")) > 1 for name in sizes)
+    """Return whether a launcher started this process as one of several."""
+    return any(int(os.environ.get(name, "1")) > 1 for name in _WORLD_SIZES)
 
 
 def end_process(code: int) -> NoReturn:
-    """End as Python does, but where there was a process group leave the interpreter standing.
+    """End as Python does; after a process group, without taking the interpreter down.
 
-    A thread of gloo's that waits for the interpreter while it is taken down aborts the
-    process, whose work is done (https://github.com/pytorch/pytorch/issues/190489); the
-    launcher then calls the run failed. gloo's threads cannot be joined: DeepSpeed keeps
-    the group that owns them.
+    A gloo thread that waits for the interpreter while it is taken down aborts the
+    finished process (https://github.com/pytorch/pytorch/issues/190489), and the launcher
+    then reports a failed run. gloo's threads cannot be joined: DeepSpeed keeps the group
+    that owns them.
     """
-    # not imported for this: it needs torch, which takes seconds
+    # Not imported here: dist needs torch, which takes seconds.
     ranks = sys.modules.get("flallm_ds.dist")
-    # a profiler writes at the end
+    # A profiler writes its file when the interpreter ends.
     if ranks is None or not ranks.was_started or sys.getprofile() is not None:
         sys.exit(code)
     threading._shutdown()  # type: ignore[attr-defined]  # as multiprocessing ends its processes

@@ -1,8 +1,8 @@
-"""The table of named runs, and how a command line chooses one of them.
+"""Named configurations of runs (recipes), and their choice by a command line.
 
     flallm recipes
     deepspeed launch/train.py --recipe phoenix14t_visual --data.shards=FOLDER --optim.lr=5e-3
-    deepspeed launch/train.py --recipe phoenix14t --stage both --run=runs/mine
+    deepspeed launch/train.py --recipe phoenix14t --stage both --run=runs/phoenix
 
 A row is a base and the options that differ from it, written as on the command line.
 """
@@ -29,12 +29,11 @@ from flallm_ds.errors import UserError
 
 @dataclass(frozen=True)
 class Recipe:
-    """Describe a named run.
+    """A named configuration.
 
-    summary: what it is, in one line. options: what differs from the base; the run folder
-    is runs/NAME. paper: test BLEU-4 of FLa-LLM (arXiv 2403.12556); None if the paper
-    gives none. ours: our test BLEU-4, with what it is measured on; empty if it is not
-    measured.
+    summary: one line. options: those that differ from the base; the run folder is
+    runs/NAME. paper: test BLEU-4 of FLa-LLM (arXiv 2403.12556), or None. ours: our test
+    BLEU-4 and its test set; empty if it is not measured.
     """
 
     summary: str
@@ -44,7 +43,7 @@ class Recipe:
     ours: str = ""
 
 
-# signsim at 64 px, a ResNet-18 a quarter as wide.
+# signsim at 64 px, with a ResNet-18 of a quarter of the width: minutes on 2 CPU cores.
 _QUICKSTART_VISUAL = RunConfig(
     stage="visual",
     run="",
@@ -76,6 +75,7 @@ _QUICKSTART_VISUAL = RunConfig(
     eval=EvalConfig(every_epochs=4, num_beams=1, max_new_tokens=40),
 )
 
+# Under ZeRO-3, batches of 32 take a third less time than of 16 (docs/experiments.md).
 _QUICKSTART_LLM = RunConfig(
     stage="llm",
     run="",
@@ -86,6 +86,48 @@ _QUICKSTART_LLM = RunConfig(
     optim=OptimConfig(name="adamw", lr=1e-3, llm_lr=5e-4, weight_decay=1e-2, warmup=0.05),
     train=TrainConfig(epochs=11),
     eval=EvalConfig(every_epochs=6, num_beams=1, max_new_tokens=40),
+)
+
+
+# A newcomer's own corpus: some hundred to some ten thousand clips on one GPU. Values without
+# a comment are those of the paper for PHOENIX14T. The language is that of each clip.
+_MINE_DATA = DataConfig(
+    shards=("data/mine",),
+    # The paper's pace (25 frames a second, one in four) for cameras of any frame rate.
+    target_fps=6.25,
+    batch_clips=8,
+    micro_batches=2,  # 4 clips at a time, as on each of the paper's GPUs (24 GB)
+)
+
+_MINE_VISUAL = RunConfig(
+    stage="visual",
+    run="",
+    data=_MINE_DATA,
+    optim=OptimConfig(
+        # A small corpus has few steps, in which AdamW gets further than the paper's SGD.
+        # Light-T scored alike with 5e-4 and 1e-3, and did not learn with 2e-3
+        # (docs/experiments.md).
+        name="adamw",
+        lr=5e-4,
+        # A learning rate that suits new weights destroys pretrained ones (the same page).
+        backbone_lr=1e-4,
+        weight_decay=1e-2,  # decoupled in AdamW: 1e-3 changes little within some 1,000 steps
+        warmup=0.05,  # AdamW's first steps are the largest
+    ),
+    train=TrainConfig(epochs=75),
+    # Searching the dev split takes as long as an epoch of a small corpus; greedy search is
+    # enough to choose an epoch, and flallm evaluate uses 5 beams.
+    eval=EvalConfig(every_epochs=5, num_beams=1),
+)
+
+_MINE_LLM = RunConfig(
+    stage="llm",
+    run="",
+    visual_run="runs/mine_visual",
+    data=replace(_MINE_DATA, batch_clips=16),
+    optim=OptimConfig(name="adamw", lr=1e-3, llm_lr=1e-5, weight_decay=1e-2, warmup=0.05),
+    train=TrainConfig(epochs=40),
+    eval=EvalConfig(every_epochs=5, num_beams=1),
 )
 
 
@@ -117,7 +159,18 @@ def _paper_llm(corpus: str, language: str) -> RunConfig:
 _VISUAL = _paper_visual("phoenix14t", "de_DE")
 _LLM = _paper_llm("phoenix14t", "de_DE")
 
+# What `--recipe FAMILY --stage STAGE` can name, by its purpose.
+FAMILIES = {
+    "mine": "your own corpus, in data/mine or --data.shards=FOLDER; one GPU",
+    "quickstart": "the synthetic corpus signsim: minutes on 2 CPU cores",
+    "phoenix14t": "PHOENIX14T (German weather) as in the paper",
+    "csl_daily": "CSL-Daily (Chinese) as in the paper",
+    "how2sign": "How2Sign (English) as in the paper",
+}
+
 RECIPES = {
+    "mine_visual": Recipe("own corpus, stage 1: Light-T", _MINE_VISUAL),
+    "mine_llm": Recipe("own corpus, stage 2 with mBART-large", _MINE_LLM),
     "quickstart_visual": Recipe(
         "signsim, stage 1: minutes on 2 cores",
         _QUICKSTART_VISUAL,
@@ -152,9 +205,10 @@ RECIPES = {
         _paper_llm("how2sign", "en_XX"),
         paper=9.66,
     ),
-    # --- ablations of the paper, on PHOENIX14T
-    # As many epochs as stage 1; the learning rates of stage 2, the encoder's as the adapter's: the
-    # paper names none.
+    # --- ablations of the paper, on PHOENIX14T; each differs from the paper's run in the
+    # options that its row names
+    # The paper states neither epochs nor learning rates of joint training. Epochs are those of
+    # stage 1, learning rates those of stage 2; the encoder has that of the adapter.
     "phoenix14t_joint": Recipe(
         "Table 4: no stages, encoder and LLM together",
         _LLM,
@@ -276,9 +330,20 @@ RECIPES = {
 
 
 def config_of(name: str) -> RunConfig:
-    """Return the whole config of a row of `RECIPES`."""
+    """Return the complete config of a row of `RECIPES`."""
     recipe = RECIPES[name]
     return recipe.base.with_overrides({"run": f"runs/{name}", **recipe.options})
+
+
+def family_of(name: str) -> str:
+    """Return the family of a row: the longest one that its name begins with."""
+    families = [family for family in FAMILIES if name.startswith(f"{family}_")]
+    return max(families, key=len)
+
+
+def is_ablation(name: str) -> bool:
+    """Return whether a row is an ablation; its summary names the paper's table."""
+    return RECIPES[name].summary.startswith("Table ")
 
 
 def resolve_both(
@@ -286,24 +351,21 @@ def resolve_both(
 ) -> tuple[RunConfig, RunConfig]:
     """Return the configs of `--stage both`.
 
-    Options go to both stages, stage1.OPTION and stage2.OPTION to one. run=RUN means the
-    folders RUN_visual and RUN_llm. Raises UserError as `resolve` does, and for what would
-    part the stages.
+    Options apply to both stages, stage1.OPTION and stage2.OPTION to one. run=RUN means the
+    folders RUN_visual and RUN_llm. Raises UserError as `resolve` does, and for options
+    that would separate the stages.
     """
+    # Sort the options by the stage that they apply to; "" is both.
     given: dict[str, dict[str, str]] = {"": {}, "stage1": {}, "stage2": {}}
     for name, value in overrides.items():
         stage, dot, option = name.partition(".")
-        of_one = dot and stage in given
-        given[stage if of_one else ""][option if of_one else name] = value
-    for name, values in given.items():
+        if dot and stage in given:
+            given[stage][option] = value
+        else:
+            given[""][name] = value
+    for stage, values in given.items():
         check_names(values)
-        for option in ("visual_run", "run") if name else ("visual_run",):
-            if option in values:
-                raise UserError(
-                    f"--{option} must not be given for one stage of --stage both, but is "
-                    f"{values[option]!r}: stage 2 starts from stage 1. Give --run=RUN for "
-                    "the folders RUN_visual and RUN_llm."
-                )
+        _check_joined(values, ("visual_run", "run") if stage else ("visual_run",))
     run = given[""].pop("run", None)
     if run is not None:
         run = coerce(run, str, "run")
@@ -315,28 +377,53 @@ def resolve_both(
     return visual, replace(llm, visual_run=visual.run)
 
 
+def _check_joined(values: Mapping[str, str], refused: tuple[str, ...]) -> None:
+    """Raise UserError for folders by which stage 2 would not start from stage 1."""
+    for option in refused:
+        if option in values:
+            raise UserError(
+                f"--{option} must not be given for one stage of --stage both, because stage "
+                f"2 starts from stage 1, got {values[option]!r}. Give --run=RUN for the "
+                "folders RUN_visual and RUN_llm."
+            )
+
+
 def resolve(
     stage: str | None, recipe: str | None, overrides: Mapping[str, str]
 ) -> RunConfig:
     """Return the recipe's config with dotted overrides.
 
-    `--recipe phoenix14t --stage llm` means phoenix14t_llm; without a recipe it is the
-    quickstart's. Raises UserError for an unknown option, recipe or stage, or where stage
+    `--recipe phoenix14t --stage llm` means phoenix14t_llm; the default recipe is
+    quickstart. Raises UserError for an unknown option, recipe or stage, or where stage
     and recipe disagree.
     """
     check_names(overrides)
     if stage not in (None, *get_args(Stage)):
-        raise UserError(f"--stage must be visual, llm, joint or both, but is {stage!r}.")
+        raise UserError(f"--stage must be visual, llm, joint or both, got {stage!r}.")
     if stage is None and recipe is None:
-        raise UserError("--stage must be given: --stage visual first, then --stage llm.")
+        raise UserError(
+            "--stage must be given, got nothing. Train --stage visual, then --stage llm, or "
+            "--stage both."
+        )
+    # A family and a stage together name a row: phoenix14t and llm are phoenix14t_llm.
     name = recipe or "quickstart"
     if name not in RECIPES and stage is not None:
         name = f"{name}_{stage}"
     if name not in RECIPES:
-        raise UserError(f"there is no recipe {recipe!r}: {nearest(recipe or '', RECIPES)}")
+        raise UserError(_unknown_recipe(recipe or "", stage))
     config = config_of(name)
     if stage is not None and config.stage != stage:
         raise UserError(
-            f"--stage must be {config.stage} for the recipe {name}, but is {stage}."
+            f"--stage must be {config.stage} for the recipe {name}, got {stage}."
         )
     return config.with_overrides(overrides)
+
+
+def _unknown_recipe(recipe: str, stage: str | None) -> str:
+    """Return the error for a recipe that does not exist, or not for this stage."""
+    if stage is None and recipe in FAMILIES:
+        return f"--stage must be given for the recipe {recipe}, got nothing. Add --stage visual."
+    return (
+        f"--recipe must be one of flallm recipes, got {recipe!r}; "
+        f"{nearest(recipe, RECIPES)}"
+    )

@@ -1,5 +1,5 @@
-"""Score a run on a split with all ranks: `deepspeed launch/evaluate.py --run DIR --split
-test`."""
+"""Score a run on a split with all ranks: `deepspeed launch/evaluate.py --run=RUN
+--split=test`."""
 
 from flallm_ds.cli.evaluate import evaluate
 from flallm_ds.command import main

@@ -1,5 +1,5 @@
-"""Run stage 2's frozen encoder once: `deepspeed launch/features.py --visual_run RUN --out
-FOLDER`."""
+"""Cache the features of a frozen visual encoder: `deepspeed launch/features.py
+--visual_run=RUN --out=FOLDER`."""
 
 from flallm_ds.cli.features import features
 from flallm_ds.command import main

@@ -1,8 +1,8 @@
-"""Train: `deepspeed launch/train.py --stage visual`, then `--stage llm`; or `--stage
-both`, or `joint`.
+"""Train a stage, or both: `deepspeed launch/train.py --recipe quickstart --stage both`.
 
-Also `python launch/train.py …` for one process, `torchrun launch/train.py …`, and
-launch/slurm/train.sbatch. Running the same command again goes on where the run was.
+Also `python launch/train.py ...` for one process, `torchrun -- launch/train.py ...` (without
+the `--`, torchrun takes --run for an option of its own), and launch/slurm/train.sbatch. Run
+the same command again to resume.
 """
 
 from flallm_ds.cli.train import train

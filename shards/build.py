@@ -1,8 +1,7 @@
-"""A sign corpus into shards: python shards/build.py CORPUS --source=DIR --out=DIR (each
-has its --help)."""
+"""Build shards of a corpus: python shards/build.py CORPUS --source=PATH --out=FOLDER."""
 
-from flallm_ds.cli.shards import VERBS
+from flallm_ds.cli.shards import SHARDS
 from flallm_ds.command import main
 
 if __name__ == "__main__":
-    main(VERBS["build"])
+    main(SHARDS.verbs["build"])

@@ -1,8 +1,8 @@
-"""Every byte of a shard folder against its index: python shards/verify.py FOLDER
+"""Check every byte of a shard folder against its index: python shards/verify.py FOLDER
 [--repair=drop|rebuild]."""
 
-from flallm_ds.cli.shards import VERBS
+from flallm_ds.cli.shards import SHARDS
 from flallm_ds.command import main
 
 if __name__ == "__main__":
-    main(VERBS["verify"])
+    main(SHARDS.verbs["verify"])

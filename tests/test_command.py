@@ -9,7 +9,8 @@ from typing import Literal
 
 import pytest
 
-from flallm_ds.command import bind, coerce, nearest, read_words, usage
+from flallm_ds.command import bind, coerce, nearest, read_words
+from flallm_ds.command_help import usage
 from flallm_ds.errors import UserError
 from flallm_ds.recipes import resolve_both
 
@@ -85,18 +86,18 @@ def test_words_and_options_stay_the_strings_that_were_typed(argv, words, options
         (["--run", "-aB"], "must begin with two hyphens, --aB, got '-aB'"),
         (
             ["--seed=7", "--seed=8"],
-            "--seed must be given once, but was given twice: 7, then 8",
+            "--seed must be given once, got it twice: 7, then 8",
         ),
         (["--keep-every=7", "--keep_every", "8"], "--keep_every must be given once"),
         (["--run", "=x"], "--run must be written without spaces, --run=x, got '=x'"),
-        (["--=7"], "options must be written --name=value, got '--=7'"),
-        (["--7=x"], "options must be written --name=value, got '--7=x'"),
-        (["--seed\u200b=7"], r"options must be written --name=value, got '--seed\u200b=7'"),
-        (["--seed\u00a07"], r"options must be written --name=value, got '--seed\xa07'"),
-        (["--seed:7"], "options must be written --name=value, got '--seed:7'"),
+        (["--=7"], "Options must be written --name=value, got '--=7'"),
+        (["--7=x"], "Options must be written --name=value, got '--7=x'"),
+        (["--seed\u200b=7"], r"Options must be written --name=value, got '--seed\u200b=7'"),
+        (["--seed\u00a07"], r"Options must be written --name=value, got '--seed\xa07'"),
+        (["--seed:7"], "Options must be written --name=value, got '--seed:7'"),
     ],
 )
-def test_what_is_neither_a_word_nor_an_option_is_refused(argv, sentence):
+def test_an_argument_that_is_neither_a_word_nor_an_option_is_refused(argv, sentence):
     with pytest.raises(UserError) as caught:
         read_words(argv)
     assert sentence in str(caught.value)
@@ -109,7 +110,7 @@ def test_an_option_without_a_value_is_true_or_refused():
         words, options = read_words(["v", *argv])
         with pytest.raises(UserError, match="--model must have a value, got none"):
             bind(command, words, options)
-    with pytest.raises(UserError, match="there is no option --nofast: did you mean fast"):
+    with pytest.raises(UserError, match="there is no option --nofast; did you mean fast"):
         # fire makes fast=False of it
         bind(command, *read_words(["v", "--model=m", "--nofast"]))
 
@@ -118,8 +119,8 @@ def test_an_option_without_a_value_is_true_or_refused():
     "name", ["optim.lr", "llm.name", "data.augment", "stage1.optim.lr", "run", "seed"]
 )
 @pytest.mark.parametrize("value", ["", "x --stage=llm", None])
-def test_of_a_run_no_option_passes_without_its_value(name, value):
-    """Nor by another name, nor empty, as of a shell variable that is not set."""
+def test_an_option_of_a_run_without_its_value_is_refused(name, value):
+    """Also with the prefix of a stage, and with the empty value of an unset shell variable."""
     given = f"--{name}" if value is None else f"--{name}={value}"
     _, overrides = read_words([given])
     right = (
@@ -168,33 +169,33 @@ def test_values_become_the_annotated_type(value, hint, expected):
 @pytest.mark.parametrize(
     ("value", "hint", "sentence"),
     [
-        ("3.5", int, "--epochs must be a whole number, but is '3.5'"),
-        ("fast", float, "--epochs must be a number, but is 'fast'"),
-        ("maybe", bool, "--epochs must be true or false, but is 'maybe'"),
+        ("3.5", int, "--epochs must be a whole number, got '3.5'"),
+        ("fast", float, "--epochs must be a number, got 'fast'"),
+        ("maybe", bool, "--epochs must be true or false, got 'maybe'"),
         (
             "huge",
             Literal["tiny", "base"],
-            "--epochs must be one of tiny, base, but is 'huge'",
+            "--epochs must be one of tiny, base, got 'huge'",
         ),
-        ("5", Literal[16, 8, 4], "--epochs must be one of 16, 8, 4, but is '5'"),
-        ("a,b", tuple[float, ...], "--epochs must be a number, but is 'a'"),
-        ("x", int | None, "--epochs must be a whole number, but is 'x'"),
-        ("nan", float, "--epochs must be a number, but is 'nan'"),
-        ("-inf", float, "--epochs must be a number, but is '-inf'"),
-        ("1e999", float, "--epochs must be a number, but is '1e999'"),
-        ("", Path, "--epochs must name a file or a folder, but is empty"),
-        ("", Path | None, "--epochs must name a file or a folder, but is empty"),
+        ("5", Literal[16, 8, 4], "--epochs must be one of 16, 8, 4, got '5'"),
+        ("a,b", tuple[float, ...], "--epochs must be a number, got 'a'"),
+        ("x", int | None, "--epochs must be a whole number, got 'x'"),
+        ("nan", float, "--epochs must be a number, got 'nan'"),
+        ("-inf", float, "--epochs must be a number, got '-inf'"),
+        ("1e999", float, "--epochs must be a number, got '1e999'"),
+        ("", Path, "--epochs must name a file or a folder, got an empty value"),
+        ("", Path | None, "--epochs must name a file or a folder, got an empty value"),
         (
             "a,",
             tuple[str, ...],
-            "--epochs must have something before and after each comma, but is 'a,'",
+            "--epochs must have a value before and after each comma, got 'a,'",
         ),
         (
             "a,,b",
             tuple[str, ...],
-            "--epochs must have something before and after each comma",
+            "--epochs must have a value before and after each comma",
         ),
-        (",", tuple[str, ...], "--epochs must have something before and after each comma"),
+        (",", tuple[str, ...], "--epochs must have a value before and after each comma"),
     ],
 )
 def test_a_value_of_another_type_is_refused(value, hint, sentence):
@@ -229,35 +230,36 @@ def test_overrides_stay_strings():
         (
             ["v"],
             {"model": "m", "beam": "3"},
-            "there is no option --beam: did you mean beams?",
+            "Cannot set --beam: there is no option --beam; did you mean beams?",
         ),
         (
             ["v"],
             {"model": "m", "zzz": "3"},
-            "there is no option --zzz: valid: video, model, beams, fast.",
+            "there is no option --zzz; valid: video, model, beams, fast.",
         ),
-        (["v", "w"], {"model": "m"}, "'w' is one word too many"),
+        (["v", "w"], {"model": "m"}, "got 'w', one word too many"),
         (
             ["v"],
             {},
-            "--model must be given. usage: VIDEO --model=... [--beams=None] [--fast=False]",
+            "--model must be given, got nothing.\nUsage: flallm translate VIDEO --model=PATH [OPTIONS]",
         ),
         (
             ["v"],
             {"video": "w", "model": "m"},
-            "--video must be given once, but was given twice",
+            "--video must be given once, got it twice",
         ),
         (["v"], {"model": "m", "beams": "many"}, "--beams must be a whole number"),
     ],
 )
-def test_arguments_that_do_not_fit_are_refused(words, options, sentence):
+def test_arguments_that_do_not_fit_the_signature_are_refused(words, options, sentence):
     with pytest.raises(UserError) as caught:
-        bind(command, words, options)
+        bind(command, words, options, "flallm translate")
     assert sentence in str(caught.value)
 
 
-def test_usage_shows_words_options_and_defaults():
-    assert usage(open_ended) == "usage: [--stage=None] [--section.field=VALUE ...]"
+def test_usage_shows_required_arguments_and_placeholders():
+    assert usage(command, "x") == "x VIDEO --model=PATH [OPTIONS]"
+    assert usage(open_ended, "x") == "x [OPTIONS] [--SECTION.OPTION=VALUE ...]"
 
 
 def test_nearest_names_come_first():
@@ -273,15 +275,16 @@ def test_nearest_names_come_first():
 SCRIPT = """
 import sys
 from flallm_ds.command import main
+from flallm_ds.command_help import VerbTable
 from flallm_ds.errors import Preempted, RankError, UserError
 
 def train(steps: int = 1, fail: str = "") -> None:
-    "Train for so many steps."
+    "Train for a number of steps."
     print("ran", steps, flush=True)
     if fail:
         raise {"user": UserError, "rank": RankError, "stop": Preempted}[fail](f"{fail} says why.")
 
-main({"train": train} if VERBS else train)
+main(VerbTable("Trains.", {"train": train}) if VERBS else train)
 """
 
 
@@ -299,7 +302,9 @@ def run(*argv: str, verbs: bool = False, **env: str) -> subprocess.CompletedProc
 def test_a_mistyped_option_stops_the_command_before_it_runs():
     done = run("--step=3")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: there is no option --step: did you mean steps?\n"
+    assert done.stderr == (
+        "error: Cannot set --step: there is no option --step; did you mean steps?\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -307,7 +312,7 @@ def test_a_mistyped_option_stops_the_command_before_it_runs():
     [("--",), ("--", "--steps=3"), ("-",), ("--steps=1", "--steps=2"), ("3", "", "4")],
 )
 @pytest.mark.parametrize("launcher", [(), ("--local_rank=0",)])
-def test_nothing_that_was_typed_is_dropped(launcher, argv):
+def test_no_typed_argument_is_dropped(launcher, argv):
     done = run(*launcher, *argv)
     assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1, (
         done.stderr
@@ -315,7 +320,7 @@ def test_nothing_that_was_typed_is_dropped(launcher, argv):
 
 
 @pytest.mark.parametrize("added", ["--local_rank=1", "--local-rank=1"])
-def test_the_option_that_a_launcher_adds_is_passed_over(added):
+def test_the_option_that_a_launcher_adds_is_ignored(added):
     done = run(added, "--steps=3")
     assert (done.returncode, done.stdout) == (0, "ran 3\n")
     # these are typed
@@ -347,11 +352,11 @@ def test_verbs_are_listed_and_mistyped_ones_are_refused():
     assert (
         listed.returncode == 0
         and "train" in listed.stdout
-        and "Train for so many steps." in listed.stdout
+        and "Train for a number of steps." in listed.stdout
     )
     assert (
         wrong.returncode == 2
-        and "there is no verb 'trian': did you mean train?" in wrong.stderr
+        and "there is no verb 'trian'; did you mean train?" in wrong.stderr
     )
     assert right.stdout == "ran 2\n"
 
@@ -360,7 +365,8 @@ def test_help_shows_the_usage_without_running():
     done = run("--help")
     assert (
         done.returncode == 0
-        and "usage: [--steps=1]" in done.stdout
+        and "usage: -c [OPTIONS]" in done.stdout
+        and "--steps=N    (default 1)" in done.stdout
         and "ran" not in done.stdout
     )
 
@@ -369,13 +375,13 @@ def test_help_is_printed_by_one_rank():
     assert run("--help", RANK="1").stdout == ""
 
 
-def test_what_is_positional_only_is_no_option():
+def test_a_positional_only_parameter_is_not_an_option():
     def run(stop: bool = False, /, *, name: str = "a") -> None: ...
 
     assert bind(run, [], {"name": "b"}) == {"name": "b"}
-    with pytest.raises(UserError, match="there is no option --stop: valid: name"):
+    with pytest.raises(UserError, match="there is no option --stop; valid: name"):
         bind(run, [], {"stop": "true"})
-    assert usage(run) == "usage: [--name=a]"
+    assert usage(run, "x") == "x [OPTIONS]"
 
 
 THREADS_THAT_WAIT = """
@@ -404,7 +410,7 @@ main(run)
 """
 
 
-def test_a_thread_that_waits_for_the_interpreter_does_not_abort_a_run_that_is_done():
+def test_a_thread_that_waits_for_the_interpreter_does_not_abort_a_finished_run():
     done = subprocess.run(
         [sys.executable, "-c", THREADS_THAT_WAIT], capture_output=True, text=True
     )
@@ -423,7 +429,7 @@ sys.stdin.readline()
 
 def work() -> None:
     try:
-        print("at work", flush=True)
+        print("working", flush=True)
         time.sleep(60)
     finally:
         print("tidied up", flush=True)
@@ -437,8 +443,7 @@ main(work)
 def waiting(
     *, stubborn: bool = False, ignored: signal.Signals | None = None
 ) -> subprocess.Popen[str]:
-    """A command that has begun to import; it hears signals that are ignored where the
-    tests run."""
+    """Start a command and wait until it imports; it handles the signals that the tests ignore."""
 
     def set_signals() -> None:
         for number in (signal.SIGINT, signal.SIGHUP):  # in the background, under nohup
@@ -460,17 +465,19 @@ def waiting(
     return process
 
 
-def at_work(**given) -> subprocess.Popen[str]:
+def working(**given) -> subprocess.Popen[str]:
     process = waiting(**given)
     process.stdin.write("\n")
     process.stdin.flush()
-    assert process.stdout.readline() == "at work\n"
+    assert process.stdout.readline() == "working\n"
     return process
 
 
 def end(process: subprocess.Popen[str]) -> tuple[str, str]:
-    """What else it prints until it ends (communicate would forget what came with an
-    earlier line)."""
+    """Return what the process prints until it ends.
+
+    `communicate` would lose what was read together with an earlier line.
+    """
     process.stdin.close()
     said = process.stdout.read(), process.stderr.read()
     process.wait(60)
@@ -492,15 +499,15 @@ def test_ctrl_c_during_imports_is_one_line():
         (signal.SIGHUP, 129, ""),
     ],
 )
-def test_a_command_that_is_told_to_end_tidies_up(number, code, line):
-    process = at_work()
+def test_a_command_that_a_signal_ends_tidies_up(number, code, line):
+    process = working()
     process.send_signal(number)
     out, error = end(process)
     assert (process.returncode, out, error) == (code, "tidied up\n", line)
 
 
 def test_a_second_ctrl_c_does_not_wait():
-    process = at_work(stubborn=True)
+    process = working(stubborn=True)
     process.send_signal(signal.SIGINT)
     assert process.stdout.readline() == "tidied up\n"
     process.send_signal(signal.SIGINT)
@@ -508,9 +515,9 @@ def test_a_second_ctrl_c_does_not_wait():
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
-def test_what_is_ignored_stays_ignored(number):
-    """As under nohup."""
-    process = at_work(ignored=number)
+def test_an_ignored_signal_stays_ignored(number):
+    """nohup starts commands with SIGHUP ignored."""
+    process = working(ignored=number)
     process.send_signal(number)
     time.sleep(0.2)
     assert process.poll() is None

@@ -279,9 +279,9 @@ def test_both_stages_of_a_recipe_equal_its_single_stages():
         (
             "phoenix14t_visual",
             {},
-            "--stage must be visual for the recipe phoenix14t_visual, but is llm",
+            "--stage must be visual for the recipe phoenix14t_visual, got llm",
         ),
-        ("phoenix14t_frames", {}, "there is no recipe 'phoenix14t_frames'"),
+        ("phoenix14t_frames", {}, "must be one of flallm recipes, got 'phoenix14t_frames'"),
     ],
 )
 def test_options_that_would_separate_the_stages_are_refused(recipe, options, sentence):
@@ -350,17 +350,21 @@ def test_an_unknown_option_is_reported_before_an_unknown_recipe():
     ("stage", "recipe", "sentence"),
     [
         (None, None, "--stage must be given"),
-        ("bth", None, "--stage must be visual, llm, joint or both, but is 'bth'"),
+        ("bth", None, "--stage must be visual, llm, joint or both, got 'bth'"),
         (
             None,
             "phoenix_visual",
-            "there is no recipe 'phoenix_visual': did you mean phoenix14t_visual",
+            "got 'phoenix_visual'; did you mean phoenix14t_visual",
         ),
-        (None, "phoenix14t", "there is no recipe 'phoenix14t'"),
+        (
+            None,
+            "phoenix14t",
+            "--stage must be given for the recipe phoenix14t, got nothing",
+        ),
         (
             "llm",
             "phoenix14t_visual",
-            "--stage must be visual for the recipe phoenix14t_visual, but is llm",
+            "--stage must be visual for the recipe phoenix14t_visual, got llm",
         ),
     ],
 )

@@ -1,5 +1,5 @@
-"""An installed wheel holds everything: it trains outside the checkout, without the
-checkout on its path."""
+"""An installed wheel is complete: it trains outside the checkout, without the checkout on
+its path."""
 
 import os
 import shutil
@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from flallm_ds.cli import VERBS
+from flallm_ds import __version__
+from flallm_ds.cli import FLALLM
 from flallm_ds.dist import free_port
 from tests.helpers.launching import losses, tiny_options
 from tests.helpers.paths import ROOT
@@ -29,6 +30,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "shards",
         "pyproject.toml",
         "README.md",
+        "LICENSE",
     ):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         more = {"symlinks": True, "ignore": shutil.ignore_patterns("__pycache__")}
@@ -88,20 +90,31 @@ def run(*words: str, cwd: Path) -> str:
 def test_the_wheel_holds_one_package_and_the_deepspeed_jsons(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
-    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {
-        "flallm_ds"
-    }
+    packages = {name.split("/")[0] for name in names if ".dist-info/" not in name}
+    assert packages == {"flallm_ds"}
     jsons = {name for name in names if name.endswith(".json")}
-    assert jsons == {
-        f"flallm_ds/ds_configs/{path.name}" for path in (ROOT / "ds_configs").glob("*.json")
-    }
+    expected = (ROOT / "ds_configs").glob("*.json")
+    assert jsons == {f"flallm_ds/ds_configs/{path.name}" for path in expected}
+
+
+def test_the_wheel_holds_the_license_and_names_it(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (info,) = {n.split("/")[0] for n in archive.namelist() if ".dist-info/" in n}
+        license_text = archive.read(f"{info}/licenses/LICENSE").decode()
+        metadata = archive.read(f"{info}/METADATA").decode()
+    assert license_text == (ROOT / "LICENSE").read_text(encoding="utf-8")
+    assert "License-Expression: Apache-2.0\n" in metadata
+    assert f"Version: {__version__}\n" in metadata
 
 
 def test_every_verb_is_listed_and_has_help(installed: Path, tmp_path: Path) -> None:
-    listed = run(str(installed / "flallm"), "--help", cwd=tmp_path)
-    for name, verb in VERBS.items():
-        assert f"  {name:14} {verb.summary}\n" in listed
-        assert run(str(installed / "flallm"), name, "--help", cwd=tmp_path)
+    flallm = str(installed / "flallm")
+    listed = run(flallm, "--help", cwd=tmp_path)
+    for name, verb in FLALLM.verbs.items():
+        assert f"  {name:11}  {verb.summary}\n" in listed
+        assert f"usage: flallm {name}" in run(flallm, name, "--help", cwd=tmp_path)
+    assert run(flallm, "--version", cwd=tmp_path) == f"flallm_ds {__version__}\n"
+    assert "train.epochs" in run(flallm, "options", "train", cwd=tmp_path)
     where = run(
         str(installed / "python"),
         "-c",

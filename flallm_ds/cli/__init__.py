@@ -1,47 +1,103 @@
 """The `flallm` command. Each verb's module is imported when the verb is used: some take
 seconds."""
 
-from flallm_ds.command import Verb, main
+import sys
 
-VERBS = {
-    "train": Verb("Train a stage, or both.", "flallm_ds.cli.train:train"),
-    "recipes": Verb(
-        "List the named runs, with the paper's scores.", "flallm_ds.cli.recipes:recipes"
+from flallm_ds import __version__
+from flallm_ds.command import main
+from flallm_ds.command_help import Verb, VerbTable
+
+# Titles of the groups in which help lists the verbs, in the order of a project's work.
+PREPARE = "prepare data"
+TRAIN = "train"
+SCORE = "score and translate"
+LOOK = "look at a run"
+SHARE = "share a model"
+TRY = "try it out"
+
+FLALLM = VerbTable(
+    about=(
+        "flallm trains and runs sign language translation without glosses (FLa-LLM): sign\n"
+        "videos in, spoken-language sentences out, on one or many GPUs or on a CPU."
     ),
-    "evaluate": Verb(
-        "Score the best export of a run on a split.", "flallm_ds.cli.evaluate:evaluate"
-    ),
-    "features": Verb(
-        "Write the features of a frozen encoder.", "flallm_ds.cli.features:features"
-    ),
-    "translate": Verb("Translate one video.", "flallm_ds.cli.models:translate"),
-    "export": Verb(
-        "Make a run's best model ready to give away.", "flallm_ds.cli.models:export"
-    ),
-    "push": Verb("Upload an export to the Hugging Face hub.", "flallm_ds.cli.models:push"),
-    "shards": Verb(
-        "Shards of a corpus: build, verify, stats, preview.", "flallm_ds.cli.shards:VERBS"
-    ),
-    "signsim": Verb(
-        "Make the synthetic corpus: corpus, sheet, backbone.", "flallm_ds.cli.signsim:VERBS"
-    ),
-    "standin_llm": Verb(
-        "Make a small mBART for machines without a hub.", "flallm_ds.cli.models:standin_llm"
-    ),
-    "strip": Verb(
-        "Draw clips with hypothesis and reference.", "flallm_ds.cli.pictures:strip"
-    ),
-    "curves": Verb(
-        "Draw losses and BLEU-4 over the epochs.", "flallm_ds.cli.pictures:curves"
-    ),
-    "probe": Verb("Draw the last layers' gradients.", "flallm_ds.cli.pictures:probe"),
-    "quickstart": Verb(
-        "Corpus, shards, training, scores, a translation.",
-        "flallm_ds.quickstart:quickstart",
-    ),
-}
+    verbs={
+        "shards": Verb(
+            "Turn a corpus into shards; verify, count and preview them.",
+            "flallm_ds.cli.shards:SHARDS",
+            PREPARE,
+        ),
+        "features": Verb(
+            "Cache the features of a frozen visual encoder for stage llm.",
+            "flallm_ds.cli.features:features",
+            PREPARE,
+        ),
+        "train": Verb(
+            "Train a stage (visual, llm, joint), or both stages in turn.",
+            "flallm_ds.cli.train:train",
+            TRAIN,
+        ),
+        "recipes": Verb(
+            "List the named configurations, with the paper's scores.",
+            "flallm_ds.cli.recipes:recipes",
+            TRAIN,
+        ),
+        "options": Verb(
+            "List the options of a training run, with defaults and meanings.",
+            "flallm_ds.cli.options:options",
+            TRAIN,
+        ),
+        "evaluate": Verb(
+            "Score the best model of a run on a split.",
+            "flallm_ds.cli.evaluate:evaluate",
+            SCORE,
+        ),
+        "translate": Verb("Translate one video.", "flallm_ds.cli.models:translate", SCORE),
+        "strip": Verb(
+            "Draw frames of clips with their hypotheses and references.",
+            "flallm_ds.cli.pictures:strip",
+            LOOK,
+        ),
+        "curves": Verb(
+            "Plot loss and BLEU-4 over the epochs.", "flallm_ds.cli.pictures:curves", LOOK
+        ),
+        "probe": Verb(
+            "Plot the gradient norms of the last layers.",
+            "flallm_ds.cli.pictures:probe",
+            LOOK,
+        ),
+        "export": Verb(
+            "Write the best model of a run to a folder of its own.",
+            "flallm_ds.cli.models:export",
+            SHARE,
+        ),
+        "push": Verb(
+            "Upload an exported model to the Hugging Face hub.",
+            "flallm_ds.cli.models:push",
+            SHARE,
+        ),
+        "quickstart": Verb(
+            "Run every step on a synthetic corpus: 20 minutes on 2 cores.",
+            "flallm_ds.quickstart:quickstart",
+            TRY,
+        ),
+        "signsim": Verb(
+            "Make the synthetic corpus and its visual backbone.",
+            "flallm_ds.cli.signsim:SIGNSIM",
+            TRY,
+        ),
+        "standin_llm": Verb(
+            "Make a small mBART, for machines that cannot reach the hub.",
+            "flallm_ds.cli.models:standin_llm",
+            TRY,
+        ),
+    },
+    more="Version: flallm --version",
+)
 
 
 def run() -> None:
-    """Entry point of the `flallm` script and of `python -m flallm_ds`."""
-    main(VERBS)
+    """Run the `flallm` script, which `python -m flallm_ds` is too."""
+    if sys.argv[1:] == ["--version"]:
+        print(f"flallm_ds {__version__}")
+        return
+    main(FLALLM)

@@ -4,31 +4,45 @@ from pathlib import Path
 
 
 def strip(*, run: Path, out: Path, split: str = "test", clips: int = 2) -> None:
-    """A picture of clips with hypothesis and reference: flallm strip --run RUN --out FILE.png.
+    """Draw frames of clips with their hypotheses and references.
 
-    run: a run folder on which launch/evaluate.py has scored the split.
+    Example: flallm strip --run=runs/mine_llm --out=strip.png
+
+    Options:
+        run: a run folder whose split `flallm evaluate` has scored
+        out: the PNG file to write
+        split: the split that the clips are from
+        clips: number of clips
     """
-    # torch takes seconds to import: not for --help, nor for a mistyped option.
+    # matplotlib and torch take seconds to import: not for --help, nor for a mistyped option.
     from flallm_ds.inference.pictures import strip_of_run
 
     strip_of_run(run, out, split, clips)
 
 
-def curves(*, runs: str, out: Path) -> None:
-    """A picture of losses and BLEU-4 over the epochs: flallm curves --runs RUN[,RUN]
-    --out FILE.png."""
-    # torch takes seconds to import: not for --help, nor for a mistyped option.
+def curves(*, runs: tuple[Path, ...], out: Path) -> None:
+    """Plot loss and BLEU-4 of runs over their epochs.
+
+    Example: flallm curves --runs=runs/mine_visual,runs/mine_llm --out=curves.png
+
+    Options:
+        runs: run folders, separated by commas
+        out: the PNG file to write
+    """
     from flallm_ds.inference.pictures import draw_curves
 
-    draw_curves(out, [Path(run) for run in runs.split(",")])
+    draw_curves(out, list(runs))
 
 
-def probe(*, runs: str, out: Path) -> None:
-    """A picture of the last layers' gradients: flallm probe --runs RUN[,RUN] --out FILE.png.
+def probe(*, runs: tuple[Path, ...], out: Path) -> None:
+    """Plot the gradient norms of the last visual and the last language layer.
 
-    Of runs that were trained with --train.probe_every.
+    Example: flallm probe --runs=runs/mine_llm --out=probe.png
+
+    Options:
+        runs: folders of runs that were trained with --train.probe_every
+        out: the PNG file to write
     """
-    # torch takes seconds to import: not for --help, nor for a mistyped option.
     from flallm_ds.inference.pictures import draw_probe
 
-    draw_probe(out, [Path(run) for run in runs.split(",")])
+    draw_probe(out, list(runs))

@@ -26,6 +26,7 @@ from flallm_ds.errors import UserError, require
 class RunConfig:
     """Configuration of one run of one stage."""
 
+    # The part of the method that is trained.
     stage: Stage
     # Run folder. It is created if it does not exist, else the run is resumed.
     run: str

@@ -147,7 +147,9 @@ class VisualConfig:
     width: int = 64
     # How the backbone is trained.
     tune: Literal["full", "lora", "frozen"] = "full"
+    # Rank of the LoRA adapters of visual.tune=lora.
     lora_rank: int = 16
+    # Adapter outputs are scaled by lora_alpha / lora_rank.
     lora_alpha: float = 32.0
     # "all-linear" or a regular expression of module names.
     lora_targets: str = "all-linear"
@@ -196,7 +198,9 @@ class VisualConfig:
 class LightTranslatorConfig:
     """Light-T, the translator of stage 1, which starts with random weights."""
 
+    # Layers and width: 1+1, 256; 2+2, 512; 3+3, 512; 4+4, 1024.
     size: Literal["tiny", "small", "base", "large"] = "base"
+    # Dropout rate.
     dropout: float = 0.1
 
     def __post_init__(self) -> None:
@@ -223,17 +227,22 @@ class LlmConfig:
     # Input of the LLM-Adapter: features with (signs) or without (frames) the local temporal
     # module, or the encoder states of Light-T.
     input: Literal["signs", "frames", "light_t"] = "signs"
+    # What is trained: all weights, LoRA or DoRA adapters, or nothing.
     tune: Literal["full", "lora", "dora", "frozen"] = "full"
     # A regular expression of parameter names. With tune=full only these are trained, else
     # these are trained in addition.
     layers: str = ""
+    # Rank of the adapters of llm.tune=lora and dora.
     lora_rank: int = 16
+    # Adapter outputs are scaled by lora_alpha / lora_rank.
     lora_alpha: float = 32.0
+    # Dropout rate of the adapters' inputs.
     lora_dropout: float = 0.05
     # "all-linear" or a regular expression of module names.
     lora_targets: str = "all-linear"
     # Bits of a frozen parameter under LoRA. 8 and 4 need bitsandbytes and a GPU.
     bits: Literal[16, 8, 4] = 16
+    # Implementation of the attention.
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     # Recompute activations in the backward pass: less memory, a third slower.
     checkpointing: bool = False
@@ -241,7 +250,9 @@ class LlmConfig:
     loss: Literal["auto", "logits", "chunks", "liger"] = "auto"
     # Run code from the hub that belongs to the model.
     hub_code: bool = False
+    # Dropout rate.
     dropout: float = 0.3
+    # Dropout rate of the attention weights.
     attention_dropout: float = 0.1
 
     def __post_init__(self) -> None:
@@ -262,6 +273,7 @@ class LlmConfig:
 class OptimConfig:
     """Optimizer and learning rates."""
 
+    # The optimizer.
     name: Literal["sgd", "adamw"] = "adamw"
     # Learning rate of stage 1, and of the LLM-Adapter in stage 2.
     lr: float = 1e-3
@@ -269,10 +281,11 @@ class OptimConfig:
     backbone_lr: float | None = None
     # Learning rate of the LLM. LoRA needs more: 1e-4 to 2e-4.
     llm_lr: float = 1e-5
+    # Weight decay of all trained parameters.
     weight_decay: float = 1e-3
-    # Of sgd.
+    # Momentum of sgd.
     momentum: float = 0.9
-    # Of adamw.
+    # Decay rates of the moments of adamw.
     betas: tuple[float, ...] = (0.9, 0.998)
     # Share of the run in which learning rates increase from 0. A cosine to 0 follows.
     warmup: float = 0.0
@@ -296,17 +309,22 @@ class OptimConfig:
 class TrainConfig:
     """Length of the training, DeepSpeed configuration, checkpoints and logging."""
 
+    # Number of passes over the training clips.
     epochs: int = 75
     # Save and stop after this many steps. The same command without it resumes the run.
     max_steps: int | None = None
+    # Seed of initial weights, order of clips, frame picks and augmentations.
     seed: int = 0
+    # Label smoothing of the cross entropy.
     label_smoothing: float = 0.2
     # A DeepSpeed JSON. Empty: zero2 of ds_configs if the visual encoder is trained, else
     # zero3_offload.
     deepspeed: str = ""
     # Number of steps between checkpoints, in addition to one at the end of each epoch.
     save_every_steps: int | None = None
+    # Number of checkpoints that are kept.
     keep_checkpoints: int = 2
+    # Seconds between two lines of progress.
     log_every_s: float = 10.0
     # Number of steps between measurements of the gradients of the last layers. 0: none.
     probe_every: int = 0
@@ -326,10 +344,15 @@ class TrainConfig:
 class EvalConfig:
     """Scoring during training, and beam search."""
 
+    # Score the dev split every this many epochs.
     every_epochs: int = 1
+    # The split that is scored during training.
     split: str = "dev"
+    # Beam size of its search. 1: greedy search.
     num_beams: int = 5
+    # Above 1 for longer hypotheses, below 1 for shorter ones.
     length_penalty: float = 1.0
+    # Maximum number of tokens of a hypothesis.
     max_new_tokens: int = 100
     # auto: with ZeRO-3, gather all weights on each rank for the search if they fit.
     gather: Literal["auto", "never"] = "auto"

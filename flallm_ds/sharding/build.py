@@ -15,6 +15,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from flallm_ds.command_help import DESCRIBED_ABOVE
 from flallm_ds.errors import UserError
 from flallm_ds.sharding import jobs, pool, stats
 from flallm_ds.sharding.build_plan import is_built, make_plan
@@ -264,7 +265,12 @@ def verb(corpus_name: str) -> Callable[..., None]:
     signature = inspect.Signature(parameters)
     run.__signature__ = signature  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in parameters}
-    run.__doc__ = f"{inspect.getdoc(read)}\n{inspect.getdoc(Options)}"
+    # The help of `shards build` lists the options that all importers share, once.
+    run.__doc__ = (
+        f"{inspect.getdoc(read)}\n--out: the shard folder to write.\n\n"
+        "Options of every corpus: python shards/build.py --help"
+    )
+    setattr(run, DESCRIBED_ABOVE, tuple(inspect.signature(Options).parameters))
     return run
 
 

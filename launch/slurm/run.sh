@@ -9,22 +9,22 @@ entry=$1
 shift
 python=${FLALLM_PYTHON:-$SLURM_SUBMIT_DIR/.venv/bin/python}
 if ! command -v "$python" >/dev/null; then
-    echo "Python must be an executable, but is '$python'. Install .venv (see README.md) or set FLALLM_PYTHON." >&2
+    echo "Python must be an executable, got '$python'. Install .venv (see README.md) or set FLALLM_PYTHON." >&2
     exit 2
 fi
 
 tasks_per_node=$((SLURM_NTASKS / SLURM_JOB_NUM_NODES))
 if [[ -n ${SLURM_GPUS_ON_NODE:-} && $SLURM_GPUS_ON_NODE != "$tasks_per_node" ]]; then
-    echo "Tasks per node must equal GPUs per node ($SLURM_GPUS_ON_NODE), but are $tasks_per_node." \
+    echo "Tasks per node must equal GPUs per node ($SLURM_GPUS_ON_NODE), got $tasks_per_node." \
         "Give sbatch --ntasks-per-node=$SLURM_GPUS_ON_NODE." >&2
     exit 2
 fi
 
-# The rendezvous: rank 0 runs on the first node. Ports 10000 to 29999 lie below those that Linux hands out by itself.
+# The rendezvous: rank 0 runs on the first node. Ports 10000 to 29999 are below those that Linux assigns.
 read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
 export MASTER_ADDR MASTER_PORT
-# sbatch copies the environment of the shell that submitted; ranks left there by torchrun or mpirun would win over
+# sbatch copies the environment of the shell that submitted; ranks set there by torchrun or mpirun would be used instead of
 # SLURM's.
 unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE "${!OMPI_COMM_WORLD_@}"
 

@@ -152,8 +152,12 @@ def test_the_command_line_builds_verifies_and_reports(tmp_path):
 def test_help_lists_every_option_of_a_corpus():
     done = run("how2sign", "--help")
     assert done.returncode == 0
-    for name in ("source", "out", "short_side", "max_skipped", "repair_mojibake"):
+    for name in ("source", "out", "repair_mojibake"):
         assert f"--{name}" in done.stdout
+    assert "--short_side" not in done.stdout  # listed once, for all corpora
+    shared = run("--help").stdout
+    for name in ("short_side", "max_skipped"):
+        assert shared.count(f"--{name}:") == 1
     wrong = run("how2sign", "--source=/", "--out=/tmp/x", "--short_sid=3")
     assert wrong.returncode == 2 and "short_side" in wrong.stderr
 

@@ -200,7 +200,6 @@ def test_a_job_of_two_tars_continues_after_the_first(noisy, tmp_path):
     make(noisy, tmp_path / "whole", mb_per_shard=0.12, splits=("dev",))
     out = tmp_path / "out"
     words = [
-        "manifest",
         f"--source={noisy}",
         f"--out={out}",
         "--language=en",
@@ -214,7 +213,7 @@ def test_a_job_of_two_tars_continues_after_the_first(noisy, tmp_path):
         "def once(path, content):\n"
         "    write(path, content)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "jobs.write_json = once; command.main({'manifest': build.verb('manifest')})"
+        "jobs.write_json = once; command.main(build.verb('manifest'))"
     )
     num_killed = 0
     while not out.exists():
