@@ -1,5 +1,4 @@
-"""Wrong input: one clear sentence, a non-zero exit, nothing half-written; by real command
-lines."""
+"""Wrong input ends with one sentence, a non-zero exit code, and no incomplete files."""
 
 import json
 import os
@@ -21,14 +20,13 @@ from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 
 from flallm_ds import command, export
+from flallm_ds.cli.build import BUILD
 from flallm_ds.cli.evaluate import evaluate
 from flallm_ds.cli.models import translate
 from flallm_ds.cli.pictures import probe
 from flallm_ds.cli.train import train
 from flallm_ds.files import file_sha256
 from flallm_ds.models.visual_encoder import VisualEncoder
-from flallm_ds.sharding.build import verb
-from flallm_ds.sharding.rows import CORPORA
 from flallm_ds.sharding.verify import verify
 from tests.helpers.exports import ENCODER_DECODER, write_export
 from tests.helpers.llms import make_tiny_llm
@@ -37,30 +35,25 @@ from tests.models.llm.test_multimodal import make as make_multimodal
 from tests.models.llm.test_quantized import fp8
 
 Run = Callable[..., str]
-BUILD = {name: verb(name) for name in CORPORA}
 
 
 @pytest.fixture
 def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command line that must be refused; its one sentence. Its --run folder stays
-    as it was."""
+    """Run a command line that must be refused and return its error; its --run folder must
+    not change."""
 
     def run(target: Any, *arguments: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+        words = list(map(str, arguments))
+        monkeypatch.setattr(sys, "argv", ["command", *words])
         monkeypatch.setattr("flallm_ds.command.end_process", sys.exit)
-        folders = [
-            Path(a.removeprefix("--run="))
-            for a in map(str, arguments)
-            if a.startswith("--run=")
-        ]
-        before = [files_of(folder) for folder in folders]
+        runs = [Path(word[len("--run=") :]) for word in words if word.startswith("--run=")]
+        before = list(map(files_of, runs))
         with pytest.raises(SystemExit) as stop:
             command.main(target)
-        assert [files_of(folder) for folder in folders] == before
+        assert list(map(files_of, runs)) == before
         captured = capsys.readouterr()
-        sentences = [
-            line for line in captured.err.splitlines() if line.startswith("error: ")
-        ]
+        lines = captured.err.splitlines()
+        sentences = [line for line in lines if line.startswith("error: ")]
         assert stop.value.code not in (0, None)
         assert len(sentences) == 1, captured.err
         assert "Traceback" not in captured.err
@@ -74,7 +67,7 @@ def files_of(folder: Path) -> list[Path] | None:
 
 
 def options(corpus: Path, run: Path, **more: object) -> list[str]:
-    """A run that would be short if it were to start."""
+    """Return the options of a run that would be short if it started."""
     given = {
         "run": run,
         "data.shards": corpus / "shards",
@@ -85,14 +78,14 @@ def options(corpus: Path, run: Path, **more: object) -> list[str]:
     return [f"--{name}={value}" for name, value in (given | more).items()]
 
 
-def test_a_misspelt_option_names_the_nearest(refused: Run, tmp_path: Path) -> None:
+def test_a_misspelled_option_names_the_nearest(refused: Run, tmp_path: Path) -> None:
     assert "optim.lr" in refused(
         train, "--stage=visual", f"--run={tmp_path / 'run'}", "--optim.lrr=1"
     )
     assert not (tmp_path / "run").exists()
 
 
-def test_a_misspelt_stage_option(refused: Run) -> None:
+def test_a_misspelled_stage_option(refused: Run) -> None:
     assert "--stge" in refused(train, "--stge", "visual")
     assert "did you mean stage" in refused(train, "--stage=visual", "--stge", "visual")
 
@@ -112,10 +105,10 @@ def test_a_word_too_many(refused: Run) -> None:
         ["--", "--trace"],
     ],
 )
-@pytest.mark.parametrize("target", [train, BUILD["manifest"], verify, translate], ids=str)
-def test_nothing_that_was_typed_is_dropped(
-    refused: Run, target: Any, typed: list[str]
-) -> None:
+@pytest.mark.parametrize(
+    "target", [train, BUILD.verbs["manifest"], verify, translate], ids=str
+)
+def test_no_typed_argument_is_dropped(refused: Run, target: Any, typed: list[str]) -> None:
     assert "must be" in (said := refused(target, *typed)) or "must begin" in said
 
 
@@ -125,8 +118,7 @@ def test_nothing_that_was_typed_is_dropped(
 def test_an_option_without_its_value_does_not_start_a_run(
     refused: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str
 ) -> None:
-    """As of a shell variable that is not set: no run of the default recipe, no folder
-    named True."""
+    """An unset shell variable starts no run of the default recipe, and makes no folder."""
     monkeypatch.chdir(tmp_path)
     assert option.rstrip("=") in refused(train, "--stage=visual", option)
     assert not list(tmp_path.iterdir())
@@ -153,7 +145,7 @@ def test_a_missing_source_folder(refused: Run, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_shards_that_are_not_there(refused: Run, tmp_path: Path, tiny_corpus: Path) -> None:
+def test_shards_that_do_not_exist(refused: Run, tmp_path: Path, tiny_corpus: Path) -> None:
     given = options(tiny_corpus, tmp_path / "run", **{"data.shards": tmp_path / "none"})
     assert "index.json" in refused(train, "--stage=visual", *given)
 
@@ -180,7 +172,7 @@ def test_shards_that_are_not_there(refused: Run, tmp_path: Path, tiny_corpus: Pa
         ("data.shards", "http://127.0.0.1:1/shards", "http://127.0.0.1:1/shards"),
     ],
 )
-def test_data_options_that_cannot_be(
+def test_wrong_values_of_data_options(
     refused: Run, tmp_path: Path, tiny_corpus: Path, name: str, value: str, said: str
 ) -> None:
     given = options(tiny_corpus, tmp_path / "run", **{name: value})
@@ -224,7 +216,7 @@ def test_a_truncated_shard_is_found_before_the_first_step(
     ("split", "column", "value"),
     [("train", "num_frames", 10**9), ("dev", "fps", np.nan), ("dev", "size", 2**62)],
 )
-def test_a_table_that_says_what_cannot_be(
+def test_a_table_with_impossible_values(
     refused: Run,
     tmp_path: Path,
     tiny_shards: Path,
@@ -306,7 +298,7 @@ def test_a_stage_1_export_of_another_width(
         ({"train_batch_size": 8}, "data.batch_clips"),
     ],
 )
-def test_a_deepspeed_json_with_a_misspelt_or_doubly_owned_key(
+def test_a_deepspeed_json_with_a_misspelled_or_doubly_owned_key(
     refused: Run, tmp_path: Path, tiny_corpus: Path, content: dict[str, Any], word: str
 ) -> None:
     path = tmp_path / "mine.json"
@@ -315,7 +307,7 @@ def test_a_deepspeed_json_with_a_misspelt_or_doubly_owned_key(
     assert word in refused(train, "--stage=visual", *given)
 
 
-def test_a_run_folder_that_is_not_ours(
+def test_a_run_folder_with_other_files(
     refused: Run, tmp_path: Path, tiny_corpus: Path
 ) -> None:
     (tmp_path / "thesis.tex").write_text("mine")
@@ -325,7 +317,7 @@ def test_a_run_folder_that_is_not_ours(
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_an_out_folder_that_is_not_ours(refused: Run, tmp_path: Path) -> None:
+def test_an_out_folder_with_other_files(refused: Run, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("mine")
     given = ["phoenix14t", f"--source={tmp_path}", f"--out={tmp_path}"]
     assert str(tmp_path) in refused(BUILD, *given)
@@ -345,7 +337,9 @@ def test_a_stale_compilation_lock(
     )
 
 
-def test_an_llm_that_is_not_there(refused: Run, tmp_path: Path, tiny_corpus: Path) -> None:
+def test_an_llm_that_does_not_exist(
+    refused: Run, tmp_path: Path, tiny_corpus: Path
+) -> None:
     given = options(tiny_corpus, tmp_path / "run", **{"llm.name": tmp_path / "none"})
     assert "llm.name" in refused(train, "--stage=visual", *given)
 
@@ -359,7 +353,7 @@ class HangsUp(socketserver.BaseRequestHandler):
         self.seen.append(self.request.recv(10_000).decode().split(" HTTP")[0])
 
 
-def test_imagenet_weights_out_of_reach_end_the_run_at_once(
+def test_imagenet_weights_that_are_not_available_end_the_run_at_once(
     tmp_path: Path, tiny_corpus: Path
 ) -> None:
     """No run begins from random weights that its config.json calls pretrained."""
@@ -416,7 +410,18 @@ def test_backbone_weights_that_are_not_cached_where_there_is_no_hub(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("weights", ["a/b/c", "nosuch folder", "/nosuch/folder"])
+def test_backbone_weights_at_a_path_that_does_not_exist(
+    refused: Run, tmp_path: Path, tiny_corpus: Path
+) -> None:
+    given = options(tiny_corpus, tmp_path / "run", **{"visual.weights": "/nosuch/folder"})
+    assert (
+        "visual.weights must be a hub id or an existing path, got /nosuch/folder"
+        in refused(train, "--stage=visual", *given)
+    )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("weights", ["a/b/c", "nosuch folder"])
 def test_backbone_weights_that_are_nothing(
     refused: Run, tmp_path: Path, tiny_corpus: Path, weights: str
 ) -> None:
@@ -456,7 +461,7 @@ def test_an_llm_that_cannot_write_the_training_text(
         assert not (tmp_path / "run").exists()
 
 
-def test_clips_longer_than_what_reads_them(
+def test_clips_longer_than_the_llm_can_read(
     refused: Run, tmp_path: Path, tiny_corpus: Path
 ) -> None:
     """Its table of positions would end in the middle of training."""
@@ -523,7 +528,7 @@ def test_weights_of_another_kind(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_video_that_is_not_there_or_cannot_be_decoded(
+def test_a_video_that_does_not_exist_or_cannot_be_decoded(
     refused: Run, tmp_path: Path, tiny_corpus: Path, shared_data: Path
 ) -> None:
     export = write_export(ENCODER_DECODER, tiny_corpus, tmp_path / "run")
@@ -596,7 +601,7 @@ def test_a_corrupted_video_of_a_corpus_leaves_nothing(
         ("visuall", {}, "--stage must be visual, llm, joint or both"),
     ],
 )
-def test_stages_that_cannot_be(
+def test_options_that_do_not_fit_the_stage(
     refused: Run,
     tmp_path: Path,
     tiny_corpus: Path,
@@ -650,7 +655,7 @@ def test_both_stages_on_shards_without_the_split_that_they_end_with(
     assert not list(tmp_path.glob("run*"))
 
 
-def test_a_probe_of_a_run_that_did_not_look(refused: Run, tmp_path: Path) -> None:
+def test_a_probe_plot_of_a_run_without_probe(refused: Run, tmp_path: Path) -> None:
     sentence = refused(probe, f"--runs={tmp_path}", f"--out={tmp_path / 'p.png'}")
     assert "--train.probe_every=10" in sentence
     assert not (tmp_path / "p.png").exists()

@@ -1,9 +1,9 @@
-"""`flallm evaluate`, and under a launcher `deepspeed launch/evaluate.py`."""
+"""`flallm evaluate`; under a launcher `deepspeed launch/evaluate.py`."""
 
 from typing import Literal
 
+from flallm_ds.cli.checks import check_evaluation, check_search
 from flallm_ds.command import main
-from flallm_ds.errors import UserError
 
 
 def evaluate(
@@ -18,18 +18,27 @@ def evaluate(
     bits: Literal[32, 16, 8, 4] | None = None,
     hub_code: bool = False,
 ) -> None:
-    """BLEU-1..4, ROUGE-L, chrF, the blind control and a file of hypotheses for the best
-    export of a run.
+    """Score the best export of a run on a split: BLEU-1 to 4, ROUGE-L and chrF.
 
-    run: a run's folder or an export. nbest: as many hypotheses of each clip, with scores,
-    into the file; the best one counts. length_penalty: default the run's; above 0 for
-    longer sentences. shards: default those the run was trained on. bits: of the LLM's
-    weights; default those of its training. hub_code: run code that comes with the LLM.
-    The results go to RUN/evaluation/SPLIT.json and SPLIT.hypotheses.jsonl.
+    Writes RUN/evaluation/SPLIT.json, with the scores of the blind control, and
+    RUN/evaluation/SPLIT.hypotheses.jsonl.
+
+    Example: deepspeed launch/evaluate.py --run=runs/mine_llm --split=test
+
+    Options:
+        run: a run folder or an export
+        split: a split of the shards
+        beams: beam size of the search
+        nbest: number of hypotheses of each clip in the file; the best one is scored
+        length_penalty: above 0 for longer sentences; that of the run by default
+        shards: shard folders; those of the run by default
+        threads: data-loading threads of each rank; 0 shares the cores among the ranks
+        bits: of the LLM's weights; those of its training by default
+        hub_code: run code that comes with the LLM on the hub
     """
-    if beams < 1:
-        raise UserError(f"--beams must be at least 1, but is {beams}.")
-    # torch takes seconds to import: the options are known to be right by now.
+    check_search(beams, nbest)
+    check_evaluation(run, split, shards, threads)
+    # torch takes seconds to import: only after the options are checked.
     from flallm_ds import dist
     from flallm_ds.inference.evaluate import Search, evaluate_run
 

@@ -1,10 +1,11 @@
-"""`flallm features`, and under a launcher `deepspeed launch/features.py`."""
+"""`flallm features`; under a launcher `deepspeed launch/features.py`."""
 
 from pathlib import Path
 from typing import Literal
 
+from flallm_ds.cli.checks import check_runs
 from flallm_ds.command import main
-from flallm_ds.errors import UserError
+from flallm_ds.errors import UserError, require
 from flallm_ds.recipes import resolve
 
 
@@ -18,23 +19,46 @@ def features(
     recipe: str | None = None,
     **overrides: str,
 ) -> None:
-    """Write the features of a stage-1 result's frozen encoder, for stage llm to train on.
+    """Write the features of a frozen visual encoder, on which stage llm trains faster.
 
-    deepspeed launch/features.py --recipe=RECIPE --visual_run=RUN --out=FOLDER --views=4
+    Give the recipe and the options of the stage llm that will train on them: frames,
+    crops and seed must be the same.
 
-    Recipe and dotted options are those of the run that is to train on them: frames, crops, seed.
-    --views: how many epochs' frame picks and augmentations of the training clips; a longer run
-        begins again.
-    --dtype: float16 takes half the room.
-    --splits: which; all but train have one view, evaluation's.
-    --shards: instead of --data.shards.
+    Example: deepspeed launch/features.py --recipe=mine --visual_run=runs/mine_visual
+        --out=data/mine_features
+
+    Options:
+        out: the feature folder to write
+        views: number of epochs with frame picks and augmentations of their own; a longer run
+            repeats them
+        dtype: float16 takes half the disk space
+        splits: splits to write; all but train have one view, without augmentation
+        shards: a shard folder, instead of --data.shards
+        recipe: a named configuration (flallm recipes)
     """
     if shards is not None:
         if "data.shards" in overrides:
-            raise UserError("--shards and --data.shards must not be given together.")
+            raise UserError(
+                f"--shards must be given without --data.shards, got {shards} and "
+                f"{overrides['data.shards']}. Leave one out."
+            )
         overrides["data.shards"] = shards
     config = resolve("llm", recipe, overrides)
-    # torch takes seconds to import: the options are known to be right by now.
+    # Cached features are of one shard folder, and of an encoder that training leaves as it is.
+    require(views >= 1, f"--views must be at least 1, got {views}.")
+    require(bool(splits), "--splits must name a split, got an empty value.")
+    num_folders = len(config.data.shards)
+    require(
+        num_folders == 1,
+        f"--data.shards must name one folder, got {num_folders}. Write the features of each, "
+        "and give all of them to stage llm.",
+    )
+    require(
+        not config.trains_visual,
+        f"visual.frozen must be all where features are written, got {config.visual.frozen}.",
+    )
+    check_runs((config,), splits)
+    # torch takes seconds to import: only after the options are checked.
     from flallm_ds.features.writing import write_features
 
     write_features(config, out, views, dtype, splits)

@@ -1,10 +1,11 @@
-"""`flallm translate`, `export`, `push` and `standin_llm`: what is done with models in one
-process."""
+"""`flallm translate`, `export`, `push` and `standin_llm`: commands that use one process."""
 
 from pathlib import Path
 from typing import Literal
 
+from flallm_ds.cli.checks import check_exists, check_model, check_new_folder, check_search
 from flallm_ds.errors import UserError
+from flallm_ds.export_folder import HUB_ID, find_export
 
 
 def translate(
@@ -19,27 +20,37 @@ def translate(
     bits: Literal[32, 16, 8, 4] | None = None,
     hub_code: bool = False,
 ) -> None:
-    """Translate one video file or folder of frames: flallm translate VIDEO --model FOLDER.
+    """Translate one video file or folder of frames.
 
-    model: an export, a run folder (its best export), or USER/NAME of the hub. language:
-    of the sentence, where the model speaks several: de, German. nbest: as many sentences,
-    each after its score. length_penalty: above 0 for longer sentences. stream: word by
-    word, with one beam. bits: of the LLM's weights; default those of its training.
-    hub_code: run code that comes with the LLM.
+    Example: flallm translate VIDEO --model=runs/mine_llm
+
+    Options:
+        video: a video file, or a folder of images
+        model: a run folder (its best export), an export, or USER/NAME on the hub
+        language: target language, where the model has several: de, German
+        beams: beam size of the search; that of the model by default
+        nbest: number of hypotheses to print, each after its score
+        length_penalty: above 0 for longer sentences; that of the model by default
+        stream: print word by word, with one beam
+        bits: of the LLM's weights; those of its training by default
+        hub_code: run code that comes with the LLM on the hub
     """
-    # torch takes seconds to import: not for --help, nor for a mistyped option.
-    from flallm_ds.inference.translator import Translator
-
+    check_search(beams, nbest)
     if stream and (nbest > 1 or (beams or 1) > 1):
         raise UserError(
-            f"--stream must go with one beam and one sentence, but --beams is {beams} and "
-            f"--nbest {nbest}."
+            f"--stream must go with one beam and one hypothesis, got --beams={beams} "
+            f"and --nbest={nbest}. Leave both out."
         )
+    check_exists("VIDEO", video)
+    check_model(model)
+    # torch takes seconds to import: only after the options are checked.
+    from flallm_ds.inference.translator import Translator
+
     translator = Translator.from_pretrained(model, bits=bits, hub_code=hub_code)
     translator = translator.searching(beams, nbest, length_penalty)
     if stream:
-        for piece in translator.stream(video, language):
-            print(piece, end="", flush=True)
+        for text in translator.stream(video, language):
+            print(text, end="", flush=True)
         print()
     elif nbest == 1:
         print(translator.translate(video, language))
@@ -57,14 +68,24 @@ def export(
     llm_name: str = "",
     hub_code: bool = False,
 ) -> None:
-    """Make a run's best model ready to be given away: flallm export --run RUN --out FOLDER.
+    """Write the best model of a run to a folder that needs nothing else of the run.
 
-    The model card includes the scores of launch/evaluate.py. lora: merge LoRA adapters into
-    the LLM, or keep them apart, next to the name (or a copy) of their base LLM. untrimmed:
-    restore the whole vocabulary; the entries that training left out are taken from
-    --llm_name, the LLM that training started from.
+    Its model card has the scores of `flallm evaluate`.
+
+    Example: flallm export --run=runs/mine_llm --out=my_model
+
+    Options:
+        run: a run folder
+        out: the folder to write
+        lora: merge LoRA adapter weights into the LLM (merged), or store them next to the
+            name or a copy of their base model (apart)
+        untrimmed: restore the vocabulary entries that training left out
+        llm_name: the LLM that the entries are taken from; that of the run by default
+        hub_code: run code that comes with the LLM on the hub
     """
-    # torch takes seconds to import: not for --help, nor for a mistyped option.
+    find_export(run)
+    check_new_folder("--out", out)
+    # torch takes seconds to import: only after the options are checked.
     from flallm_ds.export.publish import publish
 
     folder = publish(
@@ -74,11 +95,19 @@ def export(
 
 
 def push(*, model: Path, repo: str, private: bool = False) -> None:
-    """Upload an export to the Hugging Face hub: flallm push --model FOLDER --repo USER/NAME.
+    """Upload an exported model to the Hugging Face hub.
 
-    model: an export, or a run folder (its best export).
+    Example: flallm push --model=my_model --repo=USER/NAME
+
+    Options:
+        model: an export, or a run folder (its best export)
+        repo: USER/NAME on the hub
+        private: make a new repository private
     """
-    # torch takes seconds to import: not for --help, nor for a mistyped option.
+    find_export(model)
+    if not HUB_ID.fullmatch(repo):
+        raise UserError(f"--repo must be USER/NAME, got {repo!r}.")
+    # torch takes seconds to import: only after the options are checked.
     from flallm_ds.export.hub import push as upload
 
     print(upload(model, repo, private))
@@ -94,14 +123,24 @@ def standin_llm(
     steps: int = 300,
     seed: int = 0,
 ) -> None:
-    """Make a small mBART where no hub can be reached: flallm standin_llm --texts
-    FILE[,FILE] --out FOLDER.
+    """Train a small mBART on sentences, for machines that cannot reach the hub.
 
-    It is pretrained on the files' sentences (one a line) and loads as
-    facebook/mbart-large-cc25 does. layers: of encoder and decoder each. steps: batches of
-    32 sentences.
+    It loads as facebook/mbart-large-cc25 does.
+
+    Example: flallm standin_llm --texts=sentences.txt --out=data/llm
+
+    Options:
+        texts: text files with a sentence on each line, separated by commas
+        out: the folder to write
+        language: mBART's token of the sentences' language
+        vocab_size: number of vocabulary entries
+        layers: of the encoder, and of the decoder
+        steps: number of training steps, of 32 sentences each
+        seed: of the initial weights and the order of the sentences
     """
-    # torch takes seconds to import: not for --help, nor for a mistyped option.
+    for file in texts.split(","):
+        check_exists("--texts", Path(file))
+    # torch takes seconds to import: only after the options are checked.
     from flallm_ds.models.llm.standin import standin_llm as make
 
     make(

@@ -8,13 +8,11 @@ from flallm_ds.export.format import (
     FEATURES_FILE,
     FORMAT,
     LANGUAGE_MODEL,
-    SETTINGS_FILE,
     VISUAL_FILE,
     base_llm,
     base_of,
     digest,
     evaluated,
-    find,
     frame_sampling,
     read_settings,
     settings_of,
@@ -28,6 +26,8 @@ from flallm_ds.export.reader import (
     trained_bits,
 )
 from flallm_ds.export.writer import write
+from flallm_ds.export_folder import SETTINGS_FILE
+from flallm_ds.export_folder import find_export as find
 
 __all__ = [
     "ADAPTER_FILE",

@@ -25,10 +25,10 @@ from flallm_ds.data.index import Index
 from flallm_ds.data.sampling import FrameSampling
 from flallm_ds.errors import UserError
 from flallm_ds.export.model_card import training_facts
+from flallm_ds.export_folder import SETTINGS_FILE
 from flallm_ds.files import file_sha256
 
 FORMAT = "flallm_ds export 2"
-SETTINGS_FILE = "flallm.json"
 # Results of launch/evaluate.py. They contain texts of the corpus, so they are never copied
 # with an export.
 EVALUATION = "evaluation"
@@ -144,21 +144,6 @@ def base_llm(folder: Path, base: str) -> str:
 def frame_sampling(settings: dict[str, Any]) -> FrameSampling:
     """Return the frame sampling of the exported model."""
     return FrameSampling.of_settings(settings["frames"])
-
-
-def find(folder: str | Path) -> Path:
-    """Return an export folder, or the export `best` of a run folder.
-
-    Raises UserError if there is neither.
-    """
-    folder = Path(folder)
-    for candidate in (folder, folder / "best"):
-        if (candidate / SETTINGS_FILE).is_file():
-            return candidate
-    raise UserError(
-        f"Cannot find an export in {folder}: neither {SETTINGS_FILE} nor "
-        f"best/{SETTINGS_FILE} exists. Give an export folder or the folder of a trained run."
-    )
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

@@ -1,15 +1,13 @@
 """Download exports from the Hugging Face hub and upload them."""
 
-import re
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token, snapshot_download
 
 from flallm_ds import export
 from flallm_ds.errors import UserError
+from flallm_ds.export_folder import HUB_ID
 from flallm_ds.models.pretrained import HUB_ERRORS, first_line
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def folder_of(model: str | Path) -> Path:
@@ -18,7 +16,7 @@ def folder_of(model: str | Path) -> Path:
     A model of the hub is downloaded to the cache of its client. Raises UserError if there
     is no export.
     """
-    if Path(model).exists() or not _HUB_ID.fullmatch(str(model)):
+    if Path(model).exists() or not HUB_ID.fullmatch(str(model)):
         return export.find(model)
     try:
         return export.find(snapshot_download(str(model)))
@@ -41,7 +39,7 @@ def push(model: Path, repo: str, private: bool) -> str:
             f"Cannot push {folder}: it needs the base model {base} on this machine. Make a "
             "complete folder with flallm export, and push that."
         )
-    if not _HUB_ID.fullmatch(repo):
+    if not HUB_ID.fullmatch(repo):
         raise UserError(f"--repo must be USER/NAME, got {repo!r}.")
     if get_token() is None:
         raise UserError(

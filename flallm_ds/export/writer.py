@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from flallm_ds.data.text.codec import TextCodec
-from flallm_ds.export.format import CARD_FILE, LANGUAGE_MODEL, PLACES, SETTINGS_FILE
+from flallm_ds.export.format import CARD_FILE, LANGUAGE_MODEL, PLACES
 from flallm_ds.export.model_card import model_card
+from flallm_ds.export_folder import SETTINGS_FILE
 from flallm_ds.models.llm.source import save_configs
 from flallm_ds.models.llm.tuning import write_additions
 from flallm_ds.models.weights import WeightsWriter

@@ -24,7 +24,7 @@ from flallm_ds.data.loader import BrokenClips, Loader
 from flallm_ds.data.plan import EpochPlan
 from flallm_ds.data.readers import Clip, VideoReader
 from flallm_ds.data.sampling import FrameSampling
-from flallm_ds.errors import Preempted, RankError, UserError, require
+from flallm_ds.errors import Preempted, RankError, UserError
 from flallm_ds.features.checks import feature_options
 from flallm_ds.features.folder import TRAINING, FeatureFolder, FeatureTar, share
 from flallm_ds.models.encode import encode
@@ -48,21 +48,10 @@ def write_features(
     """Write the features of a frozen visual encoder to `out`, with all ranks.
 
     config: of the run of stage llm that will train on the features. views: number of views
-    of each training clip; each has other random frames and augmentations. Raises UserError
-    for wrong options, Preempted when asked to stop.
+    of each training clip; each has other random frames and augmentations. The caller has
+    checked these arguments (cli/features.py). Raises UserError for files that do not fit,
+    Preempted when asked to stop.
     """
-    require(views >= 1, f"--views must be at least 1, got {views}.")
-    require(bool(splits), "--splits must name a split, got none. Use --splits=train,dev.")
-    require(
-        len(config.data.shards) == 1,
-        f"--data.shards must name one folder, got {len(config.data.shards)}. Write the "
-        "features of each folder, and pass all of them to stage llm.",
-    )
-    require(
-        not config.trains_visual,
-        f"visual.frozen must be all where features are written, got {config.visual.frozen}. "
-        "Set --visual.frozen=all.",
-    )
     # Created before `dist.start`, so that no signal during the start is lost.
     stop = StopRequest()
     world = dist.start(PATIENCE)

@@ -414,7 +414,7 @@ def test_the_error_for_another_encoder_names_both_encoders(
         ({"data.keep_evry": 2}, "did you mean data.keep_every"),
         ({"visual.frozen": "none"}, "visual.frozen must be all where features are written"),
         ({"data.shards": "a,b"}, "--data.shards must name one folder, got 2"),
-        ({"shards": "a"}, "--shards and --data.shards must not be given together"),
+        ({"shards": "a"}, "--shards must be given without --data.shards, got a and"),
     ],
 )
 def test_wrong_options_for_writing_features_are_refused(

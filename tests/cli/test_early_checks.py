@@ -1,0 +1,107 @@
+"""Wrong file names and values are refused before torch, transformers or deepspeed is imported."""
+
+from pathlib import Path
+
+import pytest
+
+from flallm_ds.cli.checks import check_shards
+from flallm_ds.errors import UserError
+from tests.helpers.early import flallm
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A folder with files that the command lines below name."""
+    (tmp_path / "video.mp4").touch()
+    (tmp_path / "run" / "best").mkdir(parents=True)
+    (tmp_path / "run" / "best" / "flallm.json").touch()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        (
+            "translate {}/no.mp4 --model={}/run",
+            "VIDEO must be an existing path, got {}/no.mp4",
+        ),
+        ("translate {}/video.mp4 --model={}/no", "Cannot find an export in {}/no:"),
+        (
+            "translate {}/video.mp4 --model={}/run --beams=0",
+            "--beams must be at least 1, got 0",
+        ),
+        (
+            "translate {}/video.mp4 --model={}/run --beams=2 --nbest=3",
+            "--nbest must be at least 1 and at most --beams (2), got 3",
+        ),
+        (
+            "translate {}/video.mp4 --model={}/run --stream --beams=2",
+            "--stream must go with",
+        ),
+        ("evaluate --run={}/no", "Cannot find an export in {}/no:"),
+        ("evaluate --run={}/run", "--shards must be given where {}/run is an export"),
+        ("evaluate --run={}/run --shards={}/no", "A shard folder must contain index.json"),
+        (
+            "evaluate --run={}/run --shards={}/no --threads=-1",
+            "--threads must be at least 0",
+        ),
+        ("export --run={}/no --out={}/out", "Cannot find an export in {}/no:"),
+        ("export --run={}/run --out={}/full", "--out must be a new or an empty folder"),
+        ("push --model={}/run --repo=me", "--repo must be USER/NAME, got 'me'"),
+        ("standin_llm --texts={}/no.txt --out={}/o", "--texts must be an existing path"),
+        (
+            "train --stage=visual --recipe=mine --data.shards={}/no",
+            "must contain index.json",
+        ),
+        (
+            "train --stage=visual --recipe=mine --llm.name=/no/llm",
+            "llm.name must be a hub id",
+        ),
+        ("train --stage=visual --visual.weights=./no", "visual.weights must be a hub id"),
+        ("train --stage=llm --visual_run={}/no", "a result of stage visual in {}/no"),
+        ("train --stage=visual --train.deepspeed={}/no.json", "train.deepspeed must be an"),
+        ("train --stage=visual --optim.lr=fast", "--optim.lr must be a number, got 'fast'"),
+        ("train --stage=visual --optim.lrr=1", "did you mean optim.lr"),
+        ("features --visual_run={}/no --out={}/o", "a result of stage visual in {}/no"),
+        ("features --visual_run={}/run --out={}/o --views=0", "--views must be at least 1"),
+        ("signsim backbone --wdth=1", "there is no option --wdth; did you mean width?"),
+        (
+            "shards build phoenix14t --source={}/no --out={}/o",
+            "--source must be an existing file or folder",
+        ),
+        (
+            "shards build phoenix14t --source={} --out={}/o --quality=0",
+            "--quality must be from",
+        ),
+        ("shards verify {}/no", "A shard folder must contain index.json"),
+        ("shards stats {}/no", "A shard folder must contain index.json"),
+        ("shards preview {}/no --out={}/o", "A shard folder must contain index.json"),
+        ("options nothing", "SECTION must be one of run, data, visual,"),
+        ("trian", "there is no verb 'trian'; did you mean train"),
+    ],
+)
+def test_wrong_input_is_refused_before_slow_imports(
+    place: Path, command: str, sentence: str
+) -> None:
+    words = command.replace("{}", str(place)).split(" ")
+    done = flallm(*words)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert sentence.replace("{}", str(place)) in done.stderr
+
+
+def test_other_ranks_leave_the_checks_to_rank_0(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Folders of another machine may be mounted later than those of rank 0."""
+    monkeypatch.setenv("RANK", "1")
+    check_shards((str(place / "no"),), ("train",))
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match=r"must contain index\.json"):
+        check_shards((str(place / "no"),), ("train",))
+
+
+def test_an_address_of_shards_is_not_read_early() -> None:
+    check_shards(("http://127.0.0.1:1/shards",), ("train",))
