@@ -14,13 +14,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
-from matplotlib import font_manager
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from flallm_ds.data.codecs.decode import decode_frames, is_mp4
 from flallm_ds.data.codecs.h264 import encode_h264
@@ -35,6 +32,9 @@ from flallm_ds.data.index import (
 from flallm_ds.data.text.languages import tag_of
 from flallm_ds.errors import UserError
 from flallm_ds.files import open_regular, write_file
+
+if TYPE_CHECKING:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 # H.264 settings for clips on the page: a clip of 5 s takes about 100 kB.
 _GOP, _CRF = 25, 26
@@ -231,6 +231,10 @@ def contact_sheet(title: str, clips: Sequence[Clip]) -> tuple[bytes, bool]:
     for label, strip in zip(labels, strips, strict=True):
         heights.append(len(label) * _LINE_PX + strip.shape[0] + 2 * _MARGIN_PX)
     height = 2 * _LINE_PX + sum(heights)
+    # matplotlib takes seconds to import: only when there is something to draw.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     dpi = 72  # so that a point is a pixel
     figure = Figure(figsize=(width / dpi, height / dpi), dpi=dpi, facecolor="white")
     canvas = FigureCanvasAgg(figure)
@@ -258,11 +262,13 @@ def contact_sheet(title: str, clips: Sequence[Clip]) -> tuple[bytes, bool]:
 
 def _installed_fonts() -> list[str]:
     """Return the names in `_FONTS` that are installed."""
+    from matplotlib import font_manager
+
     installed = {font.name for font in font_manager.fontManager.ttflist}
     return [name for name in _FONTS if name in installed]
 
 
-def _render(canvas: FigureCanvasAgg) -> tuple[bytes, bool]:
+def _render(canvas: "FigureCanvasAgg") -> tuple[bytes, bool]:
     """Return (PNG of the figure, whether the fonts lack a character)."""
     # matplotlib warns about characters that no font has. Catch all warnings, also repeated
     # ones, which Python hides by default.
