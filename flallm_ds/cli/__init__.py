@@ -76,7 +76,7 @@ FLALLM = VerbTable(
             SHARE,
         ),
         "quickstart": Verb(
-            "Run every step on a synthetic corpus: 20 minutes on 2 cores.",
+            "Run every step on a synthetic corpus: 12 minutes on 2 cores.",
             "flallm_ds.quickstart:quickstart",
             TRY,
         ),
