@@ -12,10 +12,11 @@ quickstart: .venv/ready  ## corpus -> shards -> stage visual -> stage llm -> sco
 test: .venv/ready  ## every test that this machine can run
 	$(BIN)/python -m pytest
 
-check: .venv/ready  ## style and types
+check: .venv/ready  ## style, types, spelling and wording
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/codespell
 
 docs: .venv/docs-ready  ## the documentation as a site: build/site/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -7,7 +7,7 @@ from tests.helpers.paths import SHARED
 
 os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
-)  # tests run beside other processes: spinning threads starve them
+)  # tests run next to other processes: spinning threads starve them
 
 import shutil
 from pathlib import Path
@@ -67,7 +67,7 @@ def tiny_shards(tiny_corpus: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Real samples beside the checkout; the test is skipped where they are absent."""
+    """Real samples next to the checkout; the test is skipped where they are absent."""
     data = SHARED / "data"
     if not data.is_dir():
         pytest.skip(f"real samples are not at {data} (set FLALLM_SHARED)")

@@ -109,7 +109,7 @@ def settings_of(config: RunConfig, extractor: FeatureExtractor) -> dict[str, Any
 
 @torch.no_grad()
 def _change(model: SignTranslator, words: list[int]) -> None:
-    """As if trained: numbers that no new model has, louder visual tokens, louder pieces
+    """As if trained: numbers that no new model has, louder visual tokens, louder tokens
     of real words."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

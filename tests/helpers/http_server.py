@@ -1,4 +1,4 @@
-"""A real HTTP server on loopback that serves a folder, and fails as it is told."""
+"""A real HTTP server on loopback that serves a folder, and fails on request."""
 
 import http.server
 import re

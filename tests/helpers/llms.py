@@ -1,7 +1,7 @@
 """Tiny LLMs with random weights, in the layout of each family's repository on the hub.
 
 What a family does in its own way is as there: special tokens and their ids, whether it is
-told the language by a token, rows of the embedding beyond the tokenizer (or too few of
+given the language by a token, rows of the embedding beyond the tokenizer (or too few of
 them), tied heads, ids in config and generation config. The tokenizers are trained on the
 spot. All are read back by the Auto classes.
 """
@@ -43,7 +43,7 @@ from transformers.models.nllb.tokenization_nllb import FAIRSEQ_LANGUAGE_CODES as
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 WIDTH, HEADS, LAYERS, FFN = 32, 4, 2, 64
-PIECES = 300
+NUM_TOKENS = 300
 
 Ids = Mapping[str, int]
 
@@ -53,7 +53,7 @@ class Family:
     """How one family's folder is written.
 
     tokenizer: writes its files into a folder, from texts. config: fields of config.json
-    that are its own, from the ids of its pieces. generation: of generation_config.json.
+    that are its own, from the ids of its tokens. generation: of generation_config.json.
     spare_rows: of the embedding beyond the tokenizer's length.
     """
 
@@ -69,7 +69,7 @@ class Family:
 
 
 def make_tiny_llm(family: str, folder: Path, texts: Sequence[str]) -> Path:
-    """Write the LLM into a folder; the same bytes each time. The pieces of `texts` are in
+    """Write the LLM into a folder; the same bytes each time. The tokens of `texts` are in
     its tokenizer."""
     entry = FAMILIES[family]
     folder.mkdir(parents=True, exist_ok=True)
@@ -132,11 +132,11 @@ def _write(path: Path, content: Any) -> None:
 # --- tokenizers
 
 
-def _pieces(texts: Sequence[str], kind: str = "unigram", **options: Any) -> bytes:
-    """A SentencePiece model; `PIECES` pieces beside letters and bytes."""
+def _sentencepiece(texts: Sequence[str], kind: str = "unigram", **options: Any) -> bytes:
+    """A SentencePiece model; `NUM_TOKENS` tokens next to letters and bytes."""
     model = io.BytesIO()
     letters = len(set("".join(texts)))
-    size = PIECES + letters + (256 if options.get("byte_fallback") else 0)
+    size = NUM_TOKENS + letters + (256 if options.get("byte_fallback") else 0)
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts), model_writer=model, model_type=kind, vocab_size=size,
         character_coverage=1.0, num_threads=1, minloglevel=2, hard_vocab_limit=False, **options,
@@ -149,12 +149,12 @@ def _sentencepiece(
 ) -> Callable[[Path, Sequence[str]], None]:
     """Files of a tokenizer that was trained by SentencePiece.
 
-    fast: writes the tokenizer.json beside the SentencePiece model; None where the hub's
+    fast: writes the tokenizer.json next to the SentencePiece model; None where the hub's
     folder has none.
     """
 
     def write(folder: Path, texts: Sequence[str]) -> None:
-        (folder / file).write_bytes(_pieces(texts, **options))
+        (folder / file).write_bytes(_sentencepiece(texts, **options))
         _write(folder / "tokenizer_config.json", settings)
         if fast is not None:
             fast.from_pretrained(folder).save_pretrained(folder)
@@ -177,13 +177,13 @@ def _publish_normalizer(folder: Path, model: Path) -> None:
 
 
 def _m2m100(folder: Path, texts: Sequence[str]) -> None:
-    model = _pieces(texts)
+    model = _sentencepiece(texts)
     (folder / "sentencepiece.bpe.model").write_bytes(model)
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    pieces = [processor.id_to_piece(i) for i in range(3, len(processor))]
+    tokens = [processor.id_to_piece(i) for i in range(3, len(processor))]
     specials = ("<s>", "<pad>", "</s>", "<unk>")
     _write(
-        folder / "vocab.json", {piece: i for i, piece in enumerate((*specials, *pieces))}
+        folder / "vocab.json", {token: i for i, token in enumerate((*specials, *tokens))}
     )
     languages = [f"__{code}__" for code in M2M100_CODES["m2m100"]]
     settings = {
@@ -195,13 +195,13 @@ def _m2m100(folder: Path, texts: Sequence[str]) -> None:
 
 def _xglm(folder: Path, texts: Sequence[str]) -> None:
     model = folder / "sentencepiece.bpe.model"
-    model.write_bytes(_pieces(texts))
+    model.write_bytes(_sentencepiece(texts))
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
-    pieces = [
+    tokens = [
         (processor.id_to_piece(i), processor.get_score(i)) for i in range(3, len(processor))
     ]
     specials = [(token, 0.0) for token in ("<s>", "<pad>", "</s>", "<unk>")]
-    XGLMTokenizer(vocab=[*specials, *pieces]).save_pretrained(folder)
+    XGLMTokenizer(vocab=[*specials, *tokens]).save_pretrained(folder)
     _publish_normalizer(folder, model)
 
 
@@ -214,7 +214,7 @@ def _byte_level(
 ) -> Callable[[Path, Sequence[str]], None]:
     """Files of a byte-level BPE tokenizer.
 
-    first, last: special tokens ahead of and behind the pieces. split: its regular
+    first, last: special tokens ahead of and behind the tokens. split: its regular
     expression for words; none: GPT-2's. bos: put ahead of each text. settings: of
     tokenizer_config.json.
     """
@@ -227,7 +227,7 @@ def _byte_level(
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(words)
         tokenizer.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
-            vocab_size=PIECES + 256, special_tokens=list(first), show_progress=False,
+            vocab_size=NUM_TOKENS + 256, special_tokens=list(first), show_progress=False,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         )  # fmt: skip
         tokenizer.train_from_iterator(texts, trainer)
@@ -248,7 +248,7 @@ def _byte_level(
 
 
 def _gemma(*extra: str) -> Callable[[Path, Sequence[str]], None]:
-    """extra: special tokens behind the pieces."""
+    """extra: special tokens behind the tokens."""
     settings = {
         "tokenizer_class": "GemmaTokenizer", "add_bos_token": True, "bos_token": "<bos>",
         "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>",

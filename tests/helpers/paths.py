@@ -1,4 +1,4 @@
-"""Where things lie: the checkout, the scripts that run under a launcher, the real samples."""
+"""Paths of the checkout, the scripts that run under a launcher, the real samples."""
 
 import os
 from pathlib import Path

@@ -78,7 +78,7 @@ def batches(world: dist.World, step: int) -> Iterator[torch.Tensor]:
 
 
 def grad_norms(zero: dict[str, Any], world: dist.World) -> list[dict[str, Any]]:
-    """The norms of each step beside those of plain PyTorch over the batches of all ranks."""
+    """The norms of each step next to those of plain PyTorch over the batches of all ranks."""
     torch.manual_seed(0)
     model = Plain()
     engine = make_engine(model, zero, world)
@@ -281,7 +281,7 @@ def tuned(
 def resumed(
     folder: Path, tuning: Tuning, zero: dict[str, Any], out: Path, world: dist.World
 ) -> dict[str, Any]:
-    """A run of STEPS steps, saved after the second, beside one that goes on from there."""
+    """A run of STEPS steps, saved after the second, and one that resumes from there."""
     dist.main_first(lambda: out.mkdir(parents=True), world)
     engine = tuned_engine(folder, tuning, zero, world)
     whole = train(engine, world, range(2))

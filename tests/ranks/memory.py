@@ -50,7 +50,7 @@ class Case:
     checkpointing: bool = False
     tuning: Tuning = FULL
     visual: bool = False  # a visual encoder is trained inside the engine
-    small: int = 0  # tokens of which "auto" computes the logits in one piece
+    small: int = 0  # tokens of which "auto" computes the logits at once
 
 
 LORA = Tuning("lora", rank=4)

@@ -51,25 +51,24 @@ def test_four_micro_batches_enter_once_with_the_momentum_as_their_mean(module):
 
 
 def test_one_micro_batch_is_plain_batch_norm(module):
-    """Each norm has its own momentum, and what goes on is what plain BatchNorm would have
-    left."""
-    twin = copy.deepcopy(module)
+    """Each norm has its own momentum, and the buffers are those of plain BatchNorm."""
+    other = copy.deepcopy(module)
     statistics = BatchStatistics(module, ALONE)
     for x in micro_batches(3):
         with statistics:
             ours = module(x)
-        assert torch.equal(ours, twin(x))
-    for mine, plain in zip(buffers(module), buffers(twin), strict=True):
+        assert torch.equal(ours, other(x))
+    for mine, plain in zip(buffers(module), buffers(other), strict=True):
         assert torch.allclose(mine, plain, atol=1e-6)
 
 
 def test_the_order_of_micro_batches_does_not_matter(module):
-    twin = copy.deepcopy(module)
-    for m, batches in ((module, micro_batches(4)), (twin, micro_batches(4)[::-1])):
+    other = copy.deepcopy(module)
+    for m, batches in ((module, micro_batches(4)), (other, micro_batches(4)[::-1])):
         with BatchStatistics(m, ALONE):
             for x in batches:
                 m(x)
-    for a, b in zip(buffers(module), buffers(twin), strict=True):
+    for a, b in zip(buffers(module), buffers(other), strict=True):
         assert torch.allclose(a, b, atol=1e-6)
 
 

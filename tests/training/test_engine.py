@@ -131,7 +131,7 @@ def test_a_checkpoint_leaves_frozen_parameters_out_and_refuses_others(
 def test_what_is_made_after_zero_init_takes_its_precision(
     results: dict[str, Any], how: str
 ) -> None:
-    """In bf16; DeepSpeed would fail on fp32 adapters beside it."""
+    """In bf16; DeepSpeed would fail on fp32 adapters in the same model."""
     found = results[f"bf16/{how}"]
     assert found["dtypes"] == ["torch.bfloat16"]
     np.testing.assert_allclose(

@@ -152,7 +152,7 @@ def test_scores_fall_and_do_not_depend_on_the_batch(folder: Path, run: str) -> N
 def test_an_llm_that_cannot_generate_is_refused_before_the_first_step_on_all_ranks(
     folder: Path,
 ) -> None:
-    """Then both go on to the next run; nothing of this one is left."""
+    """Then both ranks continue with the next run; nothing of this one is left."""
     for rank in (0, 1):
         sentence = (folder / f"refused.{rank}.txt").read_text(encoding="utf-8")
         assert sentence == (

@@ -21,7 +21,7 @@ from tests.helpers.paths import RANKS, ROOT
 
 pytestmark = pytest.mark.timeout(2000)  # the fixture trains them all
 SCRIPT = RANKS / "families.py"
-# With all pieces of their tokenizers: a head of its own, rows to spare, a row too few.
+# With all tokens of their tokenizers: a head of its own, rows to spare, a row too few.
 WHOLE = ("flan_t5", "qwen3", "gemma3")
 EMBEDDINGS = ("shared.weight", "embed_tokens.weight", "word_embeddings.weight")
 RUNS = [*FAMILIES, *(f"{family}_whole" for family in WHOLE)]
@@ -100,7 +100,7 @@ def test_family(runs: Path, family: str) -> None:
 
 @pytest.mark.parametrize("family", RUNS)
 def test_training_began_with_the_weights_of_the_folder(runs: Path, family: str) -> None:
-    """Embedding and, where it is another, head: the rows of the kept pieces, not far from
+    """Embedding and, where it is another, head: the rows of the kept tokens, not far from
     where they were."""
     before = weights(runs / "llms" / family.removesuffix("_whole"))
     exported = runs / family / "best" / "language_model"
