@@ -5,10 +5,8 @@ A shard folder contains ordinary WebDataset tars and
     {split}.safetensors  a table with one row per clip (see `COLUMNS` and `STRING_COLUMNS`)
 Both are plain data: nothing in them can execute. A million clips load in well under a second.
 
-A folder of cached features (launch/features.py) has the rows of the video shards that the
-features were made from, in the same order and with the same shard numbers. For each of
-those shards it contains one tar per view. A view is one random choice of frames and
-augmentations; evaluation has a single view.
+A folder of cached features has the same rows as its video shards, and one tar per shard
+and view. A view is one random choice of frames and augmentations.
 """
 
 import hashlib
@@ -447,10 +445,7 @@ def fingerprint(entry: dict[str, Any]) -> str:
 
 def iter_rows(index: Index) -> Iterator[dict[str, Any]]:
     """Yield each clip of the split as a dict of plain values, in stored order."""
+    strings = {name: index.strings(name) for name in STRING_COLUMNS}
     for row in range(len(index)):
-        values: dict[str, Any] = {}
-        for name in COLUMNS:
-            values[name] = index.arrays[name][row].item()
-        for name in STRING_COLUMNS:
-            values[name] = index.strings(name)[row]
-        yield values
+        numbers = {name: index.arrays[name][row].item() for name in COLUMNS}
+        yield numbers | {name: column[row] for name, column in strings.items()}
