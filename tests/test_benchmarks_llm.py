@@ -44,8 +44,8 @@ def test_llm_gpu_reports_failed_and_successful_rows(tmp_path, monkeypatch):
     ((header, failed, worked),) = tables(page)
     assert tuple(header) == llm_gpu.COLUMNS
     assert failed[0] == "toy mBART" and failed[8] == (
-        "UserError: train.deepspeed must be a DeepSpeed JSON, "
-        "but there is no file ds_configs/no_such_json.json."
+        "UserError: train.deepspeed must be an existing JSON file, got "
+        "ds_configs/no_such_json.json. Check the path."
     )
     assert worked[0] == "toy Qwen3" and all(
         float(worked[i].replace(",", "")) > 0 for i in (1, 2, 8, 9, 11)

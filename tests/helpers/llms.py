@@ -132,7 +132,7 @@ def _write(path: Path, content: Any) -> None:
 # --- tokenizers
 
 
-def _sentencepiece(texts: Sequence[str], kind: str = "unigram", **options: Any) -> bytes:
+def _trained_model(texts: Sequence[str], kind: str = "unigram", **options: Any) -> bytes:
     """A SentencePiece model; `NUM_TOKENS` tokens next to letters and bytes."""
     model = io.BytesIO()
     letters = len(set("".join(texts)))
@@ -154,7 +154,7 @@ def _sentencepiece(
     """
 
     def write(folder: Path, texts: Sequence[str]) -> None:
-        (folder / file).write_bytes(_sentencepiece(texts, **options))
+        (folder / file).write_bytes(_trained_model(texts, **options))
         _write(folder / "tokenizer_config.json", settings)
         if fast is not None:
             fast.from_pretrained(folder).save_pretrained(folder)
@@ -177,7 +177,7 @@ def _publish_normalizer(folder: Path, model: Path) -> None:
 
 
 def _m2m100(folder: Path, texts: Sequence[str]) -> None:
-    model = _sentencepiece(texts)
+    model = _trained_model(texts)
     (folder / "sentencepiece.bpe.model").write_bytes(model)
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     tokens = [processor.id_to_piece(i) for i in range(3, len(processor))]
@@ -195,7 +195,7 @@ def _m2m100(folder: Path, texts: Sequence[str]) -> None:
 
 def _xglm(folder: Path, texts: Sequence[str]) -> None:
     model = folder / "sentencepiece.bpe.model"
-    model.write_bytes(_sentencepiece(texts))
+    model.write_bytes(_trained_model(texts))
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
     tokens = [
         (processor.id_to_piece(i), processor.get_score(i)) for i in range(3, len(processor))

@@ -377,7 +377,7 @@ def test_a_build_continues_after_a_write_error(tmp_path, workers):
     source = make_corpus(tmp_path / "corpus", counts=(0, 3, 8), num_frames=1)
     for number in range(8):
         # The other worker must finish the small shard before this one fails.
-        for frame in range(1, 60):
+        for frame in range(1, 150):
             shutil.copy(
                 source.parent / "test0" / "0.png",
                 source.parent / f"test{number}" / f"{frame}.png",

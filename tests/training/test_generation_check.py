@@ -88,8 +88,8 @@ def test_an_llm_that_cannot_generate_is_refused_before_the_first_step(
     said = capsys.readouterr().err
     assert ended.value.code == 2 and "Traceback" not in said
     assert [line for line in said.splitlines() if line.startswith("error: ")] == [
-        f"error: the LLM {tmp_path / 'llm'} (a OwnForCausalLM) must generate from "
-        f"embeddings, but did not: {reason} Give another --llm.name."
+        "error: Cannot generate from embeddings with the LLM "
+        f"{tmp_path / 'llm'} (a OwnForCausalLM): {reason} Use another --llm.name."
     ]
     assert not (tmp_path / "run").exists()
 
