@@ -132,7 +132,7 @@ def standin_llm(
     Options:
         texts: text files with a sentence on each line, separated by commas
         out: the folder to write
-        language: mBART's token of the sentences' language
+        language: language of the sentences: de, German, or mBART's token de_DE
         vocab_size: number of vocabulary entries
         layers: of the encoder, and of the decoder
         steps: number of training steps, of 32 sentences each

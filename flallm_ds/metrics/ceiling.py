@@ -36,6 +36,11 @@ class Ceiling:
         """Return a sentence for the user; empty if the ceiling is at least HIGH_CEILING."""
         if self.bleu4 >= HIGH_CEILING:
             return ""
+        if not self.changes:
+            return (
+                f"A perfect model would score BLEU-4 {self.bleu4:.2f}, because most "
+                "references have fewer than four words."
+            )
         shown = []
         for old, new, times in self.changes[:SHOWN_CHANGES]:
             shown.append(f"{old!r} -> {new!r} ({times:,})")

@@ -19,8 +19,7 @@ from transformers import MBartConfig, MBartForConditionalGeneration, MBartTokeni
 from transformers.models.mbart.tokenization_mbart import FAIRSEQ_LANGUAGE_CODES
 from transformers.utils import logging as transformers_logging
 
-from flallm_ds.command import nearest
-from flallm_ds.data.text.languages import word_rule
+from flallm_ds.data.text.languages import language_tokens, token_of, word_rule
 from flallm_ds.errors import UserError
 from flallm_ds.files import new_folder, share_files
 from flallm_ds.metrics import score
@@ -52,16 +51,15 @@ def standin_llm(
     """Train a tokenizer, pretrain a small mBART by denoising, and write both to a folder.
 
     texts: files with one sentence per line, separated by commas. language: one of the 25
-    codes of mBART. vocab_size: most vocabulary entries, including 30 special tokens.
-    layers: of the encoder and of the decoder. steps: number of batches of 32 sentences; 300
-    steps take half a minute on two CPU cores at the default size. Raises UserError for
-    wrong options, or if a file cannot be read or written.
+    languages of mBART, by any name. vocab_size: most vocabulary entries, including 30
+    special tokens. layers: of the encoder and of the decoder. steps: number of batches of
+    32 sentences; 300 steps take half a minute on two CPU cores at the default size. Raises
+    UserError for wrong options, or if a file cannot be read or written.
     """
-    if language not in FAIRSEQ_LANGUAGE_CODES:
-        raise UserError(
-            f"--language must be a language code of mBART, got {language!r}: "
-            f"{nearest(language, list(FAIRSEQ_LANGUAGE_CODES))}"
-        )
+    places = language_tokens(FAIRSEQ_LANGUAGE_CODES)
+    found = token_of(language, places, "language")
+    assert found is not None  # mBART has a token for each of its languages
+    language, _ = found
     if d_model < 64 or d_model % 64:
         raise UserError(f"--d_model must be a multiple of 64, got {d_model}.")
     limits = (("vocab_size", vocab_size, 100), ("layers", layers, 1), ("steps", steps, 1))
