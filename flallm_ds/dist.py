@@ -1,5 +1,6 @@
 """Find rank and world size under any launcher, and run collectives outside DeepSpeed."""
 
+import math
 import os
 import random
 import socket
@@ -151,6 +152,23 @@ def cores_of_rank(local_size: int, env: Mapping[str, str]) -> int:
     if tasks_here == local_size and cores <= int(env.get("SLURM_CPUS_PER_TASK", "0")):
         return cores
     return max(1, cores // local_size)
+
+
+def host_memory_of_rank(world: World) -> float:
+    """Return the free host memory for this rank, in bytes: its share of the machine's.
+
+    A memory limit of the job (cgroup v2, as SLURM sets it) counts, too.
+    """
+    free = math.inf
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            free = 1024.0 * int(line.split()[1])
+    group = Path("/sys/fs/cgroup")
+    with suppress(OSError, ValueError):  # no limit: the file says "max"
+        limit = int((group / "memory.max").read_text(encoding="ascii"))
+        used = int((group / "memory.current").read_text(encoding="ascii"))
+        free = min(free, limit - used)
+    return free / world.local_size
 
 
 def stop() -> None:

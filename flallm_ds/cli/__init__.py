@@ -52,6 +52,11 @@ FLALLM = VerbTable(
             SCORE,
         ),
         "translate": Verb("Translate one video.", "flallm_ds.cli.models:translate", SCORE),
+        "checkpoints": Verb(
+            "List, verify and remove the checkpoints of a run.",
+            "flallm_ds.cli.checkpoints:CHECKPOINTS",
+            LOOK,
+        ),
         "strip": Verb(
             "Draw frames of clips with their hypotheses and references.",
             "flallm_ds.cli.pictures:strip",

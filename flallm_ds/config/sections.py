@@ -322,6 +322,12 @@ class TrainConfig:
     deepspeed: str = ""
     # Number of steps between checkpoints, in addition to one at the end of each epoch.
     save_every_steps: int | None = None
+    # Minutes between checkpoints, in addition to those. 0: none by time.
+    save_every_minutes: float = 30.0
+    # Seconds without progress after which the ranks that hold up a run are named.
+    stall_warn_s: float = 60.0
+    # Seconds without progress after which a job ends, to be requeued. 0: it never does.
+    stall_limit_s: float = 1800.0
     # Number of checkpoints that are kept.
     keep_checkpoints: int = 2
     # Seconds between two lines of progress.
@@ -336,7 +342,9 @@ class TrainConfig:
             "train.save_every_steps must be none or at least 1, got "
             f"{self.save_every_steps}.",
         )
-        _require_at_least(0, "train", self, "probe_every", "seed")
+        _require_at_least(0, "train", self, "probe_every", "seed", "save_every_minutes")
+        _require_at_least(0, "train", self, "stall_limit_s")
+        _require_above_zero("train", self, "stall_warn_s")
         _require_fraction("train", self, "label_smoothing")
 
 

@@ -17,7 +17,7 @@ import torch
 from flallm_ds.batch import Batch
 from flallm_ds.data import mixture
 from flallm_ds.data.index import FeatureIndex, Index
-from flallm_ds.data.plan import EpochPlan, micro_batches_of_rank
+from flallm_ds.data.plan import EpochPlan, micro_batches_of_rank, micro_batches_per_rank
 from flallm_ds.data.readers import Clip, ClipReader, FrameBuffers, open_reader
 from flallm_ds.data.sampling import FrameSampling
 from flallm_ds.data.text.codec import TextCodec
@@ -117,7 +117,9 @@ class Loader:
         broken: BrokenClips | None = None,
     ) -> None:
         self.reader, self.plan, self.codec = reader, plan, codec
-        self.micro_batches = micro_batches_of_rank(plan.num_micro_batches, rank, world_size)
+        num = plan.num_micro_batches
+        self.micro_batches = micro_batches_of_rank(num, rank, world_size)
+        self.num_per_step = micro_batches_per_rank(num, world_size)
         self.threads = threads
         self.broken = broken if broken is not None else BrokenClips(budget=0)
 
@@ -157,8 +159,15 @@ class Loader:
         for number in self.micro_batches:
             if len(places_of[number]):
                 yield places_of[number], True
-            else:  # fewer clips than micro-batches: a dummy keeps this rank in step
-                yield places_of[0][:1], False
+            else:  # fewer clips than micro-batches
+                yield self._dummy(places_of), False
+        # A rank with fewer micro-batches than others.
+        for _ in range(self.num_per_step - len(self.micro_batches)):
+            yield self._dummy(places_of), False
+
+    def _dummy(self, places_of: list[np.ndarray]) -> np.ndarray:
+        """Return the place of one clip, to keep this rank in step with the others."""
+        return places_of[0][:1]
 
     def _submit(
         self,

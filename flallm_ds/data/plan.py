@@ -2,9 +2,9 @@
 
 Shards are shuffled, windows of shards are mixed, clips are bucketed by length and cut
 into global batches. A global batch is dealt into M micro-batches of nearly equal frames.
-Rank r of W ranks computes the micro-batches r*M/W to (r+1)*M/W. So one rank with 4
-micro-batches sees the same micro-batches as two ranks with 2 each, and every rank makes
-the same number of steps.
+Rank r of W ranks computes the micro-batches r*M/W to (r+1)*M/W, rounded if W does not
+divide M. So one rank with 4 micro-batches sees the same micro-batches as two ranks with 2
+each, and every rank makes the same number of steps.
 
 A row is a clip of the index; a place is a position in the order of an epoch.
 """
@@ -363,14 +363,22 @@ def temperature_weights(sizes: list[int], temperature: float) -> tuple[float, ..
 def micro_batches_of_rank(num_micro_batches: int, rank: int, world_size: int) -> range:
     """Return the micro-batches of a global batch that a rank computes, in order.
 
-    Raises UserError if the ranks cannot get equally many.
+    The ranks differ by one micro-batch at most. Raises UserError if a rank would get none.
     """
-    if num_micro_batches % world_size:
-        enough = -(-num_micro_batches // world_size) * world_size
+    if world_size > num_micro_batches:
         raise UserError(
-            f"data.micro_batches must be a multiple of the number of ranks ({world_size}), "
-            f"got {num_micro_batches}. Use --data.micro_batches={enough}, or another "
-            "number of ranks."
+            f"data.micro_batches must be at least the number of ranks ({world_size}), got "
+            f"{num_micro_batches}. Use --data.micro_batches={world_size}, or fewer ranks."
         )
-    each = num_micro_batches // world_size
-    return range(rank * each, (rank + 1) * each)
+    begin = rank * num_micro_batches // world_size
+    end = (rank + 1) * num_micro_batches // world_size
+    return range(begin, end)
+
+
+def micro_batches_per_rank(num_micro_batches: int, world_size: int) -> int:
+    """Return the number of forward passes of each rank in a step.
+
+    Ranks with fewer micro-batches fill up with dummies, because all ranks must make the
+    same number of forward passes.
+    """
+    return -(-num_micro_batches // world_size)

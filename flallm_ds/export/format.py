@@ -41,7 +41,7 @@ LANGUAGE_MODEL = "language_model"
 ADDITIONS = "adapter_config.json"
 # Maps the prefix of parameter names of a SignTranslator to a file. The first match counts.
 PLACES = {
-    "visual.visual.": VISUAL_FILE,
+    "visual.encoder.": VISUAL_FILE,
     "visual.": FEATURES_FILE,
     "adapter.": ADAPTER_FILE,
     "language_model.": f"{LANGUAGE_MODEL}/model.safetensors",

@@ -71,7 +71,7 @@ def read_features(folder: Path, kind: Kind | None = None) -> FeatureExtractor:
         extractor = FeatureExtractor.from_settings(visual, own)
         # The visual encoder is in another file.
         parts = dict(extractor.named_children())
-        del parts["visual"]
+        del parts["encoder"]
         load_weights(nn.ModuleDict(parts), Weights(folder, FEATURES_FILE))
         return extractor.eval()
     if settings["stage"] != "visual":

@@ -35,7 +35,7 @@ class FeatureExtractor(nn.Module):
 
     def __init__(
         self,
-        visual: VisualEncoder,
+        encoder: VisualEncoder,
         kind: Kind = "signs",
         vl_adapter: Adapter | None = None,
         light_t_encoder: Any = None,
@@ -47,7 +47,7 @@ class FeatureExtractor(nn.Module):
             (kind == "light_t") == (vl_adapter is not None) == (light_t_encoder is not None)
         )
         self.kind = kind
-        self.visual = visual
+        self.encoder = encoder
         self.vl_adapter = vl_adapter
         self.light_t_encoder: Any = light_t_encoder
         self.frozen_parts: tuple[nn.Module, ...] = ()
@@ -58,16 +58,16 @@ class FeatureExtractor(nn.Module):
         if self.light_t_encoder is not None:
             return int(self.light_t_encoder.config.d_model)
         if self.kind == "frames":
-            return self.visual.temporal.conv.in_channels
-        return self.visual.feature_width
+            return self.encoder.temporal.conv.in_channels
+        return self.encoder.feature_width
 
     def forward(
         self, pixels_NCHW: torch.Tensor, num_frames_B: torch.Tensor
     ) -> torch.Tensor:
         """Map pixels_NCHW to features_ND."""
         if self.kind == "frames":
-            return self.visual.frame_features(pixels_NCHW)
-        features_ND: torch.Tensor = self.visual(pixels_NCHW, num_frames_B)
+            return self.encoder.frame_features(pixels_NCHW)
+        features_ND: torch.Tensor = self.encoder(pixels_NCHW, num_frames_B)
         if self.vl_adapter is None or self.light_t_encoder is None:
             return features_ND
         # Light-T reads padded clips. Its states are packed again.
@@ -86,9 +86,9 @@ class FeatureExtractor(nn.Module):
         """
         parts: list[nn.Module | None] = [self.vl_adapter, self.light_t_encoder]
         if how == "backbone":
-            parts.append(self.visual.backbone)
+            parts.append(self.encoder.backbone)
         if self.kind == "frames":
-            parts.append(self.visual.temporal)
+            parts.append(self.encoder.temporal)
         if how == "all":
             parts = [self]
         # Extractors without Light-T have None in the list.
@@ -135,12 +135,18 @@ class FeatureExtractor(nn.Module):
 
     def fingerprint(self) -> str:
         """Return the sha256 of settings and weights; equal if the features are the same."""
-        settings = {"features": self.settings(), "visual": self.visual.settings()}
+        settings = {"features": self.settings(), "visual": self.encoder.settings()}
         digest = hashlib.sha256(
             json.dumps(without_origin(settings), sort_keys=True).encode()
         )
+        # Hash the name that the encoder had in version 0.1: folders of cached features
+        # store the fingerprint.
+        tensors = {}
+        for name, tensor in self.state_dict().items():
+            own = name.removeprefix("encoder.")
+            tensors[name if own == name else f"visual.{own}"] = tensor
         # Sorted by name: the order of a state dict depends on how a module was built.
-        for name, tensor in sorted(self.state_dict().items()):
+        for name, tensor in sorted(tensors.items()):
             if name.endswith("num_batches_tracked"):
                 continue  # the features do not depend on it
             # bf16 has no NumPy type, so the bytes of the tensor are hashed.

@@ -1,5 +1,7 @@
 """BatchNorm statistics that depend on the global batch alone, not on the number of ranks."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 import torch
@@ -57,12 +59,16 @@ class BatchStatistics:
     diverge. Here, the statistics are averaged over the micro-batches of all ranks and
     update the running statistics once, with the momentum of the BatchNorm module. So one
     rank with 4 micro-batches and two ranks with 2 each end with the same buffers.
+
+    share: set by the caller in each step; the micro-batches of this rank, without dummies,
+    as a multiple of the mean over the ranks.
     """
 
     def __init__(self, module: nn.Module, world: World) -> None:
         self._all = batch_norms(module)
         self.norms = self._all
         self.world = world
+        self.share = 1.0
 
     def __enter__(self) -> None:
         self.norms = [norm for norm in self._all if norm.training]  # without frozen ones
@@ -92,9 +98,25 @@ class BatchStatistics:
             momentum = self.momentum[place // 2]  # a module has two buffers
             buffer.copy_(torch.lerp(before, buffer, momentum) if kind is None else before)
 
+    @contextmanager
+    def ignored(self, is_dummy: bool) -> Iterator[None]:
+        """Leave the statistics unchanged by a dummy batch, in forward and backward pass."""
+        if not is_dummy:
+            yield
+            return
+        buffers = []
+        for norm in self.norms:
+            assert norm.num_batches_tracked is not None
+            buffers += [*_statistics([norm]), norm.num_batches_tracked]
+        before = list(map(torch.clone, buffers))
+        yield
+        for buffer, value in zip(buffers, before, strict=True):
+            buffer.copy_(value)
+
     def _average(self, buffers: list[torch.Tensor]) -> None:
-        """Replace buffers by their mean over the ranks, with one all-reduce."""
-        flat = torch.cat(list(map(torch.flatten, buffers)))
+        """Replace buffers by their mean over the micro-batches of all ranks, with one
+        all-reduce."""
+        flat = torch.cat(list(map(torch.flatten, buffers))) * self.share
         dist.all_reduce(flat)
         flat.div_(self.world.size)
         sizes = list(map(torch.numel, buffers))

@@ -1,134 +1,198 @@
-"""Save and read checkpoints, each complete or absent: every rank writes, then one rename
-commits.
+"""Checkpoints that are complete or absent, and fit any number of ranks.
 
-checkpoints/step-00001200/
-  engine/        the shards of DeepSpeed
-  manifest.json  the state of the trainer, and the sha256 of each file
+    checkpoints/step-00001200/
+      rank-00000.000.safetensors ...  the fragments that each rank owns
+      manifest.json                   the state of the run, and a checksum of each file
+
+Every rank writes its own files, in a background thread where memory allows. When all have
+finished, rank 0 writes the manifest and renames the folder: that commits the checkpoint.
 """
 
 import hashlib
 import json
 import shutil
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flallm_ds.dist import World, gather_objects
+import torch
+
+from flallm_ds.dist import World, gather_objects, main_first
 from flallm_ds.errors import UserError, file_problem
-from flallm_ds.files import (
-    file_sha256,
-    partial_of,
-    put_folder,
-    recover_folders,
-    replace_file,
-    sync,
+from flallm_ds.files import partial_of, put_folder, recover_folders, replace_file, sync
+from flallm_ds.training.fragment_files import (
+    FragmentFile,
+    FragmentReader,
+    write_fragments,
 )
+from flallm_ds.training.fragments import Key
 
 MANIFEST = "manifest.json"
+FORMAT = 2  # 1: the files of DeepSpeed, of version 0.1
+
+Fragments = Iterable[tuple[Key, torch.Tensor]]
 
 
-def save(
-    folder: Path,
-    step: int,
-    state: dict[str, Any],
-    write: Callable[[Path], None],
-    world: World,
-    keep: int,
-) -> Path:
-    """Save a checkpoint and return its folder, `step-00001200`.
+class Save:
+    """A checkpoint while it is written: `Save(...)`, steps in between, then `commit()`.
 
-    write: called on every rank with a temporary folder; rank 0 then adds the state and
-    renames the folder. keep: number of checkpoints to keep; older ones are deleted. Raises
-    UserError on every rank if any rank cannot write.
+    Every rank must create it and commit it. folder: of all checkpoints. state: plain
+    values of the run. fragments: of this rank. background: write in a thread; then
+    `fragments` must be copies that nothing changes. Raises UserError on every rank if the
+    folder cannot be made.
     """
-    final = folder / f"step-{step:08d}"
-    partial = partial_of(final)
 
-    def begin() -> None:
-        # A save that was killed may have left a part of this checkpoint.
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    def __init__(
+        self,
+        folder: Path,
+        step: int,
+        state: dict[str, Any],
+        fragments: Fragments,
+        world: World,
+        *,
+        background: bool,
+    ) -> None:
+        self.final = folder / f"step-{step:08d}"
+        self.step, self.state, self.world = step, state, world
+        self._partial = partial_of(self.final)
+        self._files: list[FragmentFile] = []
+        self._problem: str | None = None
+        self._together(self._begin if world.is_main else None)
+        self._thread: threading.Thread | None = None
+        if background:
+            self._thread = threading.Thread(
+                target=self._write, args=(fragments,), name="checkpoint"
+            )
+            self._thread.start()
+        else:
+            self._write(fragments)
 
-    def commit() -> None:
-        # The order of the paths, because the digest of the manifest depends on it.
-        files: dict[str, str] = {}
-        for path in sorted(partial.rglob("*"), key=Path.as_posix):
-            if path.is_file():
-                files[path.relative_to(partial).as_posix()] = file_sha256(path)
-        _write_manifest(partial, files, state)
-        put_folder(partial, final)
-        sync(folder)
-        # Delete last: at each moment, a complete checkpoint is on the disk.
-        for old in committed(folder)[:-keep]:
-            shutil.rmtree(old)
+    def _begin(self) -> None:
+        shutil.rmtree(self._partial, ignore_errors=True)
+        self._partial.mkdir(parents=True)
 
-    # Three parts with a barrier after each: no rank writes before the folder exists, and
-    # rank 0 commits only after all ranks have written.
-    _together(begin if world.is_main else None, final, world)
-    _together(lambda: write(partial), final, world)
-    _together(commit if world.is_main else None, final, world)
-    return final
+    def _write(self, fragments: Fragments) -> None:
+        try:
+            self._files = write_fragments(self._partial, self.world.rank, fragments)
+        # On a full disk, safetensors raises an error of its own, a RuntimeError or OSError.
+        except Exception as error:  # noqa: BLE001 - a thread; `commit` raises it
+            self._problem = f"{error} (rank {self.world.rank})"
 
+    def is_written(self) -> bool:
+        """Whether this rank has written its files; then `commit` does not wait for it."""
+        return self._thread is None or not self._thread.is_alive()
 
-def replace_state(folder: Path, step: int, state: dict[str, Any], world: World) -> None:
-    """Replace the state in the checkpoint of a step, whose engine has not changed since.
+    def commit(self, keep: int) -> None:
+        """Wait for the files of all ranks, then make them a checkpoint.
 
-    Raises UserError on every rank if rank 0 cannot write.
-    """
-    final = folder / f"step-{step:08d}"
+        keep: the number of checkpoints that stay. Raises UserError on every rank if any
+        rank could not write.
+        """
+        if self._thread is not None:
+            self._thread.join()
+        # Rank 0 does not list the folder: on a network disk it may not see all files yet.
+        reports = gather_objects((self._problem, self._files), self.world)
+        problems = [problem for problem, _ in reports if problem]
+        if problems:
+            raise self._failed(problems[0])
+        files: list[FragmentFile] = []
+        for _, own in reports:
+            files += own
 
-    def replace() -> None:
-        _write_manifest(final, _read_manifest(final)["files"], state)
+        def commit() -> None:
+            _write_manifest(self._partial, files, self.state)
+            put_folder(self._partial, self.final)
+            sync(self.final.parent)
 
-    _together(replace if world.is_main else None, final, world)
+        self._together(commit if self.world.is_main else None)
+        if self.world.is_main:
+            remove_old(self.final.parent, keep)
 
+    def _together(self, action: Callable[[], None] | None) -> None:
+        """Run an action; raise UserError on every rank if it fails on any."""
+        problem = None
+        try:
+            if action is not None:
+                action()
+        except OSError as error:
+            problem = f"{error} (rank {self.world.rank})"
+        problems = [p for p in gather_objects(problem, self.world) if p]
+        if problems:
+            raise self._failed(problems[0])
 
-def _together(action: Callable[[], None] | None, final: Path, world: World) -> None:
-    """Run one part of a save and wait for all ranks.
-
-    action: None on a rank without work. Raises UserError on every rank if any cannot write.
-    """
-    problem = None
-    try:
-        if action is not None:
-            action()
-    # torch.save raises a RuntimeError on a full disk.
-    except (OSError, RuntimeError) as error:
-        problem = f"{error} (rank {world.rank})"
-    # Collective also on ranks that failed: otherwise the others would wait for them.
-    problems = list(filter(None, gather_objects(problem, world)))
-    if problems:
-        raise UserError(
-            f"Cannot write checkpoint {final}: {problems[0]}. Earlier checkpoints are "
+    def _failed(self, problem: str) -> UserError:
+        return UserError(
+            f"Cannot write checkpoint {self.final}: {problem}. Earlier checkpoints are "
             "complete. Free some space and run the same command again."
         )
 
 
+def remove_old(folder: Path, keep: int) -> None:
+    """Remove all but the newest checkpoints, in the background; errors do not matter.
+
+    Without its manifest, a folder is no checkpoint, even if a kill leaves its files.
+    """
+    for old in committed(folder)[:-keep]:
+        (old / MANIFEST).unlink(missing_ok=True)
+    kept = {path.name for path in committed(folder)}
+    for path in folder.glob("step-*"):
+        if path.name not in kept:
+            threading.Thread(target=shutil.rmtree, args=(path, True)).start()
+
+
+def replace_state(folder: Path, step: int, state: dict[str, Any], world: World) -> None:
+    """Replace the state of a committed checkpoint, for the same weights and optimizer.
+
+    Raises UserError on every rank if it cannot be written.
+    """
+    final = folder / f"step-{step:08d}"
+
+    def replace() -> None:
+        _write_manifest(final, read_manifest(final).files, state)
+
+    main_first(replace, world)
+
+
 @dataclass(frozen=True)
 class Saved:
-    """The newest complete checkpoint. damaged: newer checkpoints, each with its error."""
+    """The newest complete checkpoint.
+
+    damaged: newer checkpoints, each with what is wrong.
+    """
 
     path: Path
     state: dict[str, Any]
+    files: tuple[FragmentFile, ...]
     damaged: dict[Path, str]
 
+    def reader(self) -> FragmentReader:
+        return FragmentReader(self.path, self.files)
 
-def newest(folder: Path) -> Saved | None:
-    """Return the newest checkpoint whose files all match their checksums, or None if the
-    folder has no checkpoint.
 
-    Raises UserError if all checkpoints are damaged: a run must not start from scratch by
-    accident.
+def newest(folder: Path, world: World) -> Saved | None:
+    """Return the newest checkpoint in which every byte is as it was written.
+
+    Each rank verifies its share of the files, so every rank must call this. Returns None
+    if there was never a checkpoint. Raises UserError if all checkpoints are damaged: a run
+    must not start from scratch without being asked to.
     """
     damaged: dict[Path, str] = {}
-    for path in sorted(folder.glob("step-*"), reverse=True):
-        try:
-            return Saved(path, read_state(path), damaged)
-        except UserError as error:
-            damaged[path] = str(error)
-        except OSError as error:
-            damaged[path] = file_problem(error)
+    paths = main_first(lambda: sorted(folder.glob("step-*"), reverse=True), world)
+    for path in paths:
+        manifest, problem = main_first(lambda path=path: _manifest_or_problem(path), world)
+        if manifest is not None:
+            reader = FragmentReader(path, manifest.files)
+            for file in manifest.files[world.rank :: world.size]:
+                fault = reader.verify(file)
+                if fault is not None and problem is None:
+                    problem = str(_damaged(path, file.name, fault))
+            problems = [one for one in gather_objects(problem, world) if one]
+            if not problems:
+                return Saved(path, manifest.state, manifest.files, damaged)
+            problem = problems[0]
+        damaged[path] = problem
     if damaged:
         raise UserError(
             f"Cannot resume from {folder}: no checkpoint is complete. "
@@ -138,27 +202,36 @@ def newest(folder: Path) -> Saved | None:
     return None
 
 
-def resumable(run: Path) -> Saved | None:
-    """Return the checkpoint that a run resumes from, or None if it has none.
+def _manifest_or_problem(path: Path) -> tuple["Manifest | None", str | None]:
+    try:
+        return read_manifest(path), None
+    except _DamagedError as error:
+        return None, str(error)
+    except OSError as error:
+        return None, file_problem(error)
 
-    Every file of the checkpoint is read, so call it once per start. Raises UserError as
-    `newest` does.
+
+def resumable(run: Path, world: World) -> Saved | None:
+    """Return the checkpoint to resume a run from, after repairing interrupted renames.
+
+    Every rank must call this. Every byte of the checkpoint is read once, by one of the
+    ranks. Raises UserError as `newest` does.
     """
-    # A kill during the replacement of a folder leaves it under another name.
     checkpoints = run / "checkpoints"
-    for parent in (run, checkpoints):
-        recover_folders(parent)
-    return newest(checkpoints)
+
+    def recover() -> None:
+        for parent in (run, checkpoints):
+            recover_folders(parent)
+
+    main_first(recover, world)
+    return newest(checkpoints, world)
 
 
 def set_aside(damaged: Iterable[Path]) -> None:
-    """Rename damaged checkpoints, so that they no longer count as checkpoints.
-
-    They are not deleted: a user may still get something out of them.
-    """
+    """Rename damaged checkpoints, so that they neither count as checkpoints nor hide newer
+    ones."""
     for path in damaged:
         aside = path.with_name(f"damaged-{path.name}")
-        # An earlier resume may have renamed one of the same step.
         if aside.exists():
             shutil.rmtree(aside)
         path.rename(aside)
@@ -166,48 +239,67 @@ def set_aside(damaged: Iterable[Path]) -> None:
 
 def committed(folder: Path) -> list[Path]:
     """Return the committed checkpoints, oldest first."""
-    # A folder without a manifest is an incomplete copy of a checkpoint.
-    return sorted(path for path in folder.glob("step-*") if (path / MANIFEST).is_file())
+    return sorted(p for p in folder.glob("step-*") if (p / MANIFEST).is_file())
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """Return the state in a checkpoint after comparing every file with its checksum.
-
-    Raises UserError that names a missing or changed file.
-    """
-    manifest = _read_manifest(checkpoint)
-    for name, sha256 in manifest["files"].items():
-        path = checkpoint / name
-        if not path.is_file():
-            raise _broken(checkpoint, name, "is missing")
-        if file_sha256(path) != sha256:
-            raise _broken(checkpoint, name, "was changed")
-    return dict(manifest["state"])
+    """Return the state of a checkpoint; its files are not read. Raises UserError."""
+    return read_manifest(checkpoint).state
 
 
-def _write_manifest(checkpoint: Path, files: dict[str, str], state: dict[str, Any]) -> None:
-    content = {"files": files, "state": state, "sha256": _sha256(files, state)}
+# --- the manifest
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of manifest.json."""
+
+    files: tuple[FragmentFile, ...]
+    state: dict[str, Any]
+
+
+class _DamagedError(UserError):
+    """A damaged checkpoint: an earlier one may be complete."""
+
+
+def _write_manifest(
+    checkpoint: Path, files: Iterable[FragmentFile], state: dict[str, Any]
+) -> None:
+    content: dict[str, Any] = {
+        "format": FORMAT,
+        "files": [file.as_json() for file in files],
+        "state": state,
+    }
+    content["sha256"] = _sha256(content)
     replace_file(checkpoint / MANIFEST, json.dumps(content, indent=1))
 
 
-def _sha256(files: dict[str, str], state: dict[str, Any]) -> str:
-    """Return the digest of a manifest, so that a changed state is found, too."""
-    return hashlib.sha256(json.dumps([files, state], sort_keys=True).encode()).hexdigest()
+def _sha256(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _read_manifest(checkpoint: Path) -> dict[str, Any]:
+def read_manifest(checkpoint: Path) -> Manifest:
+    """Read the manifest of a checkpoint. Raises UserError if it is missing or damaged."""
     path = checkpoint / MANIFEST
     if not path.is_file():
-        raise _broken(checkpoint, MANIFEST, "is missing")
+        raise _damaged(checkpoint, MANIFEST, "is missing")
     try:
-        manifest = dict(json.loads(path.read_text(encoding="utf-8")))
-        is_complete = manifest["sha256"] == _sha256(manifest["files"], manifest["state"])
+        content = dict(json.loads(path.read_text(encoding="utf-8")))
+        is_first_format = "format" not in content and "files" in content
+        sha256 = content.pop("sha256")
+        is_complete = sha256 == _sha256(content)
+        if is_complete:
+            files = tuple(map(FragmentFile.from_json, content["files"]))
+            return Manifest(files, dict(content["state"]))
     except (ValueError, KeyError, TypeError):
-        is_complete = False
-    if not is_complete:
-        raise _broken(checkpoint, MANIFEST, "was changed")
-    return manifest
+        is_first_format = False
+    if is_first_format:
+        raise UserError(
+            f"Checkpoint {checkpoint} was written by version 0.1 of flallm_ds. Resume with "
+            "that version, or start another run with --run=FOLDER."
+        )
+    raise _damaged(checkpoint, MANIFEST, "was changed")
 
 
-def _broken(checkpoint: Path, name: str, what: str) -> UserError:
-    return UserError(f"Cannot read checkpoint {checkpoint}: {name} {what}.")
+def _damaged(checkpoint: Path, name: str, what: str) -> _DamagedError:
+    return _DamagedError(f"Cannot read checkpoint {checkpoint}: {name} {what}.")

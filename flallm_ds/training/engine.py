@@ -20,9 +20,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
-from deepspeed.runtime.fp16 import loss_scaler
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig, ZeroStageEnum
-from deepspeed.utils.tensor_fragment import fragment_address
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from torch import nn
 from transformers.integrations import HfDeepSpeedConfig
 
@@ -30,20 +28,22 @@ from flallm_ds.config import OptimConfig
 from flallm_ds.dist import World, all_reduce_sum
 from flallm_ds.errors import UserError
 from flallm_ds.training.deepspeed_json import read_json, scales_loss, zero_stage
-from flallm_ds.training.frozen import FROZEN, check_digest, frozen_digest, write_digest
+from flallm_ds.training.fragment_files import FragmentReader
+from flallm_ds.training.fragments import (
+    Key,
+    fragments_of,
+    is_finite,
+    num_bytes_of,
+    numbers_of,
+    partition_of,
+    restore,
+)
+from flallm_ds.training.frozen import check_digest, frozen_digest
 
 STALE_S = 1800.0
 MAX_SKIPPED = 100  # consecutive steps; the largest loss scale, 2**32, reaches 1 after 33
 # Added to the active modules of a parameter, which DeepSpeed numbers from 0.
 HELD = -1
-
-# Classes in the checkpoint files of DeepSpeed, besides tensors and plain containers.
-CHECKPOINT_CLASSES = [
-    ZeroStageEnum,
-    fragment_address,
-    loss_scaler.LossScaler,
-    loss_scaler.DynamicLossScaler,
-]
 
 
 # --- the JSON
@@ -157,6 +157,7 @@ class Engine:
             config=config,
             dist_init_required=False,
         )
+        partition_of(self._engine)  # raises now if no checkpoint could be saved
 
     @property
     def module(self) -> Any:
@@ -227,20 +228,8 @@ class Engine:
         return self._skipped_in_a_row >= (MAX_SKIPPED if self._scales_loss else 1)
 
     def is_finite(self) -> bool:
-        """Whether the tensors of a checkpoint are finite on this rank.
-
-        These are trained parameters, buffers and the optimizer state.
-        """
-        tensors = list(self.module.buffers())
-        for parameter in self.module.parameters():
-            if parameter.requires_grad:
-                # Under ZeRO-3, a rank holds its partition in `ds_tensor`.
-                tensors.append(getattr(parameter, "ds_tensor", parameter))
-        optimizer = getattr(self._optimizer, "optimizer", self._optimizer)
-        for parameter, state in optimizer.state.items():
-            tensors.append(parameter)
-            tensors += filter(torch.is_tensor, state.values())
-        return all(map(_is_finite, tensors))
+        """Whether the tensors of a checkpoint are finite on this rank."""
+        return is_finite(self._engine)
 
     def grad_norms(self, groups: Mapping[str, Sequence[nn.Parameter]]) -> dict[str, float]:
         """Return the gradient norm of each group of parameters, before clipping.
@@ -270,56 +259,37 @@ class Engine:
     def skipped_steps(self) -> int:
         return int(self._engine.skipped_steps)
 
-    def save(self, folder: Path) -> None:
-        """Write the files of every rank into `folder`; training/checkpoint.py commits them.
+    # --- checkpoints
 
-        Instead of frozen parameters, a digest of them is written: a run loads them again
+    def fragments(self) -> Iterator[tuple[Key, torch.Tensor]]:
+        """Yield what this rank owns of the trained parameters and the optimizer state.
+
+        Each tensor is a copy on the host.
+        """
+        return fragments_of(self._engine)
+
+    @property
+    def num_fragment_bytes(self) -> int:
+        return num_bytes_of(self._engine)
+
+    def checkpoint_state(self) -> dict[str, Any]:
+        """Return the plain values that belong to the fragments. Every rank must call this.
+
+        Instead of frozen parameters, a digest of them is stored: a run loads them again
         from their source.
         """
-        digest = self._frozen_digest
-        try:
-            self._engine.save_checkpoint(
-                str(folder),
-                tag="engine",
-                save_latest=False,
-                exclude_frozen_parameters=bool(digest),
-            )
-        except (OSError, RuntimeError):
-            if self.world.size > 1:
-                # The last barrier of DeepSpeed: the other ranks would wait in it forever.
-                torch.distributed.barrier()
-            raise
-        if digest and self.world.is_main:
-            write_digest(folder, digest)
+        return {"numbers": numbers_of(self._engine), "frozen": self._frozen_digest}
 
-    def load(self, folder: Path) -> None:
-        """Restore the parameters, optimizer state and counters that `save` wrote.
+    def load(self, reader: FragmentReader, state: dict[str, Any]) -> None:
+        """Restore parameters, buffers, optimizer state and counters of a checkpoint.
 
-        Only plain data is unpickled. Raises UserError if the frozen parameters differ from
-        those of the run that wrote the checkpoint.
+        state: as `checkpoint_state` returned it. Any number of ranks may have written the
+        fragments. Raises UserError if the frozen parameters differ from those of the run
+        that wrote the checkpoint.
         """
-        complete = not (folder / FROZEN).is_file()
-        if not complete:
-            check_digest(folder, self._frozen_digest)
-        before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
-        # DeepSpeed calls torch.load with weights_only=False.
-        os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
-        try:
-            with torch.serialization.safe_globals(CHECKPOINT_CLASSES):
-                path, _ = self._engine.load_checkpoint(
-                    str(folder),
-                    tag="engine",
-                    load_module_strict=complete,
-                )
-        finally:
-            if before is None:
-                del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
-            else:
-                os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before
-        if path is None:
-            raise UserError(
-                f"Cannot resume from {folder}: the files of DeepSpeed are missing."
-            )
+        check_digest(reader.folder, state["frozen"], self._frozen_digest)
+        restore(self._engine, reader.kinds, state["numbers"], reader.read)
+        reader.close()
 
     @cached_property
     def _frozen_digest(self) -> str:
@@ -425,12 +395,3 @@ def _norm(parameters: Iterable[nn.Parameter]) -> float:
         if parameter.grad is not None:
             norms.append(torch.linalg.vector_norm(parameter.grad.double()))
     return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
-
-
-@torch.no_grad()
-def _is_finite(tensor: torch.Tensor) -> bool:
-    if not tensor.is_floating_point() or not tensor.numel():
-        return True
-    # aminmax makes no copy of the tensor, and returns NaN if there is one.
-    ends = torch.aminmax(tensor.detach())
-    return math.isfinite(ends.min) and math.isfinite(ends.max)

@@ -13,7 +13,6 @@ from torch import nn
 from flallm_ds.dist import World, gather_objects
 from flallm_ds.errors import UserError
 
-FROZEN = "engine/frozen.json"  # in a checkpoint
 # Returns a context in which every rank has the whole parameters.
 Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager[object]]
 
@@ -46,19 +45,12 @@ def frozen_digest(module: nn.Module, gathered: Gather, world: World) -> str:
     return hashlib.sha256(json.dumps(sorted(digests.items())).encode()).hexdigest()
 
 
-def write_digest(checkpoint: Path, digest: str) -> None:
-    """Write the digest to a checkpoint. Raises OSError."""
-    text = json.dumps({"sha256": digest}) + "\n"
-    (checkpoint / FROZEN).write_text(text, encoding="utf-8")
-
-
-def check_digest(checkpoint: Path, digest: str) -> None:
+def check_digest(checkpoint: Path, saved: str, digest: str) -> None:
     """Raise UserError if a checkpoint was saved with other frozen parameters."""
-    saved = json.loads((checkpoint / FROZEN).read_text(encoding="utf-8"))["sha256"]
     if digest != saved:
         raise UserError(
-            f"Checkpoint {checkpoint} was saved with other frozen parameters. Use the LLM, "
-            "the visual encoder and the DeepSpeed JSON of that run, or start another run."
+            f"Checkpoint {checkpoint} was saved with other frozen parameters. Use the "
+            "original LLM, visual encoder and DeepSpeed JSON, or start another run."
         )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from flallm_ds.config import RunConfig
+from flallm_ds.data.plan import micro_batches_per_rank
 from flallm_ds.dist import World
 from flallm_ds.training.deepspeed_json import precision, zero_stage
 from flallm_ds.training.run_folder import EVENTS
@@ -23,7 +24,7 @@ def opening(task: Task, folder: Path, recipe: str) -> str:
     lines = (
         ("train", f"stage {config.stage}{named}: {_models(config)}"),
         ("on", f"{_devices(task.world)}, {_engine(task.engine.config)}"),
-        ("amount", f"{_steps(task)}, {_parameters(task)}"),
+        ("amount", f"{_steps(task)}, {_parameters(task)}{_idle(task)}"),
         ("run", str(folder)),
         (
             "follow",
@@ -71,6 +72,20 @@ def _steps(task: Task) -> str:
         f"{len(task.train.index):,} clips, {epochs} epoch{'s' if epochs > 1 else ''} of "
         f"{num_steps:,} steps{stop}"
     )
+
+
+def _idle(task: Task) -> str:
+    """Return the share of dummy micro-batches, and the numbers of ranks without any."""
+    return idle_share(task.train.plan.num_micro_batches, task.world.size)
+
+
+def idle_share(num_micro_batches: int, world_size: int) -> str:
+    num_passes = world_size * micro_batches_per_rank(num_micro_batches, world_size)
+    idle = 1 - num_micro_batches / num_passes
+    if not idle:
+        return ""
+    even = [str(n) for n in range(1, num_micro_batches + 1) if num_micro_batches % n == 0]
+    return f", {100 * idle:.0f} % of the work is idle (none with {', '.join(even)} ranks)"
 
 
 def _parameters(task: Task) -> str:

@@ -16,7 +16,7 @@ def last_layers(module: Any) -> dict[str, list[nn.Parameter]]:
     """
     found = {}
     if module.visual is not None:
-        encoder = module.visual.visual
+        encoder = module.visual.encoder
         visual = _trained(encoder.temporal) or _trained(_last_layer(encoder.backbone))
         if visual:
             found["visual"] = visual

@@ -37,7 +37,7 @@ def run_stage(config: RunConfig, world: World, stop: StopRequest, recipe: str = 
     """
     # Checkpoints are read once, and before the models: a damaged one ends the start at
     # once.
-    saved = main_first(lambda: begun(config), world)
+    saved = begun(config, world)
     if main_first(lambda: is_finished(config, saved), world):
         if world.is_main:
             print(summary(config), flush=True)
@@ -64,17 +64,24 @@ def run_stage(config: RunConfig, world: World, stop: StopRequest, recipe: str = 
     return finished
 
 
-def begun(config: RunConfig) -> checkpoint.Saved | None:
+def begun(config: RunConfig, world: World) -> checkpoint.Saved | None:
     """Return the checkpoint that the run resumes from, or None before the first one.
 
     Raises UserError where the folder belongs to another run, or none of its checkpoints
     is complete.
     """
     folder = Path(config.run)
-    if not (folder / "config.json").is_file():
+    if not main_first(lambda: _is_open(config), world):
         return None
+    return checkpoint.resumable(folder, world)
+
+
+def _is_open(config: RunConfig) -> bool:
+    """Whether the folder holds this run. Raises UserError if it holds another."""
+    if not (Path(config.run) / "config.json").is_file():
+        return False
     open_run_folder(config)
-    return checkpoint.resumable(folder)
+    return True
 
 
 def is_finished(config: RunConfig, saved: checkpoint.Saved | None) -> bool:

@@ -17,7 +17,7 @@ from flallm_ds.batch import Batch, VideoBatch
 from flallm_ds.config import RunConfig
 from flallm_ds.data.index import Index
 from flallm_ds.data.loader import BrokenClips, Loader
-from flallm_ds.data.plan import EpochPlan, Plan
+from flallm_ds.data.plan import EpochPlan, Plan, micro_batches_of_rank
 from flallm_ds.data.preprocess import Preprocess
 from flallm_ds.data.readers import ClipReader
 from flallm_ds.data.text.codec import TextCodec
@@ -53,6 +53,12 @@ class Split:
     @property
     def index(self) -> Index:
         return self.reader.index
+
+    @property
+    def micro_batches(self) -> range:
+        """The micro-batches of a global batch that this rank computes."""
+        num = self.plan.num_micro_batches
+        return micro_batches_of_rank(num, self.world.rank, self.world.size)
 
     def loader(self, order: EpochPlan) -> Loader:
         """Return a loader of the clips in the order of an epoch of the plan."""
@@ -105,6 +111,7 @@ class Task:
         epoch: int,
         step: int,
         num_tokens: float,
+        share: float,
         lrs: Sequence[float],
         before_update: Callable[[float], None],
     ) -> float:
@@ -113,20 +120,24 @@ class Task:
         Returns the loss of the global batch: the mean over its target tokens.
 
         epoch, step: the position in the run. num_tokens: target tokens of the global
-        batch, over all ranks. lrs: the learning rate of each parameter group.
+        batch, over all ranks. share: the micro-batches of this rank, without dummies, as
+        a multiple of the mean over the ranks. lrs: the learning rate of each parameter
+        group.
         before_update: called with the loss after the last backward pass.
         """
         loss_sum = 0.0
+        self.statistics.share = share
         # BatchNorm statistics of all micro-batches count as one update.
         with self.statistics:
             for number, batch in enumerate(batches):
-                micro_batch = self.world.rank * len(batches) + number
+                micro_batch = self.train.micro_batches.start + number
                 seed_micro_batch(self.config.train.seed, epoch, step, micro_batch)
-                loss = self.loss(batch)
-                loss_sum += loss.item()
-                # DeepSpeed averages over ranks; times the world size, this is the mean
-                # over all tokens.
-                self.engine.backward(loss * (self.world.size / num_tokens))
+                with self.statistics.ignored(is_dummy=not batch.real_B[0]):
+                    loss = self.loss(batch)
+                    loss_sum += loss.item()
+                    # DeepSpeed averages over ranks; times the world size, this is the
+                    # mean over all tokens.
+                    self.engine.backward(loss * (self.world.size / num_tokens))
                 # Gradients are complete now; the optimizer steps in `micro_step_done`.
                 if number == len(batches) - 1:
                     loss_mean = all_reduce_sum([loss_sum], self.world)[0] / num_tokens

@@ -15,7 +15,12 @@ from flallm_ds import export
 from flallm_ds.batch import Batch, Hypothesis
 from flallm_ds.data.device import on_device
 from flallm_ds.data.plan import PlanState
-from flallm_ds.dist import all_reduce_sum, gather_objects, main_first
+from flallm_ds.dist import (
+    all_reduce_sum,
+    gather_objects,
+    host_memory_of_rank,
+    main_first,
+)
 from flallm_ds.errors import Preempted, UserError
 from flallm_ds.files import replace_folder
 from flallm_ds.metrics.columns import CEILING
@@ -32,6 +37,7 @@ from flallm_ds.training.run_log import RunLog
 from flallm_ds.training.schedule import rate_factor
 from flallm_ds.training.stop import StopRequest
 from flallm_ds.training.task import Task
+from flallm_ds.training.watchdog import Watchdog
 from flallm_ds.training.weights_record import read_weights
 
 
@@ -43,6 +49,7 @@ class Position:
     step: int = 0  # within the epoch
     global_step: int = 0
     best_bleu4: float = -1.0
+    best_chrf: float = -1.0  # decides between equal BLEU-4, as of very short texts
 
 
 class Trainer:
@@ -58,6 +65,10 @@ class Trainer:
         self.config, self.world = task.config, task.world
         self.at = Position()
         self._saved: int | None = None  # the global step of the newest checkpoint
+        self._saving: checkpoint.Save | None = None  # a checkpoint in the background
+        self._saved_at = time.perf_counter()  # when the last save began
+        self._save_is_due = False  # after the last step
+        self.watchdog: Watchdog | None = None  # while `run` trains
         self.stop = stop
         self.progress = Progress(
             self.config.train.log_every_s,
@@ -77,8 +88,12 @@ class Trainer:
             self._resume(saved)
         # After the resume: lines of metrics.jsonl behind the checkpoint are cut off.
         main_first(self._open_metrics, self.world)
+        train = self.config.train
         try:
-            self._train()
+            with Watchdog(
+                self.folder, self.world, train.stall_warn_s, train.stall_limit_s
+            ) as self.watchdog:
+                self._train()
         finally:
             if self.metrics is not None:
                 self.metrics.close()
@@ -97,6 +112,11 @@ class Trainer:
 
     def _open_metrics(self) -> None:
         self.metrics = Metrics(self.folder, self.at.global_step, self.at.epoch)
+
+    def _beat(self, phase: str) -> None:
+        """Tell the watchdog that this rank makes progress."""
+        if self.watchdog is not None:
+            self.watchdog.beat(phase, self.at.global_step)
 
     @property
     def _lost_records(self) -> bool:
@@ -120,20 +140,18 @@ class Trainer:
         self.task.engine.module.train()
         num_steps = len(loader)
         waiting_since = time.perf_counter()
+        self._beat("data loading")
         for batches in on_device(loader.steps(self.at.step), self.world.device):
             waited = time.perf_counter() - waiting_since
             stop = self._step(batches, num_steps, waited)
 
             # Save between two steps: on request, every n steps, or at the step limit. The
             # end of an epoch saves after its evaluation.
-            every = self.config.train.save_every_steps
-            due = (
-                every is not None
-                and self.at.global_step % every == 0
-                and self.at.step < num_steps
-            )
-            if stop or due or self._out_of_steps():
+            at_end = stop or self._out_of_steps()
+            if at_end or (self._save_is_due and self.at.step < num_steps):
                 self._save()
+            if at_end:
+                self._finish_save()
             if stop:
                 raise Preempted(
                     f"Stopped after step {self.at.global_step}. Run the same command again "
@@ -142,6 +160,7 @@ class Trainer:
             if self._out_of_steps():
                 return
             waiting_since = time.perf_counter()
+            self._beat("data loading")
 
     def _step(self, batches: list[Batch], num_steps: int, waited: float) -> bool:
         """Make one step on the micro-batches of this rank and log it.
@@ -150,22 +169,31 @@ class Trainer:
         """
         begin = time.perf_counter()
         task, at = self.task, self.at
+        self._beat("step")
 
         # Sum over all ranks what the step needs to know of them, in one collective.
-        num_tokens = num_frames = 0
+        num_tokens = num_frames = num_real = 0
         for batch in batches:
+            num_real += batch.real_B[0]
             num_tokens += batch.num_target_tokens
             num_frames += int(batch.num_frames_B.sum())
-        counts = [num_tokens, num_frames, bool(self.stop), self._lost_records]
-        tokens, frames, stops, lost = all_reduce_sum(counts, self.world)
+        is_written = self._saving is not None and self._saving.is_written()
+        counts = [num_tokens, num_frames, bool(self.stop), self._lost_records, is_written]
+        counts += [self.world.is_main and self._minutes_are_over(), num_real]
+        sums = all_reduce_sum(counts, self.world)
+        tokens, frames, stops, lost, written, minutes_are_over, num_micro_batches = sums
+        share = num_real * self.world.size / num_micro_batches
         if lost:
             main_first(self._check_records, self.world)
+        if written == self.world.size:
+            self._finish_save()
 
         # The learning rates depend on the finished fraction of the run alone.
         done = (at.epoch + at.step / num_steps) / self.config.train.epochs
         factor = rate_factor(done, self.config.optim.warmup)
         lrs = [lr * factor for lr in task.lrs]
-        loss = task.step(batches, at.epoch, at.step, tokens, lrs, self._before_update)
+        place = at.epoch, at.step
+        loss = task.step(batches, *place, tokens, share, lrs, self._before_update)
         # Raises if gradients stay infinite or NaN, so that a run does not idle for hours.
         if task.engine.is_stuck:
             self._must_be_finite("gradient norm", task.engine.grad_norm())
@@ -173,7 +201,15 @@ class Trainer:
         seconds = waited + time.perf_counter() - begin
         self._write_step(loss, lrs[-1], int(frames), seconds, waited)
         self.progress.step(at.epoch, at.step, num_steps, loss, frames, seconds, waited)
+        every = self.config.train.save_every_steps
+        steps_are_over = every is not None and at.global_step % every == 0
+        self._save_is_due = steps_are_over or minutes_are_over > 0
         return stops > 0
+
+    def _minutes_are_over(self) -> bool:
+        """Whether rank 0 measures that the next checkpoint is due by time."""
+        minutes = self.config.train.save_every_minutes
+        return minutes > 0 and time.perf_counter() - self._saved_at > 60 * minutes
 
     def _before_update(self, loss: float) -> None:
         """Check the loss and log the gradients before the optimizer uses them: a loss that
@@ -206,6 +242,7 @@ class Trainer:
         """Raise UserError on every rank, before the step, if the value is not finite."""
         if np.isfinite(value):
             return
+        self._finish_save()
         saved = "There is no checkpoint."
         if self._saved:
             saved = f"The last checkpoint is of step {self._saved}."
@@ -232,6 +269,7 @@ class Trainer:
                 self._save()  # before the evaluation, which takes minutes and may fail
             self._evaluate(done)
         self.at.epoch, self.at.step = done, 0
+        self._finish_save()
         # The weights of this step may be saved already; then only the position has changed.
         if self._saved == self.at.global_step:
             main_first(self._check_records, self.world)
@@ -241,6 +279,8 @@ class Trainer:
             )
         else:
             self._save()
+            if done == epochs:
+                self._finish_save()
 
     def _evaluate(self, epoch: int) -> None:
         """Score the dev split and write the export if the score is the best so far."""
@@ -250,8 +290,13 @@ class Trainer:
         # All ranks search their share of the clips; hypotheses are gathered on every rank.
         evaluation = Evaluation(task.dev_loader(), task.generate, task.codec, self.world)
         progress = ScoringProgress(split, self.config.train.log_every_s, self.world.is_main)
+
+        def scored(done: int, clips: int) -> None:
+            self._beat("evaluation")
+            progress(done, clips)
+
         with task.engine.gathered(self.config.eval.gather):
-            hypotheses = evaluation.hypotheses(progress, self.stop)
+            hypotheses = evaluation.hypotheses(scored, self.stop)
         # The score of a perfect model shows what the tokenizer alone costs.
         scores = scores_of(hypotheses)
         ceiling = ceiling_of(perfect(hypotheses, task.codec))
@@ -265,8 +310,9 @@ class Trainer:
             f"epoch {epoch} {split}: BLEU-4 {scores.bleu4:.2f} {ceiling}".rstrip()
         )
         self._show(epoch, shown(hypotheses))
-        if scores.bleu4 > self.at.best_bleu4:
-            self.at.best_bleu4 = scores.bleu4
+        at, chrf = self.at, scores.values["chrf"]
+        if (scores.bleu4, chrf) > (at.best_bleu4, at.best_chrf):
+            at.best_bleu4, at.best_chrf = scores.bleu4, chrf
             exported = scores.as_dict() | {CEILING.key: ceiling.bleu4}
             self._export({split: exported, "epoch": epoch})
 
@@ -295,7 +341,7 @@ class Trainer:
                 ((name, tensor) for name, tensor in state if tensor is not None),
                 ((f"visual.{name}", tensor) for name, tensor in frozen),
             )
-            parts = task.extractor.settings(), task.extractor.visual.settings()
+            parts = task.extractor.settings(), task.extractor.encoder.settings()
             settings = export.settings_of(self.config, task.train.index, scores, *parts)
             settings["weights"] = read_weights(self.folder)
             # The folder appears complete or not at all; a full disk must not hang the ranks.
@@ -317,6 +363,8 @@ class Trainer:
             )
 
     def _save(self) -> None:
+        self._beat("saving")
+        self._finish_save()
         begin = time.perf_counter()
         # Lost records before a checkpoint would not be written again after a resume.
         main_first(self._check_records, self.world)
@@ -326,47 +374,52 @@ class Trainer:
                 "state are not finite. Earlier checkpoints are complete. Try a lower "
                 "--optim.lr or --optim.clip in another run."
             )
-        checkpoint.save(
+        # A copy on the host allows to train on while a thread writes it.
+        engine = self.task.engine
+        background = 2 * engine.num_fragment_bytes < host_memory_of_rank(self.world)
+        fragments = engine.fragments()
+        self._saving = checkpoint.Save(
             self.folder / "checkpoints",
             self.at.global_step,
             self._state(),
-            self.task.engine.save,
+            list(fragments) if background else fragments,
             self.world,
-            self.config.train.keep_checkpoints,
+            background=background,
         )
-        self._saved = self.at.global_step
+        self._saved_at = time.perf_counter()
         self.progress.pause(time.perf_counter() - begin)
+
+    def _finish_save(self) -> None:
+        """Commit the checkpoint that is being written, if any. Every rank must call this."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.commit(self.config.train.keep_checkpoints)
+            self._saved = saving.step
 
     def _state(self) -> dict[str, Any]:
         plan_state = self.task.train.plan.state(self.at.epoch, self.at.step)
         return {
             "position": asdict(self.at),
             "plan": asdict(plan_state),
-            "world_size": self.world.size,
             "frozen_encoder": self._frozen_encoder,
+            "engine": self.task.engine.checkpoint_state(),
         }
 
     def _resume(self, found: checkpoint.Saved) -> None:
-        """Load a checkpoint. Raises UserError if its data, world size or frozen encoder
-        differs from this run."""
+        """Load a checkpoint. Raises UserError if its data or its frozen encoder differs from
+        this run."""
         newest, state = found.path, found.state
         # Compare what must be equal before anything is loaded.
         position = Position(**state["position"])
         saved = PlanState.load(state["plan"])
         self.task.train.plan.state(saved.epoch, saved.step).check_same_plan(saved)
-        if state["world_size"] != self.world.size:
-            raise UserError(
-                f"The number of ranks must be {state['world_size']} as when {newest} was "
-                f"saved, got {self.world.size}. Start that many ranks, or use another run "
-                "folder."
-            )
         if state["frozen_encoder"] != self._frozen_encoder:
             raise UserError(
                 f"Checkpoint {newest} was saved with another frozen visual encoder. Use the "
                 "original --visual_run (has its stage 1 been trained further?), or another "
                 "run folder."
             )
-        self.task.engine.load(newest)
+        self.task.engine.load(found.reader(), state["engine"])
         # Report newer checkpoints that were damaged, and move them out of the way.
         for problem in found.damaged.values():
             self.progress.say(f"warning: {problem} The run resumes from {newest.name}.")

@@ -497,6 +497,20 @@ def test_an_abandoned_loader_leaves_no_threads(train, codec):
 # --- dummies
 
 
+def test_ranks_with_fewer_micro_batches_fill_up_with_dummies(train, codec):
+    """4 micro-batches on 3 ranks: 2 forward passes of each, of which 2 are dummies."""
+    whole = list(loader_of(train, codec, num_micro_batches=4).steps())
+    shares = [
+        list(loader_of(train, codec, num_micro_batches=4, rank=r, world_size=3).steps())
+        for r in range(3)
+    ]
+    for step, expected in enumerate(whole):
+        batches = [batch for share in shares for batch in share[step]]
+        assert [len(share[step]) for share in shares] == [2, 2, 2]
+        assert all_same([[b for b in batches if any(b.real_B)]], [expected])
+        assert len([b for b in batches if not any(b.real_B)]) == 2
+
+
 def test_a_rank_without_clips_gets_a_dummy_that_weighs_nothing(tiny_corpus, codec):
     """9 clips in batches of 8: one step has 1 clip for 6 micro-batches."""
     dev = load_index(tiny_corpus / "shards", "dev")

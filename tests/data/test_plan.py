@@ -10,6 +10,7 @@ from flallm_ds.data.plan import (
     Plan,
     PlanState,
     micro_batches_of_rank,
+    micro_batches_per_rank,
     temperature_weights,
 )
 from flallm_ds.errors import UserError
@@ -181,11 +182,20 @@ def test_the_global_batches_do_not_depend_on_the_number_of_micro_batches():
         assert two.batch(step).tolist() == four.batch(step).tolist()
 
 
-def test_micro_batches_that_ranks_cannot_share_equally_are_refused():
+def test_more_ranks_than_micro_batches_are_refused():
     with pytest.raises(
-        UserError, match=r"multiple of the number of ranks \(3\), got 4.*micro_batches=6"
+        UserError, match=r"at least the number of ranks \(5\), got 4\. .*micro_batches=5"
     ):
-        micro_batches_of_rank(4, 0, 3)
+        micro_batches_of_rank(4, 0, 5)
+
+
+@pytest.mark.parametrize(("num", "world_size"), [(4, 3), (7, 2), (64, 63), (5, 5)])
+def test_ranks_share_micro_batches_as_evenly_as_possible(num, world_size):
+    shares = [micro_batches_of_rank(num, rank, world_size) for rank in range(world_size)]
+    assert [number for share in shares for number in share] == list(range(num))
+    most = max(map(len, shares))
+    assert most - min(map(len, shares)) <= 1
+    assert most == micro_batches_per_rank(num, world_size)
 
 
 def test_buckets_pad_far_less_than_a_shuffle():

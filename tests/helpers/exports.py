@@ -103,7 +103,7 @@ def settings_of(config: RunConfig, extractor: FeatureExtractor) -> dict[str, Any
         index,
         {"dev": dev, "epoch": 3},
         extractor.settings(),
-        extractor.visual.settings(),
+        extractor.encoder.settings(),
     )
 
 

@@ -56,7 +56,7 @@ def test_a_fingerprint_does_not_depend_on_the_version_that_wrote_the_config():
     before, settings = model.fingerprint(), model.settings()
     config._name_or_path, config.transformers_version = "/elsewhere", "99"
     assert model.fingerprint() == before and model.settings() == settings
-    assert "transformers_version" not in json.dumps(settings | model.visual.settings())
+    assert "transformers_version" not in json.dumps(settings | model.encoder.settings())
     config.encoder_layers = 2
     assert model.fingerprint() != before
 
@@ -65,7 +65,7 @@ def test_frame_wise_features_are_the_input_of_the_temporal_module():
     frames, signs = extractor("frames").eval(), extractor("signs").eval()
     pixels_NCHW, num_frames_B = torch.randn(5, 3, 32, 32), torch.tensor([5])
     with torch.no_grad():
-        read = signs.visual.temporal(frames(pixels_NCHW, num_frames_B), num_frames_B)
+        read = signs.encoder.temporal(frames(pixels_NCHW, num_frames_B), num_frames_B)
         torch.testing.assert_close(read, signs(pixels_NCHW, num_frames_B))
 
 
@@ -84,8 +84,8 @@ def test_frozen_parts_stay_frozen_in_train_mode(kind, how, trained):
     model = extractor(kind).freeze(how)
     nn.ModuleList([model]).train()
     parts = {
-        "backbone": model.visual.backbone,
-        "temporal": model.visual.temporal,
+        "backbone": model.encoder.backbone,
+        "temporal": model.encoder.temporal,
         "adapter": model.vl_adapter,
         "encoder": model.light_t_encoder,
     }
@@ -106,7 +106,7 @@ def test_frozen_parts_stay_frozen_in_train_mode(kind, how, trained):
 @pytest.mark.parametrize("kind", KINDS)
 def test_settings_and_weights_make_the_same_extractor(kind):
     model = extractor(kind)
-    visual = VisualEncoder.from_settings(model.visual.settings())
+    visual = VisualEncoder.from_settings(model.encoder.settings())
     again = FeatureExtractor.from_settings(visual, model.settings())
     assert again.fingerprint() != model.fingerprint()
     again.load_state_dict(model.state_dict())
@@ -118,5 +118,5 @@ def test_the_fingerprint_depends_on_the_kind_and_on_every_weight():
     model = extractor("signs")
     before = model.fingerprint()
     with torch.no_grad():
-        model.visual.temporal.norm.running_var[3] += 1e-3
+        model.encoder.temporal.norm.running_var[3] += 1e-3
     assert model.fingerprint() != before

@@ -22,6 +22,7 @@ from flallm_ds.config import OptimConfig
 from flallm_ds.errors import UserError
 from flallm_ds.models.llm.load import LlmOptions, load_llm
 from flallm_ds.models.llm.tuning import Tuning, tune
+from flallm_ds.training import checkpoint
 from flallm_ds.training import engine as ds
 from flallm_ds.training.deepspeed_json import complete
 
@@ -285,14 +286,25 @@ def resumed(
     dist.main_first(lambda: out.mkdir(parents=True), world)
     engine = tuned_engine(folder, tuning, zero, world)
     whole = train(engine, world, range(2))
-    engine.save(out)
+    state = {"engine": engine.checkpoint_state()}
+    saving = checkpoint.Save(out, 2, state, engine.fragments(), world, background=False)
+    saving.commit(keep=1)
     whole += train(engine, world, range(2, STEPS))
     again = tuned_engine(folder, tuning, zero, world)
-    again.load(out)
-    found = {"whole": whole, "resumed": train(again, world, range(2, STEPS))}
+    saved = checkpoint.newest(out, world)
+    assert saved is not None
+    again.load(saved.reader(), saved.state["engine"])
+    module = engine.module
+    persistent = module.state_dict().keys()
+    found = {
+        "whole": whole,
+        "resumed": train(again, world, range(2, STEPS)),
+        "trained": [n for n, p in module.named_parameters() if p.requires_grad],
+        "buffers": [n for n, _ in module.named_buffers() if n in persistent],
+    }
     other = tuned_engine(folder.with_name(f"{folder.name}_other"), tuning, zero, world)
     try:
-        other.load(out)
+        other.load(saved.reader(), saved.state["engine"])
     except UserError as error:
         found["another_base"] = str(error)
     return found

@@ -35,7 +35,7 @@ def scenarios(*, file: Path) -> None:
         if scenario.get("damaged"):
             dist.main_first(lambda folder=folder: flip_a_byte(folder), world)
         fault = next((name for name in ("nan_at", "full_at") if name in scenario), None)
-        saved = dist.main_first(lambda folder=folder: checkpoint.resumable(folder), world)
+        saved = checkpoint.resumable(folder, world)
         trainer = Trainer(build_task(config, folder, world), folder, stop)
         if fault is None:
             trainer.run(saved)
@@ -77,7 +77,7 @@ class Faults:
 
 def flip_a_byte(run: Path) -> None:
     newest = max((run / "checkpoints").glob("step-*"))
-    file = max((newest / "engine").iterdir(), key=lambda path: path.stat().st_size)
+    file = max(newest.glob("rank-*"), key=lambda path: path.stat().st_size)
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)

@@ -1,4 +1,4 @@
-"""Shards, checkpoints and exports that an earlier version made are still read."""
+"""Shards and exports of an earlier version are still read; checkpoints are refused."""
 
 import json
 import subprocess
@@ -10,10 +10,10 @@ import pytest
 
 from flallm_ds.cli.evaluate import evaluate
 from flallm_ds.sharding.verify import verify
-from tests.helpers.launching import environment, losses
+from tests.helpers.launching import environment
 from tests.helpers.paths import ROOT
 
-LAST_LOSS = {"joint": 1.824872, "llm": 1.821694}  # of the runs that were not stopped
+STAGES = ("joint", "llm")
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def test_shards_verify(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     verify(Path("shards"), workers=1)
 
 
-@pytest.mark.parametrize("stage", LAST_LOSS)
+@pytest.mark.parametrize("stage", STAGES)
 def test_exports_give_the_same_hypotheses(
     made: Path, stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -50,16 +50,13 @@ def test_exports_give_the_same_hypotheses(
     assert found == {record["key"]: record["hypothesis"] for record in records} != {}
 
 
-@pytest.mark.parametrize("stage", LAST_LOSS)
-def test_checkpoints_resume(made: Path, stage: str) -> None:
-    """To the loss of the step after them, which depends on weights, dropout and data alike."""
+@pytest.mark.parametrize("stage", STAGES)
+def test_checkpoints_of_the_first_format_are_refused(made: Path, stage: str) -> None:
+    """BREAKING in the changelog: they do not fit another number of ranks."""
     run = made / f"run_{stage}"
-    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    command = json.loads((run / "versions.json").read_text(encoding="utf-8"))["starts"][0][
-        "command"
-    ]
-    assert config["stage"] == stage
-    words = [word for word in command[1:] if not word.startswith("--train.max_steps")]
+    starts = json.loads((run / "versions.json").read_text(encoding="utf-8"))["starts"]
+    words = starts[0]["command"][1:]
+    words = [word for word in words if not word.startswith("--train.max_steps")]
     done = subprocess.run(
         [sys.executable, str(ROOT / "launch" / "train.py"), *words],
         cwd=made,
@@ -69,6 +66,7 @@ def test_checkpoints_resume(made: Path, stage: str) -> None:
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert "resumed at epoch 39, step 1" in done.stdout
-    assert losses(run)[-1] == pytest.approx(LAST_LOSS[stage], rel=1e-4)
+    assert done.returncode == 2, done.stdout[-4000:]
+    assert (
+        "was written by version 0.1 of flallm_ds. Resume with that version" in done.stdout
+    )

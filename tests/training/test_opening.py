@@ -6,7 +6,7 @@ import pytest
 
 from flallm_ds.dist import World
 from flallm_ds.training.deepspeed_json import precision
-from flallm_ds.training.opening import _devices
+from flallm_ds.training.opening import _devices, idle_share
 from tests.helpers.launching import flags, launch, tiny_options
 from tests.helpers.paths import ROOT
 
@@ -35,6 +35,11 @@ def test_ranks_of_several_machines_are_counted_on_each(
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert _devices(World(0, 8, 0, 4)) == "8 ranks (4 on this machine) on CPU"
+
+
+def test_idle_ranks_are_reported_with_the_numbers_that_waste_nothing() -> None:
+    assert idle_share(4, 2) == ""
+    assert idle_share(4, 3) == ", 33 % of the work is idle (none with 1, 2, 4 ranks)"
 
 
 @pytest.mark.parametrize(

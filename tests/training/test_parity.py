@@ -1,6 +1,7 @@
 """The same numbers on any number of ranks, under any ZeRO, stopped or not. fp32, CPU, two
 gloo ranks."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,9 @@ from flallm_ds.models.visual_encoder import VisualEncoder
 from tests.helpers.launching import losses, run_scenarios, tiny_options
 
 STOPS = (1, 4, 5, 7)  # 5 is the end of an epoch
+# The parts of an elastic run: ranks, the step it stops after, and the ZeRO stage. Three
+# ranks share four micro-batches unevenly.
+ELASTIC = ((2, 2, None), (1, 4, 2), (4, 7, 3), (3, None, None))
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +25,8 @@ def runs(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     resumed ones.
 
     two/frozen and two/frozen_stopped_4 train a part of the backbone of backbone/.
+    two/visual_elastic and two/llm_elastic are resumed by other numbers of ranks, under
+    other ZeRO stages.
     """
     folder = tmp_path_factory.mktemp("runs")
     VisualEncoder(width=8).backbone.model.save_pretrained(folder / "backbone")
@@ -60,8 +66,29 @@ def runs(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
                 options = tiny_options(tiny_corpus, "visual", folder / name / run, **part)
                 limit = {"train.max_steps": str(stop)} if stop else {}
                 scenarios.append({"stage": "visual", "options": options | limit})
+        scenarios += elastic_part(tiny_corpus, folder, ranks)
         run_scenarios(scenarios, folder / f"{name}.json", ranks)
+    for ranks in (4, 3):
+        part = elastic_part(tiny_corpus, folder, ranks)
+        run_scenarios(part, folder / f"elastic_{ranks}.json", ranks)
     return folder
+
+
+def elastic_part(corpus: Path, folder: Path, ranks: int) -> list[dict[str, object]]:
+    """The scenarios of the part of the elastic runs with this number of ranks."""
+    ((_, stop, zero),) = [part for part in ELASTIC if part[0] == ranks]
+    scenarios: list[dict[str, object]] = []
+    for stage in ("visual", "llm"):
+        run = folder / "two" / f"{stage}_elastic"
+        options = tiny_options(corpus, stage, run)
+        if stop is not None:
+            options["train.max_steps"] = str(stop)
+        if zero is not None:
+            file = folder / f"zero{zero}.json"
+            file.write_text(json.dumps({"zero_optimization": {"stage": zero}}))
+            options["train.deepspeed"] = str(file)
+        scenarios.append({"stage": stage, "options": options})
+    return scenarios
 
 
 @pytest.mark.parametrize("stage", ["visual", "llm"])
@@ -80,6 +107,16 @@ def test_a_stopped_and_resumed_run_gives_the_same_losses(
     runs: Path, stage: str, stop: int
 ) -> None:
     assert losses(runs / "two" / f"{stage}_stopped_{stop}") == losses(runs / "two" / stage)
+
+
+@pytest.mark.parametrize("stage", ["visual", "llm"])
+def test_a_run_resumed_by_other_ranks_and_zero_stages_gives_the_same_losses(
+    runs: Path, stage: str
+) -> None:
+    """2 -> 1 -> 4 -> 3 ranks in the middle of epochs, ZeRO-2 and ZeRO-3, with dropout."""
+    elastic, whole = (losses(runs / "two" / f"{stage}{s}") for s in ("_elastic", ""))
+    assert elastic[:2] == whole[:2]
+    np.testing.assert_allclose(elastic, whole, atol=1e-4)
 
 
 @pytest.mark.parametrize("stop", STOPS)

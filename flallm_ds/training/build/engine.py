@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from flallm_ds.config import OptimConfig, RunConfig
+from flallm_ds.data.plan import micro_batches_per_rank
 from flallm_ds.dist import World
 from flallm_ds.errors import require
 from flallm_ds.models.sign_translator import SignTranslator
@@ -25,7 +26,7 @@ def deepspeed_config(config: RunConfig, world: World) -> dict[str, Any]:
     json_config = ds.read_deepspeed_config(path)
     check_precision(config, json_config, path)
     check_rates(config, json_config, path)
-    accumulation = config.data.micro_batches // world.size
+    accumulation = micro_batches_per_rank(config.data.micro_batches, world.size)
     ds_config = complete(json_config, world.device, accumulation, config.optim.clip)
     # ZeRO-3 gathers parameters in each forward pass, so all ranks must run equally many.
     is_partitioned = config.trains_visual and zero_stage(ds_config) == 3
@@ -102,8 +103,7 @@ def parameter_groups(model: SignTranslator, config: RunConfig) -> list[dict[str,
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        # `visual` is the feature extractor, `visual.visual` its visual encoder.
-        if name.startswith("visual.visual.backbone."):
+        if name.startswith("visual.encoder.backbone."):
             backbone.append(parameter)
         elif name.startswith("language_model."):
             language.append(parameter)

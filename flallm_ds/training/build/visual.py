@@ -28,11 +28,11 @@ def feature_extractor(config: RunConfig, world: World) -> FeatureExtractor:
     else:
         extractor = export.read_features(stage_1_export(config), config.llm.input)
     if config.stage != "llm" or config.visual.frozen == "none":
-        _tune_backbone(extractor.visual.backbone, config)
-    extractor.visual.chunk_frames = config.visual.chunk_frames
+        _tune_backbone(extractor.encoder.backbone, config)
+    extractor.encoder.chunk_frames = config.visual.chunk_frames
     # Only a backward pass reads activations.
     if config.visual.checkpointing and config.trains_visual:
-        extractor.visual.backbone.checkpoint_activations()
+        extractor.encoder.backbone.checkpoint_activations()
     return extractor.freeze(config.visual.frozen if config.stage == "llm" else "none")
 
 
