@@ -665,6 +665,6 @@ def test_a_few_unknown_tokens_are_printed_and_many_are_refused(folders, capsys):
         "because of 'Ω' (1).\n"
     )
     with pytest.raises(
-        UserError, match=r"at most 0\.1 % .* got an/llm with .* because of 'Ω' \(9\)\. Give"
+        UserError, match=r"at most 0\.1 % .* got an/llm with .* because of 'Ω' \(9\)\. Use"
     ):
         check_unknown(codec, [*many, *["Ω"] * 9], "an/llm")
