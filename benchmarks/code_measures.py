@@ -8,9 +8,11 @@ data-loading threads, model, engine.
 """
 
 import ast
+import io
 import subprocess
 import sys
 import tempfile
+import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,8 @@ from flallm_ds.command import main
 
 PRODUCT = ("flallm_ds", "launch", "shards")
 WIDE = 90  # columns
+# Modules of the dataclasses with the options, in this layout and in the first one.
+OPTION_MODULES = ("flallm_ds.config", "flallm_ds.config.sections", "flallm_ds.config.run")
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
@@ -91,6 +95,7 @@ def measures(root: Path) -> dict[str, str]:
     largest = max(product, key=lambda source: len(source.lines))
     longest, length = max(functions(product), key=lambda found: found[1])
     wide = sum(len(line) > WIDE for source in product for line in source.lines)
+    num_comments = sum(map(comments, product))
     nodes = [node for source in product for node in ast.walk(source.tree)]
     comprehensions = sum(isinstance(node, COMPREHENSIONS) for node in nodes)
     return {
@@ -101,6 +106,7 @@ def measures(root: Path) -> dict[str, str]:
         "import cycles": str(len(cycles(product))),
         "imports inside functions": str(sum(map(inner_imports, product))),
         f"lines over {WIDE} columns": f"{100 * wide / num_lines:.1f} %",
+        "lines with a comment": f"{100 * num_comments / num_lines:.1f} %",
         "comprehensions per 1,000 lines": f"{1000 * comprehensions / num_lines:.1f}",
         "options of a training run": str(num_options(root)),
         "lines of tests / lines of the product": f"{num_test_lines / num_lines:.2f}",
@@ -121,6 +127,16 @@ def functions(sources: list[Source]) -> Iterator[tuple[str, int]]:
             if isinstance(node, FUNCTIONS):
                 assert node.end_lineno is not None
                 yield f"{source.path}:{node.name}", node.end_lineno - node.lineno + 1
+
+
+def comments(source: Source) -> int:
+    """Count the lines with a comment, without those that are for a tool."""
+    text = "\n".join(source.lines) + "\n"
+    found = 0
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        is_comment = token.type == tokenize.COMMENT
+        found += is_comment and not token.string.startswith(("# noqa", "# type:"))
+    return found
 
 
 def inner_imports(source: Source) -> int:
@@ -178,7 +194,7 @@ def num_options(root: Path) -> int:
     """Count the fields of the dataclasses of a run, except those of type section."""
     count = 0
     for source in read(root, "flallm_ds"):
-        if source.module.startswith("flallm_ds.config"):
+        if source.module in OPTION_MODULES:
             classes = [node for node in source.tree.body if isinstance(node, ast.ClassDef)]
             fields = [node for one in classes for node in one.body]
             hints = [f.annotation for f in fields if isinstance(f, ast.AnnAssign)]

@@ -284,8 +284,7 @@ def read_manifest(root: str | Path | Store) -> dict[str, Any]:
 
 
 def _check_manifest(manifest: dict[str, Any]) -> None:
-    """Raise KeyError, TypeError, AttributeError or UserError for a missing field or a wrong
-    type."""
+    """Raise KeyError, TypeError, AttributeError or UserError for a missing or wrong field."""
     if not isinstance(manifest["corpus"], str):
         raise TypeError("corpus")
     for name, kind in (("language", str), ("options", dict), ("skipped", dict)):
