@@ -39,6 +39,18 @@ OWNED_BY_JSON = (
     "wall_clock_breakdown",
     "comms_logger",
 )
+# Keys of zero_optimization that DeepSpeed accepts but that break a guarantee: the only
+# value that is accepted, and what another value would do.
+_REFUSED: dict[str, tuple[Any, str]] = {
+    "zero_hpz_partition_size": (
+        1,
+        "after a resume, its second copy of the parameters would be out of date",
+    ),
+    "compute_grad_norm": (True, "gradients would be neither clipped nor checked"),
+    "zenflow": (None, "it changes the number of gradient accumulation steps"),
+    "zero_quantized_weights": (False, "it rounds the weights that are trained"),
+    "zero_quantized_gradients": (False, "it rounds the gradients"),
+}
 _PRECISIONS = ("bf16", "fp16", "torch_autocast", "data_types")
 
 
@@ -85,6 +97,13 @@ def read_json(path: Path, zero_keys: Sequence[str]) -> dict[str, Any]:
             f"{json.dumps(checks_overflow)}: a step would use gradients that are not "
             "finite. Remove it."
         )
+    for name, (allowed, reason) in _REFUSED.items():
+        got = zero.get(name, allowed)
+        if got != allowed:
+            raise UserError(
+                f"zero_optimization.{name} must be {json.dumps(allowed)} in {path}, got "
+                f"{json.dumps(got)}: {reason}. Remove it."
+            )
     for name in zero:
         if name not in zero_keys:
             raise UserError(
@@ -118,7 +137,6 @@ def for_cpu(config: dict[str, Any]) -> dict[str, Any]:
             # Offload to NVMe becomes offload to memory.
             device = "none" if zero[part].get("device", "none") == "none" else "cpu"
             zero[part] = {**zero[part], "pin_memory": False, "device": device}
-    zero.pop("zero_hpz_partition_size", None)  # the number of GPUs of a node
     # ZeRO-3 does not partition parameters below the threshold; all those of a tiny model
     # are below the default.
     if zero.get("stage") == 3:

@@ -48,14 +48,12 @@ def test_every_shipped_json_is_in_the_readme():
     assert [path.name for path in JSONS if f"| `{path.name}` |" not in readme] == []
 
 
-def test_on_a_cpu_there_is_no_offload_to_nvme_and_no_hpz():
+def test_on_a_cpu_there_is_no_offload_to_nvme():
     config = for_cpu(json.loads((JSONS[0].parent / "zero3_nvme.json").read_text()))
     assert {
         config["zero_optimization"][part]["device"]
         for part in ("offload_optimizer", "offload_param")
     } == {"cpu"}
-    config = for_cpu(json.loads((JSONS[0].parent / "zero3_hpz.json").read_text()))
-    assert "zero_hpz_partition_size" not in config["zero_optimization"]
 
 
 def test_an_unknown_key_is_an_error_that_names_the_nearest_key(tmp_path):
@@ -72,6 +70,21 @@ def test_an_unknown_zero_key_is_an_error_that_names_the_nearest_key(tmp_path):
         UserError, match=r"zero_optimization\.overlap_com: did you mean overlap_comm"
     ):
         read(tmp_path, {"zero_optimization": {"stage": 2, "overlap_com": True}})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("zero_hpz_partition_size", 8),
+        ("compute_grad_norm", False),
+        ("zenflow", {"topk_ratio": 0.1}),
+        ("zero_quantized_weights", True),
+        ("zero_quantized_gradients", True),
+    ],
+)
+def test_a_key_that_breaks_a_guarantee_is_an_error(tmp_path, key, value):
+    with pytest.raises(UserError, match=rf"zero_optimization\.{key} must be .*, got "):
+        read(tmp_path, {"zero_optimization": {"stage": 3, key: value}})
 
 
 def test_the_check_for_gradients_that_are_not_finite_cannot_be_disabled(tmp_path):
