@@ -28,15 +28,21 @@ COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 # Runs launch/train.py and records the files whose functions are called between the second
-# and the third step.
+# and the third step: in all threads, and in the main thread within Task.step.
 TRACED = """
 import runpy, sys, threading
 steps, files = 0, set()
+inside, own = False, set()  # whether Task.step runs in the main thread
 def profile(frame, event, argument):
-    global steps
+    global steps, inside
+    path = frame.f_code.co_filename
+    if path.endswith("training/task.py") and frame.f_code.co_name == "step":
+        inside = event == "call"
     if event != "call":
         return
-    path = frame.f_code.co_filename
+    if inside and steps == 2 and "/flallm_ds/" in path and "site-packages" not in path:
+        if threading.current_thread() is threading.main_thread():
+            own.add(path.partition("/flallm_ds/")[2])
     if path.endswith("training/progress.py") and frame.f_code.co_name == "step":
         steps += 1
     elif steps == 2 and "/flallm_ds/" in path and "site-packages" not in path:
@@ -49,6 +55,7 @@ try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 finally:
     print("FILES", *sorted(files))
+    print("TASK", *sorted(own))
 """
 
 
@@ -75,9 +82,7 @@ def code_measures(commits: tuple[str, ...] = ("HEAD",), *, step: bool = True) ->
             checkout(commit, tree)
             columns[commit] = measures(tree)
             if step:
-                columns[commit]["files of one training step"] = str(
-                    len(step_files(tree, folder))
-                )
+                columns[commit] |= step_measures(tree, folder)
     print("| | " + " | ".join(columns) + " |")
     print("|---|" + "--:|" * len(columns))
     for name in next(iter(columns.values())):
@@ -202,8 +207,12 @@ def num_options(root: Path) -> int:
     return count
 
 
-def step_files(tree: Path, folder: Path) -> list[str]:
-    """Return the files of the package whose functions ran during one training step."""
+def step_measures(tree: Path, folder: Path) -> dict[str, str]:
+    """Count the files of the package whose functions run in one training step.
+
+    Once with the loop, its records and the data-loading threads, and once from a batch in
+    memory to the new weights, which is `Task.step`.
+    """
     make_corpus(folder)
     places = {
         "run": tree / "run",
@@ -229,9 +238,16 @@ def step_files(tree: Path, folder: Path) -> list[str]:
         text=True,
         check=False,
     )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("FILES ")]
-    assert lines, done.stdout[-2000:] + done.stderr[-2000:]
-    return lines[0].split()[1:]
+    files: dict[str, list[str]] = {}
+    for line in done.stdout.splitlines():
+        name, *found = line.split() or [""]
+        if name in ("FILES", "TASK"):
+            files[name] = found
+    assert files, done.stdout[-2000:] + done.stderr[-2000:]
+    return {
+        "files of one training step, with loop and data loading": str(len(files["FILES"])),
+        "files of Task.step alone": str(len(files["TASK"]) or "-"),
+    }
 
 
 if __name__ == "__main__":

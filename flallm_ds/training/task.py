@@ -9,6 +9,7 @@ B clips, N frames packed over the batch, L text tokens, D feature dimension.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -54,7 +55,7 @@ class Split:
     def index(self) -> Index:
         return self.reader.index
 
-    @property
+    @cached_property
     def micro_batches(self) -> range:
         """The micro-batches of a global batch that this rank computes."""
         num = self.plan.num_micro_batches

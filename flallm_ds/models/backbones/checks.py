@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from flallm_ds.errors import UserError
-from flallm_ds.models.backbones.interface import Backbone
+from flallm_ds.models.backbones.interface import Backbone, features_of
 from flallm_ds.models.backbones.spec import BackboneSpec
 from flallm_ds.models.pretrained import first_line
 
@@ -122,7 +122,7 @@ def probe_output(
         # A spec starts with the pooled output, which this model does not have.
         if spec.library == "transformers" and not has_pooled:
             spec = replace(spec, output=token_output(model))
-        features_ND = spec.features(outputs)
+        features_ND = features_of(outputs, spec)
         if features_ND.dim() != 2 or len(features_ND) != 2:
             shape = tuple(features_ND.shape)
             raise ValueError(

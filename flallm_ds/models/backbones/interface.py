@@ -55,7 +55,7 @@ class Backbone(nn.Module):
 
     def forward(self, pixels_NCHW: torch.Tensor) -> torch.Tensor:
         """Return features_ND."""
-        return self.spec.features(self.outputs(pixels_NCHW))
+        return features_of(self.outputs(pixels_NCHW), self.spec)
 
     def outputs(self, pixels_NCHW: torch.Tensor) -> Any:
         """Return the output of the model itself."""
@@ -160,6 +160,23 @@ class Backbone(nn.Module):
                 f"Cannot build a backbone from the stored settings: {error!r}. Install the "
                 "versions of transformers and timm that wrote them."
             ) from error
+
+
+def features_of(outputs: Any, spec: BackboneSpec) -> torch.Tensor:
+    """Return features_ND, taken from the output of a model of this architecture."""
+    if spec.library == "timm":
+        features_ND: torch.Tensor = outputs
+        return features_ND
+    if spec.output == "pooled":
+        pooled: torch.Tensor = outputs.pooler_output
+        return pooled.flatten(1)
+    last: torch.Tensor = outputs.last_hidden_state
+    if last.dim() == 4:  # (N, D, H, W), of convolutions
+        return last.mean((2, 3))
+    # (N, positions, D), of a transformer; the class token is the first position.
+    if spec.output == "class":
+        return last[:, 0]
+    return last.mean(1)
 
 
 def _fewest_channels(model: nn.Module) -> int:

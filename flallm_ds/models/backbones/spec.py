@@ -1,7 +1,4 @@
-"""BackboneSpec: the architecture of a backbone in plain values.
-
-N frames, D width of the features, H W of a feature map.
-"""
+"""BackboneSpec: the architecture of a backbone in plain values."""
 
 import json
 from dataclasses import dataclass
@@ -44,22 +41,6 @@ class BackboneSpec:
         if self.output != "pooled" and has_pooler:
             model.pooler = None
         return model
-
-    def features(self, outputs: Any) -> torch.Tensor:
-        """Return features_ND, taken from the output of the model."""
-        if self.library == "timm":
-            features_ND: torch.Tensor = outputs
-            return features_ND
-        if self.output == "pooled":
-            pooled: torch.Tensor = outputs.pooler_output
-            return pooled.flatten(1)
-        last: torch.Tensor = outputs.last_hidden_state
-        if last.dim() == 4:  # (N, D, H, W), of convolutions
-            return last.mean((2, 3))
-        # (N, positions, D), of a transformer; the class token is the first position.
-        if self.output == "class":
-            return last[:, 0]
-        return last.mean(1)
 
 
 def import_timm() -> Any:
