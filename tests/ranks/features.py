@@ -52,7 +52,7 @@ def runs(*, folder: Path, corpus: Path) -> None:
                 {"features_ND": first_features(task)},
                 place / f"first_features_{world.rank}",
             )
-        saved = dist.main_first(lambda: checkpoint.resumable(place), world)
+        saved = checkpoint.resumable(place, world)
         Trainer(task, place, stop).run(saved)
 
     train("visual", "visual", **ONE_EPOCH)
