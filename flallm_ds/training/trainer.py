@@ -266,7 +266,8 @@ class Trainer:
         done, epochs = self.at.epoch + 1, self.config.train.epochs
         if done % self.config.eval.every_epochs == 0 or done == epochs:
             if self._saved != self.at.global_step:
-                self._save()  # before the evaluation, which takes minutes and may fail
+                self._save()
+            self._finish_save()  # the evaluation takes minutes, and may be killed
             self._evaluate(done)
         self.at.epoch, self.at.step = done, 0
         self._finish_save()

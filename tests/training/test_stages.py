@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -30,8 +29,8 @@ from flallm_ds.files import locked
 from flallm_ds.inference.pictures import draw_probe, read_probe
 from flallm_ds.inference.translator import Translator
 from flallm_ds.recipes import RECIPES, config_of, resolve
-from flallm_ds.training import checkpoint
 from flallm_ds.training.build.data import check_jpegs
+from flallm_ds.training.fragment_files import FragmentFile, FragmentReader
 from flallm_ds.training.stages import next_commands, run_stage
 from flallm_ds.training.stop import StopRequest
 from tests.helpers.launching import (
@@ -362,13 +361,13 @@ def test_a_start_reads_its_checkpoint_once_and_before_it_builds_anything(
     tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[str] = []
-    read_state = checkpoint.read_state
+    verify = FragmentReader.verify
 
-    def spy(path: Path) -> dict[str, Any]:
-        read.append(path.name)
-        return read_state(path)
+    def spy(reader: FragmentReader, file: FragmentFile) -> str | None:
+        read.append(reader.folder.name)
+        return verify(reader, file)
 
-    monkeypatch.setattr(checkpoint, "read_state", spy)
+    monkeypatch.setattr(FragmentReader, "verify", spy)
     given = {"light_t.size": "tiny", "train.epochs": 1}
     limits: list[dict[str, object]] = [
         {"train.max_steps": 1},
