@@ -59,7 +59,7 @@ class Save:
         self._partial = partial_of(self.final)
         self._files: list[FragmentFile] = []
         self._problem: str | None = None
-        self._together(self._begin if world.is_main else None)
+        self._on_main(self._begin)
         self._thread: threading.Thread | None = None
         if background:
             self._thread = threading.Thread(
@@ -106,21 +106,20 @@ class Save:
             put_folder(self._partial, self.final)
             sync(self.final.parent)
 
-        self._together(commit if self.world.is_main else None)
+        self._on_main(commit)
         if self.world.is_main:
             remove_old(self.final.parent, keep)
 
-    def _together(self, action: Callable[[], None] | None) -> None:
-        """Run an action; raise UserError on every rank if it fails on any."""
-        problem = None
-        try:
-            if action is not None:
+    def _on_main(self, action: Callable[[], None]) -> None:
+        """Run an action on rank 0; raise UserError on every rank if it fails."""
+
+        def run() -> None:
+            try:
                 action()
-        except OSError as error:
-            problem = f"{error} (rank {self.world.rank})"
-        problems = [p for p in gather_objects(problem, self.world) if p]
-        if problems:
-            raise self._failed(problems[0])
+            except OSError as error:
+                raise self._failed(f"{error} (rank 0)") from error
+
+        main_first(run, self.world)
 
     def _failed(self, problem: str) -> UserError:
         return UserError(

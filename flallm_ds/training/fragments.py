@@ -58,14 +58,32 @@ Read = Callable[[Key, torch.Tensor], None]
 
 
 class Partition(ABC):
-    """The fragments of this rank: `slices[n]` are in the n-th flat tensor."""
+    """The fragments of this rank: `slices[n]` are in the n-th flat tensor.
 
-    def __init__(self, engine: Any, slices: list[list[Slice]]) -> None:
-        self.engine, self.slices = engine, slices
+    base: the optimizer that steps the flat tensors.
+    """
 
-    @abstractmethod
-    def base(self) -> torch.optim.Optimizer:
-        """Return the optimizer that steps the flat tensors."""
+    def __init__(
+        self, engine: Any, slices: list[list[Slice]], base: torch.optim.Optimizer
+    ) -> None:
+        self.engine, self.slices, self.base = engine, slices, base
+
+    def tensors(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return a flat tensor and its optimizer state of the same shape, by their kind."""
+        kinds = {MASTER: flat}
+        for name, value in self.base.state[flat].items():
+            if torch.is_tensor(value) and value.shape == flat.shape:
+                kinds[name] = value
+        return kinds
+
+    def numbers(self, flat: torch.Tensor) -> dict[str, float]:
+        """Return the other values of the optimizer state of a flat tensor: step counts."""
+        kinds = self.tensors(flat)
+        numbers = {}
+        for name, value in self.base.state[flat].items():
+            if name not in kinds and value is not None:
+                numbers[name] = float(value)
+        return numbers
 
     @abstractmethod
     @contextmanager
@@ -93,11 +111,7 @@ class _Zero3(Partition):
                 length = max(0, min(size, parameter.ds_numel - begin))
                 name = names[id(parameter)]
                 slices[number].append(Slice(name, begin, at, length))
-        super().__init__(engine, slices)
-
-    def base(self) -> torch.optim.Optimizer:
-        base: torch.optim.Optimizer = self.engine.optimizer.optimizer
-        return base
+        super().__init__(engine, slices, optimizer.optimizer)
 
     @contextmanager
     def opened(self, number: int, *, write: bool) -> Iterator[torch.Tensor]:
@@ -147,11 +161,7 @@ class _Zero12(Partition):
                     Slice(name, in_parameter.start, in_flat.start, in_flat.numel)
                 )
             slices.append(of_group)
-        super().__init__(engine, slices)
-
-    def base(self) -> torch.optim.Optimizer:
-        base: torch.optim.Optimizer = self.engine.optimizer.optimizer
-        return base
+        super().__init__(engine, slices, optimizer.optimizer)
 
     @contextmanager
     def opened(self, number: int, *, write: bool) -> Iterator[torch.Tensor]:
@@ -173,11 +183,7 @@ class _Unpartitioned(Partition):
                 self._parameters.append(parameter)
                 name = names[id(parameter)]
                 slices.append([Slice(name, 0, 0, parameter.numel())])
-        super().__init__(engine, slices)
-
-    def base(self) -> torch.optim.Optimizer:
-        base: torch.optim.Optimizer = self.engine.optimizer
-        return base
+        super().__init__(engine, slices, engine.optimizer)
 
     @contextmanager
     def opened(self, number: int, *, write: bool) -> Iterator[torch.Tensor]:
@@ -215,10 +221,7 @@ def fragments_of(engine: Any) -> Iterator[tuple[Key, torch.Tensor]]:
         if isinstance(partition, _Unpartitioned) and not is_main:
             break
         with partition.opened(number, write=False) as flat:
-            kinds = {MASTER: flat}
-            for name, value in partition.base().state[flat].items():
-                if torch.is_tensor(value) and value.shape == flat.shape:
-                    kinds[name] = value
+            kinds = partition.tensors(flat)
             for part in slices:
                 for kind, values in kinds.items():
                     if part.length:
@@ -242,10 +245,8 @@ def numbers_of(engine: Any) -> dict[str, float]:
     partition = partition_of(engine)
     for number in range(len(partition.slices)):
         with partition.opened(number, write=False) as flat:
-            for name, value in partition.base().state[flat].items():
-                is_per_element = torch.is_tensor(value) and value.shape == flat.shape
-                if value is not None and not is_per_element:
-                    numbers[f"state.{name}"] = float(value)
+            for name, value in partition.numbers(flat).items():
+                numbers[f"state.{name}"] = value
     return numbers
 
 
@@ -259,12 +260,9 @@ def is_finite(engine: Any) -> bool:
     partition = partition_of(engine)
     for number, slices in enumerate(partition.slices):
         with partition.opened(number, write=False) as flat:
-            tensors = [flat]
-            for value in partition.base().state[flat].values():
-                if torch.is_tensor(value) and value.shape == flat.shape:
-                    tensors.append(value)
+            tensors = partition.tensors(flat)
             for part in slices:
-                for tensor in tensors:
+                for tensor in tensors.values():
                     own = tensor.detach().reshape(-1).narrow(0, part.at, part.length)
                     if not _is_finite(own):
                         return False
@@ -285,9 +283,7 @@ def num_bytes_of(engine: Any) -> int:
     partition = partition_of(engine)
     for number in range(len(partition.slices)):
         with partition.opened(number, write=False) as flat:
-            total += flat.nbytes
-            for value in partition.base().state[flat].values():
-                total += value.nbytes if torch.is_tensor(value) else 0
+            total += sum(tensor.nbytes for tensor in partition.tensors(flat).values())
     return total
 
 
@@ -304,7 +300,7 @@ def restore(engine: Any, kinds: list[str], numbers: dict[str, float], read: Read
     call this.
     """
     partition = partition_of(engine)
-    base = partition.base()
+    base = partition.base
     for number, slices in enumerate(partition.slices):
         with partition.opened(number, write=True) as flat:
             state = base.state[flat]
