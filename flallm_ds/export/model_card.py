@@ -222,8 +222,8 @@ def _scores(scores: dict[str, Any]) -> str:
         table.append(f"| {plain(split)} | {cells} |")
         if is_low(values):
             text += (
-                f" A perfect model would score BLEU-4 {CEILING.text(values)} on {split}, "
-                "because the tokenizer changes some references."
+                f" A perfect model would score BLEU-4 {CEILING.text(values)} on "
+                f"{plain(split)}, because the tokenizer changes some references."
             )
         for key, metric in SIGNATURES.items():
             if key in values:
