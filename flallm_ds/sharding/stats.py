@@ -215,7 +215,8 @@ def _histogram(splits: Splits) -> list[str]:
     # a single long clip would make all bins too wide.
     seconds = {split: _seconds(rows) for split, rows in splits.items()}
     long_s = float(np.quantile(np.concatenate(list(seconds.values())), 0.99))
-    width = _bin_width(long_s)
+    fps = _common_fps(splits)
+    width = _bin_width(long_s, fps)
     num_bins = max(1, int(np.ceil(long_s / width - 1e-9)))
     # The fraction of clips in each bin. A small value is added against rounding: a clip of
     # exactly 1 s belongs to the bin that begins at 1 s.
@@ -225,7 +226,6 @@ def _histogram(splits: Splits) -> list[str]:
         shares_of_splits.append(np.bincount(bins, minlength=num_bins + 1) / len(bins))
     # Shape (splits, bins).
     shares = np.stack(shares_of_splits)
-    fps = _common_fps(splits)
     head = f"{'seconds':14}"
     if fps:
         head += f" {'frames':14}"
@@ -244,10 +244,15 @@ def _histogram(splits: Splits) -> list[str]:
     return lines
 
 
-def _bin_width(long_s: float) -> float:
-    """Return the smallest width with which `_MAX_BINS` bins cover `long_s` seconds."""
+def _bin_width(long_s: float, fps: float | None) -> float:
+    """Return the smallest width with which `_MAX_BINS` bins cover `long_s` seconds.
+
+    fps: of all clips, if it is the same. No bin is then shorter than a frame, because some
+    bins would contain no whole number of frames.
+    """
+    least_s = max(long_s / _MAX_BINS, 1 / fps if fps else 0)
     for width in _BIN_WIDTHS_S:
-        if width * _MAX_BINS >= long_s:
+        if width >= least_s * (1 - 1e-9):
             return width
     return _BIN_WIDTHS_S[-1]
 
@@ -270,5 +275,10 @@ def _bin_name(number: int, width: float, fps: float | None, last: bool) -> str:
     # against rounding.
     first = int(np.ceil(low * fps - 1e-3))
     next_first = int(np.ceil(high * fps - 1e-3))
-    frames = f"{first} and over" if last else f"{first} to {next_first - 1}"
+    if last:
+        frames = f"{first} and over"
+    elif next_first - 1 == first:
+        frames = f"{first}"
+    else:
+        frames = f"{first} to {next_first - 1}"
     return f"{seconds:14} {frames:14}"

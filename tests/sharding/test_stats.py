@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 
@@ -88,6 +89,21 @@ def test_a_clip_of_exactly_one_second_is_in_the_bin_from_one_second():
     histogram = summarise({"train": rows}).split("\n\n")[3].splitlines()
     assert line("\n".join(histogram), "1", "to", "2")[3:6] == ["24", "to", "47"]
     assert [line.split()[6] for line in histogram[1:4]] == ["0.0", "42.9", "42.9"]
+
+
+@pytest.mark.parametrize("fps", [10.0, 23.976, 24.0, 25.0, 30.0, 50.0])
+@pytest.mark.parametrize("longest", [1, 2, 5, 13])
+def test_no_bin_of_short_clips_is_shorter_than_a_frame(fps, longest):
+    rows = [row("a", num_frames=n + 1, fps=fps) for n in range(longest)]
+    histogram = summarise({"train": rows}).split("\n\n")[3].splitlines()
+    # The bins in frames follow each other: none is "2 to 1", and none overlaps the next.
+    ends = []
+    for bin in histogram[1:]:
+        frames = bin[len("seconds        ") :].partition("  ")[0]
+        first, _, last = re.fullmatch(r"(\d+)( to (\d+)| and over)?", frames).groups()
+        assert not ends or int(first) == ends[-1] + 1
+        ends.append(int(last or first))
+    assert ends[-1] >= longest
 
 
 def test_with_several_frame_rates_the_histogram_is_only_in_seconds():
