@@ -80,7 +80,7 @@ def _write(temporary: Path, path: Path, content: bytes) -> None:
 
 
 def move(path: Path, target: Path) -> None:
-    """Rename a file that is on the disk, and sync its new name."""
+    """Rename a file or folder that is on the disk, and sync its new name."""
     path.rename(target)
     sync(target.parent)
 
@@ -116,17 +116,21 @@ def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
             raise
         raise OSError(int(found[2]), found[1]) from error
     share_files(partial)
+    sync_all(partial)
     put_folder(partial, path)
 
 
 def put_folder(partial: Path, path: Path) -> None:
-    """Rename a complete folder to `path`. An existing folder is removed afterwards."""
+    """Rename a complete folder, which is on the disk, to `path`, and sync its new name.
+
+    An existing folder is removed afterwards.
+    """
     old = path.with_name(f".old-{path.name}")
     if old.exists():
         _recover(old)
     if path.exists():
         path.rename(old)
-    partial.rename(path)
+    move(partial, path)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -163,10 +167,15 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 def publish_folder(folder: Path, path: Path) -> None:
     """Sync a folder of complete files and rename it to `path`, which is absent or empty."""
-    for file in folder.iterdir():
-        sync(file)
-    sync(folder)
+    sync_all(folder)
     move(folder, path)
+
+
+def sync_all(folder: Path) -> None:
+    """Wait until a folder with all its files and subfolders is on the disk."""
+    for path in folder.rglob("*"):
+        sync(path)
+    sync(folder)
 
 
 def share_files(folder: Path) -> None:

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -112,6 +113,47 @@ def test_a_replaced_folder_contains_only_the_new_content(tmp_path: Path) -> None
         path / "word"
     ).read_text() == "new"
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_replaced_folder_is_on_the_disk_before_the_old_one_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power cut, the new name must not stand for files of zero bytes."""
+    path = tmp_path / "best"
+    replace_folder(path, write_word("old"))
+    real_sync, real_rename, real_rmtree = os.fsync, os.rename, shutil.rmtree
+    calls: list[str] = []
+
+    def fsync(handle: int) -> None:
+        calls.append(f"sync {Path(f'/proc/self/fd/{handle}').readlink().name}")
+        real_sync(handle)
+
+    def rename(old: Path, new: Path) -> None:
+        calls.append(f"rename {Path(new).name}")
+        real_rename(old, new)
+
+    def rmtree(folder: Path, **more: bool) -> None:
+        calls.append(f"remove {folder.name}")
+        real_rmtree(folder, **more)
+
+    def write(folder: Path) -> None:
+        (folder / "parts").mkdir()
+        (folder / "parts" / "one").write_text("new")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", rename)
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    replace_folder(path, write)
+    assert calls == [
+        "remove .partial-best",
+        "sync parts",
+        "sync one",
+        "sync .partial-best",
+        "rename .old-best",
+        "rename best",
+        f"sync {tmp_path.name}",
+        "remove .old-best",
+    ]
 
 
 def test_an_old_folder_stays_when_the_new_one_cannot_be_written(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ import torch
 
 from flallm_ds.dist import World, gather_objects, main_first
 from flallm_ds.errors import UserError, file_problem
-from flallm_ds.files import partial_of, put_folder, recover_folders, replace_file, sync
+from flallm_ds.files import partial_of, put_folder, recover_folders, replace_file
 from flallm_ds.training.fragment_files import (
     FragmentFile,
     FragmentReader,
@@ -104,7 +104,6 @@ class Save:
         def commit() -> None:
             _write_manifest(self._partial, files, self.state)
             put_folder(self._partial, self.final)
-            sync(self.final.parent)
 
         self._on_main(commit)
         if self.world.is_main:
