@@ -43,7 +43,10 @@ def load_tokenizer(name: str, hub_code: bool = False) -> Any:
         if len(ordinary) > 1:
             restore_normalizer(tokenizer, name)
             return tokenizer
-    except (OSError, ValueError, TypeError) as error:
+    except TypeError:
+        # For a missing file, the tokenizers of M2M100 and NLLB open a path that is None.
+        reason = "a file of the tokenizer is missing or damaged"
+    except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
     raise UserError(
         f"Cannot load the tokenizer of {name}: {reason.rstrip('.')}. Give a folder with a "

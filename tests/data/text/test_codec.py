@@ -536,8 +536,9 @@ def test_an_llm_folder_without_a_tokenizer_is_refused(folders, tmp_path, family)
             shutil.copy(path, tmp_path)
     with pytest.raises(
         UserError, match=r"Cannot load the tokenizer of .*: .*\. Give a folder"
-    ):
+    ) as caught:
         codec_of(tmp_path)
+    assert "NoneType" not in str(caught.value)  # of a TypeError of transformers
 
 
 def test_a_misspelled_language_is_refused_for_an_llm_without_a_language_token(folders):
