@@ -63,21 +63,27 @@ class Instruction:
         # An empty value would leave a gap in the sentence, so it is an error.
         for name in sorted(set(_fields(template))):
             if not names[name]:
+                # Without llm.language, the language is the clip's own, from the shards.
                 error = unknown_language(
-                    language, f"a language with a {name} for the prompt"
+                    language,
+                    f"a language with a {name} for the prompt",
+                    "llm.language" if self.language else "The language of each clip",
                 )
                 raise UserError(f"{error} Or give a --llm.prompt without {{{name}}}.")
         before, after = template.format_map(names).split("{video}")
         return before, after
 
 
-def unknown_language(language: str, kind: str) -> UserError:
-    """Return the error for a target language that is not of this kind."""
+def unknown_language(language: str, kind: str, what: str = "llm.language") -> UserError:
+    """Return the error for a target language that is not of this kind.
+
+    what: the option or the data that contains the language.
+    """
     near = nearest_languages(language)
     remedy = (
         f": {near}" if near else ". Give a code (de, zh-Hant) or an English name (German)."
     )
-    return UserError(f"llm.language must be {kind}, got {language!r}{remedy}")
+    return UserError(f"{what} must be {kind}, got {language!r}{remedy}")
 
 
 def new_language(language: str, known: Sequence[str]) -> UserError:

@@ -526,6 +526,14 @@ def test_a_prompt_for_an_unknown_language_is_refused_with_near_ones(folders):
         codec_of(folders["qwen3"], language="Germann")
 
 
+def test_a_language_that_comes_from_the_shards_is_not_blamed_on_an_option(folders):
+    codec = codec_of(folders["qwen3"], languages=("de",))
+    with pytest.raises(
+        UserError, match=r"^The language of each clip must be a language with a language"
+    ):
+        codec.wording("Germann")
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_llm_folder_without_a_tokenizer_is_refused(folders, tmp_path, family):
     """Without files, transformers makes a tokenizer with special tokens only."""
