@@ -14,11 +14,11 @@ from flallm_ds.data.index import load_index
 from flallm_ds.errors import UserError, require
 from flallm_ds.export_folder import HUB_ID, find_export, find_stage_1
 from flallm_ds.recipes import config_of
+from flallm_ds.same_run import check_same_run
 
 
 def check_runs(configs: Sequence[RunConfig], splits: Sequence[str] = ()) -> None:
     """Raise UserError for files that the options of a run name, but that do not exist.
-
     splits: those that it reads; by default train and that of eval.split.
     """
     if process_rank() != 0:
@@ -34,6 +34,16 @@ def check_runs(configs: Sequence[RunConfig], splits: Sequence[str] = ()) -> None
         _check_path("visual.weights", config.visual.weights)
         _check_deepspeed_json(config)
         check_shards(config.data.shards, splits or ("train", config.eval.split))
+
+
+def check_run_folders(configs: Sequence[RunConfig]) -> None:
+    """Raise UserError for a run folder that belongs to another configuration."""
+    if process_rank() != 0:
+        return
+    for config in configs:
+        folder = Path(config.run)
+        if (folder / "config.json").is_file():
+            check_same_run(config, RunConfig.load(folder / "config.json"), folder)
 
 
 def check_shards(shards: Sequence[str], splits: Sequence[str]) -> None:

@@ -1,7 +1,7 @@
 """`flallm train`; under a launcher `deepspeed launch/train.py`, or `--module
 flallm_ds.cli.train`."""
 
-from flallm_ds.cli.checks import check_runs
+from flallm_ds.cli.checks import check_run_folders, check_runs
 from flallm_ds.command import main
 from flallm_ds.command_help import table
 from flallm_ds.recipes import FAMILIES, RECIPES, is_ablation, resolve, resolve_both
@@ -24,6 +24,7 @@ def train(*, stage: str | None = None, recipe: str | None = None, **overrides: s
     configs = (
         resolve_both(recipe, overrides) if both else (resolve(stage, recipe, overrides),)
     )
+    check_run_folders(configs)
     check_runs(configs)
     stop = StopRequest()
     # torch and deepspeed take seconds to import: only after the options are checked.

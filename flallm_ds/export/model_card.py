@@ -10,13 +10,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from flallm_ds.config import FREE_TO_CHANGE, RunConfig
+from flallm_ds.config import RunConfig
 from flallm_ds.data.index import Index
 from flallm_ds.data.text.codec import TextCodec
 from flallm_ds.data.text.languages import find_language, tag_of
 from flallm_ds.metrics.ceiling import is_low
 from flallm_ds.metrics.columns import CEILING, COLUMNS, SIGNATURES, has_scores
-from flallm_ds.recipes import RECIPES, config_of
+from flallm_ds.same_run import nearest_recipe
 
 # Packages whose versions the card lists.
 PACKAGES = ("flallm_ds", "torch", "transformers", "deepspeed")
@@ -46,30 +46,11 @@ def command(config: RunConfig) -> str:
     It uses the recipe with the fewest differences, the shards, and all options that change
     results. An absolute path becomes /path/to/ and its last part.
     """
-
-    of_stage = [name for name in RECIPES if config_of(name).stage == config.stage]
-    differences = {}
-    for name in of_stage or RECIPES:
-        differences[name] = _differences(config, config_of(name))
-
-    nearest = min(differences, key=lambda name: len(differences[name]))
-    words = ["deepspeed", "launch/train.py", f"--recipe={nearest}"]
-    for option, value in differences[nearest].items():
+    recipe, differences = nearest_recipe(config)
+    words = ["deepspeed", "launch/train.py", f"--recipe={recipe}"]
+    for option, value in differences.items():
         words.append(f"--{option}={_flag(value)}")
     return " ".join(map(_quoted, words))
-
-
-def _differences(config: RunConfig, recipe: RunConfig) -> dict[str, Any]:
-    """Return the options that change results and differ from those of a recipe."""
-    # A resumed run may set another path for visual_run and data.shards, because their
-    # content is compared. In a new run they change all results.
-    free = set(FREE_TO_CHANGE) - {"visual_run", "data.shards"}
-    base = recipe.options()
-    differences = {}
-    for option, value in config.options().items():
-        if option not in free and value != base[option]:
-            differences[option] = value
-    return differences
 
 
 def _quoted(word: str) -> str:

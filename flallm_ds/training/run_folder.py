@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from flallm_ds.batch import Hypothesis
-from flallm_ds.config import FREE_TO_CHANGE, RunConfig
+from flallm_ds.config import RunConfig
 from flallm_ds.dist import World, locked_by_main, main_first
 from flallm_ds.errors import UserError, file_problem
 from flallm_ds.files import partial_of, replace_file
 from flallm_ds.metrics.columns import has_scores
+from flallm_ds.same_run import check_same_run
 from flallm_ds.terminal import one_line
 from flallm_ds.training.provenance import VERSIONS, record_start
 from flallm_ds.training.run_log import LOG
@@ -92,7 +93,7 @@ def open_run_folder(config: RunConfig) -> Path:
     folder = Path(config.run)
     path = folder / "config.json"
     if path.is_file():
-        _check_same_run(config, RunConfig.load(path), folder)
+        check_same_run(config, RunConfig.load(path), folder)
         return folder
     _check_free(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -113,17 +114,6 @@ def _check_free(folder: Path) -> None:
             "--run must be a new folder, an empty one, or the folder of a run, got "
             f"{folder} with other content. Use another --run=FOLDER."
         )
-
-
-def _check_same_run(config: RunConfig, saved: RunConfig, folder: Path) -> None:
-    """Raise UserError if an option differs from the saved one and changes numbers."""
-    options = config.options()
-    for name, value in saved.options().items():
-        if name not in FREE_TO_CHANGE and options[name] != value:
-            raise UserError(
-                f"Run folder {folder} belongs to another configuration ({name} {value!r}, "
-                f"got {options[name]!r}). Use the same value, or another --run=FOLDER."
-            )
 
 
 class Metrics:

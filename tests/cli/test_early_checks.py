@@ -6,6 +6,7 @@ import pytest
 
 from flallm_ds.cli.checks import check_shards
 from flallm_ds.errors import UserError
+from flallm_ds.recipes import resolve
 from tests.helpers.early import flallm
 
 
@@ -15,6 +16,9 @@ def place(tmp_path: Path) -> Path:
     (tmp_path / "video.mp4").touch()
     (tmp_path / "run" / "best").mkdir(parents=True)
     (tmp_path / "run" / "best" / "flallm.json").touch()
+    (tmp_path / "of_llm").mkdir()
+    config = resolve("llm", "mine", {"run": str(tmp_path / "of_llm")})
+    (tmp_path / "of_llm" / "config.json").write_text(config.to_json())
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     return tmp_path
@@ -62,6 +66,10 @@ def place(tmp_path: Path) -> Path:
         ("train --stage=visual --visual.weights=./no", "visual.weights must be a hub id"),
         ("train --stage=llm --visual_run={}/no", "a result of stage visual in {}/no"),
         ("train --stage=visual --train.deepspeed={}/no.json", "train.deepspeed must be an"),
+        (
+            "train --recipe=mine --stage=visual --run={}/of_llm",
+            "belongs to another stage (stage 'llm', got 'visual')",
+        ),
         ("train --stage=visual --optim.lr=fast", "--optim.lr must be a number, got 'fast'"),
         ("train --stage=visual --optim.lrr=1", "did you mean optim.lr"),
         ("features --visual_run={}/no --out={}/o", "a result of stage visual in {}/no"),

@@ -12,6 +12,7 @@ from flallm_ds.batch import Hypothesis
 from flallm_ds.config import FREE_TO_CHANGE, RunConfig
 from flallm_ds.dist import World
 from flallm_ds.errors import UserError
+from flallm_ds.recipes import resolve
 from flallm_ds.training import provenance
 from flallm_ds.training.provenance import record_start
 from flallm_ds.training.run_folder import (
@@ -166,8 +167,33 @@ def test_a_changed_option_is_named_with_both_values(config, name, value):
     with pytest.raises(UserError) as caught:
         open_run_folder(changed)
     before, now = config.options()[name], changed.options()[name]
-    assert "belongs to another configuration" in str(caught.value)
+    what = "stage" if name == "stage" else "configuration"
+    assert f"belongs to another {what}" in str(caught.value)
     assert f"({name} {before!r}, got {now!r})" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("saved", "given", "said"),
+    [
+        (
+            "phoenix14t_llm",
+            "phoenix14t_visual",
+            "another stage (stage 'llm', got 'visual'). Use --stage=llm, or another --run",
+        ),
+        (
+            "phoenix14t_llm",
+            "mine_llm",
+            "another configuration (recipe phoenix14t_llm, got mine_llm: data.target_fps ",
+        ),
+        ("phoenix14t_llm", "mine_llm", "; and 3 more). Use the same values, or another"),
+    ],
+)
+def test_the_run_of_another_stage_or_recipe_is_named_as_such(tmp_path, saved, given, said):
+    run = {"run": str(tmp_path / "run")}
+    open_run_folder(resolve(None, saved, run))
+    with pytest.raises(UserError) as caught:
+        open_run_folder(resolve(None, given, run))
+    assert said in str(caught.value)
 
 
 def test_options_that_do_not_change_numbers_may_change(config):
