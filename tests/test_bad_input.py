@@ -324,19 +324,6 @@ def test_an_out_folder_with_other_files(refused: Run, tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_a_stale_compilation_lock(
-    refused: Run, tmp_path: Path, tiny_corpus: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lock = tmp_path / "extensions" / "py311_cpu" / "cpu_adam" / "lock"
-    lock.parent.mkdir(parents=True)
-    lock.touch()
-    os.utime(lock, (0, 0))
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
-    assert str(lock) in refused(
-        train, "--stage=visual", *options(tiny_corpus, tmp_path / "run")
-    )
-
-
 def test_an_llm_that_does_not_exist(
     refused: Run, tmp_path: Path, tiny_corpus: Path
 ) -> None:

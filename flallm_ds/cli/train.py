@@ -29,8 +29,10 @@ def train(*, stage: str | None = None, recipe: str | None = None, **overrides: s
     stop = StopRequest()
     # torch and deepspeed take seconds to import: only after the options are checked.
     from flallm_ds import dist
+    from flallm_ds.training.build.engine import build_operators
     from flallm_ds.training.stages import next_commands, train_stages
 
+    build_operators(configs)
     with dist.session() as world:
         if train_stages(configs, world, stop, recipe or "quickstart") and world.is_main:
             lines = "\n      ".join(next_commands(configs, recipe, overrides))

@@ -205,6 +205,24 @@ def complete(
     }
 
 
+def operators(config: dict[str, Any], optimizer: str) -> list[str]:
+    """Return the operators of DeepSpeed that a run uses and that must be compiled.
+
+    optimizer: `optim.name` of the run. On a CPU there are none.
+    """
+    if not torch.cuda.is_available():
+        return []
+    zero = config.get("zero_optimization", {})
+    of_optimizer = zero.get("offload_optimizer", {}).get("device", "none")
+    of_parameters = zero.get("offload_param", {}).get("device", "none")
+    found = []
+    if of_optimizer != "none" and optimizer != "sgd":
+        found.append("cpu_adam")
+    if "nvme" in (of_optimizer, of_parameters):
+        found.append("async_io")
+    return found
+
+
 def lowest_rate(config: dict[str, Any]) -> tuple[str, float] | None:
     """Return the flag for low-precision master weights, and their lowest learning rate.
 

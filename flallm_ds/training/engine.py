@@ -6,7 +6,6 @@ No other module of the package imports DeepSpeed.
 import logging
 import math
 import os
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
@@ -26,8 +25,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from flallm_ds.config import OptimConfig
 from flallm_ds.dist import World, all_reduce_sum
-from flallm_ds.errors import UserError
-from flallm_ds.training.deepspeed_json import read_json, scales_loss, zero_stage
+from flallm_ds.training.deepspeed_json import operators, read_json, scales_loss, zero_stage
 from flallm_ds.training.fragment_files import FragmentReader
 from flallm_ds.training.fragments import (
     Key,
@@ -40,7 +38,6 @@ from flallm_ds.training.fragments import (
 )
 from flallm_ds.training.frozen import check_digest, frozen_digest
 
-STALE_S = 1800.0
 MAX_SKIPPED = 100  # consecutive steps; the largest loss scale, 2**32, reaches 1 after 33
 # Added to the active modules of a parameter, which DeepSpeed numbers from 0.
 HELD = -1
@@ -75,9 +72,7 @@ def _optimizer(
     if optim.name == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=optim.momentum, weight_decay=decay)
     betas = (optim.betas[0], optim.betas[1])
-    offload = config.get("zero_optimization", {}).get("offload_optimizer", {})
-    offloaded = offload.get("device", "none") != "none"
-    if offloaded and torch.cuda.is_available():
+    if "cpu_adam" in operators(config, optim.name):
         bf16_states = config.get("bf16", {}).get("bf16_optimizer_states", False)
         offloading: torch.optim.Optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(
             groups,
@@ -104,20 +99,14 @@ def prepare() -> None:
         operators["deepspeed_shm_comm"] = False
 
 
-def check_compilation_locks() -> None:
-    """Raise UserError for a lock of a killed build: the next build would wait forever.
+def load_operator(name: str) -> None:
+    """Load a compiled operator of DeepSpeed, which builds it at its first use.
 
-    A lock younger than STALE_S may belong to a running build of another run.
+    name: as `deepspeed_json.operators` returns it.
     """
-    root = os.environ.get("TORCH_EXTENSIONS_DIR")
-    folder = Path(root) if root else Path.home() / ".cache" / "torch_extensions"
-    locks = sorted(folder.glob("**/lock")) if folder.is_dir() else []
-    for lock in locks:
-        if time.time() - lock.stat().st_mtime > STALE_S:
-            raise UserError(
-                f"Cannot build DeepSpeed operators: a killed build left its lock {lock}, "
-                "and the run would wait for it forever. Delete that file."
-            )
+    builders = deepspeed.ops.op_builder
+    builder = {"cpu_adam": "CPUAdamBuilder", "async_io": "AsyncIOBuilder"}[name]
+    getattr(builders, builder)().load(verbose=False)
 
 
 class Engine:

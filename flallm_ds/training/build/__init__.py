@@ -11,7 +11,7 @@ from transformers.utils import logging as transformers_logging
 
 from flallm_ds.config import RunConfig
 from flallm_ds.data.index import FeatureIndex
-from flallm_ds.dist import World, on_each_machine
+from flallm_ds.dist import World
 from flallm_ds.features.checks import check_run
 from flallm_ds.models.sign_translator import Beam
 from flallm_ds.training import engine as ds
@@ -41,7 +41,6 @@ def build_task(config: RunConfig, folder: Path, world: World) -> Task:
     transformers_logging.disable_progress_bar()
     train_index, dev_index = open_indexes(config, world)
     ds_config = deepspeed_config(config, world)
-    on_each_machine(ds.check_compilation_locks, world)
 
     # Seed all ranks equally, so that they draw the same initial weights. The order of the
     # calls below decides those weights.

@@ -1,5 +1,7 @@
 """Build the DeepSpeed configuration and the parameter groups of the engine."""
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +9,12 @@ import torch
 
 from flallm_ds.config import OptimConfig, RunConfig
 from flallm_ds.data.plan import micro_batches_per_rank
-from flallm_ds.dist import World
+from flallm_ds.dist import World, rank_environment
 from flallm_ds.errors import require
 from flallm_ds.models.sign_translator import SignTranslator
 from flallm_ds.training import engine as ds
-from flallm_ds.training.deepspeed_json import complete, lowest_rate, zero_stage
+from flallm_ds.training import extensions
+from flallm_ds.training.deepspeed_json import complete, lowest_rate, operators, zero_stage
 
 # A link in the package, so that an installed wheel contains the JSONs, too.
 DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
@@ -53,6 +56,26 @@ def deepspeed_json(config: RunConfig) -> Path:
     if path.parent == Path("ds_configs") and not path.exists() and packaged.is_file():
         return packaged
     return path
+
+
+def build_operators(configs: Sequence[RunConfig]) -> None:
+    """Build the operators of DeepSpeed that runs use, once per machine.
+
+    Call it before the process group exists: the other ranks of the machine then wait for
+    it at their meeting, without a time limit of collectives. Raises UserError for a wrong
+    DeepSpeed JSON, RankError if an operator cannot be built on this machine.
+    """
+    names: dict[str, None] = {}  # a set would change the order
+    for config in configs:
+        json_config = ds.read_deepspeed_config(deepspeed_json(config))
+        names |= dict.fromkeys(operators(json_config, config.optim.name))
+    if not names:
+        return
+    if rank_environment(os.environ)["LOCAL_RANK"] != "0":
+        extensions.set_folder()  # from which this rank loads the operators later
+        return
+    ds.prepare()
+    extensions.build(names, ds.load_operator)
 
 
 def check_precision(config: RunConfig, json_config: dict[str, Any], path: Path) -> None:
