@@ -89,7 +89,8 @@ class DataConfig:
     max_broken: float = 0.01
     # Read every shard at the start and compare its checksum.
     check_shards: bool = False
-    # Cache folder for remote shards. None: $FLALLM_CACHE or ~/.cache/flallm_ds.
+    # Cache folder for remote shards. None: $FLALLM_CACHE, or a folder on a disk of this
+    # machine: ~/.cache/flallm_ds, or on a cluster one in $SLURM_TMPDIR, $TMPDIR or /tmp.
     cache_dir: str | None = None
     # Maximum size of the cache folder, in GB.
     cache_gb: float = 100.0

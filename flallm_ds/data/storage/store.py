@@ -25,6 +25,7 @@ from flallm_ds.data.storage.fetch import (
 )
 from flallm_ds.errors import RankError, UserError
 from flallm_ds.files import file_sha256, open_regular, sha256_of, write_file
+from flallm_ds.local_disk import cache_folder
 
 if TYPE_CHECKING:
     from flallm_ds.config import DataConfig
@@ -71,7 +72,7 @@ class Shard:
 class CacheOptions:
     """Options of the cache of a remote store; a local folder needs no cache."""
 
-    folder: Path | None = None  # default: $FLALLM_CACHE, or ~/.cache/flallm_ds
+    folder: Path | None = None  # None: as `local_disk.cache_folder` chooses
     max_gb: float = 100.0  # limit for the shards of all addresses, in units of 1e9 bytes
 
     @classmethod
@@ -165,10 +166,7 @@ class RemoteStore:
     ) -> None:
         patience = patience or Patience()
         self._address, self._options, self._patience = root, options, patience
-        folder = options.folder
-        if folder is None:
-            default = os.environ.get("FLALLM_CACHE") or "~/.cache/flallm_ds"
-            folder = Path(default).expanduser()
+        folder = options.folder or cache_folder(os.environ)
         # A process that works holds a file for the time of all attempts at most. The margin
         # covers the last time-out.
         stuck_s = patience.total_s + 2 * patience.stall_s
