@@ -108,8 +108,8 @@ def compiler_problem(env: Mapping[str, str]) -> str | None:
     if shutil.which(compiler.split()[0]) is None:
         return f"there is no C++ compiler {compiler}. Install g++, or load its module"
     # pip installs ninja next to Python, which need not be in PATH.
-    beside = Path(sys.executable).parent / "ninja"
-    if shutil.which("ninja") is None and not beside.is_file():
+    own = Path(sys.executable).parent / "ninja"
+    if shutil.which("ninja") is None and not own.is_file():
         return "there is no ninja. Run pip install ninja"
     header = Path(sysconfig.get_path("include")) / "Python.h"
     if not header.is_file():
