@@ -26,10 +26,14 @@ from flallm_ds.local_disk import own_folder, own_path, temporary_folder
 
 VARIABLE = "TORCH_EXTENSIONS_DIR"
 POLL_S = 0.5
+# pip installs ninja next to Python, which need not be in PATH.
+PROGRAMS = Path(sys.executable).parent
 
 
 def set_folder(env: MutableMapping[str, str] = os.environ) -> Path:
     """Return the folder of compiled operators; set TORCH_EXTENSIONS_DIR unless the user did.
+
+    Every rank must call it before it loads an operator: also adds ninja to PATH.
 
     The default is private to the user and to this machine, and its name has the versions
     that a compiled operator depends on. Raises UserError or OSError if it cannot be used.
@@ -42,6 +46,9 @@ def set_folder(env: MutableMapping[str, str] = os.environ) -> Path:
         )
         own = own_folder(temporary_folder(env))
         env[VARIABLE] = str(own / "torch_extensions" / name)
+    # torch calls ninja to load an operator, too, and looks for it in PATH only.
+    if shutil.which("ninja", path=env.get("PATH", "")) is None:
+        env["PATH"] = f"{env.get('PATH', '')}:{PROGRAMS}"
     return Path(env[VARIABLE])
 
 
@@ -105,11 +112,9 @@ def _reason(error: Exception) -> str:
 def compiler_problem(env: Mapping[str, str]) -> str | None:
     """Return what is missing to compile C++ for Python, and the remedy; None if nothing is."""
     compiler = env.get("CXX") or "c++"
-    if shutil.which(compiler.split()[0]) is None:
+    if shutil.which(compiler.split()[0], path=env.get("PATH")) is None:
         return f"there is no C++ compiler {compiler}. Install g++, or load its module"
-    # pip installs ninja next to Python, which need not be in PATH.
-    own = Path(sys.executable).parent / "ninja"
-    if shutil.which("ninja") is None and not own.is_file():
+    if shutil.which("ninja", path=f"{env.get('PATH', '')}:{PROGRAMS}") is None:
         return "there is no ninja. Run pip install ninja"
     header = Path(sysconfig.get_path("include")) / "Python.h"
     if not header.is_file():

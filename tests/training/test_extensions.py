@@ -204,7 +204,19 @@ def test_a_missing_compiler_is_named_before_the_build(
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(RankError, match=r"no C\+\+ compiler no-such-compiler\. Install g"):
         build(["toy"], lambda name: None)
-    assert compiler_problem({}) is None
+    monkeypatch.delenv("CXX")
+    assert compiler_problem(os.environ) is None
+
+
+def test_the_ninja_next_to_python_is_found_without_an_active_environment(
+    temporary: Path,
+) -> None:
+    """srun starts .venv/bin/python with the PATH of the system."""
+    env = {"TMPDIR": str(temporary), "PATH": str(temporary)}
+    set_folder(env)
+    assert env["PATH"] == f"{temporary}:{Path(sys.executable).parent}"
+    set_folder(env)
+    assert env["PATH"].count(":") == 1
 
 
 OFFLOAD = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}
