@@ -14,14 +14,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
-from flallm_ds.errors import UserError, file_problem
+from flallm_ds.errors import RankError, UserError, file_problem
 from flallm_ds.files import locked
 
 RANK_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 START_WITH = (
     "Start with deepspeed, torchrun, Open MPI's mpirun, or launch/slurm/train.sbatch."
 )
+
+TIMEOUT = timedelta(minutes=30)  # of a collective operation
 
 # Whether this process ever joined a process group.
 was_started = False
@@ -121,7 +125,7 @@ def _tasks_per_node(env: Mapping[str, str]) -> str:
     return env.get("SLURM_STEP_TASKS_PER_NODE", "").split("(")[0].split(",")[0]
 
 
-def start(timeout: timedelta = timedelta(minutes=30)) -> World:
+def start(timeout: timedelta = TIMEOUT) -> World:
     """Join the process group (nccl if there are GPUs, else gloo) and return the World."""
     found = rank_environment(os.environ)
     _set_by_start.update(found.keys() - os.environ.keys())
@@ -136,10 +140,37 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> World:
         if world.device.type == "cuda":
             torch.cuda.set_device(world.device)
         backend = "nccl" if world.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timeout, rank=rank, world_size=size)
+        store, _, _ = next(rendezvous("env://", rank, size, timeout=timeout))
+        check_same_device(store, world.device.type, rank)
+        dist.init_process_group(
+            backend,
+            store=PrefixStore("ranks", store),
+            timeout=timeout,
+            rank=rank,
+            world_size=size,
+        )
         global was_started
         was_started = True
     return world
+
+
+def check_same_device(store: Store, device: str, rank: int) -> None:
+    """Raise RankError if this rank has a GPU and rank 0 has none, or the reverse.
+
+    Ranks with nccl and ranks with gloo would wait for each other. store: that of the
+    launcher, which needs neither. device: "cuda" or "cpu".
+    """
+    host = socket.gethostname()
+    if rank == 0:
+        store.set("device of rank 0", f"{device} {host}")
+        return
+    first, _, first_host = store.get("device of rank 0").decode().partition(" ")
+    if first != device:
+        raise RankError(
+            f"Cannot start: rank {rank} on {host} has device {device}, rank 0 on "
+            f"{first_host} has {first}. Check the driver of both with nvidia-smi, and "
+            "CUDA_VISIBLE_DEVICES."
+        )
 
 
 def cores_of_rank(local_size: int, env: Mapping[str, str]) -> int:
@@ -185,10 +216,10 @@ def stop() -> None:
 
 
 @contextmanager
-def session() -> Iterator[World]:
+def session(timeout: timedelta = TIMEOUT) -> Iterator[World]:
     """Yield the World. At the end leave the process group, unless it existed before."""
     begins = not dist.is_initialized()
-    world = start()
+    world = start(timeout)
     try:
         yield world
     finally:
@@ -273,15 +304,16 @@ def locked_by_main(path: Path, what: str, advice: str, world: World) -> Iterator
 def on_each_machine(action: Callable[[], None], world: World) -> None:
     """Run `action()` on one rank of each machine.
 
-    The first UserError of any machine is raised on every rank. An OSError becomes a
-    UserError.
+    The first UserError of any machine is raised on every rank, with the name of the machine
+    if there are several. An OSError becomes a UserError.
     """
     message = None
+    host = f" (On {socket.gethostname()}.)" if world.size > world.local_size else ""
     if world.local_rank == 0:
         try:
             action()
         except (UserError, OSError) as error:
-            message = _message(error)
+            message = f"{_message(error)}{host}"
     for of_rank in gather_objects(message, world):
         if of_rank is not None:
             raise UserError(of_rank)

@@ -10,6 +10,7 @@ from flallm_ds.dist import (
     World,
     all_reduce_sum,
     broadcast_object,
+    check_same_device,
     cores_of_rank,
     free_port,
     gather_objects,
@@ -20,7 +21,7 @@ from flallm_ds.dist import (
     start,
     stop,
 )
-from flallm_ds.errors import UserError
+from flallm_ds.errors import RankError, UserError
 
 MASTER = {"MASTER_ADDR": "node1", "MASTER_PORT": "29511"}
 ALONE = World(rank=0, size=1, local_rank=0, local_size=1)
@@ -147,6 +148,16 @@ def test_a_rank_uses_its_own_cores_or_its_share(
 ):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
     assert cores_of_rank(local_size, step) == found
+
+
+def test_ranks_with_and_without_a_gpu_are_refused_before_they_wait_for_each_other():
+    store = torch.distributed.HashStore()
+    check_same_device(store, "cuda", rank=0)
+    check_same_device(store, "cuda", rank=1)
+    with pytest.raises(
+        RankError, match=r"^Cannot start: rank 2 on .* has device cpu, rank 0"
+    ):
+        check_same_device(store, "cpu", rank=2)
 
 
 def test_a_free_port_can_be_bound():
