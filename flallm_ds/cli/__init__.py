@@ -46,6 +46,11 @@ FLALLM = VerbTable(
             "flallm_ds.cli.options:options",
             TRAIN,
         ),
+        "doctor": Verb(
+            "Check the machines of a job: versions, devices, folders, network.",
+            "flallm_ds.cli.doctor:doctor",
+            TRAIN,
+        ),
         "evaluate": Verb(
             "Score the best model of a run on a split.",
             "flallm_ds.cli.evaluate:evaluate",

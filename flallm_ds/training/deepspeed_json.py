@@ -205,6 +205,38 @@ def complete(
     }
 
 
+def unsafe(config: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return settings that DeepSpeed accepts but few users want, each with its remedy."""
+    found = []
+    zero = config.get("zero_optimization", {})
+    devices = set()
+    for part in ("offload_optimizer", "offload_param"):
+        devices.add(zero.get(part, {}).get("device", "none"))
+    if "nvme" in devices and zero.get("sub_group_size", 10**9) > 10**8:
+        found.append(
+            (
+                "has a sub_group_size above 100000000, with which offload to NVMe pins up "
+                "to 16 GB of host memory on each rank",
+                'Set "sub_group_size": 100000000.',
+            )
+        )
+    if config.get("communication_data_type") == "fp16":
+        found.append(
+            (
+                "sums gradients in fp16, where the sum over many ranks overflows",
+                "Remove communication_data_type.",
+            )
+        )
+    if config.get("wall_clock_breakdown"):
+        found.append(
+            (
+                "sets wall_clock_breakdown, which waits for the GPU several times in a step",
+                "Remove it, except to measure.",
+            )
+        )
+    return found
+
+
 def operators(config: dict[str, Any], optimizer: str) -> list[str]:
     """Return the operators of DeepSpeed that a run uses and that must be compiled.
 

@@ -4,6 +4,7 @@ The values of the first start are at the top level; `starts` contains those of e
 because a run may be resumed on another machine.
 """
 
+import hashlib
 import json
 import os
 import platform
@@ -75,23 +76,36 @@ def facts(devices: list[str]) -> dict[str, Any]:
     """
     on_gpu = torch.cuda.is_available()
     commit, dirty = _commit(REPOSITORY)
-    packages = {name: metadata.version(name) for name in PACKAGES}
     return {
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "command": sys.argv,
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
         "commit": commit,
         "dirty": dirty,
-        "flallm_ds": __version__,
-        "python": platform.python_version(),
-        **packages,
+        **versions(),
         "ranks": len(devices),
         "devices": dict(Counter(devices)),
         "cuda": torch.version.cuda,
         "cudnn": _cudnn() if on_gpu else None,
         "nccl": _nccl() if on_gpu else None,
-        "driver": _driver(),
+        "driver": driver_version(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the package, of Python and of `PACKAGES`."""
+    packages = {name: metadata.version(name) for name in PACKAGES}
+    return {"flallm_ds": __version__, "python": platform.python_version(), **packages}
+
+
+def code_digest() -> str:
+    """Return the sha256 of all Python files of the package and of their names, in hex."""
+    package = REPOSITORY / "flallm_ds"
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(f"{path.relative_to(package)}\n".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _commit(repository: Path) -> tuple[str | None, bool | None]:
@@ -125,7 +139,7 @@ def _nccl() -> str:
     return ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
 
 
-def _driver() -> str | None:
+def driver_version() -> str | None:
     """Return the version of the kernel module of NVIDIA, or None if there is none."""
     if not DRIVER.is_file():
         return None

@@ -26,6 +26,7 @@ from flallm_ds.training.run_log import LOG
 from flallm_ds.training.weights_record import FILE as WEIGHTS
 
 LOCK = ".lock"
+PROBE = ".preflight-"  # begins the name of a file that the preflight writes for a moment
 EVENTS = "tensorboard"
 # Files and folders that are created before the first step.
 BUILT = ("config.json", VERSIONS, WEIGHTS, LOG, "tokenizer", "llm_trimmed")
@@ -107,8 +108,10 @@ def _check_free(folder: Path) -> None:
     if config.is_file() or not folder.exists():
         return
     # A start that was killed leaves these.
-    left = {LOCK, LOG, partial_of(config).name}
-    is_free = folder.is_dir() and all(path.name in left for path in folder.iterdir())
+    left = (LOCK, LOG, partial_of(config).name)
+    is_free = folder.is_dir() and all(
+        path.name in left or path.name.startswith(PROBE) for path in folder.iterdir()
+    )
     if not is_free:
         raise UserError(
             "--run must be a new folder, an empty one, or the folder of a run, got "

@@ -13,6 +13,7 @@ from flallm_ds.config import RunConfig
 from flallm_ds.dist import World, main_first
 from flallm_ds.errors import UserError
 from flallm_ds.inference.evaluate import Search, evaluate_run
+from flallm_ds.preflight import preflight
 from flallm_ds.quickstart import prepare
 from flallm_ds.recipes import config_of
 from flallm_ds.training import checkpoint
@@ -120,6 +121,7 @@ def train_stages(
     """
     both = len(configs) > 1
     _check_and_prepare(configs, world)
+    preflight(configs, world)
     for config in configs:
         if both and world.is_main:
             print(f"== stage {config.stage}: {config.run}", flush=True)

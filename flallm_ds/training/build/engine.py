@@ -43,15 +43,18 @@ def deepspeed_config(config: RunConfig, world: World) -> dict[str, Any]:
 
 
 def deepspeed_json(config: RunConfig) -> Path:
-    """Return the path of the DeepSpeed JSON: train.deepspeed, or the default of the stage.
-
-    Outside a checkout, ds_configs/NAME.json is that of the installed package.
-    """
+    """Return the path of the DeepSpeed JSON: train.deepspeed, or the default of the stage."""
     if not config.train.deepspeed:
         name = "zero2.json" if config.trains_visual else "zero3_offload.json"
         return DS_CONFIGS / name
-    # A path as in the documentation, but outside a checkout.
-    path = Path(config.train.deepspeed)
+    return json_path(Path(config.train.deepspeed))
+
+
+def json_path(path: Path) -> Path:
+    """Return where a DeepSpeed JSON is.
+
+    Outside a checkout, ds_configs/NAME.json is that of the installed package.
+    """
     packaged = DS_CONFIGS / path.name
     if path.parent == Path("ds_configs") and not path.exists() and packaged.is_file():
         return packaged
