@@ -158,6 +158,8 @@ def _probes(runs: Sequence[Path], world: World) -> Iterator[list[Path]]:
 
     def write() -> list[Path]:
         for folder in dict.fromkeys(map(existing, runs)):
+            if not folder.is_dir():
+                continue  # a file: opening the run folder raises an error about it
             # Closed and removed below, on errors too.
             file = tempfile.NamedTemporaryFile(prefix=PROBE, dir=folder)  # noqa: SIM115
             files.append(file)
