@@ -132,3 +132,20 @@ def test_an_interrupted_job_ends_with_the_losses_of_an_undisturbed_one(
     assert (job.state, job.num_restarts) == ("COMPLETED", 1), cluster.describe(job_id)
     assert num_before < len(undisturbed_losses), "the job was not interrupted in mid-run"
     assert losses(run) == undisturbed_losses
+
+
+def test_the_doctor_checks_two_nodes(
+    cluster: Cluster, tmp_path: Path, tiny_corpus: Path
+) -> None:
+    options = (*OPTIONS, f"--output={tmp_path}/%x-%j.out")
+    arguments = [f"--run={tmp_path / 'new'}", f"--shards={tiny_corpus / 'shards'}"]
+    job_id = cluster.submit(
+        "launch/slurm/doctor.sbatch", *arguments, options=options, cwd=ROOT, **ENV
+    )
+    job = cluster.wait(job_id, timeout_s=RUN_S)
+    assert job.state == "COMPLETED", cluster.describe(job_id)
+    words = [line.split() for line in job.output.splitlines()]
+    for check in ("versions ok", "run folder ok", "clocks ok"):
+        assert sum(" ".join(line).startswith(check) for line in words) == 1, job.output
+    assert "shared by 2 machines" in job.output
+    assert not (tmp_path / "new").exists()
