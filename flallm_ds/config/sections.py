@@ -85,7 +85,7 @@ class DataConfig:
     decoder: Literal["cpu", "nvjpeg"] = "cpu"
     # Data-loading threads per rank. 0: the cores of the machine divided among its ranks.
     threads: int = 0
-    # Share of clips that a rank may fail to decode before the run stops.
+    # Share of broken clips, counted over all ranks, above which the run stops.
     max_broken: float = 0.01
     # Read every shard at the start and compare its checksum.
     check_shards: bool = False

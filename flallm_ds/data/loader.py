@@ -5,7 +5,7 @@ batch, a few steps ahead. The batches depend on the plan alone, not on threads o
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,18 +31,19 @@ IGNORED = -100  # a target without a loss
 
 @dataclass
 class BrokenClips:
-    """The broken clips of this rank, by name; more than `budget` of them stop the run.
+    """The broken clips that this rank knows of; more than `budget` of them stop the run.
 
-    A clip of cached features counts once, even if several of its views are broken.
+    reasons: by key, the shard and what is wrong. A clip counts once, even if several views
+    of its cached features are broken, or several ranks have read it.
     """
 
     budget: int
     reasons: dict[str, str] = field(default_factory=dict)
-    keys: set[str] = field(default_factory=set)
+    _num_shared: int = 0  # how many of them all ranks know of
 
     def add(self, shard: str, key: str, reason: str) -> None:
         """Count a clip and print a warning. Raises RankError above the budget."""
-        if key in self.keys:
+        if key in self.reasons:
             return
         if self.budget == 0:
             raise RankError(
@@ -53,14 +54,31 @@ class BrokenClips:
             f"warning: clip {key} in {shard} is broken ({reason}); another clip replaces it",
             flush=True,
         )
-        self.keys.add(key)
-        self.reasons[f"{shard}:{key}"] = reason
+        self.reasons[key] = f"{shard}: {reason}"
+        self.check()
+
+    def check(self) -> None:
+        """Raise RankError above the budget."""
         if len(self.reasons) > self.budget:
+            key, reason = list(self.reasons.items())[-1]
             raise RankError(
                 f"The number of broken clips must be at most {self.budget}, got "
-                f"{len(self.reasons)}; the last is {key} in {shard}: {reason}. Run "
+                f"{len(self.reasons)}; the last is {key} in {reason}. Run "
                 "shards/verify.py on the shards, or raise --data.max_broken."
             )
+
+    @property
+    def num_new(self) -> int:
+        """The number of clips that the other ranks may not know of."""
+        return len(self.reasons) - self._num_shared
+
+    def share(self, of_ranks: Iterable[Mapping[str, str]]) -> None:
+        """Count the broken clips of all ranks as well."""
+        # In the order of ranks, so that all ranks name the same clip as the last one.
+        together: dict[str, str] = {}
+        for reasons in of_ranks:
+            together |= reasons
+        self.reasons, self._num_shared = together, len(together)
 
 
 @dataclass

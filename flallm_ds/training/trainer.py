@@ -30,6 +30,7 @@ from flallm_ds.models.weights import named_state
 from flallm_ds.terminal import one_line
 from flallm_ds.training import checkpoint
 from flallm_ds.training.hypotheses import Evaluation
+from flallm_ds.training.intake import Intake
 from flallm_ds.training.probe import last_layers
 from flallm_ds.training.progress import Progress, ScoringProgress
 from flallm_ds.training.run_folder import Metrics, shown
@@ -76,6 +77,7 @@ class Trainer:
             stage=self.config.stage,
         )
         self.metrics: Metrics | None = None
+        self.intake = Intake(task.train.broken, task.world)
 
     def run(self, saved: checkpoint.Saved | None) -> None:
         """Train to the end of the run. Raises Preempted after a request to stop, with a
@@ -139,10 +141,10 @@ class Trainer:
         # Back to train mode after the last evaluation.
         self.task.engine.module.train()
         num_steps = len(loader)
-        waiting_since = time.perf_counter()
-        self._beat("data loading")
-        for batches in on_device(loader.steps(self.at.step), self.world.device):
-            waited = time.perf_counter() - waiting_since
+        steps = on_device(loader.steps(self.at.step), self.world.device)
+        while self.at.step < num_steps:
+            self._beat("data loading")
+            batches, waited = self.intake.take(steps)
             stop = self._step(batches, num_steps, waited)
 
             # Save between two steps: on request, every n steps, or at the step limit. The
@@ -159,8 +161,6 @@ class Trainer:
                 )
             if self._out_of_steps():
                 return
-            waiting_since = time.perf_counter()
-            self._beat("data loading")
 
     def _step(self, batches: list[Batch], num_steps: int, waited: float) -> bool:
         """Make one step on the micro-batches of this rank and log it.
@@ -180,8 +180,12 @@ class Trainer:
         is_written = self._saving is not None and self._saving.is_written()
         counts = [num_tokens, num_frames, bool(self.stop), self._lost_records, is_written]
         counts += [self.world.is_main and self._minutes_are_over(), num_real]
+        counts.append(self.intake.has_news)
         sums = all_reduce_sum(counts, self.world)
-        tokens, frames, stops, lost, written, minutes_are_over, num_micro_batches = sums
+        tokens, frames, stops, lost, written, minutes_are_over = sums[:6]
+        num_micro_batches, news = sums[6:]
+        if news:
+            self.intake.share_news()
         share = num_real * self.world.size / num_micro_batches
         if lost:
             main_first(self._check_records, self.world)
