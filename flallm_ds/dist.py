@@ -248,6 +248,17 @@ def all_reduce_sum(values: Iterable[float], world: World) -> list[float]:
     return list(tensor.tolist())
 
 
+def gather_values(values: Iterable[float], world: World) -> list[list[float]]:
+    """Return the values of all ranks, in the order of ranks, as float64, on every rank."""
+    own = torch.tensor(list(values), dtype=torch.float64, device=world.device)
+    if world.size == 1:
+        return [own.tolist()]
+    # gloo needs a flat output.
+    together = own.new_empty(world.size * len(own))
+    dist.all_gather_into_tensor(together, own)
+    return list(together.view(world.size, -1).tolist())
+
+
 def gather_objects(local: Any, world: World) -> list[Any]:
     """Return the objects of all ranks, in the order of ranks, on every rank.
 

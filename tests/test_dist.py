@@ -14,6 +14,7 @@ from flallm_ds.dist import (
     cores_of_rank,
     free_port,
     gather_objects,
+    gather_values,
     locked_by_main,
     main_first,
     on_each_machine,
@@ -168,6 +169,7 @@ def test_a_free_port_can_be_bound():
 def test_world_size_1_needs_no_process_group():
     assert not torch.distributed.is_initialized()
     assert all_reduce_sum([1, 2.5], ALONE) == [1.0, 2.5]
+    assert gather_values([1, 2.5], ALONE) == [[1.0, 2.5]]
     assert gather_objects("x", ALONE) == ["x"]
     assert broadcast_object({"a": 1}, ALONE) == {"a": 1}
     assert main_first(lambda: 5, ALONE) == 5

@@ -1,6 +1,5 @@
 """Draw pictures of runs: frames with sentences, training curves, gradient norms."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from flallm_ds.data.sampling import FrameSampling
 from flallm_ds.data.storage.store import CacheOptions
 from flallm_ds.errors import UserError
 from flallm_ds.inference.report import read_hypotheses
+from flallm_ds.training.records import read_records
 
 # Maps the key of a gradient norm in metrics.jsonl to its label.
 PROBED = {"language": "last language layer", "visual": "last visual layer"}
@@ -129,7 +129,7 @@ def by_epoch(run: Path) -> tuple[dict[int, float], dict[int, float]]:
     """
     losses: dict[int, list[float]] = {}
     bleus: dict[int, float] = {}
-    for record in _records(run):
+    for record in read_records(run):
         # Records with a loss number epochs from 0; those with scores count finished epochs.
         if "loss" in record:
             losses.setdefault(record["epoch"] + 1, []).append(record["loss"])
@@ -170,7 +170,7 @@ def read_probe(run: Path) -> dict[str, tuple[list[int], list[float]]]:
 
     A part that was not trained is missing. Raises UserError if the run has no norms.
     """
-    records = _records(run)
+    records = read_records(run)
     found: dict[str, tuple[list[int], list[float]]] = {}
     for name in PROBED:
         steps, norms = [], []
@@ -199,13 +199,6 @@ def _smoothed(values: Sequence[float]) -> list[float]:
 
 
 # --- shared helpers
-
-
-def _records(run: Path) -> list[dict[str, Any]]:
-    """Read metrics.jsonl of a run folder; empty if the file does not exist."""
-    path = run / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [json.loads(line) for line in lines]
 
 
 def _pyplot() -> Any:

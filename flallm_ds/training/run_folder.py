@@ -22,6 +22,7 @@ from flallm_ds.metrics.columns import has_scores
 from flallm_ds.same_run import check_same_run
 from flallm_ds.terminal import one_line
 from flallm_ds.training.provenance import VERSIONS, record_start
+from flallm_ds.training.records import METRICS
 from flallm_ds.training.run_log import LOG
 from flallm_ds.training.weights_record import FILE as WEIGHTS
 
@@ -136,7 +137,7 @@ class Metrics:
 
         self.folder = folder
         self.problem: OSError | None = None
-        self._metrics = _continued(folder / "metrics.jsonl", global_step, epoch)
+        self._metrics = _continued(folder / METRICS, global_step, epoch)
         self._hypotheses = _continued(folder / "hypotheses.jsonl", global_step, epoch)
         # TensorBoard writes in a thread. `_try` reports the errors of that thread.
         threading.excepthook = _without_events_thread

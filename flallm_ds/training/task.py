@@ -7,9 +7,11 @@ accumulate. Then the optimizer makes one step. A search is `Task.generate`.
 B clips, N frames packed over the batch, L text tokens, D feature dimension.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +25,7 @@ from flallm_ds.data.preprocess import Preprocess
 from flallm_ds.data.readers import ClipReader
 from flallm_ds.data.text.codec import TextCodec
 from flallm_ds.data.text.prompt import Wording
-from flallm_ds.dist import World, all_reduce_sum
+from flallm_ds.dist import World
 from flallm_ds.errors import UserError
 from flallm_ds.features.sequences import FeatureMasks
 from flallm_ds.models.encode import encode
@@ -32,8 +34,17 @@ from flallm_ds.models.pretrained import first_line
 from flallm_ds.models.sign_translator import Beam, Candidate
 from flallm_ds.training.batch_statistics import BatchStatistics, KeptStatistics
 from flallm_ds.training.engine import Engine
+from flallm_ds.training.ranks import RankReport, exchange, report
 
 NUM_CHECKED = 8  # frames of the dummy clip of `check_generation`
+
+
+class StepResult(NamedTuple):
+    """The loss of the global batch, the mean over its target tokens, and a report of each
+    rank."""
+
+    loss: float
+    reports: list[RankReport]
 
 
 @dataclass(frozen=True)
@@ -114,19 +125,18 @@ class Task:
         num_tokens: float,
         share: float,
         lrs: Sequence[float],
+        waited_s: float,
         before_update: Callable[[float], None],
-    ) -> float:
+    ) -> StepResult:
         """Make one optimizer step on the micro-batches of this rank.
-
-        Returns the loss of the global batch: the mean over its target tokens.
 
         epoch, step: the position in the run. num_tokens: target tokens of the global
         batch, over all ranks. share: the micro-batches of this rank, without dummies, as
         a multiple of the mean over the ranks. lrs: the learning rate of each parameter
-        group.
+        group. waited_s: for the data of this step.
         before_update: called with the loss after the last backward pass.
         """
-        loss_sum = 0.0
+        loss_sum, own_s = 0.0, waited_s
         self.statistics.share = share
         # BatchNorm statistics of all micro-batches count as one update.
         with self.statistics:
@@ -134,18 +144,22 @@ class Task:
                 micro_batch = self.train.micro_batches.start + number
                 seed_micro_batch(self.config.train.seed, epoch, step, micro_batch)
                 with self.statistics.ignored(is_dummy=not batch.real_B[0]):
+                    begin = time.perf_counter()
                     loss = self.loss(batch)
                     loss_sum += loss.item()
+                    own_s += time.perf_counter() - begin
                     # DeepSpeed averages over ranks; times the world size, this is the
                     # mean over all tokens.
                     self.engine.backward(loss * (self.world.size / num_tokens))
                 # Gradients are complete now; the optimizer steps in `micro_step_done`.
                 if number == len(batches) - 1:
-                    loss_mean = all_reduce_sum([loss_sum], self.world)[0] / num_tokens
+                    own = report(loss_sum, waited_s, own_s, self.world)
+                    reports = exchange(own, self.world)
+                    loss_mean = sum(one.loss_sum for one in reports) / num_tokens
                     before_update(loss_mean)
                 self.engine.micro_step_done(lrs)
         self.kept.check()
-        return loss_mean
+        return StepResult(loss_mean, reports)
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """Return the cross entropy of a micro-batch, summed over its target tokens."""

@@ -31,6 +31,7 @@ from flallm_ds.terminal import one_line
 from flallm_ds.training import checkpoint
 from flallm_ds.training.hypotheses import Evaluation
 from flallm_ds.training.intake import Intake
+from flallm_ds.training.meter import Counts, Meter
 from flallm_ds.training.probe import last_layers
 from flallm_ds.training.progress import Progress, ScoringProgress
 from flallm_ds.training.run_folder import Metrics, shown
@@ -77,6 +78,7 @@ class Trainer:
             stage=self.config.stage,
         )
         self.metrics: Metrics | None = None
+        self.meter = Meter(task)
         self.intake = Intake(task.train.broken, task.world)
 
     def run(self, saved: checkpoint.Saved | None) -> None:
@@ -172,21 +174,16 @@ class Trainer:
         self._beat("step")
 
         # Sum over all ranks what the step needs to know of them, in one collective.
-        num_tokens = num_frames = num_real = 0
-        for batch in batches:
-            num_real += batch.real_B[0]
-            num_tokens += batch.num_target_tokens
-            num_frames += int(batch.num_frames_B.sum())
+        own = Counts.of(batches)
         is_written = self._saving is not None and self._saving.is_written()
-        counts = [num_tokens, num_frames, bool(self.stop), self._lost_records, is_written]
-        counts += [self.world.is_main and self._minutes_are_over(), num_real]
-        counts.append(self.intake.has_news)
-        sums = all_reduce_sum(counts, self.world)
-        tokens, frames, stops, lost, written, minutes_are_over = sums[:6]
-        num_micro_batches, news = sums[6:]
+        values = [*own, self.intake.has_news, bool(self.stop), self._lost_records]
+        values += [is_written, self.world.is_main and self._minutes_are_over()]
+        sums = list(map(int, all_reduce_sum(values, self.world)))
+        counts = Counts(*sums[:3])
+        news, stops, lost, written, minutes_are_over = sums[3:]
         if news:
             self.intake.share_news()
-        share = num_real * self.world.size / num_micro_batches
+        share = own.micro_batches * self.world.size / counts.micro_batches
         if lost:
             main_first(self._check_records, self.world)
         if written == self.world.size:
@@ -197,14 +194,22 @@ class Trainer:
         factor = rate_factor(done, self.config.optim.warmup)
         lrs = [lr * factor for lr in task.lrs]
         place = at.epoch, at.step
-        loss = task.step(batches, *place, tokens, share, lrs, self._before_update)
+        loss, reports = task.step(
+            batches, *place, counts.tokens, share, lrs, waited, self._before_update
+        )
         # Raises if gradients stay infinite or NaN, so that a run does not idle for hours.
         if task.engine.is_stuck:
             self._must_be_finite("gradient norm", task.engine.grad_norm())
         at.step, at.global_step = at.step + 1, at.global_step + 1
         seconds = waited + time.perf_counter() - begin
-        self._write_step(loss, lrs[-1], int(frames), seconds, waited)
-        self.progress.step(at.epoch, at.step, num_steps, loss, frames, seconds, waited)
+        left_s = self.progress.advance(at.epoch, at.step, num_steps, seconds)
+        position = at.epoch, at.step, num_steps
+        record = self.meter.record(
+            position, counts, reports, lrs[-1], loss, seconds, left_s
+        )
+        if self.metrics is not None:
+            self.metrics.write("train", at.global_step, record.values())
+        self.progress.step(record, [one.own_s for one in reports], self.meter.hosts)
         every = self.config.train.save_every_steps
         steps_are_over = every is not None and at.global_step % every == 0
         self._save_is_due = steps_are_over or minutes_are_over > 0
@@ -220,27 +225,6 @@ class Trainer:
         is not finite would spoil the moments of the optimizer."""
         self._must_be_finite("loss", loss)
         self._probe()
-
-    def _write_step(
-        self, loss: float, lr: float, frames: int, seconds: float, waited: float
-    ) -> None:
-        """Write the last step to metrics.jsonl."""
-        if self.metrics is None:
-            return
-        task = self.task
-        values = {
-            "epoch": self.at.epoch,
-            "step": self.at.step,
-            "loss": loss,
-            "lr": lr,
-            "grad_norm": task.engine.grad_norm(),
-            "skipped_steps": task.engine.skipped_steps,
-            "frames": frames,
-            "seconds": seconds,
-            "waiting_s": waited,
-            "broken_clips": len(task.train.broken.reasons),
-        }
-        self.metrics.write("train", self.at.global_step, values)
 
     def _must_be_finite(self, what: str, value: float) -> None:
         """Raise UserError on every rank, before the step, if the value is not finite."""
