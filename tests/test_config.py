@@ -100,6 +100,8 @@ def test_a_section_is_not_an_option(config):
         ("eval.num_beams", "0", "eval.num_beams must be at least 1"),
         ("eval.every_epochs", "0", "eval.every_epochs must be at least 1"),
         ("train.seed", "-1", "train.seed must be at least 0, got -1"),
+        ("train.trackers", "tensorbard", "must be one of wandb, mlflow, got"),
+        ("train.trackers", "wandb,wandb", "must be wandb, mlflow or both, got wandb,wandb"),
         ("llm.dropout", "1.5", "llm.dropout must be in [0, 1)"),
         ("stage", "llm", "visual_run must be the run folder of stage visual"),
         ("stage", "both", "--stage must be one of visual, llm, joint"),

@@ -15,6 +15,7 @@ from flallm_ds.errors import UserError, require
 from flallm_ds.export_folder import HUB_ID, find_export, find_stage_1
 from flallm_ds.recipes import config_of
 from flallm_ds.same_run import check_same_run
+from flallm_ds.training.trackers import check_installed
 
 
 def check_runs(configs: Sequence[RunConfig], splits: Sequence[str] = ()) -> None:
@@ -28,6 +29,7 @@ def check_runs(configs: Sequence[RunConfig], splits: Sequence[str] = ()) -> None
     if first.stage == "llm" and first.visual_run != "none":
         find_stage_1(first.visual_run)
     for config in configs:
+        check_installed(config.train.trackers)
         if (Path(config.run) / "config.json").is_file():
             continue  # A resumed run has its LLM and its backbone in its own folder.
         _check_path("llm.name", config.llm.name)

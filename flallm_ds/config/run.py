@@ -161,6 +161,7 @@ FREE_TO_CHANGE = (
     "train.log_every_s",
     "train.max_steps",
     "train.probe_every",
+    "train.trackers",
     "eval.gather",
 )
 

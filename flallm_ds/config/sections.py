@@ -335,6 +335,8 @@ class TrainConfig:
     log_every_s: float = 10.0
     # Number of steps between measurements of the gradients of the last layers. 0: none.
     probe_every: int = 0
+    # Where the numbers of metrics.jsonl are sent, too: wandb, mlflow.
+    trackers: tuple[Literal["wandb", "mlflow"], ...] = ()
 
     def __post_init__(self) -> None:
         _require_at_least(1, "train", self, "epochs", "keep_checkpoints")
@@ -346,6 +348,11 @@ class TrainConfig:
         _require_at_least(0, "train", self, "probe_every", "seed", "save_every_minutes")
         _require_at_least(0, "train", self, "stall_limit_s")
         _require_above_zero("train", self, "stall_warn_s")
+        known = ("wandb", "mlflow")
+        require(
+            all(self.trackers.count(name) == 1 and name in known for name in self.trackers),
+            f"train.trackers must be wandb, mlflow or both, got {','.join(self.trackers)}.",
+        )
         _require_fraction("train", self, "label_smoothing")
 
 

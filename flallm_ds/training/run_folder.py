@@ -24,6 +24,7 @@ from flallm_ds.terminal import one_line
 from flallm_ds.training.provenance import VERSIONS, record_start
 from flallm_ds.training.records import METRICS
 from flallm_ds.training.run_log import LOG
+from flallm_ds.training.trackers import Trackers
 from flallm_ds.training.weights_record import FILE as WEIGHTS
 
 LOCK = ".lock"
@@ -127,15 +128,22 @@ class Metrics:
     is kept until `check` raises it, so that all ranks can get it.
     """
 
-    def __init__(self, folder: Path, global_step: int, epoch: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        global_step: int,
+        epoch: int,
+        trackers: Trackers | None = None,
+    ) -> None:
         """Open the files, and drop the records that a resumed run writes again.
 
-        global_step: steps done. epoch: epochs done, with their scoring. Raises OSError.
+        global_step: steps done. epoch: epochs done, with their scoring. trackers: get the
+        numbers, too. Raises OSError.
         """
         # Imported here because it is slow, and only rank 0 writes events.
         from torch.utils.tensorboard import SummaryWriter
 
-        self.folder = folder
+        self.folder, self._trackers = folder, trackers
         self.problem: OSError | None = None
         self._metrics = _continued(folder / METRICS, global_step, epoch)
         self._hypotheses = _continued(folder / "hypotheses.jsonl", global_step, epoch)
@@ -146,14 +154,20 @@ class Metrics:
     def write(self, kind: str, global_step: int, values: dict[str, Any]) -> None:
         """Append a record of a step or of a scoring. kind: "train", or the scored split."""
 
+        # Trackers plot numbers only; metrics.jsonl also has the texts.
+        numbers = {}
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                numbers[f"{kind}/{name}"] = value
+
         def events() -> None:
-            # TensorBoard plots numbers only; metrics.jsonl also has the texts.
-            for name, value in values.items():
-                if isinstance(value, int | float):
-                    self._events.add_scalar(f"{kind}/{name}", value, global_step)
+            for name, value in numbers.items():
+                self._events.add_scalar(name, value, global_step)
 
         self._append(self._metrics, {"kind": kind, "global_step": global_step, **values})
         self._try(EVENTS, events)
+        if self._trackers is not None:
+            self._trackers.write(global_step, numbers)
 
     def write_hypotheses(
         self, split: str, epoch: int, global_step: int, hypotheses: Sequence[Hypothesis]
@@ -183,6 +197,8 @@ class Metrics:
         for file in (self._metrics, self._hypotheses):
             self._try(file.name, file.close, in_any_case=True)
         self._try(EVENTS, self._events.close, in_any_case=True)
+        if self._trackers is not None:
+            self._trackers.close()
 
     def check(self) -> None:
         """Raise UserError if a record could not be written."""

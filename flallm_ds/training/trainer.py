@@ -39,6 +39,7 @@ from flallm_ds.training.run_log import RunLog
 from flallm_ds.training.schedule import rate_factor
 from flallm_ds.training.stop import StopRequest
 from flallm_ds.training.task import Task
+from flallm_ds.training.trackers import Trackers
 from flallm_ds.training.watchdog import Watchdog
 from flallm_ds.training.weights_record import read_weights
 
@@ -115,7 +116,10 @@ class Trainer:
             self._end_of_epoch()
 
     def _open_metrics(self) -> None:
-        self.metrics = Metrics(self.folder, self.at.global_step, self.at.epoch)
+        names, folder, trackers = self.config.train.trackers, self.folder, None
+        if names:
+            trackers = Trackers(names, folder, self.config.options())
+        self.metrics = Metrics(folder, self.at.global_step, self.at.epoch, trackers)
 
     def _beat(self, phase: str) -> None:
         """Tell the watchdog that this rank makes progress."""
