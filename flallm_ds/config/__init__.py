@@ -10,6 +10,7 @@ from flallm_ds.config.sections import (
     Stage,
     TrainConfig,
     VisualConfig,
+    steps_of,
 )
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "TrainConfig",
     "VisualConfig",
     "check_names",
+    "steps_of",
 ]

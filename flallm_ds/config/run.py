@@ -162,6 +162,7 @@ FREE_TO_CHANGE = (
     "train.max_steps",
     "train.probe_every",
     "train.trackers",
+    "train.profile",
     "eval.gather",
 )
 

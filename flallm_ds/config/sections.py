@@ -7,6 +7,7 @@ the number of steps. The DeepSpeed JSON named by `train.deepspeed` sets ZeRO, pr
 offload and communication. A value that is set in both is an error.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -337,6 +338,8 @@ class TrainConfig:
     probe_every: int = 0
     # Where the numbers of metrics.jsonl are sent, too: wandb, mlflow.
     trackers: tuple[Literal["wandb", "mlflow"], ...] = ()
+    # Steps of the run, first-last, that are traced to RUN/profile: 10-14 are five steps.
+    profile: str = ""
 
     def __post_init__(self) -> None:
         _require_at_least(1, "train", self, "epochs", "keep_checkpoints")
@@ -353,7 +356,23 @@ class TrainConfig:
             all(self.trackers.count(name) == 1 and name in known for name in self.trackers),
             f"train.trackers must be wandb, mlflow or both, got {','.join(self.trackers)}.",
         )
+        steps_of(self.profile)
         _require_fraction("train", self, "label_smoothing")
+
+
+def steps_of(profile: str) -> range:
+    """Return the steps of train.profile, empty for none. Raises UserError if it is not
+    FIRST-LAST."""
+    if not profile:
+        return range(0)
+    found = re.fullmatch(r"(\d+)-(\d+)", profile)
+    first, last = map(int, found.groups()) if found else (0, 0)
+    require(
+        1 <= first <= last,
+        "train.profile must be two steps FIRST-LAST from 1, such as 10-14, got "
+        f"{profile!r}.",
+    )
+    return range(first, last + 1)
 
 
 @dataclass(frozen=True)

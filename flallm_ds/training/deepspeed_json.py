@@ -20,6 +20,7 @@ OWNED_BY_RUN = {
     "optimizer": "optim.name",
     "scheduler": "optim.warmup",
     "steps_per_print": "train.log_every_s",
+    "flops_profiler": "train.profile",
 }
 # Keys that only the JSON sets.
 OWNED_BY_JSON = (
@@ -253,6 +254,17 @@ def operators(config: dict[str, Any], optimizer: str) -> list[str]:
     if "nvme" in (of_optimizer, of_parameters):
         found.append("async_io")
     return found
+
+
+def with_flops_profiler(
+    config: dict[str, Any], num_steps: int, file: Path
+) -> dict[str, Any]:
+    """Return the JSON with DeepSpeed's FLOPs profiler on, for the step after `num_steps`.
+
+    file: the report that it writes.
+    """
+    profiler = {"enabled": True, "profile_step": num_steps, "output_file": str(file)}
+    return {**config, "flops_profiler": profiler}
 
 
 def lowest_rate(config: dict[str, Any]) -> tuple[str, float] | None:

@@ -240,6 +240,18 @@ class Engine:
             norms[name] = math.sqrt(square) / scale
         return norms
 
+    def log_collectives(self, on: bool) -> dict[str, Any]:
+        """Measure the collectives of DeepSpeed from now on, or end that and return them.
+
+        Returns {kind: {bytes: count, latencies and bandwidths}}; empty at the begin. While
+        it is on, each collective waits for the device.
+        """
+        deepspeed.comm.configure(enabled=on, prof_all=on)
+        logger = deepspeed.comm.comm.comms_logger
+        found = logger.log_all(print_log=False, return_dict=True) if not on else None
+        logger.reset_data()
+        return dict(found["summary"]) if found else {}
+
     def close(self) -> None:
         """Free the memory; the hooks of DeepSpeed would keep it until the process ends."""
         self._engine.destroy()

@@ -3,6 +3,8 @@
 import time
 from collections.abc import Iterator
 
+from torch.profiler import record_function
+
 from flallm_ds.batch import Batch
 from flallm_ds.data.loader import BrokenClips
 from flallm_ds.dist import World, gather_objects
@@ -27,7 +29,8 @@ class Intake:
         begin = time.perf_counter()
         batches: list[Batch] = []
         try:
-            batches = next(steps)
+            with record_function("data loading"):
+                batches = next(steps)
         except UserError as error:
             self._problem = str(error)
         return batches, time.perf_counter() - begin

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.profiler import record_function
 
 from flallm_ds.batch import Batch, VideoBatch
 from flallm_ds.config import RunConfig
@@ -145,19 +146,22 @@ class Task:
                 seed_micro_batch(self.config.train.seed, epoch, step, micro_batch)
                 with self.statistics.ignored(is_dummy=not batch.real_B[0]):
                     begin = time.perf_counter()
-                    loss = self.loss(batch)
-                    loss_sum += loss.item()
+                    with record_function("forward"):
+                        loss = self.loss(batch)
+                        loss_sum += loss.item()
                     own_s += time.perf_counter() - begin
                     # DeepSpeed averages over ranks; times the world size, this is the
                     # mean over all tokens.
-                    self.engine.backward(loss * (self.world.size / num_tokens))
+                    with record_function("backward"):
+                        self.engine.backward(loss * (self.world.size / num_tokens))
                 # Gradients are complete now; the optimizer steps in `micro_step_done`.
                 if number == len(batches) - 1:
                     own = report(loss_sum, waited_s, own_s, self.world)
                     reports = exchange(own, self.world)
                     loss_mean = sum(one.loss_sum for one in reports) / num_tokens
                     before_update(loss_mean)
-                self.engine.micro_step_done(lrs)
+                with record_function("optimizer"):
+                    self.engine.micro_step_done(lrs)
         self.kept.check()
         return StepResult(loss_mean, reports)
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from flallm_ds import export
 from flallm_ds.batch import Batch, Hypothesis
+from flallm_ds.config import steps_of
 from flallm_ds.data.device import on_device
 from flallm_ds.data.plan import PlanState
 from flallm_ds.dist import (
@@ -33,6 +34,7 @@ from flallm_ds.training.hypotheses import Evaluation
 from flallm_ds.training.intake import Intake
 from flallm_ds.training.meter import Counts, Meter
 from flallm_ds.training.probe import last_layers
+from flallm_ds.training.profiler import StepProfiler
 from flallm_ds.training.progress import Progress, ScoringProgress
 from flallm_ds.training.run_folder import Metrics, shown
 from flallm_ds.training.run_log import RunLog
@@ -81,6 +83,8 @@ class Trainer:
         self.metrics: Metrics | None = None
         self.meter = Meter(task)
         self.intake = Intake(task.train.broken, task.world)
+        profiled = steps_of(self.config.train.profile)
+        self.profiler = StepProfiler(profiled, folder, task.engine, task.world)
 
     def run(self, saved: checkpoint.Saved | None) -> None:
         """Train to the end of the run. Raises Preempted after a request to stop, with a
@@ -100,6 +104,7 @@ class Trainer:
             ) as self.watchdog:
                 self._train()
         finally:
+            self.profiler.close()
             if self.metrics is not None:
                 self.metrics.close()
         main_first(self._check_records, self.world)
@@ -150,8 +155,9 @@ class Trainer:
         steps = on_device(loader.steps(self.at.step), self.world.device)
         while self.at.step < num_steps:
             self._beat("data loading")
-            batches, waited = self.intake.take(steps)
-            stop = self._step(batches, num_steps, waited)
+            with self.profiler.step(self.at.global_step + 1):
+                batches, waited = self.intake.take(steps)
+                stop = self._step(batches, num_steps, waited)
 
             # Save between two steps: on request, every n steps, or at the step limit. The
             # end of an epoch saves after its evaluation.

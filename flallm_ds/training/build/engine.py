@@ -7,17 +7,25 @@ from typing import Any
 
 import torch
 
-from flallm_ds.config import OptimConfig, RunConfig
+from flallm_ds.config import OptimConfig, RunConfig, steps_of
 from flallm_ds.data.plan import micro_batches_per_rank
 from flallm_ds.dist import World, rank_environment
 from flallm_ds.errors import require
 from flallm_ds.models.sign_translator import SignTranslator
 from flallm_ds.training import engine as ds
 from flallm_ds.training import extensions
-from flallm_ds.training.deepspeed_json import complete, lowest_rate, operators, zero_stage
+from flallm_ds.training.deepspeed_json import (
+    complete,
+    lowest_rate,
+    operators,
+    with_flops_profiler,
+    zero_stage,
+)
 
 # A link in the package, so that an installed wheel contains the JSONs, too.
 DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
+
+FLOPS = Path("profile") / "flops.txt"  # in the run folder
 
 
 def deepspeed_config(config: RunConfig, world: World) -> dict[str, Any]:
@@ -31,6 +39,9 @@ def deepspeed_config(config: RunConfig, world: World) -> dict[str, Any]:
     check_rates(config, json_config, path)
     accumulation = micro_batches_per_rank(config.data.micro_batches, world.size)
     ds_config = complete(json_config, world.device, accumulation, config.optim.clip)
+    steps = steps_of(config.train.profile)
+    if steps:
+        ds_config = with_flops_profiler(ds_config, steps[-1], Path(config.run) / FLOPS)
     # ZeRO-3 gathers parameters in each forward pass, so all ranks must run equally many.
     is_partitioned = config.trains_visual and zero_stage(ds_config) == 3
     require(
