@@ -57,6 +57,16 @@ FLALLM = VerbTable(
             SCORE,
         ),
         "translate": Verb("Translate one video.", "flallm_ds.cli.models:translate", SCORE),
+        "watch": Verb(
+            "Show speed, ranks and alarms of a run while it trains.",
+            "flallm_ds.cli.watch:watch",
+            LOOK,
+        ),
+        "metrics": Verb(
+            "Write the steps or the scores of a run as a CSV table.",
+            "flallm_ds.cli.watch:metrics",
+            LOOK,
+        ),
         "checkpoints": Verb(
             "List, verify and remove the checkpoints of a run.",
             "flallm_ds.cli.checkpoints:CHECKPOINTS",

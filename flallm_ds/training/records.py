@@ -4,9 +4,11 @@ Records of kind "train" are steps, those of kind "probe" gradient norms. Other k
 scored splits.
 """
 
+import csv
+import io
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -63,3 +65,24 @@ def read_records(run: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     return parse_records(path.read_text(encoding="utf-8").splitlines(keepends=True))
+
+
+def as_csv(records: Iterable[dict[str, Any]], kind: str) -> str:
+    """Return the records of a kind as a CSV table, one line a record.
+
+    The columns of steps are the same for all runs: the fields of `StepRecord`, in this
+    order, empty where a record has no value.
+    """
+    rows = [record for record in records if record["kind"] == kind]
+    names = {"global_step": None}
+    if kind == "train":
+        names |= dict.fromkeys(field.name for field in fields(StepRecord))
+    # A dict keeps the order in which names are first seen.
+    for row in rows:
+        names |= dict.fromkeys(row)
+    names.pop("kind", None)
+    text = io.StringIO()
+    table = csv.DictWriter(text, list(names), extrasaction="ignore", lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    return text.getvalue()

@@ -219,6 +219,9 @@ class Trainer:
         )
         if self.metrics is not None:
             self.metrics.write("train", at.global_step, record.values())
+        if self.watchdog is not None:
+            of_rank = reports[self.world.rank]
+            self.watchdog.measured(of_rank.own_s, of_rank.waited_s)
         self.progress.step(record, [one.own_s for one in reports], self.meter.hosts)
         every = self.config.train.save_every_steps
         steps_are_over = every is not None and at.global_step % every == 0

@@ -8,45 +8,23 @@ writes the Python stacks of its threads to RUN/heartbeats/rank-00003.stacks.txt.
 """
 
 import faulthandler
-import json
 import os
 import socket
 import threading
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from flallm_ds.dist import World
 from flallm_ds.errors import Preempted
-from flallm_ds.files import write_file
-
-FOLDER = "heartbeats"
-WRITE_EVERY_S = 5.0
-# A heartbeat that is older than this is from a process that is stopped, killed or cut off.
-STALE_S = 2.5 * WRITE_EVERY_S
-
-
-@dataclass
-class Heartbeat:
-    """The state of a rank. since, written: seconds since 1970."""
-
-    rank: int
-    host: str
-    pid: int = 0
-    step: int = 0
-    phase: str = "start"
-    since: float = 0.0
-    written: float = 0.0
-
-    def describe(self, now: float) -> str:
-        """Return a sentence without its end about a rank that does not move."""
-        place = f"rank {self.rank} on {self.host}"
-        if now - self.written > STALE_S:
-            seen = time.strftime("%H:%M:%S", time.localtime(self.written))
-            return f"{place} has not been heard of since {seen}, in {self.phase}"
-        since = time.strftime("%H:%M:%S", time.localtime(self.since))
-        return f"{place} is in {self.phase} since {since}"
+from flallm_ds.training.heartbeats import (
+    ENDED,
+    FOLDER,
+    STALE_S,
+    WRITE_EVERY_S,
+    Heartbeat,
+    read_heartbeats,
+)
 
 
 class Watchdog:
@@ -57,7 +35,7 @@ class Watchdog:
     """
 
     def __init__(self, run: Path, world: World, warn_s: float, limit_s: float) -> None:
-        self.folder, self.world = run / FOLDER, world
+        self.run, self.folder, self.world = run, run / FOLDER, world
         self.warn_s, self.limit_s = warn_s, limit_s
         self._own = Heartbeat(world.rank, socket.gethostname(), os.getpid())
         self._own.since = time.time()
@@ -73,23 +51,24 @@ class Watchdog:
     def __exit__(self, *error: object) -> None:
         self._ended.set()
         self._thread.join()
+        self._own.phase, self._own.since = ENDED, time.time()
+        self._write()
 
     def beat(self, phase: str, step: int) -> None:
         """Record progress. Cheap: the thread writes the file."""
         self._own.phase, self._own.step, self._own.since = phase, step, time.time()
         self._reported = False
 
+    def measured(self, own_s: float, waited_s: float) -> None:
+        """Record the own time of the last step, and how much of it was waiting for data."""
+        self._own.own_s, self._own.waited_s = own_s, waited_s
+
     # --- the thread
 
     def _watch(self) -> None:
         while not self._ended.wait(min(WRITE_EVERY_S, self.warn_s)):
-            now = time.time()
-            self._own.written = now
-            # A full disk must not end the watch; training reports it.
-            with suppress(OSError):
-                write_file(
-                    self._path(self.world.rank), json.dumps(asdict(self._own)).encode()
-                )
+            self._write()
+            now = self._own.written
             waited = now - self._own.since
             if waited > self.warn_s and not self._reported:
                 self._reported = True
@@ -97,8 +76,11 @@ class Watchdog:
             if self.limit_s and waited > self.limit_s:
                 self._end(waited)
 
-    def _path(self, rank: int) -> Path:
-        return self.folder / f"rank-{rank:05d}.json"
+    def _write(self) -> None:
+        self._own.written = time.time()
+        # A full disk must not end the watch; training reports it.
+        with suppress(OSError):
+            self._own.write(self.run)
 
     def _report(self, now: float, waited: float) -> None:
         """Write the stacks of this rank; one rank names those that hold up the others."""
@@ -106,19 +88,10 @@ class Watchdog:
             path = self.folder / f"rank-{self.world.rank:05d}.stacks.txt"
             with path.open("w", encoding="utf-8") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
-        beats = self._heartbeats()
+        beats = read_heartbeats(self.run, range(self.world.size))
         fresh = [beat.rank for beat in beats if now - beat.written <= STALE_S]
         if fresh and self.world.rank == min(fresh):
             print(self._sentence(beats, now, waited), flush=True)
-
-    def _heartbeats(self) -> list[Heartbeat]:
-        """Read the heartbeats of all ranks that can be read."""
-        beats = []
-        for rank in range(self.world.size):
-            with suppress(OSError, ValueError, TypeError):
-                content = self._path(rank).read_text(encoding="utf-8")
-                beats.append(Heartbeat(**json.loads(content)))
-        return beats
 
     def _sentence(self, beats: list[Heartbeat], now: float, waited: float) -> str:
         """Name the ranks that the others wait for.

@@ -107,4 +107,4 @@ def test_a_run_that_moves_is_left_alone(tmp_path: Path, limit: float, capsys) ->
             time.sleep(0.05)
     assert capsys.readouterr().out == ""
     beat = json.loads((tmp_path / "heartbeats" / "rank-00000.json").read_text())
-    assert (beat["rank"], beat["phase"]) == (0, "step")
+    assert (beat["rank"], beat["step"], beat["phase"]) == (0, 9, "ended")
