@@ -4,6 +4,7 @@ file in turn."""
 import json
 import math
 import resource
+import time
 from pathlib import Path
 
 import torch
@@ -14,9 +15,12 @@ from flallm_ds.errors import UserError
 from flallm_ds.recipes import resolve
 from flallm_ds.training import checkpoint
 from flallm_ds.training.build import build_task
+from flallm_ds.training.flops import step_flops
 from flallm_ds.training.run_folder import open_run_folder
 from flallm_ds.training.stop import StopRequest
 from flallm_ds.training.trainer import Trainer
+
+SLOW_S = 0.3  # a forward pass, of which a step has two
 
 
 def scenarios(*, file: Path) -> None:
@@ -24,8 +28,10 @@ def scenarios(*, file: Path) -> None:
 
     "nan_at" or "full_at": the step before which one rank's gradient is NaN, or rank 0's
     files cannot grow; "damaged": whether a byte of the newest checkpoint is flipped
-    before the start. The error of each rank is written next to the run, to
-    NAME.FAULT.rank-0 and so on.
+    before the start; "slow_rank": the rank whose forward passes take longer; "peak": the
+    peak FLOPS of all devices, which is not known for CPUs; "refused":
+    whether the run must end with an error. The error of each rank is written next to the
+    run, to NAME.FAULT.rank-0 and so on.
     """
     world = dist.start()
     stop = StopRequest()
@@ -34,17 +40,22 @@ def scenarios(*, file: Path) -> None:
         folder = dist.main_first(lambda config=config: open_run_folder(config), world)
         if scenario.get("damaged"):
             dist.main_first(lambda folder=folder: flip_a_byte(folder), world)
-        fault = next((name for name in ("nan_at", "full_at") if name in scenario), None)
+        faults = ("nan_at", "full_at", "refused")
+        fault = next((name for name in faults if name in scenario), None)
         saved = checkpoint.resumable(folder, world)
         trainer = Trainer(build_task(config, folder, world), folder, stop)
+        module = trainer.task.engine.module
+        if "peak" in scenario:
+            trainer.meter._peak = scenario["peak"]
+            trainer.meter._flops = step_flops(trainer.task)
+        if scenario.get("slow_rank") == world.rank:
+            module.register_forward_pre_hook(lambda *_: time.sleep(SLOW_S))
         if fault is None:
             trainer.run(saved)
             continue
-        parameter = next(
-            p for p in trainer.task.engine.module.parameters() if p.requires_grad
-        )
-        faults = Faults(trainer, scenario[fault], fault)
-        parameter.register_hook(faults)
+        if fault != "refused":
+            parameter = next(p for p in module.parameters() if p.requires_grad)
+            parameter.register_hook(Faults(trainer, scenario[fault], fault))
         try:
             trainer.run(saved)
         except UserError as error:
