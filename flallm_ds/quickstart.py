@@ -122,8 +122,9 @@ def _show(visual: Path, llm: Path) -> None:
     """Print scores and three sentences, draw a strip of frames, and translate one video."""
     # These import torch too.
     from flallm_ds.inference.pictures import strip_of_run
-    from flallm_ds.inference.report import read_hypotheses, table
+    from flallm_ds.inference.report import read_hypotheses
     from flallm_ds.metrics.ceiling import Ceiling
+    from flallm_ds.metrics.table import table
 
     results = []
     for run in (visual, llm):

@@ -56,6 +56,11 @@ FLALLM = VerbTable(
             "flallm_ds.cli.evaluate:evaluate",
             SCORE,
         ),
+        "score": Verb(
+            "Score files of hypotheses, also of other projects, by a preset.",
+            "flallm_ds.cli.score:score",
+            SCORE,
+        ),
         "translate": Verb("Translate one video.", "flallm_ds.cli.models:translate", SCORE),
         "watch": Verb(
             "Show speed, ranks and alarms of a run while it trains.",

@@ -27,6 +27,7 @@ from flallm_ds.metrics.scoring import (
     scores_by,
     scores_of,
 )
+from flallm_ds.metrics.table import table
 from flallm_ds.training.build.data import decode_threads, open_index
 from flallm_ds.training.hypotheses import Evaluation
 from flallm_ds.training.progress import ScoringProgress
@@ -166,7 +167,7 @@ def write_results(
     }
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     replace_file(folder / f"{split}.json", text)
-    print(report.table({"model": scores, "blind control": blind, **parts}))
+    print(table({"model": scores, "blind control": blind, **parts}))
     if str(ceiling):
         print(ceiling)
     print(f"signature: {scores['bleu_signature']}\nhypotheses: {path}")

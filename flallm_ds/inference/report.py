@@ -1,15 +1,12 @@
-"""Write hypotheses to a file, read them, and format scores as a table."""
+"""Write hypotheses to a file and read them."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from flallm_ds.batch import Hypothesis
 from flallm_ds.files import replace_file
-from flallm_ds.metrics.ceiling import is_low
-from flallm_ds.metrics.columns import CEILING, COLUMNS
 
 
 def write_hypotheses(path: Path, hypotheses: Sequence[Hypothesis]) -> None:
@@ -31,22 +28,3 @@ def read_hypotheses(path: Path) -> list[Hypothesis]:
         nbest = tuple(map(tuple, record.pop("nbest", ())))
         hypotheses.append(Hypothesis(**record, nbest=nbest))
     return hypotheses
-
-
-def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return a Markdown table. rows: maps the name of a system to its stored scores.
-
-    The last column is the BLEU-4 of a perfect model, if it is low for any row.
-    """
-    columns = list(COLUMNS)
-    if any(map(is_low, rows.values())):
-        columns.append(CEILING)
-    width = max(map(len, rows))
-    titles = " | ".join(f"{column.title:>7}" for column in columns)
-    lines = [f"| {'':{width}} | {titles} |"]
-    # The colon aligns numbers to the right.
-    lines.append(f"|{'-' * (width + 2)}|" + f"{'-' * 8}:|" * len(columns))
-    for name, scores in rows.items():
-        cells = " | ".join(f"{column.text(scores):>7}" for column in columns)
-        lines.append(f"| {name:{width}} | {cells} |")
-    return "\n".join(lines)

@@ -1,20 +1,33 @@
-"""Score translations with BLEU, ROUGE-L and chrF, and record how each value was computed.
+"""Score translations, and record how each value was computed.
 
-Published results differ in tokenizer, smoothing and ROUGE tokens. `score` follows the
-defaults of sacreBLEU; bleu.py and rouge.py take other choices as arguments.
+BLEU-1 to 4, ROUGE-L, chrF, TER, WER and CER. Published results differ in tokenizer,
+smoothing and ROUGE: `score` follows the defaults of sacreBLEU, or a preset of presets.py.
 """
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
 
 from flallm_ds.data.text.languages import tag_of, word_rule
 from flallm_ds.errors import UserError
-from flallm_ds.metrics.bleu import corpus_bleu, corpus_chrf
+from flallm_ds.metrics.bleu import BleuRule, bleu_counts, chrf_counts, length_ratio
 from flallm_ds.metrics.columns import COLUMNS
-from flallm_ds.metrics.rouge import BETA, rouge_l
+from flallm_ds.metrics.counts import Counts, interval, resampled_scores
+from flallm_ds.metrics.error_rates import error_counts
+from flallm_ds.metrics.presets import (
+    DEFAULT,
+    Preset,
+    RoundTrip,
+    find_preset,
+    prepared,
+    rule_of,
+)
+from flallm_ds.metrics.rouge import rouge_counts
 
-__all__ = ["Scores", "rouge_tokens", "score", "score_by_language"]
+__all__ = ["Scores", "score", "score_by_language"]
 
 
 @dataclass(frozen=True)
@@ -28,19 +41,38 @@ class Scores:
     num_sentences: int
     signatures: Mapping[str, str]
     """Maps each key of `SIGNATURES` to a description of how the score was computed."""
+    preset: str
+    rule: str
+    """The rule of the preset, for people."""
+    resampled: Mapping[str, np.ndarray] = field(
+        default_factory=dict, compare=False, repr=False
+    )
+    """Maps each key to the scores of resampled test sets, (R,); empty if there are none."""
 
     @property
     def bleu4(self) -> float:
         """Return BLEU-4 in percent, which selects the best export."""
         return self.values["bleu4"]
 
-    def as_dict(self) -> dict[str, float | int | str]:
+    @property
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """Return the 95 % interval of each score; empty without resampled test sets."""
+        return {key: interval(scores) for key, scores in self.resampled.items()}
+
+    def as_dict(self) -> dict[str, Any]:
         """Return all values by name, for a JSON file."""
-        values = {column.key: self.values[column.key] for column in COLUMNS}
+        found: dict[str, Any] = {}
+        for column in COLUMNS:
+            if column.key in self.values:
+                found[column.key] = self.values[column.key]
+        if self.resampled:
+            found["intervals"] = self.intervals
         return {
-            **values,
+            **found,
             "length_ratio": self.length_ratio,
             "num_sentences": self.num_sentences,
+            "preset": self.preset,
+            "rule": self.rule,
             **self.signatures,
         }
 
@@ -53,14 +85,49 @@ class Scores:
         return values
 
 
-def score(hypotheses: Sequence[str], references: Sequence[str], language: str) -> Scores:
+def score(
+    hypotheses: Sequence[str],
+    references: Sequence[str],
+    language: str,
+    preset: str = DEFAULT,
+    *,
+    round_trip: RoundTrip | None = None,
+    error_rates: bool = True,
+    resamples: int = 0,
+) -> Scores:
     """Score hypotheses against one reference each, in the same order.
 
     language: language of the text, by any name that `find_language` accepts. Chinese is
     tokenized by sacreBLEU's `zh`, other languages without spaces between words (Japanese,
-    Thai, ...) by characters. Raises UserError if the numbers of hypotheses and references
-    differ or are 0.
+    Thai, ...) by characters. preset: one of `PRESET_NAMES`. round_trip: encodes and decodes
+    references with a tokenizer, for presets that score decoded references. error_rates:
+    whether to compute TER, WER and CER. resamples: number of resampled test sets for
+    intervals. Raises UserError if the numbers of hypotheses and references differ or are
+    0, or if the preset does not fit the language.
     """
+    check_pairs(hypotheses, references)
+    chosen = find_preset(preset)
+    metrics = preset_counts(
+        chosen, hypotheses, references, language, round_trip, error_rates
+    )
+    values: dict[str, float] = {}
+    signatures: dict[str, str] = {}
+    for metric in metrics:
+        values |= metric.score()
+        signatures |= metric.signatures
+    return Scores(
+        values,
+        length_ratio=length_ratio(metrics[0]),
+        num_sentences=len(references),
+        signatures=signatures,
+        preset=preset,
+        rule=rule_of(chosen, round_trip is not None),
+        resampled=resampled_scores(metrics, resamples) if resamples else {},
+    )
+
+
+def check_pairs(hypotheses: Sequence[str], references: Sequence[str]) -> None:
+    """Raise UserError if the numbers of hypotheses and references differ or are 0."""
     if len(hypotheses) != len(references):
         raise UserError(
             f"The number of hypotheses must equal the number of references "
@@ -69,54 +136,70 @@ def score(hypotheses: Sequence[str], references: Sequence[str], language: str) -
         )
     if not references:
         raise UserError("The number of sentences to score must be at least 1, got 0.")
+
+
+def preset_counts(
+    preset: Preset,
+    hypotheses: Sequence[str],
+    references: Sequence[str],
+    language: str,
+    round_trip: RoundTrip | None = None,
+    error_rates: bool = False,
+) -> list[Counts]:
+    """Return the counts of BLEU (first), ROUGE-L, chrF, and TER, WER, CER if wanted."""
+    said, meant = prepared(preset, hypotheses, references, language, round_trip)
     rule = word_rule(language)
-    bleu = corpus_bleu(hypotheses, references, tokenize=rule)
-    chrf, chrf_signature = corpus_chrf(hypotheses, references)
-
-    # ROUGE uses the same units as BLEU: characters if the language has no spaces.
-    characters = rule != "13a"
-    hypothesis_tokens = [rouge_tokens(sentence, characters) for sentence in hypotheses]
-    reference_tokens = [rouge_tokens(sentence, characters) for sentence in references]
-
-    values: dict[str, float] = {}
-    for order, value in enumerate(bleu.orders, start=1):
-        values[f"bleu{order}"] = value
-    values["rouge_l"] = rouge_l(hypothesis_tokens, reference_tokens)
-    values["chrf"] = chrf
-    rouge_tokenizer = "char" if characters else "whitespace"
-    return Scores(
-        values,
-        length_ratio=bleu.length_ratio,
-        num_sentences=len(references),
-        signatures={
-            "bleu_signature": bleu.signature,
-            "chrf_signature": chrf_signature,
-            "rouge_signature": f"F|beta:{BETA}|tok:{rouge_tokenizer}|mean:sentences",
-        },
+    bleu = BleuRule(
+        preset.bleu_tokenizer(rule),
+        preset.smooth,
+        preset.smooth_value,
+        preset.effective_order,
     )
+    # ROUGE uses the same units as BLEU: characters if the language has no spaces.
+    characters = rule != "13a" and preset.unspaced == "language"
+    metrics = [
+        bleu_counts(said, meant, bleu),
+        rouge_counts(said, meant, preset.rouge, characters),
+        chrf_counts(said, meant),
+    ]
+    if error_rates:
+        metrics += error_counts(said, meant, characters)
+    return metrics
 
 
 def score_by_language(
-    hypotheses: Sequence[str], references: Sequence[str], languages: Sequence[str]
+    hypotheses: Sequence[str],
+    references: Sequence[str],
+    languages: Sequence[str],
+    preset: str = DEFAULT,
+    *,
+    round_trip: RoundTrip | None = None,
+    error_rates: bool = True,
+    resamples: int = 0,
 ) -> Scores:
     """Score each language with its own tokenizer and return the mean over languages.
 
     languages: language of each pair of sentences. All languages have the same weight,
-    regardless of their number of sentences. With one language, the result equals `score`.
+    regardless of their number of sentences. With one language, the result equals `score`,
+    which describes the other arguments.
     """
     # Group by tag, because "de" and "German" are the same language.
     rows_by_tag = defaultdict(list)
     for row, language in enumerate(languages):
         rows_by_tag[tag_of(language)].append(row)
+    check_pairs(hypotheses, references)
 
     scores = {}
     for tag, rows in sorted(rows_by_tag.items()):
-        hypotheses_of_tag = [hypotheses[row] for row in rows]
-        references_of_tag = [references[row] for row in rows]
-        scores[tag] = score(hypotheses_of_tag, references_of_tag, tag)
-
-    if not scores:
-        return score(hypotheses, references, "")  # raises, because there is no sentence
+        scores[tag] = score(
+            [hypotheses[row] for row in rows],
+            [references[row] for row in rows],
+            tag,
+            preset,
+            round_trip=round_trip,
+            error_rates=error_rates,
+            resamples=resamples,
+        )
     if len(scores) == 1:
         return next(iter(scores.values()))
     return _mean(scores)
@@ -128,6 +211,9 @@ def _mean(scores: Mapping[str, Scores]) -> Scores:
     values = {}
     for key in parts[0].values:
         values[key] = sum(part.values[key] for part in parts) / len(parts)
+    resampled = {}
+    for key in parts[0].resampled:
+        resampled[key] = np.mean([part.resampled[key] for part in parts], axis=0)
     signatures = {}
     for key in parts[0].signatures:
         rules = [f"{language}: {part.signatures[key]}" for language, part in scores.items()]
@@ -137,10 +223,7 @@ def _mean(scores: Mapping[str, Scores]) -> Scores:
         length_ratio=sum(part.length_ratio for part in parts) / len(parts),
         num_sentences=sum(part.num_sentences for part in parts),
         signatures=signatures,
+        preset=parts[0].preset,
+        rule=parts[0].rule,
+        resampled=resampled,
     )
-
-
-def rouge_tokens(sentence: str, characters: bool) -> list[str]:
-    """Split a sentence at whitespace, or into characters for a language without spaces."""
-    words = sentence.split()
-    return list("".join(words)) if characters else words

@@ -60,7 +60,8 @@ def ceiling(
 
     written: each reference after encoding and decoding. Raises UserError like `score`.
     """
-    bleu4 = score_by_language(written, references, languages).bleu4
+    scores = score_by_language(written, references, languages, error_rates=False)
+    bleu4 = scores.bleu4
     if bleu4 >= HIGH_CEILING:
         return Ceiling(bleu4)
     # Changes of spaces alone are counted apart. BLEU ignores most of them, so they are

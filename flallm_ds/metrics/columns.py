@@ -19,10 +19,17 @@ class Column:
     """Column title in the printed table and in the model card."""
     logged: bool = False
     """Whether training writes the metric to metrics.jsonl and TensorBoard."""
+    is_error: bool = False
+    """Whether lower is better. Error rates are not computed in training."""
 
     def text(self, scores: Mapping[str, Any]) -> str:
         """Format this metric of stored scores; empty if they do not contain it."""
         return f"{scores[self.key]:.2f}" if self.key in scores else ""
+
+    def interval_text(self, scores: Mapping[str, Any]) -> str:
+        """Format the 95 % interval of this metric of stored scores; empty without one."""
+        bounds = scores.get("intervals", {}).get(self.key)
+        return "" if bounds is None else f"{bounds[0]:.1f}-{bounds[1]:.1f}"
 
 
 # In the order in which scores are stored and shown.
@@ -33,6 +40,9 @@ COLUMNS = (
     Column("bleu4", "BLEU-4", logged=True),
     Column("rouge_l", "ROUGE-L", logged=True),
     Column("chrf", "chrF", logged=True),
+    Column("ter", "TER", is_error=True),
+    Column("wer", "WER", is_error=True),
+    Column("cer", "CER", is_error=True),
 )
 
 # BLEU-4 of a perfect model. It depends on the tokenizer of the model, so it is computed by
@@ -44,6 +54,9 @@ SIGNATURES = {
     "bleu_signature": "BLEU",
     "rouge_signature": "ROUGE-L",
     "chrf_signature": "chrF",
+    "ter_signature": "TER",
+    "wer_signature": "WER",
+    "cer_signature": "CER",
 }
 
 

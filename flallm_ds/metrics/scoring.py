@@ -15,23 +15,35 @@ from flallm_ds.metrics.ceiling import Ceiling, ceiling
 Part = Literal["corpus", "language"]
 
 
-def scores_of(hypotheses: Sequence[Hypothesis]) -> Scores:
+def scores_of(
+    hypotheses: Sequence[Hypothesis], error_rates: bool = False, resamples: int = 0
+) -> Scores:
     """Score hypotheses as `score_by_language` does: the mean over their languages.
 
-    Raises UserError if there are none.
+    error_rates: whether to compute TER, WER and CER, too. resamples: number of resampled
+    test sets for intervals. Raises UserError if there are no hypotheses.
     """
-    return score_by_language(*_columns(hypotheses))
+    return score_by_language(
+        *_columns(hypotheses), error_rates=error_rates, resamples=resamples
+    )
 
 
-def scores_by(hypotheses: Sequence[Hypothesis], part: Part) -> dict[str, Scores]:
+def scores_by(
+    hypotheses: Sequence[Hypothesis], part: Part, resamples: int = 0
+) -> dict[str, Scores]:
     """Score each corpus or language alone. Return {name: scores}, sorted by name."""
     parts: dict[str, list[Hypothesis]] = {}
     for clip in hypotheses:
         parts.setdefault(getattr(clip, part), []).append(clip)
-    return {name: scores_of(clips) for name, clips in sorted(parts.items())}
+    scores = {}
+    for name, clips in sorted(parts.items()):
+        scores[name] = scores_of(clips, resamples=resamples)
+    return scores
 
 
-def blind_scores(hypotheses: Sequence[Hypothesis], seed: int = 0) -> Scores:
+def blind_scores(
+    hypotheses: Sequence[Hypothesis], seed: int = 0, resamples: int = 0
+) -> Scores:
     """Score the model with shuffled videos: what it guesses without seeing the clip.
 
     A hypothesis depends only on the video and its language. So this compares each reference
@@ -51,7 +63,7 @@ def blind_scores(hypotheses: Sequence[Hypothesis], seed: int = 0) -> Scores:
     shuffled = []
     for clip, row in zip(hypotheses, source.tolist(), strict=True):
         shuffled.append(replace(clip, hypothesis=hypotheses[row].hypothesis))
-    return scores_of(shuffled)
+    return scores_of(shuffled, resamples=resamples)
 
 
 def perfect(hypotheses: Sequence[Hypothesis], codec: TextCodec) -> list[Hypothesis]:

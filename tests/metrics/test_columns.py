@@ -18,15 +18,17 @@ def test_score_computes_exactly_the_metrics_of_the_table() -> None:
 
 
 def test_names_and_order_in_stored_files_are_fixed() -> None:
-    stored = ["bleu1", "bleu2", "bleu3", "bleu4", "rouge_l", "chrf", "length_ratio"]
-    stored += ["num_sentences", "bleu_signature", "chrf_signature", "rouge_signature"]
+    stored = ["bleu1", "bleu2", "bleu3", "bleu4", "rouge_l", "chrf"]
+    stored += ["ter", "wer", "cer", "length_ratio", "num_sentences", "preset", "rule"]
+    stored += [f"{name}_signature" for name in ("bleu", "rouge", "chrf")]
+    stored += [f"{name}_signature" for name in ("ter", "wer", "cer")]
     assert list(scores().as_dict()) == stored
     assert list(scores().logged()) == ["bleu4", "rouge_l", "chrf"]
 
 
 def test_a_metric_that_was_not_stored_has_an_empty_cell() -> None:
     cells = [column.text({"bleu4": 21.256}) for column in COLUMNS]
-    assert cells == ["", "", "", "21.26", "", ""]
+    assert cells == ["", "", "", "21.26"] + [""] * 5
 
 
 def test_only_records_with_scores_are_recognized() -> None:

@@ -366,7 +366,7 @@ def restored(
         hypotheses += tokenizer.batch_decode(ids_BT, skip_special_tokens=True)
     pairs = zip(hypotheses, references, strict=True)
     same = sum(hypothesis == reference for hypothesis, reference in pairs) / len(references)
-    bleu = score(hypotheses, references, language).bleu4
+    bleu = score(hypotheses, references, language, error_rates=False).bleu4
     return (
         f"{len(references)} held-out sentences with one word masked, restored greedily: "
         f"BLEU-4 {bleu:.1f}, {same:.0%} exactly."

@@ -1,0 +1,99 @@
+"""Score files of hypotheses and references of any project, and print the scores."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from flallm_ds.data.text.languages import language_tag
+from flallm_ds.errors import UserError
+from flallm_ds.files import replace_file
+from flallm_ds.metrics import Scores, score_by_language
+from flallm_ds.metrics.ceiling import Ceiling, ceiling
+from flallm_ds.metrics.columns import CEILING, COLUMNS, SIGNATURES
+from flallm_ds.metrics.presets import DEFAULT, RoundTrip
+from flallm_ds.metrics.table import markdown
+from flallm_ds.metrics.texts import Pairs, read_pairs
+
+
+def score_files(
+    hypotheses: Path,
+    references: Path | None = None,
+    language: str = "",
+    preset: str = DEFAULT,
+    tokenizer: str = "",
+    resamples: int = 0,
+) -> tuple[Scores, Ceiling | None]:
+    """Score a file of hypotheses. Return the scores, and the ceiling of a tokenizer.
+
+    references: a file, or None if the hypotheses are a table with both. language: by
+    default the column `language` of the references. tokenizer: as in `round_trip_of`.
+    Raises UserError for files that do not fit each other.
+    """
+    pairs = read_pairs(hypotheses, references)
+    languages = _languages(pairs, language)
+    round_trip: RoundTrip | None = None
+    if tokenizer:
+        # transformers takes seconds to import.
+        from flallm_ds.data.text.round_trip import round_trip_of
+
+        round_trip = round_trip_of(tokenizer)
+    scores = score_by_language(
+        pairs.hypotheses,
+        pairs.references,
+        languages,
+        preset,
+        round_trip=round_trip,
+        resamples=resamples,
+    )
+    highest = None
+    if round_trip is not None:
+        highest = ceiling(round_trip(pairs.references), pairs.references, languages)
+    return scores, highest
+
+
+def _languages(pairs: Pairs, language: str) -> list[str]:
+    """Return the tag of the language of each pair."""
+    if language:
+        return [language_tag(language, "--language")] * len(pairs.references)
+    if not any(pairs.languages):
+        raise UserError(
+            "--language must be the language of the text if the references have no column "
+            "language, got nothing. Give a code (de, zh) or an English name (German)."
+        )
+    return [language_tag(name, "The column language") for name in pairs.languages]
+
+
+def write_scores(path: Path, scores: Scores, highest: Ceiling | None) -> None:
+    """Write scores to a JSON file."""
+    content: dict[str, Any] = scores.as_dict()
+    if highest is not None:
+        content[CEILING.key] = highest.bleu4
+    replace_file(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def describe(scores: Scores, highest: Ceiling | None = None) -> str:
+    """Return a table of scores, and how they were computed."""
+    stored = scores.as_dict()
+    cells = [["", "score", "95 % interval"]]
+    for column in COLUMNS:
+        title = f"{column.title} (lower is better)" if column.is_error else column.title
+        cells.append([title, column.text(stored), column.interval_text(stored)])
+    lines = [
+        markdown(cells),
+        f"{scores.num_sentences} sentences, length ratio {scores.length_ratio:.3f}",
+        *how_computed(stored),
+    ]
+    if highest is not None:
+        lines.append(
+            str(highest) or f"The ceiling of the tokenizer is BLEU-4 {highest.bleu4:.2f}."
+        )
+    return "\n".join(lines)
+
+
+def how_computed(stored: dict[str, Any]) -> list[str]:
+    """Return lines with the rule and the signatures of stored scores."""
+    lines = [f"preset {stored['preset']}: {stored['rule']}"]
+    for key, metric in SIGNATURES.items():
+        if key in stored:
+            lines.append(f"{metric} signature: {stored[key]}")
+    return lines

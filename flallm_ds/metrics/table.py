@@ -1,0 +1,45 @@
+"""Format scores as Markdown tables, which are also readable as plain text."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flallm_ds.metrics.ceiling import is_low
+from flallm_ds.metrics.columns import CEILING, COLUMNS
+
+# Title of the lines of intervals in a table, and the least width of its columns.
+INTERVAL_TITLE = "95 % interval"
+MIN_COLUMN = 7
+
+
+def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return a Markdown table. rows: maps the name of a system to its stored scores.
+
+    Scores with intervals have a second line. Error rates have a column if any row has them.
+    The last column is the BLEU-4 of a perfect model, if it is low for any row.
+    """
+    columns = []
+    for column in COLUMNS:
+        if not column.is_error or any(column.key in scores for scores in rows.values()):
+            columns.append(column)
+    if any(map(is_low, rows.values())):
+        columns.append(CEILING)
+    cells: list[list[str]] = [["", *(column.title for column in columns)]]
+    for name, scores in rows.items():
+        cells.append([name, *(column.text(scores) for column in columns)])
+        if "intervals" in scores:
+            bounds = [column.interval_text(scores) for column in columns]
+            cells.append([INTERVAL_TITLE, *bounds])
+    return markdown(cells)
+
+
+def markdown(cells: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table. cells: the titles first; the first column is text."""
+    first = max(len(row[0]) for row in cells)
+    rest = max(MIN_COLUMN, *(len(cell) for row in cells for cell in row[1:]))
+    lines = []
+    for row in cells:
+        numbers = " | ".join(f"{cell:>{rest}}" for cell in row[1:])
+        lines.append(f"| {row[0]:{first}} | {numbers} |")
+    # The colon aligns numbers to the right.
+    rule = f"|{'-' * (first + 2)}|" + f"{'-' * (rest + 1)}:|" * (len(cells[0]) - 1)
+    return "\n".join([lines[0], rule, *lines[1:]])
