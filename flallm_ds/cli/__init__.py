@@ -61,6 +61,11 @@ FLALLM = VerbTable(
             "flallm_ds.cli.score:score",
             SCORE,
         ),
+        "compare": Verb(
+            "Test whether two systems differ; mean and deviation of several seeds.",
+            "flallm_ds.cli.compare:compare",
+            SCORE,
+        ),
         "translate": Verb("Translate one video.", "flallm_ds.cli.models:translate", SCORE),
         "watch": Verb(
             "Show speed, ranks and alarms of a run while it trains.",

@@ -15,7 +15,13 @@ from flallm_ds.data.index import Index
 from flallm_ds.data.text.codec import TextCodec
 from flallm_ds.data.text.languages import find_language, tag_of
 from flallm_ds.metrics.ceiling import is_low
-from flallm_ds.metrics.columns import CEILING, COLUMNS, SIGNATURES, has_scores
+from flallm_ds.metrics.columns import (
+    CEILING,
+    INTERVAL_TITLE,
+    SIGNATURES,
+    has_scores,
+    shown_columns,
+)
 from flallm_ds.same_run import nearest_recipe
 
 # Packages whose versions the card lists.
@@ -192,15 +198,18 @@ def _what_it_is(settings: dict[str, Any], codec: TextCodec) -> str:
 
 def _scores(scores: dict[str, Any]) -> str:
     """Return a table of scores by split, ceilings and signatures; empty without scores."""
-    titles = " | ".join(column.title for column in COLUMNS)
-    table = [f"| split | {titles} |", "|---" * (len(COLUMNS) + 1) + "|"]
+    scored = {split: one for split, one in scores.items() if has_scores(one)}
+    columns = shown_columns(scored.values())
+    titles = " | ".join(column.title for column in columns)
+    table = [f"| split | {titles} |", "|---" * (len(columns) + 1) + "|"]
     text = "In percent."
     signatures = []
-    for split, values in scores.items():
-        if not has_scores(values):
-            continue
-        cells = " | ".join(column.text(values) for column in COLUMNS)
+    for split, values in scored.items():
+        cells = " | ".join(column.text(values) for column in columns)
         table.append(f"| {plain(split)} | {cells} |")
+        if "intervals" in values:
+            bounds = " | ".join(column.interval_text(values) for column in columns)
+            table.append(f"| {INTERVAL_TITLE} | {bounds} |")
         if is_low(values):
             text += (
                 f" A perfect model would score BLEU-4 {CEILING.text(values)} on "
@@ -209,7 +218,7 @@ def _scores(scores: dict[str, Any]) -> str:
         for key, metric in SIGNATURES.items():
             if key in values:
                 signatures.append(f"- {plain(split)}, {metric}: {_code(values[key])}")
-    if len(table) == 2:  # only the titles
+    if not scored:
         return ""
     text += " Signatures of the metrics:"
     return "\n".join(["## Scores", "", *table, "", text, "", *signatures])

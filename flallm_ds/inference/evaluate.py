@@ -1,33 +1,29 @@
 """Evaluate the best export of a run on a split, with all ranks."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from flallm_ds import dist, export
-from flallm_ds.batch import Hypothesis
+from flallm_ds.batch import Batch
 from flallm_ds.config import DataConfig, RunConfig
 from flallm_ds.data.index import FeatureIndex, Index
 from flallm_ds.data.loader import Loader
+from flallm_ds.data.mixture import open_indexes
 from flallm_ds.data.readers import open_reader
+from flallm_ds.data.storage.store import CacheOptions
 from flallm_ds.data.text.codec import TextCodec
+from flallm_ds.data.text.languages import tag_of
 from flallm_ds.errors import UserError
 from flallm_ds.features.checks import check_evaluation, check_features
 from flallm_ds.features.facts import OPTIONS
-from flallm_ds.files import replace_file
-from flallm_ds.inference import report
+from flallm_ds.inference.analysis import Known
+from flallm_ds.inference.controls import CHANGES
+from flallm_ds.inference.results import Results
 from flallm_ds.inference.translator import Translator
-from flallm_ds.metrics.columns import CEILING
-from flallm_ds.metrics.scoring import (
-    blind_scores,
-    ceiling_of,
-    perfect,
-    scores_by,
-    scores_of,
-)
-from flallm_ds.metrics.table import table
+from flallm_ds.metrics.controls import BLIND
+from flallm_ds.models.sign_translator import Candidate
 from flallm_ds.training.build.data import decode_threads, open_index
 from flallm_ds.training.hypotheses import Evaluation
 from flallm_ds.training.progress import ScoringProgress
@@ -62,11 +58,13 @@ def evaluate_run(
     threads: int = 0,
     data: DataConfig | None = None,
     stop: StopRequest | None = None,
+    controls: Sequence[str] = (BLIND,),
 ) -> None:
     """Write RUN/evaluation/SPLIT.json and SPLIT.hypotheses.jsonl, and print the scores.
 
     run: run folder or export. shards: default: those of the training. data: replaces the
-    data options of the run. Raises Preempted after a request to `stop`.
+    data options of the run. controls: of `CONTROLS`. Raises Preempted after a request to
+    `stop`.
     """
     folder = export.find(run)
     config_path = Path(run) / "config.json"
@@ -97,6 +95,12 @@ def evaluate_run(
         hypotheses = evaluation.hypotheses(
             ScoringProgress(split, PRINT_EVERY_S, world.is_main), stop
         )
+        searched = {}
+        for control in controls:
+            if control in CHANGES:
+                progress = ScoringProgress(control, PRINT_EVERY_S, world.is_main)
+                changed = _control(control, translator, loader, world)
+                searched[control] = changed.hypotheses(progress, stop)
         facts = {
             "split": split,
             "export": of_export,
@@ -104,7 +108,41 @@ def evaluate_run(
             "beams": translator.beam.num_beams,
             "length_penalty": translator.beam.length_penalty,
         }
-        dist.main_first(lambda: write_results(results, facts, hypotheses, codec), world)
+        found = Results(hypotheses, codec, searched, facts)
+        training = data if config_path.is_file() else None
+        dist.main_first(lambda: found.write(results, _known(index, training, codec)), world)
+
+
+def _control(
+    name: str, translator: Translator, loader: Loader, world: dist.World
+) -> Evaluation:
+    """Return the evaluation of the same model on changed videos."""
+    change = CHANGES[name]
+
+    def generate(batch: Batch) -> list[list[Candidate]]:
+        return translator.generate(change(batch))
+
+    return Evaluation(loader, generate, translator.export.codec, world)
+
+
+def _known(index: Index, training: DataConfig | None, codec: TextCodec) -> Known:
+    """Return the signers of a split and the text of the training.
+
+    training: data options of the run; None for an export, whose training text is not known.
+    """
+    signers = dict(zip(index.strings("key"), index.strings("signer"), strict=True))
+    if training is None:
+        return Known(signers)
+    try:
+        cache = CacheOptions.of_run(training)
+        train = open_indexes(training.shards, "train", cache)
+    except UserError as error:
+        print(f"There are no scores by similarity to the training text: {error}")
+        return Known(signers)
+    languages = []
+    for language in train.strings("language"):
+        languages.append(tag_of(codec.instruction.language) or language or codec.language)
+    return Known(signers, list(train.strings("text")), languages)
 
 
 def split_loader(
@@ -139,52 +177,3 @@ def split_loader(
         world_size=world.size,
         threads=threads,
     )
-
-
-def write_results(
-    folder: Path, search: dict[str, Any], hypotheses: Sequence[Hypothesis], codec: TextCodec
-) -> None:
-    """Write SPLIT.json and SPLIT.hypotheses.jsonl, and print a table of scores.
-
-    search: facts for SPLIT.json, with the name of the split as `split`.
-    """
-    written = perfect(hypotheses, codec)
-    ceiling = ceiling_of(written)
-    highest = {CEILING.key: ceiling.bleu4}
-    scores = scores_of(hypotheses).as_dict() | highest
-    blind = blind_scores(hypotheses).as_dict() | highest
-    parts = _scores_of_parts(hypotheses, written)
-    folder.mkdir(exist_ok=True)
-    split = search["split"]
-    path = folder / f"{split}.hypotheses.jsonl"
-    report.write_hypotheses(path, hypotheses)
-    content = {
-        **search,
-        "scores": scores,
-        "blind": blind,
-        **parts,
-        "ceiling": {"bleu4": ceiling.bleu4, "changes": ceiling.changes},
-    }
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    replace_file(folder / f"{split}.json", text)
-    print(table({"model": scores, "blind control": blind, **parts}))
-    if str(ceiling):
-        print(ceiling)
-    print(f"signature: {scores['bleu_signature']}\nhypotheses: {path}")
-
-
-def _scores_of_parts(
-    hypotheses: Sequence[Hypothesis], written: Sequence[Hypothesis]
-) -> dict[str, dict[str, float | int | str]]:
-    """Score each corpus and each language alone, if there are several.
-
-    written: output of `perfect` for the same clips. Return {row of the table: scores}.
-    """
-    rows = {}
-    for part in ("corpus", "language"):
-        found, highest = scores_by(hypotheses, part), scores_by(written, part)
-        if len(found) < 2:
-            continue
-        for name, alone in found.items():
-            rows[f"{name} alone"] = alone.as_dict() | {CEILING.key: highest[name].bleu4}
-    return rows

@@ -76,6 +76,9 @@ class BleuRule:
         return found
 
 
+DEFAULT_RULE = BleuRule()
+
+
 def _coco_scores(counts: Sequence[float]) -> list[float]:
     """Return BLEU-1 to BLEU-4 by the COCO caption evaluation, which adds tiny constants."""
     tiny, small = 1e-15, 1e-9

@@ -4,7 +4,7 @@
 results of an evaluation, the printed table, the model card, metrics.jsonl and TensorBoard.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,9 @@ COLUMNS = (
     Column("cer", "CER", is_error=True),
 )
 
+# Title of intervals in tables.
+INTERVAL_TITLE = "95 % interval"
+
 # BLEU-4 of a perfect model. It depends on the tokenizer of the model, so it is computed by
 # `ceiling` instead of `score`.
 CEILING = Column("ceiling_bleu4", "ceiling")
@@ -58,6 +61,16 @@ SIGNATURES = {
     "wer_signature": "WER",
     "cer_signature": "CER",
 }
+
+
+def shown_columns(rows: Iterable[Mapping[str, Any]]) -> list[Column]:
+    """Return the columns of a table: error rates only if any row of scores has them."""
+    found = list(rows)
+    shown = []
+    for column in COLUMNS:
+        if not column.is_error or any(column.key in scores for scores in found):
+            shown.append(column)
+    return shown
 
 
 def has_scores(record: Any) -> bool:

@@ -9,7 +9,7 @@ from flallm_ds.errors import UserError
 from flallm_ds.files import replace_file
 from flallm_ds.metrics import Scores, score_by_language
 from flallm_ds.metrics.ceiling import Ceiling, ceiling
-from flallm_ds.metrics.columns import CEILING, COLUMNS, SIGNATURES
+from flallm_ds.metrics.columns import CEILING, COLUMNS, INTERVAL_TITLE, SIGNATURES
 from flallm_ds.metrics.presets import DEFAULT, RoundTrip
 from flallm_ds.metrics.table import markdown
 from flallm_ds.metrics.texts import Pairs, read_pairs
@@ -30,7 +30,7 @@ def score_files(
     Raises UserError for files that do not fit each other.
     """
     pairs = read_pairs(hypotheses, references)
-    languages = _languages(pairs, language)
+    languages = languages_of(pairs, language)
     round_trip: RoundTrip | None = None
     if tokenizer:
         # transformers takes seconds to import.
@@ -51,8 +51,8 @@ def score_files(
     return scores, highest
 
 
-def _languages(pairs: Pairs, language: str) -> list[str]:
-    """Return the tag of the language of each pair."""
+def languages_of(pairs: Pairs, language: str) -> list[str]:
+    """Return the tag of the language of each pair. Raises UserError if it is unknown."""
     if language:
         return [language_tag(language, "--language")] * len(pairs.references)
     if not any(pairs.languages):
@@ -74,7 +74,7 @@ def write_scores(path: Path, scores: Scores, highest: Ceiling | None) -> None:
 def describe(scores: Scores, highest: Ceiling | None = None) -> str:
     """Return a table of scores, and how they were computed."""
     stored = scores.as_dict()
-    cells = [["", "score", "95 % interval"]]
+    cells = [["", "score", INTERVAL_TITLE]]
     for column in COLUMNS:
         title = f"{column.title} (lower is better)" if column.is_error else column.title
         cells.append([title, column.text(stored), column.interval_text(stored)])

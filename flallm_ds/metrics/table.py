@@ -4,10 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flallm_ds.metrics.ceiling import is_low
-from flallm_ds.metrics.columns import CEILING, COLUMNS
+from flallm_ds.metrics.columns import CEILING, INTERVAL_TITLE, shown_columns
 
-# Title of the lines of intervals in a table, and the least width of its columns.
-INTERVAL_TITLE = "95 % interval"
+# The least width of a column.
 MIN_COLUMN = 7
 
 
@@ -17,10 +16,7 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     Scores with intervals have a second line. Error rates have a column if any row has them.
     The last column is the BLEU-4 of a perfect model, if it is low for any row.
     """
-    columns = []
-    for column in COLUMNS:
-        if not column.is_error or any(column.key in scores for scores in rows.values()):
-            columns.append(column)
+    columns = shown_columns(rows.values())
     if any(map(is_low, rows.values())):
         columns.append(CEILING)
     cells: list[list[str]] = [["", *(column.title for column in columns)]]

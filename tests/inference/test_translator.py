@@ -229,6 +229,7 @@ def test_a_split_is_evaluated_with_nbest_and_target_language(
         length_penalty=0.5,
         shards=shards,
         bits=16,
+        controls=("blind", "shuffled_frames", "blank"),
     )
     lines = (
         (run / "evaluation" / "dev.hypotheses.jsonl")
@@ -248,6 +249,13 @@ def test_a_split_is_evaluated_with_nbest_and_target_language(
         and content["length_penalty"] == 0.5
         and content["scores"]["num_sentences"] == 9
     )
+    assert content["scores"]["intervals"].keys() >= {"bleu4", "rouge_l", "chrf", "wer"}
+    assert content["scores"]["preset"] == "sacrebleu" and content["scores"]["rule"]
+    # The search of a control sees other frames, so the scores of hypotheses differ.
+    blank = (run / "evaluation" / "dev.blank.hypotheses.jsonl").read_text(encoding="utf-8")
+    assert len(blank.splitlines()) == 9 and blank.splitlines() != lines
+    assert content["controls"].keys() == {"shuffled_frames", "blank"}
+    assert len(content["meanings"]) == 3 and content["slices"]["length"]
     with pytest.raises(UserError, match="--nbest must be at least 1 and at most --beams"):
         evaluate(run=str(run), split="dev", beams=1, nbest=2, shards=shards)
 

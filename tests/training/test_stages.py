@@ -490,6 +490,24 @@ def test_a_second_job_ends_at_once_on_all_ranks_and_touches_nothing(
     assert done.stdout.count(sentence) == 1 and "Traceback" not in done.stdout
 
 
+def test_evaluation_writes_the_same_bytes_on_one_two_and_three_ranks(
+    whole: tuple[Path, str], tmp_path: Path
+) -> None:
+    """The run evaluated its test split on two ranks."""
+    run = folder_of(whole[0], "visual")
+    found = []
+    for ranks in (1, 3):
+        copy = Path(shutil.copytree(run, tmp_path / str(ranks) / run.name))
+        shutil.rmtree(copy / "evaluation")
+        done = launch("launch/evaluate.py", f"--run={copy}", "--split=test", ranks=ranks)
+        assert done.returncode == 0, done.stdout[-6000:]
+        found.append(copy)
+    for name in ("test.hypotheses.jsonl", "test.json"):
+        expected = (run / "evaluation" / name).read_bytes()
+        for copy in found:
+            assert (copy / "evaluation" / name).read_bytes() == expected
+
+
 def test_a_second_evaluation_of_a_split_ends_at_once(
     whole: tuple[Path, str], tiny_corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,44 @@
+"""Tests of what controls are said to show."""
+
+import pytest
+
+from flallm_ds.batch import Hypothesis
+from flallm_ds.errors import UserError
+from flallm_ds.metrics import Scores
+from flallm_ds.metrics.controls import CONTROLS, check_controls, meaning
+from flallm_ds.metrics.scoring import blind_scores, scores_of
+from tests.helpers.pairs import pairs
+
+
+def scored(sees: bool) -> tuple[Scores, Scores]:
+    """Scores of a model and of its blind control."""
+    said, meant = pairs("de")
+    if not sees:  # always the same sentence
+        said = ["der Regen zieht am Abend von Westen"] * len(meant)
+    clips = []
+    for number, (one, other) in enumerate(zip(said, meant, strict=True)):
+        clips.append(Hypothesis(str(number), one, other, "c", "de"))
+    return scores_of(clips, resamples=200), blind_scores(clips, resamples=200)
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_a_model_that_loses_its_score_without_the_video_uses_it(control: str) -> None:
+    model, blind = scored(sees=True)
+    sentence = meaning(control, model, blind)
+    assert sentence.startswith(("The model uses", "The model needs"))
+    assert f"{blind.bleu4:.2f}" in sentence and "p = 0.000" in sentence
+
+
+def test_a_model_that_always_says_the_same_does_not_use_the_video() -> None:
+    sentence = meaning("blind", *scored(sees=False))
+    assert sentence.startswith(
+        "The model does not use the video, as far as 100 clips show: BLEU-4 is"
+    )
+
+
+def test_unknown_controls_are_refused() -> None:
+    check_controls(CONTROLS)
+    with pytest.raises(
+        UserError, match="must be of blind, shuffled_frames, blank, got 'x'"
+    ):
+        check_controls(("blind", "x"))
