@@ -26,6 +26,11 @@ FLALLM = VerbTable(
             "flallm_ds.cli.shards:SHARDS",
             PREPARE,
         ),
+        "overlap": Verb(
+            "Count the clips of a shard folder that another one has, too.",
+            "flallm_ds.cli.overlap:overlap",
+            PREPARE,
+        ),
         "features": Verb(
             "Cache the features of a frozen visual encoder for stage llm.",
             "flallm_ds.cli.features:features",

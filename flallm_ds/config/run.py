@@ -149,6 +149,7 @@ FREE_TO_CHANGE = (
     "data.shards",  # another copy of the same shards: the fingerprint is compared
     "data.threads",
     "data.max_broken",
+    "data.same_clips",
     "data.check_shards",
     "data.cache_dir",
     "data.cache_gb",

@@ -88,6 +88,8 @@ class DataConfig:
     threads: int = 0
     # Share of broken clips, counted over all ranks, above which the run stops.
     max_broken: float = 0.01
+    # Whether training clips may also be in the dev or the test split.
+    same_clips: Literal["refuse", "allow"] = "refuse"
     # Read every shard at the start and compare its checksum.
     check_shards: bool = False
     # Cache folder for remote shards. None: $FLALLM_CACHE, or a folder on a disk of this

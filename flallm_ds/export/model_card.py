@@ -41,6 +41,7 @@ def training_facts(config: RunConfig, index: Index) -> dict[str, Any]:
         "tune": None if config.stage == "visual" else config.llm.tune,
         "corpora": list(index.corpora) or [index.corpus],
         "num_clips": len(index),
+        "same_clips": config.data.same_clips,
         "epochs": config.train.epochs,
         "versions": {name: metadata.version(name) for name in PACKAGES},
     }
@@ -270,6 +271,18 @@ def _limits(settings: dict[str, Any], codec: TextCodec) -> str:
             f"- The vocabulary is trimmed to the {codec.vocab_size} tokens that the "
             f"training text needs (of {len(codec.tokenizer)}). Words that need other tokens "
             "cannot be generated."
+        )
+    # Exports of earlier versions do not say it.
+    same_clips = settings["training"].get("same_clips")
+    if same_clips == "refuse":
+        lines.append(
+            "- No clip of the dev and test splits of these shards is a training clip, by id, "
+            "source video and text. Equal texts may occur in several clips."
+        )
+    elif same_clips == "allow":
+        lines.append(
+            "- The dev and test splits were allowed to contain training clips "
+            "(data.same_clips=allow): scores on them may be too high."
         )
     lines.append("- The model was not evaluated on other corpora, signers or topics.")
     return "\n".join(lines)

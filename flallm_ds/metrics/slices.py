@@ -1,12 +1,12 @@
 """Divide a test set into parts: by length, by signer, by similarity to the training text."""
 
-import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
 
 from flallm_ds.batch import Hypothesis
+from flallm_ds.data.overlap import plain_text
 from flallm_ds.metrics.words import words_of
 
 # Upper bounds of the lengths of references, in words (characters in languages without
@@ -72,10 +72,10 @@ def by_training_text(
     for clip in clips:
         pairs = word_pairs(clip.reference, clip.language)
         similarity[clip.key] = nearest.similarity(pairs)
-    training = {_plain(text) for text in texts}
+    training = {plain_text(text) for text in texts}
 
     def name(clip: Hypothesis) -> str:
-        if _plain(clip.reference) in training:
+        if plain_text(clip.reference) in training:
             return EXACT
         return SIMILAR if similarity[clip.key] >= NEAR else FAR
 
@@ -106,12 +106,6 @@ class Nearest:
             return 0.0
         common = np.bincount(np.concatenate(found), minlength=len(self._sizes))
         return float((2 * common / (self._sizes + len(wanted))).max())
-
-
-def _plain(text: str) -> str:
-    """Return a text without case, punctuation and spaces."""
-    normal = unicodedata.normalize("NFKC", text).casefold()
-    return "".join(filter(str.isalnum, normal))
 
 
 def _divided(

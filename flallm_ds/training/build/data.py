@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 
@@ -11,20 +12,24 @@ from flallm_ds.data import mixture
 from flallm_ds.data.device import check_nvjpeg
 from flallm_ds.data.index import Index, read_manifest
 from flallm_ds.data.loader import BrokenClips
+from flallm_ds.data.overlap import overlap
 from flallm_ds.data.plan import Plan, micro_batches_of_rank, temperature_weights
 from flallm_ds.data.preprocess import Preprocess
 from flallm_ds.data.readers import ClipReader, open_reader
 from flallm_ds.data.sampling import FrameSampling
 from flallm_ds.data.storage.store import CacheOptions, open_store
 from flallm_ds.data.text.codec import TextCodec
-from flallm_ds.dist import World, cores_of_rank, on_each_machine
-from flallm_ds.errors import require
+from flallm_ds.dist import World, cores_of_rank, main_first, on_each_machine
+from flallm_ds.errors import UserError, require
 from flallm_ds.features.checks import check_stage
 from flallm_ds.features.sequences import FeatureMasks
 from flallm_ds.models.feature_extractor import FeatureExtractor
 from flallm_ds.models.llm.load import longest_input
 from flallm_ds.models.sign_translator import SignTranslator
 from flallm_ds.training.task import Split
+
+# The split whose scores are published; compared with the training clips.
+TEST = "test"
 
 
 def open_indexes(config: RunConfig, world: World) -> tuple[Index, Index]:
@@ -38,7 +43,32 @@ def open_indexes(config: RunConfig, world: World) -> tuple[Index, Index]:
     train_index = open_index(data, "train", world)
     dev_index = open_index(data, config.eval.split, world)
     check_stage(config, train_index)
+    if data.same_clips == "refuse":
+        main_first(lambda: check_same_clips(data, train_index, dev_index), world)
     return train_index, dev_index
+
+
+def check_same_clips(data: DataConfig, train: Index, dev: Index) -> None:
+    """Raise UserError if a clip of the dev or the test split is also a training clip.
+
+    Nothing is compared if the run is scored on the training split.
+    """
+    if dev.split == train.split:
+        return
+    indexes = [dev]
+    if dev.split != TEST:
+        with suppress(UserError):  # not every corpus has a test split
+            indexes.append(
+                mixture.open_indexes(data.shards, TEST, CacheOptions.of_run(data))
+            )
+    for index in indexes:
+        found = overlap(train, index)
+        require(
+            not found.same_clips,
+            f"Clips of split {index.split} must not be training clips, got "
+            f"{len(found.same_clips):,} that are ({found.examples}). Build shards without "
+            "them, or set --data.same_clips=allow.",
+        )
 
 
 def open_index(data: DataConfig, split: str, world: World) -> Index:
