@@ -67,7 +67,7 @@ FLALLM = VerbTable(
             SCORE,
         ),
         "compare": Verb(
-            "Test whether two systems differ; mean and deviation of several seeds.",
+            "Test whether two systems differ; average several seeds.",
             "flallm_ds.cli.compare:compare",
             SCORE,
         ),
