@@ -137,6 +137,10 @@ class Cluster:
         )
         return int(job_id.split(";")[0])
 
+    def run(self, *command: str, cwd: Path, **env: str) -> str:
+        """What a command prints that calls sbatch itself. AssertionError if it fails."""
+        return self._run(*command, cwd=cwd, extra_env=env)
+
     def job(self, job_id: int) -> Job:
         words = self._run("scontrol", "--oneliner", "show", "job", str(job_id)).split()
         fields = dict(word.split("=", 1) for word in words if "=" in word)
@@ -177,6 +181,15 @@ class Cluster:
         """What an operator, or PreemptMode=REQUEUE, does to a job: TERM, KillWait, KILL,
         wait again."""
         self._run("scontrol", "requeue", str(job_id))
+
+    def release(self, job_id: int) -> None:
+        """Let a job that was submitted with --hold start."""
+        self._run("scontrol", "release", str(job_id))
+
+    def update(self, job_id: int, **values: str) -> None:
+        """Change properties of a waiting job, such as NumNodes."""
+        words = [f"{name}={value}" for name, value in values.items()]
+        self._run("scontrol", "update", f"JobId={job_id}", *words)
 
     def cancel(self, job_id: int) -> None:
         """Plain scancel: TERM, then KILL after KillWait."""
