@@ -82,8 +82,8 @@ def prune(run: Path, keep: int = 1) -> None:
     folders = _folders(run)
     # Imports torch, which takes seconds.
     from flallm_ds.files import locked
+    from flallm_ds.run_check import LOCK
     from flallm_ds.training.checkpoint import remove_old
-    from flallm_ds.training.run_folder import LOCK
 
     with locked(run / LOCK, f"Run folder {run}", "prune it later"):
         remove_old(run / "checkpoints", keep)

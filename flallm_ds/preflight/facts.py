@@ -30,9 +30,9 @@ from flallm_ds.local_disk import (
     free_bytes,
     temporary_folder,
 )
+from flallm_ds.run_check import PROBE
 from flallm_ds.training.extensions import compiler_problem
 from flallm_ds.training.provenance import code_digest, driver_version, versions
-from flallm_ds.training.run_folder import PROBE
 
 # A network disk may show a new file late: the list of a folder is cached for a moment.
 SEEN_WITHIN_S = 5.0

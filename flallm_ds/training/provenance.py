@@ -9,7 +9,6 @@ import json
 import os
 import platform
 import re
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 
 from flallm_ds import __version__
+from flallm_ds.commit import REPOSITORY, commit_of
 from flallm_ds.dist import World, gather_objects, main_first
 from flallm_ds.errors import UserError
 from flallm_ds.files import replace_file
@@ -35,9 +35,6 @@ PACKAGES = (
     "simplejpeg",
     "numpy",
 )
-REPOSITORY = Path(__file__).resolve().parents[2]
-# The folders of the repository that a run depends on.
-CODE = ("flallm_ds", "launch", "shards", "ds_configs")
 DRIVER = Path("/proc/driver/nvidia/version")
 
 
@@ -75,7 +72,7 @@ def facts(devices: list[str]) -> dict[str, Any]:
     devices: the name of the device of each rank.
     """
     on_gpu = torch.cuda.is_available()
-    commit, dirty = _commit(REPOSITORY)
+    commit, dirty = commit_of(REPOSITORY)
     return {
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "command": sys.argv,
@@ -106,28 +103,6 @@ def code_digest() -> str:
         digest.update(f"{path.relative_to(package)}\n".encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()
-
-
-def _commit(repository: Path) -> tuple[str | None, bool | None]:
-    """Return the commit and whether the code differs from it; (None, None) without a
-    checkout."""
-    # Git also finds a repository of a user around site-packages, which is not this one.
-    if not (repository / ".git").exists():
-        return None, None
-    # Git refuses a checkout of another owner, as root in a container has it.
-    git = ["git", "-C", str(repository), "-c", f"safe.directory={repository}"]
-    try:
-        head = _output([*git, "rev-parse", "HEAD"])
-        changes = _output([*git, "status", "--porcelain", "--", *CODE])
-    except (OSError, subprocess.SubprocessError):
-        return None, None
-    return head, bool(changes)
-
-
-def _output(command: list[str]) -> str:
-    """Return what a command prints. Raises OSError or SubprocessError if it fails."""
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
-    return done.stdout.strip()
 
 
 def _cudnn() -> int | None:

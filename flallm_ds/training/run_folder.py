@@ -1,7 +1,8 @@
 """Open the folder of a run, lock it, and record metrics and hypotheses in it.
 
 config.json  versions.json  metrics.jsonl  hypotheses.jsonl  log.txt  tensorboard/  checkpoints/
-tokenizer/  best/ (an export)  evaluation/  .lock (during a job)
+tokenizer/  best/ (an export)  evaluation/  .lock (during a job)  code/ and slurm/ (of
+`flallm submit`)
 """
 
 import html
@@ -19,19 +20,16 @@ from flallm_ds.dist import World, locked_by_main, main_first
 from flallm_ds.errors import UserError, file_problem
 from flallm_ds.files import partial_of, replace_file
 from flallm_ds.metrics.columns import has_scores
-from flallm_ds.same_run import check_same_run
+from flallm_ds.run_check import CONFIG, LOCK, LOG, check_free, open_run_folder
 from flallm_ds.terminal import one_line
 from flallm_ds.training.provenance import VERSIONS, record_start
 from flallm_ds.training.records import METRICS
-from flallm_ds.training.run_log import LOG
 from flallm_ds.training.trackers import Trackers
 from flallm_ds.training.weights_record import FILE as WEIGHTS
 
-LOCK = ".lock"
-PROBE = ".preflight-"  # begins the name of a file that the preflight writes for a moment
 EVENTS = "tensorboard"
 # Files and folders that are created before the first step.
-BUILT = ("config.json", VERSIONS, WEIGHTS, LOG, "tokenizer", "llm_trimmed")
+BUILT = (CONFIG, VERSIONS, WEIGHTS, LOG, "tokenizer", "llm_trimmed")
 SHOWN = 5  # number of hypotheses that are recorded at each scoring
 
 
@@ -44,7 +42,7 @@ def locked_run(config: RunConfig, world: World) -> Iterator[None]:
     """
     folder = Path(config.run)
     # Check first: locking would create a file in a folder that is not a run's.
-    main_first(lambda: _check_free(folder), world)
+    main_first(lambda: check_free(folder), world)
     with locked_by_main(
         folder / LOCK, f"Run folder {folder}", "use another --run=FOLDER", world
     ):
@@ -60,7 +58,7 @@ def run_folder(config: RunConfig, world: World) -> Iterator[Path]:
     """
     path = Path(config.run)
     # A folder without config.json is empty, or `open_run_folder` raises an error.
-    is_new = world.is_main and not (path / "config.json").is_file()
+    is_new = world.is_main and not (path / CONFIG).is_file()
     was_there = path.exists()
     folder = main_first(lambda: open_run_folder(config), world)
     try:
@@ -85,40 +83,6 @@ def _remove_built(folder: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
-
-
-def open_run_folder(config: RunConfig) -> Path:
-    """Create the folder of a new run, or check that an existing one belongs to this run.
-
-    Raises UserError if the folder has other content, or if an option differs that changes
-    numbers.
-    """
-    folder = Path(config.run)
-    path = folder / "config.json"
-    if path.is_file():
-        check_same_run(config, RunConfig.load(path), folder)
-        return folder
-    _check_free(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    replace_file(path, config.to_json())
-    return folder
-
-
-def _check_free(folder: Path) -> None:
-    """Raise UserError unless a folder is absent, empty, or the folder of a run."""
-    config = folder / "config.json"
-    if config.is_file() or not folder.exists():
-        return
-    # A start that was killed leaves these.
-    left = (LOCK, LOG, partial_of(config).name)
-    is_free = folder.is_dir() and all(
-        path.name in left or path.name.startswith(PROBE) for path in folder.iterdir()
-    )
-    if not is_free:
-        raise UserError(
-            "--run must be a new folder, an empty one, or the folder of a run, got "
-            f"{folder} with other content. Use another --run=FOLDER."
-        )
 
 
 class Metrics:

@@ -10,9 +10,8 @@ from typing import IO, Any, cast
 
 from flallm_ds.dist import World, main_first
 from flallm_ds.errors import Preempted, UserError, file_problem
+from flallm_ds.run_check import LOG
 from flallm_ds.terminal import one_line
-
-LOG = "log.txt"
 
 
 class RunLog:

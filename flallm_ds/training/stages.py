@@ -16,13 +16,14 @@ from flallm_ds.inference.evaluate import Search, evaluate_run
 from flallm_ds.preflight import preflight
 from flallm_ds.quickstart import prepare
 from flallm_ds.recipes import config_of
+from flallm_ds.run_check import is_finished, open_run_folder
 from flallm_ds.training import checkpoint
 from flallm_ds.training.build import build_task
 from flallm_ds.training.build.data import open_index
 from flallm_ds.training.build.language import check_llm_of
 from flallm_ds.training.build.visual import stage_1_export
 from flallm_ds.training.opening import opening
-from flallm_ds.training.run_folder import locked_run, open_run_folder, run_folder
+from flallm_ds.training.run_folder import locked_run, run_folder
 from flallm_ds.training.run_log import run_log
 from flallm_ds.training.stop import StopRequest
 from flallm_ds.training.trainer import Trainer
@@ -39,7 +40,8 @@ def run_stage(config: RunConfig, world: World, stop: StopRequest, recipe: str = 
     # Checkpoints are read once, and before the models: a damaged one ends the start at
     # once.
     saved = begun(config, world)
-    if main_first(lambda: is_finished(config, saved), world):
+    state = None if saved is None else saved.state
+    if main_first(lambda: is_finished(config, state), world):
         if world.is_main:
             print(summary(config), flush=True)
         return True
@@ -83,16 +85,6 @@ def _is_open(config: RunConfig) -> bool:
         return False
     open_run_folder(config)
     return True
-
-
-def is_finished(config: RunConfig, saved: checkpoint.Saved | None) -> bool:
-    """Return whether the run has an export and a checkpoint after its last epoch."""
-    has_export = (Path(config.run) / "best" / export.SETTINGS_FILE).is_file()
-    return (
-        has_export
-        and saved is not None
-        and saved.state["position"]["epoch"] >= config.train.epochs
-    )
 
 
 def summary(config: RunConfig) -> str:

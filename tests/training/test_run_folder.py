@@ -1,7 +1,6 @@
 import json
 import re
 import resource
-import subprocess
 import sys
 
 import pytest
@@ -13,7 +12,6 @@ from flallm_ds.config import FREE_TO_CHANGE, RunConfig
 from flallm_ds.dist import World
 from flallm_ds.errors import UserError
 from flallm_ds.recipes import resolve
-from flallm_ds.training import provenance
 from flallm_ds.training.provenance import record_start
 from flallm_ds.training.run_folder import (
     Metrics,
@@ -66,25 +64,18 @@ def test_a_record_of_an_older_version_becomes_the_first_start(config):
     )
 
 
-def test_the_commit_is_that_of_the_checkout(tmp_path):
-    """A repository around the checkout does not count."""
-    repository = tmp_path / "outer"
-    code = repository / "flallm_ds"
-    code.mkdir(parents=True)
-    (code / "file.py").touch()
-    git = ["git", "-C", str(repository), "-c", "user.name=a", "-c", "user.email=a@b"]
-    for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):
-        subprocess.run([*git, *words], check=True)
-    commit, dirty = provenance._commit(repository)
-    assert len(commit) == 40 and dirty is False
-    (code / "new.py").touch()
-    assert provenance._commit(repository) == (commit, True)
-    assert provenance._commit(code) == (None, None)
-
-
 def test_an_empty_folder_may_become_a_run(config, tmp_path):
     (tmp_path / "runs" / "one").mkdir(parents=True)
     assert open_run_folder(config) == tmp_path / "runs" / "one"
+
+
+def test_a_folder_that_waits_for_its_job_may_become_a_run(config, tmp_path):
+    """`flallm submit` has put the code and the scripts there."""
+    path = tmp_path / "runs" / "one"
+    for name in ("code", "slurm", ".partial-code", ".old-code"):
+        (path / name).mkdir(parents=True)
+    with run_folder(config, ALONE) as folder:
+        assert (folder / "config.json").is_file() and (folder / "code").is_dir()
 
 
 @pytest.mark.parametrize("before", ["nothing", "a folder", "a link"])
