@@ -355,6 +355,17 @@ def resolve_both(
     folders RUN_visual and RUN_llm. Raises UserError as `resolve` does, and for options
     that would separate the stages.
     """
+    visual, llm = options_of_both(recipe, overrides)
+    return resolve("visual", recipe, visual), resolve("llm", recipe, llm)
+
+
+def options_of_both(
+    recipe: str | None, overrides: Mapping[str, str]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the options of each stage of `--stage both`, as commands of their own have them.
+
+    Raises UserError as `resolve_both` does.
+    """
     # Sort the options by the stage that they apply to; "" is both.
     given: dict[str, dict[str, str]] = {"": {}, "stage1": {}, "stage2": {}}
     for name, value in overrides.items():
@@ -367,14 +378,14 @@ def resolve_both(
         check_names(values)
         _check_joined(values, ("visual_run", "run") if stage else ("visual_run",))
     run = given[""].pop("run", None)
+    visual, llm = given[""] | given["stage1"], given[""] | given["stage2"]
     if run is not None:
         run = coerce(run, str, "run")
         check_not_empty(run, None, "run")
-    visual = resolve("visual", recipe, given[""] | given["stage1"])
-    llm = resolve("llm", recipe, given[""] | given["stage2"])
-    if run is not None:
-        visual, llm = replace(visual, run=f"{run}_visual"), replace(llm, run=f"{run}_llm")
-    return visual, replace(llm, visual_run=visual.run)
+        visual["run"], llm["run"] = f"{run}_visual", f"{run}_llm"
+    visual["run"] = resolve("visual", recipe, visual).run
+    llm["visual_run"] = visual["run"]
+    return visual, llm
 
 
 def _check_joined(values: Mapping[str, str], refused: tuple[str, ...]) -> None:

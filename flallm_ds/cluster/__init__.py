@@ -1,0 +1,1 @@
+"""Start runs on a cluster: job scripts, the queue of SLURM, hostfiles."""
