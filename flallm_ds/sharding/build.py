@@ -9,9 +9,11 @@ was killed and started again. `--out` is created at the end. Until then, the wor
 """
 
 import inspect
+import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,15 @@ from flallm_ds.sharding.build_plan import is_built, make_plan
 from flallm_ds.sharding.corpora import Corpus, Row
 from flallm_ds.sharding.faults import Fault, check_budget, count_faults
 from flallm_ds.sharding.options import Options
-from flallm_ds.sharding.partial import Partial, hold, partial_folder
+from flallm_ds.sharding.partial import InUse, Partial, hold, partial_folder
+from flallm_ds.sharding.parts import (
+    is_part_built,
+    missing_parts,
+    part_folder,
+    publish_part,
+    remove_parts,
+    take_parts,
+)
 from flallm_ds.sharding.rows import CORPORA, Clip, check_rows, read_corpus
 from flallm_ds.sharding.writer import earlier_build, write_index
 
@@ -56,49 +66,111 @@ def build(
         )
     recorded = options.recorded() | importer_options
     plan = make_plan(corpus_name, corpus, clips, recorded)
+    inputs = Inputs(source, corpus, rows, clips, faults, plan)
     if is_built(out, plan) and not partial_folder(out).exists():
-        return
+        remove_parts(out)
+    elif options.part:
+        _build_part(out, inputs, options)
+    else:
+        _build_all(out, inputs, options)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Hold what a build reads.
+
+    rows: of each split, in the order of the corpus. clips: in stored order. faults: rows
+    that cannot become clips. plan: of `make_plan`.
+    """
+
+    source: Path
+    corpus: Corpus
+    rows: dict[str, list[Row]]
+    clips: dict[str, list[Clip]]
+    faults: list[Fault]
+    plan: dict[str, Any]
+
+    @property
+    def num_rows(self) -> int:
+        """Return the number of rows of all splits."""
+        return sum(map(len, self.rows.values()))
+
+    @property
+    def compared(self) -> dict[str, Any]:
+        """Return what an unfinished build must have in common with this one.
+
+        Without the source: a video whose clip is not finished may still change. `run_jobs`
+        compares the videos of finished clips one by one.
+        """
+        return {name: value for name, value in self.plan.items() if name != "source"}
+
+
+def _build_all(out: Path, inputs: Inputs, options: Options) -> None:
+    """Write all shards, or merge the parts that have been built, and publish them."""
+    corpus, rows, num_rows = inputs.corpus, inputs.rows, inputs.num_rows
     with hold(out) as partial:
         # Another process may have finished this build just before the lock was taken, or
         # may have been killed after it published the shards and before it removed its work.
-        if is_built(out, plan):
+        if is_built(out, inputs.plan):
             partial.discard()
+            remove_parts(out)
             return
-        # Without the source: a video whose clip is not finished may still change.
-        # `run_jobs` compares the videos of finished clips one by one.
-        compared = dict(plan)
-        del compared["source"]
-        partial.begin(compared, options.restart)
+        partial.begin(inputs.compared, options.restart)
+        take_parts(out, inputs.compared, partial)
         notes = corpus.notes + repeat_notes(rows) + empty_notes(rows)
-        num_skippable = options.max_skipped - len(faults)
-        todo = plan_jobs(clips, options, partial, num_skippable, num_rows)
-        run_jobs(todo, options, faults, num_rows)
+        todo = plan_jobs(inputs, options, partial)
+        run_jobs(todo, options, inputs.faults, num_rows)
         done = jobs.collect(todo, partial.shards)
         # Sorted by split and id for the reader: training clips are in shuffled order.
-        faults = sorted(faults + done.faults, key=lambda fault: fault.sentence)
+        faults = sorted(inputs.faults + done.faults, key=lambda fault: fault.sentence)
         check_budget(faults, options.max_skipped, num_rows)
         if not done.splits:
             raise UserError(
-                f"Cannot build shards of {source}: all {num_rows:,} rows were skipped. Run "
-                "with --max_skipped=0 to see why."
+                f"Cannot build shards of {inputs.source}: all {num_rows:,} rows were skipped. "
+                "Run with --max_skipped=0 to see why."
             )
         notes += clamp_notes(done.clamped) + stats.overlap_notes(done.rows)
-        publish(partial, corpus, plan, done, faults, notes)
+        publish(partial, corpus, inputs.plan, done, faults, notes)
+    remove_parts(out)
     print_report(done.rows, faults, notes)
     print(f"shards are in {out}")
 
 
-def plan_jobs(
-    clips: dict[str, list[Clip]],
-    options: Options,
-    partial: Partial,
-    num_skippable: int,
-    num_rows: int,
-) -> list[jobs.ShardJob]:
+def _build_part(out: Path, inputs: Inputs, options: Options) -> None:
+    """Write the shards of one part; the last part that finishes merges them all."""
+    part = options.part_of()
+    assert part is not None
+    number, count = part
+    folder = part_folder(out, number, count)
+    if options.restart:
+        shutil.rmtree(folder, ignore_errors=True)
+    if not is_part_built(folder, inputs.compared):
+        with hold(folder) as partial:
+            # Another process may have finished it just before the lock was taken.
+            if not is_part_built(folder, inputs.compared):
+                partial.begin(inputs.compared, options.restart)
+                todo = plan_jobs(inputs, options, partial)
+                # Every n-th job: the parts take about the same time.
+                mine = todo[number - 1 :: count]
+                run_jobs(mine, options, inputs.faults, inputs.num_rows)
+                publish_part(partial, inputs.compared)
+    # Whoever publishes last sees all parts, because each one looks after it has published.
+    missing = missing_parts(out, count)
+    if missing:
+        print(f"part {options.part} is finished; not finished yet: {', '.join(missing)}")
+        return
+    try:
+        _build_all(out, inputs, replace(options, part="", restart=False))
+    except InUse:
+        print(f"part {options.part} is finished; another process merges the parts")
+
+
+def plan_jobs(inputs: Inputs, options: Options, partial: Partial) -> list[jobs.ShardJob]:
     """Plan one job for each shard.
 
     With --mb_per_shard, a job gets as many clips as should fit into one shard.
     """
+    clips, num_skippable = inputs.clips, options.max_skipped - len(inputs.faults)
     if options.clips_per_shard:
         clips_per_job = dict.fromkeys(clips, options.clips_per_shard)
     else:
@@ -106,7 +178,9 @@ def plan_jobs(
         clips_per_job = partial.kept(
             "clips_per_job", lambda: jobs.clips_for_size(clips, options)
         )
-    return jobs.plan(clips, clips_per_job, partial.work, options, num_skippable, num_rows)
+    return jobs.plan(
+        clips, clips_per_job, partial.work, options, num_skippable, inputs.num_rows
+    )
 
 
 def run_jobs(

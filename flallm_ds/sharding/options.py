@@ -1,5 +1,6 @@
 """Define the options of a build that all corpora have."""
 
+import re
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Self
 
@@ -13,7 +14,7 @@ CLIPS_PER_SHARD = 128
 GOP, CRF = 12, 23
 # These options do not change the shards: index.json does not store them, and a build may
 # continue with other values.
-_NOT_IN_THE_BYTES = ("workers", "restart")
+_NOT_IN_THE_BYTES = ("workers", "restart", "part")
 # The smallest and the largest value of each numeric option.
 _BOUNDS: dict[str, tuple[float, float]] = {
     "short_side": (16, 4096),
@@ -48,6 +49,8 @@ class Options:
         frames. They are counted and listed. With one more, the build stops.
     --workers: number of processes; 0 for one per core.
     --restart=true: delete the results of an unfinished build of the same --out.
+    --part=I/N: build one of N parts, each on a machine of its own; the last one that finishes
+        merges them to the shards of a single build.
     """
 
     short_side: int = 256
@@ -65,6 +68,7 @@ class Options:
     max_skipped: int = 0
     workers: int = 0
     restart: bool = False
+    part: str = ""
 
     def __post_init__(self) -> None:
         for name, (low, high) in _BOUNDS.items():
@@ -80,6 +84,22 @@ class Options:
             )
         self._check_picture()
         self._fill_in()
+        self.part_of()
+
+    def part_of(self) -> tuple[int, int] | None:
+        """Return the number of the part, from 1, and the number of parts; None for all.
+
+        Raises UserError for any other --part.
+        """
+        if not self.part:
+            return None
+        found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", self.part)
+        number, count = map(int, found.groups()) if found else (0, 0)
+        if not 1 <= number <= count:
+            raise UserError(
+                f"--part must be I/N with I from 1 to N, such as 2/8, got {self.part!r}."
+            )
+        return number, count
 
     def _check_picture(self) -> None:
         """Raise UserError unless the crop and the margin are possible."""

@@ -32,6 +32,10 @@ _NAMES = {"lock", "plan.json", "work", "shards"}
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+class InUse(UserError):
+    """Another process builds the same output."""
+
+
 class Partial:
     """Manage the folder of an unfinished build. `hold` creates it."""
 
@@ -172,7 +176,7 @@ def _lock(partial: Partial) -> Iterator[None]:
     """Hold the lock of a build. Raises UserError if another process has it."""
     lock = _take_lock(partial)
     if lock is None:
-        raise UserError(
+        raise InUse(
             f"--out {partial.out} is in use by another build. Wait for it, or stop it."
         )
     try:

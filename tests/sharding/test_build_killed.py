@@ -151,7 +151,7 @@ from pathlib import Path
 from flallm_ds.sharding.build import Options, build
 
 source, folder = Path(sys.argv[1]), Path(sys.argv[2])
-options = Options(clips_per_shard=1, workers=1, short_side=16)
+stride, *parts = sys.argv[3:]  # parts: [""] for a build without
 out = folder / "out"
 
 def child(kill_at):
@@ -170,7 +170,9 @@ def child(kill_at):
         return call
     for name in ("fsync", "rename", "unlink", "rmdir", "mkdir"):
         setattr(os, name, counted(getattr(os, name)))
-    build("phoenix14t", source, out, options)
+    for part in parts:
+        options = Options(clips_per_shard=1, workers=1, short_side=16, part=part)
+        build("phoenix14t", source, out, options)
     os._exit(0)
 
 def content():
@@ -180,7 +182,7 @@ def content():
 assert child(0) == 0
 expected = content()
 shutil.rmtree(out)
-for step in range(1, 1000):
+for step in range(1, 1000, int(stride)):
     if child(step) == 0:
         break
     assert child(0) == 0, step
@@ -190,10 +192,13 @@ print(step - 1, "steps")
 """
 
 
-def test_a_kill_between_any_two_steps_on_the_disk_changes_no_byte(tmp_path):
+# Two parts have twice as many steps as one build: every third one keeps the test short.
+@pytest.mark.parametrize("words", [("1", ""), ("3", "1/2", "2/2")])
+def test_a_kill_between_any_two_steps_on_the_disk_changes_no_byte(tmp_path, words):
     release = make_phoenix(tmp_path / "source", counts=(2, 1, 0))
     (tmp_path / "folder").mkdir()
-    done = run(sys.executable, "-c", EVERY_STEP, str(release), str(tmp_path / "folder"))
+    folder = str(tmp_path / "folder")
+    done = run(sys.executable, "-c", EVERY_STEP, str(release), folder, *words)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[-2]) > 40
 

@@ -3,14 +3,20 @@ with the trainer."""
 
 import json
 import shutil
+import socket
+import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from flallm_ds.sharding.build import Options, build
 from tests.helpers.cluster import NODES, Cluster
 from tests.helpers.paths import ROOT
+from tests.helpers.trees import make_phoenix
 
 pytestmark = pytest.mark.slurm
 
@@ -19,7 +25,8 @@ TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2")
 
 # Called as `train.py MODE FOLDER [RANK]`; writes what each rank sees to
 # FOLDER/{restart}-{rank}.json. In mode "train" it waits for a signal, saves, and asks to
-# be run again; RANK ends first.
+# be run again; RANK ends first. In mode "crash" rank 1 crashes in the first RESTARTS + 1
+# starts, while rank 0 waits; in mode "refuse" rank 0 alone refuses the command line.
 STAND_IN = """
 import json, os, pathlib, signal, sys, time
 
@@ -29,7 +36,7 @@ stop = []
 for number in (signal.SIGUSR1, signal.SIGTERM):
     signal.signal(number, lambda number, frame: stop.append(signal.Signals(number).name))
 
-if mode == "crash":
+if mode in ("crash", "refuse"):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # else only KillWait ends rank 0
 
 seen = {"argv": sys.argv, "env": dict(os.environ), "cwd": os.getcwd()}
@@ -37,11 +44,15 @@ part = folder / f"part-{rank}"
 part.write_text(json.dumps(seen))
 part.rename(folder / f"{restart}-{rank}.json")
 
-if mode == "crash":
+if mode == "crash" and restart <= int(sys.argv[3]):
     while rank == 1:
-        if (folder / "0-0.json").exists():
+        if (folder / f"{restart}-0.json").exists():
             sys.exit("out of luck")
         time.sleep(0.05)
+    time.sleep(60)
+if mode == "refuse":
+    if rank == 0:
+        sys.exit(2)
     time.sleep(60)
 if mode == "train" and restart == 0:
     while not stop:
@@ -98,7 +109,8 @@ def test_every_node_runs_one_rank_that_sees_the_same_rendezvous(
         assert env["SLURM_NTASKS"] == "2"
         assert env["SLURMD_NODENAME"] == NODES[rank]
         assert env["MASTER_ADDR"] == NODES[0]
-        assert env["MASTER_PORT"] == str(10000 + job_id % 20000)
+        assert env["MASTER_PORT"] == environments[0]["MASTER_PORT"]
+        assert 10_000 <= int(env["MASTER_PORT"]) < 30_000
         assert env["OMP_NUM_THREADS"] == "2"
         assert "RANK" not in env and "WORLD_SIZE" not in env
         assert seen_by(project, rank)["cwd"] == str(project)
@@ -190,14 +202,76 @@ def test_a_cancelled_job_saves_and_does_not_come_back(
     ]
 
 
-def test_a_rank_that_crashes_ends_the_job_at_once(cluster: Cluster, project: Path) -> None:
+def test_a_rank_that_crashes_ends_the_job_at_once_and_restarts_have_an_end(
+    cluster: Cluster, project: Path
+) -> None:
     begun_s = time.monotonic()
-    job = cluster.wait(
-        cluster.submit(TRAIN, "crash", "seen", options=TWO_NODES, cwd=project), timeout_s=40
+    env = {"FLALLM_MAX_RESTARTS": "1"}
+    job_id = cluster.submit(
+        TRAIN, "crash", "seen", "9", options=TWO_NODES, cwd=project, **env
     )
-    assert (job.state, job.num_restarts) == ("FAILED", 0), cluster.describe(job.job_id)
-    assert "out of luck" in job.output
-    assert time.monotonic() - begun_s < 30, "rank 0 would have slept for 60 s"
+    job = cluster.wait(job_id, timeout_s=50)
+    assert (job.state, job.num_restarts) == ("FAILED", 1), cluster.describe(job_id)
+    assert job.output.count("out of luck") == 2
+    assert "crashed with code" in job.output and "restart 1 of 1." in job.output
+    assert "after 1 restarts. Fix the cause" in job.output
+    assert time.monotonic() - begun_s < 50, "rank 0 would have slept for 60 s"
+    assert list(project.glob(".restarts-*")) == []
+
+
+def test_a_job_that_crashes_twice_is_restarted_twice(
+    cluster: Cluster, project: Path
+) -> None:
+    job_id = cluster.submit(TRAIN, "crash", "seen", "1", options=TWO_NODES, cwd=project)
+    job = cluster.wait(job_id, timeout_s=60)
+    assert (job.state, job.num_restarts) == ("COMPLETED", 2), cluster.describe(job_id)
+    assert "restart 2 of 3." in job.output and "rank 1 is done" in job.output
+    assert list(project.glob(".restarts-*")) == []
+
+
+def test_a_refused_command_line_is_not_restarted(cluster: Cluster, project: Path) -> None:
+    """Rank 1 is ended by srun, whose code is therefore not 2."""
+    job_id = cluster.submit(TRAIN, "refuse", "seen", options=TWO_NODES, cwd=project)
+    job = cluster.wait(job_id)
+    found = (job.state, job.exit_code, job.num_restarts)
+    assert found == ("FAILED", 2, 0), cluster.describe(job_id)
+
+
+def test_a_port_in_use_is_passed_over(cluster: Cluster, project: Path) -> None:
+    options = ("--hold", "--nodes=1", "--ntasks-per-node=1")
+    job_id = cluster.submit(TRAIN, "once", "seen", options=options, cwd=project)
+    first = 10_000 + job_id % 20_000
+    # One port that a program uses, one that another job has chosen and not used yet.
+    with socket.create_server(("127.0.0.1", first)), claimed(project, job_id + 1) as second:
+        assert second == first + 1
+        cluster.release(job_id)
+        job = cluster.wait(job_id)
+    assert job.state == "COMPLETED", cluster.describe(job_id)
+    assert seen_by(project, 0)["env"]["MASTER_PORT"] == str(first + 2)
+
+
+@contextmanager
+def claimed(project: Path, job_id: int) -> Iterator[int]:
+    """The port that another job has reserved for its rendezvous."""
+    command = [sys.executable, str(project / "launch/slurm/port.py"), str(job_id)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as other:
+        assert other.stdin is not None and other.stdout is not None
+        yield int(other.stdout.readline())
+        other.stdin.close()
+        assert other.wait(timeout=20) == 0
+
+
+@pytest.mark.parametrize("per_node", [5, 8])
+def test_tasks_that_do_not_divide_among_the_nodes_are_refused(
+    cluster: Cluster, project: Path, per_node: int
+) -> None:
+    """9 tasks on 2 nodes of 4 GPUs: 9 / 2 is 4 in whole numbers."""
+    options = ("--nodes=2", "--ntasks=9", f"--ntasks-per-node={per_node}")
+    options += ("--cpus-per-task=1",)
+    job = cluster.wait(cluster.submit(TRAIN, "once", "seen", options=options, cwd=project))
+    assert (job.state, job.exit_code) == ("FAILED", 2), cluster.describe(job.job_id)
+    assert "same number of tasks, got 9 tasks on 2 nodes." in job.output
 
 
 def test_tasks_that_do_not_match_the_gpus_are_refused(
@@ -214,3 +288,44 @@ def test_a_missing_python_is_named(cluster: Cluster, project: Path) -> None:
     job = cluster.wait(cluster.submit(TRAIN, "once", "seen", cwd=project, **env))
     assert (job.state, job.exit_code) == ("FAILED", 2)
     assert "/nowhere/python" in job.output
+
+
+def test_an_array_builds_shards_in_parts_to_the_bytes_of_one_build(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    release, out = make_phoenix(tmp_path / "source"), tmp_path / "out"
+    given = {"short_side": 16, "clips_per_shard": 2, "workers": 1}
+    build("phoenix14t", release, tmp_path / "whole", Options(**given))
+    arguments = ["phoenix14t", f"--source={release}", f"--out={out}"]
+    arguments += ["--short_side=16", "--clips_per_shard=2"]
+    options = ("--array=1-3", "--cpus-per-task=1", f"--output={tmp_path}/%a.out")
+    env = {"FLALLM_PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
+    script = "launch/slurm/shard.sbatch"
+    job_id = cluster.submit(script, *arguments, options=options, cwd=ROOT, **env)
+    outputs = [tmp_path / f"{part}.out" for part in (1, 2, 3)]
+
+    def is_merged() -> bool:
+        texts = [path.read_text() for path in outputs if path.is_file()]
+        return "shards are in" in "".join(texts)
+
+    cluster.wait_until(is_merged, job_id, "merged shards", timeout_s=90)
+    found = {path.name: path.read_bytes() for path in out.iterdir()}
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    assert found == whole and len(list(out.glob("*.tar"))) >= 6
+    assert not out.with_name("out.parts").exists()
+
+
+def test_an_array_that_does_not_begin_at_1_is_refused(
+    cluster: Cluster, project: Path
+) -> None:
+    options = ("--array=0-1", "--cpus-per-task=1", f"--output={project}/%a.out")
+    job_id = cluster.submit(
+        "launch/slurm/shard.sbatch", "phoenix14t", options=options, cwd=project
+    )
+    output = project / "1.out"
+    cluster.wait_until(
+        lambda: output.is_file() and bool(output.read_text()), job_id, "output"
+    )
+    assert output.read_text() == (
+        "The array must be 1-N, got 2 jobs from 0 to 1. Give sbatch --array=1-N.\n"
+    )
