@@ -41,6 +41,16 @@ FLALLM = VerbTable(
             "flallm_ds.cli.train:train",
             TRAIN,
         ),
+        "submit": Verb(
+            "Train on a SLURM cluster, in jobs that follow one another.",
+            "flallm_ds.cli.submit:submit",
+            TRAIN,
+        ),
+        "hosts": Verb(
+            "Check that ssh reaches every host of a hostfile.",
+            "flallm_ds.cli.hosts:hosts",
+            TRAIN,
+        ),
         "recipes": Verb(
             "List the named configurations, with the paper's scores.",
             "flallm_ds.cli.recipes:recipes",
