@@ -154,7 +154,7 @@ def _build_part(out: Path, inputs: Inputs, options: Options) -> None:
                 mine = todo[number - 1 :: count]
                 run_jobs(mine, options, inputs.faults, inputs.num_rows)
                 publish_part(partial, inputs.compared)
-    # Whoever publishes last sees all parts, because each one looks after it has published.
+    # The last one to publish sees all parts: each one looks after it has published.
     missing = missing_parts(out, count)
     if missing:
         print(f"part {options.part} is finished; not finished yet: {', '.join(missing)}")

@@ -17,9 +17,11 @@ if [[ ! $max_restarts =~ ^[0-9]+$ ]]; then
     exit 2
 fi
 
-# "4" for one node, "4(x2)" for two, "5,4" where nodes differ. With --ntasks=9 --ntasks-per-node=5 it is "5(x2)".
+# "4" for one node, "4(x2)" for two, "5,4" where nodes differ. With --ntasks=9 --ntasks-per-node=5 it is "5(x2)". The
+# number of all tasks is that of the submission: too large if scontrol has taken nodes from the job since.
 tasks_per_node=${SLURM_TASKS_PER_NODE%%[(,]*}
-if [[ $SLURM_TASKS_PER_NODE == *,* ]] || ((SLURM_NTASKS != tasks_per_node * SLURM_JOB_NUM_NODES)); then
+num_tasks=$((tasks_per_node * SLURM_JOB_NUM_NODES))
+if [[ $SLURM_TASKS_PER_NODE == *,* ]] || ((SLURM_NTASKS < num_tasks || SLURM_NTASKS % SLURM_JOB_NUM_NODES)); then
     echo "Every node must have the same number of tasks, got $SLURM_NTASKS tasks on $SLURM_JOB_NUM_NODES nodes." \
         "Give sbatch --nodes and --ntasks-per-node instead of --ntasks." >&2
     exit 2
@@ -74,7 +76,7 @@ echo "Job $SLURM_JOB_ID could not be requeued. Submit the same command again to 
 exit 75
 '
 code=0
-srun --kill-on-bad-exit=1 --export=ALL bash -c "$(declare -f is_running)$task" task "$python" "$@" || code=$?
+srun --ntasks="$num_tasks" --kill-on-bad-exit=1 --export=ALL bash -c "$(declare -f is_running)$task" task "$python" "$@" || code=$?
 if [[ -e $FLALLM_REFUSED ]]; then
     rm -f "$FLALLM_REFUSED"
     code=2

@@ -3,6 +3,7 @@ when closed."""
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -142,9 +143,11 @@ class Cluster:
         return self._run(*command, cwd=cwd, extra_env=env)
 
     def job(self, job_id: int) -> Job:
-        words = self._run("scontrol", "--oneliner", "show", "job", str(job_id)).split()
-        fields = dict(word.split("=", 1) for word in words if "=" in word)
-        output = Path(fields["StdOut"])
+        shown = self._run("scontrol", "show", "job", str(job_id))
+        fields = dict(word.split("=", 1) for word in shown.split() if "=" in word)
+        # A path may contain spaces.
+        (path,) = re.findall(r"^ *StdOut=(.*)$", shown, re.MULTILINE)
+        output = Path(path)
         return Job(
             job_id=job_id,
             state=fields["JobState"],

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from flallm_ds.sharding.build import Options, build
+from flallm_ds.sharding.build import VERBS
 from tests.helpers.cluster import NODES, Cluster
 from tests.helpers.paths import ROOT
 from tests.helpers.trees import make_phoenix
@@ -262,6 +262,17 @@ def claimed(project: Path, job_id: int) -> Iterator[int]:
         assert other.wait(timeout=20) == 0
 
 
+def test_a_waiting_job_may_lose_a_node(cluster: Cluster, project: Path) -> None:
+    options = ("--hold", *TWO_NODES)
+    job_id = cluster.submit(TRAIN, "once", "seen", options=options, cwd=project)
+    cluster.update(job_id, NumNodes="1", NumTasks="1")
+    cluster.release(job_id)
+    job = cluster.wait(job_id)
+    assert job.state == "COMPLETED", cluster.describe(job_id)
+    assert seen_by(project, 0)["env"]["SLURM_STEP_NUM_TASKS"] == "1"
+    assert not (project / "seen" / "0-1.json").exists()
+
+
 @pytest.mark.parametrize("per_node", [5, 8])
 def test_tasks_that_do_not_divide_among_the_nodes_are_refused(
     cluster: Cluster, project: Path, per_node: int
@@ -295,7 +306,7 @@ def test_an_array_builds_shards_in_parts_to_the_bytes_of_one_build(
 ) -> None:
     release, out = make_phoenix(tmp_path / "source"), tmp_path / "out"
     given = {"short_side": 16, "clips_per_shard": 2, "workers": 1}
-    build("phoenix14t", release, tmp_path / "whole", Options(**given))
+    VERBS["phoenix14t"](release, tmp_path / "whole", **given)
     arguments = ["phoenix14t", f"--source={release}", f"--out={out}"]
     arguments += ["--short_side=16", "--clips_per_shard=2"]
     options = ("--array=1-3", "--cpus-per-task=1", f"--output={tmp_path}/%a.out")
