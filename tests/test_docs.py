@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from flallm_ds.cli.features import features
+from flallm_ds.cli.submit import submit
 from flallm_ds.cli.train import train
 from flallm_ds.command import bind, read_words
+from flallm_ds.command_help import named_parameters
 from flallm_ds.recipes import resolve, resolve_both
 from flallm_ds.sharding.corpora import manifest
 from tests.helpers.documents import (
@@ -34,7 +36,7 @@ LANGUAGES = {"bash", "sh", "python", "text", "csv", "json"}
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 SHELL = [block for block in BLOCKS if block.language in ("bash", "sh")]
 # Programs that are not ours and may appear in a command.
-PROGRAMS = {"cut", "pip", "source", "tail", "tensorboard"}
+PROGRAMS = {"apptainer", "cut", "docker", "export", "pip", "source", "tail", "tensorboard"}
 _LINK = re.compile(r"\]\((?P<target>[^)#\s:]+)(#[^)\s]*)?\)")
 
 
@@ -92,9 +94,11 @@ def check_ours(words: list[str]) -> None:
     by_place, options = read_words(rest)
     arguments = bind(function, by_place, options, words[0])
     stage, recipe = arguments.pop("stage", None), arguments.pop("recipe", None)
-    if function is train and stage == "both":
+    if function is submit:
+        arguments = {name: arguments[name] for name in arguments if is_of_run(name)}
+    if function in (train, submit) and stage == "both":
         resolve_both(recipe, arguments)
-    elif function is train:
+    elif function in (train, submit):
         resolve(stage, recipe, arguments)
     elif function is features:
         # What bind does not know is an option of the run that is to train on the features.
@@ -102,6 +106,11 @@ def check_ours(words: list[str]) -> None:
         for name in ("out", "views", "dtype", "splits", "shards"):
             of_run.pop(name, None)
         resolve("llm", recipe, of_run)
+
+
+def is_of_run(name: str) -> bool:
+    """Whether an option of `flallm submit` is one of the run, not of its own."""
+    return name not in named_parameters(submit)
 
 
 def test_the_commands_marked_to_run_do_run(tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def run(*words: str, cwd: Path) -> str:
     return done.stdout
 
 
-def test_the_wheel_holds_one_package_and_the_deepspeed_jsons(wheel: Path) -> None:
+def test_the_wheel_holds_one_package_with_deepspeed_jsons_and_job_scripts(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     packages = {name.split("/")[0] for name in names if ".dist-info/" not in name}
@@ -95,6 +95,9 @@ def test_the_wheel_holds_one_package_and_the_deepspeed_jsons(wheel: Path) -> Non
     jsons = {name for name in names if name.endswith(".json")}
     expected = (ROOT / "ds_configs").glob("*.json")
     assert jsons == {f"flallm_ds/ds_configs/{path.name}" for path in expected}
+    # The job scripts, which `flallm submit` copies.
+    for path in (ROOT / "launch" / "slurm").glob("*.*"):
+        assert f"flallm_ds/slurm/{path.name}" in names
 
 
 def test_the_wheel_holds_the_license_and_names_it(wheel: Path) -> None:

@@ -6,6 +6,7 @@
 The scripts have one template. What they do on the nodes is in launch/slurm/run.sh.
 """
 
+import os
 import re
 import shlex
 import sys
@@ -144,7 +145,8 @@ class Job:
             words.append(shlex.quote(f"--{name}={value}"))
         return _SCRIPT.format(
             directives=self.resources.directives(self.name),
-            python=shlex.quote(sys.executable),
+            # The Python of an image, for example; by default this one.
+            python=shlex.quote(os.environ.get("FLALLM_PYTHON") or sys.executable),
             max_restarts=self.resources.max_restarts,
             job_folder=shlex.quote(str(self.folder.absolute())),
             code=shlex.quote(str(code)),

@@ -86,7 +86,7 @@ def words_of(line: str) -> list[str]:
     return shlex.split(line, comments=True)
 
 
-_LAUNCHERS = ("deepspeed", "python", "flallm", "sbatch")
+_LAUNCHERS = ("deepspeed", "torchrun", "python", "flallm", "sbatch")
 _SCRIPT = re.compile(r"(?P<folder>launch|shards)/(slurm/)?(?P<name>\w+)\.(py|sbatch)")
 
 
@@ -108,6 +108,8 @@ def flallm_words(line: str) -> list[str] | None:
         script = _SCRIPT.fullmatch(word)
         if script:
             verb = script["name"]
+            if verb == "shard":  # an array of jobs
+                return ["shards", "build", *rest]
             return [*(["shards"] if script["folder"] == "shards" else []), verb, *rest]
         if word == "--module":
             return [rest.pop(0).removeprefix("flallm_ds.cli."), *rest]
