@@ -87,7 +87,9 @@ def run(*words: str, cwd: Path) -> str:
     return done.stdout
 
 
-def test_the_wheel_holds_one_package_with_deepspeed_jsons_and_job_scripts(wheel: Path) -> None:
+def test_the_wheel_holds_one_package_with_deepspeed_jsons_and_job_scripts(
+    wheel: Path,
+) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     packages = {name.split("/")[0] for name in names if ".dist-info/" not in name}

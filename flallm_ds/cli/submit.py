@@ -60,10 +60,43 @@ def submit(
         sbatch: more options of sbatch, "--exclude=node7 --constraint=a100"
         dry_run: print the scripts and the commands, and write nothing
     """
-    words = _words("sbatch", sbatch)
     resources = Resources(
-        nodes, gpus, cpus_per_task, time, partition, account, qos, mem, words, max_restarts
+        nodes,
+        gpus,
+        cpus_per_task,
+        time,
+        partition,
+        account,
+        qos,
+        mem,
+        _words("sbatch", sbatch),
+        max_restarts,
     )
+    jobs = chain(stage, recipe, overrides, split, resources)
+    if dry_run:
+        show(jobs)
+        return
+    if not jobs:  # every stage is finished, and no split is to be scored
+        return
+    runs = list(dict.fromkeys(job.run for job in jobs))
+    check_not_queued(runs)
+    for run in runs:
+        _check_unlocked(run)
+    write_jobs(jobs)
+    report(jobs, submit_chain(jobs))
+
+
+def chain(
+    stage: str | None,
+    recipe: str | None,
+    overrides: Mapping[str, str],
+    split: str,
+    resources: Resources,
+) -> list[Job]:
+    """Return the jobs of a training, of which each needs the one before.
+
+    Raises UserError for options that the jobs would refuse.
+    """
     options: tuple[Mapping[str, str], ...] = (overrides,)
     configs: tuple[RunConfig, ...]
     if stage == "both":
@@ -80,15 +113,7 @@ def submit(
             jobs.append(train_job(config, recipe, given, resources))
     if split != NO_SPLIT:
         jobs.append(evaluate_job(Path(configs[-1].run), split, resources))
-    if dry_run:
-        show(jobs)
-        return
-    runs = [Path(config.run) for config in configs]
-    check_not_queued(runs)
-    for run in runs:
-        _check_unlocked(run)
-    write_jobs(jobs)
-    report(jobs, submit_chain(jobs))
+    return jobs
 
 
 def _words(option: str, text: str) -> tuple[str, ...]:
