@@ -47,11 +47,8 @@ def _output(command: list[str]) -> str:
     return done.stdout.strip()
 
 
-def copy_code(folder: Path, files: tuple[Path, ...] = ()) -> None:
-    """Copy the package to a folder, which is replaced; about 2 MB.
-
-    files: copied to the folder itself. Raises OSError.
-    """
+def copy_code(folder: Path) -> None:
+    """Copy the package to a folder, which is replaced; about 2 MB. Raises OSError."""
     commit, dirty = commit_of(REPOSITORY)
 
     def write(new: Path) -> None:
@@ -59,8 +56,6 @@ def copy_code(folder: Path, files: tuple[Path, ...] = ()) -> None:
         # package in a checkout, and inside it in a wheel.
         caches = shutil.ignore_patterns("__pycache__")
         shutil.copytree(PACKAGE, new / PACKAGE.name, ignore=caches)
-        for file in files:
-            shutil.copy(file, new / file.name)
         write_json(new / COMMIT, {"commit": commit, "dirty": dirty})
 
     replace_folder(folder, write)

@@ -1,7 +1,8 @@
 """Write the SLURM jobs of a run: one script per stage, and one that scores the result.
 
     RUN/code/   a copy of the package, from which the jobs run
-    RUN/slurm/  train.sh  evaluate.sh  jobs.json  train-JOBID.out  evaluate-JOBID.out
+    RUN/slurm/  train.sh  evaluate.sh  deepspeed.json (a copy of train.deepspeed)
+                jobs.json  train-JOBID.out  evaluate-JOBID.out
 
 The scripts have one template. What they do on the nodes is in launch/slurm/run.sh.
 """
@@ -23,6 +24,7 @@ from flallm_ds.run_check import CODE, JOBS
 # No space, quote or line break: sbatch reads these values from a comment of the script.
 _VALUE = re.compile(r"[\w.,:=+/@%-]+", re.ASCII)
 _NOT_IN_A_NAME = re.compile(r"[^\w.-]+", re.ASCII)
+DEEPSPEED = "deepspeed.json"
 _MAX_NAME = 100  # characters of a job's name, which squeue and sacct cut off anyway
 
 _SCRIPT = """\
@@ -111,8 +113,8 @@ class Resources:
 class Job:
     """A job that is to be submitted.
 
-    kind: train or evaluate. run: the run folder. module, options: what each rank runs. files:
-    copied next to the code.
+    kind: train or evaluate. run: the run folder. module, options: what each rank runs.
+    deepspeed: the JSON that is copied next to the script, if any.
     """
 
     kind: str
@@ -121,7 +123,7 @@ class Job:
     module: str
     options: Mapping[str, str]
     resources: Resources
-    files: tuple[Path, ...] = ()
+    deepspeed: Path | None = None
 
     @property
     def folder(self) -> Path:
@@ -178,15 +180,15 @@ def train_job(
         words["recipe"] = recipe
     words |= {"run": config.run, **options}
     run = Path(config.run)
-    files: tuple[Path, ...] = ()
+    deepspeed = None
     # The job must not depend on a file of the checkout that may change. Without such a
     # file, ds_configs/NAME.json is that of the package.
     json = Path(config.train.deepspeed)
     if config.train.deepspeed and json.is_file():
-        files = (json,)
-        words["train.deepspeed"] = str(run.absolute() / CODE / json.name)
+        deepspeed = json
+        words["train.deepspeed"] = str(run.absolute() / JOBS / DEEPSPEED)
     name = job_name(config.stage, run)
-    return Job("train", name, run, "flallm_ds.cli.train", words, resources, files)
+    return Job("train", name, run, "flallm_ds.cli.train", words, resources, deepspeed)
 
 
 def evaluate_job(run: Path, split: str, resources: Resources) -> Job:
@@ -209,7 +211,9 @@ def write_jobs(jobs: Sequence[Job]) -> None:
     for job in jobs:
         # The evaluation of a run uses the copy of its training.
         if job.run not in copied:
-            copy_code(job.run / CODE, job.files)
+            copy_code(job.run / CODE)
         copied.add(job.run)
         job.folder.mkdir(parents=True, exist_ok=True)
+        if job.deepspeed is not None:
+            write_file(job.folder / DEEPSPEED, job.deepspeed.read_bytes())
         write_file(job.script, job.text().encode())

@@ -137,10 +137,10 @@ def test_a_deepspeed_json_is_copied_for_the_job(tmp_path: Path) -> None:
     options = {"train.deepspeed": str(tmp_path / "my.json"), "run": str(tmp_path / "run")}
     config = resolve("visual", None, options)
     job = train_job(config, None, options, RESOURCES)
-    assert f"--train.deepspeed={tmp_path}/run/code/my.json" in job.text()
+    assert f"--train.deepspeed={tmp_path}/run/slurm/deepspeed.json" in job.text()
     write_jobs([job])
     (tmp_path / "my.json").write_text('{"changed": 1}')
-    assert json.loads((tmp_path / "run" / "code" / "my.json").read_text()) == {}
+    assert json.loads((tmp_path / "run" / "slurm" / "deepspeed.json").read_text()) == {}
 
 
 def test_a_run_that_a_process_uses_is_not_submitted(tmp_path: Path) -> None:
