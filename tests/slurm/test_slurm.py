@@ -340,3 +340,21 @@ def test_an_array_that_does_not_begin_at_1_is_refused(
     assert output.read_text() == (
         "The array must be 1-N, got 2 jobs from 0 to 1. Give sbatch --array=1-N.\n"
     )
+
+
+def test_a_chain_whose_first_job_fails_leaves_the_queue(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    command = [sys.executable, "launch/submit.py", "--stage=both", f"--run={tmp_path}/run"]
+    env = {"FLALLM_PYTHON": "/nowhere/python", "PYTHONPATH": str(ROOT)}
+    printed = cluster.run(*command, "--gpus=0", "--nodes=2", cwd=ROOT, **env)
+    first, second, third = [
+        int(line.split()[2].rstrip(":"))
+        for line in printed.splitlines()
+        if line.startswith("submitted job")
+    ]
+    job = cluster.wait(first)
+    assert (job.state, job.exit_code) == ("FAILED", 2), cluster.describe(first)
+    assert "got '/nowhere/python'" in job.output
+    for job_id in (second, third):
+        assert cluster.wait(job_id).state == "CANCELLED", cluster.describe(job_id)
