@@ -51,6 +51,9 @@ _REFUSED: dict[str, tuple[Any, str]] = {
     "zenflow": (None, "it changes the number of gradient accumulation steps"),
     "zero_quantized_weights": (False, "it rounds the weights that are trained"),
     "zero_quantized_gradients": (False, "it rounds the gradients"),
+    # Older tutorials set these.
+    "mics_shard_size": (-1, "DeepSpeed has removed MiCS"),
+    "mics_hierarchical_params_gather": (False, "DeepSpeed has removed MiCS"),
 }
 _PRECISIONS = ("bf16", "fp16", "torch_autocast", "data_types")
 
