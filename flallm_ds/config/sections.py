@@ -69,8 +69,8 @@ class DataConfig:
     batch_clips: int = 8
     # Instead of batch_clips: maximum number of kept frames in one optimizer step. 0: none.
     batch_frames: int = 0
-    # Parts into which that batch is split. The world size must divide their number; the
-    # quotient is the number of gradient accumulation steps.
+    # Parts into which that batch is split, at least one for each rank. A rank accumulates
+    # the gradients of its parts.
     micro_batches: int = 2
     # Resample cached features (launch/features.py) to this many per second.
     feature_fps: float | None = None
