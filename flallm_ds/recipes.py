@@ -168,6 +168,9 @@ FAMILIES = {
     "how2sign": "How2Sign (English) as in the paper",
 }
 
+# Training clips of the paper's corpora, for plans of runs without their shards.
+_TRAIN_CLIPS = {"phoenix14t": 7_096, "csl_daily": 18_401, "how2sign": 31_164}
+
 RECIPES = {
     "mine_visual": Recipe("own corpus, stage 1: Light-T", _MINE_VISUAL),
     "mine_llm": Recipe("own corpus, stage 2 with mBART-large", _MINE_LLM),
@@ -339,6 +342,12 @@ def family_of(name: str) -> str:
     """Return the family of a row: the longest one that its name begins with."""
     families = [family for family in FAMILIES if name.startswith(f"{family}_")]
     return max(families, key=len)
+
+
+def train_clips(recipe: str) -> int:
+    """Return the training clips of a recipe's corpus: PHOENIX14T's if it is not known."""
+    family = recipe if recipe in FAMILIES else family_of(recipe)
+    return _TRAIN_CLIPS.get(family, _TRAIN_CLIPS["phoenix14t"])
 
 
 def is_ablation(name: str) -> bool:

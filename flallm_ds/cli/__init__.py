@@ -66,6 +66,11 @@ FLALLM = VerbTable(
             "flallm_ds.cli.doctor:doctor",
             TRAIN,
         ),
+        "plan": Verb(
+            "Compute whether an LLM fits on a cluster, and how fast.",
+            "flallm_ds.cli.plan:plan",
+            TRAIN,
+        ),
         "evaluate": Verb(
             "Score the best model of a run on a split.",
             "flallm_ds.cli.evaluate:evaluate",

@@ -75,9 +75,7 @@ def load_llm(name: str, options: LlmOptions = LlmOptions()) -> Any:
     source = open_source(name, options.hub_code)
     check_stored_bits(options.bits, source)
     config = source.config
-    _set(config, _DROPOUTS, options.dropout)
-    _set(config, _ATTENTION_DROPOUTS, options.attention_dropout)
-    _set(config, _LAYER_DROPS, 0.0)
+    set_dropouts(config, options)
     arguments = {
         "dtype": torch.float32 if options.bits == 32 else torch.bfloat16,
         **_attention(options.attention),
@@ -154,6 +152,13 @@ def _from_tensors(source: LlmSource, arguments: dict[str, Any]) -> Any:
 def _without_values(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor of the same shape and type on the meta device, without reading it."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+
+def set_dropouts(config: Any, options: LlmOptions) -> None:
+    """Set the dropouts of a config as a run does; layers are never skipped at random."""
+    _set(config, _DROPOUTS, options.dropout)
+    _set(config, _ATTENTION_DROPOUTS, options.attention_dropout)
+    _set(config, _LAYER_DROPS, 0.0)
 
 
 def _set(config: Any, names: tuple[str, ...], value: float | None) -> None:

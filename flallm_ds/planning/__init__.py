@@ -1,0 +1,1 @@
+"""Plan a run before it starts: memory, speed, and the DeepSpeed JSON to use."""
