@@ -4,12 +4,13 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from flallm_ds.config import RunConfig
+from flallm_ds.config import LlmConfig, RunConfig
 from flallm_ds.errors import UserError
+from flallm_ds.models.adapters import Adapter
 from flallm_ds.models.llm.load import LlmOptions
 from flallm_ds.models.llm.tuning import Tuning
 from flallm_ds.models.loss import CHUNK_BYTES, SMALL_BYTES
@@ -75,34 +76,60 @@ class Llm:
     vocab_size: int | None = None
     num_bits: int = 16  # 32 for a run on a CPU
 
-    @cached_property
-    def _built(self) -> tuple[Any, Any]:
-        llm = self.config.llm
-        bits: Any = self.num_bits
-        options = LlmOptions(
-            llm.dropout, llm.attention_dropout, hub_code=llm.hub_code, bits=bits
-        )
-        tuning = Tuning(
-            llm.tune, llm.layers, llm.lora_rank, llm.lora_alpha, targets=llm.lora_targets
-        )
-        config = config_of(self.name, llm.hub_code)
-        return build_on_meta(config, options, tuning, self.vocab_size)
-
-    @cached_property
+    @property
     def size(self) -> ModelSize:
-        return size_of(*self._built)
+        return _size(*self._key())
 
     def activations(self, num_input: int, num_target: int) -> float:
         """Return the activations of one clip, in bytes.
 
         With llm.checkpointing each layer keeps its input, and one layer is computed again.
         """
-        saved = saved_bytes(*self._built, 1, num_input, num_target)
+        saved = _saved(*self._key(), num_input, num_target)
         if not self.config.llm.checkpointing:
             return float(saved)
         weight = self.num_bits / 8
-        inputs = self.size.layers * max(num_input, num_target) * self.size.width * weight
-        return inputs + saved / max(1, self.size.layers)
+        size = self.size
+        inputs = size.layers * max(num_input, num_target) * size.width * weight
+        return inputs + saved / max(1, size.layers)
+
+    def _key(self) -> tuple[str, LlmConfig, int | None, int]:
+        """Return what decides parameters and activations, for the caches below."""
+        # Checkpointing does not change what is built.
+        llm = replace(self.config.llm, checkpointing=False)
+        return self.name, llm, self.vocab_size, self.num_bits
+
+
+@lru_cache(maxsize=8)
+def _build(
+    name: str, llm: LlmConfig, vocab_size: int | None, num_bits: int
+) -> tuple[Any, Adapter]:
+    """Build an LLM on the meta device; a large one takes seconds."""
+    bits: Any = num_bits
+    options = LlmOptions(
+        llm.dropout, llm.attention_dropout, hub_code=llm.hub_code, bits=bits
+    )
+    tuning = Tuning(
+        llm.tune, llm.layers, llm.lora_rank, llm.lora_alpha, targets=llm.lora_targets
+    )
+    return build_on_meta(config_of(name, llm.hub_code), options, tuning, vocab_size)
+
+
+@lru_cache(maxsize=64)
+def _size(name: str, llm: LlmConfig, vocab_size: int | None, num_bits: int) -> ModelSize:
+    return size_of(*_build(name, llm, vocab_size, num_bits))
+
+
+@lru_cache(maxsize=64)
+def _saved(
+    name: str,
+    llm: LlmConfig,
+    vocab_size: int | None,
+    num_bits: int,
+    num_input: int,
+    num_target: int,
+) -> int:
+    return saved_bytes(*_build(name, llm, vocab_size, num_bits), 1, num_input, num_target)
 
 
 @dataclass(frozen=True)
@@ -196,7 +223,7 @@ class Planner:
         """
         size, config = self.llm.size, self.config
         prompt = PROMPT_TOKENS if size.decoder_only else 0
-        one = self._activations(self.corpus.longest + prompt)
+        one = self.llm.activations(self.corpus.longest + prompt, self.corpus.tokens)
         tokens = clips * self.corpus.tokens
         how = config.llm.loss
         loss = memory.loss_bytes(size, tokens, how, zero.weight, CHUNK_BYTES, SMALL_BYTES)
@@ -212,9 +239,6 @@ class Planner:
         # fp32 weights save fp32 activations.
         wider = zero.weight * 8 / self.llm.num_bits
         return Work(clips * one * wider, loss, frames_bytes)
-
-    def _activations(self, num_input: int) -> float:
-        return _cached_activations(self.llm, num_input, self.corpus.tokens)
 
     def _need(self, zero: Zero, clips: int) -> Need:
         return memory.need_of(
@@ -331,18 +355,6 @@ class Planner:
                 )
         if not cluster.nvme_gb:
             yield "--nvme_gb=4000", replace(self, cluster=replace(cluster, nvme_gb=4000.0))
-
-
-_activations_of: dict[tuple[object, ...], float] = {}
-
-
-def _cached_activations(llm: Llm, num_input: int, num_target: int) -> float:
-    """Return `Llm.activations`, computed once: it takes seconds for a large LLM."""
-    # The sizes of batches do not change the activations of a clip.
-    key = (llm.name, llm.config.llm, llm.vocab_size, llm.num_bits, num_input, num_target)
-    if key not in _activations_of:
-        _activations_of[key] = llm.activations(num_input, num_target)
-    return _activations_of[key]
 
 
 def shipped_files() -> dict[str, dict[str, Any]]:

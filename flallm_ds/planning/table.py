@@ -39,8 +39,9 @@ def _title(planner: Planner) -> str:
     kind = "decoder-only" if size.decoder_only else "encoder-decoder"
     written = write_s(size, planner.rates)
     return (
-        f"{planner.llm.name}: {_count(size.total)} parameters, {_count(size.trained)} "
-        f"trained (llm.tune={config.llm.tune}), {kind}, vocabulary {size.vocab_size:,}\n"
+        f"{planner.llm.name}\n"  # may be a long path
+        f"{_count(size.total)} parameters, {_count(size.trained)} trained "
+        f"(llm.tune={config.llm.tune}), {kind}, vocabulary {size.vocab_size:,}\n"
         f"{cluster}; {planner.batch_clips} clips a step, {config.train.epochs} epochs of "
         f"{planner.corpus.clips:,} clips\n"
         f"checkpoint: {checkpoint_bytes(size) / GB:.1f} GB, {written:.0f} s to write at "
@@ -53,7 +54,7 @@ def _count(number: int) -> str:
 
 
 def _table(planner: Planner, rows: Sequence[Row], best: Row | None) -> str:
-    cells = [_HEADER]
+    cells: list[tuple[str, ...]] = [_HEADER]
     for row in rows:
         cells.append(_cells(planner, row, best))
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
