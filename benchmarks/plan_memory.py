@@ -128,7 +128,6 @@ PARTS = (
     "flat tensors of collectives",
     "activations",
     "loss",
-    "allocator",
     "process",
 )
 

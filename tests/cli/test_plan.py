@@ -94,5 +94,7 @@ def test_a_wrong_option_is_one_sentence_before_slow_imports(
 
 
 def test_an_llm_that_does_not_exist_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"Cannot load the LLM .*nowhere"):
+    with pytest.raises(
+        UserError, match=r"must be a hub id or a folder with an LLM, got .*nowhere"
+    ):
         plan(llm=str(tmp_path / "nowhere"))
