@@ -118,8 +118,8 @@ def _recommendation(planner: Planner, best: Row | None) -> str:
     # No micro-batch may be empty.
     micro_batches = min(planner.cluster.ranks * best.accumulation, planner.batch_clips)
     return (
-        f"recommended: --train.deepspeed=ds_configs/{best.file} "
-        f"--data.batch_clips={planner.batch_clips} --data.micro_batches={micro_batches}"
+        f"recommended: --train.deepspeed=ds_configs/{best.file}\n"
+        f"  --data.batch_clips={planner.batch_clips} --data.micro_batches={micro_batches}"
     )
 
 
