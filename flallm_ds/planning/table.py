@@ -26,7 +26,7 @@ NONE = "-"
 
 
 def text_of(planner: Planner) -> str:
-    """Return the plan for a terminal: at most 110 columns."""
+    """Return the plan for a terminal: at most 120 columns."""
     rows = list(planner.rows())
     best = planner.best()
     parts = [_title(planner), _table(planner, rows, best), _legend(planner)]
