@@ -285,7 +285,7 @@ def _tables(
     for (label, network, corpus), simulated in found.items():
         one = next(s for s in simulated if s.ranks == 256)
         parts = (one.useful, one.padding, one.waiting, one.network)
-        cells = [f"{100 * part:.0f}" for part in parts]
+        cells = [f"{100 * max(part, 0.0):.0f}" for part in parts]
         shares.append((label, corpus, f"{network:g}", f"{one.step_s:.2f}", *cells))
     head = ("LLM", "lengths", "GB/s of a node", "s/step")
     report.table((*head, "useful", "padding", "waiting", "network"), shares)
