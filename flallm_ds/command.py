@@ -239,6 +239,10 @@ def bind(
     for name, parameter in named.items():
         if parameter.kind == Parameter.POSITIONAL_OR_KEYWORD:
             by_place.append(name)
+    # A tuple takes all words that are left: RUN RUN RUN.
+    last = len(by_place) - 1
+    if by_place and typing.get_origin(hints[by_place[last]]) is tuple and words[last:]:
+        words = [*words[:last], ",".join(words[last:])]
     if len(words) > len(by_place):
         raise UserError(
             f"Arguments must be at most {len(by_place)} word(s) and options "

@@ -201,7 +201,8 @@ def _placeholder(name: str, parameter: inspect.Parameter, hint: Any) -> str:
     """Return how an argument is written: VIDEO by place, --model=MODEL by name."""
     is_required = parameter.default is parameter.empty
     if is_required and parameter.kind == parameter.POSITIONAL_OR_KEYWORD:
-        return name.upper()
+        several = " ..." if typing.get_origin(hint) is tuple else ""
+        return f"{name.upper()}{several}"
     # The type of `int | None` is int.
     kinds = {hint, *typing.get_args(hint)}
     if typing.get_origin(hint) is typing.Literal:
