@@ -209,6 +209,21 @@ class Translator:
 
         rate: frames per second of the batch, if the LLM reads features at another rate.
         """
+        features_ND, num_frames_B = self.features(batch, rate)
+        return self.export.translator.generate(
+            features_ND,
+            num_frames_B,
+            self.wordings(batch),
+            self.beam,
+            streamer=streamer,
+        )
+
+    @torch.no_grad()
+    def features(
+        self, batch: Batch, rate: float | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (features_ND in float32, number of features of each clip), which the
+        language model reads. rate: as in `generate`."""
         autocast = bool(self.export.settings.get("visual_autocast", True))
         # The LLM runs outside autocast, which would cast its matrices again for each token.
         # This autocast also covers two operations that training runs without it: resizing
@@ -227,13 +242,7 @@ class Translator:
             features_ND, num_frames_B = self._at_trained_rate(
                 features_ND, batch.num_frames_B, rate
             )
-        return self.export.translator.generate(
-            features_ND.float(),
-            num_frames_B,
-            self._wordings(batch),
-            self.beam,
-            streamer=streamer,
-        )
+        return features_ND.float(), num_frames_B
 
     def _at_trained_rate(
         self, features_ND: torch.Tensor, num_frames_B: torch.Tensor, rate: float | None
@@ -249,7 +258,8 @@ class Translator:
         features_BSD, lengths_B = resample(features_ND[None], lengths_B, rate, wanted)
         return features_BSD[0], lengths_B.cpu()
 
-    def _wordings(self, batch: Batch) -> list[Wording]:
+    def wordings(self, batch: Batch) -> list[Wording]:
+        """Return the ids around each clip's visual tokens."""
         return list(map(self.export.codec.wording, batch.languages, batch.corpora))
 
 

@@ -96,7 +96,7 @@ class SignTranslator(nn.Module):
             tokens_NE = tokens_NE.to(self.language_model.dtype)
         return tokens_NE
 
-    def _source(
+    def source(
         self,
         inputs: torch.Tensor,
         num_frames_B: torch.Tensor,
@@ -177,9 +177,7 @@ class SignTranslator(nn.Module):
             target = [i for i in row if i != -100]
             targets.append(target)
             read.append(target[:-1])
-        embeddings_BSE, mask_BS = self._source(
-            inputs, num_frames_B, wordings, read, "right"
-        )
+        embeddings_BSE, mask_BS = self.source(inputs, num_frames_B, wordings, read, "right")
         llm = self.language_model
         module = llm if self._head is None else llm.get_decoder()
         out = module(inputs_embeds=embeddings_BSE, attention_mask=mask_BS, use_cache=False)
@@ -201,7 +199,7 @@ class SignTranslator(nn.Module):
     ) -> torch.Tensor:
         """Return the states that predict the target tokens, as `_decoder_only_states`."""
         no_targets: list[Sequence[int]] = [()] * len(wordings)
-        embeddings_BSE, mask_BS = self._source(
+        embeddings_BSE, mask_BS = self.source(
             inputs, num_frames_B, wordings, no_targets, "right"
         )
 
@@ -256,7 +254,7 @@ class SignTranslator(nn.Module):
         # A decoder-only LLM continues its input, so the padding is on the left.
         no_targets: list[Sequence[int]] = [()] * len(wordings)
         side: Literal["left", "right"] = "left" if self.decoder_only else "right"
-        embeddings_BSE, mask_BS = self._source(
+        embeddings_BSE, mask_BS = self.source(
             inputs, num_frames_B, wordings, no_targets, side
         )
         start: dict[str, Any] = {}

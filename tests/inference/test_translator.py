@@ -145,7 +145,7 @@ def test_the_target_language_changes_the_prompt(
     }
     assert wordings["de"] != wordings["en"]
     batch, _ = translator._read(video, "en")
-    assert translator._wordings(batch)[0].before == wordings["en"]
+    assert translator.wordings(batch)[0].before == wordings["en"]
 
 
 @pytest.mark.parametrize(
@@ -337,7 +337,7 @@ def test_a_bf16_export_generates_the_hypotheses_of_its_training(
     pixels = translator.preprocess(batch, train=False, device=torch.device(device))
     with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
         features = engine.visual.to(device)(pixels, batch.num_frames_B).float()
-    wordings = translator._wordings(batch)
+    wordings = translator.wordings(batch)
     assert translator.generate(batch) == module.generate(
         features, batch.num_frames_B, wordings, translator.beam
     )
