@@ -10,12 +10,15 @@ os.environ.setdefault(
 )  # tests run next to other processes: spinning threads starve them
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tests.helpers.bars import WORDS, write_phoenix
+from tests.helpers.browser import chromium
 
 
 @pytest.fixture(scope="session")
@@ -72,6 +75,13 @@ def shared_data() -> Path:
     if not data.is_dir():
         pytest.skip(f"real samples are not at {data} (set FLALLM_SHARED)")
     return data
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """A headless Chromium; the test is skipped where it is not installed."""
+    with chromium() as driver:
+        yield driver
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
