@@ -155,7 +155,7 @@ def coerce(value: str, hint: Any, name: str) -> Any:
     option stood alone (bool options may), or is empty where neither a text nor a tuple
     is expected.
     """
-    if isinstance(value, NoValue) and hint is not bool:
+    if isinstance(value, NoValue) and bool not in (hint, *typing.get_args(hint)):
         raise UserError(f"--{name} must have a value, got none. Write --{name}=VALUE.")
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     # `X | None`: `none` is None, any other value is of type X.
@@ -234,24 +234,26 @@ def bind(
     """
     hints = typing.get_type_hints(function)
     named = named_parameters(function)
-    # Required arguments before the `*` of a signature may be given as plain words.
-    by_place: list[str] = []
-    for name, parameter in named.items():
-        if parameter.kind == Parameter.POSITIONAL_OR_KEYWORD:
-            by_place.append(name)
-    # A tuple takes all words that are left: RUN RUN RUN.
-    last = len(by_place) - 1
-    if by_place and typing.get_origin(hints[by_place[last]]) is tuple and words[last:]:
-        words = [*words[:last], ",".join(words[last:])]
-    if len(words) > len(by_place):
-        raise UserError(
-            f"Arguments must be at most {len(by_place)} word(s) and options "
-            f"--name=value, got {words[len(by_place)]!r}, one word too many."
-        )
+    # Arguments before the `*` of a signature may be given as plain words.
+    kind = Parameter.POSITIONAL_OR_KEYWORD
+    by_place = [name for name, parameter in named.items() if parameter.kind == kind]
     arguments: dict[str, Any] = {}
-    for name, word in zip(by_place, words, strict=False):
+    rest = list(words)
+    for name in by_place[: len(words)]:
+        # A tuple takes all words that remain, each as one value.
+        if typing.get_origin(hints[name]) is tuple:
+            each = typing.get_args(hints[name])[0]
+            arguments[name] = tuple(coerce(word, each, name) for word in rest)
+            rest.clear()
+            break
+        word = rest.pop(0)
         arguments[name] = coerce(word, hints[name], name)
         check_not_empty(word, named[name].default, name)
+    if rest:
+        raise UserError(
+            f"Arguments must be at most {len(by_place)} word(s) and options --name=value, "
+            f"got {rest[0]!r}, one word too many."
+        )
     for name, value in options.items():
         if name in arguments:
             raise UserError(f"--{name} must be given once, got it twice.")

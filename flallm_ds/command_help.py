@@ -106,8 +106,10 @@ def usage(function: Function, program: str) -> str:
     has_options = False
     hints = typing.get_type_hints(function)
     for name, parameter in named_parameters(function).items():
-        if parameter.default is parameter.empty:
-            parts.append(_placeholder(name, parameter, hints[name]))
+        placeholder = _placeholder(name, parameter, hints[name])
+        # [VIDEO ...] may be left out.
+        if parameter.default is parameter.empty or placeholder.startswith("["):
+            parts.append(placeholder)
         else:
             has_options = True
     if has_options:
@@ -198,11 +200,13 @@ def _split_docstring(doc: str) -> tuple[str, dict[str, str]]:
 
 
 def _placeholder(name: str, parameter: inspect.Parameter, hint: Any) -> str:
-    """Return how an argument is written: VIDEO by place, --model=MODEL by name."""
+    """Return how an argument is written: VIDEO or [VIDEO ...] by place, --model=MODEL."""
     is_required = parameter.default is parameter.empty
-    if is_required and parameter.kind == parameter.POSITIONAL_OR_KEYWORD:
-        several = " ..." if typing.get_origin(hint) is tuple else ""
-        return f"{name.upper()}{several}"
+    is_by_place = parameter.kind == parameter.POSITIONAL_OR_KEYWORD
+    if is_by_place and typing.get_origin(hint) is tuple:
+        return f"{name.upper()} ..." if is_required else f"[{name.upper()} ...]"
+    if is_required and is_by_place:
+        return name.upper()
     # The type of `int | None` is int.
     kinds = {hint, *typing.get_args(hint)}
     if typing.get_origin(hint) is typing.Literal:
@@ -213,7 +217,7 @@ def _placeholder(name: str, parameter: inspect.Parameter, hint: Any) -> str:
         return f"--{name}=N"
     if float in kinds:
         return f"--{name}=X"
-    return f"--{name}={'PATH' if hint is Path else name.upper()}"
+    return f"--{name}={'PATH' if Path in kinds else name.upper()}"
 
 
 def _default_note(parameter: inspect.Parameter) -> str:

@@ -217,17 +217,6 @@ def test_arguments_are_bound_by_place_and_by_name():
     }
 
 
-def test_a_tuple_at_the_end_takes_all_words_that_are_left():
-    def several(place: str, run: tuple[Path, ...], *, out: Path) -> None: ...
-
-    expected = {"place": "p", "run": (Path("a"), Path("b")), "out": Path("o")}
-    assert bind(several, ["p", "a", "b"], {"out": "o"}) == expected
-    assert bind(several, ["p"], {"run": "a,b", "out": "o"}) == expected
-    assert usage(several, "x") == "x PLACE RUN ... --out=PATH"
-    with pytest.raises(UserError, match="RUN must be given"):
-        bind(several, ["p"], {"out": "o"})
-
-
 def test_overrides_stay_strings():
     assert bind(open_ended, [], {"stage": "llm", "optim.lr": "1"}) == {
         "stage": "llm",
@@ -271,6 +260,17 @@ def test_arguments_that_do_not_fit_the_signature_are_refused(words, options, sen
 def test_usage_shows_required_arguments_and_placeholders():
     assert usage(command, "x") == "x VIDEO --model=PATH [OPTIONS]"
     assert usage(open_ended, "x") == "x [OPTIONS] [--SECTION.OPTION=VALUE ...]"
+
+
+def test_a_tuple_at_the_end_takes_all_words_that_are_left():
+    def several(place: str, run: tuple[Path, ...], *, out: Path) -> None: ...
+
+    expected = {"place": "p", "run": (Path("a"), Path("b")), "out": Path("o")}
+    assert bind(several, ["p", "a", "b"], {"out": "o"}) == expected
+    assert bind(several, ["p"], {"run": "a,b", "out": "o"}) == expected
+    assert usage(several, "x") == "x PLACE RUN ... --out=PATH"
+    with pytest.raises(UserError, match="RUN must be given"):
+        bind(several, ["p"], {"out": "o"})
 
 
 def test_nearest_names_come_first():
