@@ -87,9 +87,7 @@ def run(*words: str, cwd: Path) -> str:
     return done.stdout
 
 
-def test_the_wheel_holds_one_package_with_deepspeed_jsons_and_job_scripts(
-    wheel: Path,
-) -> None:
+def test_the_wheel_holds_one_package_with_its_data(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     packages = {name.split("/")[0] for name in names if ".dist-info/" not in name}
@@ -100,6 +98,8 @@ def test_the_wheel_holds_one_package_with_deepspeed_jsons_and_job_scripts(
     # The job scripts, which `flallm submit` copies.
     for path in (ROOT / "launch" / "slurm").glob("*.*"):
         assert f"flallm_ds/slurm/{path.name}" in names
+    pages = {name for name in names if name.startswith("flallm_ds/reporting/page.")}
+    assert {Path(name).suffix for name in pages} == {".py", ".html", ".css", ".js"}
 
 
 def test_the_wheel_holds_the_license_and_names_it(wheel: Path) -> None:

@@ -102,6 +102,11 @@ FLALLM = VerbTable(
             "flallm_ds.cli.checkpoints:CHECKPOINTS",
             LOOK,
         ),
+        "report": Verb(
+            "Write an HTML page: scores, curves, samples with clips.",
+            "flallm_ds.cli.report:report",
+            LOOK,
+        ),
         "strip": Verb(
             "Draw frames of clips with their hypotheses and references.",
             "flallm_ds.cli.pictures:strip",

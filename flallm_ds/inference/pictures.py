@@ -41,15 +41,8 @@ def strip_of_run(run: Path, out: Path, split: str, num_clips: int) -> None:
         raise UserError(f"Cannot read {path}: {split} was not evaluated. {evaluate} first.")
     hypotheses = {clip.key: clip for clip in read_hypotheses(path)}
     data = RunConfig.load(run / "config.json").data
-    cache = CacheOptions.of_run(data)
-    index = open_indexes(data.shards, split, cache)
-    if isinstance(index, FeatureIndex):
-        # Cached features contain no frames. Open the shards with the videos from which they
-        # were computed; the keys of clips are the same.
-        sources = [facts.source for facts in index.features]
-        index = open_indexes(sources, split, cache)
-    reader = VideoReader(index, FrameSampling(max_frames=10**9), seed=0, train=False)
-    keys = index.strings("key")
+    reader = open_videos(data.shards, split, CacheOptions.of_run(data))
+    index, keys = reader.index, reader.index.strings("key")
     if missing := set(keys) - set(hypotheses):
         raise UserError(
             f"Cannot draw clips of {path}: it has no hypothesis for {len(missing)} clips of "
@@ -57,12 +50,35 @@ def strip_of_run(run: Path, out: Path, split: str, num_clips: int) -> None:
         )
     clips = []
     for row in _evenly_spaced(num_clips, len(index)):
-        num_frames = int(index.arrays["num_frames"][row])
-        height, width = int(index.arrays["height"][row]), int(index.arrays["width"][row])
-        frames = np.empty((num_frames, height, width, 3), np.uint8)
-        reader.read_into(frames, row, np.arange(num_frames))
-        clips.append((list(frames), hypotheses[keys[row]]))
+        clips.append((list(read_frames(reader, row)), hypotheses[keys[row]]))
     draw_strip(out, clips)
+
+
+def open_videos(shards: Sequence[str], split: str, cache: CacheOptions) -> VideoReader:
+    """Open the videos of a split, also of shards that contain cached features.
+
+    Raises UserError if the shards cannot be read.
+    """
+    index = open_indexes(shards, split, cache)
+    if isinstance(index, FeatureIndex):
+        # Cached features contain no frames. Open the shards with the videos from which they
+        # were computed; the keys of clips are the same.
+        sources = [facts.source for facts in index.features]
+        index = open_indexes(sources, split, cache)
+    return VideoReader(index, FrameSampling(max_frames=10**9), seed=0, train=False)
+
+
+def read_frames(reader: VideoReader, row: int, step: int = 1) -> np.ndarray:
+    """Return every `step`th frame of a clip, uint8 (T, H, W, 3).
+
+    Raises ValueError or OSError if the clip is damaged.
+    """
+    arrays = reader.index.arrays
+    picks = np.arange(0, int(arrays["num_frames"][row]), step)
+    height, width = int(arrays["height"][row]), int(arrays["width"][row])
+    frames = np.empty((len(picks), height, width, 3), np.uint8)
+    reader.read_into(frames, row, picks)
+    return frames
 
 
 def draw_strip(

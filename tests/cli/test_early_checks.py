@@ -21,6 +21,8 @@ def place(tmp_path: Path) -> Path:
     (tmp_path / "of_llm" / "config.json").write_text(config.to_json())
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "config.json").touch()
     return tmp_path
 
 
@@ -87,6 +89,16 @@ def place(tmp_path: Path) -> Path:
         ("shards stats {}/no", "A shard folder must contain index.json"),
         ("shards preview {}/no --out={}/o", "A shard folder must contain index.json"),
         ("options nothing", "SECTION must be one of run, data, visual,"),
+        ("report {}/no --out={}/o.html", "RUN must be a run folder with config.json"),
+        ("report {}/run --out={}/o.html --clips=-1", "--clips must be at least 0"),
+        (
+            "report {}/run --out={}/o.html --clips=2 --attention=3",
+            "--attention must be at least 0 and at most --clips (2), got 3",
+        ),
+        (
+            "report {}/config --out={}/no/o.html",
+            "--out must be a file in an existing folder",
+        ),
         ("trian", "there is no verb 'trian'; did you mean train"),
     ],
 )
