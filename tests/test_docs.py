@@ -36,7 +36,10 @@ LANGUAGES = {"bash", "sh", "python", "text", "csv", "json"}
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 SHELL = [block for block in BLOCKS if block.language in ("bash", "sh")]
 # Programs that are not ours and may appear in a command.
-PROGRAMS = {"apptainer", "cut", "docker", "export", "pip", "source", "tail", "tensorboard"}
+PROGRAMS = {
+    "apptainer", "chromium", "cut", "docker", "export", "pip", "source", "tail",
+    "tensorboard",
+}  # fmt: skip
 _LINK = re.compile(r"\]\((?P<target>[^)#\s:]+)(#[^)\s]*)?\)")
 
 
