@@ -2,17 +2,22 @@
 
 import atexit
 import os
+import select
 import signal
 import threading
 import time
 from types import FrameType
 
 from flallm_ds.command import process_rank
+from flallm_ds.errors import Preempted
+from flallm_ds.training.launchers import launchers_of
 
 STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 # Two signals within this time count as one Ctrl-C: the terminal sends it to all ranks, and
 # torchrun sends it to them again.
 TWICE_S = 0.3
+# How often a thread looks whether the launchers of this process are running.
+LOOK_EVERY_S = 1.0
 
 
 class StopRequest:
@@ -20,17 +25,19 @@ class StopRequest:
     step.
 
     SIGTERM and SIGUSR1 count at any time. Before `begin`, when there is nothing to save,
-    Ctrl-C and a lost terminal (SIGHUP) end the command at once. A second Ctrl-C always
-    does. Signals that are ignored, as SIGHUP is under nohup, stay ignored.
+    Ctrl-C, a lost terminal (SIGHUP) and the end of a launcher end the command at once. A
+    second Ctrl-C always does. Signals that are ignored, as SIGHUP is under nohup, stay
+    ignored.
     """
 
     def __init__(self) -> None:
         self._asked = self._begun = False
         self._ended_by: int | None = None  # the signal that came before `begin`
         self._interrupted_at = -1.0  # the first Ctrl-C, by the monotonic clock
-        # The deepspeed launcher forwards no signals. When it ends, the parent changes.
-        self._parent = os.getppid()
-        # A thread receives the second Ctrl-C, because Python runs no handler while the main
+        # The deepspeed launcher forwards no signals: a thread looks whether it has ended.
+        self._launchers = launchers_of(os.getpid())
+        self._is_orphan = False
+        # The same thread receives the second Ctrl-C, because Python runs no handler while the main
         # thread waits for other ranks.
         # The interpreter writes the number of each signal to this pipe, from C.
         reader, self._writer = os.pipe()
@@ -57,7 +64,11 @@ class StopRequest:
         self._begun = True
 
     def __bool__(self) -> bool:
-        return self._asked or os.getppid() != self._parent
+        return self._asked
+
+    def is_orphan(self) -> bool:
+        """Whether a launcher has ended, so that nobody would end this process."""
+        return self._is_orphan
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         """Handle a signal, in the main thread."""
@@ -67,9 +78,34 @@ class StopRequest:
         self._asked = True
 
     def _watch(self, reader: int) -> None:
-        """Read the number of each signal from the pipe until it is closed, in the thread."""
-        while numbers := os.read(reader, 1):
-            self._hear(numbers[0])
+        """Read the number of each signal from the pipe until it is closed, and look for the
+        launchers, in the thread."""
+        pipe = select.poll()
+        pipe.register(reader, select.POLLIN)
+        while True:
+            if pipe.poll(1000 * LOOK_EVERY_S):
+                numbers = os.read(reader, 1)
+                if not numbers:
+                    return
+                self._hear(numbers[0])
+            elif not self._is_orphan:
+                self._look_for_launchers()
+
+    def _look_for_launchers(self) -> None:
+        """Ask for a stop once a launcher has ended; before `begin`, end the process."""
+        ended = [launcher for launcher in self._launchers if launcher.has_ended()]
+        if not ended:
+            return
+        # After a Ctrl-C, which ends the launcher as well, the run is stopping already.
+        if not self._asked:
+            then = "stopping after this step, which is saved" if self._begun else "stopped"
+            _say(
+                f"the launcher {ended[0].name} (process {ended[0].pid}) has ended; {then}."
+            )
+        self._asked = self._is_orphan = True
+        if not self._begun:
+            # Not sys.exit: the main thread may wait for another rank.
+            os._exit(Preempted.exit_code)
 
     def _end_watcher(self) -> None:
         signal.set_wakeup_fd(-1)
@@ -80,18 +116,20 @@ class StopRequest:
         """Print a line at the first Ctrl-C, and end the process at the second one."""
         if number != signal.SIGINT:
             return
-        # All ranks get Ctrl-C; one of them prints.
-        is_main = process_rank() == 0
         if self._interrupted_at < 0:
             self._interrupted_at = time.monotonic()
-            if self._begun and is_main:
-                print(
+            if self._begun:
+                _say(
                     "stopping after this step, which is saved; press Ctrl-C again to end at "
-                    "once.",
-                    flush=True,
+                    "once."
                 )
         elif time.monotonic() - self._interrupted_at > TWICE_S:
-            if is_main:
-                print("stopped at once; everything saved before is kept.", flush=True)
+            _say("stopped at once; everything saved before is kept.")
             # Not sys.exit: the main thread may wait for another rank.
             os._exit(128 + number)
+
+
+def _say(sentence: str) -> None:
+    """Print a line on rank 0 alone: Ctrl-C and the end of a launcher reach all ranks."""
+    if process_rank() == 0:
+        print(sentence, flush=True)

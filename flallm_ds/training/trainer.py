@@ -100,7 +100,11 @@ class Trainer:
         train = self.config.train
         try:
             with Watchdog(
-                self.folder, self.world, train.stall_warn_s, train.stall_limit_s
+                self.folder,
+                self.world,
+                train.stall_warn_s,
+                train.stall_limit_s,
+                self.stop.is_orphan,
             ) as self.watchdog:
                 self._train()
         finally:

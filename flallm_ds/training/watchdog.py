@@ -4,7 +4,8 @@ Each rank has a thread that writes its state to RUN/heartbeats/rank-00003.json e
 seconds: step, phase, and since when. If a rank makes no progress for `warn_s` seconds, the
 lowest rank whose own heartbeat is fresh prints which ranks are stuck where, and each rank
 writes the Python stacks of its threads to RUN/heartbeats/rank-00003.stacks.txt. After
-`limit_s` seconds the rank ends its process with the code that requeues a job.
+`limit_s` seconds the rank ends its process with the code that requeues a job. A rank whose
+launcher has ended does so after `warn_s`: nobody else would end it.
 """
 
 import faulthandler
@@ -12,6 +13,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -31,12 +33,19 @@ class Watchdog:
     """`with Watchdog(...) as watchdog`, and `watchdog.beat(phase, step)` at each change.
 
     warn_s, limit_s: seconds without a beat until the report and until the end of the
-    process; 0 disables the end.
+    process; 0 disables the end. is_orphan: whether a launcher of this process has ended.
     """
 
-    def __init__(self, run: Path, world: World, warn_s: float, limit_s: float) -> None:
+    def __init__(
+        self,
+        run: Path,
+        world: World,
+        warn_s: float,
+        limit_s: float,
+        is_orphan: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.run, self.folder, self.world = run, run / FOLDER, world
-        self.warn_s, self.limit_s = warn_s, limit_s
+        self.warn_s, self.limit_s, self.is_orphan = warn_s, limit_s, is_orphan
         self._own = Heartbeat(world.rank, socket.gethostname(), os.getpid())
         self._own.since = time.time()
         self._ended = threading.Event()
@@ -73,8 +82,10 @@ class Watchdog:
             if waited > self.warn_s and not self._reported:
                 self._reported = True
                 self._report(now, waited)
+            if self.is_orphan() and waited > self.warn_s:
+                self._end(waited, "train.stall_warn_s without a launcher")
             if self.limit_s and waited > self.limit_s:
-                self._end(waited)
+                self._end(waited, "train.stall_limit_s")
 
     def _write(self) -> None:
         self._own.written = time.time()
@@ -112,10 +123,10 @@ class Watchdog:
             f"{self.folder}."
         )
 
-    def _end(self, waited: float) -> None:
+    def _end(self, waited: float, limit: str) -> None:
         print(
             f"rank {self.world.rank}: no progress for {waited:.0f} s, the limit of "
-            "train.stall_limit_s. The job ends; run the same command again to resume.",
+            f"{limit}. The job ends; run the same command again to resume.",
             flush=True,
         )
         os._exit(Preempted.exit_code)

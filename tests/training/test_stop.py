@@ -18,6 +18,7 @@ import psutil
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from flallm_ds.training.stop import LOOK_EVERY_S
 from tests.helpers.launching import command, environment, flags, losses, tiny_options
 from tests.helpers.paths import ROOT
 
@@ -126,22 +127,34 @@ def test_a_run_with_one_rank_signalled_or_killed_resumes(
 
 
 def test_ranks_whose_launcher_is_killed_stop_and_save(
-    tiny_corpus: Path, tmp_path: Path, launchers: list[subprocess.Popen[bytes]]
+    undisturbed: list[float],
+    tiny_corpus: Path,
+    tmp_path: Path,
+    launchers: list[subprocess.Popen[bytes]],
 ) -> None:
-    """The deepspeed launcher forwards no signals: its ranks would train forever."""
-    run = tmp_path / "run"
-    launchers.append(start(options(tiny_corpus, run), tmp_path / "log"))
-    wait_for_steps(run, 8)
-    ranks = ranks_of(launchers[0])
-    for process in {rank.parent() for rank in ranks} - {None}:
-        process.kill()
-    gone, alive = psutil.wait_procs(ranks, timeout=60)
-    assert not alive
-    reached = [
-        json.loads(line)["global_step"]
-        for line in (run / "metrics.jsonl").read_text().splitlines()
-    ][-1]
-    assert (run / "checkpoints" / f"step-{reached:08d}").is_dir()
+    """The `deepspeed` command is killed at step 5, its node agent at step 14: neither
+    forwards a signal, and the ranks would train forever."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    for first, victim in ((5, "deepspeed"), (14, "deepspeed.launcher.launch")):
+        launchers.append(start(options(tiny_corpus, run), log))
+        wait_for(lambda: steps_of(run) >= first, f"{first} steps")  # noqa: B023
+        ranks = ranks_of(launchers[-1])
+        agents = {rank.parent() for rank in ranks} - {None}
+        for process in [launchers[-1]] if victim == "deepspeed" else agents:
+            process.kill()
+        gone, alive = psutil.wait_procs([*ranks, *agents], timeout=60)
+        assert not alive, log.read_text()[-4000:]
+        reached = steps_of(run)
+        assert first <= reached < len(undisturbed), (
+            "the run must have been disturbed before its end"
+        )
+        assert (run / "checkpoints" / f"step-{reached:08d}").is_dir()
+        said = log.read_text()
+        assert f"the launcher {victim} (process " in said
+        assert f"Stopped after step {reached}. Run the same command again" in said
+    launchers.append(start(options(tiny_corpus, run), log))
+    assert launchers[-1].wait(DEADLINE_S) == 0, log.read_text()[-4000:]
+    assert losses(run) == undisturbed
 
 
 # A command without a model: it starts, it works, and it checks its request between two
@@ -179,7 +192,11 @@ main(work)
 
 
 class Steps:
-    def __init__(self, ignored: signal.Signals | None = None) -> None:
+    """parent: a script that starts the command and waits for it."""
+
+    def __init__(
+        self, ignored: signal.Signals | None = None, parent: Path | None = None
+    ) -> None:
         def set_signals() -> None:
             # may be ignored where the tests run
             for number in (signal.SIGINT, signal.SIGHUP):
@@ -187,8 +204,9 @@ class Steps:
             if ignored is not None:
                 signal.signal(ignored, signal.SIG_IGN)
 
+        place = [str(parent)] if parent else ["-c"]
         self.process = subprocess.Popen(
-            [sys.executable, "-c", STEPS],
+            [sys.executable, *place, STEPS],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -309,6 +327,53 @@ def test_an_ignored_signal_stays_ignored(number: signal.Signals) -> None:
     steps.go("next step")
     steps.process.send_signal(signal.SIGTERM)
     assert steps.end() == (75, "saved.\n")
+
+
+PARENT = """
+import subprocess, sys
+sys.exit(subprocess.call([sys.executable, "-c", *sys.argv[1:]]))
+"""
+
+
+def steps_under(parent: Path) -> Steps:
+    parent.write_text(PARENT)
+    return Steps(parent=parent)
+
+
+@pytest.mark.parametrize("name", ["deepspeed", "torchrun"])
+def test_a_run_saves_when_its_launcher_is_killed(tmp_path: Path, name: str) -> None:
+    steps = steps_under(tmp_path / name)
+    steps.begin()
+    steps.process.kill()
+    assert steps.line() == (
+        f"the launcher {name} (process {steps.process.pid}) has ended; stopping after this "
+        "step, which is saved.\n"
+    )
+    steps.go("next step")
+    assert steps.end()[1] == "saved.\n"
+
+
+def test_a_run_ends_at_once_when_its_launcher_is_killed_before_the_first_step(
+    tmp_path: Path,
+) -> None:
+    steps = steps_under(tmp_path / "deepspeed")
+    steps.process.kill()
+    assert steps.process.stdout is not None
+    assert steps.process.stdout.read() == (
+        f"the launcher deepspeed (process {steps.process.pid}) has ended; stopped.\n"
+    )
+
+
+def test_a_run_outlives_the_shell_or_script_that_started_it(tmp_path: Path) -> None:
+    """`python launch/train.py &` in a shell that exits."""
+    steps = steps_under(tmp_path / "start_all_runs.py")
+    (run,) = psutil.Process(steps.process.pid).children()
+    steps.begin()
+    steps.process.kill()
+    time.sleep(3 * LOOK_EVERY_S)
+    steps.go("next step")
+    run.send_signal(signal.SIGTERM)
+    assert steps.end()[1] == "saved.\n"
 
 
 class Terminal:

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -88,6 +89,35 @@ def test_a_stopped_rank_is_named_and_the_job_ends_with_the_code_that_requeues(
     stacks = (run / "heartbeats" / "rank-00000.stacks.txt").read_text(encoding="utf-8")
     assert "trainer.py" in stacks
     assert process.returncode != 0
+
+
+ORPHAN = """
+import sys, time
+from pathlib import Path
+from flallm_ds.dist import World
+from flallm_ds.training.watchdog import Watchdog
+
+is_orphan = sys.argv[2] == "orphan"
+with Watchdog(Path(sys.argv[1]), World(0, 1, 0, 1), 0.2, 0, lambda: is_orphan) as dog:
+    dog.beat("step", 3)
+    time.sleep(300 if is_orphan else 2)
+"""
+
+
+@pytest.mark.parametrize(("kind", "code"), [("orphan", 75), ("child", 0)])
+def test_a_rank_that_waits_without_a_launcher_ends(
+    tmp_path: Path, kind: str, code: int
+) -> None:
+    """It waits for another rank that was killed with the launcher, say."""
+    done = subprocess.run(
+        [sys.executable, "-c", ORPHAN, tmp_path, kind],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+    said = "the limit of train.stall_warn_s without a launcher. The job ends"
+    assert (said in done.stdout) == (kind == "orphan")
 
 
 def pid_of_rank(run: Path, rank: int) -> int:
