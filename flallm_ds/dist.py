@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from flallm_ds.errors import RankError, UserError, file_problem
+from flallm_ds.errors import RankError, UserError, file_problem, require
 from flallm_ds.files import locked
 
 RANK_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -25,10 +25,10 @@ START_WITH = (
     "Start with deepspeed, torchrun, Open MPI's mpirun, or launch/slurm/train.sbatch."
 )
 
-TIMEOUT = timedelta(minutes=30)  # of a collective operation
-
 # Whether this process ever joined a process group.
 was_started = False
+# Of a collective, as `start` set it.
+_timeout = timedelta(minutes=30)
 # Environment variables that `start` set because no launcher had set them.
 _set_by_start: set[str] = set()
 
@@ -125,8 +125,11 @@ def _tasks_per_node(env: Mapping[str, str]) -> str:
     return env.get("SLURM_STEP_TASKS_PER_NODE", "").split("(")[0].split(",")[0]
 
 
-def start(timeout: timedelta = TIMEOUT) -> World:
-    """Join the process group (nccl if there are GPUs, else gloo) and return the World."""
+def start(timeout: timedelta | None = None) -> World:
+    """Join the process group (nccl if there are GPUs, else gloo) and return the World.
+
+    timeout: of a collective; default: DEEPSPEED_TIMEOUT in minutes, or 30.
+    """
     found = rank_environment(os.environ)
     _set_by_start.update(found.keys() - os.environ.keys())
     os.environ.update(found)
@@ -140,16 +143,17 @@ def start(timeout: timedelta = TIMEOUT) -> World:
         if world.device.type == "cuda":
             torch.cuda.set_device(world.device)
         backend = "nccl" if world.device.type == "cuda" else "gloo"
-        store, _, _ = next(rendezvous("env://", rank, size, timeout=timeout))
+        global was_started, _timeout
+        _timeout = timeout or default_timeout(os.environ)
+        store, _, _ = next(rendezvous("env://", rank, size, timeout=_timeout))
         check_same_device(store, world.device.type, rank)
         dist.init_process_group(
             backend,
             store=PrefixStore("ranks", store),
-            timeout=timeout,
+            timeout=_timeout,
             rank=rank,
             world_size=size,
         )
-        global was_started
         was_started = True
     return world
 
@@ -171,6 +175,26 @@ def check_same_device(store: Store, device: str, rank: int) -> None:
             f"{first_host} has {first}. Check the driver of both with nvidia-smi, and "
             "CUDA_VISIBLE_DEVICES."
         )
+
+
+def default_timeout(env: Mapping[str, str]) -> timedelta:
+    """Return the timeout of collectives. Raises UserError if it is set to no number."""
+    minutes = env.get("DEEPSPEED_TIMEOUT", "30")
+    require(
+        minutes.isdecimal() and int(minutes) > 0,
+        f"DEEPSPEED_TIMEOUT must be a number of minutes above 0, got {minutes!r}.",
+    )
+    return timedelta(minutes=int(minutes))
+
+
+def set_timeouts() -> None:
+    """Give the timeout of `start` to all groups that exist.
+
+    A group that DeepSpeed makes has torch's default, which is 10 minutes with nccl:
+    `deepspeed.comm.new_group` passes no timeout on.
+    """
+    for group in dist.distributed_c10d._world.pg_map:
+        group.set_timeout(_timeout)
 
 
 def cores_of_rank(local_size: int, env: Mapping[str, str]) -> int:
@@ -216,7 +240,7 @@ def stop() -> None:
 
 
 @contextmanager
-def session(timeout: timedelta = TIMEOUT) -> Iterator[World]:
+def session(timeout: timedelta | None = None) -> Iterator[World]:
     """Yield the World. At the end leave the process group, unless it existed before."""
     begins = not dist.is_initialized()
     world = start(timeout)

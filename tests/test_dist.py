@@ -1,6 +1,7 @@
 import os
 import socket
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from flallm_ds.dist import (
     main_first,
     on_each_machine,
     rank_environment,
+    set_timeouts,
     start,
     stop,
 )
@@ -208,6 +210,23 @@ def test_a_process_group_leaves_no_master_address_behind():
     assert dict(os.environ) == before
     start()
     assert held is not torch.distributed.group.WORLD
+    stop()
+
+
+@pytest.mark.parametrize(("minutes", "seconds"), [(None, 1800), ("7", 420)])
+def test_all_groups_have_the_timeout_that_deepspeed_is_given(
+    minutes: str | None, seconds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DEEPSPEED_TIMEOUT", raising=False)
+    if minutes is not None:
+        monkeypatch.setenv("DEEPSPEED_TIMEOUT", minutes)
+    start()
+    groups = [torch.distributed.group.WORLD]
+    groups.append(torch.distributed.new_group([0], timeout=timedelta(minutes=1)))
+    set_timeouts()
+    for group in groups:
+        backend = group._get_backend(torch.device("cpu"))
+        assert backend.options._timeout.total_seconds() == seconds
     stop()
 
 

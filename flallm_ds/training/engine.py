@@ -24,7 +24,7 @@ from torch import nn
 from transformers.integrations import HfDeepSpeedConfig
 
 from flallm_ds.config import OptimConfig
-from flallm_ds.dist import World, all_reduce_sum
+from flallm_ds.dist import World, all_reduce_sum, set_timeouts
 from flallm_ds.training.deepspeed_json import operators, read_json, scales_loss, zero_stage
 from flallm_ds.training.fragment_files import FragmentReader
 from flallm_ds.training.fragments import (
@@ -146,6 +146,7 @@ class Engine:
             config=config,
             dist_init_required=False,
         )
+        set_timeouts()
         partition_of(self._engine)  # raises now if no checkpoint could be saved
 
     @property

@@ -4,6 +4,7 @@ JSON a rank."""
 import json
 import math
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -325,9 +326,18 @@ def in_bf16(folder: Path, tuning: Tuning, world: dist.World) -> dict[str, Any]:
     return {"losses": train(engine, world, range(STEPS)), "dtypes": sorted(dtypes)}
 
 
+def timeouts() -> list[float]:
+    """The timeout of each process group of this rank, in minutes."""
+    found = []
+    for group in torch.distributed.distributed_c10d._world.pg_map:
+        backend = group._get_backend(torch.device("cpu"))
+        found.append(backend.options._timeout.total_seconds() / 60)
+    return found
+
+
 def engine_ranks(*, out: Path) -> None:
     """out: where rank-0.json and rank-1.json are written."""
-    world = dist.start()
+    world = dist.start(timeout=timedelta(minutes=20))
     cases: dict[str, Callable[[], Any]] = {}
     for name, zero in ZEROS.items():
         cases[f"grad_norms/{name}"] = lambda zero=zero: grad_norms(zero, world)
@@ -350,6 +360,7 @@ def engine_ranks(*, out: Path) -> None:
         cases[f"resumed/{case}"] = lambda a=arguments: resumed(*a, world)
     for how in ("lora", "frozen"):
         cases[f"bf16/{how}"] = lambda how=how: in_bf16(out / "mbart", TUNINGS[how], world)
+    cases["timeouts"] = timeouts
     results = {name: case() for name, case in cases.items()}
     (out / f"rank-{world.rank}.json").write_text(json.dumps(results))
     dist.stop()

@@ -129,3 +129,11 @@ def test_what_is_made_after_zero_init_takes_its_precision(
     np.testing.assert_allclose(
         found["losses"], losses(results, f"mbart/{how}/zero3"), rtol=2e-3
     )
+
+
+def test_groups_that_deepspeed_makes_have_the_timeout_of_ours(
+    results: dict[str, Any],
+) -> None:
+    """They would have torch's default of 30 minutes, and of 10 with nccl."""
+    assert len(results["timeouts"]) > 1
+    assert set(results["timeouts"]) == {20.0}
