@@ -102,7 +102,7 @@ class Save:
             files += own
 
         def commit() -> None:
-            _write_manifest(self._partial, files, self.state)
+            _write_manifest(self._partial, self.final.name, files, self.state)
             put_folder(self._partial, self.final)
 
         self._on_main(commit)
@@ -148,7 +148,7 @@ def replace_state(folder: Path, step: int, state: dict[str, Any], world: World) 
     final = folder / f"step-{step:08d}"
 
     def replace() -> None:
-        _write_manifest(final, read_manifest(final).files, state)
+        _write_manifest(final, final.name, read_manifest(final).files, state)
 
     main_first(replace, world)
 
@@ -261,15 +261,17 @@ class _DamagedError(UserError):
 
 
 def _write_manifest(
-    checkpoint: Path, files: Iterable[FragmentFile], state: dict[str, Any]
+    folder: Path, name: str, files: Iterable[FragmentFile], state: dict[str, Any]
 ) -> None:
+    """Write the manifest to a folder. name: of the checkpoint, when it is committed."""
     content: dict[str, Any] = {
         "format": FORMAT,
+        "name": name,
         "files": [file.as_json() for file in files],
         "state": state,
     }
     content["sha256"] = _sha256(content)
-    replace_file(checkpoint / MANIFEST, json.dumps(content, indent=1))
+    replace_file(folder / MANIFEST, json.dumps(content, indent=1))
 
 
 def _sha256(content: dict[str, Any]) -> str:
@@ -286,11 +288,16 @@ def read_manifest(checkpoint: Path) -> Manifest:
         is_first_format = "format" not in content and "files" in content
         sha256 = content.pop("sha256")
         is_complete = sha256 == _sha256(content)
-        if is_complete:
+        # A copy in the place of another step would hide newer checkpoints.
+        name = content.get("name", checkpoint.name)
+        if is_complete and name == checkpoint.name:
             files = tuple(map(FragmentFile.from_json, content["files"]))
             return Manifest(files, dict(content["state"]))
     except (ValueError, KeyError, TypeError):
         is_first_format = False
+        is_complete = False
+    if is_complete:
+        raise _damaged(checkpoint, MANIFEST, f"is that of {name}")
     if is_first_format:
         raise UserError(
             f"Checkpoint {checkpoint} was written by version 0.1 of flallm_ds. Resume with "

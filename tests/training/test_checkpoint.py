@@ -4,6 +4,7 @@ and its scenarios."""
 import errno
 import json
 import os
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -215,6 +216,19 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-9])
 
 
+def other_run(folder: Path) -> Path:
+    """A checkpoint of the same step and shapes, of another run."""
+    run = folder.parent.with_name(f"{folder.parent.name}_other")
+    return save(run, int(folder.name.removeprefix("step-")), content=fragments(3.0))
+
+
+def other_step(folder: Path) -> None:
+    """A whole checkpoint in the place of another one."""
+    shutil.rmtree(folder)
+    earlier = save(folder.parent.with_name(f"{folder.parent.name}_earlier"), 4)
+    shutil.copytree(earlier, folder)
+
+
 DAMAGES = {
     "flipped": lambda folder: flip(folder / FILE),
     "truncated": lambda folder: cut(folder / FILE),
@@ -231,6 +245,11 @@ DAMAGES = {
         b"\xff\x00"
     ),
     "a list for a manifest": lambda folder: (folder / "manifest.json").write_text("[1]"),
+    "a file of another run": lambda folder: shutil.copy(other_run(folder) / FILE, folder),
+    "a manifest of another run": lambda folder: shutil.copy(
+        other_run(folder) / "manifest.json", folder
+    ),
+    "another step": other_step,
 }
 
 
@@ -249,6 +268,17 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, dama
     assert (tmp_path / "damaged-step-00000010").is_dir(), (
         "it may still be of use to somebody"
     )
+
+
+def test_files_that_are_not_of_a_checkpoint_are_ignored(tmp_path):
+    """A file of a rank of another run, and what a file system or a user leaves there."""
+    path = save(tmp_path, 5)
+    shutil.copy(other_run(path) / FILE, path / "rank-00001.000.safetensors")
+    (path / ".nfs0001").write_text("a file that was open when it was removed")
+    (path / "notes").mkdir()
+    found = checkpoint.newest(tmp_path, ALONE)
+    assert [file.name for file in found.files] == [FILE] and not found.damaged
+    assert weight(path) == [1.0] * 50
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)

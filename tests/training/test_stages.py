@@ -394,6 +394,36 @@ def test_a_start_reads_its_checkpoint_once_and_before_it_builds_anything(
             run_stage(config, world, StopRequest())
 
 
+def test_a_start_says_which_checkpoint_it_takes_for_a_damaged_one(
+    tiny_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {"light_t.size": "tiny", "train.epochs": 1}
+    checkpoints = tmp_path / "run" / "checkpoints"
+    damaged = checkpoints / "step-00000002"
+    with dist.session() as world:
+        for limit in (1, 2, 3):
+            options = tiny_options(
+                tiny_corpus,
+                "visual",
+                tmp_path / "run",
+                **given,
+                **{"train.max_steps": limit},
+            )
+            run_stage(resolve("visual", None, options), world, StopRequest())
+            if limit == 2:
+                file = damaged / "rank-00000.000.safetensors"
+                file.write_bytes(file.read_bytes()[:-1])
+                capsys.readouterr()
+    said = capsys.readouterr().out
+    assert (
+        f"warning: Cannot read checkpoint {damaged}: rank-00000.000.safetensors was changed. "
+        "The run resumes from step-00000001.\nresumed at epoch 0, step 1 from "
+        f"{checkpoints / 'step-00000001'}\n"
+    ) in said
+    names = sorted(path.name for path in checkpoints.iterdir())
+    assert names == ["damaged-step-00000002", "step-00000001", "step-00000003"]
+
+
 def test_each_score_stands_next_to_the_highest_that_the_tokenizer_allows(
     tiny_corpus: Path, tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
