@@ -115,14 +115,10 @@ def _header_sha256(path: Path) -> str:
 
 
 class FragmentReader:
-    """Reads fragments from the files of a checkpoint.
-
-    num_bytes: read so far from tensors.
-    """
+    """Reads fragments from the files of a checkpoint, and no more than their bytes."""
 
     def __init__(self, folder: Path, files: Sequence[FragmentFile]) -> None:
         self.folder, self.files = folder, files
-        self.num_bytes = 0
         self._opened: dict[str, Any] = {}
 
     @property
@@ -162,7 +158,6 @@ class FragmentReader:
                 continue
             values = part[begin - first : end - first]
             out.narrow(0, begin - key.begin, end - begin).copy_(values)
-            self.num_bytes += values.nbytes
             found += end - begin
         return found
 
@@ -189,7 +184,6 @@ class FragmentReader:
                 sums = json.loads(opened.metadata()[SUMS])
                 for name in opened.keys():  # noqa: SIM118 - not a mapping
                     tensor = opened.get_tensor(name)
-                    self.num_bytes += tensor.nbytes
                     if _checksums(tensor) != sums[name]:
                         return "was changed"
         except (OSError, ValueError, KeyError, SafetensorError) as error:
