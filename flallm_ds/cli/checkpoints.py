@@ -1,7 +1,8 @@
-"""`flallm checkpoints`: list, verify and remove the checkpoints of a run."""
+"""`flallm checkpoints`: list, verify, export and remove the checkpoints of a run."""
 
 from pathlib import Path
 
+from flallm_ds.cli.checks import check_new_folder
 from flallm_ds.command_help import Verb, VerbTable
 from flallm_ds.errors import UserError, require
 
@@ -16,6 +17,10 @@ CHECKPOINTS = VerbTable(
         "prune": Verb(
             "Remove all but the newest checkpoints of a run.",
             "flallm_ds.cli.checkpoints:prune",
+        ),
+        "export": Verb(
+            "Write the model of a checkpoint as an export, like best/ of the run.",
+            "flallm_ds.cli.checkpoints:export",
         ),
     },
 )
@@ -89,6 +94,41 @@ def prune(run: Path, keep: int = 1) -> None:
         remove_old(run / "checkpoints", keep)
     for path in folders[:-keep]:
         print(f"removed {path.name}")
+
+
+def export(run: Path, *, out: Path, step: int | None = None) -> None:
+    """Write the model of a checkpoint to a folder like best/ of the run.
+
+    One process reads the checkpoint, without DeepSpeed and on a CPU; it needs memory for the
+    weights. Frozen weights are loaded from their source. With llm.tune=lora the folder
+    needs its base model, as best/ does.
+
+    Example: flallm checkpoints export runs/mine_llm --step=1200 --out=runs/mine_llm/at_1200
+
+    Options:
+        out: the folder to write
+        step: of the checkpoint; the newest by default
+    """
+    check_new_folder("--out", out)
+    by_step = {int(path.name.removeprefix("step-")): path for path in _folders(run)}
+    step = max(by_step) if step is None else step
+    if step not in by_step:
+        steps = ", ".join(map(str, by_step))
+        raise UserError(
+            f"--step must be that of a checkpoint of {run} ({steps}), got {step}."
+        )
+    # Imports torch, which takes seconds.
+    from safetensors import SafetensorError
+
+    from flallm_ds.training.exporting import export_checkpoint
+
+    try:
+        export_checkpoint(run, by_step[step], out)
+    except SafetensorError as error:
+        raise UserError(
+            f"Cannot write {out}: {error}. Free some space and run the same command again."
+        ) from error
+    print(f"{out} is ready.")
 
 
 def _folders(run: Path) -> list[Path]:

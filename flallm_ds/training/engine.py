@@ -25,7 +25,13 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from flallm_ds.config import OptimConfig
 from flallm_ds.dist import World, all_reduce_sum, set_timeouts
-from flallm_ds.training.deepspeed_json import operators, read_json, scales_loss, zero_stage
+from flallm_ds.training.deepspeed_json import (
+    operators,
+    precision,
+    read_json,
+    scales_loss,
+    zero_stage,
+)
 from flallm_ds.training.fragment_files import FragmentReader
 from flallm_ds.training.fragments import (
     Key,
@@ -280,7 +286,11 @@ class Engine:
         Instead of frozen parameters, a digest of them is stored: a run loads them again
         from their source.
         """
-        return {"numbers": numbers_of(self._engine), "frozen": self._frozen_digest}
+        return {
+            "numbers": numbers_of(self._engine),
+            "frozen": self._frozen_digest,
+            "precision": precision(self.config),
+        }
 
     def load(self, reader: FragmentReader, state: dict[str, Any]) -> None:
         """Restore parameters, buffers, optimizer state and counters of a checkpoint.

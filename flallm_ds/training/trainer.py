@@ -1,6 +1,5 @@
 """Training loop: steps, evaluation, checkpoints, resume."""
 
-import itertools
 import time
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -23,13 +22,12 @@ from flallm_ds.dist import (
     main_first,
 )
 from flallm_ds.errors import Preempted, UserError
-from flallm_ds.files import replace_folder
 from flallm_ds.metrics.columns import CEILING
 from flallm_ds.metrics.scoring import ceiling_of, perfect, scores_of
 from flallm_ds.models.llm.tuning import merged
-from flallm_ds.models.weights import named_state
 from flallm_ds.terminal import one_line
 from flallm_ds.training import checkpoint
+from flallm_ds.training.exporting import Exportable
 from flallm_ds.training.hypotheses import Evaluation
 from flallm_ds.training.intake import Intake
 from flallm_ds.training.meter import Counts, Meter
@@ -43,7 +41,6 @@ from flallm_ds.training.stop import StopRequest
 from flallm_ds.training.task import Task
 from flallm_ds.training.trackers import Trackers
 from flallm_ds.training.watchdog import Watchdog
-from flallm_ds.training.weights_record import read_weights
 
 
 @dataclass
@@ -340,23 +337,13 @@ class Trainer:
         whole = task.engine.state(trained_of="language_model" if base else None)
         # Merge LoRA layers of the visual encoder; those of the LLM are stored separately.
         state = merged(whole, nn.ModuleDict({"visual": task.extractor}))
+        index, module = task.train.index, task.engine.module
+        parts = Exportable(self.config, index, task.codec, task.extractor, module)
         problem = None
         if self.world.is_main:
-            frozen = named_state(task.frozen) if task.frozen is not None else ()
-            tensors = itertools.chain(
-                ((name, tensor) for name, tensor in state if tensor is not None),
-                ((f"visual.{name}", tensor) for name, tensor in frozen),
-            )
-            parts = task.extractor.settings(), task.extractor.encoder.settings()
-            settings = export.settings_of(self.config, task.train.index, scores, *parts)
-            settings["weights"] = read_weights(self.folder)
-            # The folder appears complete or not at all; a full disk must not hang the ranks.
-            llm = task.engine.module.language_model
+            # A full disk must not hang the other ranks.
             try:
-                replace_folder(
-                    self.folder / "best",
-                    lambda out: export.write(out, settings, tensors, llm, task.codec),
-                )
+                parts.write(self.folder, self.folder / "best", scores, state)
             except (OSError, SafetensorError) as error:
                 problem = str(error)
         for _ in state:  # on the other ranks, and after an error

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flallm_ds.cli.checkpoints import ls, prune, verify
+from flallm_ds.cli.checkpoints import export, ls, prune, verify
 from flallm_ds.dist import World
 from flallm_ds.errors import UserError
 from flallm_ds.training import checkpoint
@@ -57,7 +57,18 @@ def test_prune_keeps_the_newest(run, capsys):
         prune(run, keep=0)
 
 
-@pytest.mark.parametrize("command", [ls, verify, prune])
+def test_export_lists_the_steps_and_overwrites_nothing(run, tmp_path):
+    with pytest.raises(UserError, match=r"--step must be .* of .* \(5, 10\), got 7\."):
+        export(run, out=tmp_path / "out", step=7)
+    with pytest.raises(UserError, match=r"--out must be a new or an empty folder, got "):
+        export(run, out=run)
+
+
+def export_any(run: Path) -> None:
+    export(run, out=run / "out")
+
+
+@pytest.mark.parametrize("command", [ls, verify, prune, export_any])
 def test_a_folder_without_checkpoints_is_refused(tmp_path, command):
     with pytest.raises(UserError, match=r"Cannot find a checkpoint in "):
         command(tmp_path)

@@ -6,6 +6,7 @@ import math
 import resource
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,9 +17,11 @@ from flallm_ds.recipes import resolve
 from flallm_ds.training import checkpoint
 from flallm_ds.training.build import build_task
 from flallm_ds.training.flops import step_flops
+from flallm_ds.training.fragments import BUFFER
 from flallm_ds.training.run_folder import open_run_folder
 from flallm_ds.training.stop import StopRequest
 from flallm_ds.training.trainer import Trainer
+from tests.helpers.counting import Counts
 
 SLOW_S = 0.3  # a forward pass, of which a step has two
 
@@ -26,7 +29,8 @@ SLOW_S = 0.3  # a forward pass, of which a step has two
 def scenarios(*, file: Path) -> None:
     """file: a list of {"stage": …, "options": {…}}.
 
-    "nan_at" or "full_at": the step before which one rank's gradient is NaN, or rank 0's
+    "counted": a name: what each rank read of the checkpoint and owns is written to
+    RUN.NAME.rank-0 and so on. "nan_at" or "full_at": the step before which one rank's gradient is NaN, or rank 0's
     files cannot grow; "damaged": whether a byte of the newest checkpoint is flipped
     before the start; "slow_rank": the rank whose forward passes take longer; "peak": the
     peak FLOPS of all devices, which is not known for CPUs; "refused":
@@ -56,6 +60,25 @@ def scenarios(*, file: Path) -> None:
         if fault != "refused":
             parameter = next(p for p in module.parameters() if p.requires_grad)
             parameter.register_hook(Faults(trainer, scenario[fault], fault))
+        fault = next((name for name in ("nan_at", "full_at") if name in scenario), None)
+        if fault is None:
+            with Counts() as counts:
+                saved = checkpoint.resumable(folder, world)
+                trainer = Trainer(build_task(config, folder, world), folder, stop)
+                trainer.run(saved)
+            if "counted" in scenario and saved is not None:
+                end = f".{scenario['counted']}.rank-{world.rank}"
+                folder.with_name(folder.name + end).write_text(
+                    json.dumps(shares(trainer, saved, counts))
+                )
+            continue
+        saved = checkpoint.resumable(folder, world)
+        trainer = Trainer(build_task(config, folder, world), folder, stop)
+        parameter = next(
+            p for p in trainer.task.engine.module.parameters() if p.requires_grad
+        )
+        faults = Faults(trainer, scenario[fault], fault)
+        parameter.register_hook(faults)
         try:
             trainer.run(saved)
         except UserError as error:
@@ -67,6 +90,25 @@ def scenarios(*, file: Path) -> None:
                 resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
             )
     dist.stop()
+
+
+def shares(trainer: Trainer, saved: checkpoint.Saved, counts: Counts) -> dict[str, Any]:
+    """The bytes that this rank read of a checkpoint, and those that it owns."""
+    engine = trainer.task.engine
+    owned = 0
+    for key, tensor in engine.fragments():
+        owned += tensor.nbytes if key.kind != BUFFER else 0
+    names = engine.module.state_dict().keys()
+    buffers = 0
+    for name, buffer in engine.module.named_buffers():
+        buffers += buffer.nbytes if name in names else 0
+    return {
+        "files": [file.bytes for file in saved.files],
+        "verified": counts.verified,
+        "restored": counts.restored,
+        "owned": owned,
+        "buffers": buffers,
+    }
 
 
 class Faults:

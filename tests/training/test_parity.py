@@ -2,6 +2,7 @@
 gloo ranks."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +10,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from flallm_ds.cli.checkpoints import export
 from flallm_ds.dist import World
+from flallm_ds.errors import UserError
+from flallm_ds.export import read as read_export
 from flallm_ds.models.visual_encoder import VisualEncoder
 from tests.helpers.launching import losses, run_scenarios, tiny_options
 
 STOPS = (1, 4, 5, 7)  # 5 is the end of an epoch
 # The parts of an elastic run: ranks, the step it stops after, and the ZeRO stage. Three
 # ranks share four micro-batches unevenly.
-ELASTIC = ((2, 2, None), (1, 4, 2), (4, 7, 3), (3, None, None))
+ELASTIC = ((2, 2, None), (4, 4, 2), (4, 5, 3), (3, 7, 3), (1, None, 2))
+# The ranks that wrote and that read, for each of these parts but the first.
+RESUMED_BY = ((2, 4), (4, 4), (4, 3), (3, 1))
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +36,11 @@ def runs(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     folder = tmp_path_factory.mktemp("runs")
     VisualEncoder(width=8).backbone.model.save_pretrained(folder / "backbone")
-    for name, ranks in (("two", 2), ("one", 1)):
+    for name, ranks in (("two", 2), ("four", 4), ("three", 3), ("one", 1)):
+        if ranks > 2:
+            part = elastic_part(tiny_corpus, folder, ranks)
+            run_scenarios(part, folder / f"{name}.json", ranks)
+            continue
         (folder / name).mkdir()
         scenarios: list[dict[str, object]] = []
         for stage in ("visual", "llm"):
@@ -68,26 +78,26 @@ def runs(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
                 scenarios.append({"stage": "visual", "options": options | limit})
         scenarios += elastic_part(tiny_corpus, folder, ranks)
         run_scenarios(scenarios, folder / f"{name}.json", ranks)
-    for ranks in (4, 3):
-        part = elastic_part(tiny_corpus, folder, ranks)
-        run_scenarios(part, folder / f"elastic_{ranks}.json", ranks)
     return folder
 
 
 def elastic_part(corpus: Path, folder: Path, ranks: int) -> list[dict[str, object]]:
-    """The scenarios of the part of the elastic runs with this number of ranks."""
-    ((_, stop, zero),) = [part for part in ELASTIC if part[0] == ranks]
+    """The scenarios of the parts of the elastic runs with this number of ranks."""
     scenarios: list[dict[str, object]] = []
     for stage in ("visual", "llm"):
-        run = folder / "two" / f"{stage}_elastic"
-        options = tiny_options(corpus, stage, run)
-        if stop is not None:
-            options["train.max_steps"] = str(stop)
-        if zero is not None:
-            file = folder / f"zero{zero}.json"
-            file.write_text(json.dumps({"zero_optimization": {"stage": zero}}))
-            options["train.deepspeed"] = str(file)
-        scenarios.append({"stage": stage, "options": options})
+        for number, (of_part, stop, zero) in enumerate(ELASTIC):
+            if of_part != ranks:
+                continue
+            run = folder / "two" / f"{stage}_elastic"
+            options = tiny_options(corpus, stage, run)
+            if stop is not None:
+                options["train.max_steps"] = str(stop)
+            if zero is not None:
+                file = folder / f"zero{zero}.json"
+                file.write_text(json.dumps({"zero_optimization": {"stage": zero}}))
+                options["train.deepspeed"] = str(file)
+            scenario = {"stage": stage, "options": options, "counted": f"part-{number}"}
+            scenarios.append(scenario)
     return scenarios
 
 
@@ -113,10 +123,31 @@ def test_a_stopped_and_resumed_run_gives_the_same_losses(
 def test_a_run_resumed_by_other_ranks_and_zero_stages_gives_the_same_losses(
     runs: Path, stage: str
 ) -> None:
-    """2 -> 1 -> 4 -> 3 ranks in the middle of epochs, ZeRO-2 and ZeRO-3, with dropout."""
+    """2 -> 4 -> 3 -> 1 ranks in the middle of epochs, ZeRO-2 and ZeRO-3, with dropout."""
     elastic, whole = (losses(runs / "two" / f"{stage}{s}") for s in ("_elastic", ""))
     assert elastic[:2] == whole[:2]
     np.testing.assert_allclose(elastic, whole, atol=1e-4)
+
+
+@pytest.mark.parametrize("part", range(len(RESUMED_BY)))
+@pytest.mark.parametrize("stage", ["visual", "llm"])
+def test_no_rank_reads_more_than_its_share_of_a_checkpoint(
+    runs: Path, stage: str, part: int
+) -> None:
+    """A rank verifies every n-th file, and then reads what it owns, and the buffers."""
+    writers, readers = RESUMED_BY[part]
+    ranks = []
+    for rank in range(readers):
+        file = runs / "two" / f"{stage}_elastic.part-{part + 1}.rank-{rank}"
+        ranks.append(json.loads(file.read_text()))
+    for read in ranks:
+        assert read["restored"] == read["owned"] + read["buffers"]
+        assert len(read["files"]) == writers
+        assert read["verified"] <= -(-writers // readers) * max(read["files"])
+    owned = sum(read["owned"] for read in ranks)
+    assert sum(read["verified"] for read in ranks) == owned + ranks[0]["buffers"]
+    # ZeRO divides each parameter or group equally, up to its padding.
+    assert ranks[0]["owned"] <= 1.1 * owned / readers
 
 
 @pytest.mark.parametrize("stop", STOPS)
@@ -131,6 +162,42 @@ def test_a_resumed_run_ends_with_the_same_export(runs: Path, stage: str, stop: i
         resumed = load_file(runs / "two" / f"{stage}_stopped_{stop}" / "best" / file)
         assert whole.keys() == resumed.keys()
         assert all(torch.equal(whole[name], resumed[name]) for name in whole), file
+
+
+@pytest.mark.parametrize("run", ["visual", "llm", "frozen"])
+def test_the_export_of_the_checkpoint_of_the_best_epoch_is_that_of_the_run(
+    runs: Path, run: str, tmp_path: Path
+) -> None:
+    """One process without DeepSpeed reads the fragments of two ranks."""
+    best, out = runs / "two" / run / "best", tmp_path / "out"
+    export(runs / "two" / run, out=out)
+    files = sorted(path.relative_to(best) for path in best.rglob("*") if path.is_file())
+    assert files == sorted(p.relative_to(out) for p in out.rglob("*") if p.is_file())
+    for file in files:
+        assert (out / file).read_bytes() == (best / file).read_bytes(), file
+
+
+def test_an_earlier_checkpoint_is_exported_without_scores(
+    runs: Path, tmp_path: Path
+) -> None:
+    best, out = runs / "two" / "visual" / "best", tmp_path / "out"
+    export(runs / "two" / "visual", out=out, step=5)
+    exported = read_export(out)
+    assert exported.settings["scores"] == {}
+    weight = read_export(best).translator.adapter[0].weight
+    assert not torch.equal(exported.translator.adapter[0].weight, weight)
+
+
+def test_a_checkpoint_is_not_exported_with_another_frozen_encoder(
+    runs: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(runs / "two" / "llm", tmp_path / "llm"))
+    config = json.loads((run / "config.json").read_text())
+    config["visual_run"] = str(runs / "one" / "visual")
+    (run / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"its frozen visual encoder has changed\. Restore"):
+        export(run, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("stage", ["visual", "llm"])
