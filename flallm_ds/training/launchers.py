@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PROC = Path("/proc")
+RUNNER, AGENT = "deepspeed", "deepspeed.launcher.launch"
 # Programs and Python modules. Other ancestors, such as a shell, may end before the run.
 LAUNCHERS = frozenset(
     {
-        "deepspeed",
+        RUNNER,
         "ds",
         "deepspeed.launcher.runner",
-        "deepspeed.launcher.launch",
+        AGENT,
         "torchrun",
         "torch.distributed.run",
         "torch.distributed.launch",
@@ -41,6 +42,7 @@ class Launcher:
 
     name: str
     pid: int
+    parent: int
     begun: int
 
     def has_ended(self) -> bool:
@@ -63,10 +65,14 @@ def launchers_of(pid: int) -> list[Launcher]:
             words = (PROC / str(pid) / "cmdline").read_bytes().decode(errors="replace")
             name = launcher_name(words.rstrip("\0").split("\0"))
             if name is not None:
-                found.append(Launcher(name, pid, begun))
+                found.append(Launcher(name, pid, parent, begun))
             pid = parent
     except OSError:
         pass
+    # The command may have been killed while this process started, which takes seconds.
+    # Process 1 has then adopted the node agent.
+    if found and found[-1].name == AGENT and found[-1].parent == 1:
+        found.append(Launcher(RUNNER, 0, 0, 0))  # no process has the id 0
     return found
 
 

@@ -99,9 +99,7 @@ class StopRequest:
         # After a Ctrl-C, which ends the launcher as well, the run is stopping already.
         if not self._asked:
             then = "stopping after this step, which is saved" if self._begun else "stopped"
-            _say(
-                f"the launcher {ended[0].name} (process {ended[0].pid}) has ended; {then}."
-            )
+            _say(f"the launcher {ended[0].name} has ended; {then}.")
         self._asked = self._is_orphan = True
         if not self._begun:
             # Not sys.exit: the main thread may wait for another rank.

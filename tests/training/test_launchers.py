@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from flallm_ds.training.launchers import Launcher, launcher_name, launchers_of
+from tests.helpers.paths import ROOT
 
 LAUNCHERS = {
     "/v/bin/python /v/bin/deepspeed --num_gpus=2 launch/train.py": "deepspeed",
@@ -55,12 +56,41 @@ def test_launchers_of_this_process_are_found_behind_other_ancestors(tmp_path) ->
     assert subprocess.check_output(command, text=True) == "['torchrun']\n"
 
 
+# A node agent that waits until its parent has ended, and then starts a rank.
+AGENT = """
+import os, subprocess, sys, time
+deadline = time.monotonic() + 60
+while os.getppid() != 1 and time.monotonic() < deadline:
+    time.sleep(0.01)
+sys.exit(subprocess.call([sys.executable, "-c", sys.argv[1]]))
+"""
+
+
+def test_a_launcher_that_ended_while_the_rank_started_is_found(tmp_path) -> None:
+    show = (
+        "import os; from flallm_ds.training.launchers import launchers_of;"
+        "print([(one.name, one.has_ended()) for one in launchers_of(os.getpid())])"
+    )
+    module = tmp_path / "deepspeed" / "launcher" / "launch.py"
+    module.parent.mkdir(parents=True)
+    module.write_text(AGENT)
+    for package in (module.parent, module.parent.parent):
+        (package / "__init__.py").touch()
+    # The shell ends at once.
+    command = f"cd {tmp_path}; {sys.executable} -m deepspeed.launcher.launch '{show}' &"
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    said = subprocess.check_output(["sh", "-c", command], env=environment, text=True)
+    assert said == "[('deepspeed.launcher.launch', False), ('deepspeed', True)]\n"
+
+
 def test_the_end_of_a_process_is_seen_before_and_after_its_parent_asks_for_its_code():
     child = subprocess.Popen(["sleep", "300"])
     begun = int(Path(f"/proc/{child.pid}/stat").read_text().split()[21])
-    launcher = Launcher("torchrun", child.pid, begun)
+    launcher = Launcher("torchrun", child.pid, os.getpid(), begun)
     assert not launcher.has_ended()
-    assert Launcher("torchrun", child.pid, begun - 1).has_ended(), "the id is used again"
+    assert Launcher("torchrun", child.pid, os.getpid(), begun - 1).has_ended(), (
+        "the id is used again"
+    )
     child.kill()
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
     assert launcher.has_ended()
