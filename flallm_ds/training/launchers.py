@@ -62,18 +62,29 @@ def launchers_of(pid: int) -> list[Launcher]:
         _, pid, _ = _status(pid)
         while pid > 0:
             _, parent, begun = _status(pid)
-            words = (PROC / str(pid) / "cmdline").read_bytes().decode(errors="replace")
-            name = launcher_name(words.rstrip("\0").split("\0"))
+            name = launcher_name(_command_line(pid))
             if name is not None:
                 found.append(Launcher(name, pid, parent, begun))
             pid = parent
     except OSError:
         pass
     # The command may have been killed while this process started, which takes seconds.
-    # Process 1 has then adopted the node agent.
-    if found and found[-1].name == AGENT and found[-1].parent == 1:
+    if found and found[-1].name == AGENT and is_gone(found[-1].parent):
         found.append(Launcher(RUNNER, 0, 0, 0))  # no process has the id 0
     return found
+
+
+def is_gone(pid: int) -> bool:
+    """Whether a process that was the parent of another one has ended, or is ending.
+
+    Process 1 adopts the children of a process that has ended.
+    """
+    try:
+        # A process without a command line is ending: its memory is freed first, which can
+        # take seconds, and only then are its children adopted.
+        return pid == 1 or _command_line(pid) == [""]
+    except OSError:
+        return True
 
 
 def launcher_name(words: Sequence[str]) -> str | None:
@@ -97,6 +108,12 @@ def _python_program(words: list[str]) -> str:
         elif not word.startswith("-"):
             return Path(word).name
     return ""
+
+
+def _command_line(pid: int) -> list[str]:
+    """Return the words of a command. Raises OSError if there is no such process."""
+    words = (PROC / str(pid) / "cmdline").read_bytes().decode(errors="replace")
+    return words.rstrip("\0").split("\0")
 
 
 def _status(pid: int) -> tuple[str, int, int]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flallm_ds.training.launchers import Launcher, launcher_name, launchers_of
+from flallm_ds.training.launchers import Launcher, is_gone, launcher_name, launchers_of
 from tests.helpers.paths import ROOT
 
 LAUNCHERS = {
@@ -87,13 +87,13 @@ def test_the_end_of_a_process_is_seen_before_and_after_its_parent_asks_for_its_c
     child = subprocess.Popen(["sleep", "300"])
     begun = int(Path(f"/proc/{child.pid}/stat").read_text().split()[21])
     launcher = Launcher("torchrun", child.pid, os.getpid(), begun)
-    assert not launcher.has_ended()
+    assert not launcher.has_ended() and not is_gone(child.pid)
     assert Launcher("torchrun", child.pid, os.getpid(), begun - 1).has_ended(), (
         "the id is used again"
     )
     child.kill()
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-    assert launcher.has_ended()
+    assert launcher.has_ended() and is_gone(child.pid)
     child.wait()
-    assert launcher.has_ended()
+    assert launcher.has_ended() and is_gone(child.pid)
     assert launchers_of(child.pid) == []
