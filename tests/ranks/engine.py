@@ -326,6 +326,81 @@ def in_bf16(folder: Path, tuning: Tuning, world: dist.World) -> dict[str, Any]:
     return {"losses": train(engine, world, range(STEPS)), "dtypes": sorted(dtypes)}
 
 
+BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+BF16_STATES = {
+    "bf16": {
+        "enabled": True,
+        "bf16_master_weights_and_grads": True,
+        "bf16_optimizer_states": True,
+    }
+}
+# The first steps overflow, so that the loss scale falls; then it grows every two steps.
+FP16 = {
+    "fp16": {
+        "enabled": True,
+        "initial_scale_power": 18,
+        "loss_scale_window": 2,
+        "hysteresis": 1,
+    }
+}
+PRECISIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bf16/zero1": ("zero1", BF16),
+    "bf16/zero2": ("zero2", BF16),
+    "bf16/zero3_offload": ("zero3_offload", BF16),
+    "bf16_states/zero2": ("zero2", BF16_STATES),
+    "bf16_states/zero3": ("zero3", BF16_STATES),
+    "fp16/zero2": ("zero2", FP16),
+    "fp16/zero3": ("zero3", FP16),
+}
+
+
+def precise_engine(case: str, world: dist.World) -> ds.Engine:
+    """An engine in a precision that ours does not choose on a CPU by itself."""
+    zero, precision = PRECISIONS[case]
+    torch.manual_seed(0)
+    config = complete({"zero_optimization": ZEROS[zero]}, world.device, MICRO_BATCHES, 1.0)
+    model = Plain()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": trained, "lr": 1e-2}]
+    return ds.Engine(model, groups, OptimConfig(), config | precision, world)
+
+
+def steps_of(engine: ds.Engine, world: dist.World, steps: range) -> list[float]:
+    """The loss of each step over all ranks."""
+    dtype = engine.module.adapter.weight.dtype
+    losses = []
+    for step in steps:
+        total = 0.0
+        for batch in batches(world, step):
+            loss = engine(batch.to(dtype)).float()
+            total += loss.item()
+            engine.backward(loss / MICRO_BATCHES)
+            engine.micro_step_done([1e-2])
+        losses.append(dist.all_reduce_sum([total], world)[0])
+    return losses
+
+
+def resumed_in(case: str, out: Path, world: dist.World) -> dict[str, Any]:
+    """A run of ten steps, saved after the sixth, and one that resumes from there."""
+    engine = precise_engine(case, world)
+    steps_of(engine, world, range(6))
+    state = engine.checkpoint_state()
+    fragments = list(engine.fragments())
+    checkpoint.Save(out, 6, state, fragments, world, background=True).commit(keep=1)
+    whole = steps_of(engine, world, range(6, 10))
+    again = precise_engine(case, world)
+    saved = checkpoint.newest(out, world)
+    assert saved is not None
+    again.load(saved.reader(), saved.state)
+    return {
+        "whole": whole,
+        "resumed": steps_of(again, world, range(6, 10)),
+        "state": state,
+        "dtypes": sorted({f"{key.kind} {tensor.dtype}" for key, tensor in fragments}),
+        "scales": [one.checkpoint_state()["numbers"] for one in (engine, again)],
+    }
+
+
 def timeouts() -> list[float]:
     """The timeout of each process group of this rank, in minutes."""
     found = []
@@ -360,6 +435,9 @@ def engine_ranks(*, out: Path) -> None:
         cases[f"resumed/{case}"] = lambda a=arguments: resumed(*a, world)
     for how in ("lora", "frozen"):
         cases[f"bf16/{how}"] = lambda how=how: in_bf16(out / "mbart", TUNINGS[how], world)
+    for case in PRECISIONS:
+        folder = out / "precise" / case
+        cases[f"precise/{case}"] = lambda a=(case, folder): resumed_in(*a, world)
     cases["timeouts"] = timeouts
     results = {name: case() for name, case in cases.items()}
     (out / f"rank-{world.rank}.json").write_text(json.dumps(results))

@@ -137,3 +137,34 @@ def test_groups_that_deepspeed_makes_have_the_timeout_of_ours(
     """They would have torch's default of 30 minutes, and of 10 with nccl."""
     assert len(results["timeouts"]) > 1
     assert set(results["timeouts"]) == {20.0}
+
+
+PRECISIONS = (
+    "bf16/zero1",
+    "bf16/zero2",
+    "bf16/zero3_offload",
+    "bf16_states/zero2",
+    "bf16_states/zero3",
+    "fp16/zero2",
+    "fp16/zero3",
+)
+
+
+@pytest.mark.parametrize("case", PRECISIONS)
+def test_a_run_in_low_precision_is_resumed_with_the_same_losses(
+    results: dict[str, Any], case: str
+) -> None:
+    """The master weights are fp32, unless the states are bf16; an fp16 run resumes with its
+    loss scale."""
+    found = results[f"precise/{case}"]
+    assert found["resumed"] == found["whole"]
+    assert found["scales"][0] == found["scales"][1]
+    precision = case.split("/")[0]
+    states = "bfloat16" if precision == "bf16_states" else "float32"
+    kinds = ("exp_avg", "exp_avg_sq", "master")
+    assert found["dtypes"] == [f"{kind} torch.{states}" for kind in kinds]
+    assert found["state"]["precision"] == precision.removesuffix("_states")
+    if precision == "fp16":
+        numbers = found["state"]["numbers"]
+        assert numbers["scaler.cur_scale"] < 2**18
+        assert 0 < numbers["state.step"] < 6 and numbers["skipped_steps"] > 0
