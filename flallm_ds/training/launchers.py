@@ -1,7 +1,7 @@
 """Find the launchers that this process belongs to, and whether they have ended.
 
 The `deepspeed` command starts a node agent, which starts the ranks. Neither forwards a
-signal, and a rank is not told when one of them is killed.
+signal, and nothing reaches a rank when one of them is killed.
 """
 
 from collections.abc import Sequence
