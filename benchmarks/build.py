@@ -27,7 +27,7 @@ import simplejpeg
 from benchmarks import material
 from benchmarks.measure import Report, Target, cpu_seconds, num_cores, ratios, spread
 from flallm_ds import command
-from flallm_ds.data.codecs.video import fitted_size
+from flallm_ds.data.codecs.sizes import fitted_size
 from flallm_ds.sharding import build
 
 COLUMNS = (

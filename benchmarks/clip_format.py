@@ -34,7 +34,7 @@ from flallm_ds import command
 from flallm_ds.data.codecs import h264
 from flallm_ds.data.codecs.avi import pack_frames
 from flallm_ds.data.codecs.decode import FAST, decode_frames, jpegs_of
-from flallm_ds.data.codecs.video import fit_short_side
+from flallm_ds.data.codecs.sizes import fit_short_side
 from flallm_ds.errors import UserError
 
 REAL_VIDEOS = ROOT.parent / "shared" / "data" / "how2sign"

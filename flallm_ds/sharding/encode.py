@@ -8,7 +8,8 @@ import numpy as np
 import simplejpeg
 
 from flallm_ds.data.codecs import avi, h264
-from flallm_ds.data.codecs.video import Box, Video
+from flallm_ds.data.codecs.sizes import Box
+from flallm_ds.data.codecs.video import Video
 from flallm_ds.sharding import pool
 from flallm_ds.sharding.corpora import Row
 from flallm_ds.sharding.options import Options

@@ -18,6 +18,14 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from flallm_ds.data.codecs.containers import check_whole
+from flallm_ds.data.codecs.sizes import (
+    Box,
+    Margin,
+    box_px,
+    fit_short_side,
+    fitted_size,
+    resize,
+)
 from flallm_ds.errors import UserError
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
@@ -56,10 +64,6 @@ _EDGE_S = 1e-6
 _ROUNDED_S = 1e-3
 _MAX_STILL_S = 600  # a longer gap between two frames is a wrong timestamp
 _DEFAULT_FPS = 25.0
-
-# pixels to remove at the top, right, bottom and left of the upright picture
-Margin = tuple[int, int, int, int]
-Box = tuple[float, float, float, float]  # x0, y0, x1, y1, each 0 to 1 of width or height
 
 
 class BrokenVideo(UserError):
@@ -157,7 +161,7 @@ class Video:
         # The part is stretched by the same factors as the whole picture.
         stretched_h = max(1, round(frame.shape[0] * stretch_hw[0] / height))
         stretched_w = max(1, round(frame.shape[1] * stretch_hw[1] / width))
-        return _resize(frame, *fitted_size(stretched_h, stretched_w, short_side or 2**31))
+        return resize(frame, *fitted_size(stretched_h, stretched_w, short_side or 2**31))
 
     def _cut(self, frame: np.ndarray, box: Box, margin_px: Margin) -> np.ndarray:
         """Return the part of a frame inside the box and without the margins."""
@@ -357,39 +361,6 @@ def read_frames(
 ) -> Iterator[np.ndarray]:
     """Yield the frames of a video file or of a folder of images; see `Video.frames`."""
     return Video(path).frames(start_s, end_s)
-
-
-def fitted_size(height: int, width: int, short_side: int) -> tuple[int, int]:
-    """Return (height, width) with the shorter side scaled down to `short_side`."""
-    scale = short_side / min(height, width)
-    if scale >= 1:
-        return height, width  # a larger picture has more bytes and the same information
-    return max(1, round(height * scale)), max(1, round(width * scale))
-
-
-def fit_short_side(frame: np.ndarray, short_side: int) -> np.ndarray:
-    """Return the frame with its shorter side scaled down to `short_side` pixels."""
-    height, width = fitted_size(frame.shape[0], frame.shape[1], short_side)
-    return _resize(frame, height, width)
-
-
-def _resize(frame: np.ndarray, height: int, width: int) -> np.ndarray:
-    if (height, width) == frame.shape[:2]:
-        return frame
-    # INTER_AREA averages, without aliasing; for enlarging it would only repeat pixels.
-    smaller = height <= frame.shape[0] and width <= frame.shape[1]
-    kind = cv2.INTER_AREA if smaller else cv2.INTER_LINEAR
-    scaled: np.ndarray = cv2.resize(frame, (width, height), interpolation=kind)
-    return scaled
-
-
-def box_px(box: Box, height: int, width: int) -> tuple[int, int, int, int]:
-    """Return (left, top, right, bottom) of a box in pixels, at least one pixel large."""
-    left = min(int(box[0] * width), width - 1)
-    top = min(int(box[1] * height), height - 1)
-    right = max(round(box[2] * width), left + 1)
-    bottom = max(round(box[3] * height), top + 1)
-    return left, top, right, bottom
 
 
 def image_paths(folder: Path) -> list[Path]:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 
-from flallm_ds.data.codecs.video import Box
+from flallm_ds.data.codecs.sizes import Box
 from flallm_ds.errors import UserError
 
 SPLITS = ("train", "dev", "test")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from flallm_ds.data.codecs.video import Box
+from flallm_ds.data.codecs.sizes import Box
 from flallm_ds.errors import UserError
 from flallm_ds.sharding.corpora import (
     Corpus,

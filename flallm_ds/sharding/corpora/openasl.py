@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from flallm_ds.data.codecs.video import Box
+from flallm_ds.data.codecs.sizes import Box
 from flallm_ds.errors import UserError
 from flallm_ds.sharding.corpora import (
     Corpus,

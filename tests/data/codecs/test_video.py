@@ -7,13 +7,8 @@ import numpy as np
 import pytest
 from av.video.reformatter import ColorRange, Colorspace
 
-from flallm_ds.data.codecs.video import (
-    BrokenVideo,
-    Video,
-    box_px,
-    fit_short_side,
-    read_frames,
-)
+from flallm_ds.data.codecs.sizes import box_px, fit_short_side
+from flallm_ds.data.codecs.video import BrokenVideo, Video, read_frames
 from tests.helpers.paths import SHARED
 
 DATA = SHARED / "data"
