@@ -78,7 +78,7 @@ def settings_of(
     Keys of the result: bits: bits of a parameter of a quantized LLM. visual_autocast:
     whether the visual encoder ran in autocast in the search on dev, as a frozen encoder
     does. short_side: of the stored frames in pixels. fps: frame rate to which the shards
-    were resampled, if they were.
+    were resampled, if they were. longest_s: the longest training clip in seconds.
     """
     if visual is None:
         visual = {
@@ -94,6 +94,7 @@ def settings_of(
         "frames": {
             "short_side": min(index.frame_hw),
             "fps": index.options.get("fps"),
+            "longest_s": _longest_s(index),
             **FrameSampling.of(config.data).settings(),
             "frame_size": config.data.frame_size,
             "crop_size": config.data.crop_size,
@@ -111,6 +112,11 @@ def settings_of(
         "scores": scores,
         "training": training_facts(config, index),
     }
+
+
+def _longest_s(index: Index) -> float:
+    """Return the length of the longest clip in seconds."""
+    return round(float((index.num_frames / index.arrays["fps"]).max()), 3)
 
 
 def base_of(config: RunConfig) -> str | None:

@@ -1,18 +1,17 @@
 """Translate videos with an export folder, without DeepSpeed."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
 
-import numpy as np
 import torch
 from transformers import TextStreamer
 
 from flallm_ds import export
 from flallm_ds.batch import Batch, VideoBatch
-from flallm_ds.data.codecs.video import Video
 from flallm_ds.data.preprocess import Preprocess
 from flallm_ds.data.readers import NUM_DRAWS
 from flallm_ds.data.text.languages import tag_of
@@ -21,10 +20,34 @@ from flallm_ds.errors import UserError
 from flallm_ds.export.hub import folder_of
 from flallm_ds.export.model_card import spoken
 from flallm_ds.features.sequences import resample
+from flallm_ds.inference.clips import Clip, ClipReader
 from flallm_ds.models.encode import encode
 from flallm_ds.models.llm.load import LlmOptions
 from flallm_ds.models.llm.source import Bits
 from flallm_ds.models.sign_translator import Beam, Candidate
+
+
+@dataclass(frozen=True)
+class Translation:
+    """The hypotheses for a video, or for a part of it.
+
+    nbest: pairs (sentence, score), best first; score: see `Translator.nbest`. start_s, end_s:
+    of the part, in seconds. num_frames: number of frames that the model read. num_sampled:
+    number of frames that it would have read without its limit, data.max_frames. is_part:
+    whether it belongs to a window or a span.
+    """
+
+    nbest: tuple[tuple[str, float | None], ...]
+    start_s: float
+    end_s: float
+    num_frames: int
+    num_sampled: int
+    is_part: bool
+
+    @property
+    def sentence(self) -> str:
+        """The best hypothesis."""
+        return self.nbest[0][0]
 
 
 @dataclass(frozen=True)
@@ -97,10 +120,11 @@ class Translator:
         return replace(self, beam=beam)
 
     def translate(self, video: str | Path, language: str = "") -> str:
-        """Translate a video file or a folder of frames into a sentence.
+        """Translate a video file or a folder of frames into one sentence.
 
         language: target language, if the model has several. Frames are resized and sampled
-        as in the evaluation of the training. Raises UserError if nothing can be decoded.
+        as in the evaluation of the training; of a long video, data.max_frames frames are
+        used. Raises UserError if nothing can be decoded.
         """
         return self.nbest(video, language)[0][0]
 
@@ -111,11 +135,69 @@ class Translator:
 
         score: log probability / length ** length_penalty; None for a single hypothesis.
         """
-        batch, rate = self._read(Path(video), self.language(language))
-        found = []
-        for candidate in self.generate(batch, rate)[0]:
-            found.append((self.export.codec.decode(candidate.ids), candidate.score))
-        return found
+        (translation,) = self.translations(video, language, windows=False)
+        return list(translation.nbest)
+
+    def translations(
+        self,
+        video: str | Path,
+        language: str = "",
+        *,
+        windows: bool | None = None,
+        spans: Sequence[tuple[float, float]] = (),
+        idle_s: float | None = None,
+    ) -> Iterator[Translation]:
+        """Translate a video sentence by sentence, while it is decoded.
+
+        windows: cut the video at pauses into windows of one sentence; False: the whole video
+        is one sentence; None: cut it if it is longer than `reader.limit_s`. spans: (start,
+        end) of the sentences in seconds, instead of windows. idle_s: with windows, for a
+        video that is still being written: it has ended if nothing was added for this time.
+        Raises UserError as `translate` does.
+        """
+        path = _existing(video)
+        named = self.language(language)
+        is_part = bool(windows or spans or idle_s)
+        if not is_part:
+            clip = self.reader.read(path, limited=windows is None)
+            if clip is not None:
+                yield self._translation(clip, path, named, is_part)
+                return
+        for clip in self._parts(path, spans, idle_s):
+            yield self._translation(clip, path, named, is_part=True)
+
+    def _parts(
+        self, path: Path, spans: Sequence[tuple[float, float]], idle_s: float | None
+    ) -> Iterator[Clip]:
+        """Yield the spans of a video as clips; without spans, its windows."""
+        if not spans:
+            yield from self.reader.windows(path, idle_s)
+        for start_s, end_s in spans:
+            clip = self.reader.read(path, start_s, end_s)
+            assert clip is not None, "only a limited reading returns no clip"
+            # The times that were asked for, not those of the frames.
+            yield replace(clip, start_s=start_s, end_s=end_s)
+
+    def _translation(
+        self, clip: Clip, path: Path, language: str, is_part: bool
+    ) -> Translation:
+        batch = self._batch(clip, path.name, language)
+        nbest = []
+        for candidate in self.generate(batch, clip.rate)[0]:
+            nbest.append((self.export.codec.decode(candidate.ids), candidate.score))
+        return Translation(
+            tuple(nbest),
+            clip.start_s,
+            clip.end_s,
+            len(clip.frames_THWC),
+            clip.num_sampled,
+            is_part,
+        )
+
+    @cached_property
+    def reader(self) -> ClipReader:
+        """How videos are read: as in the evaluation of the training."""
+        return ClipReader.of_settings(self.export.settings["frames"])
 
     def stream(self, video: str | Path, language: str = "") -> Iterator[str]:
         """Translate a video with one beam, and yield the sentence word by word."""
@@ -160,46 +242,28 @@ class Translator:
         )
 
     def _read(self, path: Path, language: str) -> tuple[Batch, float]:
-        """Return (batch with the kept frames of one clip, kept frames per second)."""
-        if not path.exists():
-            raise UserError(
-                f"The video must be an existing file or folder of frames, got {path}. Check "
-                "the path."
-            )
-        kept, rate = self.kept_frames(path)
+        """Return (batch with the kept frames of one video, kept frames per second)."""
+        clip = self.reader.read(_existing(path))
+        assert clip is not None, "only a limited reading returns no clip"
+        return self._batch(clip, path.name, language), clip.rate
+
+    def _batch(self, clip: Clip, key: str, language: str) -> Batch:
+        """Return a batch of one clip. key: its name."""
+        frames_NHWC = torch.from_numpy(clip.frames_THWC)
         corpora = self.export.settings["training"]["corpora"]
-        batch = VideoBatch(
-            frames_NHWC=torch.from_numpy(kept),
-            num_frames_B=torch.tensor([len(kept)]),
-            size_B2=torch.tensor([kept.shape[1:3]], dtype=torch.float32),
+        return VideoBatch(
+            frames_NHWC=frames_NHWC,
+            num_frames_B=torch.tensor([len(frames_NHWC)]),
+            size_B2=torch.tensor([frames_NHWC.shape[1:3]], dtype=torch.float32),
             draws_B9=torch.zeros(1, NUM_DRAWS),
             target_ids_BL=torch.full((1, 1), -100),
-            keys=(path.name,),
+            keys=(key,),
             texts=("",),
             # The prompt may contain the sign language of the corpus.
             corpora=(corpora[0] if len(corpora) == 1 else "",),
             languages=(language,),
             real_B=(True,),
         )
-        return batch, rate
-
-    def kept_frames(self, path: Path) -> tuple[np.ndarray, float]:
-        """Return (kept frames of a video, uint8 (T, H, W, 3); kept frames per second)."""
-        settings = self.export.settings["frames"]
-        sampling = export.frame_sampling(self.export.settings)
-        video = Video(path)
-        fps = settings.get("fps")
-        stored = video.frames(short_side=settings["short_side"], fps=fps)
-        kept: list[np.ndarray] = []
-        num_frames = 0
-        # Decode one frame at a time and keep only the sampled ones, to save memory.
-        for frame in stored:
-            if sampling.keeps_first(num_frames, fps or video.fps):
-                kept.append(frame)
-            num_frames += 1
-        (rate,) = sampling.rates(np.array([num_frames]), np.array([fps or video.fps]))
-        thinned = [kept[i] for i in sampling.thin(len(kept))]
-        return np.stack(thinned), float(rate)
 
     @torch.no_grad()
     def generate(
@@ -225,24 +289,17 @@ class Translator:
         """Return (features_ND in float32, number of features of each clip), which the
         language model reads. rate: as in `generate`."""
         autocast = bool(self.export.settings.get("visual_autocast", True))
-        # The LLM runs outside autocast, which would cast its matrices again for each token.
-        # This autocast also covers two operations that training runs without it: resizing
-        # frames without the fused kernel, and resampling features. It remains because
-        # earlier exports were scored with it.
-        half = autocast and self.device.type == "cuda"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
-            features_ND = encode(
-                batch,
-                self.export.visual,
-                self.preprocess,
-                train=False,
-                device=self.device,
-                autocast=autocast,
-            )
-            features_ND, num_frames_B = self._at_trained_rate(
-                features_ND, batch.num_frames_B, rate
-            )
-        return features_ND.float(), num_frames_B
+        features_ND = encode(
+            batch,
+            self.export.visual,
+            self.preprocess,
+            train=False,
+            device=self.device,
+            autocast=autocast,
+        )
+        # Outside autocast, as in training: the features are resampled in fp32, and autocast
+        # would cast the matrices of the LLM again for each token.
+        return self._at_trained_rate(features_ND, batch.num_frames_B, rate)
 
     def _at_trained_rate(
         self, features_ND: torch.Tensor, num_frames_B: torch.Tensor, rate: float | None
@@ -261,6 +318,17 @@ class Translator:
     def wordings(self, batch: Batch) -> list[Wording]:
         """Return the ids around each clip's visual tokens."""
         return list(map(self.export.codec.wording, batch.languages, batch.corpora))
+
+
+def _existing(video: str | Path) -> Path:
+    """Return the path. Raises UserError if it does not exist."""
+    path = Path(video)
+    if not path.exists():
+        raise UserError(
+            f"The video must be an existing file or folder of frames, got {path}. Check the "
+            "path."
+        )
+    return path
 
 
 class _QueueStreamer(TextStreamer):  # type: ignore[misc]  # transformers is untyped

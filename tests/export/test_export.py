@@ -62,6 +62,7 @@ def settings_of(stage: str) -> dict:
         "height": np.array([79]),
         "width": np.array([64]),
         "num_frames": np.array([20]),
+        "fps": np.array([12.5]),
     }
     index = Index(
         LocalStore("shards"), "toy", "train", "ab", (), arrays, options={"fps": 12.5}
@@ -136,6 +137,7 @@ def test_the_settings_contain_frame_sampling_and_search(stage_1):
     assert settings["frames"] == {
         "short_side": 64, "fps": 12.5, "keep_every": 4, "target_fps": None, "max_frames": 512,
         "cap": "uniform", "frame_size": 40, "crop_size": 32, "feature_fps": None, "chunk_frames": 7,
+        "longest_s": 1.6,
     }  # fmt: skip
     assert Beam(**settings["generation"]) == Beam(5, 1.0, 100) and settings["scores"] == {
         "dev": {"bleu4": 1.5}

@@ -90,6 +90,7 @@ def settings_of(config: RunConfig, extractor: FeatureExtractor) -> dict[str, Any
         "height": np.array([79]),
         "width": np.array([64]),
         "num_frames": np.array([20]),
+        "fps": np.array([12.5]),
     }
     index = Index(
         LocalStore("shards"), "toy", "train", "ab", (), arrays, options={"fps": 12.5}

@@ -9,7 +9,7 @@ import contextlib
 import heapq
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import av
@@ -18,6 +18,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from flallm_ds.data.codecs.containers import check_whole
+from flallm_ds.data.codecs.growing import GrowingFile, growing_list
 from flallm_ds.data.codecs.sizes import (
     Box,
     Margin,
@@ -75,20 +76,29 @@ class Video:
 
     image_fps: frames per second of a folder of images (a file has its own rate).
     num_threads: decoding threads, 0 for one per core.
+    idle_s: for a file or folder that another process is writing: wait for more frames until
+    nothing was added for this time in seconds.
 
-    Two attributes are final when `frames()` is exhausted. `fps` is the frame rate by the
-    timestamps; before, it is the container's, and 0.0 if nothing was read. `past_end_s` is
-    the time in seconds by which the requested span exceeds the last frame.
+    `time_s` is the time of the last yielded frame. Two attributes are final when `frames()`
+    is exhausted. `fps` is the frame rate by the timestamps; before, it is the container's,
+    and 0.0 if nothing was read. `past_end_s` is the time in seconds by which the requested
+    span exceeds the last frame.
     """
 
     def __init__(
-        self, path: str | Path, image_fps: float = _DEFAULT_FPS, num_threads: int = 0
+        self,
+        path: str | Path,
+        image_fps: float = _DEFAULT_FPS,
+        num_threads: int = 0,
+        idle_s: float | None = None,
     ) -> None:
         self.path = Path(path)
         self.fps = 0.0
+        self.time_s = 0.0
         self.past_end_s = 0.0
         self._image_fps = image_fps
         self._num_threads = num_threads
+        self._idle_s = idle_s
 
     def frames(
         self,
@@ -100,6 +110,7 @@ class Video:
         margin_px: Margin | None = None,
         stretch_hw: tuple[int, int] | None = None,
         fps: float | None = None,
+        keep: Callable[[int], bool] | None = None,
     ) -> Iterator[np.ndarray]:
         """Yield upright RGB frames, uint8 (height, width, 3), in the first one's size.
 
@@ -110,6 +121,8 @@ class Video:
         stretch_hw: cut and scale as if the whole picture had this height and width.
         short_side: scale the shorter side down to this, never up. For a file this is done
         in the colour conversion, in a quarter of the time of two separate steps.
+        keep: yield only the frames of the span, numbered from 0, for which it returns True.
+        It is called for every frame, in order. The other frames are not converted.
 
         Raises BrokenVideo if the file is missing, is not a video or is damaged, if the span
         has no frame, or if the cut leaves no pixel.
@@ -125,7 +138,10 @@ class Video:
         whole = not (box or margin_px or stretch_hw)
         before: Path | _Picture | None = None
         frame = np.empty(0, np.uint8)
-        for picture in shown:
+        number = -1
+        for number, picture in enumerate(shown):
+            if keep is not None and not keep(number):
+                continue
             if picture is not before:  # otherwise the same frame is shown again
                 if isinstance(picture, Path):
                     read = read_image(picture)
@@ -138,7 +154,7 @@ class Video:
                 before = picture
             yield frame
 
-        if before is None:
+        if number < 0:
             span = ""
             if start_s is not None or end_s is not None:
                 span = f" from {start_s or 0} s to {end_s or 'its end'} s"
@@ -194,12 +210,13 @@ class Video:
                 break
             if time_s >= begin_s:
                 times.append(time_s)
+                self.time_s = time_s
                 yield picture
         else:
             if end_s is not None and self.fps:
                 self.past_end_s = max(0.0, end_s - last_s - 1 / self.fps)
         if times:
-            self.fps = _measured_fps(times, self.fps)
+            self.fps = measured_fps(times, self.fps)
 
     def _at_rate(
         self,
@@ -227,6 +244,7 @@ class Video:
             # All ticks before the time of this frame show the previous one.
             while start_s + tick / rate < min(stop_s, time_s - _ROUNDED_S):
                 if shown is not None:
+                    self.time_s = start_s + tick / rate
                     yield shown
                 tick += 1
             if start_s + tick / rate >= stop_s:
@@ -236,8 +254,9 @@ class Video:
         else:
             # The last frame is shown for one period of the measured rate.
             if shown is not None and start_s is not None:
-                until_s = times[-1] + 1 / _measured_fps(times, self.fps)
+                until_s = times[-1] + 1 / measured_fps(times, self.fps)
                 while start_s + tick / rate < min(stop_s, until_s - _ROUNDED_S):
+                    self.time_s = start_s + tick / rate
                     yield shown
                     tick += 1
                 self.past_end_s = max(0.0, end_s - until_s) if end_s is not None else 0.0
@@ -246,7 +265,10 @@ class Video:
     def _timed_images(self) -> "Iterator[tuple[float, Path | _Picture]]":
         """Yield (time in seconds, path) of the images of a folder."""
         self.fps = self._image_fps
-        for number, path in enumerate(image_paths(self.path)):
+        paths: Iterable[Path] = image_paths(self.path)
+        if self._idle_s is not None:
+            paths = growing_list(lambda: image_paths(self.path), self._idle_s)
+        for number, path in enumerate(paths):
             yield number / self.fps, path
 
     def _timed_frames(
@@ -273,10 +295,14 @@ class Video:
         """Yield (time in seconds, frame) in order, after a seek if one is possible."""
         num_decoded = 0
         try:
-            check_whole(self.path)
             # FFmpeg cannot mistake an absolute path for an address such as `pipe:`.
+            source: str | GrowingFile = str(self.path.absolute())
+            if self._idle_s is None:
+                check_whole(self.path)
+            else:
+                source = GrowingFile(self.path, self._idle_s)
             with av.open(
-                str(self.path.absolute()),
+                source,
                 container_options=OPEN_OPTIONS,
                 metadata_errors="replace",
             ) as container:
@@ -405,7 +431,7 @@ def read_image(path: Path) -> np.ndarray:
     return image
 
 
-def _measured_fps(times: list[float], nominal: float) -> float:
+def measured_fps(times: list[float], nominal: float) -> float:
     """Return the nominal rate if the timestamps agree within 1 %, otherwise theirs."""
     span_s = times[-1] - times[0]
     if len(times) < 2 or span_s <= 0:
