@@ -6,6 +6,7 @@ name. Files under temporary names are ignored.
 
     function        temporary name       concurrent writers
     replace_file    .partial-NAME        none; the next call overwrites the temporary file
+    new_lines       .partial-NAME        none; the next call overwrites the temporary file
     write_file      NAME.PID.THREAD.tmp  processes and threads of one machine
     replace_folder  .partial-NAME        none; the old folder is .old-NAME for a moment
     new_folder      .partial-NAME.PID    processes of one machine; the first one succeeds
@@ -26,7 +27,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TextIO, cast
 
 from filelock import FileLock, Timeout, lock_descriptor
 
@@ -54,6 +55,27 @@ def replace_file(path: Path, text: str) -> None:
         _write(partial_of(path), path, text.encode())
     except OSError as error:
         error.filename = error.filename or str(path)  # ENOSPC has no filename
+        raise
+
+
+@contextmanager
+def new_lines(path: Path) -> Iterator[TextIO]:
+    """Yield a text file that is renamed to `path` at the end, or removed after an error.
+
+    Each line is written at once. If the process is interrupted or killed, the lines remain
+    under the temporary name. Raises OSError with a filename.
+    """
+    partial = partial_of(path)
+    try:
+        with partial.open("w", encoding="utf-8", buffering=1) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        move(partial, path)
+    except Exception as error:
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(path)  # ENOSPC has no filename
+        partial.unlink(missing_ok=True)
         raise
 
 

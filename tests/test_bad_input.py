@@ -22,9 +22,9 @@ from safetensors.torch import load_file, save_file
 from flallm_ds import command, export
 from flallm_ds.cli.build import BUILD
 from flallm_ds.cli.evaluate import evaluate
-from flallm_ds.cli.models import translate
 from flallm_ds.cli.pictures import probe
 from flallm_ds.cli.train import train
+from flallm_ds.cli.translate import translate
 from flallm_ds.files import file_sha256
 from flallm_ds.models.visual_encoder import VisualEncoder
 from flallm_ds.sharding.verify import verify

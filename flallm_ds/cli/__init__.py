@@ -86,7 +86,11 @@ FLALLM = VerbTable(
             "flallm_ds.cli.compare:compare",
             SCORE,
         ),
-        "translate": Verb("Translate one video.", "flallm_ds.cli.models:translate", SCORE),
+        "translate": Verb(
+            "Translate videos, short or long, or a growing recording.",
+            "flallm_ds.cli.translate:translate",
+            SCORE,
+        ),
         "watch": Verb(
             "Show speed, ranks and alarms of a run while it trains.",
             "flallm_ds.cli.watch:watch",

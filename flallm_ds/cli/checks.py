@@ -106,16 +106,33 @@ def check_evaluation(run: str, split: str, shards: Sequence[str], threads: int) 
     check_shards(shards, (split,))
 
 
-def check_search(beams: int | None, nbest: int) -> None:
-    """Raise UserError for numbers of beams and hypotheses that do not fit each other.
+# More beams take memory and time without better sentences. A larger length penalty makes
+# length ** penalty too large for a float.
+_MAX_BEAMS = 1000
+_MAX_LENGTH_PENALTY = 100
 
-    beams: None for those of the model, which are not known yet.
+
+def check_search(
+    beams: int | None, nbest: int, length_penalty: float | None = None
+) -> None:
+    """Raise UserError for options of the search that are too large or do not fit.
+
+    beams, length_penalty: None for those of the model, which are not known yet.
     """
-    require(beams is None or beams >= 1, f"--beams must be at least 1, got {beams}.")
-    limit = "" if beams is None else f" and at most --beams ({beams})"
+    most = _MAX_BEAMS if beams is None else beams
     require(
-        1 <= nbest <= (nbest if beams is None else beams),
-        f"--nbest must be at least 1{limit}, got {nbest}. Give another --nbest or --beams.",
+        beams is None or 1 <= beams <= _MAX_BEAMS,
+        f"--beams must be at least 1 and at most {_MAX_BEAMS}, got {beams}.",
+    )
+    require(
+        1 <= nbest <= most,
+        f"--nbest must be at least 1 and at most --beams ({most}), got {nbest}. Give another "
+        "--nbest or --beams.",
+    )
+    require(
+        length_penalty is None or abs(length_penalty) <= _MAX_LENGTH_PENALTY,
+        f"--length_penalty must be from {-_MAX_LENGTH_PENALTY} to {_MAX_LENGTH_PENALTY}, "
+        f"got {length_penalty}.",
     )
 
 

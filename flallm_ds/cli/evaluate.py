@@ -40,7 +40,7 @@ def evaluate(
         controls: the same model without what the video shows: blind (always scored),
             shuffled_frames, blank; the last two search all clips again
     """
-    check_search(beams, nbest)
+    check_search(beams, nbest, length_penalty)
     check_evaluation(run, split, shards, threads)
     check_controls(controls)
     # torch takes seconds to import: only after the options are checked.

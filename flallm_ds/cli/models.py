@@ -1,62 +1,11 @@
-"""`flallm translate`, `export`, `push` and `standin_llm`: commands that use one process."""
+"""`flallm export`, `push` and `standin_llm`: commands that use one process."""
 
 from pathlib import Path
 from typing import Literal
 
-from flallm_ds.cli.checks import check_exists, check_model, check_new_folder, check_search
+from flallm_ds.cli.checks import check_exists, check_new_folder
 from flallm_ds.errors import UserError
 from flallm_ds.export_folder import HUB_ID, find_export
-
-
-def translate(
-    video: Path,
-    *,
-    model: str,
-    language: str = "",
-    beams: int | None = None,
-    nbest: int = 1,
-    length_penalty: float | None = None,
-    stream: bool = False,
-    bits: Literal[32, 16, 8, 4] | None = None,
-    hub_code: bool = False,
-) -> None:
-    """Translate one video file or folder of frames.
-
-    Example: flallm translate VIDEO --model=runs/mine_llm
-
-    Options:
-        video: a video file, or a folder of images
-        model: a run folder (its best export), an export, or USER/NAME on the hub
-        language: target language, where the model has several: de, German
-        beams: beam size of the search; that of the model by default
-        nbest: number of hypotheses to print, each after its score
-        length_penalty: above 0 for longer sentences; that of the model by default
-        stream: print word by word, with one beam
-        bits: of the LLM's weights; those of its training by default
-        hub_code: run code that comes with the LLM on the hub
-    """
-    check_search(beams, nbest)
-    if stream and (nbest > 1 or (beams or 1) > 1):
-        raise UserError(
-            f"--stream must go with one beam and one hypothesis, got --beams={beams} "
-            f"and --nbest={nbest}. Leave both out."
-        )
-    check_exists("VIDEO", video)
-    check_model(model)
-    # torch takes seconds to import: only after the options are checked.
-    from flallm_ds.inference.translator import Translator
-
-    translator = Translator.from_pretrained(model, bits=bits, hub_code=hub_code)
-    translator = translator.searching(beams, nbest, length_penalty)
-    if stream:
-        for text in translator.stream(video, language):
-            print(text, end="", flush=True)
-        print()
-    elif nbest == 1:
-        print(translator.translate(video, language))
-    else:
-        for sentence, score in translator.nbest(video, language):
-            print(f"{score:.4f}\t{sentence}")
 
 
 def export(

@@ -1,0 +1,157 @@
+"""The inputs and the output of `flallm translate`, found and checked before slow imports."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from flallm_ds.cli.checks import check_exists
+from flallm_ds.data.codecs.growing import check_can_grow
+from flallm_ds.data.codecs.video import VIDEO_SUFFIXES, Video, image_paths
+from flallm_ds.errors import UserError, require
+from flallm_ds.sharding.corpora import clock_seconds
+from flallm_ds.sharding.corpora.captions import read_captions
+
+SUBTITLES = (".vtt", ".srt")
+OUT_SUFFIXES = (".jsonl", *SUBTITLES)
+_MAX_SPAN_S = 1e7  # longer than any video; larger numbers are no seconds
+
+
+def find_videos(named: Sequence[Path], listed: Path | None) -> list[Path]:
+    """Return the videos of a command line: files, and folders of frames.
+
+    named: files, folders of frames and folders of videos. listed: a text file with more of
+    them, one on a line. Raises UserError if one does not exist or has no video.
+    """
+    given = [("VIDEO", path) for path in named]
+    if listed is not None:
+        given += [("--list", path) for path in _read_list(listed)]
+    require(bool(given), "VIDEO must be given, got nothing. Give a file, or --list=FILE.")
+    found: list[Path] = []
+    for option, path in given:
+        check_exists(option, path)
+        found += _videos_in(option, path) if path.is_dir() else [path]
+    return found
+
+
+def _read_list(path: Path) -> list[Path]:
+    check_exists("--list", path)
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"Cannot read --list={path}: it is not a text file in UTF-8. Give a file with the "
+            "path of a video on each line."
+        ) from error
+    found = [Path(line.strip()) for line in lines if line.strip()]
+    require(bool(found), f"--list must name at least one video, got the empty file {path}.")
+    return found
+
+
+def _videos_in(option: str, folder: Path) -> list[Path]:
+    """Return the folder itself if it has frames, otherwise the videos in it."""
+    videos: list[Path] = []
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        is_video = path.suffix.lower() in VIDEO_SUFFIXES and path.is_file()
+        if is_video or (path.is_dir() and image_paths(path)):
+            videos.append(path)
+    images = image_paths(folder)
+    require(
+        bool(images or videos),
+        f"{option} must be a video, a folder of frames or a folder of videos, got the folder "
+        f"{folder} without any of them. Check the path.",
+    )
+    require(
+        not (images and videos),
+        f"{option} must be a folder of frames or a folder of videos, got {folder} with "
+        f"{len(images)} images and {len(videos)} videos. Name the videos, or move the images.",
+    )
+    return videos or [folder]
+
+
+def check_video(path: Path, follow: bool) -> None:
+    """Raise UserError unless the first frame of a video can be decoded.
+
+    follow: whether the file is still being written.
+    """
+    if follow and path.is_file():
+        try:
+            check_can_grow(path)
+        except ValueError as error:
+            raise UserError(f"Cannot follow {path}: {error}.") from error
+        return
+    next(Video(path).frames())
+
+
+def check_out(out: Path, videos: Sequence[Path], inputs: Sequence[Path | None]) -> None:
+    """Raise UserError for a result file that cannot be written.
+
+    inputs: files that it must not replace.
+    """
+    suffix = out.suffix.lower()
+    require(
+        suffix in OUT_SUFFIXES,
+        f"--out must end in {', '.join(OUT_SUFFIXES[:-1])} or {OUT_SUFFIXES[-1]}, got {out}.",
+    )
+    require(not out.is_dir(), f"--out must be a file, got the folder {out}.")
+    require(
+        out.parent.is_dir() and os.access(out.parent, os.W_OK),
+        f"--out must be in an existing folder in which you may write, got {out}.",
+    )
+    require(
+        suffix not in SUBTITLES or len(videos) == 1,
+        f"--out must end in .jsonl for several videos, got {out} for {len(videos)} videos.",
+    )
+    for path in inputs:
+        is_input = path is not None and out.exists() and out.samefile(path)
+        require(not is_input, f"--out must be another file than the inputs, got {out}.")
+
+
+def read_spans(path: Path) -> list[tuple[float, float]]:
+    """Read (start, end) in seconds of a WebVTT, SubRip or CSV file, in order of the start.
+
+    A line of a CSV file is START,END in seconds or H:M:S. Raises UserError for other
+    content, and for times that are not in order.
+    """
+    check_exists("--spans", path)
+    try:
+        if path.suffix.lower() in SUBTITLES:
+            spans = [(cue.start_s, cue.end_s) for cue in read_captions(path).cues]
+        else:
+            spans = _read_table(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(
+            f"Cannot read --spans={path}: {reason}. Give WebVTT, SubRip, or lines with "
+            "START,END in seconds."
+        ) from error
+    require(bool(spans), f"--spans must have at least one span, got none in {path}.")
+    before_s = 0.0
+    for number, (start_s, end_s) in enumerate(spans, 1):
+        require(
+            before_s <= start_s < end_s <= _MAX_SPAN_S,
+            f"--spans must be in order, each with its start before its end, got {start_s:g} "
+            f"to {end_s:g} s as span {number} of {path}, after one from {before_s:g} s.",
+        )
+        before_s = start_s
+    return spans
+
+
+def _read_table(text: str) -> list[tuple[float, float]]:
+    """Return the spans of lines with START,END. Raises ValueError for another line."""
+    spans = []
+    for number, line in enumerate(text.splitlines(), 1):
+        start, _, end = line.partition(",")
+        if not line.strip() or (number == 1 and start.strip().lower() == "start"):
+            continue
+        try:
+            spans.append((_seconds(start), _seconds(end.partition(",")[0])))
+        except ValueError as error:
+            raise ValueError(f"line {number} is not START,END but {line!r:.60}") from error
+    return spans
+
+
+def _seconds(text: str) -> float:
+    """Return the seconds of `62.5`, `1:02.5` or `0:01:02.5`."""
+    return clock_seconds(list(map(float, text.strip().split(":"))))
