@@ -25,6 +25,10 @@ def open_ended(stage: str | None = None, **overrides: str) -> None:
     """Train."""
 
 
+def of_many(video: tuple[Path, ...] = (), *, model: Path, long: bool | None = None) -> None:
+    """Translate."""
+
+
 # --- words
 
 
@@ -215,6 +219,26 @@ def test_arguments_are_bound_by_place_and_by_name():
         "video": Path("v"),
         "model": Path("m"),
     }
+
+
+def test_a_tuple_takes_all_words_each_as_one_value():
+    arguments = bind(of_many, ["a,b", "c"], {"model": "m"})
+    assert arguments == {"video": (Path("a,b"), Path("c")), "model": Path("m")}
+    assert bind(of_many, [], {"video": "a,b", "model": "m"})["video"] == (
+        Path("a"),
+        Path("b"),
+    )
+    assert bind(of_many, [], {"model": "m"}) == {"model": Path("m")}
+    with pytest.raises(UserError, match="--video must name a file or a folder"):
+        bind(of_many, ["a", ""], {"model": "m"})
+    assert usage(of_many, "x") == "x [VIDEO ...] --model=PATH [OPTIONS]"
+
+
+def test_an_optional_bool_may_stand_alone():
+    words, options = read_words(["--model=m", "--long"])
+    assert bind(of_many, words, options)["long"] is True
+    assert bind(of_many, [], {"model": "m", "long": "false"})["long"] is False
+    assert bind(of_many, [], {"model": "m", "long": "none"})["long"] is None
 
 
 def test_overrides_stay_strings():

@@ -46,8 +46,8 @@ def translate(
         model: a run folder (its best export), an export, or USER/NAME on the hub
         list: a text file with more videos, one on a line
         out: the file to write: .jsonl, or .vtt or .srt for the subtitles of one video
-        long: cut each video at pauses into sentences (--long=false: into none); by default,
-            a video that is longer than the longest training clip is cut
+        long: cut each video at pauses into sentences (--long=false: never); by default, a
+            video that is longer than the longest training clip is cut
         spans: a file with the times of the sentences of one video: .vtt, .srt, or lines
             with START,END in seconds
         follow: translate a video that is still being written, until it stops growing

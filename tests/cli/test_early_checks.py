@@ -34,9 +34,14 @@ def place(tmp_path: Path) -> Path:
             "VIDEO must be an existing path, got {}/no.mp4",
         ),
         ("translate {}/video.mp4 --model={}/no", "Cannot find an export in {}/no:"),
+        ("translate {}/video.mp4 --model={}/run", "Cannot open video {}/video.mp4:"),
+        (
+            "translate {}/video.mp4 --model={}/run --out={}/full",
+            "--out must end in .jsonl, .vtt or .srt, got {}/full",
+        ),
         (
             "translate {}/video.mp4 --model={}/run --beams=0",
-            "--beams must be at least 1, got 0",
+            "--beams must be at least 1 and at most 1000, got 0",
         ),
         (
             "translate {}/video.mp4 --model={}/run --beams=2 --nbest=3",

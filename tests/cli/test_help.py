@@ -68,7 +68,16 @@ def test_options_that_importers_share_are_listed_once() -> None:
 @pytest.mark.parametrize(
     ("argv", "missing", "usage"),
     [
-        (["translate"], "VIDEO", "flallm translate VIDEO --model=MODEL [OPTIONS]"),
+        (
+            ["translate"],
+            "--model",
+            "flallm translate [VIDEO ...] --model=MODEL [OPTIONS]",
+        ),
+        (
+            ["checkpoints", "verify"],
+            "RUN",
+            "flallm checkpoints verify RUN",
+        ),
         (["evaluate"], "--run", "flallm evaluate --run=RUN [OPTIONS]"),
         (
             ["shards", "build", "phoenix14t"],

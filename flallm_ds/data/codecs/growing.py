@@ -3,6 +3,7 @@
 import struct
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 _POLL_S = 0.2  # between two looks at a file that has not grown
@@ -12,8 +13,9 @@ _HEAD_BYTES = 2**20  # of a file, which contain the header of a video
 class GrowingFile:
     """A file that is read as a stream, while another process appends to it.
 
-    idle_s: the file has ended if it has not grown for this time in seconds. Raises OSError,
-    and ValueError for a container that can only be read when it is complete.
+    idle_s: the file has ended if it has not grown for this time in seconds. Ctrl-C while it
+    waits ends it as well. Raises OSError, and ValueError for a container that can only be
+    read when it is complete.
     """
 
     def __init__(self, path: Path, idle_s: float) -> None:
@@ -25,11 +27,13 @@ class GrowingFile:
     def read(self, size: int) -> bytes:
         """Return the next bytes, at most `size`; none at the end. FFmpeg calls this."""
         grown_s = time.monotonic()
-        while not self._has_ended:
-            if content := self._file.read(size):
-                return content
-            self._has_ended = time.monotonic() - grown_s >= self._idle_s
-            time.sleep(_POLL_S)
+        # PyAV would print a KeyboardInterrupt that this method raises, and read again.
+        with suppress(KeyboardInterrupt):
+            while not self._has_ended and time.monotonic() - grown_s < self._idle_s:
+                if content := self._file.read(size):
+                    return content
+                time.sleep(_POLL_S)
+        self._has_ended = True
         return b""
 
 
@@ -37,7 +41,8 @@ def growing_list(find: Callable[[], list[Path]], idle_s: float) -> Iterator[Path
     """Yield the paths that `find` returns, also those that are added meanwhile.
 
     find: returns all paths in order, new ones last. The last file may be incomplete: it is
-    yielded when another one follows, or if nothing was added for `idle_s` seconds.
+    yielded when another one follows, if nothing was added for `idle_s` seconds, or at
+    Ctrl-C.
     """
     num_yielded = 0
     grown_s = time.monotonic()
@@ -47,8 +52,11 @@ def growing_list(find: Callable[[], list[Path]], idle_s: float) -> Iterator[Path
             yield from paths[num_yielded:-1]
             num_yielded = len(paths) - 1
             grown_s = time.monotonic()
-        else:
+            continue
+        try:
             time.sleep(_POLL_S)
+        except KeyboardInterrupt:
+            break
     yield from find()[num_yielded:]
 
 
