@@ -79,7 +79,9 @@ def check_video(path: Path, follow: bool) -> None:
         try:
             check_can_grow(path)
         except ValueError as error:
-            raise UserError(f"Cannot follow {path}: {error}.") from error
+            raise UserError(
+                f"Cannot follow {path}: {error}. Record in one of these formats."
+            ) from error
         return
     next(Video(path).frames())
 

@@ -33,9 +33,10 @@ _WIDTH = 64
 # Mean difference in grey levels, below which nothing moves in any video.
 _MIN_MOTION = 0.15
 # The threshold: this share of the motion of signing (90th percentile), and above the noise
-# of a camera (2nd percentile) by this factor.
+# of a camera (2nd percentile) by this factor. More than this is not noise.
 _SHARE = 0.25
 _NOISE_FACTOR = 1.3
+_MAX_NOISE = 3.0
 _EDGE_S = 1e-6
 
 
@@ -153,7 +154,8 @@ class WindowFinder:
         """Return the motion below which a moment is still."""
         motions = [moment.motion for moment in self._moments]
         noise, signing = np.percentile(motions, (2, 90))
-        return float(max(_MIN_MOTION, _NOISE_FACTOR * noise, _SHARE * signing))
+        above_noise = _NOISE_FACTOR * min(noise, _MAX_NOISE)
+        return float(max(_MIN_MOTION, above_noise, _SHARE * signing))
 
     def _quietest_s(self, now_s: float) -> float:
         """Return the end of the moment with the least motion shortly before a time."""
@@ -161,8 +163,9 @@ class WindowFinder:
         for moment in self._moments:
             if now_s - self._search_s <= moment.start_s and moment.end_s <= now_s:
                 recent.append(moment)
-        quietest = min(recent, key=lambda moment: moment.motion)
-        return quietest.end_s
+        if not recent:  # one picture was shown for longer than the search
+            return now_s
+        return min(recent, key=lambda moment: moment.motion).end_s
 
 
 def grey_picture(frame: np.ndarray) -> np.ndarray:

@@ -92,6 +92,17 @@ def test_motion_without_a_pause_is_cut_before_the_limit() -> None:
         assert end_s == next_s and 4.0 <= end_s - start_s <= 6.0
 
 
+def test_a_picture_that_is_shown_for_seconds_is_cut_at_its_end() -> None:
+    finder = WindowFinder(limit_s=8.0)
+    found = []
+    for number in range(8):
+        frame = np.full((64, 96, 3), 30 * (number % 2), np.uint8)
+        found += finder.add(5.0 * number, frame)
+    found += finder.end(36.0)
+    ends = [window.end_s for window in found]
+    assert ends == pytest.approx([10.0, 20.0, 30.0, 35.0 + LEAD_S])
+
+
 def test_the_windows_of_signed_sentences_have_their_times(long_video) -> None:
     path, spans = long_video
     reader = ClipReader(FrameSampling(keep_every=4), short_side=64)
