@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from flallm_ds import export
 from flallm_ds.cli.evaluate import evaluate
 from flallm_ds.cli.models import push as push_verb
-from flallm_ds.cli.models import translate as translate_verb
+from flallm_ds.cli.translate import translate as translate_verb
 from flallm_ds.errors import UserError
 from flallm_ds.export.hub import folder_of, push
 from flallm_ds.inference.translator import Translator
@@ -198,7 +198,7 @@ def test_the_command_prints_sentences_scores_and_streams(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def printed(**options: object) -> list[str]:
-        translate_verb(video, model=str(exports[DECODER_ONLY]), language="de", **options)  # type: ignore[arg-type]
+        translate_verb((video,), model=str(exports[DECODER_ONLY]), language="de", **options)  # type: ignore[arg-type]
         return capsys.readouterr().out.splitlines()
 
     translator = translators[DECODER_ONLY]
