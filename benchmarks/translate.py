@@ -27,6 +27,19 @@ FPS = 25
 HEIGHT, WIDTH = 720, 1280
 # A sentence of 3 s, then a rest of 1 s.
 SIGNED_S, REST_S = 3, 1
+# Runs the command; at its exit, the process prints its highest memory to stderr. The
+# resource usage of a child would contain the memory of this process, from which it starts.
+SCRIPT = """
+import atexit, pathlib, re, sys
+
+def report():
+    status = pathlib.Path("/proc/self/status").read_text()
+    print(re.search("VmHWM:.*", status)[0], file=sys.stderr)
+
+atexit.register(report)
+from flallm_ds.cli import run
+run()
+"""
 TIME_COLUMNS = ("a video of 4 s, 720p", "clock, s", "CPU time, s")
 MEMORY_COLUMNS = (
     "video",
@@ -110,23 +123,25 @@ def translated(
     model: Path, video: Path, option: str = ""
 ) -> tuple[float, float, float, int]:
     """Run the command; return seconds, CPU seconds, highest memory in MB, and sentences."""
-    words = [sys.executable, "-m", "flallm_ds", "translate", str(video), f"--model={model}"]
-    output = video.with_suffix(".txt")
+    words = [sys.executable, "-c", SCRIPT, "translate", str(video), f"--model={model}"]
+    output, messages = video.with_suffix(".txt"), video.with_suffix(".log")
     begin = time.perf_counter()
-    with output.open("w") as file:
+    with output.open("w") as file, messages.open("w") as log:
         process = subprocess.Popen(
             words + ([option] if option else []),
             cwd=ROOT,
             stdout=file,
+            stderr=log,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
         )
         # wait4 gives the usage of this process alone.
         _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0, words
+    assert process.returncode == 0, messages.read_text()
+    kilobytes = messages.read_text().split("VmHWM:")[1].split()[0]
     cpu_s = usage.ru_utime + usage.ru_stime
     num_sentences = len(output.read_text().splitlines())
-    return time.perf_counter() - begin, cpu_s, usage.ru_maxrss / 1024, num_sentences
+    return time.perf_counter() - begin, cpu_s, int(kilobytes) / 1024, num_sentences
 
 
 def warm_times(model: Path, video: Path, rounds: int) -> list[tuple[float, float]]:

@@ -21,6 +21,8 @@ from flallm_ds.files import (
     file_sha256,
     locked,
     new_folder,
+    new_lines,
+    partial_of,
     recover_folders,
     replace_file,
     replace_folder,
@@ -419,3 +421,21 @@ def test_a_fifo_is_refused_without_blocking(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(OSError, match="not a regular file"):
         file_sha256(tmp_path / "fifo")
+
+
+def test_new_lines_appear_at_the_end_or_remain_under_the_temporary_name(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "lines.txt"
+    partial = partial_of(path)
+    with new_lines(path) as lines:
+        lines.write("one\n")
+        assert partial.read_text() == "one\n" and not path.exists()
+    assert path.read_text() == "one\n" and not partial.exists()
+    with pytest.raises(ValueError, match="wrong"), new_lines(path) as lines:
+        raise ValueError("wrong")
+    assert path.read_text() == "one\n" and not partial.exists()
+    with pytest.raises(KeyboardInterrupt), new_lines(path) as lines:
+        lines.write("two\n")
+        raise KeyboardInterrupt
+    assert path.read_text() == "one\n" and partial.read_text() == "two\n"
