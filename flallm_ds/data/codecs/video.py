@@ -317,12 +317,13 @@ class Video:
                     container.seek(int((seek_s + begin_s) * av.time_base), backward=True)
                 # A small heap sorts unordered timestamps.
                 reformatter = VideoReformatter()
+                matrices: dict[int, bytes] = {}
                 waiting: list[tuple[float, int, _Picture]] = []
                 for frame in container.decode(stream):
                     time_s = num_decoded / self.fps  # a raw stream has no timestamps
                     if frame.time is not None:
                         time_s = frame.time - begin_s
-                    picture = _Picture(frame, reformatter, self.path)
+                    picture = _Picture(frame, reformatter, matrices, self.path)
                     heapq.heappush(waiting, (time_s, num_decoded, picture))
                     num_decoded += 1
                     if len(waiting) > _REORDER:
@@ -343,9 +344,14 @@ class _Picture:
     """A decoded frame that is converted to RGB when it is read, if it is read at all."""
 
     def __init__(
-        self, frame: av.VideoFrame, reformatter: VideoReformatter, path: Path
+        self,
+        frame: av.VideoFrame,
+        reformatter: VideoReformatter,
+        matrices: dict[int, bytes],
+        path: Path,
     ) -> None:
         self._frame, self._reformatter, self._path = frame, reformatter, path
+        self._matrices = matrices
 
     def read(self, short_side: int | None) -> np.ndarray:
         """Return the frame as RGB, scaled down to short_side.
@@ -362,7 +368,11 @@ class _Picture:
         rgb = self._reformatter.reformat(
             frame, width, height, format="rgb24", interpolation="AREA", threads=1
         ).to_ndarray()
-        matrix = _display_matrix(frame)
+        # By angle, for the whole video: PyAV's side data and its frame refer to each other,
+        # so that hundreds of frames would wait for the garbage collector.
+        if frame.rotation not in self._matrices:
+            self._matrices[frame.rotation] = _display_matrix(frame)
+        matrix = self._matrices[frame.rotation]
         if len(matrix) < 36:
             return rgb
         # The matrix maps x' = a x + c y, y' = b x + d y: turns by multiples of 90 degrees,

@@ -1,3 +1,4 @@
+import gc
 from fractions import Fraction
 from pathlib import Path
 
@@ -390,3 +391,16 @@ def test_rotated_files_are_read_upright(name):
     frame = next(read_frames(EDGE / name))
     turned = np.rot90(stored, -1 if name == "video_90.mov" else 1)
     assert np.abs(frame.astype(int) - turned).mean() < 3
+
+
+def test_frames_do_not_wait_for_the_garbage_collector(tmp_path):
+    """Each would hold the memory of a whole picture."""
+    path = write_video(tmp_path / "x.mp4")
+    gc.collect()
+    gc.disable()
+    try:
+        assert sum(1 for _ in Video(path).frames()) == 30
+        alive = [one for one in gc.get_objects() if type(one) is av.VideoFrame]
+    finally:
+        gc.enable()
+    assert len(alive) < 20
