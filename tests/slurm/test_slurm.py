@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from flallm_ds.sharding.build import VERBS
+from flallm_ds.signsim import write_corpus
 from tests.helpers.cluster import NODES, Cluster
 from tests.helpers.paths import ROOT
-from tests.helpers.trees import make_phoenix
 
 pytestmark = pytest.mark.slurm
 
@@ -304,10 +304,11 @@ def test_a_missing_python_is_named(cluster: Cluster, project: Path) -> None:
 def test_an_array_builds_shards_in_parts_to_the_bytes_of_one_build(
     cluster: Cluster, tmp_path: Path
 ) -> None:
-    release, out = make_phoenix(tmp_path / "source"), tmp_path / "out"
+    source, out = tmp_path / "source", tmp_path / "out"
+    write_corpus(source, 12, num_monolingual=100)
     given = {"short_side": 16, "clips_per_shard": 2, "workers": 1}
-    VERBS["phoenix14t"](release, tmp_path / "whole", **given)
-    arguments = ["phoenix14t", f"--source={release}", f"--out={out}"]
+    VERBS["signsim"](source, tmp_path / "whole", **given)
+    arguments = ["signsim", f"--source={source}", f"--out={out}"]
     arguments += ["--short_side=16", "--clips_per_shard=2"]
     options = ("--array=1-3", "--cpus-per-task=1", f"--output={tmp_path}/%a.out")
     env = {"FLALLM_PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
