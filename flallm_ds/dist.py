@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,8 @@ from torch.distributed.rendezvous import rendezvous
 
 from flallm_ds.errors import RankError, UserError, file_problem, require
 from flallm_ds.files import locked
+
+T = TypeVar("T")
 
 RANK_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 START_WITH = (
@@ -336,22 +338,33 @@ def locked_by_main(path: Path, what: str, advice: str, world: World) -> Iterator
         yield
 
 
-def on_each_machine(action: Callable[[], None], world: World) -> None:
-    """Run `action()` on one rank of each machine.
+def on_every_rank(action: Callable[[], T], world: World) -> T:
+    """Run `action()` on every rank and return its value of this rank.
 
-    The first UserError of any machine is raised on every rank, with the name of the machine
+    The first UserError of any rank is raised on every rank, with the name of the machine
     if there are several. An OSError becomes a UserError.
     """
+    found: list[T] = []
     message = None
     host = f" (On {socket.gethostname()}.)" if world.size > world.local_size else ""
-    if world.local_rank == 0:
-        try:
-            action()
-        except (UserError, OSError) as error:
-            message = f"{_message(error)}{host}"
+    try:
+        found.append(action())
+    except (UserError, OSError) as error:
+        message = f"{_message(error)}{host}"
     for of_rank in gather_objects(message, world):
         if of_rank is not None:
             raise UserError(of_rank)
+    return found[0]
+
+
+def on_each_machine(action: Callable[[], None], world: World) -> None:
+    """Run `action()` on one rank of each machine; errors are those of `on_every_rank`."""
+
+    def run() -> None:
+        if world.local_rank == 0:
+            action()
+
+    on_every_rank(run, world)
 
 
 def _message(error: UserError | OSError) -> str:

@@ -18,6 +18,12 @@ class RankError(UserError):
     exit_code = 3
 
 
+class SharedRankError(UserError):
+    """A RankError that all ranks have heard of: all raise it, and only rank 0 prints it."""
+
+    exit_code = RankError.exit_code
+
+
 class Preempted(Exception):
     """The run received a stop signal and saved its state. Start it again to resume it."""
 

@@ -19,6 +19,7 @@ from flallm_ds.dist import (
     locked_by_main,
     main_first,
     on_each_machine,
+    on_every_rank,
     rank_environment,
     set_timeouts,
     start,
@@ -230,7 +231,7 @@ def test_all_groups_have_the_timeout_that_deepspeed_is_given(
     stop()
 
 
-@pytest.mark.parametrize("run", [main_first, on_each_machine])
+@pytest.mark.parametrize("run", [main_first, on_each_machine, on_every_rank])
 @pytest.mark.parametrize(
     ("path", "sentence"),
     [

@@ -7,7 +7,14 @@ import pytest
 
 from tests.helpers.paths import ROOT
 
-SHOWN = ("UserError", "RankError", "ShardFault", "BrokenVideo", "Refused")
+SHOWN = (
+    "UserError",
+    "RankError",
+    "SharedRankError",
+    "ShardFault",
+    "BrokenVideo",
+    "Refused",
+)
 # wrong value: NAME must CONDITION, got VALUE. REMEDY.
 # failure: Cannot VERB OBJECT: REASON. REMEDY.
 # conflict: THING belongs to, is in use by, was made with ... REMEDY.

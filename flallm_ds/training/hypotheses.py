@@ -13,6 +13,7 @@ from flallm_ds.data.text.languages import tag_of
 from flallm_ds.dist import World, all_reduce_sum, gather_objects
 from flallm_ds.errors import Preempted, UserError
 from flallm_ds.models.sign_translator import Candidate
+from flallm_ds.training.intake import Intake
 from flallm_ds.training.stop import StopRequest
 
 # Returns the hypotheses of each clip of a batch, best first.
@@ -41,10 +42,24 @@ class Evaluation:
 
         Every rank must call it, and calls `generate` equally often. report: called after
         each step with the number of clips done and of all clips. Raises Preempted on every
-        rank after the step in which a rank was asked to stop.
+        rank before the next step if a rank was asked to stop, and SharedRankError if a rank
+        cannot load its clips.
         """
         found: list[Hypothesis] = []
-        for step, batches in enumerate(on_device(self.loader.steps(), self.world.device)):
+        steps = on_device(self.loader.steps(), self.world.device)
+        intake = Intake(self.loader.broken, self.world)
+        for step in range(len(self.loader)):
+            batches, _ = intake.take(steps)
+            # A signal or a broken clip may concern one rank only, but all must stop before
+            # the same step.
+            values = [intake.has_news, stop is not None and bool(stop)]
+            news, stops = all_reduce_sum(values, self.world)
+            if news:
+                intake.share_news()
+            if stops:
+                raise Preempted(
+                    "stopped while clips were scored; the same command scores them again."
+                )
             for batch in batches:
                 for row, candidates in enumerate(self.generate(batch)):
                     # Clips repeated as padding keep the number of calls equal on all ranks.
@@ -52,11 +67,6 @@ class Evaluation:
                         found.append(self._hypothesis(batch, row, candidates))
             if report is not None:
                 report(int(self.loader.plan.ends[step]), len(self.loader.reader.index))
-            # A signal may reach one rank only, but all must stop after the same step.
-            if stop is not None and all_reduce_sum([bool(stop)], self.world)[0]:
-                raise Preempted(
-                    "stopped while clips were scored; the same command scores them again."
-                )
 
         # Join the parts of all ranks. A clip that is missing or comes twice would change
         # the scores without an error.

@@ -8,13 +8,13 @@ from torch.profiler import record_function
 from flallm_ds.batch import Batch
 from flallm_ds.data.loader import BrokenClips
 from flallm_ds.dist import World, gather_objects
-from flallm_ds.errors import RankError, UserError
+from flallm_ds.errors import RankError, SharedRankError, UserError
 
 
 class Intake:
     """Gets batches, and keeps what the other ranks must hear of in the next collective.
 
-    broken: the broken clips of the training split; their budget counts over all ranks.
+    broken: the broken clips of the split; their budget counts over all ranks.
     """
 
     def __init__(self, broken: BrokenClips, world: World) -> None:
@@ -43,15 +43,15 @@ class Intake:
     def share_news(self) -> None:
         """Share news of all ranks. Every rank must call this if one of them has news.
 
-        Raises UserError on every rank if one cannot load its data, or if more clips are
-        broken on all ranks together than the budget allows.
+        Raises UserError on every rank if more clips are broken on all ranks together than
+        the budget allows, SharedRankError if a rank cannot load its data.
         """
         news = gather_objects((self._problem, self.broken.reasons), self.world)
-        for problem, _ in news:
-            if problem is not None:
-                raise UserError(problem)
         self.broken.share(reasons for _, reasons in news)
         try:
             self.broken.check()
         except RankError as error:
             raise UserError(str(error)) from error
+        for problem, _ in news:
+            if problem is not None:
+                raise SharedRankError(problem)

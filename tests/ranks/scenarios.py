@@ -24,16 +24,17 @@ from flallm_ds.training.trainer import Trainer
 from tests.helpers.counting import Counts
 
 SLOW_S = 0.3  # a forward pass, of which a step has two
+FAULTS = ("nan_at", "full_at", "refused")
 
 
 def scenarios(*, file: Path) -> None:
     """file: a list of {"stage": …, "options": {…}}.
 
     "counted": a name: what each rank read of the checkpoint and owns is written to
-    RUN.NAME.rank-0 and so on. "nan_at" or "full_at": the step before which one rank's gradient is NaN, or rank 0's
-    files cannot grow; "damaged": whether a byte of the newest checkpoint is flipped
-    before the start; "slow_rank": the rank whose forward passes take longer; "peak": the
-    peak FLOPS of all devices, which is not known for CPUs; "refused":
+    RUN.NAME.rank-0 and so on. "damaged": whether a byte of the newest checkpoint is flipped
+    before the start. "slow_rank": the rank whose forward passes take longer. "peak": the
+    peak FLOPS of all devices, which is not known for CPUs. "nan_at" or "full_at": the step
+    before which one rank's gradient is NaN, or rank 0's files cannot grow. "refused":
     whether the run must end with an error. The error of each rank is written next to the
     run, to NAME.FAULT.rank-0 and so on.
     """
@@ -44,52 +45,46 @@ def scenarios(*, file: Path) -> None:
         folder = dist.main_first(lambda config=config: open_run_folder(config), world)
         if scenario.get("damaged"):
             dist.main_first(lambda folder=folder: flip_a_byte(folder), world)
-        faults = ("nan_at", "full_at", "refused")
-        fault = next((name for name in faults if name in scenario), None)
-        saved = checkpoint.resumable(folder, world)
-        trainer = Trainer(build_task(config, folder, world), folder, stop)
-        module = trainer.task.engine.module
-        if "peak" in scenario:
-            trainer.meter._peak = scenario["peak"]
-            trainer.meter._flops = step_flops(trainer.task)
-        if scenario.get("slow_rank") == world.rank:
-            module.register_forward_pre_hook(lambda *_: time.sleep(SLOW_S))
-        if fault is None:
-            trainer.run(saved)
-            continue
-        if fault != "refused":
+        with Counts() as counts:
+            saved = checkpoint.resumable(folder, world)
+            trainer = Trainer(build_task(config, folder, world), folder, stop)
+            prepare(trainer, scenario)
+            fault = next((name for name in FAULTS if name in scenario), None)
+            if fault is None:
+                trainer.run(saved)
+            else:
+                of_rank = f"{folder.name}.{fault}.rank-{world.rank}"
+                run_to_the_error(trainer, saved, folder.with_name(of_rank))
+        if "counted" in scenario and saved is not None:
+            of_rank = f"{folder.name}.{scenario['counted']}.rank-{world.rank}"
+            found = json.dumps(shares(trainer, saved, counts))
+            folder.with_name(of_rank).write_text(found)
+    dist.stop()
+
+
+def prepare(trainer: Trainer, scenario: dict[str, Any]) -> None:
+    """Give the run what the scenario asks for."""
+    module = trainer.task.engine.module
+    if "peak" in scenario:
+        trainer.meter._peak = scenario["peak"]
+        trainer.meter._flops = step_flops(trainer.task)
+    if scenario.get("slow_rank") == trainer.world.rank:
+        module.register_forward_pre_hook(lambda *_: time.sleep(SLOW_S))
+    for fault in ("nan_at", "full_at"):
+        if fault in scenario:
             parameter = next(p for p in module.parameters() if p.requires_grad)
             parameter.register_hook(Faults(trainer, scenario[fault], fault))
-        fault = next((name for name in ("nan_at", "full_at") if name in scenario), None)
-        if fault is None:
-            with Counts() as counts:
-                saved = checkpoint.resumable(folder, world)
-                trainer = Trainer(build_task(config, folder, world), folder, stop)
-                trainer.run(saved)
-            if "counted" in scenario and saved is not None:
-                end = f".{scenario['counted']}.rank-{world.rank}"
-                folder.with_name(folder.name + end).write_text(
-                    json.dumps(shares(trainer, saved, counts))
-                )
-            continue
-        saved = checkpoint.resumable(folder, world)
-        trainer = Trainer(build_task(config, folder, world), folder, stop)
-        parameter = next(
-            p for p in trainer.task.engine.module.parameters() if p.requires_grad
-        )
-        faults = Faults(trainer, scenario[fault], fault)
-        parameter.register_hook(faults)
-        try:
-            trainer.run(saved)
-        except UserError as error:
-            folder.with_name(f"{folder.name}.{fault}.rank-{world.rank}").write_text(
-                str(error)
-            )
-        finally:
-            resource.setrlimit(
-                resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
-            )
-    dist.stop()
+
+
+def run_to_the_error(trainer: Trainer, saved: checkpoint.Saved | None, out: Path) -> None:
+    """Write the error that ends the run to a file."""
+    try:
+        trainer.run(saved)
+    except UserError as error:
+        out.write_text(str(error))
+    finally:
+        no_limit = resource.RLIM_INFINITY, resource.RLIM_INFINITY
+        resource.setrlimit(resource.RLIMIT_FSIZE, no_limit)
 
 
 def shares(trainer: Trainer, saved: checkpoint.Saved, counts: Counts) -> dict[str, Any]:

@@ -43,7 +43,8 @@ def runs(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs on two ranks. llm/: under ZeRO-3, with a profile of step 2 and devices of 1e12
     FLOPS, stopped after step 3. slow/: rank 1 is slow; with trackers and a profile of steps 2 and
     3; stopped after step 4 and resumed. On shards with 3 broken clips, of which rank 0
-    reads 2: tolerant/ accepts 8 broken clips, strict/ 2, hasty/ 1."""
+    reads 2: tolerant/ accepts 8 broken clips, strict/ 2, hasty/ 1. dev/: with a broken clip in
+    the dev split."""
     folder = tmp_path_factory.mktemp("runs")
     shards = folder / "shards"
     shutil.copytree(tiny_corpus / "shards", shards)
@@ -68,6 +69,11 @@ def runs(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     of_rank_0, of_rank_1 = first_rows_of_ranks(index, options)
     for row in (*of_rank_0[:2], of_rank_1[-1]):
         break_clip(index, row)
+    shards = shutil.copytree(tiny_corpus / "shards", folder / "broken_dev")
+    more = {"data.shards": shards, "train.epochs": 1}
+    options = tiny_options(tiny_corpus, "visual", folder / "dev", **more)
+    scenarios.append({"stage": "visual", "options": options, "refused": True})
+    break_clip(load_index(shards, "dev"), 4)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_MODE", "offline")
         patch.setenv("MLFLOW_TRACKING_URI", str(folder / "mlflow"))
@@ -119,6 +125,12 @@ def test_more_broken_clips_than_the_budget_stop_all_ranks_with_one_sentence(
     assert first == second
     found = f"The number of broken clips must be at most {budget}, got {budget + 1}; the"
     assert first.startswith(found) and "--data.max_broken" in first
+
+
+def test_a_broken_dev_clip_stops_all_ranks_with_one_sentence(runs: Path) -> None:
+    """One rank alone reads it; the other would wait for the hypotheses."""
+    first, second = ((runs / f"dev.refused.rank-{rank}").read_text() for rank in range(2))
+    assert first == second and first.startswith("Cannot decode clip ")
 
 
 # --- trackers, profile, watch

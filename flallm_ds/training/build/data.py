@@ -19,7 +19,7 @@ from flallm_ds.data.readers import ClipReader, open_reader
 from flallm_ds.data.sampling import FrameSampling
 from flallm_ds.data.storage.store import CacheOptions, open_store
 from flallm_ds.data.text.codec import TextCodec
-from flallm_ds.dist import World, cores_of_rank, main_first, on_each_machine
+from flallm_ds.dist import World, cores_of_rank, main_first, on_each_machine, on_every_rank
 from flallm_ds.errors import UserError, require
 from flallm_ds.features.checks import check_stage
 from flallm_ds.features.sequences import FeatureMasks
@@ -76,7 +76,10 @@ def open_index(data: DataConfig, split: str, world: World) -> Index:
 
     Raises UserError on every rank if a machine lacks a shard, or has an incomplete one.
     """
-    index = mixture.open_indexes(data.shards, split, CacheOptions.of_run(data))
+    options = CacheOptions.of_run(data)
+    index: Index = on_every_rank(
+        lambda: mixture.open_indexes(data.shards, split, options), world
+    )
     on_each_machine(lambda: index.store.check(index.shards, data.check_shards), world)
     return index
 
