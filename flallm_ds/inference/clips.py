@@ -30,6 +30,7 @@ class Clip:
 
     frames_THWC: uint8 RGB. rate: kept frames per second. num_sampled: number of frames that
     would be kept without the limit of the model, at least T. start_s, end_s: in the video.
+    is_part: whether the clip is a window or a span of the video.
     """
 
     frames_THWC: np.ndarray
@@ -37,6 +38,7 @@ class Clip:
     num_sampled: int
     start_s: float
     end_s: float
+    is_part: bool = False
 
 
 @dataclass(frozen=True)
@@ -194,7 +196,7 @@ class _Buffer:
         fps = np.array([measured_fps(times, self.fps)])
         (rate,) = self._sampling.rates(np.array([len(times)]), fps)
         thinned = [kept[i] for i in self._sampling.thin(len(kept))]
-        return Clip(np.stack(thinned), float(rate), len(kept), start_s, end_s)
+        return Clip(np.stack(thinned), float(rate), len(kept), start_s, end_s, is_part=True)
 
     def _drop(self, until_s: float) -> None:
         while self._recent and self._recent[0][0] < until_s:

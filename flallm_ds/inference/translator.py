@@ -157,33 +157,36 @@ class Translator:
         """
         path = _existing(video)
         named = self.language(language)
-        is_part = bool(windows or spans or idle_s)
-        if not is_part:
+        for clip in self.clips(path, windows=windows, spans=spans, idle_s=idle_s):
+            yield self.translation(clip, named, path.name)
+
+    def clips(
+        self,
+        video: str | Path,
+        *,
+        windows: bool | None = None,
+        spans: Sequence[tuple[float, float]] = (),
+        idle_s: float | None = None,
+    ) -> Iterator[Clip]:
+        """Yield the clips that `translations` translates, while the video is decoded."""
+        path = _existing(video)
+        if not (windows or spans or idle_s):
             clip = self.reader.read(path, limited=windows is None)
             if clip is not None:
-                yield self._translation(clip, path, named, is_part)
+                yield clip
                 return
-        for clip in self._parts(path, spans, idle_s):
-            yield self._translation(clip, path, named, is_part=True)
-
-    def _parts(
-        self, path: Path, spans: Sequence[tuple[float, float]], idle_s: float | None
-    ) -> Iterator[Clip]:
-        """Yield the spans of a video as clips; without spans, its windows."""
         if not spans:
             yield from self.reader.windows(path, idle_s)
         for start_s, end_s in spans:
             clip = self.reader.read(path, start_s, end_s)
             assert clip is not None, "only a limited reading returns no clip"
             # The times that were asked for, not those of the frames.
-            yield replace(clip, start_s=start_s, end_s=end_s)
+            yield replace(clip, start_s=start_s, end_s=end_s, is_part=True)
 
-    def _translation(
-        self, clip: Clip, path: Path, language: str, is_part: bool
-    ) -> Translation:
-        batch = self._batch(clip, path.name, language)
+    def translation(self, clip: Clip, language: str, name: str = "") -> Translation:
+        """Translate one clip. language: as `language()` returns it. name: of the video."""
         nbest = []
-        for candidate in self.generate(batch, clip.rate)[0]:
+        for candidate in self.generate(self._batch(clip, name, language), clip.rate)[0]:
             nbest.append((self.export.codec.decode(candidate.ids), candidate.score))
         return Translation(
             tuple(nbest),
@@ -191,7 +194,7 @@ class Translator:
             clip.end_s,
             len(clip.frames_THWC),
             clip.num_sampled,
-            is_part,
+            clip.is_part,
         )
 
     @cached_property

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import av
-import numpy as np
 import pytest
 
 from flallm_ds.cli.translate import translate
@@ -24,7 +23,7 @@ from flallm_ds.sharding.corpora.captions import read_captions
 from tests.helpers.exports import ENCODER_DECODER, write_export
 from tests.helpers.long_video import write_long_video
 from tests.helpers.paths import ROOT
-from tests.helpers.trees import write_frames, write_video
+from tests.helpers.trees import write_audio, write_frames, write_video
 
 NUM_SENTENCES = 4
 
@@ -318,12 +317,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, long_video: tuple[Path, list
     write_video(folder / "two" / "b.mp4", 5)
     (folder / "empty").mkdir()
     (folder / "no.mp4").write_bytes(b"no video")
-    with av.open(str(folder / "audio.mp4"), "w") as container:
-        stream = container.add_stream("aac", rate=16000, layout="mono")
-        silence = np.zeros((1, 1024), np.float32)
-        frame = av.AudioFrame.from_ndarray(silence, format="fltp", layout="mono")
-        frame.sample_rate = 16000
-        container.mux([*stream.encode(frame), *stream.encode()])
+    write_audio(folder / "audio.mp4")
     (folder / "late.csv").write_text("3,4\n1,2\n")
     (folder / "back.csv").write_text("3,2\n")
     (folder / "words.csv").write_text("1,2\nhello,world\n")

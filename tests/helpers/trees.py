@@ -34,6 +34,16 @@ def write_video(
         container.mux(stream.encode())
 
 
+def write_audio(path: Path) -> None:
+    """A file with sound and no video."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=16000, layout="mono")
+        silence = np.zeros((1, 1024), np.float32)
+        frame = av.AudioFrame.from_ndarray(silence, format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        container.mux([*stream.encode(frame), *stream.encode()])
+
+
 PHOENIX_HEADER = "name|video|start|end|speaker|orth|translation"
 
 
