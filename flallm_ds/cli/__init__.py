@@ -91,6 +91,11 @@ FLALLM = VerbTable(
             "flallm_ds.cli.translate:translate",
             SCORE,
         ),
+        "demo": Verb(
+            "Serve a local page that translates videos and recordings.",
+            "flallm_ds.cli.demo:demo",
+            SCORE,
+        ),
         "watch": Verb(
             "Show speed, ranks and alarms of a run while it trains.",
             "flallm_ds.cli.watch:watch",

@@ -1,0 +1,1 @@
+"""`flallm demo`: a local page on which a model translates videos."""
