@@ -37,8 +37,8 @@ BLOCKS = [block for page in PAGES for block in blocks(page)]
 SHELL = [block for block in BLOCKS if block.language in ("bash", "sh")]
 # Programs that are not ours and may appear in a command.
 PROGRAMS = {
-    "apptainer", "chromium", "cut", "docker", "export", "pip", "source", "tail",
-    "tensorboard",
+    "apptainer", "chromium", "curl", "cut", "docker", "export", "pip", "source", "ssh",
+    "tail", "tensorboard",
 }  # fmt: skip
 _LINK = re.compile(r"\]\((?P<target>[^)#\s:]+)(#[^)\s]*)?\)")
 
