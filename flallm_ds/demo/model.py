@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 
 from flallm_ds.command import coerce, nearest
-from flallm_ds.demo.length import check_length
+from flallm_ds.demo.length import check_video
 from flallm_ds.demo.refused import Refused
 from flallm_ds.demo.upload import Upload
 from flallm_ds.errors import UserError
@@ -173,7 +173,7 @@ def _translate(
         language = translator.language(asked.language)
     except UserError as error:
         raise Refused(sentence_of(error), 400) from error
-    check_length(upload.path, max_s)
+    check_video(upload.path, max_s)
     searching = translator.searching(nbest=asked.nbest)
     begin = time.perf_counter()
     try:
