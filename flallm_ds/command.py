@@ -391,6 +391,13 @@ def answer_signals(importing: bool = False) -> None:
             signal.signal(number, _end)
 
 
+def end_at_once() -> None:
+    """Let Ctrl-C, SIGTERM and SIGHUP end a process in which nothing is to be tidied up."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _leave)
+
+
 def _interrupt(number: int, frame: types.FrameType | None) -> NoReturn:
     signal.signal(signal.SIGINT, _leave)
     raise KeyboardInterrupt

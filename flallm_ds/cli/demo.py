@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from flallm_ds.cli.checks import check_model
-from flallm_ds.command import answer_signals
+from flallm_ds.command import end_at_once
 from flallm_ds.errors import UserError, require
 
 if TYPE_CHECKING:
@@ -71,6 +71,6 @@ def demo(
         title = Path(model).name if Path(model).exists() else model
         server = Server(load, Limits(max_mb, max_s), title, host)
         print(f"{address(listening, host)}  (Ctrl-C ends the demo)", flush=True)
-        # Ctrl-C ends at once: a search would be waited for, and there is nothing to tidy up.
-        answer_signals(importing=True)
+        # Otherwise Ctrl-C would wait for the import of torch, or for a search.
+        end_at_once()
         server.serve_until_stopped(listening)

@@ -1,6 +1,7 @@
 """The HTTP interface of the demo: its page, and the translation of an upload."""
 
 import json
+import logging
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ _PAGE = {
     "/page.js": ("page.js", "text/javascript"),
 }
 _LINES = "application/x-ndjson"
+_LOG = logging.getLogger("uvicorn.error")
+_BROKEN = "Cannot translate the video: the terminal of flallm demo shows why."
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,10 @@ def make_app(model: Model, limits: Limits, title: str, host: str) -> FastAPI:
     async def fail(request: Request, error: HTTPException) -> Response:
         sentence = f"Cannot {request.method} {request.url.path}: {error.detail}."
         return JSONResponse({"error": sentence}, error.status_code)
+
+    @app.exception_handler(Exception)
+    async def break_off(_: Request, __: Exception) -> Response:
+        return JSONResponse({"error": _BROKEN}, 500)
 
     return app
 
@@ -154,6 +161,9 @@ async def _as_lines(events: AsyncGenerator[Event, None]) -> Response:
                     yield _line(event)
             except Refused as error:
                 yield _line({"error": str(error)})
+            except Exception:  # noqa: BLE001 - an LLM with code of its own may raise anything
+                _LOG.exception("Cannot translate a video.")
+                yield _line({"error": _BROKEN})
 
     return _ClosedStream(lines(), media_type=_LINES)
 

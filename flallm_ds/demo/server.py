@@ -2,8 +2,9 @@
 
 import errno
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import uvicorn
@@ -16,7 +17,7 @@ from flallm_ds.errors import UserError
 if TYPE_CHECKING:  # importing torch takes seconds: the page answers before
     from flallm_ds.inference.translator import Translator
 
-# Seconds that open connections have to end after Ctrl-C.
+# Seconds that open connections have to end if the model cannot be loaded.
 _GRACE_S = 1
 
 
@@ -70,8 +71,16 @@ class Server(uvicorn.Server):
         )
         super().__init__(config)
 
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signals to the process."""
+        yield
+
     def serve_until_stopped(self, listening: socket.socket) -> None:
-        """Answer requests until Ctrl-C. Raises what the loading of the model raised."""
+        """Answer requests until the process ends, or loading the model fails.
+
+        Raises what the loading raised.
+        """
         loading = self.model.loading
         loading.add_done_callback(self._report)
         try:

@@ -3,6 +3,7 @@
 import asyncio
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -64,7 +65,8 @@ async def receive(request: Request, max_mb: float) -> Upload:
             raise Refused("The request must contain a video, got an empty one.", 400)
         return upload
     except BaseException as error:
-        upload.file.close()
+        with suppress(OSError):  # a full disk fails again
+            upload.file.close()
         refused = _as_refused(error)
         if refused is None:
             raise

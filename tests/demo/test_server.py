@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import json
 import os
+import resource
 import select
 import signal
 import socket
@@ -12,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +236,18 @@ def refusal(running: Running, head: bytes, chunk: bytes) -> tuple[int, str]:
         return answer.status, json.loads(answer.read())["error"]
 
 
+def test_a_full_disk_is_one_sentence(running: Running) -> None:
+    """A limit on the size of files fails as a full disk does."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, limits[1]))
+    try:
+        status, answer = running.post(bytes(1_000_000), "?language=de")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert status == 507
+    assert answer["error"].startswith("Cannot read or write a file: File too large. Free")
+
+
 def test_requests_of_other_pages_are_refused(running: Running, videos: Path) -> None:
     content = (videos / "short.mp4").read_bytes()
     own = f"localhost:{running.port}"
@@ -324,6 +338,21 @@ def test_a_client_that_leaves_frees_its_place(
         assert time.monotonic() < end
         time.sleep(0.02)
     assert running.server.model._line == []
+
+
+def test_an_unexpected_error_is_one_sentence_for_the_client(
+    translator: Translator, videos: Path
+) -> None:
+    broken = Running(lambda: replace(translator, beam=None))
+    content = (videos / "short.mp4").read_bytes()
+    try:
+        status, answer = broken.post(content, "?language=de")
+        assert status == 500 and "the terminal of flallm demo" in answer["error"]
+        path = "/api/translate?language=de"
+        _, _, lines = broken.ask("POST", path, content, Accept=LINES)
+        assert json.loads(lines.splitlines()[-1]) == {"error": answer["error"]}
+    finally:
+        broken.stop()
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_server() -> None:
