@@ -53,7 +53,8 @@ def demo(
     check_model(model)
     # fastapi takes a moment to import: not for --help.
     from flallm_ds.demo.app import Limits
-    from flallm_ds.demo.server import Server, address, is_loopback, listen
+    from flallm_ds.demo.guard import LOOPBACK
+    from flallm_ds.demo.server import Server, address, listen
 
     def load() -> "Translator":
         # torch takes seconds to import: the page answers before.
@@ -62,7 +63,7 @@ def demo(
         return Translator.from_pretrained(model, bits=bits, hub_code=hub_code)
 
     with listen(host, port) as listening:
-        if not is_loopback(host):
+        if host not in LOOPBACK:
             print(
                 "warning: every machine that reaches this one can use the page; it has no "
                 "password and no encryption.",

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from flallm_ds.demo.app import Limits, make_app
-from flallm_ds.demo.guard import LOOPBACK
 from flallm_ds.demo.model import Model
 from flallm_ds.errors import UserError
 
@@ -97,8 +96,3 @@ class Server(uvicorn.Server):
             self.should_exit = True
             return
         print("The model is loaded.", flush=True)
-
-
-def is_loopback(host: str) -> bool:
-    """Return whether only this machine can reach a host."""
-    return host in LOOPBACK
