@@ -9,10 +9,10 @@ import html
 import os
 import textwrap
 import unicodedata
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,35 +32,23 @@ from flallm_ds.data.index import (
 from flallm_ds.data.text.languages import tag_of
 from flallm_ds.errors import UserError
 from flallm_ds.files import open_regular, write_file
+from flallm_ds.fonts import Missing, installed_fonts, missing_characters
 
 if TYPE_CHECKING:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 # H.264 settings for clips on the page: a clip of 5 s takes about 100 kB.
 _GOP, _CRF = 25, 26
-# The contact sheet: frames of a clip and their height, lines of a text, sizes in pixels.
-_FRAMES = 8
-_FRAME_PX = 112
-_MAX_LINES = 3
-_FONT_PX, _LINE_PX, _MARGIN_PX = 13, 18, 10
-_MIN_WIDTH_PX = 900
+# The contact sheet: number of columns, and frames of a clip in a column. Sizes in pixels.
+_FRAMES_IN_COLUMN = {1: 8, 2: 6, 3: 4}
+_FRAME_PX = 112  # highest frame
+_MAX_LINES = 3  # of a text
+_FONT_PX, _LINE_PX, _MARGIN_PX, _GAP_PX = 13, 18, 10, 2
+# At this width, and at most this many times as high, a sheet fits a page of A4 with letters
+# of 6 points.
+_WIDTH_PX, _PAGE_RATIO = 1240, 1.414
 # The page has all clips in one file, which a browser must load at once.
 _MAX_CLIPS = 500
-# DejaVu comes with matplotlib. The other fonts, where installed, have scripts that DejaVu
-# lacks.
-_FONTS = (
-    "DejaVu Sans",
-    "Noto Sans CJK SC",
-    "Noto Sans CJK JP",
-    "Source Han Sans SC",
-    "WenQuanYi Micro Hei",
-    "Droid Sans Fallback",
-    "Microsoft YaHei",
-    "PingFang SC",
-    "Arial Unicode MS",
-    "Noto Sans Devanagari",
-)
-
 _PAGE = """<!doctype html>
 <html lang="en">
 <head>
@@ -162,9 +150,7 @@ def preview(
     sheet, missing = contact_sheet(title, shown)
     _write(out.with_name(f"{out.name}.png"), sheet)
     _write(out.with_name(f"{out.name}.html"), page(title, str(folder), shown).encode())
-    if missing:
-        cause = "the installed fonts lack some characters of the texts"
-        print(f"note: {cause}; the PNG shows boxes instead")
+    missing.note("the PNG")
     for clip in shown:
         if clip.fault:
             print(f"warning: {clip.split} {clip.row['key']} {clip.fault}")
@@ -210,94 +196,120 @@ def read(folder: Path, index: Index, number: int) -> Clip:
     return Clip(index.split, row, member, frames)
 
 
-def contact_sheet(title: str, clips: Sequence[Clip]) -> tuple[bytes, bool]:
+@dataclass(frozen=True)
+class Cell:
+    """What the contact sheet shows of a clip: lines of facts, lines of text, and frames."""
+
+    facts: list[str]
+    text: list[str]
+    strip: np.ndarray
+
+    @property
+    def height(self) -> int:
+        """In pixels, with the space below the frames."""
+        num_lines = len(self.facts) + len(self.text)
+        return num_lines * _LINE_PX + len(self.strip) + 2 * _MARGIN_PX
+
+
+def contact_sheet(title: str, clips: Sequence[Clip]) -> tuple[bytes, Missing]:
     """Draw the facts, the text and evenly spaced frames of each clip.
 
-    Returns (PNG, whether the fonts lack a character).
+    The clips are in as few columns as fit a page, at most three. Returns (PNG, whether the
+    fonts lack a character).
     """
-    # The sheet is as wide as the widest strip of frames. Texts are wrapped to that width.
-    strips = [_strip(clip) for clip in clips]
-    widest = max(strip.shape[1] for strip in strips)
-    width = max(_MIN_WIDTH_PX, widest) + 2 * _MARGIN_PX
-    # The width of a letter is about 0.56 of the font size.
-    num_columns = (width - 2 * _MARGIN_PX) * 100 // (_FONT_PX * 56)
-    labels = []
-    for clip in clips:
-        facts = shorten(clip.facts, num_columns)
-        labels.append([facts, *wrap(clip.row["text"], num_columns)])
-
-    # The label of a clip is above the strip of frames.
-    heights = []
-    for label, strip in zip(labels, strips, strict=True):
-        heights.append(len(label) * _LINE_PX + strip.shape[0] + 2 * _MARGIN_PX)
-    height = 2 * _LINE_PX + sum(heights)
+    for num_columns in _FRAMES_IN_COLUMN:
+        cells = _cells(clips, num_columns)
+        columns = _columns(cells, num_columns)
+        height = 2 * _LINE_PX + max(
+            sum(cell.height for cell in column) for column in columns
+        )
+        if height <= _PAGE_RATIO * _WIDTH_PX:
+            break
     # matplotlib takes seconds to import: only when there is something to draw.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     dpi = 72  # so that a point is a pixel
-    figure = Figure(figsize=(width / dpi, height / dpi), dpi=dpi, facecolor="white")
+    figure = Figure(figsize=(_WIDTH_PX / dpi, height / dpi), dpi=dpi, facecolor="white")
     canvas = FigureCanvasAgg(figure)
-    fonts = _installed_fonts()
+    fonts = installed_fonts()
 
-    def write(y: int, text: str, **style: Any) -> None:
-        place = {"x": _MARGIN_PX / width, "y": 1 - y / height, "va": "top"}
-        figure.text(
-            s=text, **place, family=fonts, fontsize=_FONT_PX, parse_math=False, **style
-        )
+    def write(x: int, y: int, text: str, **style: Any) -> None:
+        style |= {"va": "top", "family": fonts, "fontsize": _FONT_PX, "parse_math": False}
+        figure.text(x / _WIDTH_PX, 1 - y / height, text, **style)
 
-    write(_MARGIN_PX // 2, title, weight="bold")
-    top = 2 * _LINE_PX
-    for label, strip, tall in zip(labels, strips, heights, strict=True):
-        # The first line has the facts in grey. The text follows.
-        for number, line in enumerate(label):
-            color = "#777777" if number == 0 else "black"
-            write(top + number * _LINE_PX, line, color=color)
-        # matplotlib counts pixels from the bottom.
-        bottom = height - top - len(label) * _LINE_PX - strip.shape[0]
-        figure.figimage(strip, _MARGIN_PX, bottom, origin="upper")
-        top += tall
+    write(_MARGIN_PX, _MARGIN_PX // 2, title, weight="bold")
+    for number, column in enumerate(columns):
+        left = _MARGIN_PX + number * _column_px(num_columns)
+        top = 2 * _LINE_PX
+        for cell in column:
+            for line, text in enumerate([*cell.facts, *cell.text]):
+                color = "#777777" if line < len(cell.facts) else "black"
+                write(left, top + line * _LINE_PX, text, color=color)
+            # matplotlib counts pixels from the bottom.
+            bottom = height - top - cell.height + 2 * _MARGIN_PX
+            figure.figimage(cell.strip, left, bottom, origin="upper")
+            top += cell.height
     return _render(canvas)
 
 
-def _installed_fonts() -> list[str]:
-    """Return the names in `_FONTS` that are installed."""
-    from matplotlib import font_manager
-
-    installed = {font.name for font in font_manager.fontManager.ttflist}
-    return [name for name in _FONTS if name in installed]
+def _column_px(num_columns: int) -> int:
+    """Return the width of a column, with the space next to it."""
+    return (_WIDTH_PX - _MARGIN_PX) // num_columns
 
 
-def _render(canvas: "FigureCanvasAgg") -> tuple[bytes, bool]:
+def _cells(clips: Sequence[Clip], num_columns: int) -> list[Cell]:
+    """Return what is shown of each clip in a column of a sheet."""
+    width = _column_px(num_columns) - _MARGIN_PX
+    # The width of a letter is about 0.56 of the font size.
+    num_letters = width * 100 // (_FONT_PX * 56)
+    cells = []
+    for clip in clips:
+        facts = wrap(clip.facts, num_letters)
+        text = wrap(clip.row["text"], num_letters)
+        cells.append(Cell(facts, text, _strip(clip, width, _FRAMES_IN_COLUMN[num_columns])))
+    return cells
+
+
+def _columns(cells: Sequence[Cell], num_columns: int) -> list[list[Cell]]:
+    """Distribute cells over columns, in order: the same number to each, or one fewer to the
+    last ones."""
+    bounds = -(-np.arange(num_columns + 1) * len(cells) // num_columns)
+    columns = []
+    for begin, end in pairwise(bounds.tolist()):
+        columns.append(list(cells[begin:end]))
+    return columns
+
+
+def _render(canvas: "FigureCanvasAgg") -> tuple[bytes, Missing]:
     """Return (PNG of the figure, whether the fonts lack a character)."""
-    # matplotlib warns about characters that no font has. Catch all warnings, also repeated
-    # ones, which Python hides by default.
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with missing_characters() as missing:
         canvas.draw()
-    lacks = any("missing from" in str(warning.message) for warning in caught)
     rgb = np.asarray(canvas.buffer_rgba())[..., :3]
     # OpenCV expects BGR.
     encoded, png = cv2.imencode(".png", np.ascontiguousarray(rgb[..., ::-1]))
     assert encoded
-    return png.tobytes(), lacks
+    return png.tobytes(), missing
 
 
-def _strip(clip: Clip) -> np.ndarray:
+def _strip(clip: Clip, width: int, num: int) -> np.ndarray:
     """Draw evenly spaced frames next to each other, with the first and the last.
 
-    Returns (height, width, 3) uint8. The strip of a broken clip is a light red bar.
+    width: of the strip, at most. num: number of frames. Returns (height, width, 3) uint8.
+    The strip of a broken clip is a light red bar.
     """
     if clip.frames_THWC is None:
-        return np.full((_FRAME_PX // 4, _MIN_WIDTH_PX, 3), (255, 200, 200), np.uint8)
-    num_frames, height, width = clip.frames_THWC.shape[:3]
-    size = (max(1, round(_FRAME_PX * width / height)), _FRAME_PX)
-    picks = np.linspace(0, num_frames - 1, min(_FRAMES, num_frames)).round().astype(int)
+        return np.full((_FRAME_PX // 4, width, 3), (255, 200, 200), np.uint8)
+    num_frames, height_px, width_px = clip.frames_THWC.shape[:3]
+    scale = min(_FRAME_PX / height_px, (width // num - _GAP_PX) / width_px)
+    size = (max(1, int(width_px * scale)), max(1, int(height_px * scale)))
+    picks = np.linspace(0, num_frames - 1, min(num, num_frames)).round().astype(int)
     framed = []
     for pick in picks:
         shrunk = cv2.resize(clip.frames_THWC[pick], size, interpolation=cv2.INTER_AREA)
-        # Two white columns between frames.
-        framed.append(np.pad(shrunk, ((0, 0), (0, 2), (0, 0)), constant_values=255))
+        # White columns between frames.
+        right = (0, _GAP_PX)
+        framed.append(np.pad(shrunk, ((0, 0), right, (0, 0)), constant_values=255))
     return np.hstack(framed)
 
 
@@ -314,11 +326,6 @@ def wrap(text: str, num_columns: int) -> list[str]:
     narrowed = num_columns * len(text) // max(1, len(text) + wide)
     lines = textwrap.wrap(text, max(8, narrowed), max_lines=_MAX_LINES, placeholder=" …")
     return lines or [""]
-
-
-def shorten(text: str, num_columns: int) -> str:
-    """Cut a text that is longer than `num_columns`."""
-    return text if len(text) <= num_columns else f"{text[: num_columns - 1]}…"
 
 
 def page(title: str, about: str, clips: Sequence[Clip]) -> str:

@@ -15,7 +15,7 @@ import pytest
 from flallm_ds.data.index import load_index
 from flallm_ds.errors import UserError
 from flallm_ds.sharding.build import Options, build
-from flallm_ds.sharding.preview import draw, preview, wrap
+from flallm_ds.sharding.preview import Clip, contact_sheet, draw, preview, wrap
 from tests.helpers.paths import ROOT
 from tests.helpers.trees import write_frames, write_video
 
@@ -71,10 +71,10 @@ class Page(html.parser.HTMLParser):
         self.shown += data
 
 
-def test_the_sheet_has_a_row_for_each_clip_and_the_page_plays_them(built, tmp_path, capsys):
+def test_the_sheet_fits_a_page_and_the_page_plays_each_clip(built, tmp_path, capsys):
     preview(built, out=tmp_path / "look")
     sheet = cv2.imread(str(tmp_path / "look.png"))
-    assert sheet.shape[0] > 8 * 112 and sheet.shape[1] >= 800
+    assert sheet.shape[0] <= 1.414 * sheet.shape[1] and sheet.std() > 10
     assert sorted(path.name for path in tmp_path.iterdir()) == ["look.html", "look.png"]
     page = Page(tmp_path / "look.html")
     assert page.tags.count("video") == len(page.sources) == 8
@@ -113,10 +113,30 @@ def test_the_sheet_shows_frames_from_the_first_to_the_last(tmp_path):
     )
     preview(tmp_path / "shards", out=tmp_path / "look")
     sheet = cv2.imread(str(tmp_path / "look.png"))
-    line = sheet[-60, 10 : 10 + 8 * 151 - 2, 0].astype(int)
-    shades = [int(np.median(line[151 * n + 20 : 151 * n + 120])) for n in range(8)]
+    # Eight frames and white gaps of two pixels begin at the left margin.
+    line = sheet[-60, 10:, 0].astype(int)
+    gaps = np.flatnonzero((line[:-1] == 255) & (line[1:] == 255))
+    side = int(gaps[gaps > 20][0]) + 2
+    shades = [int(np.median(line[side * n + 20 : side * (n + 1) - 20])) for n in range(8)]
     assert shades == sorted(shades) and len(set(shades)) == 8
     assert shades[0] < 20 and shades[-1] > 220
+
+
+def test_more_clips_take_more_columns_in_order() -> None:
+    frames = np.full((9, 60, 60, 3), 90, np.uint8)
+    row = {"id": "a", "num_frames": 9, "fps": 25.0, "width": 60, "height": 60}
+    row |= {"signer": "", "key": "0", "text": "a sentence", "language": "en"}
+    for num_clips, in_columns in [(2, (2,)), (14, (7, 7)), (26, (9, 9, 8))]:
+        png, missing = contact_sheet(
+            "title", [Clip("dev", row, frames_THWC=frames)] * num_clips
+        )
+        sheet = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_GRAYSCALE)
+        assert not missing.any and sheet.shape[0] <= 1.414 * sheet.shape[1]
+        for number, expected in enumerate(in_columns):
+            left = 10 + number * ((sheet.shape[1] - 10) // len(in_columns))
+            # The left edge of the frames of a column, from top to bottom.
+            inside = sheet[:, left + 5] == 90
+            assert np.count_nonzero(np.diff(inside.astype(int)) == 1) == expected
 
 
 def test_a_broken_clip_is_shown_as_broken(built, tmp_path, capsys):
