@@ -1,8 +1,10 @@
 """Draw pictures of runs: frames with sentences, training curves, gradient norms."""
 
-from collections.abc import Sequence
+import io
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,11 +17,20 @@ from flallm_ds.data.readers import VideoReader
 from flallm_ds.data.sampling import FrameSampling
 from flallm_ds.data.storage.store import CacheOptions
 from flallm_ds.errors import UserError
+from flallm_ds.files import write_file
+from flallm_ds.fonts import missing_characters
 from flallm_ds.inference.report import read_hypotheses
+from flallm_ds.inference.strips import strip_figure
 from flallm_ds.training.records import read_records
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FORMATS = ("png", "pdf", "svg")
 # Maps the key of a gradient norm in metrics.jsonl to its label.
-PROBED = {"language": "last language layer", "visual": "last visual layer"}
+PROBED = {"language": "language model, last layer", "visual": "visual encoder, last layer"}
+_PROBE_COLORS = {"language": "C0", "visual": "C1"}
+_PROBE_COLUMNS = 3
 # Window of the running median, in measurements.
 SMOOTHED_OVER = 15
 
@@ -86,28 +97,15 @@ def draw_strip(
     clips: Sequence[tuple[Sequence[np.ndarray], Hypothesis]],
     frames_a_clip: int = 10,
 ) -> None:
-    """Draw a PNG with a row of evenly spaced frames for each clip, and its sentences below.
+    """Draw a row of evenly spaced frames for each clip, and its sentences below.
 
     clips: pairs of frames, each uint8 (H, W, 3), and a hypothesis.
     """
-    pyplot = _pyplot()
-    figure, axes = pyplot.subplots(
-        len(clips), 1, figsize=(11, 2.35 * len(clips)), squeeze=False
-    )
-    for axis, (frames, clip) in zip(axes[:, 0], clips, strict=True):
-        picked = [frames[i] for i in _evenly_spaced(frames_a_clip, len(frames))]
-        axis.imshow(np.concatenate(picked, axis=1))
-        axis.set_axis_off()
-        axis.set_title(
-            f"hypothesis   {clip.hypothesis}\nreference    {clip.reference}",
-            y=-0.05,
-            pad=0,
-            va="top",
-            loc="left",
-            fontsize=11,
-            parse_math=False,  # a dollar sign in a sentence does not start a formula
-        )
-    _save(figure, path)
+    picked = []
+    for frames, clip in clips:
+        places = _evenly_spaced(frames_a_clip, len(frames))
+        picked.append(([frames[place] for place in places], clip))
+    _save(strip_figure(picked, frames_a_clip), path)
 
 
 def _evenly_spaced(count: int, length: int) -> list[int]:
@@ -120,22 +118,58 @@ def _evenly_spaced(count: int, length: int) -> list[int]:
 
 
 def draw_curves(path: Path, runs: Sequence[Path]) -> None:
-    """Draw a PNG with the mean training loss and BLEU-4 of runs over epochs.
+    """Draw the mean training loss and BLEU-4 of runs over epochs.
 
     Raises UserError if a run has not finished a step.
     """
-    pyplot = _pyplot()
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 3.6))
-    for run in runs:
+    _save(curves_figure(runs), path)
+
+
+def curves_figure(runs: Sequence[Path]) -> "Figure":
+    """Return the figure of `draw_curves`: the axes of the loss and of BLEU-4."""
+    figure = _new_figure(width=11, height=4.2)
+    left, right = figure.subplots(1, 2)
+    num_scores = 0
+    for number, run in enumerate(runs):
         losses, bleus = by_epoch(run)
-        left.plot(list(losses), list(losses.values()), label=run.name.replace("$", r"\$"))
-        right.plot(list(bleus), list(bleus.values()), marker="o")
-    left.set(xlabel="epoch", ylabel="training loss")
-    right.set(xlabel="epoch", ylabel="BLEU-4", ylim=(0, 100))
+        color = f"C{number % 10}"
+        name = run.name.replace("$", r"\$")
+        # One epoch is a point, not a line.
+        left.plot(list(losses), list(losses.values()), color, marker=".", label=name)
+        right.plot(list(bleus), list(bleus.values()), color, marker="o", markersize=4)
+        if bleus:
+            # Above and below in turn: the best scores of two runs may be close.
+            _mark_best(right, bleus, color, offset_px=9 if number % 2 == 0 else -18)
+        num_scores += len(bleus)
+    left.set(
+        title="Training loss, mean of an epoch", ylabel="cross entropy per token (nats)"
+    )
+    right.set(title="BLEU-4 during training (star: best)", ylabel="BLEU-4 (percent)")
     for axis in (left, right):
+        axis.set_xlabel("finished epochs")
+        axis.xaxis.set_major_locator(_whole_numbers())
         axis.grid(alpha=0.3)
-    left.legend()
-    _save(figure, path)
+        axis.margins(x=0.07, y=0.15)  # room for the value of the best point
+    lowest, highest = right.get_ylim()
+    right.set_ylim(max(0.0, lowest), highest)
+    if not num_scores:
+        right.text(0.5, 0.5, "no scores yet", transform=right.transAxes, ha="center")
+    figure.legend(loc="outside lower center", ncols=min(4, len(runs)))
+    return figure
+
+
+def _mark_best(axis: Any, values: Mapping[int, float], color: str, offset_px: int) -> None:
+    """Mark the first of the highest values with a star and with its number."""
+    best = max(values, key=values.__getitem__)
+    axis.plot([best], [values[best]], "*", color=color, markersize=13)
+    axis.annotate(
+        f"{values[best]:.2f}",
+        (best, values[best]),
+        xytext=(0, offset_px),
+        textcoords="offset points",
+        ha="center",
+        color=color,
+    )
 
 
 def by_epoch(run: Path) -> tuple[dict[int, float], dict[int, float]]:
@@ -161,24 +195,41 @@ def by_epoch(run: Path) -> tuple[dict[int, float], dict[int, float]]:
 
 
 def draw_probe(path: Path, runs: Sequence[Path]) -> None:
-    """Draw a PNG with smoothed gradient norms of the last layers, one axis for each run.
+    """Draw the gradient norms of the last layers, one axis for each run.
 
     It shows whether the gradient of the visual encoder or of the language model is larger.
     Raises UserError if a run did not log gradient norms.
     """
+    _save(probe_figure(runs), path)
+
+
+def probe_figure(runs: Sequence[Path]) -> "Figure":
+    """Return the figure of `draw_probe`. Thin lines are the values, thick ones medians."""
     norms_of_runs = list(map(read_probe, runs))
-    pyplot = _pyplot()
-    size = (4.6 * len(runs), 3.4)
-    figure, axes = pyplot.subplots(1, len(runs), figsize=size, sharey=True, squeeze=False)
-    for axis, run, norms_of_layers in zip(axes[0], runs, norms_of_runs, strict=True):
+    num_columns = min(_PROBE_COLUMNS, len(runs))
+    num_rows = math.ceil(len(runs) / num_columns)
+    # Wide enough for the title of the whole figure.
+    figure = _new_figure(width=max(7.5, 4.6 * num_columns), height=0.9 + 3.4 * num_rows)
+    axes = figure.subplots(num_rows, num_columns, sharey=True, squeeze=False).ravel()
+    for axis, run, norms_of_layers in zip(axes, runs, norms_of_runs, strict=False):
         for name, (steps, norms) in norms_of_layers.items():
-            axis.plot(steps, _smoothed(norms), label=PROBED[name])
-        axis.set_title(run.name, parse_math=False)
-        axis.set(xlabel="step", yscale="log")
+            color = _PROBE_COLORS[name]
+            axis.plot(steps, norms, color=color, alpha=0.25, lw=0.8)
+            axis.plot(steps, _smoothed(norms), color=color, label=PROBED[name])
+        axis.set_title(f"run {run.name}", parse_math=False)
+        axis.set(xlabel="training step", yscale="log")
         axis.grid(alpha=0.3)
         axis.legend()
-    axes[0][0].set_ylabel("gradient norm")
-    _save(figure, path)
+    for axis in axes[::num_columns]:
+        axis.set_ylabel("L2 norm of the gradient\n(log scale)")
+    for axis in axes[len(runs) :]:
+        axis.set_axis_off()
+    figure.suptitle(
+        "Gradient of the training loss in the last layer of each part\n"
+        f"thin: each measurement; thick: running median of {SMOOTHED_OVER}",
+        fontsize="medium",
+    )
+    return figure
 
 
 def read_probe(run: Path) -> dict[str, tuple[list[int], list[float]]]:
@@ -217,23 +268,36 @@ def _smoothed(values: Sequence[float]) -> list[float]:
 # --- shared helpers
 
 
-def _pyplot() -> Any:
-    """Import matplotlib, which takes a second, and set it up to draw without a display."""
-    import matplotlib
+def _new_figure(width: float, height: float) -> "Figure":
+    """Return an empty figure of this size in inches, whose parts do not overlap."""
+    # matplotlib takes a second to import. A Figure without pyplot needs no display.
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
+    return Figure(figsize=(width, height), dpi=110, layout="constrained")
 
 
-def _save(figure: Any, path: Path) -> None:
-    """Write a figure to a file and close it. Raises UserError if this fails."""
+def _whole_numbers() -> Any:
+    """Return the locator of an axis that counts epochs."""
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(integer=True, min_n_ticks=1)
+
+
+def _save(figure: "Figure", path: Path) -> None:
+    """Write a figure to a file, completely or not at all.
+
+    Raises UserError if this fails, or if the file has another suffix than those of `FORMATS`.
+    """
+    kind = path.suffix.removeprefix(".").lower()
+    if kind not in FORMATS:
+        raise UserError(f"--out must end with {', '.join(FORMATS)}, got {path}.")
+    content = io.BytesIO()
+    with missing_characters() as missing:
+        figure.savefig(content, format=kind)
+    missing.note(path.name)
     try:
-        figure.savefig(path, dpi=110, bbox_inches="tight")
+        write_file(path, content.getvalue())
     except OSError as error:
         raise UserError(
             f"Cannot write {path}: {error.strerror}. Give another --out."
         ) from error
-    finally:
-        _pyplot().close(figure)

@@ -1,6 +1,8 @@
 """Tests of pictures of runs: frames with sentences, curves, gradient norms."""
 
 import json
+from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 
 import cv2
@@ -11,9 +13,11 @@ from flallm_ds.batch import Hypothesis
 from flallm_ds.errors import UserError
 from flallm_ds.inference.pictures import (
     by_epoch,
+    curves_figure,
     draw_curves,
     draw_probe,
     draw_strip,
+    probe_figure,
     read_probe,
 )
 
@@ -45,6 +49,75 @@ def test_curves_contain_the_mean_loss_and_the_score_of_each_epoch(tmp_path: Path
     draw_curves(tmp_path / "curves.png", [tmp_path])
     picture = cv2.imread(str(tmp_path / "curves.png"))
     assert picture is not None and picture.shape[1] > 500 and picture.std() > 5
+
+
+def write_run(
+    folder: Path, bleus: Sequence[float] = (), probe: Mapping[str, float] | None = None
+) -> Path:
+    """Write the metrics of a run with an evaluation of each epoch."""
+    folder.mkdir()
+    records: list[dict[str, object]] = [{"kind": "train", "epoch": 0, "loss": 3.0}]
+    for epoch, bleu in enumerate(bleus, start=1):
+        records.append({"kind": "dev", "epoch": epoch, "bleu4": bleu})
+    if probe is not None:
+        records.append({"kind": "probe", "global_step": 1, **probe})
+    lines = [json.dumps(record) + "\n" for record in records]
+    (folder / "metrics.jsonl").write_text("".join(lines))
+    return folder
+
+
+def test_the_axis_of_bleu_fits_the_scores_and_the_best_has_its_value(
+    tmp_path: Path,
+) -> None:
+    runs = [write_run(tmp_path / "low", [3.0, 7.254, 6.0]), write_run(tmp_path / "none")]
+    figure = curves_figure(runs)
+    left, right = figure.axes
+    bottom, top = right.get_ylim()
+    assert 0 <= bottom < 3.0 and 7.254 < top < 10
+    (value,) = right.texts
+    assert value.get_text() == "7.25" and value.xy == (2, 7.254)
+    figure.draw_without_rendering()
+    inside, outside = value.get_window_extent(), right.get_window_extent()
+    assert outside.y0 < inside.y0 and inside.y1 < outside.y1
+    assert outside.x0 < inside.x0 and inside.x1 < outside.x1
+    assert "loss" in left.get_title() and "BLEU-4" in right.get_title()
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == ["low", "none"]
+
+
+def test_curves_without_scores_say_so(tmp_path: Path) -> None:
+    _, right = curves_figure([write_run(tmp_path / "run")]).axes
+    assert [text.get_text() for text in right.texts] == ["no scores yet"]
+
+
+def test_the_probe_names_runs_units_and_parts_in_rows_of_three(tmp_path: Path) -> None:
+    runs = []
+    for number in range(4):
+        norms = {"visual": 0.1, "language": 1.0} if number else {"language": 1.0}
+        runs.append(write_run(tmp_path / f"run{number}", probe=norms))
+    figure = probe_figure(runs)
+    drawn = [axis for axis in figure.axes if axis.axison]
+    assert [axis.get_title() for axis in drawn] == [f"run run{n}" for n in range(4)]
+    assert len({axis.get_subplotspec().rowspan.start for axis in drawn}) == 2
+    assert "L2 norm" in drawn[0].get_ylabel() and drawn[0].get_xlabel() == "training step"
+    assert "Gradient" in figure.get_suptitle()
+    figure.draw_without_rendering()
+    boxes = [axis.get_tightbbox() for axis in drawn]
+    for first, second in combinations(boxes, 2):
+        assert not first.overlaps(second)
+    # A part has the same colour in each run, whether or not the other part was trained.
+    colors = {axis.get_legend_handles_labels()[0][0].get_color() for axis in drawn}
+    assert colors == {"C0"}
+
+
+def test_other_formats_are_written_by_suffix_and_unknown_ones_refused(
+    tmp_path: Path,
+) -> None:
+    run = write_run(tmp_path / "run", [1.0])
+    draw_curves(tmp_path / "curves.pdf", [run])
+    assert (tmp_path / "curves.pdf").read_bytes().startswith(b"%PDF")
+    with pytest.raises(UserError, match=r"--out must end with png, pdf, svg, got .*x\.gif"):
+        draw_curves(tmp_path / "x.gif", [run])
 
 
 def test_a_picture_in_a_missing_folder_is_refused(tmp_path: Path) -> None:

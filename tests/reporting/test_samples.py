@@ -1,4 +1,4 @@
-"""Test the samples of a report: differences, sentence scores, the choice of clips."""
+"""Test the samples of a report: sentence scores, the choice of clips."""
 
 from pathlib import Path
 
@@ -10,7 +10,6 @@ from flallm_ds.config import RunConfig
 from flallm_ds.reporting.runs import Evaluation, Run
 from flallm_ds.reporting.samples import (
     by_epoch,
-    differences,
     evenly_chosen,
     samples_of,
     sentence_scores,
@@ -20,33 +19,6 @@ from flallm_ds.reporting.samples import (
 def run_of(*clips: Hypothesis, name: str = "run") -> Run:
     config = RunConfig(stage="visual", run=name)
     return Run(Path(name), name, config, [], [], [], {"test": Evaluation({}, clips)})
-
-
-@pytest.mark.parametrize(
-    ("hypothesis", "reference", "characters", "expected"),
-    [
-        (
-            "im süden regen",
-            "im norden viel regen",
-            False,
-            (["im ", "süden", " regen"], ["im ", "norden viel", " regen"]),
-        ),
-        ("regen", "sonne", False, (["", "regen"], ["", "sonne"])),
-        ("wind und  regen", "wind", False, (["wind ", "und regen"], ["wind"])),
-        ("", "sonne", False, ([""], ["", "sonne"])),
-        ("明天下雨", "明天 有雨", True, (["明天", "下", "雨"], ["明天", "有", "雨"])),
-    ],
-)
-def test_differences_are_marked_by_words_or_characters(
-    hypothesis: str, reference: str, characters: bool, expected: tuple[list[str], list[str]]
-) -> None:
-    found = differences(hypothesis, reference, characters)
-    assert found == expected
-    # Nothing of a sentence is lost, and no mark begins or ends with a space.
-    separator = "" if characters else " "
-    for parts, text in zip(found, (hypothesis, reference), strict=True):
-        assert "".join(parts) == separator.join(text.split())
-        assert all(part == part.strip() for part in parts[1::2])
 
 
 def test_sentence_scores_are_those_of_sacrebleu() -> None:
