@@ -78,7 +78,8 @@ def check(line: str) -> None:
             assert re.search(rf"^{re.escape(target)}:", makefile, re.MULTILINE), line
     elif program in ("python", "deepspeed"):
         if rest[:2] != ["-m", "pytest"]:
-            (module,) = [word for word in rest if word.startswith("benchmarks")]
+            scripts = ("benchmarks", "docs/")
+            (module,) = [word for word in rest if word.startswith(scripts)]
             script = module.removesuffix(".py").replace(".", "/") + ".py"
             assert (ROOT / script).is_file(), line
     else:

@@ -82,11 +82,14 @@ def _broken(text: str, width: float, measure: Callable[[str], float]) -> Iterato
 
 
 def strip_figure(
-    clips: Sequence[tuple[Sequence[np.ndarray], Hypothesis]], frames_a_clip: int
+    clips: Sequence[tuple[Sequence[np.ndarray], Hypothesis]],
+    frames_a_clip: int,
+    notes: Sequence[str] = (),
 ) -> "Figure":
     """Return a figure with a row of frames and two sentences for each clip.
 
-    clips: pairs of frames, each uint8 (H, W, 3), evenly spaced, and a hypothesis.
+    clips: pairs of frames, each uint8 (H, W, 3), evenly spaced, and a hypothesis. notes:
+    lines below all clips.
     """
     # matplotlib takes a second to import.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -109,14 +112,16 @@ def strip_figure(
             row = _Row(height, _image(frames, frames_a_clip), _sentences(clip, measure))
             rows.append(row)
             height = row.bottom + _BETWEEN_CLIPS
-    differs = any(row.differs for row in rows)
-    height += _LINE if differs else 0
+    if any(row.differs for row in rows):
+        notes = (_LEGEND, *notes)
+    first_note = height - _MARGIN // 2
+    height += len(notes) * _LINE
     figure.set_size_inches(_WIDTH / DPI, height / DPI)
     pen = _Pen(figure, height, font)
     for row in rows:
         row.draw(pen)
-    if differs:
-        pen.write(_MARGIN, height - _LINE - _MARGIN // 2, _LEGEND, _QUIET)
+    for number, note in enumerate(notes):
+        pen.write(_MARGIN, first_note + number * _LINE, note, _QUIET)
     return figure
 
 
