@@ -43,7 +43,7 @@ from flallm_ds.reporting.attention import words_of
 CLIPS = 3  # in the batch: the clip and two others, for padding
 CHANNELS = 64  # of a heat map
 NAME = "one_clip_{}.png"
-LARGE = 150_000  # bytes; the documentation has no picture above 200 kB
+LARGE = 200_000  # bytes
 
 
 @dataclass(frozen=True)
