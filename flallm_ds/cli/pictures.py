@@ -4,13 +4,13 @@ from pathlib import Path
 
 
 def strip(*, run: Path, out: Path, split: str = "test", clips: int = 2) -> None:
-    """Draw frames of clips with their hypotheses and references.
+    """Draw frames of clips with their hypotheses and references, and mark differing words.
 
     Example: flallm strip --run=runs/mine_llm --out=strip.png
 
     Options:
         run: a run folder whose split `flallm evaluate` has scored
-        out: the PNG file to write
+        out: the picture to write: .png, .pdf or .svg
         split: the split that the clips are from
         clips: number of clips
     """
@@ -21,13 +21,13 @@ def strip(*, run: Path, out: Path, split: str = "test", clips: int = 2) -> None:
 
 
 def curves(*, runs: tuple[Path, ...], out: Path) -> None:
-    """Plot loss and BLEU-4 of runs over their epochs.
+    """Plot loss and BLEU-4 of runs over their epochs, and mark the best score.
 
     Example: flallm curves --runs=runs/mine_visual,runs/mine_llm --out=curves.png
 
     Options:
         runs: run folders, separated by commas
-        out: the PNG file to write
+        out: the picture to write: .png, .pdf or .svg
     """
     from flallm_ds.inference.pictures import draw_curves
 
@@ -41,7 +41,7 @@ def probe(*, runs: tuple[Path, ...], out: Path) -> None:
 
     Options:
         runs: folders of runs that were trained with --train.probe_every
-        out: the PNG file to write
+        out: the picture to write: .png, .pdf or .svg
     """
     from flallm_ds.inference.pictures import draw_probe
 
