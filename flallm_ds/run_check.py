@@ -63,13 +63,19 @@ def check_free(folder: Path) -> None:
 
 
 def is_finished(config: RunConfig, state: Mapping[str, Any] | None) -> bool:
-    """Return whether the run has an export and a checkpoint after its last epoch.
+    """Return whether the run has an export and a checkpoint after its last step.
 
     state: that of the newest checkpoint, None if there is none.
     """
     has_export = (Path(config.run) / "best" / SETTINGS_FILE).is_file()
-    return (
-        has_export
-        and state is not None
-        and bool(state["position"]["epoch"] >= config.train.epochs)
-    )
+    return has_export and state is not None and is_over(config, state["position"])
+
+
+def is_over(config: RunConfig, position: Mapping[str, Any]) -> bool:
+    """Return whether no step is left: after the last epoch, or ended by train.patience.
+
+    position: as a checkpoint stores it; older checkpoints do not count scorings.
+    """
+    patience = config.train.patience
+    is_early = 0 < patience <= position.get("scorings_since_best", 0)
+    return is_early or bool(position["epoch"] >= config.train.epochs)

@@ -64,8 +64,8 @@ def nearest_recipe(config: RunConfig) -> tuple[str, dict[str, Any]]:
 def _differences(config: RunConfig, recipe: RunConfig) -> dict[str, Any]:
     """Return the options that change results and differ from those of a recipe."""
     # A resumed run may set another path for visual_run and data.shards, because their
-    # content is compared. In a new run they change all results.
-    free = set(FREE_TO_CHANGE) - {"visual_run", "data.shards"}
+    # content is compared, and another train.patience. In a new run they change the results.
+    free = set(FREE_TO_CHANGE) - {"visual_run", "data.shards", "train.patience"}
     base = recipe.options()
     differences = {}
     for option, value in config.options().items():

@@ -97,6 +97,13 @@ def test_a_section_is_not_an_option(config):
         ("optim.warmup", "1", "optim.warmup must be in [0, 1)"),
         ("optim.lr", "-1", "optim.lr must be at least 0, got -1"),
         ("train.label_smoothing", "1.5", "train.label_smoothing must be in [0, 1)"),
+        ("train.patience", "-1", "train.patience must be at least 0, got -1"),
+        (
+            "train.patience",
+            "74",
+            "train.patience must be at most 73 if the dev split is scored 75 times "
+            "(train.epochs=75, eval.every_epochs=1), got 74. A higher value could",
+        ),
         ("eval.num_beams", "0", "eval.num_beams must be at least 1"),
         ("eval.every_epochs", "0", "eval.every_epochs must be at least 1"),
         ("train.seed", "-1", "train.seed must be at least 0, got -1"),

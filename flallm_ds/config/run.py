@@ -63,6 +63,21 @@ class RunConfig:
             "llm.input must be signs or frames if no stage 1 provides a Light-T, got "
             "light_t.",
         )
+        self._check_patience()
+
+    def _check_patience(self) -> None:
+        """Raise UserError for a train.patience that no run of these epochs can exceed."""
+        train, every = self.train, self.eval.every_epochs
+        num_scorings = -(-train.epochs // every)
+        # The first scoring is the best so far; to end at the last one saves nothing.
+        most = max(0, num_scorings - 2)
+        require(
+            train.patience <= most,
+            f"train.patience must be at most {most} if the dev split is scored "
+            f"{num_scorings} times (train.epochs={train.epochs}, eval.every_epochs={every}),"
+            f" got {train.patience}. A higher value could not end the run earlier; it "
+            "counts scorings, not epochs.",
+        )
 
     @property
     def trains_visual(self) -> bool:
@@ -154,6 +169,8 @@ FREE_TO_CHANGE = (
     "data.cache_dir",
     "data.cache_gb",
     "train.deepspeed",
+    # When the run ends, as train.max_steps: the steps until then are the same.
+    "train.patience",
     "train.save_every_steps",
     "train.save_every_minutes",
     "train.stall_warn_s",

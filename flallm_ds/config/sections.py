@@ -315,6 +315,9 @@ class TrainConfig:
 
     # Number of passes over the training clips.
     epochs: int = 75
+    # End after this many scorings of the dev split in a row without a better score (BLEU-4,
+    # then chrF). 0: train all epochs.
+    patience: int = 0
     # Save and stop after this many steps. The same command without it resumes the run.
     max_steps: int | None = None
     # Seed of initial weights, order of clips, frame picks and augmentations.
@@ -351,7 +354,7 @@ class TrainConfig:
             f"{self.save_every_steps}.",
         )
         _require_at_least(0, "train", self, "probe_every", "seed", "save_every_minutes")
-        _require_at_least(0, "train", self, "stall_limit_s")
+        _require_at_least(0, "train", self, "stall_limit_s", "patience")
         _require_above_zero("train", self, "stall_warn_s")
         known = ("wandb", "mlflow")
         require(

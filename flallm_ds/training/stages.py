@@ -3,8 +3,10 @@
 import gc
 import shlex
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -42,8 +44,8 @@ def run_stage(config: RunConfig, world: World, stop: StopRequest, recipe: str = 
     saved = begun(config, world)
     state = None if saved is None else saved.state
     if main_first(lambda: is_finished(config, state), world):
-        if world.is_main:
-            print(summary(config), flush=True)
+        if world.is_main and state is not None:
+            print(summary(config, state["position"]), flush=True)
         return True
     with run_log(Path(config.run), world) as log:
         with run_folder(config, world) as folder:
@@ -52,13 +54,14 @@ def run_stage(config: RunConfig, world: World, stop: StopRequest, recipe: str = 
             print(opening(task, folder, recipe), flush=True)
         trainer = Trainer(task, folder, stop, log)
         trainer.run(saved)
-        finished = trainer.at.epoch >= config.train.epochs
+        finished = trainer.is_over
         if world.is_main:
             limit = (
                 f"stopped after step {trainer.at.global_step}, at train.max_steps; without "
                 "it the run resumes."
             )
-            print(summary(config) if finished else limit, flush=True)
+            ended = summary(config, asdict(trainer.at)) if finished else limit
+            print(ended, flush=True)
     task.engine.close()
     del trainer, task
     gc.collect()  # its parts refer to one another; the next stage needs their memory
@@ -87,15 +90,25 @@ def _is_open(config: RunConfig) -> bool:
     return True
 
 
-def summary(config: RunConfig) -> str:
-    """Return where a finished stage is stored, and the dev BLEU-4 of its best model."""
+def summary(config: RunConfig, position: Mapping[str, Any]) -> str:
+    """Return where a finished stage is stored, and the dev BLEU-4 of its best model.
+
+    position: of the run, as a checkpoint stores it.
+    """
     best = Path(config.run) / "best"
     scores = export.read_settings(best)["scores"]
     bleu4 = scores[config.eval.split]["bleu4"]
-    return (
+    text = (
         f"stage {config.stage} is finished: {config.run}\nbest {config.eval.split} BLEU-4 "
         f"{bleu4:.2f}, after epoch {scores['epoch']}: {best}"
     )
+    if position["epoch"] < config.train.epochs:
+        text += (
+            f"\nended early, after epoch {position['epoch']} of {config.train.epochs}; "
+            f"scorings without a better score: {position['scorings_since_best']} "
+            "(train.patience)"
+        )
+    return text
 
 
 def is_evaluated(config: RunConfig, split: str) -> bool:

@@ -25,6 +25,7 @@ from flallm_ds.errors import Preempted, UserError
 from flallm_ds.metrics.columns import CEILING
 from flallm_ds.metrics.scoring import ceiling_of, perfect, scores_of
 from flallm_ds.models.llm.tuning import merged
+from flallm_ds.run_check import is_over
 from flallm_ds.terminal import one_line
 from flallm_ds.training import checkpoint
 from flallm_ds.training.exporting import Exportable
@@ -52,6 +53,7 @@ class Position:
     global_step: int = 0
     best_bleu4: float = -1.0
     best_chrf: float = -1.0  # decides between equal BLEU-4, as of very short texts
+    scorings_since_best: int = 0  # of the dev split, in a row without a better score
 
 
 class Trainer:
@@ -111,15 +113,19 @@ class Trainer:
         main_first(self._check_records, self.world)
 
     def _train(self) -> None:
-        epochs = self.config.train.epochs
-        self.progress.start(epochs)
+        self.progress.start(self.config.train.epochs)
         self.stop.begin()
-        while self.at.epoch < epochs:
+        while not self.is_over:
             loader = self.task.train_loader(self.at.epoch)
             self._epoch(loader)
             if self.at.step < len(loader):
                 break  # at train.max_steps
             self._end_of_epoch()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no step is left. Every rank has the same scores, and so the same answer."""
+        return is_over(self.config, asdict(self.at))
 
     def _open_metrics(self) -> None:
         names, folder, trackers = self.config.train.trackers, self.folder, None
@@ -282,7 +288,7 @@ class Trainer:
             )
         else:
             self._save()
-            if done == epochs:
+            if self.is_over:
                 self._finish_save()
 
     def _evaluate(self, epoch: int) -> None:
@@ -315,9 +321,11 @@ class Trainer:
         self._show(epoch, shown(hypotheses))
         at, chrf = self.at, scores.values["chrf"]
         if (scores.bleu4, chrf) > (at.best_bleu4, at.best_chrf):
-            at.best_bleu4, at.best_chrf = scores.bleu4, chrf
+            at.best_bleu4, at.best_chrf, at.scorings_since_best = scores.bleu4, chrf, 0
             exported = scores.as_dict() | {CEILING.key: ceiling.bleu4}
             self._export({split: exported, "epoch": epoch})
+        else:
+            at.scorings_since_best += 1
 
     def _show(self, epoch: int, hypotheses: list[Hypothesis]) -> None:
         split = self.config.eval.split

@@ -11,6 +11,16 @@ from flallm_ds.dist import free_port
 from tests.helpers.paths import RANKS, ROOT
 
 BIN = Path(sys.executable).parent
+# Options of a run of stage llm in which nothing changes: no weight, and no BatchNorm
+# statistic, because the encoder is frozen.
+CONSTANT: dict[str, object] = {
+    "visual_run": "none",
+    "llm.input": "frames",
+    "optim.lr": 0,
+    "optim.llm_lr": 0,
+    "train.epochs": 4,
+    "eval.every_epochs": 1,
+}
 
 
 def command(script: str | Path, *arguments: str, ranks: int = 2) -> list[str]:

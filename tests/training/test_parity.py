@@ -15,7 +15,7 @@ from flallm_ds.dist import World
 from flallm_ds.errors import UserError
 from flallm_ds.export import read as read_export
 from flallm_ds.models.visual_encoder import VisualEncoder
-from tests.helpers.launching import losses, run_scenarios, tiny_options
+from tests.helpers.launching import CONSTANT, losses, run_scenarios, tiny_options
 
 STOPS = (1, 4, 5, 7)  # 5 is the end of an epoch
 # The parts of an elastic run: ranks, the step it stops after, and the ZeRO stage. Three
@@ -31,6 +31,7 @@ def runs(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     resumed ones.
 
     two/frozen and two/frozen_stopped_4 train a part of the backbone of backbone/.
+    two/constant changes nothing, and has a train.patience of 1.
     two/visual_elastic and two/llm_elastic are resumed by other numbers of ranks, under
     other ZeRO stages.
     """
@@ -76,6 +77,9 @@ def runs(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
                 options = tiny_options(tiny_corpus, "visual", folder / name / run, **part)
                 limit = {"train.max_steps": str(stop)} if stop else {}
                 scenarios.append({"stage": "visual", "options": options | limit})
+            more = {**CONSTANT, "train.patience": 1}
+            options = tiny_options(tiny_corpus, "llm", folder / name / "constant", **more)
+            scenarios.append({"stage": "llm", "options": options})
         scenarios += elastic_part(tiny_corpus, folder, ranks)
         run_scenarios(scenarios, folder / f"{name}.json", ranks)
     return folder
@@ -162,6 +166,10 @@ def test_a_resumed_run_ends_with_the_same_export(runs: Path, stage: str, stop: i
         resumed = load_file(runs / "two" / f"{stage}_stopped_{stop}" / "best" / file)
         assert whole.keys() == resumed.keys()
         assert all(torch.equal(whole[name], resumed[name]) for name in whole), file
+
+
+def test_both_ranks_end_a_run_whose_scores_are_no_better(runs: Path) -> None:
+    assert len(losses(runs / "two" / "constant")) == 10  # two of four epochs
 
 
 @pytest.mark.parametrize("run", ["visual", "llm", "frozen"])
