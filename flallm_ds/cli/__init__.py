@@ -46,6 +46,11 @@ FLALLM = VerbTable(
             "flallm_ds.cli.submit:submit",
             TRAIN,
         ),
+        "average": Verb(
+            "Average the weights of several checkpoints into one model.",
+            "flallm_ds.cli.average:average",
+            TRAIN,
+        ),
         "hosts": Verb(
             "Check that ssh reaches every host of a hostfile.",
             "flallm_ds.cli.hosts:hosts",

@@ -1,5 +1,6 @@
 """`flallm checkpoints`: list, verify, export and remove the checkpoints of a run."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from flallm_ds.cli.checks import check_new_folder
@@ -110,25 +111,36 @@ def export(run: Path, *, out: Path, step: int | None = None) -> None:
         step: of the checkpoint; the newest by default
     """
     check_new_folder("--out", out)
-    by_step = {int(path.name.removeprefix("step-")): path for path in _folders(run)}
+    by_step = folders_by_step(run)
     step = max(by_step) if step is None else step
     if step not in by_step:
         steps = ", ".join(map(str, by_step))
         raise UserError(
             f"--step must be that of a checkpoint of {run} ({steps}), got {step}."
         )
+    write_export(run, [by_step[step]], out)
+    print(f"{out} is ready.")
+
+
+def write_export(run: Path, checkpoints: Sequence[Path], out: Path) -> None:
+    """Write an export of a checkpoint, or of the mean of several, the newest last. Raises
+    UserError."""
     # Imports torch, which takes seconds.
     from safetensors import SafetensorError
 
-    from flallm_ds.training.exporting import export_checkpoint
+    from flallm_ds.training.exporting import export_checkpoints
 
     try:
-        export_checkpoint(run, by_step[step], out)
+        export_checkpoints(run, checkpoints, out)
     except SafetensorError as error:
         raise UserError(
             f"Cannot write {out}: {error}. Free some space and run the same command again."
         ) from error
-    print(f"{out} is ready.")
+
+
+def folders_by_step(run: Path) -> dict[int, Path]:
+    """Return {step: checkpoint} of a run, oldest first. Raises UserError if it has none."""
+    return {int(path.name.removeprefix("step-")): path for path in _folders(run)}
 
 
 def _folders(run: Path) -> list[Path]:

@@ -231,9 +231,13 @@ def _training(training: dict[str, Any]) -> str:
     for package, version in training["versions"].items():
         versions.append(f"{package} {version}")
     corpora = _listed(list(map(plain, training["corpora"])))
+    averaged = ""
+    if steps := training.get("averaged_steps"):
+        listed = _listed([f"{step:,}" for step in steps])
+        averaged = f" The weights are the mean of those after steps {listed}."
     return (
         f"## Training\n\n{training['num_clips']} clips of {corpora}, {training['epochs']} "
-        f"epochs.\n\n{_code_block(training['command'])}\n\n"
+        f"epochs.{averaged}\n\n{_code_block(training['command'])}\n\n"
         f"{', '.join(versions)}."
     )
 

@@ -1,11 +1,11 @@
-"""Write an export of a run: while it trains, or from one of its checkpoints.
+"""Write an export of a run: while it trains, or from its checkpoints.
 
-A checkpoint is exported by one process without DeepSpeed, from the fragments of any number
+Checkpoints are exported by one process without DeepSpeed, from the fragments of any number
 of ranks. The memory holds the weights once, and no optimizer state.
 """
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from flallm_ds.files import replace_folder
 from flallm_ds.models.feature_extractor import FeatureExtractor
 from flallm_ds.models.llm.tuning import merged
 from flallm_ds.models.weights import named_state
+from flallm_ds.training.averaging import MeanReader
 from flallm_ds.training.build.data import open_index
 from flallm_ds.training.build.language import llm_model, visual_model
 from flallm_ds.training.build.visual import feature_extractor
@@ -51,10 +52,12 @@ class Exportable:
         out: Path,
         scores: dict[str, Any],
         state: Iterable[tuple[str, torch.Tensor | None]],
+        averaged_steps: Sequence[int] = (),
     ) -> None:
         """Write an export. state: of the module, as `Engine.state` yields it on rank 0.
 
-        The folder appears complete or not at all. Raises OSError or SafetensorError.
+        averaged_steps: the steps whose weights were averaged, if they were. The folder
+        appears complete or not at all. Raises OSError or SafetensorError.
         """
         frozen = () if self.config.trains_visual else named_state(self.extractor)
         tensors = itertools.chain(
@@ -64,6 +67,8 @@ class Exportable:
         parts = self.extractor.settings(), self.extractor.encoder.settings()
         settings = export.settings_of(self.config, self.index, scores, *parts)
         settings["weights"] = read_weights(run)
+        if averaged_steps:
+            settings["training"]["averaged_steps"] = list(averaged_steps)
         base = settings["base"]
         if base and base.startswith(".") and out.resolve().parent != run.resolve():
             settings["base"] = str((run / "best" / base).resolve())
@@ -81,23 +86,18 @@ class _Host(World):
         return torch.device("cpu")
 
 
-def export_checkpoint(run: Path, checkpoint: Path, out: Path) -> None:
-    """Write an export of a checkpoint of a run.
+def export_checkpoints(run: Path, checkpoints: Sequence[Path], out: Path) -> None:
+    """Write an export of a checkpoint of a run, or of the mean of several.
 
-    The frozen weights are loaded from their source, and the shards of the run must exist.
-    Raises UserError if the checkpoint is damaged, or if a source has changed.
+    checkpoints: the newest last. The frozen weights are loaded from their source, and the
+    shards of the run must exist. Raises UserError if a checkpoint is damaged, or if a source
+    has changed.
     """
-    manifest = read_manifest(checkpoint)
-    saved = Saved(checkpoint, manifest.state, manifest.files, {})
-    for file in saved.files:
-        fault = saved.reader().verify(file)
-        if fault is not None:
-            raise UserError(
-                f"Cannot export {checkpoint}: {file.name} {fault}. Give another --step."
-            )
+    saved = list(map(_verified, checkpoints))
+    state_of_newest = saved[-1].state
     config = RunConfig.load(run / "config.json")
     # Before this key existed: fp32, the precision of the master weights.
-    precision = saved.state["engine"].get("precision", "fp32")
+    precision = state_of_newest["engine"].get("precision", "fp32")
     parts = _build(config, run, precision)
     _load(parts, saved)
     base = export.base_of(config)
@@ -108,7 +108,24 @@ def export_checkpoint(run: Path, checkpoint: Path, out: Path) -> None:
         if not in_base:
             state.append((name, tensor.detach()))
     whole = merged(iter(state), nn.ModuleDict({"visual": parts.extractor}))
-    parts.write(run, out, _scores(run, saved.state["position"]["epoch"]), whole)
+    if len(saved) == 1:
+        parts.write(run, out, _scores(run, state_of_newest["position"]["epoch"]), whole)
+    else:
+        steps = [one.state["position"]["global_step"] for one in saved]
+        parts.write(run, out, {}, whole, steps)
+
+
+def _verified(checkpoint: Path) -> Saved:
+    """Return a checkpoint after reading every byte of it. Raises UserError."""
+    manifest = read_manifest(checkpoint)
+    saved = Saved(checkpoint, manifest.state, manifest.files, {})
+    for file in saved.files:
+        fault = saved.reader().verify(file)
+        if fault is not None:
+            raise UserError(
+                f"Cannot export {checkpoint}: {file.name} {fault}. Give another checkpoint."
+            )
+    return saved
 
 
 def _build(config: RunConfig, run: Path, precision: str) -> Exportable:
@@ -134,19 +151,20 @@ def _build(config: RunConfig, run: Path, precision: str) -> Exportable:
 
 
 @torch.no_grad()
-def _load(parts: Exportable, saved: Saved) -> None:
-    """Load the trained weights and the buffers. Raises UserError if the frozen weights are
-    not those of the run."""
+def _load(parts: Exportable, saved: Sequence[Saved]) -> None:
+    """Load the trained weights and the buffers, averaged over checkpoints. Raises UserError
+    if the frozen weights are not those of the run."""
     module: nn.Module = parts.module
     digest = frozen_digest(module, lambda _: nullcontext(), World(0, 1, 0, 1))
-    check_digest(saved.path, saved.state["engine"]["frozen"], digest)
     encoder = "" if parts.config.trains_visual else parts.extractor.fingerprint()
-    if encoder != saved.state["frozen_encoder"]:
-        raise UserError(
-            f"Cannot export {saved.path}: its frozen visual encoder has changed. Restore "
-            "the original --visual_run of the run."
-        )
-    reader = saved.reader()
+    for one in saved:
+        check_digest(one.path, one.state["engine"]["frozen"], digest)
+        if encoder != one.state["frozen_encoder"]:
+            raise UserError(
+                f"Cannot export {one.path}: its frozen visual encoder has changed. Restore "
+                "the original --visual_run of the run."
+            )
+    reader = MeanReader([one.reader() for one in saved])
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             master = torch.zeros(parameter.numel())
