@@ -192,6 +192,7 @@ def test_options_that_do_not_change_numbers_may_change(config):
     free = dict.fromkeys(FREE_TO_CHANGE, "3")
     free |= {"run": str(folder), "visual_run": "elsewhere"}
     free |= {"data.check_shards": "true", "data.max_broken": "0.3"}
+    free |= {"data.same_clips": "allow"}
     free |= {"eval.gather": "never", "train.trackers": "wandb", "train.profile": "1-2"}
     assert open_run_folder(config.with_overrides(free)) == folder
     assert RunConfig.load(folder / "config.json") == config
