@@ -36,6 +36,8 @@ inside, own = False, set()  # whether Task.step runs in the main thread
 def profile(frame, event, argument):
     global steps, inside
     path = frame.f_code.co_filename
+    if event not in ("call", "return"):  # those of C functions have the frame of the caller
+        return
     if path.endswith("training/task.py") and frame.f_code.co_name == "step":
         inside = event == "call"
     if event != "call":

@@ -25,7 +25,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from benchmarks.measure import ROOT, Report
 from benchmarks.plan import memory_kb
-from flallm_ds import command
+from flallm_ds import command, process
 from flallm_ds.errors import UserError
 from flallm_ds.training.deepspeed_json import complete
 
@@ -331,6 +331,6 @@ def synchronize(device: torch.device) -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["child"]:
         print(json.dumps(asdict(child(Job(**json.loads(sys.argv[2]))))), flush=True)
-        command.end_process(0)
+        process.end_process(0)
     else:
         command.main(run)

@@ -8,14 +8,11 @@ and options, all strings. A function is called when every name is known and ever
 has the annotated type.
 """
 
-import atexit
 import difflib
 import math
-import os
 import re
 import signal
 import sys
-import threading
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -38,6 +35,7 @@ from flallm_ds.command_help import (
     usage,
 )
 from flallm_ds.errors import Preempted, RankError, UserError, file_problem
+from flallm_ds.process import answer_signals, end_process, process_rank
 
 _OPTION = re.compile(r"--(?P<name>[A-Za-z][A-Za-z0-9_.-]*)(?P<value>=.*)?", re.DOTALL)
 # Word processors replace two hyphens by one of these.
@@ -373,84 +371,3 @@ def _print_help(text: str) -> None:
 
 def _say_error(sentence: str) -> None:
     print(f"error: {terminal.printable(sentence)}", file=sys.stderr, flush=True)
-
-
-def answer_signals(importing: bool = False) -> None:
-    """Let Ctrl-C, SIGTERM and a lost terminal (SIGHUP) end the process without a traceback.
-
-    They unwind the command, so that it tidies up; a second Ctrl-C does not wait for that.
-    A signal that is ignored, as SIGHUP under nohup, stays ignored. In a run of several
-    ranks, SIGTERM and SIGHUP end each rank at once: one that waits for another would not
-    wake up. importing: set before slow imports, during which Ctrl-C ends at once.
-    """
-    sys.unraisablehook = _report_ignored
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, _leave if importing else _interrupt)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) == signal.SIG_DFL and not importing and not _is_rank():
-            signal.signal(number, _end)
-
-
-def end_at_once() -> None:
-    """Let Ctrl-C, SIGTERM and SIGHUP end a process in which nothing is to be tidied up."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, _leave)
-
-
-def _interrupt(number: int, frame: types.FrameType | None) -> NoReturn:
-    signal.signal(signal.SIGINT, _leave)
-    raise KeyboardInterrupt
-
-
-def _report_ignored(ignored: "sys.UnraisableHookArgs") -> None:
-    """Report an exception of a destructor as Python does, except a Ctrl-C."""
-    if not issubclass(ignored.exc_type, KeyboardInterrupt):
-        sys.__unraisablehook__(ignored)
-
-
-def _end(number: int, frame: types.FrameType | None) -> NoReturn:
-    sys.exit(128 + number)
-
-
-def _leave(number: int, frame: types.FrameType | None) -> NoReturn:
-    if process_rank() == 0:
-        os.write(2, b"stopped.\n")
-    os._exit(128 + number)
-
-
-_RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
-_WORLD_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
-
-
-def process_rank() -> int:
-    """Return this process's rank as its launcher set it, before any process group exists."""
-    for name in _RANKS:
-        if name in os.environ:
-            return int(os.environ[name])
-    return 0
-
-
-def _is_rank() -> bool:
-    """Return whether a launcher started this process as one of several."""
-    return any(int(os.environ.get(name, "1")) > 1 for name in _WORLD_SIZES)
-
-
-def end_process(code: int) -> NoReturn:
-    """End as Python does; after a process group, without taking the interpreter down.
-
-    A gloo thread that waits for the interpreter while it is taken down aborts the
-    finished process (https://github.com/pytorch/pytorch/issues/190489), and the launcher
-    then reports a failed run. gloo's threads cannot be joined: DeepSpeed keeps the group
-    that owns them.
-    """
-    # Not imported here: dist needs torch, which takes seconds.
-    ranks = sys.modules.get("flallm_ds.dist")
-    # A profiler writes its file when the interpreter ends.
-    if ranks is None or not ranks.was_started or sys.getprofile() is not None:
-        sys.exit(code)
-    threading._shutdown()  # type: ignore[attr-defined]  # as multiprocessing ends its processes
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

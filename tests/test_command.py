@@ -456,7 +456,8 @@ def test_a_thread_that_waits_for_the_interpreter_does_not_abort_a_finished_run()
 
 WAITS = """
 import sys, time
-from flallm_ds.command import answer_signals, main
+from flallm_ds.command import main
+from flallm_ds.process import answer_signals
 
 answer_signals(importing=True)
 print("importing", flush=True)

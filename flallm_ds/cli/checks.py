@@ -8,11 +8,11 @@ end when the launcher sees it fail.
 from collections.abc import Sequence
 from pathlib import Path
 
-from flallm_ds.command import process_rank
 from flallm_ds.config import RunConfig
 from flallm_ds.data.index import load_index
 from flallm_ds.errors import UserError, require
 from flallm_ds.export_folder import HUB_ID, find_export, find_stage_1
+from flallm_ds.process import process_rank
 from flallm_ds.recipes import config_of
 from flallm_ds.same_run import check_same_run
 from flallm_ds.training.trackers import check_installed

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from flallm_ds.cli.checks import check_model
-from flallm_ds.command import end_at_once
 from flallm_ds.errors import UserError, require
+from flallm_ds.process import end_at_once
 
 if TYPE_CHECKING:
     from flallm_ds.inference.translator import Translator

@@ -1,8 +1,10 @@
 """`flallm plan`: whether an LLM fits on a cluster, with which DeepSpeed JSON, how fast."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from flallm_ds.config import RunConfig
 from flallm_ds.errors import UserError, require
 from flallm_ds.recipes import resolve, train_clips
 
@@ -63,20 +65,11 @@ def plan(
         measure: train three steps on this machine and compare with the plan for it
         ranks: processes of --measure on a machine without GPUs
     """
-    numbers = {"nodes": nodes, "gpus": gpus, "frames": frames, "longest": longest}
-    numbers |= {"tokens": tokens, "ranks": ranks}
-    for name, number in numbers.items():
-        require(number >= 1, f"--{name} must be at least 1, got {number}.")
-    sizes = {"gpu_gb": gpu_gb, "host_gb": host_gb, "network_gbs": network_gbs}
-    sizes |= {"disk_gbs": disk_gbs, "efficiency": efficiency}
-    for name, value in sizes.items():
-        require(value > 0, f"--{name} must be above 0, got {value:g}.")
-    config = resolve("llm", recipe, {**overrides, **({"llm.tune": tune} if tune else {})})
-    require(
-        not config.trains_visual,
-        "visual.frozen must be all for flallm plan, which covers an LLM with a frozen "
-        f"encoder, got {config.visual.frozen}. Leave --visual.frozen out.",
-    )
+    at_least_one = {"nodes": nodes, "gpus": gpus, "frames": frames, "longest": longest}
+    _check_at_least_one(at_least_one | {"tokens": tokens, "ranks": ranks})
+    above_zero = {"gpu_gb": gpu_gb, "host_gb": host_gb, "network_gbs": network_gbs}
+    _check_above_zero(above_zero | {"disk_gbs": disk_gbs, "efficiency": efficiency})
+    config = _config(recipe, tune, overrides)
     # torch and transformers take seconds to import: only after the options are checked.
     from flallm_ds.planning import speed, table
     from flallm_ds.planning.plan import (
@@ -84,15 +77,8 @@ def plan(
         Corpus,
         Llm,
         Planner,
-        own_file,
-        shipped_files,
     )
 
-    files = shipped_files()
-    if config.train.deepspeed:
-        path = Path(config.train.deepspeed)
-        if path.parent != Path("ds_configs"):
-            files[path.name] = own_file(path)
     peak, link = speed.default_rates(gpu_gb)
     planner = Planner(
         Llm(llm, config, vocab_size),
@@ -108,7 +94,7 @@ def plan(
             disk=1e9 * disk_gbs,
             nvme=5e9,
         ),
-        files,
+        _files(config),
     )
     if measure:
         from flallm_ds.planning import compare
@@ -122,3 +108,42 @@ def plan(
             f"--llm must fit on the cluster ({planner.cluster}), got {llm}, which does "
             "not. Use one of the changes above, or a smaller LLM."
         )
+
+
+def _check_at_least_one(numbers: Mapping[str, int]) -> None:
+    """Raise UserError for an option below 1."""
+    for name, number in numbers.items():
+        require(number >= 1, f"--{name} must be at least 1, got {number}.")
+
+
+def _check_above_zero(sizes: Mapping[str, float]) -> None:
+    """Raise UserError for an option that is not above 0."""
+    for name, value in sizes.items():
+        require(value > 0, f"--{name} must be above 0, got {value:g}.")
+
+
+def _config(recipe: str, tune: str | None, overrides: Mapping[str, str]) -> RunConfig:
+    """Return the config of stage llm. Raises UserError if its encoder is not frozen."""
+    given = dict(overrides)
+    if tune is not None:
+        given["llm.tune"] = tune
+    config = resolve("llm", recipe, given)
+    require(
+        not config.trains_visual,
+        "visual.frozen must be all for flallm plan, which covers an LLM with a frozen "
+        f"encoder, got {config.visual.frozen}. Leave --visual.frozen out.",
+    )
+    return config
+
+
+def _files(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """Return the DeepSpeed JSONs to compare: those of ds_configs, and the run's own."""
+    # torch takes seconds to import: only after the options are checked.
+    from flallm_ds.planning.plan import own_file, shipped_files
+
+    files = shipped_files()
+    if config.train.deepspeed:
+        path = Path(config.train.deepspeed)
+        if path.parent != Path("ds_configs"):
+            files[path.name] = own_file(path)
+    return files

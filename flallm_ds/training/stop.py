@@ -8,8 +8,8 @@ import threading
 import time
 from types import FrameType
 
-from flallm_ds.command import process_rank
 from flallm_ds.errors import Preempted
+from flallm_ds.process import process_rank
 from flallm_ds.training.launchers import launchers_of
 
 STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)

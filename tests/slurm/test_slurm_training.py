@@ -21,7 +21,7 @@ RUN_S = 600  # longest that a tiny run of two ranks on two busy cores may take
 
 JOIN = """
 from flallm_ds import dist
-from flallm_ds.command import end_process
+from flallm_ds.process import end_process
 
 world = dist.start()
 total, = dist.all_reduce_sum([world.rank + 1], world)

@@ -15,7 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 import torch
 from flallm_ds import dist
-from flallm_ds.command import end_process
+from flallm_ds.process import end_process
 from flallm_ds.config import OptimConfig
 from flallm_ds.errors import UserError
 from flallm_ds.training import checkpoint, engine as ds
