@@ -200,7 +200,7 @@ class Start:
         return int(found[1]) if found else 0
 
     def has_made_a_step(self) -> bool:
-        return f"stage {self.run.stage}  epoch " in self.output()
+        return f"\n{self.run.stage}  epoch " in self.output()
 
     def failed(self, what: str) -> UserError:
         return UserError(f"The run {self.run.folder} {what}.\n{self.output()[-3000:]}")
