@@ -139,11 +139,12 @@ def _config(recipe: str, tune: str | None, overrides: Mapping[str, str]) -> RunC
 def _files(config: RunConfig) -> dict[str, dict[str, Any]]:
     """Return the DeepSpeed JSONs to compare: those of ds_configs, and the run's own."""
     # torch takes seconds to import: only after the options are checked.
-    from flallm_ds.planning.plan import own_file, shipped_files
+    from flallm_ds.planning.plan import shipped_files
+    from flallm_ds.training.deepspeed_json import read_json
 
     files = shipped_files()
     if config.train.deepspeed:
         path = Path(config.train.deepspeed)
         if path.parent != Path("ds_configs"):
-            files[path.name] = own_file(path)
+            files[path.name] = read_json(path, zero_keys=None)
     return files

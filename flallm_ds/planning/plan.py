@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from flallm_ds.config import LlmConfig, RunConfig
-from flallm_ds.errors import UserError
 from flallm_ds.models.adapters import Adapter
 from flallm_ds.models.llm.load import LlmOptions
 from flallm_ds.models.llm.tuning import Tuning
@@ -367,16 +366,3 @@ def shipped_files() -> dict[str, dict[str, Any]]:
     for path in sorted(DS_CONFIGS.glob("*.json")):
         found[path.name] = json.loads(path.read_text(encoding="utf-8"))
     return found
-
-
-def own_file(path: Path) -> dict[str, Any]:
-    """Read the user's DeepSpeed JSON. Raises UserError if it is not a JSON object."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"Cannot read the DeepSpeed JSON {path}: {error}. Check train.deepspeed."
-        ) from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must be a JSON object, got {type(content).__name__}.")
-    return content

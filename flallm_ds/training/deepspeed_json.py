@@ -51,6 +51,7 @@ _REFUSED: dict[str, tuple[Any, str]] = {
     "zenflow": (None, "it changes the number of gradient accumulation steps"),
     "zero_quantized_weights": (False, "it rounds the weights that are trained"),
     "zero_quantized_gradients": (False, "it rounds the gradients"),
+    "zero_quantized_nontrainable_weights": (False, "it rounds the frozen weights"),
     # Older tutorials set these.
     "mics_shard_size": (-1, "DeepSpeed has removed MiCS"),
     "mics_hierarchical_params_gather": (False, "DeepSpeed has removed MiCS"),
@@ -58,10 +59,11 @@ _REFUSED: dict[str, tuple[Any, str]] = {
 _PRECISIONS = ("bf16", "fp16", "torch_autocast", "data_types")
 
 
-def read_json(path: Path, zero_keys: Sequence[str]) -> dict[str, Any]:
+def read_json(path: Path, zero_keys: Sequence[str] | None) -> dict[str, Any]:
     """Read a DeepSpeed JSON and check its keys.
 
-    zero_keys: the valid keys of `zero_optimization`. Raises UserError if a key is unknown
+    zero_keys: the valid keys of `zero_optimization`; None: not checked, for callers that
+    do not import DeepSpeed. Raises UserError if a key is unknown
     or set by an option of the run, or if a value has the wrong type.
     """
     if not path.is_file():
@@ -108,6 +110,8 @@ def read_json(path: Path, zero_keys: Sequence[str]) -> dict[str, Any]:
                 f"zero_optimization.{name} must be {json.dumps(allowed)} in {path}, got "
                 f"{json.dumps(got)}: {reason}. Remove it."
             )
+    if zero_keys is None:
+        return dict(config)
     for name in zero:
         if name not in zero_keys:
             raise UserError(

@@ -68,6 +68,13 @@ def test_a_json_of_the_user_is_a_row(folder: Path, tmp_path: Path, capsys: Any) 
     assert "\nmine.json" in capsys.readouterr().out
 
 
+def test_a_json_that_a_run_refuses_is_not_planned(folder: Path, tmp_path: Path) -> None:
+    own = tmp_path / "mine.json"
+    own.write_text(json.dumps({"zero_optimization": {"stage": 3, "zenflow": {}}}))
+    with pytest.raises(UserError, match=r"zenflow must be null in .*mine\.json"):
+        plan(llm=str(folder), gpus=2, **{"train.deepspeed": str(own)})
+
+
 def test_states_in_bf16_need_a_higher_learning_rate(folder: Path, capsys: Any) -> None:
     plan(llm=str(folder), gpus=2)
     assert "needs llm_lr >= 0.0001" in capsys.readouterr().out

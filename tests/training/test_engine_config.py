@@ -77,6 +77,7 @@ def test_an_unknown_zero_key_is_an_error_that_names_the_nearest_key(tmp_path):
         ("compute_grad_norm", False),
         ("zenflow", {"topk_ratio": 0.1}),
         ("zero_quantized_weights", True),
+        ("zero_quantized_nontrainable_weights", True),
         ("zero_quantized_gradients", True),
         ("mics_shard_size", 8),
         ("mics_hierarchical_params_gather", True),
