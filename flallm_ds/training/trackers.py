@@ -133,9 +133,7 @@ class Trackers:
         self, names: Sequence[str], folder: Path, options: Mapping[str, Any]
     ) -> None:
         path = folder / FILE
-        ids: dict[str, str] = {}
-        if path.is_file():
-            ids = json.loads(path.read_text(encoding="utf-8"))
+        ids = _read_ids(path)
         self._trackers: dict[str, Tracker] = {}
         for name in names:
             try:
@@ -184,6 +182,18 @@ class Trackers:
         except Exception as error:  # noqa: BLE001 - a tracker may raise anything
             del self._trackers[name]
             _warn(name, error)
+
+
+def _read_ids(path: Path) -> dict[str, str]:
+    """Return {tracker: id of its run}, empty at the first start. Raises UserError."""
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"Cannot read {path}: {error}. Remove it, to start new runs at the trackers."
+        ) from error
 
 
 def _warn(name: str, error: Exception) -> None:

@@ -165,7 +165,6 @@ def test_logits_of_a_large_vocabulary_are_computed_in_chunks() -> None:
     ],
 )
 def test_the_estimators_are_those_of_deepspeed(name: str, nodes: int) -> None:
-    pytest.importorskip("deepspeed")
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs as zero3
     from deepspeed.runtime.zero.stage_1_and_2 import (
         estimate_zero2_model_states_mem_needs as zero2,

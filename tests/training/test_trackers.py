@@ -91,3 +91,9 @@ def test_a_tracker_that_hangs_does_not_hold_up_the_end(
     sent.close()
     assert "mlflow may lack the last numbers" in capsys.readouterr().out
     released.set()
+
+
+def test_ids_that_cannot_be_read_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / trackers.FILE).write_text("[1")
+    with pytest.raises(UserError, match=r"Cannot read .*trackers\.json: .* Remove it"):
+        Trackers(["mlflow"], tmp_path, {})
