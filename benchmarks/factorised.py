@@ -144,7 +144,7 @@ def _python(*words: str, log: Path | None) -> None:
 
 
 def _table(out: Path, seeds: tuple[int, ...]) -> str:
-    from flallm_ds.inference.report import read_hypotheses
+    from flallm_ds.inference.hypothesis_file import read_hypotheses
     from flallm_ds.metrics.significance import paired_bootstrap
 
     hypotheses = {

@@ -121,8 +121,8 @@ def _run(command: list[str], environment: Mapping[str, str] | None = None) -> No
 def _show(visual: Path, llm: Path) -> None:
     """Print scores and three sentences, draw a strip of frames, and translate one video."""
     # These import torch too.
+    from flallm_ds.inference.hypothesis_file import read_hypotheses
     from flallm_ds.inference.pictures import strip_of_run
-    from flallm_ds.inference.report import read_hypotheses
     from flallm_ds.metrics.ceiling import Ceiling
     from flallm_ds.metrics.table import table
 

@@ -19,7 +19,7 @@ from flallm_ds.data.storage.store import CacheOptions
 from flallm_ds.errors import UserError
 from flallm_ds.files import write_file
 from flallm_ds.fonts import missing_characters
-from flallm_ds.inference.report import read_hypotheses
+from flallm_ds.inference.hypothesis_file import read_hypotheses
 from flallm_ds.inference.strips import strip_figure
 from flallm_ds.training.records import read_records
 

@@ -11,7 +11,7 @@ from flallm_ds.batch import Hypothesis
 from flallm_ds.data.text.codec import TextCodec
 from flallm_ds.files import replace_file
 from flallm_ds.inference.analysis import Known, analyse
-from flallm_ds.inference.report import write_hypotheses
+from flallm_ds.inference.hypothesis_file import write_hypotheses
 from flallm_ds.metrics import Scores
 from flallm_ds.metrics.columns import CEILING
 from flallm_ds.metrics.controls import BLIND, meaning

@@ -11,7 +11,7 @@ from flallm_ds.batch import Hypothesis
 from flallm_ds.command import checked
 from flallm_ds.config import RunConfig
 from flallm_ds.errors import UserError
-from flallm_ds.inference.report import read_hypotheses
+from flallm_ds.inference.hypothesis_file import read_hypotheses
 from flallm_ds.recipes import RECIPES
 from flallm_ds.training.provenance import VERSIONS
 from flallm_ds.training.records import METRICS, parse_records

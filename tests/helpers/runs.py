@@ -10,7 +10,7 @@ from flallm_ds.batch import Hypothesis
 from flallm_ds.config import RunConfig
 from flallm_ds.dist import World
 from flallm_ds.inference.evaluate import Search, evaluate_run
-from flallm_ds.inference.report import read_hypotheses, write_hypotheses
+from flallm_ds.inference.hypothesis_file import read_hypotheses, write_hypotheses
 from tests.helpers.exports import write_export
 
 STEPS_AN_EPOCH = 20

@@ -15,7 +15,7 @@ import pytest
 
 from flallm_ds.config import RunConfig
 from flallm_ds.errors import UserError
-from flallm_ds.inference.report import read_hypotheses, write_hypotheses
+from flallm_ds.inference.hypothesis_file import read_hypotheses, write_hypotheses
 from flallm_ds.reporting.build import report
 from flallm_ds.reporting.clips import NUM_STRIP_FRAMES
 from tests.helpers.exports import ENCODER_DECODER

@@ -23,7 +23,8 @@ def write_hypotheses(path: Path, hypotheses: Sequence[Hypothesis]) -> None:
 def read_hypotheses(path: Path) -> list[Hypothesis]:
     """Read a file of `write_hypotheses`."""
     hypotheses = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    # Not splitlines(), which also splits at characters within sentences (U+2028).
+    for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n"):
         record = json.loads(line)
         nbest = tuple(map(tuple, record.pop("nbest", ())))
         hypotheses.append(Hypothesis(**record, nbest=nbest))
