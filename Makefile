@@ -11,6 +11,7 @@ quickstart: .venv/ready  ## corpus -> shards -> stage visual -> stage llm -> sco
 
 test: .venv/ready  ## every test that this machine can run
 	$(BIN)/python -m pytest
+	if command -v nvidia-smi > /dev/null; then $(BIN)/python -m pytest -m gpu; fi
 
 check: .venv/ready  ## style, types, spelling and wording
 	$(BIN)/ruff check .

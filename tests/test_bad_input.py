@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-import torch
 import transformers
 from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
@@ -180,7 +179,6 @@ def test_wrong_values_of_data_options(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="nvJPEG decodes here")
 def test_nvjpeg_without_a_gpu(refused: Run, tmp_path: Path, tiny_corpus: Path) -> None:
     given = options(tiny_corpus, tmp_path / "run", **{"data.decoder": "nvjpeg"})
     assert "--data.decoder=cpu" in refused(train, "--stage=visual", *given)
