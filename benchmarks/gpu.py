@@ -33,7 +33,6 @@ from flallm_ds.training.trainer import Position, Trainer
 
 # Steps until kernels are selected and buffers have their final size.
 WARM_UP = 10
-THREADS = (1, 2, 4, 8, 16)
 # Target: maximum share of the time of a step.
 WAITING = 0.02
 COLUMNS = ("decoder", "threads", "kept frames per second into the device")
@@ -55,12 +54,14 @@ def run(
     frames: int = 116,
     steps: int = 100,
     rounds: int = 3,
+    threads: tuple[int, ...] = (1, 2, 4, 8, 16),
 ) -> str:
     """Load clips of the size of PHOENIX onto the GPU, and train stage 1 of phoenix14t.
 
     --out: folder for the report. --hardware: name of the machine in the file name.
     --videos: folder with videos; default: synthetic videos. --clips, --frames: number of clips and of
-    frames in each. --steps: steps of a round. --rounds: number of rounds.
+    frames in each. --steps: steps of a round. --rounds: number of rounds. --threads: numbers of
+    threads of the loader, separated by commas.
     """
     if not torch.cuda.is_available():
         raise UserError(
@@ -78,15 +79,15 @@ def run(
         loading: list[tuple[str, ...]] = []
         stepping: list[tuple[str, ...]] = []
         waiting: dict[tuple[str, int], list[float]] = {}
-        for decoder, threads, side in sides(task):
-            print(f"{decoder}, {threads} threads", file=sys.stderr, flush=True)
+        for decoder, number, side in sides(task, threads):
+            print(f"{decoder}, {number} threads", file=sys.stderr, flush=True)
             rates = [into_the_device(side, steps) for _ in range(rounds)]
-            loading.append((decoder, str(threads), spread(rates)))
+            loading.append((decoder, str(number), spread(rates)))
             trained = [train_steps(trainer, side, steps) for _ in range(rounds)]
             ms, rates, shares = map(list, zip(*trained, strict=True))
-            waiting[decoder, threads] = shares
+            waiting[decoder, number] = shares
             percent = spread([100 * share for share in shares], 2, " %")
-            stepping.append((decoder, str(threads), spread(ms, 1), spread(rates), percent))
+            stepping.append((decoder, str(number), spread(ms, 1), spread(rates), percent))
         kernel = kernel_times(task, rounds)
         dist.stop()
 
@@ -130,10 +131,10 @@ def stage_1(folder: Path, clips: int, frames: int, videos: Path | None) -> Task:
     return build_task(config, Path(config.run), dist.start())
 
 
-def sides(task: Task) -> Iterator[tuple[str, int, Task]]:
+def sides(task: Task, numbers: tuple[int, ...]) -> Iterator[tuple[str, int, Task]]:
     """Yield (decoder, number of threads, task with both)."""
     for decoder in ("cpu", "nvjpeg"):
-        for threads in THREADS:
+        for threads in numbers:
             data = replace(task.config.data, decoder=decoder)
             reader = make_reader(
                 task.train.index, replace(task.config, data=data), train=True

@@ -71,6 +71,11 @@ MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "toy Qwen3": ("qwen3", 300, _qwen3(32, 48, 2, 4, False, kv_heads=2, head=8)),
 }  # fmt: skip
 LADDER = ("Qwen3-0.6B", "Qwen3-1.7B", "Qwen3-4B", "Qwen3-8B", "Qwen3-14B", "Qwen3-32B")
+PARTS = {
+    "step": "A step of mBART-large",
+    "loss": "Attention and loss",
+    "largest": "The largest LLM that trains",
+}
 ZEROS = ("zero3", "zero3_offload")
 COLUMNS = (
     "LLM", "parameters, M", "trained, M", "DeepSpeed", "tuning", "attention", "loss", "checkpointing",
@@ -111,6 +116,7 @@ def run(
     *,
     out: Path | None = None,
     hardware: str | None = None,
+    parts: tuple[str, ...] = tuple(PARTS),
     ladder: tuple[str, ...] = LADDER,
     clips: int = 16,
     steps: int = 10,
@@ -120,14 +126,18 @@ def run(
     """Run each row in a separate process, which may run out of memory or time.
 
     --out: folder for the report. --hardware: name of the machine in the file name.
-    --ladder: names of LLM sizes, separated by commas. --clips: clips of a step. --steps: measured
-    steps. --limit_s: maximum seconds of a row. --small: toy sizes.
+    --parts: step, loss, largest; separated by commas. --ladder: names of LLM sizes, separated by
+    commas. --clips: clips of a step. --steps: measured steps. --limit_s: maximum seconds of a row.
+    --small: toy sizes.
     """
     if not (small or torch.cuda.is_available()):
         raise UserError(
             "Cannot run benchmarks.llm_gpu: PyTorch finds no CUDA device. Run it on a machine "
             "with a GPU, or with --small=true."
         )
+    for name in parts:
+        if name not in PARTS:
+            raise UserError(f"--parts must be names of {', '.join(PARTS)}, got {name!r}.")
     for name in ladder:
         if name not in MODELS:
             raise UserError(f"--ladder must be names of {', '.join(MODELS)}, got {name!r}.")
@@ -144,16 +154,17 @@ def run(
         "warm-up steps. Device memory is the maximum that PyTorch allocated in these steps; "
         "host memory is the maximum of the process."
     )
-    for title, jobs in parts(tuple(ladder), shape, small).items():
-        report.text(f"## {title}")
-        report.table(COLUMNS, [row(job, in_a_process(job, limit_s)) for job in jobs])
+    jobs = jobs_of_parts(tuple(ladder), shape, small)
+    for part in parts:
+        report.text(f"## {PARTS[part]}")
+        report.table(COLUMNS, [row(job, in_a_process(job, limit_s)) for job in jobs[part]])
     return report.finish(out, hardware)
 
 
-def parts(
+def jobs_of_parts(
     ladder: tuple[str, ...], shape: dict[str, int], small: bool
 ) -> dict[str, list[Job]]:
-    """Return {heading: jobs}."""
+    """Return {part: jobs}."""
     mbart, trimmed, qwen = "mBART-large", "mBART-large, trimmed", "Qwen3-0.6B"
     if small:
         mbart, trimmed, qwen, ladder = "toy mBART", "toy mBART", "toy Qwen3", ("toy Qwen3",)
@@ -162,15 +173,14 @@ def parts(
     plain = [Job(name, loss="logits", **shape) for name in (mbart, qwen)]
     large = Job("", "zero3_offload", checkpointing=True, **shape)
     return {
-        "A step of "
-        "mBART-large": [Job(n, z, **shape) for n in (trimmed, mbart) for z in ZEROS],
-        "Attention and loss": [
+        "step": [Job(n, z, **shape) for n in (trimmed, mbart) for z in ZEROS],
+        "loss": [
             *plain,
             *(replace(job, loss=loss) for job in plain for loss in ("chunks", *liger)),
             *(replace(job, attention=attention) for job in plain for attention in ("eager", *flash)),
             *(replace(job, checkpointing=True) for job in plain),
         ],
-        "The largest LLM that trains": [
+        "largest": [
             replace(large, model=name, tuning=tuning) for tuning in ("full", "lora") for name in ladder
         ],
     }  # fmt: skip

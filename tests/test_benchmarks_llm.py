@@ -39,8 +39,8 @@ def test_llm_gpu_reports_failed_and_successful_rows(tmp_path, monkeypatch):
         warm_up=1,
     )
     fails = Job("toy mBART", "no_such_json")
-    monkeypatch.setattr(llm_gpu, "parts", lambda *_: {"Toys": [fails, works]})
-    page = llm_gpu.run(small=True, out=tmp_path, hardware="here")
+    monkeypatch.setattr(llm_gpu, "jobs_of_parts", lambda *_: {"step": [fails, works]})
+    page = llm_gpu.run(small=True, parts=("step",), out=tmp_path, hardware="here")
     ((header, failed, worked),) = tables(page)
     assert tuple(header) == llm_gpu.COLUMNS
     assert failed[0] == "toy mBART" and failed[8] == (
@@ -65,16 +65,18 @@ def test_llm_gpu_trains_an_mbart_at_toy_size_on_the_gpu():
 
 
 def test_llm_gpu_tries_every_size_of_the_ladder_in_both_tunings():
-    whole = llm_gpu.parts(llm_gpu.LADDER, {"clips": 3, "steps": 4}, small=False)
-    ladder = whole["The largest LLM that trains"]
+    whole = llm_gpu.jobs_of_parts(llm_gpu.LADDER, {"clips": 3, "steps": 4}, small=False)
+    ladder = whole["largest"]
     assert [(job.tuning, job.model) for job in ladder] == [
         (tuning, name) for tuning in ("full", "lora") for name in llm_gpu.LADDER
     ]
     assert all(job.deepspeed == "zero3_offload" and job.clips == 3 for job in ladder)
-    toys = llm_gpu.parts(llm_gpu.LADDER, {"clips": 3, "steps": 4}, small=True)
+    toys = llm_gpu.jobs_of_parts(llm_gpu.LADDER, {"clips": 3, "steps": 4}, small=True)
     assert {job.model for jobs in toys.values() for job in jobs} == {
         "toy mBART",
         "toy Qwen3",
     }
     with pytest.raises(UserError, match=r"--ladder must be names of .*, got 'Qwen9'"):
         llm_gpu.run(small=True, ladder=("Qwen9",))
+    with pytest.raises(UserError, match=r"--parts must be names of step, .*, got 'steps'"):
+        llm_gpu.run(small=True, parts=("steps",))
