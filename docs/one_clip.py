@@ -29,6 +29,7 @@ from flallm_ds.data.text.languages import word_rule
 from flallm_ds.errors import UserError
 from flallm_ds.export.format import frame_sampling
 from flallm_ds.files import write_file
+from flallm_ds.inference.heat_map import words_of
 from flallm_ds.inference.pictures import read_frames
 from flallm_ds.inference.strips import strip_figure
 from flallm_ds.inference.translator import Translator
@@ -38,7 +39,6 @@ from flallm_ds.models.attention import visual_attention
 from flallm_ds.models.lengths import pad_packed
 from flallm_ds.models.sign_translator import SignTranslator
 from flallm_ds.models.visual_encoder import LocalTemporalModule, VisualEncoder
-from flallm_ds.reporting.attention import words_of
 
 CLIPS = 3  # in the batch: the clip and two others, for padding
 CHANNELS = 64  # of a heat map

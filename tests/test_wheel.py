@@ -101,6 +101,7 @@ def test_the_wheel_holds_one_package_with_its_data(wheel: Path) -> None:
     pages = {name for name in names if name.startswith("flallm_ds/reporting/page.")}
     assert {Path(name).suffix for name in pages} == {".py", ".html", ".css", ".js"}
     assert {f"flallm_ds/demo/page.{kind}" for kind in ("html", "css", "js")} <= set(names)
+    assert {f"flallm_ds/inference/heat_map.{kind}" for kind in ("css", "js")} <= set(names)
 
 
 def test_the_wheel_holds_the_license_and_names_it(wheel: Path) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from flallm_ds.errors import UserError, require
 from flallm_ds.files import write_file
-from flallm_ds.reporting.attention import HeatMap, heat_maps
+from flallm_ds.inference.heat_map import HeatMap
+from flallm_ds.reporting.attention import heat_maps
 from flallm_ds.reporting.clips import Clip, clips_of
 from flallm_ds.reporting.page import Contents, page
 from flallm_ds.reporting.runs import Run, read_runs

@@ -1,22 +1,10 @@
 // The samples and the charts of a report. The texts of samples come from a corpus and from a
-// model: they become text nodes, never HTML.
-"use strict";
+// model: they become text nodes, never HTML. `element` and `heatTable` are in
+// inference/heat_map.js, which is part of the same script.
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const several = data.runs.length > 1;
 const byId = (id) => document.getElementById(id);
-
-// Returns an element with attributes and children. Attributes with the value false or null are
-// left out; functions are event listeners.
-function element(name, attributes = {}, ...children) {
-  const made = document.createElement(name);
-  for (const [key, value] of Object.entries(attributes)) {
-    if (typeof value === "function") made.addEventListener(key, value);
-    else if (value !== false && value !== null) made.setAttribute(key, value);
-  }
-  made.append(...children);
-  return made;
-}
 
 const score = (value) => value.toFixed(1);
 
@@ -233,7 +221,7 @@ function openSample(sample) {
   if (clip?.problem) parts.push(element("p", {class: "note"}, clip.problem));
   const maps = data.attention[sample.key] || [];
   if (clip?.strip && !maps.length) parts.push(element("img", {src: clip.strip, alt: "frames of the clip"}));
-  maps.forEach((map, run) => { if (map) parts.push(...heatMap(map, run, clip, video)); });
+  maps.forEach((map, run) => { if (map) parts.push(...heatMap(map, run, clip, video, sample.language || null)); });
   byId("sample-body").replaceChildren(...parts);
   const at = state.rows.indexOf(sample);
   // Not `disabled`: a button that is disabled would lose the focus.
@@ -300,51 +288,15 @@ function setUpDialog() {
 
 // --- attention: words by time
 
-function heatMap(map, run, clip, video) {
+function heatMap(map, run, clip, video, language) {
   const title = element("h3", {}, several ? `Attention of ${data.runs[run]}` : "Attention over time");
   if (map.problem) return [title, element("p", {class: "note"}, map.problem)];
-  const seconds = clip?.seconds || 0;
-  const table = element("table", {class: "heat"});
-  table.append(element("caption", {}, "From which moments of the clip each word came: a stronger " +
-    "colour is more attention. Each row is scaled to its highest value. Press a word to see its moment."));
-  if (clip?.strip) {
-    table.append(element("tr", {}, element("th", {scope: "row"}, "frames"),
-      element("td", {}, element("img", {src: clip.strip, alt: "frames of the clip, from its start to its end"}))));
-  }
-  map.words.forEach((word, at) => {
-    const levels = map.levels[at];
-    const peak = ((levels.indexOf(Math.max(...levels)) + 0.5) / levels.length) * seconds;
-    const about = `most attention at ${peak.toFixed(1)} s; ${Math.round(100 * map.on_video[at])} % on the video`;
-    const seek = () => { if (video) { video.pause(); video.currentTime = peak; } mark(peak); };
-    const button = element("button", {type: "button", title: about, click: seek}, word);
-    table.append(element("tr", {}, element("th", {scope: "row"}, button),
-      element("td", {}, cells(levels, about))));
-  });
-  const ends = element("div", {class: "times"}, element("span", {}, "0 s"),
-                       element("span", {}, `${seconds.toFixed(1)} s`));
-  table.append(element("tr", {}, element("th", {}), element("td", {}, ends)));
-  function mark(time) {
-    if (seconds) table.style.setProperty("--now", `${(100 * time) / seconds}%`);
-  }
+  const frames = clip?.strip
+    ? element("img", {src: clip.strip, alt: "frames of the clip, from its start to its end"}) : null;
+  const seek = (time) => { if (video) { video.pause(); video.currentTime = time; } };
+  const {table, mark} = heatTable(map, {start: 0, end: clip?.seconds || 0, frames, language, seek});
   video?.addEventListener("timeupdate", () => mark(video.currentTime));
   return [title, table];
-}
-
-function cells(levels, about) {
-  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
-  svg.setAttribute("viewBox", `0 0 ${levels.length} 1`);
-  svg.setAttribute("preserveAspectRatio", "none");
-  svg.setAttribute("shape-rendering", "crispEdges"); // no seams between the cells
-  svg.setAttribute("role", "img");
-  svg.setAttribute("aria-label", about);
-  levels.forEach((level, at) => {
-    const cell = document.createElementNS("http://www.w3.org/2000/svg", "rect");
-    const place = {x: at, y: 0, width: 1, height: 1, fill: "currentColor",
-                   "fill-opacity": (level / 255).toFixed(2)};
-    for (const [name, value] of Object.entries(place)) cell.setAttribute(name, value);
-    svg.append(cell);
-  });
-  return svg;
 }
 
 if (samples.length) {

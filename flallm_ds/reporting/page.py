@@ -12,8 +12,8 @@ import jinja2
 from markupsafe import Markup
 
 from flallm_ds import __version__
+from flallm_ds.inference.heat_map import HeatMap, as_json, page_file
 from flallm_ds.metrics.counts import RESAMPLES
-from flallm_ds.reporting.attention import HeatMap
 from flallm_ds.reporting.clips import Clip
 from flallm_ds.reporting.curves import Chart, charts_of
 from flallm_ds.reporting.facts import fact_rows, option_rows, shards_of
@@ -48,7 +48,7 @@ def page(contents: Contents) -> str:
     tests, test_problem = compare_runs(runs, split) if split else ([], "")
     differing, options = option_rows(runs)
     intervals = [interval for row in scores.rows for _, interval in row.cells]
-    script = Markup((_FOLDER / "page.js").read_text(encoding="utf-8"))
+    style, script = map(_with_heat_maps, ("css", "js"))
     return _template().render(
         title="Report: " + ", ".join(run.name for run in runs),
         version=__version__,
@@ -70,11 +70,17 @@ def page(contents: Contents) -> str:
         differing=differing,
         options=options,
         data=_data(contents, charts),
-        style=Markup((_FOLDER / "page.css").read_text(encoding="utf-8")),
+        style=style,
         script=script,
         # The only script that the browser may run, whatever texts the page contains.
         script_hash=_sha256(script),
     )
+
+
+def _with_heat_maps(kind: str) -> Markup:
+    """Return the file of heat maps and that of the page, as one text. kind: "js" or "css"."""
+    own = (_FOLDER / f"page.{kind}").read_text(encoding="utf-8")
+    return Markup(page_file(kind) + own)
 
 
 def _template() -> jinja2.Template:
@@ -131,13 +137,7 @@ def _data(contents: Contents, charts: Sequence[Chart]) -> dict[str, Any]:
         clips[key] = asdict(clip) if isinstance(clip, Clip) else {"problem": clip}
     attention: dict[str, list[Any]] = {}
     for key, maps in contents.heat_maps.items():
-        of_runs: list[Any] = []
-        for one in maps:
-            if isinstance(one, HeatMap):
-                of_runs.append(asdict(one))
-            else:
-                of_runs.append(None if one is None else {"problem": one})
-        attention[key] = of_runs
+        attention[key] = [None if one is None else as_json(one) for one in maps]
     samples = [_sample(sample) for sample in contents.samples]
     return {
         "runs": [run.name for run in contents.runs],

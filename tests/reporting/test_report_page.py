@@ -14,6 +14,7 @@ import av
 import pytest
 
 from flallm_ds.config import RunConfig
+from flallm_ds.data.index import load_index
 from flallm_ds.errors import UserError
 from flallm_ds.inference.hypothesis_file import read_hypotheses, write_hypotheses
 from flallm_ds.reporting.build import report
@@ -81,15 +82,18 @@ def test_clips_are_small_videos_with_a_strip_of_frames(run: Path) -> None:
         assert frame.height == 64 and frame.width == NUM_STRIP_FRAMES * round(64 * 64 / 79)
 
 
-def test_a_run_whose_shards_are_gone_has_its_texts(run: Path) -> None:
+def move_shards(run: Path, shards: Path) -> None:
+    """Change the shard folder that a run was trained and evaluated on."""
     config = RunConfig.load(run / "config.json")
-    gone = config.with_overrides({"data.shards": str(run / "gone")})
-    (run / "config.json").write_text(gone.to_json(), encoding="utf-8")
+    moved = config.with_overrides({"data.shards": str(shards)})
+    (run / "config.json").write_text(moved.to_json(), encoding="utf-8")
     path = run / "evaluation" / "test.json"
     results = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(
-        json.dumps({**results, "shards": [str(run / "gone")]}), encoding="utf-8"
-    )
+    path.write_text(json.dumps({**results, "shards": [str(shards)]}), encoding="utf-8")
+
+
+def test_a_run_whose_shards_are_gone_has_its_texts(run: Path) -> None:
+    move_shards(run, run / "gone")
     text = text_of(run, num_clips=3, num_attention=2)
     data = data_of(text)
     assert len(data["samples"]) == 9
@@ -97,6 +101,26 @@ def test_a_run_whose_shards_are_gone_has_its_texts(run: Path) -> None:
     ((problem,), _) = data["attention"].values()
     assert problem["problem"].startswith("The attention cannot be shown: ")
     assert "Not readable now: A shard folder must contain index.json" in text
+
+
+def problems_of(run: Path, num_attention: int) -> list[str]:
+    """Why clips have no attention; empty for a clip that has."""
+    attention = data_of(text_of(run, num_attention=num_attention))["attention"]
+    return [of_run.get("problem", "") for (of_run,) in attention.values()]
+
+
+def test_a_damaged_clip_leaves_the_others_their_attention(
+    run: Path, tiny_shards: Path
+) -> None:
+    move_shards(run, tiny_shards)
+    index = load_index(tiny_shards, "test")
+    row = 4
+    with index.shard_path(int(index.arrays["shard"][row])).open("r+b") as file:
+        file.seek(int(index.arrays["offset"][row]))
+        file.write(bytes(int(index.arrays["size"][row])))
+    damaged, *others = sorted(problems_of(run, 9), reverse=True)
+    assert damaged.startswith("The attention cannot be shown: Cannot decode clip ")
+    assert others == [""] * 8
 
 
 def test_a_run_without_an_evaluation_says_how_to_make_one(run: Path) -> None:
