@@ -20,11 +20,13 @@ from flallm_ds.demo.refused import Refusal, Refused
 from flallm_ds.demo.upload import receive
 from flallm_ds.errors import UserError
 
-# Path of a file of the page: (its name in this folder, media type).
+# Path of a file of the page: (its name in the package, media type).
 _PAGE = {
-    "/": ("page.html", "text/html"),
-    "/page.css": ("page.css", "text/css"),
-    "/page.js": ("page.js", "text/javascript"),
+    "/": ("demo/page.html", "text/html"),
+    "/page.css": ("demo/page.css", "text/css"),
+    "/page.js": ("demo/page.js", "text/javascript"),
+    "/heat_map.css": ("inference/heat_map.css", "text/css"),
+    "/heat_map.js": ("inference/heat_map.js", "text/javascript"),
 }
 _LINES = "application/x-ndjson"
 _LOG = logging.getLogger("uvicorn.error")
@@ -82,7 +84,8 @@ def make_app(model: Model, limits: Limits, title: str, host: str) -> FastAPI:
 
 def _file(name: str, media_type: str) -> Callable[[], Response]:
     """Return the handler that answers with a file of the page."""
-    content = files("flallm_ds.demo").joinpath(name).read_bytes()
+    # Not of flallm_ds.inference, whose import takes seconds.
+    content = files("flallm_ds").joinpath(name).read_bytes()
     return lambda: Response(content, media_type=media_type)
 
 

@@ -20,7 +20,7 @@ from flallm_ds.errors import UserError
 
 if TYPE_CHECKING:  # importing torch takes seconds: the page answers before
     from flallm_ds.inference.clips import Clip
-    from flallm_ds.inference.translator import Translation, Translator
+    from flallm_ds.inference.translator import Translator
 
 # Requests at a time: one is translated, the others wait. Each may hold an upload.
 MAX_REQUESTS = 8
@@ -36,18 +36,21 @@ class Asked:
     """The options of a request, as those of `flallm translate`.
 
     long: whether the video is cut at pauses; None: if it is long. frames: number of
-    pictures of each sentence.
+    pictures of each sentence. attention: whether each sentence gets a heat map.
     """
 
     language: str = ""
     nbest: int = 1
     long: bool | None = None
     frames: int = 0
+    attention: bool = False
 
     @classmethod
     def of_fields(cls, fields: Mapping[str, str]) -> "Asked":
         """Read the options from text fields. Raises Refused for a wrong one."""
-        types = {"language": str, "nbest": int, "long": bool | None, "frames": int}
+        types = {
+            "language": str, "nbest": int, "long": bool | None, "frames": int, "attention": bool,
+        }  # fmt: skip
         values = {}
         for name, text in fields.items():
             if name not in types:
@@ -179,9 +182,7 @@ def _translate(
     try:
         for clip in translator.clips(upload.path, windows=asked.long):
             read = time.perf_counter()
-            translation = searching.translation(clip, language)
-            end = time.perf_counter()
-            yield _part(translation, clip, asked, read - begin, end - read)
+            yield _part(searching, clip, language, asked, read - begin)
             begin = time.perf_counter()
     except UserError as error:
         # The path is ours and means nothing to the client.
@@ -195,9 +196,26 @@ def _translate(
 
 
 def _part(
-    translation: "Translation", clip: "Clip", asked: Asked, read_s: float, model_s: float
+    searching: "Translator", clip: "Clip", language: str, asked: Asked, read_s: float
 ) -> Event:
-    """Return a sentence with times, scores and frames. read_s: with decoding."""
+    """Translate a clip; return its sentence with scores, frames, attention and times.
+
+    read_s: seconds that reading the clip took, with decoding.
+    """
+    from flallm_ds.inference.heat_map import as_json, heat_map_of
+
+    begin = time.perf_counter()
+    encoded = searching.encoded(clip, language)
+    translation = searching.translation(encoded)
+    searched = time.perf_counter()
+    attention = None
+    if asked.attention:
+        # The same features as for the search: a video is encoded once.
+        features_SD, wording = encoded.features_SD, encoded.wording
+        attention = as_json(
+            heat_map_of(searching.export, features_SD, wording, translation.ids, language)
+        )
+    end = time.perf_counter()
     return {
         "start_s": round(translation.start_s, 3),
         "end_s": round(translation.end_s, 3),
@@ -207,8 +225,10 @@ def _part(
         "num_frames": translation.num_frames,
         "num_sampled": translation.num_sampled,
         "read_s": round(read_s, 3),
-        "model_s": round(model_s, 3),
+        "model_s": round(searched - begin, 3),
+        "attention_s": round(end - searched, 3),
         "frames": _pictures(clip.frames_THWC, asked.frames),
+        "attention": attention,
     }
 
 
@@ -219,23 +239,26 @@ def _whole(parts: list[Event], waited_s: float) -> Event:
     cues = []
     for number, part in enumerate(filter(lambda part: part["sentence"], parts), 1):
         cues.append(vtt_cue(number, part["start_s"], part["end_s"], part["sentence"]))
-    return {
+    whole = {
         "text": "\n".join(part["sentence"] for part in parts),
         "parts": parts,
         "subtitles": "WEBVTT\n\n" + "".join(cues),
         "waited_s": round(waited_s, 3),
-        "read_s": round(sum(part["read_s"] for part in parts), 3),
-        "model_s": round(sum(part["model_s"] for part in parts), 3),
     }
+    for name in ("read_s", "model_s", "attention_s"):
+        whole[name] = round(sum(part[name] for part in parts), 3)
+    return whole
 
 
 def _pictures(frames_THWC: np.ndarray, count: int) -> list[str]:
-    """Return evenly spaced frames as data URLs with JPEGs of 96 pixels height."""
+    """Return frames as data URLs with JPEGs of 96 pixels height, each from the middle of its
+    part of the clip."""
     num_frames, height, width = frames_THWC.shape[:3]
     shown = min(count, num_frames)
     size = max(1, round(width * _FRAME_HEIGHT_PX / height)), _FRAME_HEIGHT_PX
     pictures = []
-    for number in np.linspace(0, num_frames - 1, shown).round().astype(int):
+    middles = (np.arange(shown) + 0.5) / max(1, shown)
+    for number in (middles * num_frames).astype(int):
         small = cv2.resize(frames_THWC[number], size, interpolation=cv2.INTER_AREA)
         bgr = cv2.cvtColor(small, cv2.COLOR_RGB2BGR)
         _, jpeg = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])

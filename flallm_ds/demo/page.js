@@ -1,3 +1,4 @@
+// The page of `flallm demo`. `heatTable` and `element` are in heat_map.js, which comes before.
 "use strict";
 
 const SHOWN_FRAMES = 8, SHOWN_HYPOTHESES = 5, ASK_AGAIN_MS = 1000;
@@ -10,6 +11,8 @@ let request = null;   // the upload that is in progress
 let camera = null;    // the stream of the camera
 let recorder = null;
 let addresses = [];   // of blobs, which are released when another video is chosen
+let marks = [];       // functions that mark a time in the tables of the attention
+let problem = "";     // why the last sentence has no attention
 
 // --- texts: always as text, never as HTML
 
@@ -203,7 +206,7 @@ of("cancel").addEventListener("click", () => {
 });
 
 function query() {
-  const asked = new URLSearchParams({ frames: SHOWN_FRAMES });
+  const asked = new URLSearchParams({ frames: SHOWN_FRAMES, attention: true });
   asked.set("nbest", info && info.ready ? Math.min(SHOWN_HYPOTHESES, info.beams) : 1);
   if (of("long").value) asked.set("long", of("long").value);
   if (info && info.ready && info.languages.length > 1) asked.set("language", of("language").value);
@@ -299,7 +302,9 @@ function show(event, sentSeconds) {
 function clearResult() {
   of("parts").replaceChildren();
   of("result").hidden = of("save").hidden = true;
-  of("timing").textContent = "";
+  of("announced").textContent = of("timing").textContent = "";
+  marks = [];
+  problem = "";
   of("video").querySelectorAll("track").forEach((track) => track.remove());
 }
 
@@ -313,14 +318,46 @@ function showPart(part) {
     button.addEventListener("click", () => { of("video").currentTime = part.start_s; });
   }
   add(line, "span", part.sentence || "(no words)", { lang: languageTag() });
+  // Not the whole item: a screen reader would read the tables, too.
+  Object.assign(of("announced"), { textContent: part.sentence, lang: languageTag() });
   const strip = add(item, "div", "", { className: "strip" });
   for (const frame of part.frames) add(strip, "img", "", { src: frame, alt: "" });
   if (part.num_frames < part.num_sampled) {
     add(item, "p", `The model reads ${part.num_frames} of ${part.num_sampled} frames, its limit, so movements are ` +
       "skipped. Cut the video at pauses.", { className: "note" });
   }
+  showAttention(item, part);
   if (part.nbest.length > 1) showHypotheses(item, part.nbest);
 }
+
+function showAttention(item, part) {
+  const map = part.attention;
+  // A model that gives no attention gives none for any sentence: say so once.
+  if (map.problem && map.problem !== problem) add(item, "p", map.problem, { className: "note" });
+  problem = map.problem || "";
+  if (map.problem || !map.words.length) return;
+  const language = languageTag() || null;
+  const details = add(item, "details", "", { className: "attention" });
+  add(details, "summary", "Attention over time");
+  const fill = () => {
+    if (!details.open || details.children.length > 1) return;
+    const pictures = part.frames.map((frame) => element("img", { src: frame, alt: "" }));
+    const frames = element("div", { class: "frames", role: "img",
+      "aria-label": "frames of the clip, from its start to its end" }, ...pictures);
+    const seek = (time) => { of("video").pause(); of("video").currentTime = time; };
+    const { table, mark } = heatTable(map, {
+      start: part.start_s, end: part.end_s, frames, language, seek,
+    });
+    details.append(table);
+    marks.push(mark);
+  };
+  // A long video has many sentences: the tables of the others are made when they are opened.
+  details.addEventListener("toggle", fill);
+  details.open = item === of("parts").firstElementChild;
+  fill();
+}
+
+of("video").addEventListener("timeupdate", () => marks.forEach((mark) => mark(of("video").currentTime)));
 
 function showHypotheses(item, nbest) {
   const details = add(item, "details");
@@ -347,7 +384,8 @@ function showEnd(done, sentSeconds) {
   say(`Done: ${number}.`);
   const times = [`sending ${sentSeconds.toFixed(1)} s`];
   if (done.waited_s >= 0.05) times.push(`waiting ${done.waited_s.toFixed(1)} s`);
-  times.push(`reading the video ${done.read_s.toFixed(1)} s`, `model ${done.model_s.toFixed(1)} s`);
+  times.push(`reading the video ${done.read_s.toFixed(1)} s`, `model ${done.model_s.toFixed(1)} s`,
+    `attention ${done.attention_s.toFixed(1)} s`);
   of("timing").textContent = `Time: ${times.join(", ")}.`;
   if (done.parts.some((part) => part.is_part)) {
     const url = address(new Blob([done.subtitles], { type: "text/vtt" }));

@@ -34,7 +34,8 @@ class Translation:
     nbest: pairs (sentence, score), best first; score: see `Translator.nbest`. start_s, end_s:
     of the part, in seconds. num_frames: number of frames that the model read. num_sampled:
     number of frames that it would have read without its limit, data.max_frames. is_part:
-    whether it belongs to a window or a span.
+    whether it belongs to a window or a span. ids: tokens of the best hypothesis, up to the
+    end of sentence if there is one.
     """
 
     nbest: tuple[tuple[str, float | None], ...]
@@ -43,11 +44,26 @@ class Translation:
     num_frames: int
     num_sampled: int
     is_part: bool
+    ids: tuple[int, ...]
 
     @property
     def sentence(self) -> str:
         """The best hypothesis."""
         return self.nbest[0][0]
+
+
+@dataclass(frozen=True)
+class EncodedClip:
+    """A clip as the language model reads it.
+
+    features_SD: S visual tokens of width D, float32. wording: the text around them.
+    language: target language, as `Translator.language` returns it.
+    """
+
+    clip: Clip
+    features_SD: torch.Tensor
+    wording: Wording
+    language: str
 
 
 @dataclass(frozen=True)
@@ -158,7 +174,7 @@ class Translator:
         path = _existing(video)
         named = self.language(language)
         for clip in self.clips(path, windows=windows, spans=spans, idle_s=idle_s):
-            yield self.translation(clip, named, path.name)
+            yield self.translation(self.encoded(clip, named, path.name))
 
     def clips(
         self,
@@ -183,11 +199,23 @@ class Translator:
             # The times that were asked for, not those of the frames.
             yield replace(clip, start_s=start_s, end_s=end_s, is_part=True)
 
-    def translation(self, clip: Clip, language: str, name: str = "") -> Translation:
-        """Translate one clip. language: as `language()` returns it. name: of the video."""
+    def encoded(self, clip: Clip, language: str, name: str = "") -> EncodedClip:
+        """Encode one clip. language: as `language()` returns it. name: of the video."""
+        batch = self._batch(clip, name, language)
+        features_SD, _ = self.features(batch, clip.rate)
+        (wording,) = self.wordings(batch)
+        return EncodedClip(clip, features_SD, wording, language)
+
+    def translation(self, encoded: EncodedClip) -> Translation:
+        """Search the hypotheses for one clip."""
+        num_1 = torch.tensor([len(encoded.features_SD)])
+        (candidates,) = self.export.translator.generate(
+            encoded.features_SD, num_1, [encoded.wording], self.beam
+        )
         nbest = []
-        for candidate in self.generate(self._batch(clip, name, language), clip.rate)[0]:
+        for candidate in candidates:
             nbest.append((self.export.codec.decode(candidate.ids), candidate.score))
+        clip = encoded.clip
         return Translation(
             tuple(nbest),
             clip.start_s,
@@ -195,6 +223,7 @@ class Translator:
             len(clip.frames_THWC),
             clip.num_sampled,
             clip.is_part,
+            candidates[0].ids,
         )
 
     @cached_property

@@ -1,18 +1,21 @@
 """The page of `flallm demo` in a real browser, with a real model."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
 
 from flallm_ds.inference.translator import Translator
+from tests.helpers.attention import no_attention
 from tests.helpers.browser import set_media, wait_until
 from tests.helpers.demo_server import Running
-from tests.helpers.exports import DECODER_ONLY, write_export
+from tests.helpers.exports import DECODER_ONLY, ENCODER_DECODER, write_export
 from tests.helpers.long_video import write_long_video
 from tests.helpers.paths import SHARED
 
@@ -86,10 +89,10 @@ def test_a_chosen_clip_is_translated_and_shown(
     widths = "return [...document.querySelectorAll('.strip img')].map(i => i.naturalWidth)"
     wait_until(lambda: all(page.execute_script(widths)))
     assert len(all_of(page, ".strip img")) == 8
-    one(page, "summary").click()
+    one(page, "details:not(.attention) summary").click()
     scores = [float(cell.text) for cell in all_of(page, "tbody td:first-child")]
     assert scores == pytest.approx([score for _, score in expected], abs=1e-3)
-    assert "model" in one(page, "#timing").text
+    assert re.search(r"model [\d.]+ s, attention [\d.]+ s\.$", one(page, "#timing").text)
     # The browser plays the clip, and nothing came from another server.
     wait_until(
         lambda: page.execute_script("return document.querySelector('video').videoWidth")
@@ -98,6 +101,129 @@ def test_a_chosen_clip_is_translated_and_shown(
     for url in requested(page):
         assert url.startswith((own, "data:", f"blob:{own}")), url
     assert page.get_log("browser") == []
+
+
+def test_the_attention_shows_which_frames_made_which_word(page: Any, clip: Path) -> None:
+    words = translated(page, clip)
+    assert words == [button.text for button in all_of(page, ".heat button")] != []
+    # Words and frames have the same time axis; the frames above are not shown twice.
+    assert len(all_of(page, ".heat .frames img")) == 8
+    assert not one(page, ".strip").is_displayed()
+    for row in all_of(page, ".heat svg"):
+        assert row.find_elements(By.CSS_SELECTOR, "rect[fill-opacity='1.00']")
+    one(page, ".attention summary").click()
+    assert one(page, ".strip").is_displayed()
+
+
+def translated(page: Any, clip: Path, long: str = "false") -> list[str]:
+    """Translate a clip on the page; return the words of the first sentence."""
+    one(page, "#file").send_keys(str(clip))
+    Select(one(page, "#long")).select_by_value(long)
+    one(page, "#translate").click()
+    wait_until(lambda: is_done(page))
+    assert one(page, "#error").text == ""
+    return str(one(page, ".sentence span").text).split()
+
+
+def test_the_attention_can_be_read_without_a_mouse_and_without_colours(
+    page: Any, clip: Path
+) -> None:
+    translated(page, clip)
+    # Behind the title of the table are its words.
+    page.execute_script("document.querySelector('.attention summary').focus()")
+    page.switch_to.active_element.send_keys(Keys.TAB)
+    focused = page.switch_to.active_element
+    assert focused.text == one(page, ".heat button").text
+    assert focused.value_of_css_property("outline-style") == "solid"
+    focused.send_keys(Keys.ENTER)
+    time = "return document.querySelector('video').currentTime"
+    moment = f"most attention at {page.execute_script(time):.1f} s; "
+    # A word moves the video and a line, and says the moment.
+    assert one(page, ".heat").get_attribute("class") == "heat marked"
+    assert one(page, ".heat svg").accessible_name.startswith(moment)
+    assert one(page, ".heat svg").aria_role == "image"
+    for row in all_of(page, ".heat tr"):
+        assert row.find_element(By.TAG_NAME, "th").get_attribute("scope") == "row"
+    # What is announced is the sentence, not its tables.
+    assert one(page, "#announced").get_attribute("textContent") == one(
+        page, ".sentence span"
+    ).get_attribute("textContent")
+
+
+def test_the_attention_is_readable_in_light_and_dark(page: Any, clip: Path) -> None:
+    translated(page, clip)
+
+    def brightness(selector: str, name: str) -> float:
+        value = one(page, selector).value_of_css_property(name)
+        numbers = value[value.index("(") + 1 : -1].split(",")[:3]
+        return sum(map(float, numbers)) / 3
+
+    for scheme in ("light", "dark"):
+        set_media(page, prefers_color_scheme=scheme)
+        empty = brightness(".heat svg", "background-color")
+        for selector in (".heat svg", ".heat button", ".heat th", ".heat .times"):
+            assert abs(brightness(selector, "color") - empty) > 70, (scheme, selector)
+    assert empty < 60
+
+
+def test_only_the_first_sentence_of_a_long_video_shows_its_table(
+    page: Any, tmp_path: Path
+) -> None:
+    write_long_video(tmp_path / "long.mp4", 2)
+    translated(page, tmp_path / "long.mp4", long="true")
+    parts = all_of(page, "#parts > li")
+    assert len(parts) == 2
+    assert len(all_of(page, ".heat")) == 1
+    assert not parts[0].find_element(By.CLASS_NAME, "strip").is_displayed()
+    assert parts[1].find_element(By.CLASS_NAME, "strip").is_displayed()
+    parts[1].find_element(By.CSS_SELECTOR, ".attention summary").click()
+    wait_until(lambda: len(all_of(page, ".heat")) == 2)
+    # The moments are those of the whole video.
+    second = parts[1].find_element(By.CLASS_NAME, "heat")
+    second.find_element(By.TAG_NAME, "button").click()
+    time = float(page.execute_script("return document.querySelector('video').currentTime"))
+    assert (
+        second.find_element(By.TAG_NAME, "button")
+        .get_attribute("title")
+        .startswith(f"most attention at {time:.1f} s; ")
+    )
+    start, end = (
+        float(span.text[:-2])
+        for span in second.find_elements(By.CSS_SELECTOR, ".times span")
+    )
+    assert 0 < start < time < end
+    assert [table.get_attribute("class") for table in all_of(page, ".heat")] == [
+        "heat",
+        "heat marked",
+    ]
+
+
+def test_an_encoder_decoder_has_the_same_table(
+    browser: Any, tiny_corpus: Path, tmp_path: Path, clip: Path
+) -> None:
+    model = write_export(ENCODER_DECODER, tiny_corpus, tmp_path / "run")
+    running = Running(lambda: Translator.from_pretrained(model, "cpu"), max_mb=20)
+    try:
+        browser.get(f"http://127.0.0.1:{running.port}/")
+        wait_until(lambda: "into German" in one(browser, "#model").text)
+        words = translated(browser, clip)
+        assert words == [button.text for button in all_of(browser, ".heat button")] != []
+    finally:
+        running.stop()
+
+
+def test_a_model_without_attention_says_so_and_the_rest_is_shown(
+    page: Any, translator: Translator, tmp_path: Path
+) -> None:
+    write_long_video(tmp_path / "long.mp4", 2)
+    with no_attention(translator):
+        translated(page, tmp_path / "long.mp4", long="true")
+    notes = [note.text for note in all_of(page, ".note")]
+    assert notes == ["This language model has no attention from words to frames."]
+    assert all_of(page, ".attention") == []
+    for part in all_of(page, "#parts > li"):
+        assert part.find_element(By.CSS_SELECTOR, ".strip img").is_displayed()
+        assert part.find_element(By.TAG_NAME, "summary").text == "5 best hypotheses"
 
 
 def requested(driver: Any) -> set[str]:
@@ -134,6 +260,11 @@ def test_a_recording_of_the_camera_is_translated(page: Any) -> None:
     wait_until(lambda: is_done(page))
     assert one(page, "#error").text == ""
     assert one(page, "#state").text == "Done: 1 sentence."
+    # The length of a recording is not in its file; a word finds its moment anyway.
+    word = one(page, ".heat button")
+    word.click()
+    time = page.execute_script("return document.querySelector('video').currentTime")
+    assert word.get_attribute("title").startswith(f"most attention at {time:.1f} s; ")
 
 
 def test_errors_are_shown_as_text(page: Any, tmp_path: Path) -> None:

@@ -23,7 +23,9 @@ import pytest
 from flallm_ds.demo.model import MAX_REQUESTS
 from flallm_ds.demo.server import listen
 from flallm_ds.errors import UserError
+from flallm_ds.inference.heat_map import LEVELS
 from flallm_ds.inference.translator import Translator
+from tests.helpers.attention import no_attention
 from tests.helpers.demo_server import Running
 from tests.helpers.exports import DECODER_ONLY, ENCODER_DECODER, write_export
 from tests.helpers.long_video import write_long_video
@@ -122,6 +124,50 @@ def test_a_form_has_the_same_options_and_a_file_of_any_name(
     assert part["frames"][0].startswith("data:image/jpeg;base64,")
 
 
+def test_the_attention_is_an_option_and_the_video_is_encoded_once(
+    running: Running, translator: Translator, videos: Path
+) -> None:
+    content = (videos / "short.mp4").read_bytes()
+    encoded: list[int] = []
+    handle = translator.export.visual.register_forward_hook(
+        lambda module, inputs, out: encoded.append(len(out))
+    )
+    try:
+        status, done = running.post(content, "?language=de&nbest=3&attention=true")
+    finally:
+        handle.remove()
+    (part,) = done["parts"]
+    assert status == 200 and encoded == [part["num_frames"]]
+    attention = part["attention"]
+    assert attention["words"] == part["sentence"].split() != []
+    for levels in attention["levels"]:
+        assert len(levels) == part["num_frames"] and max(levels) == LEVELS
+    assert all(0 < share < 1 for share in attention["on_video"])
+    assert done["attention_s"] == part["attention_s"] > 0
+    # The search is the same with and without attention, and before and after it.
+    _, plain = running.post(content, "?language=de&nbest=3")
+    assert plain["parts"][0]["nbest"] == part["nbest"]
+    assert plain["parts"][0]["attention"] is None and plain["attention_s"] == 0
+    status, answer = running.post(content, "?language=de&attention=perhaps")
+    assert (status, answer["error"]) == (
+        400,
+        "attention must be true or false, got 'perhaps'.",
+    )
+
+
+def test_a_model_that_gives_no_attention_translates_anyway(
+    running: Running, translator: Translator, videos: Path
+) -> None:
+    content = (videos / "short.mp4").read_bytes()
+    _, expected = running.post(content, "?language=de")
+    with no_attention(translator):
+        status, done = running.post(content, "?language=de&attention=true")
+    assert status == 200 and done["text"] == expected["text"] != ""
+    assert done["parts"][0]["attention"] == {
+        "problem": "This language model has no attention from words to frames."
+    }
+
+
 def test_a_long_video_has_events_and_subtitles(
     running: Running, translator: Translator, videos: Path
 ) -> None:
@@ -146,11 +192,18 @@ def test_a_long_video_has_events_and_subtitles(
 
 
 def test_the_page_and_its_files_are_the_only_ones(running: Running) -> None:
-    for path, kind in (("/", "html"), ("/page.css", "css"), ("/page.js", "javascript")):
+    for path, kind in (
+        ("/", "html"),
+        ("/page.css", "css"),
+        ("/page.js", "javascript"),
+        ("/heat_map.css", "css"),
+        ("/heat_map.js", "javascript"),
+    ):
         status, headers, content = running.ask("GET", path)
         assert status == 200 and kind in headers["content-type"] and content
         # Nothing of another server, and no script within the page.
-        assert b"http://" not in content and b"https://" not in content
+        shown = content.replace(b"http://www.w3.org/2000/svg", b"")  # a name, not a request
+        assert b"http://" not in shown and b"https://" not in shown
         assert "default-src 'none'" in headers["content-security-policy"]
     for path in (
         "/docs",
