@@ -37,8 +37,8 @@ def evaluate(
         threads: data-loading threads of each rank; 0 shares the cores among the ranks
         bits: of the LLM's weights; those of its training by default
         hub_code: run code that comes with the LLM on the hub
-        controls: the same model without what the video shows: blind (always scored),
-            shuffled_frames, blank; the last two search all clips again
+        controls: the same model without what the video shows: blind and another_signer
+            (always scored), shuffled_frames, blank; the last two search all clips again
     """
     check_search(beams, nbest, length_penalty)
     check_evaluation(run, split, shards, threads)

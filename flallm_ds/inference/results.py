@@ -14,7 +14,7 @@ from flallm_ds.inference.analysis import Known, analyse
 from flallm_ds.inference.hypothesis_file import write_hypotheses
 from flallm_ds.metrics import Scores
 from flallm_ds.metrics.columns import CEILING
-from flallm_ds.metrics.controls import BLIND, meaning
+from flallm_ds.metrics.controls import ANOTHER_SIGNER, BLIND, meaning, no_other_signer
 from flallm_ds.metrics.counts import RESAMPLES
 from flallm_ds.metrics.score_files import how_computed
 from flallm_ds.metrics.scoring import (
@@ -23,6 +23,7 @@ from flallm_ds.metrics.scoring import (
     perfect,
     scores_by,
     scores_of,
+    signer_scores,
 )
 from flallm_ds.metrics.table import table
 
@@ -53,12 +54,11 @@ class Results:
         highest = {CEILING.key: ceiling.bleu4}
         model = scores_of(self.hypotheses, error_rates=True, resamples=RESAMPLES)
         scores = model.as_dict() | highest
-        controls = self._control_scores()
-        meanings = [meaning(name, model, one) for name, one in controls.items()]
+        controls, meanings = self._score_controls(model, known)
         blind = controls.pop(BLIND).as_dict() | highest
-        searched: dict[str, Stored] = {}
+        others: dict[str, Stored] = {}
         for name, one in controls.items():
-            searched[name] = one.as_dict() | highest
+            others[name] = one.as_dict() | highest
         parts = self._scores_of_parts()
         analysis = analyse(self.hypotheses, known, RESAMPLES)
 
@@ -71,7 +71,7 @@ class Results:
             **self.facts,
             "scores": scores,
             "blind": blind,
-            "controls": searched,
+            "controls": others,
             "meanings": meanings,
             **parts,
             **analysis.as_dict(),
@@ -81,7 +81,7 @@ class Results:
         replace_file(folder / f"{split}.json", text)
 
         rows = {"model": scores, "blind control": blind}
-        for name, stored in searched.items():
+        for name, stored in others.items():
             rows[name.replace("_", " ")] = stored
         print(table({**rows, **parts}))
         for line in (*meanings, str(ceiling), str(analysis), *how_computed(scores)):
@@ -89,12 +89,25 @@ class Results:
                 print(line)
         print(f"hypotheses: {path}")
 
-    def _control_scores(self) -> dict[str, Scores]:
-        """Return the scores of the blind control and of those that were searched."""
+    def _score_controls(
+        self, model: Scores, known: Known
+    ) -> tuple[dict[str, Scores], list[str]]:
+        """Return the scores of all controls, and a sentence about each.
+
+        BLIND and ANOTHER_SIGNER exchange hypotheses; the others were searched.
+        """
         found = {BLIND: blind_scores(self.hypotheses, resamples=RESAMPLES)}
+        meanings = [meaning(BLIND, model, found[BLIND])]
+        exchanged = signer_scores(self.hypotheses, known.signers, resamples=RESAMPLES)
+        if exchanged is None:
+            meanings.append(no_other_signer(known.signers.values()))
+        else:
+            found[ANOTHER_SIGNER], any_signer = exchanged
+            meanings.append(meaning(ANOTHER_SIGNER, any_signer, found[ANOTHER_SIGNER]))
         for name, clips in self.controls.items():
             found[name] = scores_of(clips, resamples=RESAMPLES)
-        return found
+            meanings.append(meaning(name, model, found[name]))
+        return found, meanings
 
     def _scores_of_parts(self) -> dict[str, Stored]:
         """Score each corpus and each language alone, if there are several.

@@ -1,10 +1,18 @@
-"""Tests of the videos that controls of an evaluation see."""
+"""Tests of the videos that controls see, and of a control that is left out."""
+
+import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from flallm_ds.batch import Batch, FeatureBatch, VideoBatch
+from flallm_ds.batch import Batch, FeatureBatch, Hypothesis, VideoBatch
+from flallm_ds.data.text.codec import TextCodec
+from flallm_ds.data.text.prompt import Instruction
+from flallm_ds.inference.analysis import Known
 from flallm_ds.inference.controls import with_blank_frames, with_shuffled_frames
+from flallm_ds.inference.results import Results
+from tests.helpers.llms import make_tiny_llm
 
 NUM_FRAMES = [30, 20]
 
@@ -45,3 +53,20 @@ def test_blank_frames_are_all_equal(kind: type[Batch], value: int) -> None:
     after = with_blank_frames(before).content
     assert after.shape == before.content.shape and after.dtype == before.content.dtype
     assert torch.all(after == value)
+
+
+def test_an_evaluation_says_why_it_has_no_control_with_another_signer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = ["im norden regen am abend", "im süden sonne am abend"]
+    llm = make_tiny_llm("qwen3", tmp_path / "llm", texts)
+    codec = TextCodec.for_training_text(str(llm), Instruction(), texts, trim=False)
+    clips = [Hypothesis(text, text, text, "c", "de") for text in texts]
+    known = Known(dict.fromkeys(texts, "A"))
+    Results(clips, codec, {}, {"split": "test"}).write(tmp_path / "evaluation", known)
+
+    stored = json.loads((tmp_path / "evaluation/test.json").read_text(encoding="utf-8"))
+    why = "There is no control with another signer: all clips are by the signer A."
+    assert stored["controls"] == {} and stored["meanings"][1] == why
+    printed = capsys.readouterr().out
+    assert why in printed.splitlines() and "| another signer" not in printed

@@ -254,8 +254,9 @@ def test_a_split_is_evaluated_with_nbest_and_target_language(
     # The search of a control sees other frames, so the scores of hypotheses differ.
     blank = (run / "evaluation" / "dev.blank.hypotheses.jsonl").read_text(encoding="utf-8")
     assert len(blank.splitlines()) == 9 and blank.splitlines() != lines
-    assert content["controls"].keys() == {"shuffled_frames", "blank"}
-    assert len(content["meanings"]) == 3 and content["words"]["de"]["with content"]
+    assert content["controls"].keys() == {"another_signer", "shuffled_frames", "blank"}
+    assert content["controls"]["another_signer"]["num_sentences"] == 9
+    assert len(content["meanings"]) == 4 and content["words"]["de"]["with content"]
     with pytest.raises(UserError, match="--nbest must be at least 1 and at most --beams"):
         evaluate(run=str(run), split="dev", beams=1, nbest=2, shards=shards)
 

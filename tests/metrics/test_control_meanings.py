@@ -5,7 +5,13 @@ import pytest
 from flallm_ds.batch import Hypothesis
 from flallm_ds.errors import UserError
 from flallm_ds.metrics import Scores
-from flallm_ds.metrics.controls import CONTROLS, check_controls, meaning
+from flallm_ds.metrics.controls import (
+    ANOTHER_SIGNER,
+    CONTROLS,
+    check_controls,
+    meaning,
+    no_other_signer,
+)
 from flallm_ds.metrics.scoring import blind_scores, scores_of
 from tests.helpers.pairs import pairs
 
@@ -25,7 +31,10 @@ def scored(sees: bool) -> tuple[Scores, Scores]:
 def test_a_model_that_loses_its_score_without_the_video_uses_it(control: str) -> None:
     model, blind = scored(sees=True)
     sentence = meaning(control, model, blind)
-    assert sentence.startswith(("The model uses", "The model needs"))
+    begin = ("The model uses", "The model needs")
+    if control == ANOTHER_SIGNER:
+        begin = ("The model may use who signs and not only what is signed",)
+    assert sentence.startswith(begin)
     assert f"{blind.bleu4:.2f}" in sentence and "(p < 0.005)" in sentence
 
 
@@ -36,9 +45,24 @@ def test_a_model_that_always_says_the_same_does_not_use_the_video() -> None:
     )
 
 
+def test_another_signer_is_compared_with_any_signer() -> None:
+    sentence = meaning(ANOTHER_SIGNER, *scored(sees=False))
+    assert sentence.startswith("The model does not use who signs, as far as 100 clips show")
+    assert "with the videos of other signers, and " in sentence
+    assert sentence.endswith("with those of any signer (p = 1.000).")
+
+
+def test_a_split_without_another_signer_says_why() -> None:
+    assert no_other_signer(["", ""]) == (
+        "There is no control with another signer: the shards do not say who signs."
+    )
+    assert no_other_signer(["A", "", "A"]).endswith("all clips are by the signer A.")
+    assert no_other_signer(["A", "B"]).endswith("in the same language.")
+
+
 def test_unknown_controls_are_refused() -> None:
     check_controls(CONTROLS)
     with pytest.raises(
-        UserError, match="must be of blind, shuffled_frames, blank, got 'x'"
+        UserError, match="must be of blind, another_signer, shuffled_frames, blank, got 'x'"
     ):
         check_controls(("blind", "x"))
