@@ -16,6 +16,7 @@ def score(
     preset: str = DEFAULT,
     tokenizer: str = "",
     resamples: int = 1000,
+    bleurt: Path | None = None,
     out: Path | None = None,
 ) -> None:
     """Score hypotheses of any project by the rule of any project, with 95 % intervals.
@@ -34,15 +35,19 @@ def score(
         tokenizer: a folder with a tokenizer, an export or a run, for the ceiling; the
             preset gfslt encodes and decodes the references with it
         resamples: number of resampled test sets for the intervals; 0 for none
+        bleurt: the folder of a BLEURT checkpoint in PyTorch, such as BLEURT-20; docs/scores.md
+            says what it holds
         out: a JSON file to write the scores to
     """
     check_exists("--hypotheses", hypotheses)
     if references is not None:
         check_exists("--references", references)
+    if bleurt is not None:
+        check_exists("--bleurt", bleurt)
     find_preset(preset)
     require(resamples >= 0, f"--resamples must be at least 0, got {resamples}.")
     scores, highest = score_files(
-        hypotheses, references, language, preset, tokenizer, resamples
+        hypotheses, references, language, preset, tokenizer, resamples, bleurt
     )
     if out is not None:
         write_scores(out, scores, highest)

@@ -1,11 +1,12 @@
 """Score translations, and record how each value was computed.
 
-BLEU-1 to 4, ROUGE-L, chrF, TER, WER and CER. Published results differ in tokenizer,
-smoothing and ROUGE: `score` follows the defaults of sacreBLEU, or a preset of presets.py.
+BLEU-1 to 4, ROUGE-L, chrF, TER, WER and CER, and BLEURT with a checkpoint. Published
+results differ in tokenizer, smoothing and ROUGE: `score` follows the defaults of sacreBLEU,
+or a preset of presets.py.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +27,9 @@ from flallm_ds.metrics.presets import (
     rule_of,
 )
 from flallm_ds.metrics.rouge import rouge_counts
+
+# Returns the counts of a metric of hypotheses and references, such as `Bleurt.counts`.
+Metric = Callable[[Sequence[str], Sequence[str]], Counts]
 
 __all__ = ["Scores", "score", "score_by_language"]
 
@@ -94,6 +98,7 @@ def score(
     round_trip: RoundTrip | None = None,
     error_rates: bool = True,
     resamples: int = 0,
+    trained: Metric | None = None,
 ) -> Scores:
     """Score hypotheses against one reference each, in the same order.
 
@@ -102,7 +107,8 @@ def score(
     Thai, ...) by characters. preset: one of `PRESET_NAMES`. round_trip: encodes and decodes
     references with a tokenizer, for presets that score decoded references. error_rates:
     whether to compute TER, WER and CER. resamples: number of resampled test sets for
-    intervals. Raises UserError if the numbers of hypotheses and references differ or are
+    intervals. trained: a trained metric, which scores the text as it is, without the
+    preset. Raises UserError if the numbers of hypotheses and references differ or are
     0, or if the preset does not fit the language.
     """
     check_pairs(hypotheses, references)
@@ -110,6 +116,8 @@ def score(
     metrics = preset_counts(
         chosen, hypotheses, references, language, round_trip, error_rates
     )
+    if trained is not None:
+        metrics.append(trained(hypotheses, references))
     values: dict[str, float] = {}
     signatures: dict[str, str] = {}
     for metric in metrics:
@@ -176,6 +184,7 @@ def score_by_language(
     round_trip: RoundTrip | None = None,
     error_rates: bool = True,
     resamples: int = 0,
+    trained: Metric | None = None,
 ) -> Scores:
     """Score each language with its own tokenizer and return the mean over languages.
 
@@ -199,6 +208,7 @@ def score_by_language(
             round_trip=round_trip,
             error_rates=error_rates,
             resamples=resamples,
+            trained=trained,
         )
     if len(scores) == 1:
         return next(iter(scores.values()))

@@ -20,7 +20,10 @@ class Column:
     logged: bool = False
     """Whether training writes the metric to metrics.jsonl and TensorBoard."""
     is_error: bool = False
-    """Whether lower is better. Error rates are not computed in training."""
+    """Whether lower is better."""
+    always: bool = True
+    """Whether all scores have it. Error rates are not computed in training, and BLEURT
+    needs a checkpoint."""
 
     def text(self, scores: Mapping[str, Any]) -> str:
         """Format this metric of stored scores; empty if they do not contain it."""
@@ -40,9 +43,10 @@ COLUMNS = (
     Column("bleu4", "BLEU-4", logged=True),
     Column("rouge_l", "ROUGE-L", logged=True),
     Column("chrf", "chrF", logged=True),
-    Column("ter", "TER", is_error=True),
-    Column("wer", "WER", is_error=True),
-    Column("cer", "CER", is_error=True),
+    Column("bleurt", "BLEURT", always=False),
+    Column("ter", "TER", is_error=True, always=False),
+    Column("wer", "WER", is_error=True, always=False),
+    Column("cer", "CER", is_error=True, always=False),
 )
 
 # Title of intervals in tables.
@@ -57,6 +61,7 @@ SIGNATURES = {
     "bleu_signature": "BLEU",
     "rouge_signature": "ROUGE-L",
     "chrf_signature": "chrF",
+    "bleurt_signature": "BLEURT",
     "ter_signature": "TER",
     "wer_signature": "WER",
     "cer_signature": "CER",
@@ -64,11 +69,11 @@ SIGNATURES = {
 
 
 def shown_columns(rows: Iterable[Mapping[str, Any]]) -> list[Column]:
-    """Return the columns of a table: error rates only if any row of scores has them."""
+    """Return the columns of a table: those of all scores, and others that any row has."""
     found = list(rows)
     shown = []
     for column in COLUMNS:
-        if not column.is_error or any(column.key in scores for scores in found):
+        if column.always or any(column.key in scores for scores in found):
             shown.append(column)
     return shown
 

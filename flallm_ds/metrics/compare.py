@@ -189,7 +189,7 @@ def _conclusions(found: Sequence[Difference], first: str, second: str) -> list[s
 
 def runs_table(system: System, preset: str = DEFAULT) -> str:
     """Return a table of the scores of each run, their mean and their deviation."""
-    columns = [column for column in COLUMNS if not column.is_error]
+    columns = [column for column in COLUMNS if column.always]
     cells = [[system.name, *(column.title for column in columns)]]
     values = []
     for name, hypotheses in system.runs.items():

@@ -7,9 +7,9 @@ from typing import Any
 from flallm_ds.data.text.languages import language_tag
 from flallm_ds.errors import UserError
 from flallm_ds.files import replace_file
-from flallm_ds.metrics import Scores, score_by_language
+from flallm_ds.metrics import Metric, Scores, score_by_language
 from flallm_ds.metrics.ceiling import Ceiling, ceiling
-from flallm_ds.metrics.columns import CEILING, COLUMNS, INTERVAL_TITLE, SIGNATURES
+from flallm_ds.metrics.columns import CEILING, INTERVAL_TITLE, SIGNATURES, shown_columns
 from flallm_ds.metrics.presets import DEFAULT, RoundTrip
 from flallm_ds.metrics.table import markdown
 from flallm_ds.metrics.texts import Pairs, read_pairs
@@ -22,11 +22,13 @@ def score_files(
     preset: str = DEFAULT,
     tokenizer: str = "",
     resamples: int = 0,
+    bleurt: Path | None = None,
 ) -> tuple[Scores, Ceiling | None]:
     """Score a file of hypotheses. Return the scores, and the ceiling of a tokenizer.
 
     references: a file, or None if the hypotheses are a table with both. language: by
     default the column `language` of the references. tokenizer: as in `round_trip_of`.
+    bleurt: the folder of a checkpoint, as in `load_bleurt`.
     Raises UserError for files that do not fit each other.
     """
     pairs = read_pairs(hypotheses, references)
@@ -37,6 +39,11 @@ def score_files(
         from flallm_ds.data.text.round_trip import round_trip_of
 
         round_trip = round_trip_of(tokenizer)
+    trained: Metric | None = None
+    if bleurt is not None:
+        from flallm_ds.metrics.bleurt import load_bleurt
+
+        trained = load_bleurt(bleurt).counts
     scores = score_by_language(
         pairs.hypotheses,
         pairs.references,
@@ -44,6 +51,7 @@ def score_files(
         preset,
         round_trip=round_trip,
         resamples=resamples,
+        trained=trained,
     )
     highest = None
     if round_trip is not None:
@@ -75,7 +83,7 @@ def describe(scores: Scores, highest: Ceiling | None = None) -> str:
     """Return a table of scores, and how they were computed."""
     stored = scores.as_dict()
     cells = [["", "score", INTERVAL_TITLE]]
-    for column in COLUMNS:
+    for column in shown_columns([stored]):
         title = f"{column.title} (lower is better)" if column.is_error else column.title
         cells.append([title, column.text(stored), column.interval_text(stored)])
     lines = [

@@ -13,7 +13,8 @@ MIN_COLUMN = 7
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """Return a Markdown table. rows: maps the name of a system to its stored scores.
 
-    Scores with intervals have a second line. Error rates have a column if any row has them.
+    Scores with intervals have a second line. A metric that not all scores have, such as an
+    error rate, has a column if any row has it.
     The last column is the BLEU-4 of a perfect model, if it is low for any row.
     """
     columns = shown_columns(rows.values())

@@ -5,6 +5,7 @@ UserError that names the cause.
 """
 
 import json
+import pickle
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ CHECKPOINT_FILES = (
 # the base class of the errors of huggingface_hub's HTTP client, which depends on the
 # version.
 HUB_ERRORS: Any = (OSError, HfHubHTTPError.__mro__[1], HFValidationError)
+# What the libraries raise for files of weights that are damaged or of another model.
+UNREADABLE = (RuntimeError, ValueError, SafetensorError, pickle.UnpicklingError)
 STANDIN = "Name a folder that holds one, or make a small one with flallm standin_llm."
 
 
@@ -271,8 +274,9 @@ def read_cache_alone_if_unreachable(name: str) -> None:
 def check_weights(name: str, section: str = "llm") -> None:
     """Raise UserError if the weights of a folder are missing, truncated or damaged.
 
-    section: of the options; its `pretrained=false` is the remedy. A hub id is not checked:
-    its weights are downloaded when they are read.
+    section: of the options; its `pretrained=false` is a remedy. Empty for a model that
+    cannot have random weights. A hub id is not checked: its weights are downloaded when
+    they are read.
     """
     folder = Path(name)
     if not folder.is_dir():
@@ -303,10 +307,12 @@ def _no_weights(folder: Path, section: str) -> UserError:
         if path.suffix in (".h5", ".msgpack", ".pth", ".gguf"):
             got = f"only {path.name}, which is of another format"
             break
+    remedy = "Fetch the model again"
+    if section:
+        remedy += f", or give --{section}.pretrained=false for random weights"
     return UserError(
         f"The folder {folder} must hold weights (model.safetensors or "
-        f"pytorch_model.bin), got {got}. Fetch the model again, or give "
-        f"--{section}.pretrained=false for random weights."
+        f"pytorch_model.bin), got {got}. {remedy}."
     )
 
 
@@ -328,6 +334,18 @@ def _check_weight_file(path: Path) -> None:
             f"Cannot load the weights {path}: the file is truncated or damaged "
             f"({first_line(error)}). Fetch it again."
         ) from error
+
+
+def unreadable(weights: str, error: Exception) -> UserError:
+    """Return the error for weights that cannot be read. error: one of UNREADABLE."""
+    reason = f"{first_line(error).rstrip('.')}. Fetch the model again."
+    pickled = isinstance(error, pickle.UnpicklingError)
+    if pickled or "Weights only load failed" in str(error):
+        reason = (
+            "the pickled weights (.bin) are damaged, or hold more than tensors, which could "
+            "run code. Fetch the safetensors files of the model."
+        )
+    return UserError(f"Cannot load the weights {weights}: {reason}")
 
 
 def first_line(error: BaseException) -> str:

@@ -12,9 +12,10 @@ def scores() -> Scores:
 
 def test_score_computes_exactly_the_metrics_of_the_table() -> None:
     keys = [column.key for column in COLUMNS]
-    assert list(scores().values) == keys
     assert len(set(keys)) == len(keys)
-    assert scores().signatures.keys() == SIGNATURES.keys()
+    # BLEURT needs a checkpoint.
+    assert list(scores().values) == [key for key in keys if key != "bleurt"]
+    assert scores().signatures.keys() == SIGNATURES.keys() - {"bleurt_signature"}
 
 
 def test_names_and_order_in_stored_files_are_fixed() -> None:
@@ -28,7 +29,7 @@ def test_names_and_order_in_stored_files_are_fixed() -> None:
 
 def test_a_metric_that_was_not_stored_has_an_empty_cell() -> None:
     cells = [column.text({"bleu4": 21.256}) for column in COLUMNS]
-    assert cells == ["", "", "", "21.26"] + [""] * 5
+    assert cells == ["", "", "", "21.26"] + [""] * 6
 
 
 def test_only_records_with_scores_are_recognized() -> None:

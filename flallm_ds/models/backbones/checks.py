@@ -3,14 +3,12 @@
 N frames, C H W of a frame, D width of the features.
 """
 
-import pickle
 import re
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from flallm_ds.errors import UserError
@@ -20,8 +18,6 @@ from flallm_ds.models.pretrained import first_line
 
 # What models raise for frames that they cannot read.
 UNSUITED = (RuntimeError, ValueError, AssertionError, TypeError, IndexError, AttributeError)
-# What the libraries raise for files of weights that are damaged or of another model.
-UNREADABLE = (RuntimeError, ValueError, SafetensorError, pickle.UnpicklingError)
 # Tensors that a checkpoint of any model may hold or lack. Files from before 2018 lack the
 # counter of BatchNorm, which nothing reads. No patches are masked here. The other tensors
 # are computed.

@@ -10,7 +10,6 @@ from torch import nn
 from flallm_ds.command import nearest
 from flallm_ds.errors import UserError
 from flallm_ds.models.backbones.checks import (
-    UNREADABLE,
     UNSUITED,
     check_fit,
     check_patch,
@@ -18,7 +17,7 @@ from flallm_ds.models.backbones.checks import (
 )
 from flallm_ds.models.backbones.interface import Backbone
 from flallm_ds.models.backbones.spec import BackboneSpec, import_timm
-from flallm_ds.models.pretrained import first_line
+from flallm_ds.models.pretrained import UNREADABLE, first_line
 
 TIMM = "timm/"  # what `visual.weights` begins with for a model of timm by name
 

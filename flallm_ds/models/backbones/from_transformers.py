@@ -1,6 +1,5 @@
 """Build backbones with transformers, from a hub id or a folder with a config.json."""
 
-import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from transformers.image_processing_base import ImageProcessingMixin
 from flallm_ds.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from flallm_ds.errors import UserError
 from flallm_ds.models.backbones.checks import (
-    UNREADABLE,
     check_fit,
     check_patch,
     needed,
@@ -22,7 +20,13 @@ from flallm_ds.models.backbones.checks import (
 )
 from flallm_ds.models.backbones.interface import Backbone
 from flallm_ds.models.backbones.spec import BackboneSpec, plain_config
-from flallm_ds.models.pretrained import HUB_ERRORS, check_weights, first_line
+from flallm_ds.models.pretrained import (
+    HUB_ERRORS,
+    UNREADABLE,
+    check_weights,
+    first_line,
+    unreadable,
+)
 
 
 def build_transformers(
@@ -134,7 +138,7 @@ def _load_weights(
             ignore_mismatched_sizes=True,  # `check_fit` below names the first one
         )
     except UNREADABLE as error:
-        raise _unreadable(weights, error) from error
+        raise unreadable(weights, error) from error
     missing = needed(info["missing_keys"])
     mismatched = [name for name, *_ in info["mismatched_keys"]]
     # Only a pooler is missing: use the class token or the mean instead.
@@ -148,15 +152,3 @@ def _load_weights(
     # `from_pretrained` has built another model; the drawn one gets its weights.
     model.load_state_dict(source.state_dict())
     return spec
-
-
-def _unreadable(weights: str, error: Exception) -> UserError:
-    """Return the error for weights that cannot be read."""
-    reason = f"{first_line(error).rstrip('.')}. Fetch the model again."
-    pickled = isinstance(error, pickle.UnpicklingError)
-    if pickled or "Weights only load failed" in str(error):
-        reason = (
-            "the pickled weights (.bin) are damaged, or hold more than tensors, which could "
-            "run code. Fetch the safetensors files of the model."
-        )
-    return UserError(f"Cannot load the weights {weights}: {reason}")
