@@ -139,6 +139,9 @@ class Engine:
             if names:
                 deepspeed.utils.set_z3_leaf_modules(module, names)
             _one_precision(module)
+            # DeepSpeed moves parameters to the device, but no buffers.
+            for buffer in module.buffers():
+                buffer.data = buffer.data.to(world.device)
         self.world, self.config = world, config
         self._holds_all = False
         self._own_norm = float("nan")
