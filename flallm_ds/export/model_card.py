@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from flallm_ds import __version__
 from flallm_ds.config import RunConfig
 from flallm_ds.data.index import Index
 from flallm_ds.data.text.codec import TextCodec
@@ -24,8 +25,8 @@ from flallm_ds.metrics.columns import (
 )
 from flallm_ds.same_run import nearest_recipe
 
-# Packages whose versions the card lists.
-PACKAGES = ("flallm_ds", "torch", "transformers", "deepspeed")
+# Packages whose versions the card lists, after that of flallm_ds.
+PACKAGES = ("torch", "transformers", "deepspeed")
 
 
 def training_facts(config: RunConfig, index: Index) -> dict[str, Any]:
@@ -43,7 +44,10 @@ def training_facts(config: RunConfig, index: Index) -> dict[str, Any]:
         "num_clips": len(index),
         "same_clips": config.data.same_clips,
         "epochs": config.train.epochs,
-        "versions": {name: metadata.version(name) for name in PACKAGES},
+        "versions": {
+            "flallm_ds": __version__,
+            **{name: metadata.version(name) for name in PACKAGES},
+        },
     }
 
 
