@@ -390,7 +390,9 @@ def test_a_quantized_llm_loads_and_learns(bits: int, tmp_path: Path) -> None:
         losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0]
     for name, before in frozen.items():
-        assert torch.equal(llm.get_parameter(name), before), name
+        # bytes: the integers lie in a float tensor, where some of them are NaN
+        now, then = (t.view(torch.uint8) for t in (llm.get_parameter(name), before))
+        assert torch.equal(now, then), name
     with pytest.raises(UserError, match="its weight has 8 or 4 bits"):
         list(merged(llm.named_parameters(), llm))
     assert isinstance(llm, nn.Module)
