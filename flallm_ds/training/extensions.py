@@ -99,7 +99,9 @@ def _build(name: str, load: Callable[[str], None], folder: Path, host: str) -> N
 
 
 def _reason(error: Exception) -> str:
-    """Return the line of a compiler's output that says what is wrong."""
+    """Return what DeepSpeed lacks, or the line of a compiler's output that says it."""
+    if "JIT load the async_io op due to it not being compatible" in str(error):
+        return "libaio or its headers are missing; install libaio-dev"
     lines = str(error).strip().splitlines() or [type(error).__name__]
     for sign in ("No space left on device", "error:", "Error"):
         # The first line of torch's error only names the operator.

@@ -208,6 +208,17 @@ def test_a_missing_compiler_is_named_before_the_build(
     assert compiler_problem(os.environ) is None
 
 
+def test_offload_to_nvme_without_libaio_names_its_package(temporary: Path) -> None:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    from flallm_ds.training.engine import load_operator
+
+    if AsyncIOBuilder().is_compatible(verbose=False):
+        pytest.skip("libaio is installed")
+    with pytest.raises(RankError, match="libaio or its headers are missing; install lib"):
+        build(["async_io"], load_operator)
+
+
 def test_the_ninja_next_to_python_is_found_without_an_active_environment(
     temporary: Path,
 ) -> None:
