@@ -14,6 +14,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from transformers import MBartConfig
 
 from benchmarks import material
 from benchmarks.measure import Report, Target, spread
@@ -119,7 +120,9 @@ def stage_1(folder: Path, clips: int, frames: int, videos: Path | None) -> Task:
     """Return the task of the recipe, without weights and texts from the hub."""
     pngs = material.png_folders(folder / "png", clips, frames, videos)
     shards = material.build_shards([paths[0].parent for paths in pngs], folder / "shards")
-    small_codec(load_index(shards, "train")).tokenizer.save_pretrained(folder / "llm")
+    tokenizer = small_codec(load_index(shards, "train")).tokenizer
+    tokenizer.save_pretrained(folder / "llm")
+    MBartConfig(vocab_size=len(tokenizer)).save_pretrained(folder / "llm")
     options = {
         "data.shards": str(shards),
         "run": str(folder / "run"),
