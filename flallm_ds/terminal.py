@@ -34,6 +34,11 @@ def one_line(text: str) -> str:
     return printable(text).replace("\n", r"\n").replace("\t", r"\t")
 
 
+def note(sentence: str) -> None:
+    """Print a sentence for the user on stderr."""
+    print(printable(sentence), file=sys.stderr, flush=True)
+
+
 def prepare() -> None:
     """Set up stdout and stderr so that no print fails. Call it once, at the start.
 

@@ -2,17 +2,21 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from flallm_ds.cli.checks import check_model, check_search
 from flallm_ds.cli.videos import (
     SUBTITLES,
     check_out,
+    check_out_folder,
     check_video,
     find_videos,
     read_spans,
 )
 from flallm_ds.errors import require
+
+if TYPE_CHECKING:
+    from flallm_ds.inference.translator import Translator
 
 _MAX_IDLE_S = 86_400
 
@@ -23,6 +27,7 @@ def translate(
     model: str,
     list: Path | None = None,
     out: Path | None = None,
+    subtitles: Literal["vtt", "srt"] | None = None,
     long: bool | None = None,
     spans: Path | None = None,
     follow: bool = False,
@@ -40,12 +45,18 @@ def translate(
     Example: flallm translate VIDEO --model=runs/mine_llm
     Example: flallm translate FOLDER --model=runs/mine_llm --out=sentences.jsonl
     Example: flallm translate VIDEO --model=runs/mine_llm --out=VIDEO.vtt
+    Example: flallm translate FOLDER --model=runs/mine_llm --subtitles=vtt --out=FOLDER
+
+    The same command resumes an interrupted one, if it writes the sentences or subtitles of
+    several videos.
 
     Options:
         video: video files, folders of frames, or folders of videos
         model: a run folder (its best export), an export, or USER/NAME on the hub
         list: a text file with more videos, one on a line
-        out: the file to write: .jsonl, or .vtt or .srt for the subtitles of one video
+        out: the file to write: .jsonl, or .vtt or .srt for the subtitles of one video; with
+            --subtitles, a folder
+        subtitles: write a subtitle file of each video into the folder --out: vtt or srt
         long: cut each video at pauses into sentences (--long=false: never); by default, a
             video that is longer than the longest training clip is cut
         spans: a file with the times of the sentences of one video: .vtt, .srt, or lines
@@ -73,28 +84,52 @@ def translate(
     videos = find_videos(video, list)
     parts = {"--long": long is not None, "--spans": spans, "--follow": follow}
     _check_parts([name for name, given in parts.items() if given], videos, stream, out)
+    _check_subtitles(subtitles, out, nbest, spans is not None or follow)
     check_model(model)
     times = read_spans(spans) if spans else []
-    if out is not None:
+    if out is not None and subtitles is not None:
+        check_out_folder(out, videos, subtitles)
+    elif out is not None:
         check_out(out, videos, (*videos, list, spans))
     if len(videos) == 1:
         check_video(videos[0], follow)
     # torch takes seconds to import: only after the options are checked.
+    from flallm_ds.export import digest
+    from flallm_ds.export.hub import folder_of
     from flallm_ds.inference.translate import Job, translate_videos
     from flallm_ds.inference.translator import Translator
 
-    translator = Translator.from_pretrained(model, bits=bits, hub_code=hub_code)
-    translator = translator.searching(beams, nbest, length_penalty)
+    folder = folder_of(model)
+    # Subtitles need the times of sentences.
+    of_subtitles = subtitles or (out is not None and out.suffix.lower() in SUBTITLES)
+    if of_subtitles and not times:
+        long = True if long is None else long
+    made_with = {
+        "model": model,
+        "export": digest(folder),
+        "subtitles": subtitles,
+        "long": long,
+        "spans": times,
+        "follow": follow,
+        "language": language,
+        "beams": beams,
+        "nbest": nbest,
+        "length_penalty": length_penalty,
+        "bits": bits,
+    }
+
+    def load() -> "Translator":
+        translator = Translator.from_pretrained(folder, bits=bits, hub_code=hub_code)
+        return translator.searching(beams, nbest, length_penalty)
+
     if stream:
-        for text in translator.stream(videos[0], language):
+        for text in load().stream(videos[0], language):
             print(text, end="", flush=True)
         print()
         return
-    # Subtitles need the times of sentences.
-    if out is not None and out.suffix.lower() in SUBTITLES and not times:
-        long = True if long is None else long
-    job = Job(videos, out, language, long, times, idle_s if follow else None)
-    translate_videos(translator, job)
+    until_s = idle_s if follow else None
+    job = Job(videos, out, subtitles, language, long, times, until_s, made_with)
+    translate_videos(load, job)
 
 
 def _check_parts(
@@ -120,4 +155,30 @@ def _check_parts(
     require(
         not stream or (not given and out is None),
         f"--stream must go without {' and '.join(given) or '--out'}, got both. Leave one out.",
+    )
+
+
+def _check_subtitles(
+    subtitles: str | None, out: Path | None, nbest: int, is_of_one: bool
+) -> None:
+    """Raise UserError for options that --subtitles would ignore, or that it needs.
+
+    is_of_one: whether the parts of a single video are given, by --spans or --follow.
+    """
+    if subtitles is None:
+        return
+    require(
+        out is not None,
+        f"--subtitles must go with --out=FOLDER, got --subtitles={subtitles} alone. Name the "
+        "folder to write.",
+    )
+    require(
+        nbest == 1,
+        f"--subtitles must go with one hypothesis, got --nbest={nbest}. Leave out --nbest, or "
+        "write --out=FILE.jsonl.",
+    )
+    require(
+        not is_of_one,
+        "--subtitles must go without --spans and --follow, which are for one video, got both. "
+        f"Write its subtitles to --out=FILE.{subtitles}.",
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from flallm_ds.cli.checks import check_exists
 from flallm_ds.data.codecs.growing import check_can_grow
-from flallm_ds.data.codecs.video import VIDEO_SUFFIXES, Video, image_paths
+from flallm_ds.data.codecs.video import VIDEO_SUFFIXES, Video, image_paths, video_name
 from flallm_ds.errors import UserError, require
 from flallm_ds.sharding.corpora import clock_seconds
 from flallm_ds.sharding.corpora.captions import read_captions
@@ -30,7 +30,21 @@ def find_videos(named: Sequence[Path], listed: Path | None) -> list[Path]:
     for option, path in given:
         check_exists(option, path)
         found += _videos_in(option, path) if path.is_dir() else [path]
+    _check_once(found)
     return found
+
+
+def _check_once(videos: Sequence[Path]) -> None:
+    """Raise UserError for a video that is named twice."""
+    given: set[str] = set()
+    for video in videos:
+        path = os.path.abspath(video)  # noqa: PTH100 - two links may be two videos
+        require(
+            path not in given,
+            f"VIDEO must be named once, got {video} twice (in --list and folders as well). "
+            "Remove one.",
+        )
+        given.add(path)
 
 
 def _read_list(path: Path) -> list[Path]:
@@ -53,8 +67,7 @@ def _videos_in(option: str, folder: Path) -> list[Path]:
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
             continue
-        is_video = path.suffix.lower() in VIDEO_SUFFIXES and path.is_file()
-        if is_video or (path.is_dir() and image_paths(path)):
+        if _is_video_file(path) or (path.is_dir() and image_paths(path)):
             videos.append(path)
     images = image_paths(folder)
     require(
@@ -68,6 +81,10 @@ def _videos_in(option: str, folder: Path) -> list[Path]:
         f"{len(images)} images and {len(videos)} videos. Name the videos, or move the images.",
     )
     return videos or [folder]
+
+
+def _is_video_file(path: Path) -> bool:
+    return path.suffix.lower() in VIDEO_SUFFIXES and path.is_file()
 
 
 def check_video(path: Path, follow: bool) -> None:
@@ -94,7 +111,8 @@ def check_out(out: Path, videos: Sequence[Path], inputs: Sequence[Path | None]) 
     suffix = out.suffix.lower()
     require(
         suffix in OUT_SUFFIXES,
-        f"--out must end in {', '.join(OUT_SUFFIXES[:-1])} or {OUT_SUFFIXES[-1]}, got {out}.",
+        f"--out must end in {', '.join(OUT_SUFFIXES[:-1])} or {OUT_SUFFIXES[-1]}, got {out}. "
+        "(For subtitles of each video in a folder, add --subtitles=vtt or srt.)",
     )
     require(not out.is_dir(), f"--out must be a file, got the folder {out}.")
     require(
@@ -103,11 +121,39 @@ def check_out(out: Path, videos: Sequence[Path], inputs: Sequence[Path | None]) 
     )
     require(
         suffix not in SUBTITLES or len(videos) == 1,
-        f"--out must end in .jsonl for several videos, got {out} for {len(videos)} videos.",
+        f"--out must end in .jsonl for several videos, got {out} for {len(videos)} videos. For "
+        f"subtitles of each, give --subtitles={suffix[1:]} --out=FOLDER.",
     )
     for path in inputs:
         is_input = path is not None and out.exists() and out.samefile(path)
         require(not is_input, f"--out must be another file than the inputs, got {out}.")
+
+
+def check_out_folder(out: Path, videos: Sequence[Path], subtitles: str) -> None:
+    """Raise UserError for a folder of subtitles that cannot be written.
+
+    It may be a new one. subtitles: their suffix without a dot.
+    """
+    require(
+        out.is_dir() or (not out.exists() and out.suffix.lower() not in OUT_SUFFIXES),
+        f"--out must be a folder with --subtitles, got {out}. Name a folder, or leave out "
+        "--subtitles.",
+    )
+    parent = out if out.exists() else out.parent
+    require(
+        parent.is_dir() and os.access(parent, os.W_OK),
+        "--out must be a folder in which you may write, or a new one in such a folder, got "
+        f"{out}.",
+    )
+    named: dict[str, Path] = {}
+    for video in videos:
+        file = f"{video_name(video)}.{subtitles}"
+        require(
+            file not in named,
+            f"VIDEO must have one name each for --subtitles, got {named.get(file)} and {video}, "
+            f"which would both be {out / file}. Rename one, or write to several folders.",
+        )
+        named[file] = video
 
 
 def read_spans(path: Path) -> list[tuple[float, float]]:

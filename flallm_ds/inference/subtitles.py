@@ -1,6 +1,27 @@
 """Write sentences with times as WebVTT and SubRip subtitles."""
 
 import html
+from typing import Literal, TextIO
+
+Format = Literal["vtt", "srt"]
+
+
+class SubtitleWriter:
+    """Writes the subtitles of one video to a text file, sentence by sentence."""
+
+    def __init__(self, file: TextIO, format: Format) -> None:
+        self._file, self._format = file, format
+        self._num_cues = 0
+        if format == "vtt":
+            file.write("WEBVTT\n\n")
+
+    def add(self, start_s: float, end_s: float, sentence: str) -> None:
+        """Write a cue; nothing for an empty sentence."""
+        if not sentence:
+            return
+        self._num_cues += 1
+        cue = vtt_cue if self._format == "vtt" else srt_cue
+        self._file.write(cue(self._num_cues, start_s, end_s, sentence))
 
 
 def clock(seconds: float, decimal: str = ".") -> str:

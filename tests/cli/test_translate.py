@@ -14,10 +14,12 @@ from typing import Any
 import av
 import pytest
 
+from flallm_ds import files
 from flallm_ds.cli.translate import translate
 from flallm_ds.cli.videos import find_videos, read_spans
 from flallm_ds.command import bind, read_words
 from flallm_ds.errors import UserError
+from flallm_ds.inference.journal import open_journal
 from flallm_ds.inference.translator import Translator
 from flallm_ds.sharding.corpora.captions import read_captions
 from tests.helpers.exports import ENCODER_DECODER, write_export
@@ -97,7 +99,7 @@ def test_each_video_of_a_folder_has_a_line_and_a_broken_one_its_error(
     assert by_name["a.mp4"]["nbest"] == [list(pair) for pair in nbest]
     assert by_name["a.mp4"]["sentence"] == nbest[0][0]
     # 10 frames a second for 2 s, resampled to 12.5 a second; one in 4 is kept.
-    assert by_name["b.mp4"]["num_frames"] == 7 and by_name["b.mp4"]["took_s"] > 0
+    assert by_name["b.mp4"]["num_frames"] == 7
     assert (by_name["b.mp4"]["start_s"], by_name["b.mp4"]["end_s"]) == (0.0, 2.0)
     said = capsys.readouterr()
     assert said.out == "" and "translate: 4/4 clips" in said.err
@@ -306,6 +308,314 @@ def test_ctrl_c_ends_a_recording_and_leaves_whole_subtitles(
     assert_near(times_of(out), long_video[1])
 
 
+# --- an interrupted call
+
+
+@pytest.fixture
+def many(tmp_path: Path, long_video: tuple[Path, list]) -> Path:
+    """A folder: three short videos, a broken one, a long one and another short one."""
+    folder = tmp_path / "many"
+    for number, name in enumerate(("a", "b", "c", "f")):
+        write_video(folder / f"{name}.mp4", 12 + 2 * number)
+    (folder / "d.mp4").write_bytes(b"no video")
+    shutil.copy(long_video[0], folder / "e.mp4")
+    return folder
+
+
+def killed_call(journal: Path, num_lines: int, *words: object) -> None:
+    """Run `flallm translate` in a process, and kill it when a journal has so many lines."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "flallm_ds", "translate", *map(str, words)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.DEVNULL,
+    )
+    while not journal.exists() or journal.read_bytes().count(b"\n") < num_lines:
+        assert process.poll() is None, "the call ended before it was killed"
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+
+
+def test_a_killed_call_is_resumed_to_the_same_bytes(
+    many: Path, model: Path, translator: Translator, tmp_path: Path, capsys: Any
+) -> None:
+    def call(out: Path, **options: Any) -> str:
+        with pytest.raises(UserError, match=r"Cannot translate 1 of 6 videos: .*d\.mp4"):
+            translate((many,), model=str(model), out=out, nbest=2, **options)
+        return capsys.readouterr().err
+
+    out, journal = tmp_path / "out.jsonl", tmp_path / ".partial-out.jsonl"
+    # The model, two lines of each short video and of the broken one, one of the long one.
+    words = (many, f"--model={model}", f"--out={out}", "--nbest=2")
+    killed_call(journal, 1 + 4 * 2 + 1, *words)
+    assert not out.exists()
+    with pytest.raises(UserError, match=r"has 3 translated .*--nbest 2, got 1") as caught:
+        translate((many,), model=str(model), out=out)
+    assert "was made with other options" in str(caught.value)
+    said = call(out)
+    assert (
+        "3 of 6 videos are translated already. Again: 0 changed since then, 1 with an error"
+        in said
+    )
+    assert "translate: 3/3 clips" in said
+    assert call(tmp_path / "undisturbed.jsonl").count("already") == 0
+    assert out.read_bytes() == (tmp_path / "undisturbed.jsonl").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "many", "out.jsonl", "undisturbed.jsonl",
+    ]  # fmt: skip
+
+
+def test_killed_subtitles_are_resumed(
+    many: Path, model: Path, translator: Translator, tmp_path: Path, capsys: Any
+) -> None:
+    def call(folder: Path) -> str:
+        with pytest.raises(UserError, match=r"Cannot translate 1 of 6 videos: .*d\.mp4"):
+            translate((many,), model=str(model), out=folder, subtitles="srt")
+        return capsys.readouterr().err
+
+    folder = tmp_path / "subtitles"
+    words = (many, f"--model={model}", f"--out={folder}", "--subtitles=srt")
+    killed_call(folder / "translated.jsonl", 1 + 3, *words)
+    written = {path: path.stat().st_mtime_ns for path in folder.glob("[!.]*.srt")}
+    said = call(folder)
+    # The kill may be between the line of a video and the name of its file.
+    assert f"{len(written)} of 6 videos are translated already" in said
+    assert {path.name for path in written} >= {"a.srt", "b.srt"}
+    assert all(path.stat().st_mtime_ns == made for path, made in written.items())
+    call(tmp_path / "undisturbed")
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["a.srt", "b.srt", "c.srt", "e.srt", "f.srt", "translated.jsonl"]
+    for name in names[:-1]:
+        content = (folder / name).read_bytes()
+        assert content == (tmp_path / "undisturbed" / name).read_bytes()
+    # Complete: another call translates only what is new.
+    (many / "d.mp4").unlink()
+    write_video(many / "g.mp4", 10)
+    (folder / "b.srt").unlink()
+    translate((many,), model=str(model), out=folder, subtitles="srt")
+    said = capsys.readouterr().err
+    assert "4 of 6 videos are translated already." in said and "2/2 clips" in said
+    assert (folder / "b.srt").exists() and (folder / "g.srt").exists()
+
+
+def test_the_end_of_a_journal_that_is_cut_is_translated_again(
+    many: Path, model: Path, translator: Translator, tmp_path: Path
+) -> None:
+    """At any byte, as a kill or a full disk may leave it."""
+    (many / "d.mp4").unlink()
+    (many / "e.mp4").unlink()
+    out, journal = tmp_path / "out.jsonl", tmp_path / ".partial-out.jsonl"
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flallm_ds.inference.translation_files.write_file", stop)
+        with pytest.raises(KeyboardInterrupt):
+            translate((many,), model=str(model), out=out)
+    whole = journal.read_bytes()
+    translate((many,), model=str(model), out=out)
+    expected = out.read_bytes()
+    first = whole.index(b"\n") + 1
+    for size in range(first, len(whole), len(whole) // 7):
+        journal.write_bytes(whole[:size] + b"\0\0\n" * (size % 2))
+        translate((many,), model=str(model), out=out)
+        assert out.read_bytes() == expected and not journal.exists()
+
+
+@pytest.fixture
+def stopped(videos: Path, model: Path, translator: Translator, tmp_path: Path) -> Path:
+    """The journal of a call that has translated a.mp4 and b.mp4 of three videos."""
+    (videos / "broken.mp4").unlink()
+    journal = tmp_path / ".partial-out.jsonl"
+    with pytest.MonkeyPatch.context() as patch:
+        translations = Translator.translations
+
+        def stop(self: Translator, video: Path, *args: Any, **options: Any) -> Any:
+            if video.name == "frames":
+                raise KeyboardInterrupt
+            return translations(self, video, *args, **options)
+
+        patch.setattr(Translator, "translations", stop)
+        with pytest.raises(KeyboardInterrupt):
+            translate((videos,), model=str(model), out=tmp_path / "out.jsonl")
+    assert journal.exists()
+    return journal
+
+
+def test_an_interrupted_call_says_how_to_resume(capsys: Any, stopped: Path) -> None:
+    said = capsys.readouterr().err
+    assert "2 of 3 videos are translated. Run the same command again to resume." in said
+
+
+def test_another_model_or_other_videos_are_refused(
+    stopped: Path, videos: Path, model: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.jsonl"
+    before = stopped.read_bytes()
+    other = Path(shutil.copytree(model, tmp_path / "other"))
+    settings = json.loads((other / "flallm.json").read_text())
+    settings["scores"]["epoch"] = 99
+    (other / "flallm.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=f"made with another model .*, got {other}"):
+        translate((videos,), model=str(other), out=out)
+    with pytest.raises(UserError, match=r"belongs to a call with other videos: .*a\.mp4"):
+        translate((videos / "b.mp4", videos / "frames"), model=str(model), out=out)
+    with pytest.raises(UserError, match=r"\(--long not given, got True; --bits not given"):
+        translate((videos,), model=str(model), out=out, long=True, bits=32)
+    assert stopped.read_bytes() == before and not out.exists()
+    # A copy of the model elsewhere is the same model.
+    copied = shutil.copytree(model, tmp_path / "copied")
+    translate((videos,), model=str(copied), out=out)
+    assert len(records(out)) == 3 and not stopped.exists()
+
+
+def test_a_changed_video_is_translated_again_and_a_new_path_is_taken_over(
+    stopped: Path,
+    videos: Path,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+) -> None:
+    capsys.readouterr()
+    write_video(videos / "b.mp4", 30)
+    monkeypatch.chdir(tmp_path)
+    translate((Path("videos"),), model=str(model), out=Path("out.jsonl"))
+    assert (
+        "1 of 3 videos are translated already. Again: 1 changed since then"
+        in capsys.readouterr().err
+    )
+    assert [record["path"] for record in records(tmp_path / "out.jsonl")] == [
+        "videos/a.mp4", "videos/b.mp4", "videos/frames",
+    ]  # fmt: skip
+    assert records(tmp_path / "out.jsonl")[1]["end_s"] > 2.9
+
+
+def test_two_calls_do_not_write_the_same_file(
+    stopped: Path, videos: Path, model: Path, tmp_path: Path
+) -> None:
+    with (
+        open_journal(stopped, json.loads(stopped.read_text().splitlines()[0])["made_with"]),
+        pytest.raises(UserError, match=r"partial-out\.jsonl is in use by process"),
+    ):
+        translate((videos,), model=str(model), out=tmp_path / "out.jsonl")
+
+
+def test_a_file_that_is_no_journal_is_not_overwritten(
+    videos: Path, model: Path, translator: Translator, tmp_path: Path
+) -> None:
+    (videos / "translated.jsonl").write_text('{"mine": 1}\n')
+    with pytest.raises(UserError, match="its first line does not name a model"):
+        translate((videos,), model=str(model), out=videos, subtitles="vtt")
+    assert (videos / "translated.jsonl").read_text() == '{"mine": 1}\n'
+
+
+def test_a_file_that_cannot_be_written_ends_the_call(
+    videos: Path, model: Path, translator: Translator, tmp_path: Path
+) -> None:
+    """It is not an error of the video that is translated at that time."""
+    out = tmp_path / "subtitles"
+    out.mkdir()
+    (out / ".partial-b.srt").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: .*b\.srt"):
+        translate((videos,), model=str(model), out=out, subtitles="srt")
+    assert [path.name for path in out.glob("*.srt")] == ["a.srt"]
+    translate(
+        (videos / "a.mp4", videos / "b.mp4"), model=str(model), out=out, subtitles="srt"
+    )
+    assert len(times_of(out / "b.srt")) == 1
+
+
+# --- subtitles of several videos
+
+
+def test_each_video_of_a_list_has_its_subtitles_next_to_it(
+    videos: Path,
+    long_video: tuple[Path, list],
+    model: Path,
+    translator: Translator,
+    tmp_path: Path,
+    capsys: Any,
+) -> None:
+    shutil.copy(long_video[0], videos / "b.mp4")
+    (videos / "frames").rename(videos / "frames.1")
+    named = "\n".join(str(videos / name) for name in ("broken.mp4", "b.mp4"))
+    (tmp_path / "list.txt").write_text(named)
+    with pytest.raises(UserError, match=r"Cannot translate 1 of 3 videos: .*broken\.mp4"):
+        translate(
+            (videos / "frames.1",),
+            list=tmp_path / "list.txt",
+            model=str(model),
+            out=videos,
+            subtitles="vtt",
+        )
+    assert sorted(path.name for path in videos.glob("*.vtt")) == ["b.vtt", "frames.1.vtt"]
+    assert_near(times_of(videos / "b.vtt"), long_video[1])
+    translate((videos / "b.mp4",), model=str(model), out=tmp_path / "b.vtt")
+    assert (videos / "b.vtt").read_bytes() == (tmp_path / "b.vtt").read_bytes()
+    errors = [
+        line["error"]
+        for line in records(videos / "translated.jsonl")[1:]
+        if "error" in line
+    ]
+    assert len(errors) == 1 and "broken.mp4" in errors[0]
+
+
+def test_a_stop_before_a_subtitle_file_has_its_name_is_resumed(
+    videos: Path,
+    model: Path,
+    translator: Translator,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = tmp_path / "subtitles"
+    (videos / "broken.mp4").unlink()
+
+    def stop_at(moment: str) -> None:
+        move = files.move
+
+        def stop(path: Path, target: Path) -> None:
+            is_of_b = target.name == "b.srt"
+            if is_of_b and moment == "before":
+                raise KeyboardInterrupt
+            move(path, target)
+            if is_of_b:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "move", stop)
+            with pytest.raises(KeyboardInterrupt):
+                translate((videos,), model=str(model), out=out, subtitles="srt")
+
+    stop_at("before")
+    assert not (out / "b.srt").exists()
+    stop_at("after")
+    assert (out / "b.srt").exists()
+    translate((videos,), model=str(model), out=out, subtitles="srt")
+    assert sorted(path.stem for path in out.glob("*.srt")) == ["a", "b", "frames"]
+
+
+def test_subtitles_that_the_user_or_another_video_has_are_not_overwritten(
+    videos: Path, model: Path, translator: Translator, tmp_path: Path
+) -> None:
+    out = tmp_path / "subtitles"
+    out.mkdir()
+    (out / "b.vtt").write_text("mine")
+    (videos / "broken.mp4").unlink()
+    with pytest.raises(UserError, match=r"b\.vtt already exists, and was not made from"):
+        translate((videos,), model=str(model), out=out, subtitles="vtt")
+    assert [path.name for path in out.iterdir()] == ["b.vtt"]
+    (out / "b.vtt").unlink()
+    translate((videos,), model=str(model), out=out, subtitles="vtt")
+    before = (out / "a.vtt").read_bytes()
+    write_video(tmp_path / "other" / "a.mp4", 12)
+    with pytest.raises(UserError, match=r"a\.vtt already exists, and was not made from"):
+        translate((tmp_path / "other",), model=str(model), out=out, subtitles="vtt")
+    assert (out / "a.vtt").read_bytes() == before
+
+
 # --- wrong input
 
 
@@ -324,6 +634,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, long_video: tuple[Path, list
     (folder / "none.srt").write_text("")
     (folder / "huge.csv").write_text("0,1e30\n")
     (folder / "list.txt").write_text("gone.mp4\n")
+    write_video(folder / "same" / "a.mov", 5)
     (folder / "run" / "best").mkdir(parents=True)
     (folder / "run" / "best" / "flallm.json").touch()
     return folder
@@ -360,6 +671,32 @@ def place(tmp_path_factory: pytest.TempPathFactory, long_video: tuple[Path, list
         ("{}/two --follow", "--follow must go with one video, got 2"),
         ("{}/v.mp4 --follow", "Cannot follow {}/v.mp4: only MPEG-TS, Matroska"),
         ("{}/v.mp4 --follow --long", "got --long and --follow"),
+        ("{}/two {}/two/a.mp4", "VIDEO must be named once, got {}/two/a.mp4 twice"),
+        (
+            "{}/two --subtitles=vtt",
+            "--subtitles must go with --out=FOLDER, got --subtitles=vtt alone",
+        ),
+        (
+            "{}/two --subtitles=vtt --out={}/x.vtt",
+            "--out must be a folder with --subtitles",
+        ),
+        (
+            "{}/two --subtitles=vtt --out={}/v.mp4",
+            "--out must be a folder with --subtitles",
+        ),
+        ("{}/two --subtitles=vtt --out={}/no/x", "--out must be a folder in which you may"),
+        (
+            "{}/two {}/same --subtitles=srt --out={}/x",
+            "got {}/two/a.mp4 and {}/same/a.mov, which would both be {}/x/a.srt",
+        ),
+        (
+            "{}/two --subtitles=srt --out={}/x --nbest=2",
+            "--subtitles must go with one hypothesis, got --nbest=2",
+        ),
+        (
+            "{}/v.mp4 --subtitles=srt --out={}/x --follow",
+            "--subtitles must go without --spans and --follow",
+        ),
         ("{}/v.mp4 --follow --idle_s=1e99", "--idle_s must be above 0 and at most 86400"),
         ("{}/v.mp4 --stream --out={}/x.vtt", "--stream must go without --out"),
         ("{}/v.mp4 --beams=99999999999999999999", "--beams must be at least 1 and at most"),

@@ -399,6 +399,11 @@ def read_frames(
     return Video(path).frames(start_s, end_s)
 
 
+def video_name(path: Path) -> str:
+    """Return the name of a video without its suffix. A folder of images has no suffix."""
+    return path.name if path.is_dir() else path.stem
+
+
 def image_paths(folder: Path) -> list[Path]:
     """Return the paths of a folder's images, in natural order (frame2 before frame10)."""
     found = []
