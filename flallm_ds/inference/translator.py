@@ -92,12 +92,18 @@ class Translator:
         bits: bits of the LLM parameters (8 and 4 need bitsandbytes). None: as in training,
         so that hypotheses equal those of the search on dev in training.
         hub_code: run code from the hub that belongs to the LLM.
-        Raises UserError if there is no complete export.
+        Raises UserError if there is no complete export, or if `bits` has no effect.
         """
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         folder = folder_of(model)
+        settings = export.read_settings(folder)
+        if bits is not None and settings["stage"] == "visual":
+            raise UserError(
+                f"--bits must go with a model that has an LLM, got --bits={bits} for {folder} "
+                "of stage visual. Leave it out."
+            )
         if bits is None:
-            bits = export.trained_bits(folder, export.read_settings(folder))
+            bits = export.trained_bits(folder, settings)
             if bits < 16 and chosen.type != "cuda":
                 bits = 32
         loaded = export.read(folder, LlmOptions(bits=bits, hub_code=hub_code))

@@ -358,6 +358,16 @@ def test_other_bits_can_be_requested(
         assert translator.translate(video, "de")
 
 
+def test_bits_of_a_model_without_an_llm_are_refused(
+    exports: dict[str, Path], tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(exports[DECODER_ONLY], tmp_path / "best"))
+    settings = json.loads((run / "flallm.json").read_text())
+    (run / "flallm.json").write_text(json.dumps(settings | {"stage": "visual"}))
+    with pytest.raises(UserError, match="--bits must go with a model that has an LLM"):
+        Translator.from_pretrained(run, "cpu", bits=16)
+
+
 def test_an_fp32_export_is_loaded_in_fp32(translators: dict[str, Translator]) -> None:
     for translator in translators.values():
         assert {p.dtype for p in translator.export.translator.parameters()} == {
