@@ -18,6 +18,7 @@ from flallm_ds.errors import require
 if TYPE_CHECKING:
     from flallm_ds.inference.translator import Translator
 
+_IDLE_S = 10.0
 _MAX_IDLE_S = 86_400
 
 
@@ -31,7 +32,7 @@ def translate(
     long: bool | None = None,
     spans: Path | None = None,
     follow: bool = False,
-    idle_s: float = 10.0,
+    idle_s: float | None = None,
     language: str = "",
     beams: int | None = None,
     nbest: int = 1,
@@ -62,7 +63,8 @@ def translate(
         spans: a file with the times of the sentences of one video: .vtt, .srt, or lines
             with START,END in seconds
         follow: translate a video that is still being written, until it stops growing
-        idle_s: with --follow, seconds without growth after which the video has ended
+        idle_s: with --follow, seconds without growth after which the video has ended (10
+            by default)
         language: target language, where the model has several: de, German
         beams: beam size of the search; that of the model by default
         nbest: number of hypotheses to return, each with its score
@@ -72,15 +74,8 @@ def translate(
         hub_code: run code that comes with the LLM on the hub
     """
     check_search(beams, nbest, length_penalty)
-    require(
-        not stream or (nbest == 1 and (beams or 1) == 1),
-        f"--stream must go with one beam and one hypothesis, got --beams={beams} and "
-        f"--nbest={nbest}. Leave both out.",
-    )
-    require(
-        0 < idle_s <= _MAX_IDLE_S,
-        f"--idle_s must be above 0 and at most {_MAX_IDLE_S}, got {idle_s:g}.",
-    )
+    _check_stream(stream, beams, nbest, length_penalty)
+    idle_s = _checked_idle_s(idle_s, follow)
     videos = find_videos(video, list)
     parts = {"--long": long is not None, "--spans": spans, "--follow": follow}
     _check_parts([name for name, given in parts.items() if given], videos, stream, out)
@@ -96,7 +91,7 @@ def translate(
     # torch takes seconds to import: only after the options are checked.
     from flallm_ds.export import digest
     from flallm_ds.export.hub import folder_of
-    from flallm_ds.inference.translate import Job, translate_videos
+    from flallm_ds.inference.translate import Job, stream_video, translate_videos
     from flallm_ds.inference.translator import Translator
 
     folder = folder_of(model)
@@ -123,13 +118,42 @@ def translate(
         return translator.searching(beams, nbest, length_penalty)
 
     if stream:
-        for text in load().stream(videos[0], language):
-            print(text, end="", flush=True)
-        print()
+        stream_video(load(), videos[0], language)
         return
-    until_s = idle_s if follow else None
-    job = Job(videos, out, subtitles, language, long, times, until_s, made_with)
+    job = Job(videos, out, subtitles, language, long, times, idle_s, made_with)
     translate_videos(load, job)
+
+
+def _check_stream(
+    stream: bool, beams: int | None, nbest: int, length_penalty: float | None
+) -> None:
+    """Raise UserError for options of the search that --stream or one beam would ignore."""
+    require(
+        not stream or (nbest == 1 and (beams or 1) == 1),
+        f"--stream must go with one beam and one hypothesis, got --beams={beams} and "
+        f"--nbest={nbest}. Leave both out.",
+    )
+    require(
+        length_penalty is None or not (stream or beams == 1),
+        f"--length_penalty must go with several beams, got {length_penalty} and "
+        f"{'--stream' if stream else '--beams=1'}, which compare no lengths. Leave it out.",
+    )
+
+
+def _checked_idle_s(idle_s: float | None, follow: bool) -> float | None:
+    """Return the seconds without growth that end a recording; None without --follow."""
+    require(
+        idle_s is None or follow,
+        f"--idle_s must go with --follow, got --idle_s={idle_s} alone. Leave it out.",
+    )
+    if not follow:
+        return None
+    seconds = _IDLE_S if idle_s is None else idle_s
+    require(
+        0 < seconds <= _MAX_IDLE_S,
+        f"--idle_s must be above 0 and at most {_MAX_IDLE_S}, got {seconds:g}.",
+    )
+    return seconds
 
 
 def _check_parts(

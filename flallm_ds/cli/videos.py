@@ -10,9 +10,11 @@ from flallm_ds.data.codecs.video import VIDEO_SUFFIXES, Video, image_paths, vide
 from flallm_ds.errors import UserError, require
 from flallm_ds.sharding.corpora import clock_seconds
 from flallm_ds.sharding.corpora.captions import read_captions
+from flallm_ds.terminal import note
 
 SUBTITLES = (".vtt", ".srt")
 OUT_SUFFIXES = (".jsonl", *SUBTITLES)
+_SHOWN = 3  # number of folders that a warning names
 _MAX_SPAN_S = 1e7  # longer than any video; larger numbers are no seconds
 
 
@@ -64,11 +66,14 @@ def _read_list(path: Path) -> list[Path]:
 def _videos_in(option: str, folder: Path) -> list[Path]:
     """Return the folder itself if it has frames, otherwise the videos in it."""
     videos: list[Path] = []
+    others: list[Path] = []
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
             continue
         if _is_video_file(path) or (path.is_dir() and image_paths(path)):
             videos.append(path)
+        elif path.is_dir() and any(map(_is_video_file, path.iterdir())):
+            others.append(path)
     images = image_paths(folder)
     require(
         bool(images or videos),
@@ -80,6 +85,11 @@ def _videos_in(option: str, folder: Path) -> list[Path]:
         f"{option} must be a folder of frames or a folder of videos, got {folder} with "
         f"{len(images)} images and {len(videos)} videos. Name the videos, or move the images.",
     )
+    if others:
+        names = ", ".join(map(str, others[:_SHOWN])) + ", ..." * (len(others) > _SHOWN)
+        note(
+            f"warning: videos in folders of {folder} are not translated; name them: {names}"
+        )
     return videos or [folder]
 
 

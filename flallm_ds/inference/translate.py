@@ -11,6 +11,7 @@ from typing import Any
 from flallm_ds import terminal
 from flallm_ds.data.codecs.video import BrokenVideo
 from flallm_ds.errors import UserError, file_problem
+from flallm_ds.inference.clips import LEAST_LIMIT_S
 from flallm_ds.inference.subtitles import Format, clock
 from flallm_ds.inference.translation_files import Add, Output, open_output
 from flallm_ds.inference.translator import Translation, Translator
@@ -68,6 +69,22 @@ def translate_videos(load: Callable[[], Translator], job: Job) -> None:
             f"Cannot translate {len(failed)} of {len(job.videos)} videos: the first error is: "
             f"{failed[0]}"
         )
+
+
+def stream_video(translator: Translator, video: Path, language: str) -> None:
+    """Translate a video as one sentence, and print it word by word."""
+    named = translator.language(language)  # before the video is decoded
+    (clip,) = translator.clips(video, windows=False)
+    longest_s = max(translator.reader.longest_s, LEAST_LIMIT_S)
+    is_thinned = len(clip.frames_THWC) < clip.num_sampled
+    if is_thinned or clip.end_s - clip.start_s > longest_s:
+        note(
+            f"warning: {video} is longer than the longest clip of the training, and --stream "
+            "translates it as one sentence. Leave out --stream to cut it at pauses."
+        )
+    for text in translator.stream_clip(clip, named, video.name):
+        print(text, end="", flush=True)
+    print()
 
 
 def _translate_all(translator: Translator, job: Job, output: Output) -> list[str]:

@@ -239,8 +239,14 @@ class Translator:
 
     def stream(self, video: str | Path, language: str = "") -> Iterator[str]:
         """Translate a video with one beam, and yield the sentence word by word."""
+        named = self.language(language)  # before the video is decoded
+        (clip,) = self.clips(video, windows=False)
+        yield from self.stream_clip(clip, named, Path(video).name)
+
+    def stream_clip(self, clip: Clip, language: str, name: str = "") -> Iterator[str]:
+        """Translate one clip as `stream` does. language, name: as of `translation`."""
         greedy = self.searching(beams=1, nbest=1)
-        batch, rate = self._read(Path(video), self.language(language))
+        batch, rate = self._batch(clip, name, language), clip.rate
         streamer = _QueueStreamer(self.export.codec)
         failure: list[BaseException] = []
 
@@ -278,12 +284,6 @@ class Translator:
         raise UserError(
             f"--language must be a target language of the model ({names}), got {asked!r}."
         )
-
-    def _read(self, path: Path, language: str) -> tuple[Batch, float]:
-        """Return (batch with the kept frames of one video, kept frames per second)."""
-        clip = self.reader.read(_existing(path))
-        assert clip is not None, "only a limited reading returns no clip"
-        return self._batch(clip, path.name, language), clip.rate
 
     def _batch(self, clip: Clip, key: str, language: str) -> Batch:
         """Return a batch of one clip. key: its name."""

@@ -125,11 +125,15 @@ def test_words_and_a_comma_list_name_videos() -> None:
     assert "video" not in bind(translate, *read_words(["--model=m", "--list=f"]))
 
 
-def test_a_folder_is_a_video_or_has_videos(videos: Path, tmp_path: Path) -> None:
+def test_a_folder_is_a_video_or_has_videos(videos: Path, capsys: Any) -> None:
     assert find_videos([videos / "frames"], None) == [videos / "frames"]
     assert [path.name for path in find_videos([videos], None)] == [
         "a.mp4", "b.mp4", "broken.mp4", "frames",
     ]  # fmt: skip
+    assert capsys.readouterr().err == ""
+    write_video(videos / "2026" / "c.mp4", 3)
+    assert len(find_videos([videos], None)) == 4
+    assert f"are not translated; name them: {videos / '2026'}\n" in capsys.readouterr().err
     shutil.copy(videos / "frames" / "images0001.png", videos)
     with pytest.raises(UserError, match="with 1 images and 4 videos"):
         find_videos([videos], None)
@@ -213,6 +217,10 @@ def test_frames_above_the_limit_of_the_model_are_reported(
     video = write_video_of(tmp_path / "v.mp4", 30)
     translate((video,), model=str(run), long=False)
     assert "the model reads 5 of 10 frames, its limit" in capsys.readouterr().err
+    translate((video,), model=str(run), stream=True)
+    assert "and --stream translates it as one sentence" in capsys.readouterr().err
+    translate((video,), model=str(model), stream=True)
+    assert "warning" not in capsys.readouterr().err
 
 
 def write_video_of(path: Path, num_frames: int) -> Path:
@@ -697,10 +705,19 @@ def place(tmp_path_factory: pytest.TempPathFactory, long_video: tuple[Path, list
             "{}/v.mp4 --subtitles=srt --out={}/x --follow",
             "--subtitles must go without --spans and --follow",
         ),
+        ("{}/v.mp4 --idle_s=5", "--idle_s must go with --follow, got --idle_s=5.0 alone"),
         ("{}/v.mp4 --follow --idle_s=1e99", "--idle_s must be above 0 and at most 86400"),
         ("{}/v.mp4 --stream --out={}/x.vtt", "--stream must go without --out"),
         ("{}/v.mp4 --beams=99999999999999999999", "--beams must be at least 1 and at most"),
         ("{}/v.mp4 --nbest=99999999999999999999", "--nbest must be at least 1 and at most"),
+        (
+            "{}/v.mp4 --length_penalty=2 --beams=1",
+            "--length_penalty must go with several beams, got 2.0 and --beams=1",
+        ),
+        (
+            "{}/v.mp4 --length_penalty=2 --stream",
+            "--length_penalty must go with several beams, got 2.0 and --stream",
+        ),
         ("{}/v.mp4 --length_penalty=1e300", "--length_penalty must be from -100 to 100"),
     ],
 )

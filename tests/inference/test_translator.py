@@ -15,6 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flallm_ds import export
+from flallm_ds.batch import Batch
 from flallm_ds.cli.evaluate import evaluate
 from flallm_ds.cli.models import push as push_verb
 from flallm_ds.cli.translate import translate as translate_verb
@@ -48,6 +49,14 @@ def exports(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
 @pytest.fixture(scope="module")
 def translators(exports: dict[str, Path]) -> dict[str, Translator]:
     return {kind: Translator.from_pretrained(path, "cpu") for kind, path in exports.items()}
+
+
+def read_clip(
+    translator: Translator, video: Path, language: str
+) -> tuple[Batch, float | None]:
+    """Return (batch, frames per second) of a whole video."""
+    (clip,) = translator.clips(video, windows=False)
+    return translator._batch(clip, video.name, language), clip.rate
 
 
 def language_of(kind: str) -> str:
@@ -92,11 +101,11 @@ def test_scores_depend_on_the_length_penalty(
     """The score is the log probability with penalty 0, and its mean over tokens with 1."""
     translator = translators[kind].searching(beams=2, nbest=2, length_penalty=0.0)
     plain = translator.generate(
-        *translator._read(video, translator.language(language_of(kind)))
+        *read_clip(translator, video, translator.language(language_of(kind)))
     )[0]
     translator = translator.searching(length_penalty=1.0)
     again = translator.generate(
-        *translator._read(video, translator.language(language_of(kind)))
+        *read_clip(translator, video, translator.language(language_of(kind)))
     )[0]
     both = {c.ids: c.score for c in plain}
     shared = [c for c in again if c.ids in both]
@@ -144,7 +153,7 @@ def test_the_target_language_changes_the_prompt(
         for language in ("de", "en")
     }
     assert wordings["de"] != wordings["en"]
-    batch, _ = translator._read(video, "en")
+    batch, _ = read_clip(translator, video, "en")
     assert translator.wordings(batch)[0].before == wordings["en"]
 
 
@@ -314,7 +323,7 @@ def test_an_export_of_a_bf16_run_is_loaded_in_bf16_and_never_cast(
     translator = Translator.from_pretrained(bf16_exports[kind, tuning], device)
     model = translator.export.translator
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    batch, rate = translator._read(video, language_of(kind) or translator.language())
+    batch, rate = read_clip(translator, video, language_of(kind) or translator.language())
     with CastsOf(model.language_model) as casts:
         said = translator.generate(batch, rate)
     assert casts.count == 0 and len(said[0][0].ids) > 1
@@ -332,7 +341,7 @@ def test_a_bf16_export_generates_the_hypotheses_of_its_training(
     """In training, the frozen encoder runs outside the engine and the LLM in its module."""
     folder = bf16_exports[kind, tuning]
     translator = Translator.from_pretrained(folder, device)
-    batch, _ = translator._read(video, language_of(kind) or translator.language())
+    batch, _ = read_clip(translator, video, language_of(kind) or translator.language())
     engine = export.read(folder)
     module = engine.translator.to(device, torch.bfloat16)
     pixels = translator.preprocess(batch, train=False, device=torch.device(device))
