@@ -390,7 +390,7 @@ def test_a_quantized_llm_loads_and_learns(bits: int, tmp_path: Path) -> None:
         losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0]
     for name, before in frozen.items():
-        # bytes: the integers lie in a float tensor, where some of them are NaN
+        # bytes: the integers are stored as floats, where some of them are NaN
         now, then = (t.view(torch.uint8) for t in (llm.get_parameter(name), before))
         assert torch.equal(now, then), name
     with pytest.raises(UserError, match="its weight has 8 or 4 bits"):
