@@ -47,6 +47,16 @@ class NoValue(str):
     """The value of an option that stands alone; only a bool option accepts it."""
 
 
+class UnknownOption(UserError):
+    """An option that does not exist. The message has the nearest of the valid names."""
+
+    def __init__(self, name: str, valid: Iterable[str]) -> None:
+        self.name, self.valid = name, tuple(valid)
+        super().__init__(
+            f"Cannot set --{name}: there is no option --{name}; {nearest(name, self.valid)}"
+        )
+
+
 def checked(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """Return the positional words and the options of a command line.
 
@@ -261,7 +271,7 @@ def bind(
         elif takes_overrides(function):
             arguments[name] = value
         else:
-            raise unknown_option(name, named)
+            raise UnknownOption(name, named)
     # Report the first missing argument alone: one line says what is missing, one how to call.
     for name, parameter in named.items():
         if parameter.default is parameter.empty and name not in arguments:
@@ -273,13 +283,6 @@ def bind(
     return arguments
 
 
-def unknown_option(name: str, valid: Iterable[str]) -> UserError:
-    """Return the error for an option that does not exist, with the nearest valid names."""
-    return UserError(
-        f"Cannot set --{name}: there is no option --{name}; {nearest(name, valid)}"
-    )
-
-
 def check_not_empty(value: str, default: Any, name: str) -> None:
     """Raise UserError for an empty text that is not the default.
 
@@ -289,6 +292,19 @@ def check_not_empty(value: str, default: Any, name: str) -> None:
         raise UserError(
             f"--{name} must not be empty, got ''. Give it a value, or leave it out."
         )
+
+
+def call(
+    function: Callable[..., Any], words: list[str], options: Mapping[str, str], program: str
+) -> None:
+    """Call `function` with words and options. Raises UserError as `bind` does."""
+    arguments = bind(function, words, options, program)
+    try:
+        function(**arguments)
+    except UnknownOption as error:
+        # RunConfig refuses one of **overrides, and does not know the command's own options.
+        valid = (*named_parameters(function), *error.valid)
+        raise UnknownOption(error.name, valid) from error
 
 
 def main(command: Command | Verb) -> NoReturn:
@@ -310,7 +326,7 @@ def main(command: Command | Verb) -> NoReturn:
             _print_help(function_help(function, program))
             sys.exit(0)
         words, options = read_words(argv)
-        function(**bind(function, words, options, program))
+        call(function, words, options, program)
         code = 0
     except UserError as error:
         if isinstance(error, RankError) or process_rank() == 0:

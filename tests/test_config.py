@@ -63,7 +63,6 @@ def test_fields_cannot_be_assigned(config):
         ("optim.l", "optim.lr"),
         ("lr", "optim.lr"),
         ("data.batch_clip", "data.batch_clips"),
-        ("recipes", "recipe"),
     ],
 )
 def test_an_unknown_option_is_refused_with_similar_names(config, name, near):

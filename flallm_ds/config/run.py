@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flallm_ds.command import check_not_empty, coerce, nearest
+from flallm_ds.command import UnknownOption, check_not_empty, coerce
 from flallm_ds.config.sections import (
     DataConfig,
     EvalConfig,
@@ -149,12 +149,11 @@ class RunConfig:
 
 
 def check_names(options: Iterable[str]) -> None:
-    """Raise UserError for an unknown option, with the most similar names."""
+    """Raise UnknownOption for an unknown option, with the most similar names."""
     valid = RunConfig(stage="visual", run="").options()
     for name in options:
         if name not in valid:
-            hint = nearest(name, [*valid, "recipe"])
-            raise UserError(f"Cannot set --{name}: there is no option --{name}; {hint}")
+            raise UnknownOption(name, valid)
 
 
 # Options that may change when a run is resumed, because they do not change its results.
