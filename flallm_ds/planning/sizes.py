@@ -98,7 +98,8 @@ def config_of(name: str, hub_code: bool = False) -> Any:
 def trimmed(config: Any, vocab_size: int | None) -> Any:
     """Return a copy of a config, with this number of vocabulary entries if it is given."""
     config = copy.deepcopy(config)
-    text = config.get_text_config(decoder=True)
+    # Not decoder=True, which returns a copy of the config of an encoder-decoder.
+    text = config.get_text_config()
     if vocab_size is not None:
         text.vocab_size = vocab_size
         # A padding id beyond the last row is an error of nn.Embedding.
