@@ -56,7 +56,7 @@ def submit(
         qos: as in sbatch
         mem: memory of a node, as in sbatch; 0 is all
         cpus_per_task: CPU cores of each task
-        max_restarts: restarts of a job after crashes
+        max_restarts: restarts of a job after crashes and hangs
         sbatch: more options of sbatch, "--exclude=node7 --constraint=a100"
         dry_run: print the scripts and the commands, and write nothing
     """

@@ -333,7 +333,7 @@ class TrainConfig:
     save_every_minutes: float = 30.0
     # Seconds without progress after which the ranks that hold up a run are named.
     stall_warn_s: float = 60.0
-    # Seconds without progress after which a job ends, to be requeued. 0: it never does.
+    # Seconds without progress after which the processes end, as after a crash. 0: never.
     stall_limit_s: float = 1800.0
     # Number of checkpoints that are kept.
     keep_checkpoints: int = 2

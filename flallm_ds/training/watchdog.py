@@ -4,7 +4,8 @@ Each rank has a thread that writes its state to RUN/heartbeats/rank-00003.json e
 seconds: step, phase, and since when. If a rank makes no progress for `warn_s` seconds, the
 lowest rank whose own heartbeat is fresh prints which ranks are stuck where, and each rank
 writes the Python stacks of its threads to RUN/heartbeats/rank-00003.stacks.txt. After
-`limit_s` seconds the rank ends its process with the code that requeues a job. A rank whose
+`limit_s` seconds the rank ends its process with code 124. Under SLURM this counts as a crash,
+which restarts the job a limited number of times: a hang may happen again. A rank whose
 launcher has ended does so after `warn_s`: nobody else would end it.
 """
 
@@ -18,7 +19,6 @@ from contextlib import suppress
 from pathlib import Path
 
 from flallm_ds.dist import World
-from flallm_ds.errors import Preempted
 from flallm_ds.training.heartbeats import (
     ENDED,
     FOLDER,
@@ -27,6 +27,9 @@ from flallm_ds.training.heartbeats import (
     Heartbeat,
     read_heartbeats,
 )
+
+# As of the program `timeout`. Not that of Preempted, which requeues a job without a limit.
+STALL_CODE = 124
 
 
 class Watchdog:
@@ -129,4 +132,4 @@ class Watchdog:
             f"{limit}. The job ends; run the same command again to resume.",
             flush=True,
         )
-        os._exit(Preempted.exit_code)
+        os._exit(STALL_CODE)

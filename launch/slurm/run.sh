@@ -53,8 +53,8 @@ is_running() { [[ $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) == RUN
 # it is the highest of all tasks, and those that --kill-on-bad-exit ends have 137 or 143.
 FLALLM_REFUSED=$(mktemp -u)
 export FLALLM_REFUSED
-# The number of restarts after a crash: SLURM_RESTART_COUNT also counts requeues that are no crash.
-counter=${FLALLM_JOB_FOLDER:-$SLURM_SUBMIT_DIR}/.restarts-$SLURM_JOB_ID
+# The number of restarts after a crash or a hang: SLURM_RESTART_COUNT also counts requeues that are neither.
+export FLALLM_RESTARTS=${FLALLM_JOB_FOLDER:-$SLURM_SUBMIT_DIR}/.restarts-$SLURM_JOB_ID
 
 # One task. Code 75 (EX_TEMPFAIL) means "all ranks have saved, run me again". srun must not see it: ranks end at
 # slightly different times, --kill-on-bad-exit would kill the slower ones, and srun would then return their 143.
@@ -71,6 +71,7 @@ fi
 ((SLURM_PROCID == 0)) || exit 0
 is_running || exit 0
 echo "Saved before the end: requeueing job $SLURM_JOB_ID."
+rm -f "$FLALLM_RESTARTS" # the run has made progress since its last crash
 scontrol requeue "$SLURM_JOB_ID" && exit 0
 echo "Job $SLURM_JOB_ID could not be requeued. Submit the same command again to resume." >&2
 exit 75
@@ -82,12 +83,13 @@ if [[ -e $FLALLM_REFUSED ]]; then
     code=2
 fi
 
-# A crash. Code 2 is a wrong option, which would be refused again; 75 is a cluster that does not requeue.
+# A crash, or a hang that the trainer has ended (code 124). Code 2 is a wrong option, which would be refused again; 75 is
+# a cluster that does not requeue.
 num_restarts=0
-[[ ! -f $counter ]] || num_restarts=$(<"$counter")
+[[ ! -f $FLALLM_RESTARTS ]] || num_restarts=$(<"$FLALLM_RESTARTS")
 if ((code != 0 && code != 2 && code != 75)) && is_running; then
     if ((num_restarts < max_restarts)); then
-        echo $((num_restarts + 1)) >"$counter"
+        echo $((num_restarts + 1)) >"$FLALLM_RESTARTS"
         echo "Job $SLURM_JOB_ID crashed with code $code: restart $((num_restarts + 1)) of $max_restarts." >&2
         scontrol requeue "$SLURM_JOB_ID" && exit "$code"
     fi
@@ -95,5 +97,5 @@ if ((code != 0 && code != 2 && code != 75)) && is_running; then
         "Fix the cause and submit the same command again to resume." >&2
 fi
 # A job that was requeued is not running any more, and keeps its count.
-if is_running; then rm -f "$counter"; fi
+if is_running; then rm -f "$FLALLM_RESTARTS"; fi
 exit "$code"

@@ -26,7 +26,8 @@ TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2")
 # Called as `train.py MODE FOLDER [RANK]`; writes what each rank sees to
 # FOLDER/{restart}-{rank}.json. In mode "train" it waits for a signal, saves, and asks to
 # be run again; RANK ends first. In mode "crash" rank 1 crashes in the first RESTARTS + 1
-# starts, while rank 0 waits; in mode "refuse" rank 0 alone refuses the command line.
+# starts, while rank 0 waits; in mode "refuse" rank 0 alone refuses the command line. In
+# mode "hang" the watchdog ends rank 1 in each start but the second, which saves.
 STAND_IN = """
 import json, os, pathlib, signal, sys, time
 
@@ -36,7 +37,7 @@ stop = []
 for number in (signal.SIGUSR1, signal.SIGTERM):
     signal.signal(number, lambda number, frame: stop.append(signal.Signals(number).name))
 
-if mode in ("crash", "refuse"):
+if mode in ("crash", "refuse", "hang"):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # else only KillWait ends rank 0
 
 seen = {"argv": sys.argv, "env": dict(os.environ), "cwd": os.getcwd()}
@@ -49,6 +50,16 @@ if mode == "crash" and restart <= int(sys.argv[3]):
         if (folder / f"{restart}-0.json").exists():
             sys.exit("out of luck")
         time.sleep(0.05)
+    time.sleep(60)
+if mode == "hang":
+    if restart == 1:
+        sys.exit(75)
+    if rank == 1:
+        from flallm_ds.dist import World
+        from flallm_ds.training.watchdog import Watchdog
+
+        with Watchdog(folder, World(1, 2, 0, 1), warn_s=0.2, limit_s=0.4):
+            time.sleep(60)
     time.sleep(60)
 if mode == "refuse":
     if rank == 0:
@@ -226,6 +237,22 @@ def test_a_job_that_crashes_twice_is_restarted_twice(
     job = cluster.wait(job_id, timeout_s=60)
     assert (job.state, job.num_restarts) == ("COMPLETED", 2), cluster.describe(job_id)
     assert "restart 2 of 3." in job.output and "rank 1 is done" in job.output
+    assert list(project.glob(".restarts-*")) == []
+
+
+def test_a_hang_counts_as_a_crash_until_the_run_has_saved(
+    cluster: Cluster, project: Path
+) -> None:
+    """Start 1 hangs and is restarted; start 2 saves, so the hang of start 3 is the first
+    again; start 4 hangs, too. Rank 0 has no watchdog: srun ends it."""
+    env = {"FLALLM_MAX_RESTARTS": "1", "FLALLM_PYTHON": sys.executable}
+    env["PYTHONPATH"] = str(ROOT)
+    job_id = cluster.submit(TRAIN, "hang", "seen", options=TWO_NODES, cwd=project, **env)
+    job = cluster.wait(job_id, timeout_s=120)
+    assert (job.state, job.num_restarts) == ("FAILED", 3), cluster.describe(job_id)
+    assert job.output.count("the limit of train.stall_limit_s") == 3
+    assert job.output.count("restart 1 of 1.") == 2 and "Saved before the" in job.output
+    assert "after 1 restarts. Fix the cause" in job.output
     assert list(project.glob(".restarts-*")) == []
 
 

@@ -1,4 +1,4 @@
-"""A rank that stops is named, and its job ends so that it can be requeued."""
+"""A rank that stops is named, and its job ends as after a crash."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def test_the_rank_in_another_phase_is_named(tmp_path: Path) -> None:
     assert ": rank 2 on n2 is in data loading since " in said and "rank 0" not in said
 
 
-def test_a_stopped_rank_is_named_and_the_job_ends_with_the_code_that_requeues(
+def test_a_stopped_rank_is_named_and_the_job_ends(
     tiny_corpus: Path, tmp_path: Path
 ) -> None:
     """SIGSTOP of one of three ranks, as of a machine that hangs."""
@@ -104,7 +104,7 @@ with Watchdog(Path(sys.argv[1]), World(0, 1, 0, 1), 0.2, 0, lambda: is_orphan) a
 """
 
 
-@pytest.mark.parametrize(("kind", "code"), [("orphan", 75), ("child", 0)])
+@pytest.mark.parametrize(("kind", "code"), [("orphan", 124), ("child", 0)])
 def test_a_rank_that_waits_without_a_launcher_ends(
     tmp_path: Path, kind: str, code: int
 ) -> None:
