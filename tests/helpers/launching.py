@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from flallm_ds.dist import free_port
@@ -59,6 +61,14 @@ def launch(
         timeout=timeout_s,
         check=False,
     )
+
+
+def kill_session(leader: int) -> None:
+    """kill -9 for every process of a session, also in process groups of their own."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(ProcessLookupError):
+            if os.getsid(int(process.name)) == leader:
+                os.kill(int(process.name), signal.SIGKILL)
 
 
 def tiny_options(corpus: Path, stage: str, run: Path, **more: object) -> dict[str, str]:

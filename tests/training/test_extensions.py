@@ -1,13 +1,11 @@
 """Builds of operators: private folder, locks of dead and living builds, failures."""
 
 import os
-import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,7 @@ from flallm_ds.errors import RankError, UserError
 from flallm_ds.training import extensions
 from flallm_ds.training.deepspeed_json import operators
 from flallm_ds.training.extensions import build, compiler_problem, set_folder, wait_for_lock
-from tests.helpers.launching import environment
+from tests.helpers.launching import environment, kill_session
 from tests.helpers.paths import ROOT
 
 # Builds a library of one function with the compiler and the lock that DeepSpeed uses.
@@ -80,8 +78,7 @@ def killed_build(temporary: Path) -> Iterator[Path]:
         process.wait()
         yield lock
     finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # its compiler
+        kill_session(process.pid)  # ninja starts each compiler in a group of its own
         process.communicate()
 
 
