@@ -1,13 +1,12 @@
 """A real SLURM of two nodes on this one machine: own daemons, ports, keys and state, gone
 when closed."""
 
-import contextlib
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Self
 
 from flallm_ds.dist import free_port
+from tests.helpers.paths import ROOT
 
 # Names that are addresses: MASTER_ADDR is a node's name, and no other resolves without
 # touching /etc/hosts.
@@ -29,7 +29,6 @@ PROGRAMS = (
     "scontrol",
     "scancel",
     "sinfo",
-    "setpriv",
 )
 FINAL_STATES = {
     "COMPLETED",
@@ -106,6 +105,12 @@ class Cluster:
         # a short path.
         self.root = Path(tempfile.mkdtemp(prefix="flallm-slurm-"))
         self._daemons: list[subprocess.Popen[bytes]] = []
+        # In a session of its own: a signal to pytest's group must not end it.
+        self._reaper = subprocess.Popen(
+            [sys.executable, str(ROOT / "tests/helpers/reaper.py"), str(self.root)],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
         ours = ("SLURM_", "SBATCH_")  # set inside a job; they would steer sbatch
         inherited = {
             name: value for name, value in os.environ.items() if not name.startswith(ours)
@@ -228,8 +233,9 @@ class Cluster:
                 daemon.kill()
                 daemon.wait()
         self._daemons.clear()
-        self._kill_descendants()
-        shutil.rmtree(self.root, ignore_errors=True)
+        assert self._reaper.stdin is not None
+        self._reaper.stdin.close()
+        self._reaper.wait()
 
     def _start(self) -> None:
         self.root.chmod(0o755)
@@ -270,12 +276,9 @@ class Cluster:
 
     def _spawn(self, *command: str) -> None:
         log = self.root / f"{len(self._daemons)}-{command[0]}.log"
-        # setpriv becomes the daemon, which then gets TERM when pytest dies, even by kill
-        # -9.
-        tied = ["setpriv", "--pdeathsig", "TERM", *command]
         with log.open("wb") as out:
             daemon = subprocess.Popen(
-                tied,
+                command,
                 env=self._env,
                 cwd=self.root,
                 stdin=subprocess.DEVNULL,
@@ -323,16 +326,6 @@ class Cluster:
                 f"{' '.join(command)} ended with {done.returncode}: {printed}"
             )
         return done.stdout.strip()
-
-    def _kill_descendants(self) -> None:
-        """slurmstepd and the jobs are no children of ours, but all of them carry our
-        SLURM_CONF."""
-        mark = f"SLURM_CONF={self.root}/slurm.conf\0".encode()
-        for _ in range(3):  # a process may fork while we look
-            for process in Path("/proc").glob("[0-9]*"):
-                with contextlib.suppress(OSError):
-                    if mark in (process / "environ").read_bytes():
-                        os.kill(int(process.name), signal.SIGKILL)
 
 
 def _find(program: str) -> str | None:
