@@ -36,7 +36,7 @@ def test_the_plan_as_json_has_the_parts_of_each_sum(folder: Path, capsys: Any) -
     plan(llm=str(folder), gpus=2, gpu_gb=24, host_gb=64, json=True, tune="lora")
     found = json.loads(capsys.readouterr().out)
     rows = {row["file"]: row for row in found["files"]}
-    assert len(rows) == 8 and found["recommended"] in rows
+    assert len(rows) == 9 and found["recommended"] in rows
     assert found["size"]["frozen"] > 0
     row = rows["zero3_offload.json"]
     parts = row["parts_of_a_rank"]

@@ -63,6 +63,12 @@ def test_zero_2_in_autocast_has_fp32_weights_and_splits_the_rest() -> None:
     assert sum(parts.values()) == 4 * 1000 + (4 + 4 + 4 + 8) * 200
 
 
+def test_zero_2_in_bf16_keeps_all_weights_and_splits_the_rest() -> None:
+    parts = at(states(SIZE, shipped("zero2_bf16.json"), 4), Place.DEVICE)
+    assert parts["weights"] == 2 * 1000
+    assert sum(parts.values()) == 2 * 1000 + (4 + 4 + 4 + 8) * 200
+
+
 def test_zero_2_with_offload_moves_the_states_to_the_host() -> None:
     parts = states(SIZE, shipped("zero2_offload.json"), 4)
     assert at(parts, Place.DEVICE) == {"weights": 2 * 1000}
