@@ -100,12 +100,12 @@ def _info(model: Model, limits: Limits, title: str) -> dict[str, Any]:
     if translator is None:
         return facts
     # They need torch, which is imported together with the translator.
-    from flallm_ds.data.text.languages import tag_of
+    from flallm_ds.data.text.languages import tag_or_name
     from flallm_ds.export.model_card import spoken
 
     languages = []
     for name in spoken(translator.export.codec):
-        languages.append({"name": name, "tag": tag_of(name)})
+        languages.append({"name": name, "tag": tag_or_name(name)})
     beams = translator.beam.num_beams
     device = translator.device.type
     return facts | {

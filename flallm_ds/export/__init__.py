@@ -2,12 +2,12 @@
 
 from flallm_ds.export.format import (
     ADAPTER_FILE,
-    ADDITIONS,
     CARD_FILE,
     EVALUATION,
     FEATURES_FILE,
     FORMAT,
     LANGUAGE_MODEL,
+    LORA_CONFIG_FILE,
     VISUAL_FILE,
     base_llm,
     base_of,
@@ -31,12 +31,12 @@ from flallm_ds.export_folder import find_export as find
 
 __all__ = [
     "ADAPTER_FILE",
-    "ADDITIONS",
     "CARD_FILE",
     "EVALUATION",
     "FEATURES_FILE",
     "FORMAT",
     "LANGUAGE_MODEL",
+    "LORA_CONFIG_FILE",
     "SETTINGS_FILE",
     "VISUAL_FILE",
     "Export",

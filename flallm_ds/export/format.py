@@ -38,7 +38,7 @@ FEATURES_FILE = "feature_extractor.safetensors"
 ADAPTER_FILE = "adapter.safetensors"
 LANGUAGE_MODEL = "language_model"
 # In the folder of the language model, if the LLM has LoRA adapters.
-ADDITIONS = "adapter_config.json"
+LORA_CONFIG_FILE = "adapter_config.json"
 # Maps the prefix of parameter names of a SignTranslator to a file. The first match counts.
 PLACES = {
     "visual.encoder.": VISUAL_FILE,

@@ -14,7 +14,7 @@ from flallm_ds import __version__
 from flallm_ds.config import RunConfig
 from flallm_ds.data.index import Index
 from flallm_ds.data.text.codec import TextCodec
-from flallm_ds.data.text.languages import find_language, tag_of
+from flallm_ds.data.text.languages import find_language, tag_or_name
 from flallm_ds.metrics.ceiling import is_low
 from flallm_ds.metrics.columns import (
     CEILING,
@@ -128,7 +128,7 @@ def model_card(settings: dict[str, Any], codec: TextCodec) -> str:
     corpora and on the base model.
     """
     training = settings["training"]
-    codes = list(map(tag_of, spoken(codec)))
+    codes = list(map(tag_or_name, spoken(codec)))
     names = []
     for code in codes:
         language = find_language(code)

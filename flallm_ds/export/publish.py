@@ -178,7 +178,7 @@ def _copy_base(source: Path, folder: Path, settings: dict[str, Any]) -> dict[str
     if not Path(base).is_dir():
         return settings
     shutil.copytree(base, folder / BASE)
-    path = folder / export.LANGUAGE_MODEL / export.ADDITIONS
+    path = folder / export.LANGUAGE_MODEL / export.LORA_CONFIG_FILE
     content = json.loads(path.read_text(encoding="utf-8"))
     content["base_model_name_or_path"] = BASE
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -12,9 +12,9 @@ from flallm_ds.data.text.codec import TextCodec
 from flallm_ds.errors import UserError
 from flallm_ds.export.format import (
     ADAPTER_FILE,
-    ADDITIONS,
     FEATURES_FILE,
     LANGUAGE_MODEL,
+    LORA_CONFIG_FILE,
     VISUAL_FILE,
     base_llm,
     read_settings,
@@ -30,7 +30,7 @@ from flallm_ds.models.llm.load import (
     load_llm,
 )
 from flallm_ds.models.llm.source import Bits
-from flallm_ds.models.llm.tuning import read_additions
+from flallm_ds.models.llm.tuning import read_lora
 from flallm_ds.models.sign_translator import SignTranslator
 from flallm_ds.models.visual_encoder import VisualEncoder
 from flallm_ds.models.weights import Weights, load_weights, must_hold
@@ -134,11 +134,11 @@ def read_llm(folder: Path, settings: dict[str, Any], options: LlmOptions) -> Any
         must_hold(weights, language_model)
         return language_model
     language_model = load_llm(base_llm(folder, settings["base"]), options)
-    if (lm_folder / ADDITIONS).is_file():
-        read_additions(lm_folder, language_model)
+    if (lm_folder / LORA_CONFIG_FILE).is_file():
+        read_lora(lm_folder, language_model)
     elif settings["training"]["tune"] != "frozen":
         raise UserError(
-            f"Cannot read export {folder}: {lm_folder / ADDITIONS} does not exist."
+            f"Cannot read export {folder}: {lm_folder / LORA_CONFIG_FILE} does not exist."
         )
     return language_model
 

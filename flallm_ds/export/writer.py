@@ -13,7 +13,7 @@ from flallm_ds.export.format import CARD_FILE, LANGUAGE_MODEL, PLACES
 from flallm_ds.export.model_card import model_card
 from flallm_ds.export_folder import SETTINGS_FILE
 from flallm_ds.models.llm.source import save_configs
-from flallm_ds.models.llm.tuning import write_additions
+from flallm_ds.models.llm.tuning import write_lora
 from flallm_ds.models.weights import WeightsWriter
 
 
@@ -47,7 +47,7 @@ def write(
                 )
             writers[prefix].add(name.removeprefix(prefix), tensor)
     if adapters:
-        write_additions(lm_folder, adapters, language_model, settings["base"])
+        write_lora(lm_folder, adapters, language_model, settings["base"])
     save_configs(
         language_model, language_model.config, language_model.generation_config, lm_folder
     )

@@ -14,7 +14,7 @@ from flallm_ds.data.mixture import open_indexes
 from flallm_ds.data.readers import open_reader
 from flallm_ds.data.storage.store import CacheOptions
 from flallm_ds.data.text.codec import TextCodec
-from flallm_ds.data.text.languages import tag_of
+from flallm_ds.data.text.languages import tag_or_name
 from flallm_ds.errors import UserError
 from flallm_ds.features.checks import check_evaluation, check_features
 from flallm_ds.features.facts import OPTIONS
@@ -141,7 +141,9 @@ def _known(index: Index, training: DataConfig | None, codec: TextCodec) -> Known
         return Known(signers)
     languages = []
     for language in train.strings("language"):
-        languages.append(tag_of(codec.instruction.language) or language or codec.language)
+        languages.append(
+            tag_or_name(codec.instruction.language) or language or codec.language
+        )
     return Known(signers, list(train.strings("text")), languages)
 
 

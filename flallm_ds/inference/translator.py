@@ -14,7 +14,7 @@ from flallm_ds import export
 from flallm_ds.batch import Batch, VideoBatch
 from flallm_ds.data.preprocess import Preprocess
 from flallm_ds.data.readers import NUM_DRAWS
-from flallm_ds.data.text.languages import tag_of
+from flallm_ds.data.text.languages import tag_or_name
 from flallm_ds.data.text.prompt import Wording
 from flallm_ds.errors import UserError
 from flallm_ds.export.hub import folder_of
@@ -275,7 +275,11 @@ class Translator:
         trained = spoken(self.export.codec)
         same = trained
         if asked:
-            same = [language for language in trained if tag_of(language) == tag_of(asked)]
+            same = [
+                language
+                for language in trained
+                if tag_or_name(language) == tag_or_name(asked)
+            ]
         if len(same) == 1:
             return same[0]
         if not trained and not asked:

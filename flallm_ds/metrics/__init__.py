@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from flallm_ds.data.text.languages import tag_of, word_rule
+from flallm_ds.data.text.languages import tag_or_name, word_rule
 from flallm_ds.errors import UserError
 from flallm_ds.metrics.bleu import BleuRule, bleu_counts, chrf_counts, length_ratio
 from flallm_ds.metrics.columns import COLUMNS
@@ -195,7 +195,7 @@ def score_by_language(
     # Group by tag, because "de" and "German" are the same language.
     rows_by_tag = defaultdict(list)
     for row, language in enumerate(languages):
-        rows_by_tag[tag_of(language)].append(row)
+        rows_by_tag[tag_or_name(language)].append(row)
     check_pairs(hypotheses, references)
 
     scores = {}

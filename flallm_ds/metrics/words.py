@@ -12,7 +12,7 @@ from typing import Any
 
 from sacrebleu.metrics.bleu import BLEU
 
-from flallm_ds.data.text.languages import tag_of, word_rule
+from flallm_ds.data.text.languages import tag_or_name, word_rule
 from flallm_ds.metrics.function_words import FUNCTION_WORDS
 
 # Upper bounds of the classes of words by their number in the training text.
@@ -55,7 +55,7 @@ def content_words(
     hypotheses: Sequence[str], references: Sequence[str], language: str
 ) -> WordScores | None:
     """Score the words with content, in any order. None for a language without a list."""
-    function_words = FUNCTION_WORDS.get(tag_of(language))
+    function_words = FUNCTION_WORDS.get(tag_or_name(language))
     if function_words is None:
         return None
     found = said = meant = 0

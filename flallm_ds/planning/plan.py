@@ -22,7 +22,7 @@ from flallm_ds.planning.sizes import (
     saved_bytes,
     size_of,
 )
-from flallm_ds.training.deepspeed_json import lowest_rate
+from flallm_ds.training.deepspeed_json import lowest_lr
 
 DS_CONFIGS = Path(__file__).resolve().parents[1] / "ds_configs"
 # Tokens of the default prompt of a decoder-only LLM.
@@ -312,7 +312,7 @@ class Planner:
         missing = self._missing(need)
         if missing:
             return f"too little {missing} memory"
-        lowest = lowest_rate(dict(content))
+        lowest = lowest_lr(dict(content))
         if lowest is not None:
             rates = [optim.lr, *([optim.llm_lr] if llm.tune != "frozen" else [])]
             if min(rates) < lowest[1]:

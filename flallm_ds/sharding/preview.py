@@ -29,7 +29,7 @@ from flallm_ds.data.index import (
     load_index,
     read_manifest,
 )
-from flallm_ds.data.text.languages import tag_of
+from flallm_ds.data.text.languages import tag_or_name
 from flallm_ds.errors import UserError
 from flallm_ds.files import open_regular, write_file
 from flallm_ds.fonts import Missing, installed_fonts, missing_characters
@@ -351,7 +351,7 @@ def _figure(clip: Clip) -> str:
         # Browsers start a video without a click only if it is muted.
         attributes = f"{size} autoplay loop muted playsinline controls"
         shown = f'<video {attributes} src="data:video/mp4;base64,{data}"></video>'
-    language = html.escape(tag_of(clip.row["language"]))
+    language = html.escape(tag_or_name(clip.row["language"]))
     text, facts = html.escape(clip.row["text"]), html.escape(clip.facts)
     caption = f'<p lang="{language}" dir="auto">{text}</p><small>{facts}</small>'
     return f"<figure>{shown}<figcaption>{caption}</figcaption></figure>"

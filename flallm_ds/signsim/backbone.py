@@ -22,11 +22,11 @@ from flallm_ds.files import new_folder, share_files
 from flallm_ds.models.visual_encoder import VisualEncoder
 from flallm_ds.sharding.pool import begin_worker, signals_held
 from flallm_ds.signsim.pretraining_data import FRAMES_A_TASK, NUM_TARGETS, SIDE, render
-from flallm_ds.training.schedule import rate_factor
+from flallm_ds.training.schedule import lr_factor
 
 CROP = 60
 BATCH = 32
-PEAK_RATE = 4e-3
+PEAK_LR = 4e-3
 
 
 def backbone(
@@ -93,7 +93,7 @@ def _train(
     head = torch.nn.Linear(encoder.feature_width, NUM_TARGETS)
     parameters = [*encoder.backbone.parameters(), *head.parameters()]
     # fused: 680 frames/s instead of 560 on two CPU cores.
-    optimizer = torch.optim.AdamW(parameters, lr=PEAK_RATE, weight_decay=1e-2, fused=True)
+    optimizer = torch.optim.AdamW(parameters, lr=PEAK_LR, weight_decay=1e-2, fused=True)
     steps = len(pixels) // BATCH * epochs
     loss_mean = 0.0
     begin = last_print = time.perf_counter()
@@ -105,7 +105,7 @@ def _train(
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         for group in optimizer.param_groups:
-            group["lr"] = PEAK_RATE * rate_factor(step / steps, 0.05)
+            group["lr"] = PEAK_LR * lr_factor(step / steps, 0.05)
         optimizer.step()
         # A moving average over about 50 steps, which starts with the first loss.
         loss_mean = 0.98 * loss_mean + 0.02 * loss.item() if step else loss.item()

@@ -181,7 +181,7 @@ def precision(config: dict[str, Any]) -> str:
 # Lowest learning rate for master weights of 8 and of 11 significant bits, by the flag that
 # sets them. Adam changes a weight by about the learning rate, but a bf16 weight of 0.05
 # changes by at least 1.2e-4: at 1e-5, 85 % of the weights of an LLM never change.
-_LOWEST_RATES = {
+_LOWEST_LRS = {
     "bf16_master_weights_and_grads": 1e-4,
     "fp16_master_weights_and_grads": 1e-4 / 8,
 }
@@ -274,12 +274,12 @@ def with_flops_profiler(
     return {**config, "flops_profiler": profiler}
 
 
-def lowest_rate(config: dict[str, Any]) -> tuple[str, float] | None:
+def lowest_lr(config: dict[str, Any]) -> tuple[str, float] | None:
     """Return the flag for low-precision master weights, and their lowest learning rate.
 
     A lower rate would lose most updates to rounding. None if master weights are fp32.
     """
-    for flag, rate in _LOWEST_RATES.items():
+    for flag, rate in _LOWEST_LRS.items():
         precision = flag[:4]
         if config.get(precision, {}).get(flag):
             return f"{precision}.{flag}", rate

@@ -9,7 +9,7 @@ from flallm_ds.batch import Batch, Hypothesis
 from flallm_ds.data.device import on_device
 from flallm_ds.data.loader import Loader
 from flallm_ds.data.text.codec import TextCodec
-from flallm_ds.data.text.languages import tag_of
+from flallm_ds.data.text.languages import tag_or_name
 from flallm_ds.dist import World, all_reduce_sum, gather_objects
 from flallm_ds.errors import Preempted, UserError
 from flallm_ds.models.sign_translator import Candidate
@@ -94,7 +94,7 @@ class Evaluation:
             if candidate.score is not None:
                 scored.append((sentence, candidate.score))
         # llm.language sets one language for all clips; otherwise each clip has its own.
-        language = tag_of(self.codec.instruction.language) or batch.languages[row]
+        language = tag_or_name(self.codec.instruction.language) or batch.languages[row]
         return Hypothesis(
             key=batch.keys[row],
             hypothesis=sentences[0],

@@ -35,7 +35,7 @@ _WITH_VALUE = ("-X", "-W")
 
 @dataclass(frozen=True)
 class Launcher:
-    """A launcher that was running. begun: clock ticks since the machine started.
+    """A launcher that was running. start_ticks: clock ticks since the machine started.
 
     A process id may be used again; the pair of both is unique.
     """
@@ -43,15 +43,15 @@ class Launcher:
     name: str
     pid: int
     parent: int
-    begun: int
+    start_ticks: int
 
     def has_ended(self) -> bool:
         try:
-            state, _, begun = _status(self.pid)
+            state, _, start_ticks = _status(self.pid)
         except OSError:
             return True
         # A killed process remains as a zombie until its parent has asked for its code.
-        return begun != self.begun or state in "ZX"
+        return start_ticks != self.start_ticks or state in "ZX"
 
 
 def launchers_of(pid: int) -> list[Launcher]:
@@ -61,10 +61,10 @@ def launchers_of(pid: int) -> list[Launcher]:
     try:
         _, pid, _ = _status(pid)
         while pid > 0:
-            _, parent, begun = _status(pid)
+            _, parent, start_ticks = _status(pid)
             name = launcher_name(_command_line(pid))
             if name is not None:
-                found.append(Launcher(name, pid, parent, begun))
+                found.append(Launcher(name, pid, parent, start_ticks))
             pid = parent
     except OSError:
         pass

@@ -3,8 +3,8 @@
 import math
 
 
-def rate_factor(progress: float, warmup: float) -> float:
-    """What base learning rates are multiplied by: a linear rise, then a cosine to 0.
+def lr_factor(progress: float, warmup: float) -> float:
+    """Return the factor of the learning rates: a linear rise, then a cosine to 0.
 
     progress: fraction of the run that is done, in [0, 1]. warmup: fraction that the rise
     takes.

@@ -41,7 +41,7 @@ def run_stage(config: RunConfig, world: World, stop: StopRequest, recipe: str = 
     """
     # Checkpoints are read once, and before the models: a damaged one ends the start at
     # once.
-    saved = begun(config, world)
+    saved = checkpoint_to_resume(config, world)
     state = None if saved is None else saved.state
     if main_first(lambda: is_finished(config, state), world):
         if world.is_main and state is not None:
@@ -70,7 +70,7 @@ def run_stage(config: RunConfig, world: World, stop: StopRequest, recipe: str = 
     return finished
 
 
-def begun(config: RunConfig, world: World) -> checkpoint.Saved | None:
+def checkpoint_to_resume(config: RunConfig, world: World) -> checkpoint.Saved | None:
     """Return the checkpoint that the run resumes from, or None before the first one.
 
     Raises UserError where the folder belongs to another run, or none of its checkpoints

@@ -37,7 +37,7 @@ from flallm_ds.training.profiler import StepProfiler
 from flallm_ds.training.progress import Progress, ScoringProgress
 from flallm_ds.training.run_folder import Metrics, shown
 from flallm_ds.training.run_log import RunLog
-from flallm_ds.training.schedule import rate_factor
+from flallm_ds.training.schedule import lr_factor
 from flallm_ds.training.stop import StopRequest
 from flallm_ds.training.task import Task
 from flallm_ds.training.trackers import Trackers
@@ -208,7 +208,7 @@ class Trainer:
 
         # The learning rates depend on the finished fraction of the run alone.
         done = (at.epoch + at.step / num_steps) / self.config.train.epochs
-        factor = rate_factor(done, self.config.optim.warmup)
+        factor = lr_factor(done, self.config.optim.warmup)
         lrs = [lr * factor for lr in task.lrs]
         place = at.epoch, at.step
         loss, reports = task.step(

@@ -13,8 +13,8 @@ from flallm_ds.sharding.corpora import (
     how2sign,
     manifest,
     openasl,
+    parse_seconds,
     phoenix14t,
-    read_seconds,
 )
 from tests.helpers.trees import (
     PHOENIX_HEADER,
@@ -368,7 +368,7 @@ def test_an_invisible_text_is_reported_and_skipped_like_an_empty_one(tmp_path, t
 )
 def test_a_wrong_time_is_refused(value):
     with pytest.raises(UserError, match=r"^line 2: start must be seconds"):
-        read_seconds(value, "line 2: start")
+        parse_seconds(value, "line 2: start")
 
 
 def test_all_forms_of_a_time_are_read():
@@ -382,7 +382,7 @@ def test_all_forms_of_a_time_are_read():
         "0:01.5": 1.5,
         "1:00:00": 3600,
     }
-    assert {value: read_seconds(value, "") for value in values} == values
+    assert {value: parse_seconds(value, "") for value in values} == values
 
 
 def test_the_tables_of_corpora_are_read_line_by_line(tmp_path):

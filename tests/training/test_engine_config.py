@@ -189,13 +189,13 @@ FP16 = {"fp16": {"enabled": True, "fp16_master_weights_and_grads": True}}
 
 def checked(json_config: dict, stage: str = "llm", **options: str) -> None:
     from flallm_ds.config import RunConfig
-    from flallm_ds.training.build.engine import check_rates
+    from flallm_ds.training.build.engine import check_learning_rates
 
     config = RunConfig(stage=stage, run="r", visual_run="none" if stage == "llm" else "")
     config = config.with_overrides(
         {name.replace("__", "."): value for name, value in options.items()}
     )
-    check_rates(config, json_config, Path("mine.json"))
+    check_learning_rates(config, json_config, Path("mine.json"))
 
 
 @pytest.mark.parametrize(

@@ -289,7 +289,7 @@ def test_the_engine_gives_the_losses_of_a_plain_pytorch_loop(
     from flallm_ds.training.build.data import make_plan, make_preprocess, make_reader
     from flallm_ds.training.build.language import visual_model
     from flallm_ds.training.build.visual import feature_extractor
-    from flallm_ds.training.schedule import rate_factor
+    from flallm_ds.training.schedule import lr_factor
     from flallm_ds.training.task import seed_micro_batch
 
     run = runs / "one" / "visual"
@@ -328,7 +328,7 @@ def test_the_engine_gives_the_losses_of_a_plain_pytorch_loop(
                 (loss / tokens).backward()
                 total += loss.item()
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
-            rate = config.optim.lr * rate_factor(
+            rate = config.optim.lr * lr_factor(
                 (epoch + step / len(loader)) / 2, config.optim.warmup
             )
             for group in optimizer.param_groups:

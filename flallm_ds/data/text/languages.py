@@ -188,7 +188,7 @@ def language_tag(name: str, what: str) -> str:
     return found.code
 
 
-def tag_of(name: str) -> str:
+def tag_or_name(name: str) -> str:
     """Return the tag of a language, or the name itself if the language is unknown."""
     found = find_language(name)
     return name if found is None else found.code
@@ -272,7 +272,7 @@ def token_of(
     if not places:
         return None
     wanted = find_language(language)
-    tags = {token: tag_of(token) for token in places}
+    tags = {token: tag_or_name(token) for token in places}
     same: list[str] = []  # tokens of this language in this script
     other: list[str] = []  # tokens of this language in another script
     for token, tag in tags.items():

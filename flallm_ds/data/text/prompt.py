@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from flallm_ds.data.text.languages import (
     find_language,
     nearest_languages,
-    tag_of,
+    tag_or_name,
 )
 from flallm_ds.errors import UserError
 
@@ -40,7 +40,7 @@ class Instruction:
 
     def __post_init__(self) -> None:
         # Vocabularies of earlier versions have the languages as their corpora named them.
-        tags = dict.fromkeys(map(tag_of, self.languages))
+        tags = dict.fromkeys(map(tag_or_name, self.languages))
         object.__setattr__(self, "languages", tuple(tags))
 
     def parts(self, language: str, corpus: str) -> tuple[str, str]:

@@ -289,7 +289,7 @@ def _merge(
     return whole.to(weight.dtype).contiguous()
 
 
-def write_additions(folder: Path, tensors: NamedTensors, llm: Any, base: str) -> None:
+def write_lora(folder: Path, tensors: NamedTensors, llm: Any, base: str) -> None:
     """Write an adapter that `peft.PeftModel.from_pretrained(base model, folder)` reads.
 
     adapter_config.json and adapter_model.safetensors hold the adapter, and other parameters
@@ -320,8 +320,8 @@ def write_additions(folder: Path, tensors: NamedTensors, llm: Any, base: str) ->
     config.save_pretrained(folder)
 
 
-def read_additions(folder: Path, llm: Any) -> None:
-    """Load an adapter that `write_additions` wrote into its LLM, in place.
+def read_lora(folder: Path, llm: Any) -> None:
+    """Load an adapter that `write_lora` wrote into its LLM, in place.
 
     Raises UserError if the folder is incomplete or of another LLM.
     """

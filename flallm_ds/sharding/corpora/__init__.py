@@ -290,8 +290,8 @@ def same_content(path: Path, other: Path) -> bool:
     return path.samefile(other) or filecmp.cmp(path, other, shallow=False)
 
 
-def read_seconds(value: str, what: str, required: bool = False) -> float | None:
-    """Read a time in seconds or as h:m:s. An empty one is None unless it is required.
+def parse_seconds(value: str, what: str, required: bool = False) -> float | None:
+    """Parse a time in seconds or as h:m:s. An empty one is None unless it is required.
 
     Raises UserError. what: the start of the message.
     """
@@ -312,7 +312,7 @@ def clock_seconds(parts: Sequence[float]) -> float:
     return sum(part * 60.0**place for place, part in enumerate(reversed(parts)))
 
 
-def read_split(value: str, what: str) -> str:
+def parse_split(value: str, what: str) -> str:
     """Return train, dev or test for any name of the split.
 
     Raises UserError. what: the start of the message.
@@ -339,6 +339,6 @@ def split_of(video: str) -> str:
     return "dev" if percent < 90 else "test"
 
 
-def first_of(names: Sequence[str]) -> str:
+def first_three(names: Sequence[str]) -> str:
     """Return the first three names, for a note."""
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -17,8 +17,8 @@ from flallm_ds.sharding.corpora import (
     Corpus,
     Row,
     check_text,
-    first_of,
-    read_split,
+    first_three,
+    parse_split,
     read_table,
 )
 
@@ -53,7 +53,7 @@ def read(source: Path, splits: tuple[str, ...], *, trim_margin: bool = True) -> 
     for line, fields in read_table(split_table, "|", ("name", "split"), quoted=False):
         name = fields["name"].strip()
         listed.add(name)
-        split = read_split(fields["split"], f"{split_table}, line {line}:")
+        split = parse_split(fields["split"], f"{split_table}, line {line}:")
         if split not in rows:
             continue
         if name not in labels or (name == _MISSING and not (frames / name).is_dir()):
@@ -81,11 +81,11 @@ def read(source: Path, splits: tuple[str, ...], *, trim_margin: bool = True) -> 
     ]
     if absent:
         what = "clips of split_1.txt are not in this release"
-        notes.append(f"{len(absent):,} {what} ({first_of(absent)})")
+        notes.append(f"{len(absent):,} {what} ({first_three(absent)})")
     unlisted = [name for name in labels if name not in listed]
     if unlisted:
         notes.append(
-            f"{len(unlisted):,} labelled clips are in no split ({first_of(unlisted)})"
+            f"{len(unlisted):,} labelled clips are in no split ({first_three(unlisted)})"
         )
     return Corpus("csl_daily", "zh", rows, notes)
 

@@ -15,7 +15,7 @@ from flallm_ds.sharding.corpora import (
     check_text,
     find_file,
     first_line,
-    read_seconds,
+    parse_seconds,
     read_table,
 )
 from flallm_ds.sharding.corpora.videos import Videos
@@ -75,10 +75,12 @@ def read_rows(
         check_text(fixed.strip(), f"{what} SENTENCE")
         num_garbled += fixed != text
         # Ready-made clips are not cut again, but a wrong time is still an error.
-        start_s = read_seconds(
+        start_s = parse_seconds(
             fields["START_REALIGNED"], f"{what} START_REALIGNED", required=raw
         )
-        end_s = read_seconds(fields["END_REALIGNED"], f"{what} END_REALIGNED", required=raw)
+        end_s = parse_seconds(
+            fields["END_REALIGNED"], f"{what} END_REALIGNED", required=raw
+        )
         name = fields["VIDEO_NAME"] if raw else fields["SENTENCE_NAME"]
         signer = re.search(r"-([0-9]+)-rgb_", fields["VIDEO_NAME"])
         rows.append(

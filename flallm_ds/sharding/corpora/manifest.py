@@ -23,10 +23,10 @@ from flallm_ds.sharding.corpora import (
     Corpus,
     Row,
     check_text,
-    first_of,
+    first_three,
+    parse_seconds,
+    parse_split,
     read_lines,
-    read_seconds,
-    read_split,
     read_table,
     split_of,
 )
@@ -68,7 +68,7 @@ def read(source: Path, splits: tuple[str, ...], *, language: str = "") -> Corpus
     if quoted:
         notes.append(
             f"{len(quoted):,} texts begin and end with a double quote, which is kept: a "
-            f"TSV has no quoting (lines {first_of(quoted)})"
+            f"TSV has no quoting (lines {first_three(quoted)})"
         )
     language = languages.pop() if len(languages) == 1 else "mixed"
     return Corpus(source.stem, language, rows, notes)
@@ -149,8 +149,8 @@ def _read_row(
     language = language_tag(named, f"{what} language") if named else language
     if not language:
         raise UserError(f"{what} a text must have a language, got none. Set --language.")
-    start_s = read_seconds(fields.get("start", ""), f"{what} start")
-    end_s = read_seconds(fields.get("end", ""), f"{what} end")
+    start_s = parse_seconds(fields.get("start", ""), f"{what} start")
+    end_s = parse_seconds(fields.get("end", ""), f"{what} end")
     if end_s is not None and end_s <= (start_s or 0.0):
         raise UserError(
             f"{what} end must be above start ({start_s or 0:g}), got {end_s:g}. Correct "
@@ -169,7 +169,7 @@ def _read_row(
         bbox=_read_box(fields.get("bbox", ""), what),
         image_fps=_read_fps(fields.get("fps", ""), what),
     )
-    return read_split(split, what) if split else split_of(video), row
+    return parse_split(split, what) if split else split_of(video), row
 
 
 def _made_id(video: str, start_s: float | None, end_s: float | None) -> str:

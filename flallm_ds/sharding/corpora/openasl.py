@@ -16,8 +16,8 @@ from flallm_ds.sharding.corpora import (
     Row,
     check_text,
     find_file,
-    read_seconds,
-    read_split,
+    parse_seconds,
+    parse_split,
     read_table,
 )
 from flallm_ds.sharding.corpora.videos import Videos
@@ -36,7 +36,7 @@ def read(source: Path, splits: tuple[str, ...]) -> Corpus:
     # One table lists all splits: sort its lines by split.
     lines: dict[str, list[tuple[int, dict[str, str]]]] = {split: [] for split in splits}
     for line, fields in read_table(table, "\t", _COLUMNS, quoted=False):
-        split = read_split(fields["split"], f"{table}, line {line}:")
+        split = parse_split(fields["split"], f"{table}, line {line}:")
         if split in lines:
             lines[split].append((line, fields))
     videos = Videos(source)
@@ -64,8 +64,8 @@ def read_rows(
         name = yid if raw else vid
         text = fields["raw-text"].strip()
         check_text(text, f"{what} raw-text")
-        start_s = read_seconds(fields["start"], f"{what} start", required=raw)
-        end_s = read_seconds(fields["end"], f"{what} end", required=raw)
+        start_s = parse_seconds(fields["start"], f"{what} start", required=raw)
+        end_s = parse_seconds(fields["end"], f"{what} end", required=raw)
         # Ready-made clips are already cropped.
         box = boxes.get(vid) if raw else None
         num_uncropped += box is None

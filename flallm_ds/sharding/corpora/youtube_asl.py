@@ -16,7 +16,7 @@ from flallm_ds.sharding.corpora import (
     Corpus,
     Row,
     files_below,
-    first_of,
+    first_three,
     read_lines,
     same_content,
     split_of,
@@ -261,7 +261,7 @@ def _notes(tally: _Tally, others: dict[str, str]) -> list[str]:
     for kind, what in _CAPTION_NOTES.items():
         count, videos = tally.captions[kind], tally.videos[kind]
         if count:
-            examples = f" ({first_of(videos)})" if videos else ""
+            examples = f" ({first_three(videos)})" if videos else ""
             notes.append(f"{count:,} captions {what}{examples}")
     # Of the videos without captions, some have a file in another format.
     examples_of: defaultdict[str, list[str]] = defaultdict(list, tally.videos)
@@ -273,7 +273,7 @@ def _notes(tally: _Tally, others: dict[str, str]) -> list[str]:
             examples_of["without"].append(video)
     for kind, what in _VIDEO_NOTES.items():
         if files := examples_of.get(kind):
-            notes.append(f"{len(files):,} videos {what} ({first_of(files)})")
+            notes.append(f"{len(files):,} videos {what} ({first_three(files)})")
     return notes
 
 

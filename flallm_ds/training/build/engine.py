@@ -16,7 +16,7 @@ from flallm_ds.training import engine as ds
 from flallm_ds.training import extensions
 from flallm_ds.training.deepspeed_json import (
     complete,
-    lowest_rate,
+    lowest_lr,
     operators,
     with_flops_profiler,
     zero_stage,
@@ -36,7 +36,7 @@ def deepspeed_config(config: RunConfig, world: World) -> dict[str, Any]:
     path = deepspeed_json(config)
     json_config = ds.read_deepspeed_config(path)
     check_precision(config, json_config, path)
-    check_rates(config, json_config, path)
+    check_learning_rates(config, json_config, path)
     accumulation = micro_batches_per_rank(config.data.micro_batches, world.size)
     ds_config = complete(json_config, world.device, accumulation, config.optim.clip)
     steps = steps_of(config.train.profile)
@@ -107,10 +107,12 @@ def check_precision(config: RunConfig, json_config: dict[str, Any], path: Path) 
         )
 
 
-def check_rates(config: RunConfig, json_config: dict[str, Any], path: Path) -> None:
+def check_learning_rates(
+    config: RunConfig, json_config: dict[str, Any], path: Path
+) -> None:
     """Raise UserError if a learning rate is so low that its updates of low-precision master
     weights are rounded away."""
-    lowest = lowest_rate(json_config)
+    lowest = lowest_lr(json_config)
     if lowest is None:
         return
     flag, least = lowest
@@ -118,7 +120,7 @@ def check_rates(config: RunConfig, json_config: dict[str, Any], path: Path) -> N
     optim, llm = config.optim, config.llm
     rates = {"lr": optim.lr}
     if config.trains_visual:
-        rates["backbone_lr"] = _backbone_rate(optim)
+        rates["backbone_lr"] = _backbone_lr(optim)
     if config.stage != "visual" and (llm.tune != "frozen" or llm.layers):
         rates["llm_lr"] = optim.llm_lr
     for name, rate in rates.items():
@@ -148,15 +150,15 @@ def parameter_groups(model: SignTranslator, config: RunConfig) -> list[dict[str,
             others.append(parameter)
 
     # Light-T is trained from scratch, with the learning rate of the encoder.
-    language_rate = optim.lr if config.stage == "visual" else optim.llm_lr
+    language_lr = optim.lr if config.stage == "visual" else optim.llm_lr
     groups = [
-        {"params": backbone, "lr": _backbone_rate(optim)},
-        {"params": language, "lr": language_rate},
+        {"params": backbone, "lr": _backbone_lr(optim)},
+        {"params": language, "lr": language_lr},
         {"params": others, "lr": optim.lr},
     ]
     return [group for group in groups if group["params"]]
 
 
-def _backbone_rate(optim: OptimConfig) -> float:
+def _backbone_lr(optim: OptimConfig) -> float:
     """Return the learning rate of the backbone: optim.lr if there is no own one."""
     return optim.lr if optim.backbone_lr is None else optim.backbone_lr

@@ -16,7 +16,7 @@ from flallm_ds.data.text.languages import (
     find_language,
     language_tag,
     language_tokens,
-    tag_of,
+    tag_or_name,
     token_of,
     word_rule,
 )
@@ -83,7 +83,7 @@ SAME = {
 )
 def test_every_name_of_a_language_has_one_tag(tag, name):
     assert language_tag(name, "--language") == tag
-    assert tag_of(tag) == tag and tag_of(f" {name.upper()} ") == tag
+    assert tag_or_name(tag) == tag and tag_or_name(f" {name.upper()} ") == tag
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,11 @@ def test_every_name_of_a_language_has_one_tag(tag, name):
              "Language", "de_DE.UTF-8", "sr_RS@latin", "<2>", "__", "1", "translate", "de/en"]
 )  # fmt: skip
 def test_other_names_are_not_taken_for_languages(name):
-    assert find_language(name) is None and tag_of(name) == name and word_rule(name) == "13a"
+    assert (
+        find_language(name) is None
+        and tag_or_name(name) == name
+        and word_rule(name) == "13a"
+    )
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from flallm_ds.models.llm.tuning import (
     low_rank_targets,
     merged,
     tune,
-    write_additions,
+    write_lora,
 )
 from tests.helpers.tensors import trained_names
 
@@ -270,7 +270,7 @@ def test_peft_reads_the_folder_of_an_adapter(kind, how, layers, tmp_path):
     make_llm(kind).save_pretrained(base)
     folder = tmp_path / "adapter"
     folder.mkdir()
-    write_additions(folder, llm.named_parameters(), llm, str(base))
+    write_lora(folder, llm.named_parameters(), llm, str(base))
     assert sorted(p.name for p in folder.iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
