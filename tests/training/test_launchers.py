@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -85,10 +86,13 @@ def test_a_launcher_that_ended_while_the_rank_started_is_found(tmp_path) -> None
 
 def test_the_end_of_a_process_is_seen_before_and_after_its_parent_asks_for_its_code():
     child = subprocess.Popen(["sleep", "300"])
-    begun = int(Path(f"/proc/{child.pid}/stat").read_text().split()[21])
-    launcher = Launcher("torchrun", child.pid, os.getpid(), begun)
+    # Popen may return some milliseconds before the kernel shows the command line.
+    while not Path(f"/proc/{child.pid}/cmdline").read_bytes():
+        time.sleep(0.001)
+    start_ticks = int(Path(f"/proc/{child.pid}/stat").read_text().split()[21])
+    launcher = Launcher("torchrun", child.pid, os.getpid(), start_ticks)
     assert not launcher.has_ended() and not is_gone(child.pid)
-    assert Launcher("torchrun", child.pid, os.getpid(), begun - 1).has_ended(), (
+    assert Launcher("torchrun", child.pid, os.getpid(), start_ticks - 1).has_ended(), (
         "the id is used again"
     )
     child.kill()
