@@ -2,11 +2,14 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from flallm_ds.config import RunConfig
 from flallm_ds.errors import UserError, require
 from flallm_ds.recipes import resolve, train_clips
+
+if TYPE_CHECKING:
+    from flallm_ds.planning.plan import Planner
 
 
 def plan(
@@ -50,7 +53,7 @@ def plan(
         host_gb: memory of a machine
         nvme_gb: free local disk of a machine, for zero3_nvme.json; 0 for none
         tune: instead of --llm.tune
-        recipe: options of its stage llm, and the number of its clips
+        recipe: whose stage llm is planned
         clips: training clips of an epoch; by default those of the recipe's corpus
         frames: kept frames of a clip, on average
         longest: kept frames of a long clip, for the memory
@@ -71,13 +74,8 @@ def plan(
     _check_above_zero(above_zero | {"disk_gbs": disk_gbs, "efficiency": efficiency})
     config = _config(recipe, tune, overrides)
     # torch and transformers take seconds to import: only after the options are checked.
-    from flallm_ds.planning import speed, table
-    from flallm_ds.planning.plan import (
-        Cluster,
-        Corpus,
-        Llm,
-        Planner,
-    )
+    from flallm_ds.planning import speed
+    from flallm_ds.planning.plan import Cluster, Corpus, Llm, Planner
 
     peak, link = speed.default_rates(gpu_gb)
     planner = Planner(
@@ -97,16 +95,28 @@ def plan(
         _files(config),
     )
     if measure:
-        from flallm_ds.planning import compare
+        _print_measured(planner, ranks, json)
+    else:
+        _print_plan(planner, json)
 
-        found = compare.compare(planner, ranks)
-        print(compare.json_of(found) if json else compare.text_of(found), flush=True)
-        return
+
+def _print_measured(planner: "Planner", ranks: int, json: bool) -> None:
+    """Train three steps on this machine, and print them next to the plan for it."""
+    from flallm_ds.planning import compare
+
+    found = compare.compare(planner, ranks)
+    print(compare.json_of(found) if json else compare.text_of(found), flush=True)
+
+
+def _print_plan(planner: "Planner", json: bool) -> None:
+    """Print the plan. Raises UserError if the LLM fits with none of the files."""
+    from flallm_ds.planning import table
+
     print(table.json_of(planner) if json else table.text_of(planner), flush=True)
     if planner.best() is None:
         raise UserError(
-            f"--llm must fit on the cluster ({planner.cluster}), got {llm}, which does "
-            "not. Use one of the changes above, or a smaller LLM."
+            f"--llm must fit on the cluster ({planner.cluster}), got {planner.llm.name}, "
+            "which does not. Use one of the changes above, or a smaller LLM."
         )
 
 
