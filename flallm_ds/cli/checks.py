@@ -134,6 +134,11 @@ def check_search(
         f"--length_penalty must be from {-_MAX_LENGTH_PENALTY} to {_MAX_LENGTH_PENALTY}, "
         f"got {length_penalty}.",
     )
+    require(
+        length_penalty is None or beams != 1,
+        f"--length_penalty must go with several beams, got {length_penalty} and --beams=1, "
+        "which compares no lengths. Leave it out.",
+    )
 
 
 def check_exists(option: str, path: Path) -> None:

@@ -127,16 +127,16 @@ def translate(
 def _check_stream(
     stream: bool, beams: int | None, nbest: int, length_penalty: float | None
 ) -> None:
-    """Raise UserError for options of the search that --stream or one beam would ignore."""
+    """Raise UserError for options of the search that --stream would ignore."""
     require(
         not stream or (nbest == 1 and (beams or 1) == 1),
         f"--stream must go with one beam and one hypothesis, got --beams={beams} and "
         f"--nbest={nbest}. Leave both out.",
     )
     require(
-        length_penalty is None or not (stream or beams == 1),
-        f"--length_penalty must go with several beams, got {length_penalty} and "
-        f"{'--stream' if stream else '--beams=1'}, which compare no lengths. Leave it out.",
+        length_penalty is None or not stream,
+        f"--length_penalty must go with several beams, got {length_penalty} and --stream, "
+        "which compares no lengths. Leave it out.",
     )
 
 
