@@ -41,6 +41,10 @@ VIDEO_SUFFIXES = frozenset(
         ".mpg",
         ".mpeg",
         ".ts",
+        ".mts",
+        ".m2ts",
+        ".3gp",
+        ".wmv",
         ".flv",
         ".gif",
     }

@@ -154,6 +154,9 @@ def test_a_span_takes_the_frames_shown_in_it(tmp_path):
         ("a.h264", "libx264"),
         ("a.ts", "libx264"),
         ("a.mkv", "libx264"),
+        ("a.mts", "libx264"),
+        ("a.m2ts", "libx264"),
+        ("a.3gp", "libx264"),
     ],
 )
 def test_a_span_is_the_same_in_every_container(tmp_path, name, codec):
