@@ -125,15 +125,18 @@ class Progress(Protocol):
 
 
 @contextmanager
-def progress(total: int, title: str) -> Iterator[Progress]:
-    """Show on stderr how many of `total` clips are done, as a bar or as lines of a log."""
+def progress(total: int, title: str, unit: str = "clip") -> Iterator[Progress]:
+    """Show on stderr how many of `total` clips are done, as a bar or as lines of a log.
+
+    unit: what is counted instead of clips, in the singular.
+    """
     if shows_bars():
         # Imported only if a bar is shown.
         from tqdm import tqdm
 
         with tqdm(
             total=total,
-            unit="clip",
+            unit=unit,
             desc=title,
             smoothing=0.05,
             mininterval=0.2,
@@ -141,7 +144,7 @@ def progress(total: int, title: str) -> Iterator[Progress]:
         ) as bar:
             yield bar
     else:
-        lines = ProgressLines(total, title)
+        lines = ProgressLines(total, title, unit)
         try:
             yield lines
         finally:
@@ -151,8 +154,8 @@ def progress(total: int, title: str) -> Iterator[Progress]:
 class ProgressLines:
     """Print lines with clips per second and remaining time, at most every LOG_EVERY_S."""
 
-    def __init__(self, total: int, title: str) -> None:
-        self.total, self.title, self.n = total, title, 0
+    def __init__(self, total: int, title: str, unit: str = "clip") -> None:
+        self.total, self.title, self.unit, self.n = total, title, f"{unit}s", 0
         self._begin = self._printed = time.monotonic()
 
     def update(self, n: int) -> None:
@@ -169,7 +172,8 @@ class ProgressLines:
         end = clock(seconds)
         if 0 < self.n < self.total:
             end = f"left {clock((self.total - self.n) / rate)}"
-        line = f"{self.title}: {self.n}/{self.total} clips  {rate:.1f} clips/s  {end}"
+        done = f"{self.title}: {self.n}/{self.total} {self.unit}"
+        line = f"{done}  {rate:.1f} {self.unit}/s  {end}"
         print(line, file=sys.stderr, flush=True)
 
 

@@ -94,7 +94,9 @@ def _translate_all(translator: Translator, job: Job, output: Output) -> list[str
     with ExitStack() as stack:
         bar: terminal.Progress | None = None
         if shows_progress:
-            bar = stack.enter_context(terminal.progress(len(output.todo), "translate"))
+            bar = stack.enter_context(
+                terminal.progress(len(output.todo), "translate", "video")
+            )
         for video in output.todo:
             try:
                 with output.video(video) as add:

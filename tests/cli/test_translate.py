@@ -102,7 +102,7 @@ def test_each_video_of_a_folder_has_a_line_and_a_broken_one_its_error(
     assert by_name["b.mp4"]["num_frames"] == 7
     assert (by_name["b.mp4"]["start_s"], by_name["b.mp4"]["end_s"]) == (0.0, 2.0)
     said = capsys.readouterr()
-    assert said.out == "" and "translate: 4/4 clips" in said.err
+    assert said.out == "" and "translate: 4/4 videos" in said.err
     assert said.err.count("error: ") == 1
 
 
@@ -366,7 +366,7 @@ def test_a_killed_call_is_resumed_to_the_same_bytes(
         "3 of 6 videos are translated already. Again: 0 changed since then, 1 with an error"
         in said
     )
-    assert "translate: 3/3 clips" in said
+    assert "translate: 3/3 videos" in said
     assert call(tmp_path / "undisturbed.jsonl").count("already") == 0
     assert out.read_bytes() == (tmp_path / "undisturbed.jsonl").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == [
@@ -403,7 +403,7 @@ def test_killed_subtitles_are_resumed(
     (folder / "b.srt").unlink()
     translate((many,), model=str(model), out=folder, subtitles="srt")
     said = capsys.readouterr().err
-    assert "4 of 6 videos are translated already." in said and "2/2 clips" in said
+    assert "4 of 6 videos are translated already." in said and "2/2 videos" in said
     assert (folder / "b.srt").exists() and (folder / "g.srt").exists()
 
 
