@@ -86,7 +86,8 @@ function columnsOf() {
      value: (sample) => reference(sample)},
   ];
   data.runs.forEach((name, run) => {
-    const suffix = several ? ` ${name}` : "";
+    // A zero-width space after each sign: long names of runs are wrapped there.
+    const suffix = several ? ` ${name.replace(/[^\p{L}\p{N}]/gu, "$&\u200b")}` : "";
     for (const [key, title] of [["chrf", "chrF"], ["bleu", "BLEU"]]) {
       columns.push({title: title + suffix, number: true,
                     value: (sample) => sample.translations[run]?.[key] ?? null});
