@@ -83,6 +83,16 @@ def read_pairs(hypotheses: Path, references: Path | None = None) -> Pairs:
             texts = _by_id(texts, said["id"], ids, hypotheses, references)
     elif ids:
         _check_unique(ids, hypotheses)
+    if not targets:
+        raise UserError(
+            f"{references or hypotheses} must have at least one sentence, got an empty file."
+        )
+    if len(texts) != len(targets):
+        raise UserError(
+            f"{hypotheses} must have a hypothesis for each of the {len(targets):,} sentences "
+            f"of {references}, got {len(texts):,}. Give them in the same order, or add a "
+            "column id to both files."
+        )
     languages = meant.get("language") or []
     return Pairs(texts, targets, ids, languages)
 
