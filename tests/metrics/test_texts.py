@@ -105,11 +105,15 @@ LABELLED = {
 
 
 def test_files_of_different_lengths_and_empty_ones_are_named(tmp_path: Path) -> None:
-    said, meant, empty = (tmp_path / name for name in ("said.txt", "meant.txt", "empty.txt"))
+    said, meant, empty = (
+        tmp_path / name for name in ("said.txt", "meant.txt", "empty.txt")
+    )
     said.write_text("eins\nzwei\n")
     meant.write_text("eins\n")
     empty.write_text("")
-    with pytest.raises(UserError, match=r"said\.txt must have a hypothesis for each of the 1"):
+    with pytest.raises(
+        UserError, match=r"said\.txt must have a hypothesis for each of the 1"
+    ):
         read_pairs(said, meant)
     with pytest.raises(UserError, match=r"empty\.txt must have at least one sentence"):
         read_pairs(said, empty)
