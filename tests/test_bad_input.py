@@ -105,7 +105,9 @@ def test_a_word_too_many(refused: Run) -> None:
     ],
 )
 @pytest.mark.parametrize(
-    "target", [train, BUILD.verbs["manifest"], verify, translate], ids=str
+    "target",
+    [train, BUILD.verbs["manifest"], verify, translate],
+    ids=lambda verb: verb.__qualname__,
 )
 def test_no_typed_argument_is_dropped(refused: Run, target: Any, typed: list[str]) -> None:
     assert "must be" in (said := refused(target, *typed)) or "must begin" in said
