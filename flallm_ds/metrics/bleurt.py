@@ -7,7 +7,6 @@ the score of the sentence. The score of a corpus is the mean.
 B pairs of a batch, L tokens of the longest pair.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from transformers import (
 )
 
 from flallm_ds.errors import UserError
+from flallm_ds.files import file_sha256
 from flallm_ds.metrics.counts import Counts
 from flallm_ds.models.llm.stored import checkpoint_files
 from flallm_ds.models.pretrained import (
@@ -152,8 +152,9 @@ def load_bleurt(folder: Path) -> Bleurt:
             f"a tokenizer of {tokenizer.num_tokens} tokens for "
             f"{model.config.vocab_size} rows of the embedding",
         )
-    digest = _sha256(checkpoint_files(str(folder)))
-    signature = f"checkpoint:{folder.resolve().name}|sha256:{digest}|mean:sentences"
+    # Of each file, as the program sha256sum prints it.
+    digests = "+".join(map(file_sha256, checkpoint_files(str(folder))))
+    signature = f"checkpoint:{folder.resolve().name}|sha256:{digests}|mean:sentences"
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Bleurt(model.eval().to(device), tokenizer, signature)
 
@@ -169,7 +170,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     check_no_lfs_pointer(path)
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"Cannot read {path}: {first_line(error).rstrip('.')}. Fetch it again."
         ) from error
@@ -261,13 +262,3 @@ def _load_tokenizer(folder: Path, fields: dict[str, Any]) -> _Tokenizer:
     if cls is None or sep is None:
         raise _refused(folder, "a tokenizer without [CLS] and [SEP]")
     return _Tokenizer(encode, cls, sep, len(tokenizer))
-
-
-def _sha256(files: Iterable[Path]) -> str:
-    """Return the sha256 of the content of files one after another, in hex."""
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
