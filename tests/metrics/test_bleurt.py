@@ -177,6 +177,11 @@ def _no_config(folder: Path) -> None:
     (folder / "config.json").unlink()
 
 
+def _nested_config(folder: Path) -> None:
+    """More brackets than the parser of Python reads."""
+    (folder / "config.json").write_text("[" * 100_000, encoding="utf-8")
+
+
 def _tensorflow(folder: Path) -> None:
     (folder / "config.json").rename(folder / "bert_config.json")
     (folder / "saved_model.pb").write_bytes(b"")
@@ -210,6 +215,7 @@ def _no_cls(folder: Path) -> None:
 
 REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "no config": (_no_config, "with no config.json. Fetch a conversion"),
+    "nested config": (_nested_config, r"Cannot read .*config\.json"),
     "tensorflow": (_tensorflow, "with a checkpoint of TensorFlow"),
     "type": (_config(model_type="roberta"), "a config.json of the type roberta"),
     "labels": (_config(id2label={"0": "a", "1": "b"}), "with 2 labels"),
