@@ -309,7 +309,7 @@ def _holder(path: Path) -> str:
         holder = json.loads(path.read_text(encoding="utf-8"))
         job = f" (SLURM job {holder['slurm_job']})" if holder["slurm_job"] else ""
         return f"process {holder['pid']} on {holder['host']}{job} since {holder['since']}"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
         # The holder is writing the file, or the disk was full.
         return "another process"
 

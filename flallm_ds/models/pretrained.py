@@ -196,7 +196,7 @@ def _adapter(name: str, config: Path, kind: _Kind) -> UserError:
     """Return the error for an adapter alone. config: its adapter_config.json."""
     try:
         base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, RecursionError, AttributeError):
         base = None
     return UserError(
         f"{kind.option} must be a complete {kind.what}, got {name}, which holds an adapter "
@@ -291,7 +291,14 @@ def check_weights(name: str, section: str = "llm") -> None:
         try:
             index = json.loads((folder / found).read_text(encoding="utf-8"))
             parts = sorted(set(index["weight_map"].values()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (
+            OSError,
+            ValueError,
+            RecursionError,
+            KeyError,
+            TypeError,
+            AttributeError,
+        ) as error:
             raise UserError(
                 f"Cannot read {folder / found}: it is not an index of weights ({error}). "
                 "Fetch it again."

@@ -111,7 +111,7 @@ class Weights:
             try:
                 places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
                 files = sorted(set(places.values()))
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, RecursionError, KeyError, TypeError) as error:
                 raise UserError(
                     f"Cannot read {index}: it is not an index of safetensors files ({error}). "
                     "Fetch or export the weights again."

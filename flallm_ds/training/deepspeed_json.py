@@ -72,7 +72,7 @@ def read_json(path: Path, zero_keys: Sequence[str] | None) -> dict[str, Any]:
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"Cannot read DeepSpeed JSON {path}: {error}. Correct its syntax."
         ) from error

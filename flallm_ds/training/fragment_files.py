@@ -186,7 +186,7 @@ class FragmentReader:
                     tensor = opened.get_tensor(name)
                     if _checksums(tensor) != sums[name]:
                         return "was changed"
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+        except (OSError, ValueError, RecursionError, KeyError, SafetensorError) as error:
             return f"cannot be read ({error})"
         return None
 

@@ -57,7 +57,7 @@ def _append(path: Path, start: dict[str, Any]) -> None:
             content = dict(json.loads(path.read_text(encoding="utf-8")))
             # An older version recorded only the first start.
             starts = list(content.get("starts", [content]))
-        except (ValueError, TypeError) as error:
+        except (ValueError, RecursionError, TypeError) as error:
             raise UserError(
                 f"Cannot read {path}: {error}. Delete it; the run resumes without it."
             ) from error

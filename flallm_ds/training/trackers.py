@@ -190,7 +190,7 @@ def _read_ids(path: Path) -> dict[str, str]:
         return {}
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+    except (ValueError, RecursionError, TypeError) as error:
         raise UserError(
             f"Cannot read {path}: {error}. Remove it, to start new runs at the trackers."
         ) from error

@@ -131,7 +131,7 @@ def test_the_options_that_set_keys_exist():
     assert [o for o in OWNED_BY_RUN.values() if o.split()[0] not in options] == []
 
 
-@pytest.mark.parametrize("content", ["{", None])
+@pytest.mark.parametrize("content", ["{", "[" * 100_000, None])
 def test_a_file_that_is_missing_or_not_json_is_an_error(tmp_path, content):
     path = tmp_path / "mine.json"
     if content is not None:

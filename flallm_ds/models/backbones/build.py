@@ -68,7 +68,7 @@ def _read_config(weights: str) -> dict[str, Any]:
         return {}
     try:
         return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, RecursionError, TypeError) as error:
         raise UserError(
             f"Cannot read {folder / 'config.json'}: {first_line(error).rstrip('.')}. Fetch "
             "the model again."
